@@ -1,0 +1,45 @@
+"""Memory-efficient optimizer state for PyTorch: change one string, keep your training script.
+
+Importing memopt does not import torch; :func:`create` does.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: public name -> the module that defines it
+_PUBLIC = {
+    "Ledger": "memopt.ledger",
+    "Line": "memopt.ledger",
+    "OptimSpec": "memopt.spec",
+    "Optimizer": "memopt.optimizer",
+    "SpecError": "memopt.hyper",
+    "create": "memopt.optimizer",
+    "parse": "memopt.spec",
+    "price": "memopt.pricing",
+    "specs": "memopt.spec",
+}
+
+__all__ = sorted(_PUBLIC)
+
+if TYPE_CHECKING:
+    from memopt.hyper import SpecError
+    from memopt.ledger import Ledger, Line
+    from memopt.optimizer import Optimizer, create
+    from memopt.pricing import price
+    from memopt.spec import OptimSpec, parse, specs
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'memopt' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

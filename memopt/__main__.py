@@ -1,0 +1,7 @@
+"""``python -m memopt``."""
+
+import sys
+
+from memopt.cli import main
+
+sys.exit(main())

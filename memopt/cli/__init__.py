@@ -1,0 +1,53 @@
+"""The command line. One verb, one module: it has ``SUMMARY``, ``add_arguments(parser)`` and ``run(args)``, which
+returns the exit code. A verb's module is imported only when the verb is used, so that ``memopt estimate`` starts at
+once.
+
+Exit codes: 0 done, 1 the answer is no (does not fit, not found), 2 the input cannot be used.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from importlib import import_module
+
+#: verb -> one line for ``memopt --help``
+VERBS = {
+    "estimate": "what a model and its optimizer state will cost, before anything is allocated",
+    "list": "the specs that exist, and the values on each axis",
+    "train": "train a small language model on a text file or folder, once for each spec given",
+    "doctor": "what this machine offers, and what is missing",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    verb = arguments[0] if arguments else ""
+    if verb in VERBS:
+        module = import_module(f"memopt.cli.{verb}")
+        parser = ArgumentParser(
+            prog=f"memopt {verb}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
+        )
+        module.add_arguments(parser)
+        try:
+            return int(module.run(parser.parse_args(arguments[1:])))
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            # Errors of these kinds are written for the person at the keyboard; a defect of ours still shows its trace.
+            print(f"memopt {verb}: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return 130
+    if verb in ("--version", "-V"):
+        from memopt import __version__
+
+        print(f"memopt {__version__}")
+        return 0
+    lines = ["usage: memopt VERB [options]     (memopt VERB --help says more)", ""]
+    lines += [f"  {name:<9} {summary}" for name, summary in VERBS.items()]
+    if verb in ("", "-h", "--help"):
+        print("\n".join(lines))
+        return 0
+    print(f"memopt: unknown verb {verb!r}; the verbs are {', '.join(VERBS)}", file=sys.stderr)
+    return 2

@@ -1,0 +1,62 @@
+"""What an engine is: who lays the state out and who executes the step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from memopt.geometry import Rows
+from memopt.ledger import Line, TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memopt.partitions import Partition
+    from memopt.spec import OptimSpec
+
+
+class Work(NamedTuple):
+    """One parameter's part of a step."""
+
+    name: str
+    index: int  # the parameter's place among all parameters of the optimizer, for the random key
+    rows: Rows
+    p: Tensor  # [rows.local_shape], a view of the parameter
+    g: Tensor  # [rows.local_shape], a view of its gradient, in the gradient's dtype
+    state: dict[str, Tensor]
+    step: int  # from 1
+    h: Mapping[str, Any]
+
+
+class Engine(ABC):
+    """A value on the engine axis. Subclasses are final; everything but ``step`` is torch-free."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def refuse(self, spec: OptimSpec) -> str | None:
+        """Why the engine cannot execute this spec, or None."""
+
+    @abstractmethod
+    def layout(
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
+    ) -> Sequence[tuple[str, str, TensorSpec]]:
+        """``(moment, part, tensor)`` for these rows of a parameter."""
+
+    @abstractmethod
+    def shared_lines(self, spec: OptimSpec, lines: Sequence[Line]) -> Sequence[Line]:
+        """Tables that all these lines use together."""
+
+    @abstractmethod
+    def kept_in_32bit(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str]]:
+        """``(moment, reason)`` for each moment that is not held in the format asked for."""
+
+    @abstractmethod
+    def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
+        """Execute one step of these parameters; state and parameters are changed in place."""
+
+    @abstractmethod
+    def explain(self) -> str:
+        """One sentence: what code executes the step here."""

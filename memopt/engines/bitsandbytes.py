@@ -1,0 +1,158 @@
+"""The bitsandbytes engine: its kernels and its code book on our axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+from memopt.engines.base import Engine, Work
+from memopt.geometry import Rows
+from memopt.hyper import SpecError
+from memopt.ledger import Line, TensorSpec
+from memopt.rules import RULES
+
+if TYPE_CHECKING:
+    from memopt.partitions import Partition
+    from memopt.spec import OptimSpec
+
+#: rule -> the name of bitsandbytes' kernel. Its ``adam`` decouples weight decay: it is our ``adamw``.
+KERNELS = {"adamw": "adam", "adam": "adam", "lion": "lion", "rmsprop": "rmsprop", "sgd": "momentum"}
+#: Hyperparameters for which the kernels have no place, and the only value that they execute.
+FIXED: dict[str, dict[str, Any]] = {
+    "adamw": {"amsgrad": False},
+    "adam": {"amsgrad": False, "weight_decay": 0.0},
+    "rmsprop": {"centered": False, "momentum": 0.0},
+    "sgd": {"nesterov": False, "dampening": 0.0},
+}
+#: From this many elements on state is in 8 bits; blocks run over the flattened tensor.
+MIN_8BIT_NUMEL = 4096
+BLOCK = 256
+
+
+def require() -> Any:
+    """bitsandbytes, or an ImportError that says how to install it."""
+    try:
+        import bitsandbytes
+        import bitsandbytes.functional
+    except ImportError as error:
+        raise ImportError("engine='bitsandbytes' needs the package: pip install bitsandbytes") from error
+    return bitsandbytes
+
+
+@final
+class BitsAndBytes(Engine):
+    """bitsandbytes' 8-bit (dynamic code book, blocks of 256, round to nearest) and 32-bit kernels.
+
+    State keys are ours (``exp_avg.codes`` is its ``state1``, ``exp_avg.scales`` its ``absmax1``); the two code books,
+    1 KiB each, are shared by all parameters. Quirks kept: 8-bit from 4096 elements on; ``weight_decay`` after the
+    update in 8 bits on CUDA; second moments are rounded to nearest and freeze at b2 = 0.999 when gradients shrink
+    (``docs/formats.md``). Not its quirk here: non-finite gradients follow memopt's policy on every device.
+    """
+
+    name = "bitsandbytes"
+    summary = "bitsandbytes' kernels: adamw, adam, lion, rmsprop, sgd in 32 and 8 bits"
+
+    def refuse(self, spec: OptimSpec) -> str | None:
+        if spec.rule not in KERNELS:
+            return f"it has no {spec.rule}; it has {', '.join(KERNELS)}"
+        if spec.format not in ("32bit", "8bit"):
+            return f"it has no format {spec.format!r}; it has 32bit, 8bit"
+        if spec.partition != "none":
+            return f"it cannot shard its state; the engine for /{spec.partition} is native"
+        return None
+
+    def layout(
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
+    ) -> list[tuple[str, str, TensorSpec]]:
+        for key, only in FIXED.get(spec.rule, {}).items():
+            if h[key] != only:
+                raise SpecError(f"engine='bitsandbytes': {spec.rule} with {key}={h[key]!r} is not allowed; "
+                                f"its kernel has {key}={only!r} only")  # fmt: skip
+        low = spec.for_parameter(name)[0] == "8bit" and rows.numel >= MIN_8BIT_NUMEL
+        parts: list[tuple[str, str, TensorSpec]] = []
+        for moment in RULES[spec.rule].moments(h, rows.shape):
+            if low:
+                parts.append((moment.name, "codes", TensorSpec("uint8", rows.shape)))
+                parts.append((moment.name, "scales", TensorSpec("float32", (-(-rows.numel // BLOCK),))))
+            else:
+                parts.append((moment.name, "", TensorSpec("float32", rows.shape)))
+        return parts
+
+    def shared_lines(self, spec: OptimSpec, lines: Sequence[Line]) -> list[Line]:
+        books: dict[str, str] = {}
+        for line in lines:
+            if line.part == "codes":
+                signed = next(m.signed for m in RULES[spec.rule].moments({**spec.resolve()}, line.shape)
+                              if m.name == line.moment)  # fmt: skip
+                books["dynamic" if signed else "udynamic"] = line.location
+        return [
+            Line("(all)", "code_book", book, "float32", (256,), 1024, where, "shared") for book, where in books.items()
+        ]
+
+    def kept_in_32bit(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str]]:
+        if spec.for_parameter(name)[0] != "8bit" or rows.numel >= MIN_8BIT_NUMEL:
+            return []
+        return [(m.name, f"fewer than {MIN_8BIT_NUMEL} elements") for m in RULES[spec.rule].moments(h, rows.shape)]
+
+    def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
+        functional = require().functional
+        kernel = KERNELS[spec.rule]
+        for work in works:
+            if not work.p.numel():
+                continue
+            h = work.h
+            moments = RULES[spec.rule].moments(h, work.rows.shape)
+            if not moments:  # sgd without momentum keeps nothing, and has no kernel
+                RULES[spec.rule].update(work.p, -work.g if h["maximize"] else work.g, _NO_STATE, work.step, h)
+                continue
+            if h["maximize"]:
+                work = work._replace(g=work.g.neg())
+            target = work.p if work.p.is_contiguous() else work.p.contiguous()
+            first, second = (*(m.name for m in moments), None)[:2]
+            state1, state2 = _tensors(work, first), _tensors(work, second)
+            beta1, beta2 = _betas(spec.rule, h)
+            common = {"weight_decay": h["weight_decay"], "eps": h.get("eps", 0.0), "step": work.step,
+                      "lr": float(h["lr"]), "beta1": beta1, "beta2": beta2}  # fmt: skip
+            grad = work.g.contiguous()
+            if state1[1] is None:
+                functional.optimizer_update_32bit(kernel, grad, target, state1[0], state2=state2[0], **common)
+            else:
+                books = [code_book(m.signed, work.p.device) for m in moments]
+                functional.optimizer_update_8bit_blockwise(
+                    kernel, grad, target, state1[0], state2[0], qmap1=books[0],
+                    qmap2=books[1] if second else None, absmax1=state1[1], absmax2=state2[1],
+                    beta3=0.0, alpha=0.0, **common,
+                )  # fmt: skip
+            if target is not work.p:
+                work.p.copy_(target)
+
+    def explain(self) -> str:
+        return f"bitsandbytes {require().__version__}, one call per parameter"
+
+
+def _tensors(work: Work, moment: str | None) -> tuple[Any, Any]:
+    """``(values, None)`` in 32 bits, ``(codes, scales)`` in 8, ``(None, None)`` for a moment there is not."""
+    if moment is None:
+        return None, None
+    if moment in work.state:
+        return work.state[moment], None
+    return work.state[f"{moment}.codes"], work.state[f"{moment}.scales"]
+
+
+def _betas(rule: str, h: Mapping[str, Any]) -> tuple[float, float]:
+    if rule == "rmsprop":
+        return h["alpha"], 0.0
+    if rule == "sgd":
+        return h["momentum"], 0.0
+    return tuple(h["betas"])  # type: ignore[return-value]
+
+
+_BOOKS: dict[tuple[bool, Any], Any] = {}
+_NO_STATE: Any = None
+
+
+def code_book(signed: bool, device: Any) -> Any:
+    """bitsandbytes' dynamic map, fp32 [256], one per device and process."""
+    if (signed, device) not in _BOOKS:
+        _BOOKS[signed, device] = require().functional.create_dynamic_map(signed=signed).to(device)
+    return _BOOKS[signed, device]

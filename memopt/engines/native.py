@@ -1,0 +1,123 @@
+"""The native engine: our rules on our formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+from memopt import noise
+from memopt.engines.base import Engine, Work
+from memopt.formats import FORMATS, Format, Shard
+from memopt.geometry import Rows
+from memopt.ledger import Line, TensorSpec
+from memopt.rules import RULES, Moment
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from memopt.partitions import Partition
+    from memopt.spec import OptimSpec
+
+
+def moment_formats(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[Moment, Format, str]]:
+    """For each moment of a parameter: the format that holds it, and why where that is not the one asked for.
+    Decided from the name and the global shape only."""
+    asked = FORMATS[spec.for_parameter(name)[0]]
+    chosen = []
+    for moment in RULES[spec.rule].moments(h, rows.shape):
+        reason = asked.declines(moment, rows.shape) or ""
+        chosen.append((moment, FORMATS["32bit"] if reason else asked, reason))
+    return chosen
+
+
+@final
+class ParameterState:
+    """The :class:`memopt.rules.base.State` of one parameter in one step: decodes on read, encodes on write."""
+
+    __slots__ = ("_dtype", "_moments", "_shard", "_state", "_total")
+
+    def __init__(
+        self,
+        work: Work,
+        moments: Sequence[tuple[Moment, Format, str]],
+        total: Callable[[Tensor], Tensor],
+        seed: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self._state = work.state
+        self._dtype = dtype
+        self._total = total
+        self._moments = {m.name: (m, fmt) for m, fmt, _ in moments}
+        self._shard = {
+            m.name: Shard(work.rows, noise.key(seed, work.index, work.step, j), total)
+            for j, (m, _, _) in enumerate(moments)
+        }
+
+    def _parts(self, name: str) -> tuple[Moment, Format, Shard, dict[str, Tensor]]:
+        moment, fmt = self._moments[name]
+        shard = self._shard[name]
+        layout = fmt.layout(moment, shard.rows)
+        return moment, fmt, shard, {part: self._state[f"{name}.{part}" if part else name] for part in layout}
+
+    def read(self, name: str) -> Tensor:
+        moment, fmt, shard, parts = self._parts(name)
+        return fmt.read(parts, moment, shard).to(self._dtype)
+
+    def write(self, name: str, value: Tensor, floor: float = 0.0) -> Tensor:
+        moment, fmt, shard, parts = self._parts(name)
+        return fmt.write(value.float(), parts, moment, shard, floor).to(self._dtype)
+
+    def rms(self, x: Tensor) -> Tensor:
+        """Root mean square over the whole parameter, fp32 or fp64 []."""
+        rows = next(iter(self._shard.values())).rows
+        return (self._total(x.square().sum()) / max(Rows.whole(rows.shape).numel, 1)).sqrt()
+
+
+@final
+class Native(Engine):
+    """Plain torch: decode each moment to fp32, apply the rule, encode again."""
+
+    name = "native"
+    summary = "memopt's own formats and rules"
+
+    def refuse(self, spec: OptimSpec) -> str | None:
+        return None
+
+    def layout(
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
+    ) -> list[tuple[str, str, TensorSpec]]:
+        return [
+            (moment.name, part, tensor)
+            for moment, fmt, _ in moment_formats(spec, h, name, rows)
+            for part, tensor in fmt.layout(moment, rows).items()
+        ]
+
+    def shared_lines(self, spec: OptimSpec, lines: Sequence[Line]) -> list[Line]:
+        return []
+
+    def kept_in_32bit(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str]]:
+        return [(moment.name, reason) for moment, _, reason in moment_formats(spec, h, name, rows) if reason]
+
+    def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
+        for work in works:
+            plain_step(spec, work, partition.total, seed)
+
+    def explain(self) -> str:
+        return "the plain torch path"
+
+
+def plain_step(spec: OptimSpec, work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
+    """The definition of every rule × format pair. Parameters under 32 bits are updated in fp32 and rounded back."""
+    import torch
+
+    p = work.p
+    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    g = work.g.to(dtype)
+    if work.h["maximize"]:
+        g = g.neg()
+    state = ParameterState(work, moment_formats(spec, work.h, work.name, work.rows), total, seed, dtype)
+    exact = p.to(dtype)  # p itself where it already has the dtype
+    RULES[spec.rule].update(exact, g, state, work.step, work.h)
+    if exact is not p:
+        p.copy_(exact)

@@ -1,0 +1,38 @@
+"""``opt.explain()``: what really runs, and where that is not literally what was asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from memopt.formats import FORMATS
+from memopt.placements import PLACEMENTS
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+
+def explain(optimizer: Optimizer) -> str:
+    """Lines of ``label  text``; parameters kept in 32 bits are listed with the reason."""
+    spec = optimizer.spec
+    rows = [
+        ("spec", str(spec)),
+        ("rule", f"{optimizer.rule.summary} ({optimizer.rule.source})"),
+        ("format", FORMATS[spec.format].summary),
+        ("engine", f"{spec.engine}: {optimizer.engine.explain()}"),
+    ]
+    kept: dict[str, list[str]] = {}
+    places: dict[tuple[str, str], int] = {}
+    for name, p, group in optimizer._parameters():
+        for moment, reason in optimizer.engine.kept_in_32bit(spec, group, name, optimizer._rows(p)):
+            kept.setdefault(reason, []).append(f"{name}.{moment}")
+        place = PLACEMENTS[spec.for_parameter(name)[1]].explain(p.device)
+        places[place, spec.for_parameter(name)[1]] = places.get((place, spec.for_parameter(name)[1]), 0) + 1
+    rows += [("placement", f"{name}: {text} ({count} parameters)") for (text, name), count in places.items()]
+    partition = optimizer.partition
+    rows.append(("partition", f"{partition.name}: {partition.summary}; rank {partition.rank} of {partition.world_size}"))
+    rows += [("override", f"{pattern!r} -> {value}") for pattern, value in spec.overrides.items()]
+    for reason, moments in kept.items():
+        shown = ", ".join(moments[:4]) + (f", and {len(moments) - 4} more" if len(moments) > 4 else "")
+        rows.append(("in 32 bits", f"{reason}: {shown}"))
+    rows.append(("NaN or Inf", f"{optimizer.nonfinite}; {optimizer.skipped_steps} steps skipped so far"))
+    return "\n".join(f"{label:<11} {text}" for label, text in rows)

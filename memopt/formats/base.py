@@ -1,0 +1,96 @@
+"""What a format is: which tensors hold a moment, and the two directions of its code."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from memopt.geometry import FLAT_ROW, Rows, Shape
+from memopt.ledger import TensorSpec
+from memopt.rules.base import Moment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: The tensors of one encoded moment: part -> tensor.
+Parts = dict[str, "Tensor"]
+
+#: Smaller tensors, and rows shorter than this, stay in 32 bits in every low-bit format: they cost nothing and
+#: block scales would eat the saving (bitsandbytes and torchao use the same 4096).
+MIN_NUMEL = 4096
+MIN_COLS = 64
+
+
+class Shard(NamedTuple):
+    """What an encoding may know about where it stands.
+
+    ``rows`` are the rows held here, ``key`` the random key of this moment at this step, and ``total`` adds a tensor
+    up over the ranks that hold the other rows (the identity where the rows are all here).
+    """
+
+    rows: Rows
+    key: int = 0
+    total: Callable[[Tensor], Tensor] = lambda x: x
+
+
+def too_small(shape: Shape) -> str | None:
+    """Why a tensor of this global shape is not worth encoding, or None."""
+    rows = Rows.whole(shape)
+    if rows.numel < MIN_NUMEL:
+        return f"fewer than {MIN_NUMEL} elements"
+    if rows.cols < MIN_COLS:
+        return f"rows of fewer than {MIN_COLS} elements"
+    return None
+
+
+class Format(ABC):
+    """A value on the format axis. Zero bytes decode to zero. Subclasses are final.
+
+    ``name`` is its spelling in a spec. Layout and refusals are torch-free; only ``read`` and ``write`` compute.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+
+    @abstractmethod
+    def declines(self, moment: Moment, shape: Shape) -> str | None:
+        """Why this moment of a parameter of this *global* shape stays in 32 bits, or None if it is encoded."""
+
+    @abstractmethod
+    def layout(self, moment: Moment, rows: Rows) -> dict[str, TensorSpec]:
+        """The tensors that hold these rows of the moment: part -> dtype and shape. A single part has no name."""
+
+    @abstractmethod
+    def read(self, parts: Parts, moment: Moment, shard: Shard) -> Tensor:
+        """Decode to fp32, shape ``rows.local_shape``. The caller may change it in place."""
+
+    @abstractmethod
+    def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
+        """Encode fp32 ``x`` into ``parts``; return what this step may see of it (see ``rules.base.State``)."""
+
+
+def as_blocks(x: Tensor, rows: Rows, block: int) -> Tensor:
+    """``x`` [local_shape] as [rows, blocks per row, block], the last block of a row padded with zeros."""
+    count, cols = rows.count, rows.cols
+    if len(rows.shape) >= 2:
+        x = x.reshape(count, cols)
+    else:
+        x = _pad(x.reshape(1, -1), count * FLAT_ROW).reshape(count, FLAT_ROW)
+    width = -(-cols // block) * block
+    return _pad(x, width).reshape(count, width // block, block)
+
+
+def from_blocks(blocks: Tensor, rows: Rows) -> Tensor:
+    """The inverse of :func:`as_blocks`: padding dropped, shape ``rows.local_shape``."""
+    if len(rows.shape) >= 2:
+        return blocks.reshape(rows.count, -1)[:, : rows.cols].reshape(rows.local_shape)
+    return blocks.reshape(-1)[: rows.numel].reshape(rows.local_shape)
+
+
+def _pad(x: Tensor, width: int) -> Tensor:
+    if x.shape[-1] == width:
+        return x
+    padded = x.new_zeros(*x.shape[:-1], width)
+    padded[..., : x.shape[-1]] = x
+    return padded

@@ -1,0 +1,42 @@
+"""What a gradient may be, and which ones are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: What to do with a step whose gradients hold NaN or Inf.
+POLICIES = ("skip", "raise", "propagate")
+
+
+def check_gradient(name: str, p: Tensor) -> None:
+    """Raise RuntimeError for a gradient that no rule can take; nothing has been changed yet."""
+    g = p.grad
+    assert g is not None
+    if type(g) is not Tensor or type(p) not in (Tensor, torch.nn.Parameter):
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(p, DTensor) or isinstance(g, DTensor):
+            raise RuntimeError(f"{name} is a DTensor, and memopt cannot step sharded parameters yet; "
+                               "use '/zero1' with replicated parameters")  # fmt: skip
+    if g.layout is not torch.strided:
+        raise RuntimeError(f"{name} has a sparse gradient; memopt takes dense ones (nn.Embedding(sparse=False))")
+    if not g.is_floating_point():
+        raise RuntimeError(f"{name} has a gradient of dtype {g.dtype}; a gradient must be real floating point")
+
+
+def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> list[str]:
+    """The names whose gradient holds a NaN or an Inf. One reduction per tensor, one synchronisation per device."""
+    by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
+    for name, g in gradients:
+        if g.numel():
+            largest = torch.linalg.vector_norm(g, float("inf"))
+            by_device.setdefault(g.device, []).append((name, largest.float()))
+    bad = []
+    for entries in by_device.values():
+        finite = torch.isfinite(torch.stack([largest for _, largest in entries]))
+        if not bool(finite.all()):
+            bad += [name for (name, _), ok in zip(entries, finite.tolist(), strict=True) if not ok]
+    return bad

@@ -1,0 +1,87 @@
+"""What each hyperparameter may be. One table: name -> (what is allowed, test)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from typing import Any
+
+
+class SpecError(ValueError):
+    """A spec or a hyperparameter that means nothing; the message names the value and what is allowed."""
+
+
+def _number(value: Any) -> bool:
+    if isinstance(value, bool):
+        return False
+    try:
+        return isfinite(float(value))
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def _at_least_zero(value: Any) -> bool:
+    return _number(value) and float(value) >= 0
+
+
+def _fraction(value: Any) -> bool:
+    return _number(value) and 0 <= float(value) < 1
+
+
+def _pair(test: Callable[[Any], bool], first_may_be_none: bool = False) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        if not isinstance(value, (tuple, list)) or len(value) != 2:
+            return False
+        return (test(value[0]) or (first_may_be_none and value[0] is None)) and test(value[1])
+
+    return check
+
+
+def _fractions(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(_fraction(v) for v in value)
+
+
+def _eps(value: Any) -> bool:
+    return _at_least_zero(value) or _pair(_at_least_zero, first_may_be_none=True)(value)
+
+
+def _bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "lr": ("a finite number >= 0 (or None where the rule makes its own rate)", lambda v: v is None or _at_least_zero(v)),
+    "betas": ("numbers in [0, 1)", _fractions),
+    "beta1": ("None or a number in [0, 1)", lambda v: v is None or _fraction(v)),
+    "eps": ("a finite number >= 0, or for factored rules a pair of them", _eps),
+    "weight_decay": ("a finite number >= 0", _at_least_zero),
+    "momentum": ("a finite number >= 0", _at_least_zero),
+    "dampening": ("a finite number", _number),
+    "alpha": ("a number in [0, 1]", lambda v: _number(v) and 0 <= float(v) <= 1),
+    "beta2_decay": ("a finite number <= 0", lambda v: _number(v) and float(v) <= 0),
+    "d": ("a finite number >= 1", lambda v: _number(v) and float(v) >= 1),
+    "convention": ("'torch' or 'transformers'", lambda v: v in ("torch", "transformers")),
+    **{
+        flag: ("True or False", _bool)
+        for flag in ("maximize", "amsgrad", "nesterov", "centered", "decoupled_weight_decay", "scale_parameter",
+                     "relative_step", "warmup_init")
+    },
+}  # fmt: skip
+
+
+def check(rule: str, values: Mapping[str, Any]) -> None:
+    """Raise :class:`SpecError` for the first value that is not allowed."""
+    for name, value in values.items():
+        allowed, ok = CHECKS[name]
+        if not ok(value):
+            raise SpecError(f"{rule}: {name}={value!r} is not allowed; {name} must be {allowed}")
+
+
+def check_names(rule: str, given: Mapping[str, Any], allowed: Mapping[str, Any]) -> None:
+    """Raise :class:`SpecError` for a name that the rule does not have."""
+    unknown = [name for name in given if name not in allowed]
+    if unknown:
+        hint = ""
+        if set(unknown) & {"foreach", "fused", "capturable", "differentiable"}:
+            hint = " (memopt chooses its kernel itself; opt.explain() says which)"
+        raise SpecError(f"{rule} has no hyperparameter {unknown[0]!r}{hint}; it has {', '.join(allowed)}")

@@ -1,0 +1,58 @@
+"""Counter-based random bits for stochastic rounding.
+
+Every 32-bit word is a function of (seed, parameter, step, moment, row, column) and of nothing else, so a run is
+reproducible bit for bit whatever the number of threads, the partition or the device. Rows and columns are those of
+:mod:`memopt.geometry`. The mixer is the 32-bit finaliser of MurmurHash3 (Appleby, public domain): two multiplications,
+three shifts, cheap enough to recompute in every kernel.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MASK = 0xFFFFFFFF
+C1 = 0x85EBCA6B
+C2 = 0xC2B2AE35
+#: 2^32 / golden ratio: keeps a zero word from leaving the key as it is.
+GOLDEN = 0x9E3779B9
+
+
+def mix(x: int) -> int:
+    """MurmurHash3's finaliser on one 32-bit word."""
+    x &= MASK
+    x = ((x ^ (x >> 16)) * C1) & MASK
+    x = ((x ^ (x >> 13)) * C2) & MASK
+    return x ^ (x >> 16)
+
+
+def key(*words: int) -> int:
+    """One 32-bit key from integers, in order: ``k <- mix(k ^ (word + GOLDEN))``."""
+    k = 0
+    for word in words:
+        k = mix(k ^ ((word + GOLDEN) & MASK))
+    return k
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >> 31 else x
+
+
+def _mix(x: Tensor) -> Tensor:
+    """``mix`` on an int32 tensor, in place; multiplication wraps, shifts are made logical by a mask."""
+    x.bitwise_xor_((x >> 16) & 0xFFFF).mul_(_signed(C1))
+    x.bitwise_xor_((x >> 13) & 0x7FFFF).mul_(_signed(C2))
+    return x.bitwise_xor_((x >> 16) & 0xFFFF)
+
+
+def bits(k: int, first_row: int, rows: int, cols: int, device: object) -> Tensor:
+    """Random words, int32 [rows, cols]: ``mix(mix(key ^ row) + col)``, rows counted from ``first_row``."""
+    import torch
+
+    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)  # type: ignore[call-overload]
+    row = ((row & MASK) ^ k).to(torch.int64)
+    row = torch.where(row >= 1 << 31, row - (1 << 32), row).to(torch.int32)
+    col = torch.arange(cols, dtype=torch.int32, device=device)  # type: ignore[call-overload]
+    return _mix(_mix(row)[:, None] + col)

@@ -1,0 +1,258 @@
+"""The one ``torch.optim.Optimizer``: rule × format × placement × partition, chosen by a spec."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.engines import ENGINES
+from memopt.engines.base import Work
+from memopt.geometry import Rows
+from memopt.gradients import POLICIES, check_gradient, non_finite
+from memopt.groups import check_group, named_groups
+from memopt.hyper import SpecError
+from memopt.ledger import Ledger, Line
+from memopt.partitions import PARTITIONS
+from memopt.partitions.zero1 import owned
+from memopt.placements import PLACEMENTS
+from memopt.pricing import state_lines
+from memopt.rules import RULES
+from memopt.spec import OptimSpec, parse
+from memopt.state import LoadPlan, plan_load
+
+
+class Optimizer(torch.optim.Optimizer):
+    """An ordinary optimizer whose state is what ``spec`` says. Made by :func:`memopt.create`.
+
+    State keys are a moment's name (``exp_avg``) or name and part (``exp_avg.codes``), and ``step``, an fp32 number in
+    host memory. State is made at a parameter's first step, or by :meth:`init_state`.
+
+    ``nonfinite`` is the policy for NaN and Inf in gradients: ``"skip"`` leaves parameters, state and step counts as
+    they were and counts the step in ``skipped_steps`` (a warning names the parameters the first time); ``"raise"``
+    raises FloatingPointError before anything changes; ``"propagate"`` does not look, as torch.optim.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        spec: str | OptimSpec,
+        *,
+        nonfinite: str = "skip",
+        seed: int = 0,
+        process_group: Any = None,
+        **fields: Any,
+    ) -> None:
+        from memopt.pricing import spec_fields
+
+        spec = parse(spec, **spec_fields(fields))
+        if nonfinite not in POLICIES:
+            raise SpecError(f"nonfinite={nonfinite!r} is not allowed; it must be one of {', '.join(POLICIES)}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise SpecError(f"seed={seed!r} is not allowed; it must be an integer")
+        self.spec = spec
+        self.nonfinite = nonfinite
+        self.seed = seed
+        self.skipped_steps = 0
+        self._configure(process_group)
+        super().__init__(named_groups(params), spec.resolve())
+        spec.check_overrides([name for name, _, _ in self._parameters()])
+
+    def _configure(self, process_group: Any = None) -> None:
+        self.rule = RULES[self.spec.rule]
+        self.engine = ENGINES[self.spec.engine]
+        self.partition = PARTITIONS[self.spec.partition](process_group)  # type: ignore[call-arg]
+        self.process_group = process_group
+
+    # Parameters and groups -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's; a hyperparameter that the rule does not have, or a value that is not allowed,
+        and a parameter that is already there raise an error and leave the optimizer as it was."""
+        group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
+        super().add_param_group(group)
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """``(name, parameter, group)`` in order; without names, the parameter's number."""
+        index = 0
+        for group in self.param_groups:
+            names = group.get("param_names") or [str(index + i) for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                yield name, p, group
+            index += len(group["params"])
+
+    def _rows(self, p: Tensor) -> Rows:
+        return self.partition.rows(tuple(p.shape), self.partition.rank, self.partition.world_size)
+
+    # State -----------------------------------------------------------------------------------------------------
+
+    def init_state(self) -> None:
+        """Allocate the state of every parameter that requires a gradient; zeros, as before the first step."""
+        for name, p, group in self._parameters():
+            if p.requires_grad and not self.state[p]:
+                self._allocate(name, p, group)
+
+    def _lines(self, name: str, p: Tensor, group: Mapping[str, Any]) -> list[Line]:
+        return state_lines(self.spec, group, name, self._rows(p), str(p.device))
+
+    def _allocate(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Zeroed state from the ledger's lines."""
+        step, *lines = self._lines(name, p, group)
+        placement = PLACEMENTS[self.spec.for_parameter(name)[1]]
+        tensors = placement.allocate(lines, p.device)
+        self.state[p].update({step.key: torch.zeros((), dtype=torch.float32), **tensors})
+        return self.state[p]
+
+    def ledger(self) -> Ledger:
+        """What the state costs now, read from the live tensors; parameters that have not stepped have none."""
+        lines = []
+        for name, p, _ in self._parameters():
+            placement = PLACEMENTS[self.spec.for_parameter(name)[1]]
+            for key, tensor in self.state.get(p, {}).items():
+                moment, _, part = key.partition(".")
+                where = str(tensor.device) if key == "step" else placement.location(str(tensor.device))
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                nbytes = tensor.numel() * tensor.element_size()
+                lines.append(Line(name, moment, part, dtype, tuple(tensor.shape), nbytes, where))
+        return Ledger([*lines, *self.engine.shared_lines(self.spec, lines)])
+
+    # The step --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step of every parameter that has a gradient; ``closure`` re-evaluates the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
+        for _, name, p, _ in ready:
+            check_gradient(name, p)
+        if self.nonfinite != "propagate" and self._stopped_by([(name, p.grad) for _, name, p, _ in ready]):
+            return loss
+        works = [self._work(*entry) for entry in ready]
+        self.engine.step(self.spec, works, self.partition, self.seed)
+        self.partition.publish([p for _, _, p, _ in ready])
+        return loss
+
+    def _work(self, index: int, name: str, p: Tensor, group: dict[str, Any]) -> Work:
+        state = self.state[p] or self._allocate(name, p, group)
+        PLACEMENTS[self.spec.for_parameter(name)[1]].prefetch([t for k, t in state.items() if k != "step"])
+        state["step"] += 1
+        rows = self._rows(p)
+        assert p.grad is not None
+        return Work(name, index, rows, owned(p, rows), owned(p.grad, rows), state, int(state["step"]), group)
+
+    def _stopped_by(self, gradients: list[tuple[str, Tensor]]) -> bool:
+        bad = non_finite(gradients)
+        if not bad:
+            return False
+        shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+        if self.nonfinite == "raise":
+            raise FloatingPointError(f"NaN or Inf in the gradient of {shown}; nothing was changed")
+        if not self.skipped_steps:
+            warnings.warn(
+                f"NaN or Inf in the gradient of {shown}: this step was skipped, parameters and state are as they "
+                "were. Later skips are only counted, in optimizer.skipped_steps.",
+                stacklevel=3,
+            )
+        self.skipped_steps += 1
+        return True
+
+    # Saving and loading ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's dictionary (plain tensors, this rank's rows), and under ``"memopt"`` what is needed to tell
+        whether it fits: spec, rank, world size and the seed of the stochastic rounding."""
+        return {
+            **super().state_dict(),
+            "memopt": {
+                "spec": str(self.spec),
+                "rank": self.partition.rank,
+                "world_size": self.partition.world_size,
+                "seed": self.seed,
+                "skipped_steps": self.skipped_steps,
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or a torch.optim dictionary whose state has the same keys.
+
+        Everything is checked before anything is changed. dtypes stay as saved and state goes where the placement
+        says (torch.optim's own method casts it to the parameter's dtype and device). Raises ValueError with the
+        parameter and the key that do not fit.
+        """
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        plan: LoadPlan = plan_load(self, state_dict)
+        for (name, p, group), saved in plan.states:
+            target = self.state[p] or self._allocate(name, p, {**group, **plan.hyper_of(group)})
+            for key, value in saved.items():
+                target[key].copy_(torch.as_tensor(value))
+        for p in plan.without_state:
+            self.state.pop(p, None)
+        for group, loaded in zip(self.param_groups, plan.groups, strict=True):
+            group.update(loaded)
+        self.seed = plan.metadata.get("seed", self.seed)
+        self.skipped_steps = plan.metadata.get("skipped_steps", self.skipped_steps)
+        for hook in self._optimizer_load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
+        ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "skipped_steps")}
+        return {**super().__getstate__(), "memopt": ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for name, value in state.pop("memopt", {}).items():
+            setattr(self, name, value)
+        super().__setstate__(state)
+        self._configure()
+        # A copy of a tensor is ordinary memory: put it back where the placement says.
+        copied = dict(self.state)
+        self.state = defaultdict(dict)
+        for name, p, group in self._parameters():
+            if copied.get(p):
+                target = self._allocate(name, p, group)
+                for key, value in copied[p].items():
+                    target[key].copy_(value)
+
+    # Looking ---------------------------------------------------------------------------------------------------
+
+    def explain(self) -> str:
+        """What runs and where, and every place where that is not literally what the spec asked for."""
+        from memopt.explain import explain
+
+        return explain(self)
+
+    def __repr__(self) -> str:
+        count = sum(len(group["params"]) for group in self.param_groups)
+        return f"memopt.Optimizer({self.spec!s}, {count} parameters, state {self.ledger().nbytes:,} bytes)"
+
+
+def create(model_or_params: Any, spec: str | OptimSpec = "adamw", **keywords: Any) -> Optimizer:
+    """The optimizer that ``spec`` describes, for a model, parameters, named parameters or param groups.
+
+    Keywords are hyperparameters of the rule (``lr``, ``betas``, ``weight_decay``, …), fields of :class:`OptimSpec`
+    (``engine``, ``overrides``) and of :class:`Optimizer` (``nonfinite``, ``seed``, ``process_group``); any other is an
+    error. Raises SpecError (a ValueError) for values that are not allowed.
+
+    >>> import torch, memopt
+    >>> model = torch.nn.Linear(1024, 1024)
+    >>> opt = memopt.create(model, "adamw-8bit", lr=2e-5, overrides={"bias": "32bit"})
+    >>> model(torch.randn(2, 1024)).sum().backward(); opt.step()
+    >>> opt.ledger().nbytes == memopt.price(model, "adamw-8bit").nbytes
+    True
+    """
+    params = model_or_params.named_parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
+    return Optimizer(params, spec, **keywords)
+
+

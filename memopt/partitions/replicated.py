@@ -1,0 +1,36 @@
+"""No partition: every rank owns everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, final
+
+from memopt.geometry import Rows, Shape
+from memopt.partitions.base import Partition
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@final
+class Replicated(Partition):
+    """State is whole on every rank; nothing is communicated."""
+
+    name = "none"
+    summary = "whole on every rank"
+    rank = 0
+    world_size = 1
+
+    def __init__(self, process_group: object = None) -> None:
+        if process_group is not None:
+            raise ValueError("process_group is for a sharded spec such as 'adamw/zero1'; this spec is not sharded")
+
+    @staticmethod
+    def rows(shape: Shape, rank: int, world_size: int) -> Rows:
+        return Rows.whole(shape)
+
+    def total(self, x: Tensor) -> Tensor:
+        return x
+
+    def publish(self, parameters: Iterable[Tensor]) -> None:
+        pass

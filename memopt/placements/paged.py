@@ -1,0 +1,117 @@
+"""``paged``: memory that can be paged out under pressure."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, final
+
+from memopt.ledger import Line
+from memopt.placements.base import Placement
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: Parts of one arena begin at multiples of this, for vector loads.
+ALIGNMENT = 64
+
+
+@final
+class Paged(Placement):
+    """On a CPU: one file per parameter, mapped into memory and already unlinked, in the directory for temporary
+    files (``TMPDIR``). The operating system writes pages back to it when memory is short and reads them again when a
+    step touches them; anonymous memory could only go to swap, which most machines do not have. On CUDA: unified
+    memory from bitsandbytes' allocator, which the driver moves to the host when the card is full.
+
+    All parts are paged, scales included, whatever their size (bitsandbytes pages buffers from 1e5 elements on, and
+    never its absmax). Where ``TMPDIR`` is a file system in memory nothing can be written back: that is an error, not
+    a silent fallback.
+    """
+
+    name = "paged"
+    summary = "paged out under pressure: unified memory on CUDA, a mapped file on the CPU"
+
+    def location(self, device: str) -> str:
+        return f"paged:{device}"
+
+    def allocate(self, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
+        if device.type == "cuda":
+            return _unified(lines, device)
+        if device.type == "cpu":
+            return _mapped(lines)
+        raise RuntimeError(f"paged: no pageable memory is known for device {device}; use the placement 'device'")
+
+    def explain(self, device: torch.device) -> str:
+        if device.type == "cuda":
+            return f"state is in CUDA unified memory, paged between {device} and the host by the driver"
+        return f"state is in unlinked files mapped into memory from {tempfile.gettempdir()}, paged by the system"
+
+    def prefetch(self, tensors: Sequence[Tensor]) -> None:
+        if tensors and tensors[0].is_cuda:
+            from bitsandbytes.functional import prefetch_tensor
+
+            for tensor in tensors:
+                prefetch_tensor(tensor)
+
+
+def _mapped(lines: Sequence[Line]) -> dict[str, Tensor]:
+    """Views into one mapped file that has no name any more; the mapping ends with the last view."""
+    import torch
+
+    offsets, end = [], 0
+    for line in lines:
+        offsets.append(end)
+        end += -(-line.nbytes // ALIGNMENT) * ALIGNMENT
+    if not end:
+        return {line.key: torch.zeros(line.shape, dtype=getattr(torch, line.dtype)) for line in lines}
+    directory = tempfile.gettempdir()
+    _refuse_memory_file_system(directory)
+    handle, path = tempfile.mkstemp(prefix="memopt-", suffix=".state")
+    try:
+        # Reserve the blocks now: a full disk is an error here, not a signal in the middle of a step.
+        os.posix_fallocate(handle, 0, end)
+        storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=end)
+    except OSError as error:
+        raise OSError(error.errno, f"paged: cannot reserve {end:,} bytes in {directory}: {error.strerror}; "
+                                   "set TMPDIR to a directory on a disk with room") from error  # fmt: skip
+    finally:
+        os.close(handle)
+        os.unlink(path)
+    tensors = {}
+    for line, offset in zip(lines, offsets, strict=True):
+        dtype = getattr(torch, line.dtype)
+        view = torch.empty(0, dtype=torch.uint8).set_(storage, offset, (line.nbytes,))  # type: ignore[call-overload]
+        tensors[line.key] = view.view(dtype).view(line.shape)
+    return tensors
+
+
+def _refuse_memory_file_system(directory: str) -> None:
+    import psutil
+
+    path = os.path.realpath(directory)
+    mounts = [m for m in psutil.disk_partitions(all=True) if path == m.mountpoint or
+              path.startswith(m.mountpoint.rstrip("/") + "/")]  # fmt: skip
+    mount = max(mounts, key=lambda m: len(m.mountpoint), default=None)
+    if mount is not None and mount.fstype in ("tmpfs", "ramfs"):
+        raise RuntimeError(f"paged: {directory} is {mount.fstype}, which is memory itself, so nothing could be paged "
+                           "out; set TMPDIR to a directory on a disk")  # fmt: skip
+
+
+def _unified(lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
+    import torch
+
+    from memopt.engines.bitsandbytes import require
+
+    functional = require().functional
+    tensors = {}
+    for line in lines:
+        dtype = getattr(torch, line.dtype)
+        if not line.nbytes:
+            tensors[line.key] = torch.zeros(line.shape, dtype=dtype, device=device)
+            continue
+        tensor = functional.get_paged(*line.shape, dtype=dtype, device=device)
+        functional.fill(tensor, 0)
+        tensors[line.key] = tensor
+    return tensors

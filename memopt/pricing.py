@@ -1,0 +1,86 @@
+"""The ledger of state that does not exist yet: the one layout from which state is also allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from memopt.engines import ENGINES
+from memopt.geometry import Rows, Shape
+from memopt.hyper import SpecError
+from memopt.ledger import Ledger, Line, TensorSpec
+from memopt.partitions import PARTITIONS
+from memopt.placements import PLACEMENTS
+from memopt.spec import OptimSpec, parse
+
+#: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number in host memory.
+STEP = TensorSpec("float32", ())
+
+
+def state_lines(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, device: str) -> list[Line]:
+    """The state of these rows of one parameter, in the order in which it is allocated."""
+    _, placement, _ = spec.for_parameter(name)
+    where = PLACEMENTS[placement].location(device)
+    lines = [Line(name, "step", "", STEP.dtype, STEP.shape, STEP.nbytes, "cpu")]
+    for moment, part, tensor in ENGINES[spec.engine].layout(spec, h, name, rows):
+        lines.append(Line(name, moment, part, tensor.dtype, tensor.shape, tensor.nbytes, where))
+    return lines
+
+
+def price(
+    model_or_shapes: Any,
+    spec: str | OptimSpec,
+    *,
+    world_size: int = 1,
+    rank: int = 0,
+    device: str = "cpu",
+    **fields: Any,
+) -> Ledger:
+    """What the optimizer state will cost on one rank, before anything is allocated.
+
+    ``model_or_shapes`` is a model (parameters that require gradients, shared ones once), a mapping from name to
+    shape, or an iterable of shapes or of ``(name, shape)`` pairs. ``device`` is where the parameters will be. Other
+    keywords are hyperparameters or fields of :class:`OptimSpec`.
+
+    >>> price({"weight": (1024, 1024), "bias": (1024,)}, "adamw-8bit").nbytes
+    2138120
+    >>> price({"weight": (1024, 1024)}, "adamw/zero1", world_size=8).nbytes
+    1048580
+    """
+    spec = parse(spec, **spec_fields(fields))
+    if not isinstance(world_size, int) or world_size < 1 or not 0 <= rank < world_size:
+        raise SpecError(f"rank={rank!r} of world_size={world_size!r} is not allowed; 0 <= rank < world_size")
+    shapes = named_shapes(model_or_shapes)
+    spec.check_overrides([name for name, _ in shapes])
+    h = spec.resolve()
+    partition = PARTITIONS[spec.partition]
+    lines: list[Line] = []
+    for name, shape in shapes:
+        lines += state_lines(spec, h, name, partition.rows(shape, rank, world_size), device)
+    return Ledger([*lines, *ENGINES[spec.engine].shared_lines(spec, lines)])
+
+
+def spec_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Keywords sorted into the fields of a spec, what is not a field being a hyperparameter."""
+    fields = {k: v for k, v in given.items() if k in OptimSpec.__dataclass_fields__}
+    hyper = {k: v for k, v in given.items() if k not in fields}
+    return {**fields, "hyper": {**fields.get("hyper", {}), **hyper}} if hyper else fields
+
+
+def named_shapes(source: Any) -> list[tuple[str, Shape]]:
+    """``(name, shape)`` of every parameter of a model, a mapping or an iterable."""
+    if hasattr(source, "named_parameters"):
+        return [(name, tuple(p.shape)) for name, p in source.named_parameters() if p.requires_grad]
+    items: Iterable[Any] = source.items() if isinstance(source, Mapping) else source
+    shapes = []
+    for i, item in enumerate(items):
+        if hasattr(item, "shape"):
+            name, shape = str(i), item.shape
+        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+            name, shape = item[0], getattr(item[1], "shape", item[1])
+        else:
+            name, shape = str(i), item
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise SpecError(f"{name}: {shape!r} is not a shape; a shape is a tuple of integers >= 0")
+        shapes.append((name, tuple(shape)))
+    return shapes

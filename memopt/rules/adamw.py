@@ -1,0 +1,69 @@
+"""AdamW: Adam with decoupled weight decay."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from memopt.geometry import Shape
+from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Moment, Rule, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "amsgrad": False}
+
+MAX_EXP_AVG_SQ = Moment("max_exp_avg_sq", signed=False)
+
+
+def moments(h: Hyper, shape: Shape) -> tuple[Moment, ...]:
+    return (EXP_AVG, EXP_AVG_SQ, *((MAX_EXP_AVG_SQ,) if h["amsgrad"] else ()))
+
+
+def refuse(h: Hyper, fmt: str) -> str | None:
+    if h["amsgrad"] and fmt == "factored":
+        return "amsgrad needs the largest value of every element, which a factored second moment does not have"
+    return None
+
+
+def adam_step(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
+    """The step shared by Adam and AdamW; ``g`` already holds what the rule adds to the gradient."""
+    beta1, beta2 = h["betas"]
+    exp_avg = state.read("exp_avg").lerp_(g, 1 - beta1)
+    exp_avg_sq = state.read("exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    exp_avg = state.write("exp_avg", exp_avg)
+    exp_avg_sq = state.write("exp_avg_sq", exp_avg_sq)
+    if h["amsgrad"]:
+        largest = state.read("max_exp_avg_sq")
+        exp_avg_sq = state.write("max_exp_avg_sq", exp_avg_sq.maximum(largest))
+    denominator = (exp_avg_sq.sqrt() / sqrt(1 - beta2**t)).add_(h["eps"])
+    p.addcdiv_(exp_avg, denominator, value=-float(h["lr"]) / (1 - beta1**t))
+
+
+def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
+    """One AdamW step::
+
+        p <- p * (1 - lr * weight_decay)
+        m <- b1 * m + (1 - b1) * g
+        v <- b2 * v + (1 - b2) * g²
+        p <- p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
+
+    With ``amsgrad`` the largest v so far stands in the denominator. State: 8 bytes per parameter in 32 bits,
+    2.03 in 8 bits, 1.06 in 4 bits.
+
+    Source: Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019; amsgrad: Reddi, Kale & Kumar,
+    ICLR 2018. Same order of operations as torch.optim.AdamW.
+    """
+    p.mul_(1 - float(h["lr"]) * h["weight_decay"])
+    adam_step(p, g, state, t, h)
+
+
+RULE = Rule(
+    name="adamw",
+    summary="Adam with decoupled weight decay",
+    source="Loshchilov & Hutter 2019",
+    defaults=DEFAULTS,
+    moments=moments,
+    update=update,
+    refuse=refuse,
+)

@@ -1,0 +1,90 @@
+"""What a rule is: the moments it keeps, its hyperparameters, and one update in plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from memopt.geometry import Shape
+from memopt.hyper import SpecError, check, check_names
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Hyper = Mapping[str, Any]
+
+
+class Moment(NamedTuple):
+    """One running statistic. ``signed`` chooses the code, ``factorable`` says that a rank-1 form makes sense."""
+
+    name: str
+    signed: bool = True
+    factorable: bool = False
+
+
+#: The two moments of the Adam family.
+EXP_AVG = Moment("exp_avg")
+EXP_AVG_SQ = Moment("exp_avg_sq", signed=False, factorable=True)
+
+
+class State(Protocol):
+    """What an update may ask of a parameter's state. It does not know the format, the placement or the ranks.
+
+    ``write`` returns what this step may see of the value: the value itself for element-wise formats (an update uses
+    its moments *before* they are re-quantised), the rank-1 reconstruction for a factored one. ``floor`` bounds from
+    below the mean by which a factored reconstruction divides.
+    """
+
+    def read(self, name: str) -> Tensor: ...
+    def write(self, name: str, value: Tensor, floor: float = 0.0) -> Tensor: ...
+    def rms(self, x: Tensor) -> Tensor: ...
+
+
+#: update(p, g, state, t, h): ``p`` [rows, …] fp32 or fp64, changed in place; ``g`` like p, not changed;
+#: ``t`` the number of this step, from 1; ``h`` the group's hyperparameters.
+Update = Callable[["Tensor", "Tensor", State, int, Hyper], None]
+
+
+class Rule(NamedTuple):
+    """A value on the rule axis.
+
+    ``defaults`` are the hyperparameters and their defaults; ``presets`` change them by the value of one of them.
+    ``moments(h, shape)`` are what the rule keeps. ``refuse(h, format)`` gives a reason why this format cannot hold
+    them, or None. ``element_wise`` is False for rules that need statistics of the whole tensor.
+    """
+
+    name: str
+    summary: str
+    source: str
+    defaults: dict[str, Any]
+    moments: Callable[[Hyper, Shape], tuple[Moment, ...]]
+    update: Update
+    default_format: str = "32bit"
+    element_wise: bool = True
+    presets: Callable[[Hyper], dict[str, Any]] = lambda given: {}
+    refuse: Callable[[Hyper, str], str | None] = lambda h, fmt: None
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Every hyperparameter with its default; all rules have ``maximize``."""
+        return {**self.defaults, "maximize": False}
+
+    def resolve(self, given: Hyper) -> dict[str, Any]:
+        """The full set of hyperparameters: defaults, then presets, then what was given. Raises :class:`SpecError`."""
+        check_names(self.name, given, self.hyperparameters)
+        h = {**self.hyperparameters, **self.presets(given), **given}
+        self.check(h)
+        return h
+
+    def check(self, h: Hyper) -> None:
+        """Raise :class:`SpecError` for values that are not allowed; keys that are not ours are a scheduler's."""
+        check(self.name, {k: h[k] for k in self.hyperparameters})
+        for name in ("betas", "eps"):
+            default = self.hyperparameters.get(name)
+            given = h.get(name)
+            if name in h and (isinstance(default, tuple) != isinstance(given, (tuple, list)) or
+                              (isinstance(default, tuple) and len(default) != len(given))):  # type: ignore[arg-type]
+                shape = f"{len(default)} numbers" if isinstance(default, tuple) else "one number"
+                raise SpecError(f"{self.name}: {name}={given!r} is not allowed; {name} is {shape}, by default {default}")
+        if h["lr"] is None and not h.get("relative_step"):
+            raise SpecError(f"{self.name}: lr=None is not allowed; lr must be a finite number >= 0")

@@ -1,0 +1,200 @@
+"""``OptimSpec``: a value on every axis, validated when it is made.
+
+    RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from memopt.aliases import ALIASES
+from memopt.engines import ENGINES
+from memopt.formats import FORMATS
+from memopt.hyper import SpecError
+from memopt.partitions import PARTITIONS
+from memopt.placements import PLACEMENTS
+from memopt.rules import RULES, Moment, Rule
+
+#: How low-precision parameters keep what an update is too small to touch. The grammar has the place; the values
+#: other than ``none`` do not exist yet.
+MASTERS = {"none": "the parameter itself is updated"}
+
+_GRAMMAR = re.compile(
+    r"(?P<rule>[a-z][a-z0-9]*)(?:-(?P<format>[a-z0-9]+))?(?:\+(?P<master>[a-z0-9]+))?"
+    r"(?:@(?P<placement>[a-z0-9]+))?(?:/(?P<partition>[a-z0-9]+))?"
+)
+_OVERRIDE = re.compile(r"(?P<format>[a-z0-9]+)?(?:@(?P<placement>[a-z0-9]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+    """A value on the axes *rule*, *format*, *master*, *placement*, *partition* and *engine*.
+
+    ``format=None`` is the rule's default. ``overrides`` maps shell-style patterns over parameter names to
+    ``FORMAT``, ``@PLACEMENT`` or ``FORMAT@PLACEMENT``; the first pattern that matches wins, and one that matches
+    nothing is an error when the optimizer is built or priced. ``hyper`` are hyperparameters of the rule.
+
+    Raises :class:`SpecError` for a value that does not exist or a combination that means nothing.
+
+    >>> OptimSpec(rule="adamw", format="8bit", placement="paged")
+    OptimSpec('adamw-8bit@paged')
+    >>> OptimSpec(rule="lion", format="factored")
+    Traceback (most recent call last):
+    memopt.hyper.SpecError: 'lion-factored': no moment of lion has a factored form; nearest: lion, lion-8bit
+    """
+
+    rule: str
+    format: str = ""
+    master: str = "none"
+    placement: str = "device"
+    partition: str = "none"
+    engine: str = "native"
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    hyper: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _known("rule", self.rule, RULES)
+        rule = RULES[self.rule]
+        set_ = object.__setattr__
+        set_(self, "format", self.format or rule.default_format)
+        for axis, values in (("format", FORMATS), ("master", MASTERS), ("placement", PLACEMENTS),
+                             ("partition", PARTITIONS), ("engine", ENGINES)):  # fmt: skip
+            _known(axis, getattr(self, axis), values)
+        set_(self, "overrides", MappingProxyType(dict(self.overrides)))
+        set_(self, "hyper", MappingProxyType(dict(self.hyper)))
+        rule.resolve(self.hyper)
+        if self.format == "factored" and not any(m.factorable for m in self._all_moments()):
+            nearest = f"{self.rule}, {self.rule}-8bit"
+            raise SpecError(f"'{self}': no moment of {self.rule} has a factored form; nearest: {nearest}")
+        reason = ENGINES[self.engine].refuse(self)
+        if reason:
+            raise SpecError(f"'{self}' with engine={self.engine!r}: {reason}")
+        for pattern in self.overrides:
+            self._override(pattern)
+
+    def _all_moments(self) -> tuple[Moment, ...]:
+        rule = RULES[self.rule]
+        return rule.moments(rule.resolve({**self.hyper, **_MOST_STATE.get(self.rule, {})}), (2, 2))
+
+    def _override(self, pattern: str) -> tuple[str, str]:
+        text = self.overrides[pattern]
+        match = _OVERRIDE.fullmatch(text) if isinstance(text, str) and text else None
+        if match is None:
+            raise SpecError(f"overrides[{pattern!r}] = {text!r} is not FORMAT, @PLACEMENT or FORMAT@PLACEMENT")
+        fmt, placement = match["format"] or self.format, match["placement"] or self.placement
+        _known("format", fmt, FORMATS)
+        _known("placement", placement, PLACEMENTS)
+        replace(self, format=fmt, placement=placement, overrides={})
+        return fmt, placement
+
+    def for_parameter(self, name: str) -> tuple[str, str, str | None]:
+        """``(format, placement, pattern)`` for a parameter: the first override that matches its name, or the spec's."""
+        if self.overrides:
+            from fnmatch import fnmatchcase
+
+            for pattern in self.overrides:
+                if fnmatchcase(name, pattern):
+                    return *self._override(pattern), pattern
+        return self.format, self.placement, None
+
+    def check_overrides(self, names: list[str]) -> None:
+        """Raise :class:`SpecError` for a pattern that is the first match of none of these names."""
+        used = {self.for_parameter(name)[2] for name in names} if self.overrides else set()
+        for pattern in self.overrides:
+            if pattern not in used:
+                shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+                raise SpecError(f"overrides: {pattern!r} is the first match of no parameter; the names are {shown}")
+
+    def resolve(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Every hyperparameter of the rule with its value, checked against the formats in use."""
+        rule: Rule = RULES[self.rule]
+        h = rule.resolve({**self.hyper, **(given or {})})
+        for fmt in {self.format, *(self._override(p)[0] for p in self.overrides)}:
+            reason = rule.refuse(h, fmt)
+            if reason:
+                raise SpecError(f"'{self}': {reason}; nearest: {self.rule}-32bit" if rule.default_format != "32bit"
+                                else f"'{self}': {reason}; nearest: {self.rule}")  # fmt: skip
+        return h
+
+    def __str__(self) -> str:
+        default = RULES[self.rule].default_format if self.rule in RULES else ""
+        return (
+            self.rule
+            + (f"-{self.format}" if self.format != default else "")
+            + (f"+{self.master}" if self.master != "none" else "")
+            + (f"@{self.placement}" if self.placement != "device" else "")
+            + (f"/{self.partition}" if self.partition != "none" else "")
+        )
+
+    def __repr__(self) -> str:
+        extra = [f"{k}={v!r}" for k, v in (("overrides", dict(self.overrides)), ("hyper", dict(self.hyper))) if v]
+        if self.engine != "native":
+            extra.insert(0, f"engine={self.engine!r}")
+        return f"OptimSpec({', '.join([repr(str(self)), *extra])})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return _rebuild, ({k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in fields.items()},)
+
+
+#: Hyperparameters that make a rule keep state it may do without: what ``sgd-8bit`` is for.
+_MOST_STATE: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9, "nesterov": False}}
+
+
+def _rebuild(fields: dict[str, Any]) -> OptimSpec:
+    return OptimSpec(**fields)
+
+
+def _known(axis: str, value: Any, allowed: Mapping[str, Any]) -> None:
+    if value in allowed:
+        return
+    from difflib import get_close_matches
+
+    near = get_close_matches(str(value), allowed, n=1)
+    guess = f" (did you mean {near[0]!r}?)" if near else ""
+    raise SpecError(f"unknown {axis} {value!r}{guess}; allowed: {', '.join(allowed)}")
+
+
+def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
+    """The spec that a string means; other fields of :class:`OptimSpec` by keyword. ``str(spec)`` is the inverse.
+
+    Names of other tools are understood. Raises :class:`SpecError`.
+
+    >>> str(parse("adamw-8bit@paged/zero1"))
+    'adamw-8bit@paged/zero1'
+    >>> str(parse("paged_adamw_8bit"))
+    'adamw-8bit@paged'
+    """
+    if isinstance(text, OptimSpec):
+        return replace(text, **fields) if fields else text
+    if not isinstance(text, str):
+        raise SpecError(f"a spec is a string or an OptimSpec, not {type(text).__name__}")
+    lowered = text.strip().lower()
+    # An alias names a rule, a format or a placement; a partition may follow it.
+    head, slash, tail = lowered.partition("/")
+    match = _GRAMMAR.fullmatch(ALIASES.get(head, head) + slash + tail)
+    if match is None:
+        raise SpecError(f"cannot read the spec {text!r}; the form is RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION], "
+                        f"where RULE is one of {', '.join(RULES)}")  # fmt: skip
+    axes = {axis: value for axis, value in match.groupdict().items() if value is not None}
+    return OptimSpec(**axes, **fields)
+
+
+def specs(engine: str = "native") -> tuple[OptimSpec, ...]:
+    """Every valid combination of rule, format, placement and partition for an engine."""
+    return tuple(_specs(engine))
+
+
+def _specs(engine: str) -> Iterator[OptimSpec]:
+    for rule in RULES:
+        for fmt in FORMATS:
+            for placement in PLACEMENTS:
+                for partition in PARTITIONS:
+                    try:
+                        yield OptimSpec(rule=rule, format=fmt, placement=placement, partition=partition, engine=engine)
+                    except SpecError:
+                        continue

@@ -1,0 +1,105 @@
+"""Whether a saved state fits an optimizer, decided before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+#: Keys that torch.optim keeps in a group and that say how it computes, not what.
+TORCH_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
+
+
+class LoadPlan(NamedTuple):
+    states: list[tuple[tuple[str, Tensor, dict[str, Any]], dict[str, Any]]]
+    without_state: list[Tensor]
+    groups: list[dict[str, Any]]  # what each param group is updated with
+    group_ids: list[int]
+    metadata: Mapping[str, Any]
+
+    def hyper_of(self, group: dict[str, Any]) -> dict[str, Any]:
+        return self.groups[self.group_ids.index(id(group))]
+
+
+def plan_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> LoadPlan:
+    """Match a saved dictionary with the optimizer's parameters. Raises ValueError with what does not fit."""
+    missing = [key for key in ("state", "param_groups") if key not in state_dict]
+    if missing:
+        raise ValueError(f"a state_dict has 'state' and 'param_groups'; this one lacks {missing[0]!r}")
+    metadata = state_dict.get("memopt", {})
+    _check_world(optimizer, metadata)
+    groups = _plan_groups(optimizer, state_dict["param_groups"])
+
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    states, without = [], []
+    origin = f" (the state was saved by {metadata['spec']!r}, this is {str(optimizer.spec)!r})" if metadata else ""
+    for saved_id, (name, p, group) in zip(saved_ids, optimizer._parameters(), strict=True):
+        saved = state_dict["state"].get(saved_id)
+        if not saved:
+            without.append(p)
+            continue
+        hyper = groups[next(i for i, g in enumerate(optimizer.param_groups) if g is group)]
+        _check_state(optimizer, name, p, {**group, **hyper}, saved, origin)
+        states.append(((name, p, group), saved))
+    extra = set(state_dict["state"]) - set(saved_ids)
+    if extra:
+        raise ValueError(f"the state_dict has state for {len(extra)} parameters that are in none of its groups")
+    return LoadPlan(states, without, groups, [id(g) for g in optimizer.param_groups], metadata)
+
+
+def _check_world(optimizer: Optimizer, metadata: Mapping[str, Any]) -> None:
+    if optimizer.spec.partition == "none":
+        saved, here = metadata.get("world_size", 1), 1
+    else:
+        saved = (metadata.get("rank", 0), metadata.get("world_size", 1))
+        here = (optimizer.partition.rank, optimizer.partition.world_size)
+    if saved != here:
+        raise ValueError(f"this state is rank {metadata.get('rank')} of {metadata.get('world_size')}, and it is loaded "
+                         f"on rank {optimizer.partition.rank} of {optimizer.partition.world_size}; "
+                         "a sharded state loads on the rank and world size that saved it")  # fmt: skip
+
+
+def _plan_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours = optimizer.param_groups
+    counts = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
+    if counts[0] != counts[1]:
+        raise ValueError(f"the param groups differ: saved with {counts[0]} parameters each, here {counts[1]}")
+    planned = []
+    for mine, theirs in zip(ours, saved, strict=True):
+        names = theirs.get("param_names"), mine.get("param_names")
+        if all(names) and names[0] != names[1]:
+            first = next((a, b) for a, b in zip(*names, strict=True) if a != b)  # type: ignore[arg-type]
+            raise ValueError(f"the parameters differ: saved {first[0]!r} where there is {first[1]!r} here")
+        keys = {k: v for k, v in theirs.items() if k not in ("params", "param_names", *TORCH_EXECUTION)}
+        optimizer.rule.check({**mine, **keys})
+        planned.append(copy.deepcopy(keys))
+    return planned
+
+
+def _check_state(
+    optimizer: Optimizer, name: str, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], origin: str
+) -> None:
+    lines = {line.key: line for line in optimizer._lines(name, p, group)}
+    lacking = [key for key in lines if key not in saved]
+    unknown = [key for key in saved if key not in lines]
+    if lacking or unknown:
+        what = f"lacks {lacking[0]!r}" if lacking else f"has {unknown[0]!r}, which is not kept here"
+        raise ValueError(f"{name}: the saved state {what}; here it is {', '.join(lines)}{origin}")
+    for key, line in lines.items():
+        value = saved[key]
+        if key == "step":
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"{name}: the saved 'step' has shape {tuple(value.shape)}; it is one number")
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}: the saved {key!r} is a {type(value).__name__}, not a tensor")
+        dtype = getattr(torch, line.dtype)
+        if tuple(value.shape) != line.shape or value.dtype != dtype:
+            raise ValueError(f"{name}: the saved {key!r} is {value.dtype} {tuple(value.shape)}, "
+                             f"here it is {dtype} {line.shape}{origin}")  # fmt: skip
