@@ -50,7 +50,7 @@ class ParameterState:
         self._total = total
         self._moments = {m.name: (m, fmt) for m, fmt, _ in moments}
         self._shard = {
-            m.name: Shard(work.rows, noise.key(seed, work.index, work.step, j), total)
+            m.name: Shard(work.rows, noise.key(seed, work.index, j), work.step, total)
             for j, (m, _, _) in enumerate(moments)
         }
 

@@ -25,12 +25,14 @@ MIN_COLS = 64
 class Shard(NamedTuple):
     """What an encoding may know about where it stands.
 
-    ``rows`` are the rows held here, ``key`` the random key of this moment at this step, and ``total`` adds a tensor
-    up over the ranks that hold the other rows (the identity where the rows are all here).
+    ``rows`` are the rows held here; ``key`` (of this parameter's moment) and ``step`` choose the dither of
+    :mod:`memopt.noise`; ``total`` adds a tensor up over the ranks that hold the other rows (the identity where the
+    rows are all here).
     """
 
     rows: Rows
     key: int = 0
+    step: int = 0
     total: Callable[[Tensor], Tensor] = lambda x: x
 
 

@@ -39,7 +39,8 @@ class BF16(Format):
 
         rows = shard.rows
         cols = rows.cols if len(rows.shape) >= 2 else FLAT_ROW
-        words = noise.bits(shard.key, rows.first, rows.count, cols, x.device).view(-1)[: x.numel()].view(x.shape)
-        rounded = x.contiguous().view(torch.int32) + (words & 0xFFFF)
+        words = noise.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device)
+        low = (words.view(-1)[: x.numel()].view(x.shape) >> 16) & 0xFFFF
+        rounded = x.contiguous().view(torch.int32) + low
         parts[""].copy_((rounded & -0x10000).view(torch.float32))
         return x
