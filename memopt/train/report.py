@@ -1,0 +1,87 @@
+"""What is said before and after the runs: the setting, one table, and what its figures are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from memopt.train.job import Job, Result
+from memopt.train.text import Text
+
+MIB = 2**20
+
+
+def setting(text: Text, job: Job) -> str:
+    """The text, the model and the schedule, in two lines."""
+    from memopt.train.run import shapes
+
+    parameters = sum(p.numel() for p in shapes(job.model).parameters())
+    return (
+        f"text   {text.name}: {len(text.content):,} bytes, {text.entropy:.3f} nats per byte without context\n"
+        f"model  {parameters:,} parameters, {job.steps} steps of {job.batch} × {job.model.context} bytes, "
+        f"seed {job.seed}"
+    )
+
+
+def table(results: Sequence[Result]) -> Table:
+    """One row for each run; 80 columns hold the specs people use."""
+    view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    view.add_column("spec", overflow="fold")
+    for heading in ("state bytes\npredicted", "state bytes\nlive", "validation\nloss", "step\nms", "peak mem.\nMiB"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    for result in results:
+        view.add_row(
+            result.job.spec,
+            f"{max(result.predicted):,}",
+            f"{max(result.live):,}",
+            f"{result.validation_loss:.4f}",
+            f"{result.step_s * 1e3:.0f}",
+            f"{result.peak_resident / MIB:.0f}",
+        )
+    return view
+
+
+def notes(results: Sequence[Result]) -> Iterator[str]:
+    """What a reader of the table would ask."""
+    base = min((rank.resident_before for result in results for rank in result.ranks), default=0)
+    yield (
+        "Validation loss in nats per byte, step time the median. Peak memory is what was resident in the run's own "
+        f"process, of which {base / MIB:.0f} MiB are Python and torch before there is a model."
+    )
+    for result in results:
+        spec, job = result.job.parsed, result.job
+        if job.world_size > 1:
+            yield f"{job.spec}: figures of the largest of {job.world_size} processes, which share each batch."
+        if spec.placement == "paged":
+            yield f"{job.spec}: its state is resident as long as there is room, and counted above."
+        skipped = result.ranks[0].skipped_steps
+        if skipped:
+            yield f"{job.spec}: {skipped} steps had NaN or Inf in their gradients and were skipped."
+
+
+def to_json(result: Result) -> dict[str, Any]:
+    """A record of one run; a loss that is not a number is null, since JSON has no other word for it."""
+    job, loss = result.job, result.validation_loss
+    return {
+        "spec": job.spec,
+        "lr": job.lr,
+        "seed": job.seed,
+        "steps": job.steps,
+        "batch": job.batch,
+        "context": job.model.context,
+        "world_size": job.world_size,
+        "threads_per_rank": result.ranks[0].threads,
+        "state_bytes_predicted": list(result.predicted),
+        "state_bytes_live": list(result.live),
+        "state_storage_bytes": [rank.storage for rank in result.ranks],
+        "validation_loss": loss if math.isfinite(loss) else None,
+        "step_s": result.step_s,
+        "optimizer_step_s": max(rank.optimizer_step_s for rank in result.ranks),
+        "peak_resident_bytes": [rank.peak_resident for rank in result.ranks],
+        "resident_bytes_before": [rank.resident_before for rank in result.ranks],
+        "skipped_steps": result.ranks[0].skipped_steps,
+    }
