@@ -1,0 +1,43 @@
+"""What a model and its optimizer state will cost, before anything is allocated.
+
+The closed-form half of the calculator: importing it does not import torch, and an estimate of a parameter count, an
+architecture or a configuration file does not either.
+
+>>> estimate("8B", "adamw-8bit").parameters
+8000000000
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+#: public name -> the module that defines it
+_PUBLIC = {
+    "Column": "estimators.estimate",
+    "Estimate": "estimators.estimate",
+    "InputError": "estimators.fields",
+    "Model": "estimators.model",
+    "Peak": "estimators.estimate",
+    "Row": "estimators.estimate",
+    "architectures": "estimators.model",
+    "capacity": "estimators.hardware",
+    "estimate": "estimators.estimate",
+    "resolve": "estimators.model",
+}
+
+__all__ = sorted(_PUBLIC)
+
+if TYPE_CHECKING:
+    from estimators.estimate import Column, Estimate, Peak, Row, estimate
+    from estimators.fields import InputError
+    from estimators.hardware import capacity
+    from estimators.model import Model, architectures, resolve
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'estimators' has no attribute {name!r}")
+    value = getattr(import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,109 @@
+"""Reading published configuration fields: every value is checked, every refusal names the field, the value and what is
+allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+#: Ten times the widest published dimension (vocabularies of about 260,000 rows, widths of about 54,000).
+MAX_DIMENSION = 2**22
+#: Several times the deepest published model (128 layers).
+MAX_LAYERS = 1024
+MAX_EXPERTS = 2**16
+#: Elements of a model: a thousand times the largest published one.
+MAX_PARAMETERS = 10**15
+
+_REQUIRED = object()
+
+
+class InputError(ValueError):
+    """A model, a size or an option that cannot be used; the message names the value and what is allowed."""
+
+
+def shown(value: Any) -> str:
+    """A value of unknown size and kind, short enough for one sentence.
+
+    >>> shown("x" * 100)
+    "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx…"
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, (dict, list)):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} items"
+    text = "".join(c if c.isprintable() else "?" for c in repr(value))
+    return text if len(text) <= 40 else text[:37] + "…"
+
+
+class Fields:
+    """The fields of a configuration, read with checks. A default stands for a field that is missing."""
+
+    __slots__ = ("_values", "source")
+
+    def __init__(self, values: Mapping[str, Any], source: str) -> None:
+        self._values = values
+        self.source = source
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self._values.get(name, default)
+        if value is _REQUIRED:
+            raise InputError(f"{self.source} has no {name}; it must be an integer >= 1")
+        return value
+
+    def optional(self, name: str, default: int | None = None) -> int | None:
+        """An integer, or None where it is null."""
+        return None if self._get(name, default) is None else self.integer(name, default)
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, least: int = 1, most: int = MAX_DIMENSION) -> int:
+        """An integer in [least, most]."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be an integer "
+                             f"from {least} to {most}")  # fmt: skip
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or False; null reads as False, as it does in transformers."""
+        value = self._get(name, default)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be true or false")
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str):
+            raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be a string")
+        return value
+
+    def integers(self, name: str) -> frozenset[int]:
+        """A list of integers; empty where it is missing or null."""
+        value = self._get(name, None)
+        if value is None:
+            return frozenset()
+        if not isinstance(value, list) or not all(isinstance(v, int) for v in value):
+            raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be a list of integers")
+        return frozenset(value)
+
+    def entries(self, name: str, default: int) -> int:
+        """How many entries an object has."""
+        value = self._get(name, None)
+        if value is None:
+            return default
+        if not isinstance(value, dict):
+            raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be an object")
+        return len(value)
+
+    def layers(self, name: str = "num_hidden_layers", default: Any = _REQUIRED) -> int:
+        return self.integer(name, default, least=0, most=MAX_LAYERS)
+
+    def experts(self, name: str) -> int:
+        return self.integer(name, most=MAX_EXPERTS)
+
+    def divide(self, total: str, parts: str) -> int:
+        """``total`` / ``parts``, which must come out even."""
+        a, b = self.integer(total), self.integer(parts)
+        if a % b:
+            raise InputError(f"{self.source}: {total}={a} is not a multiple of {parts}={b}")
+        return a // b

@@ -1,0 +1,123 @@
+"""What is to be priced: named shapes, and how they are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from estimators.fields import InputError, shown
+from estimators.units import checked_count, count
+
+Shape = tuple[int, ...]
+
+
+class Model(NamedTuple):
+    """The parameters of a model, shared ones once.
+
+    ``provenance`` is ``exact`` where every shape is known and ``assumed`` where only the count is. ``frozen`` are the
+    names of parameters that do not train. ``dtypes`` maps a name to torch's name of its dtype, where the source says
+    one; ``buffers`` are the bytes of tensors that are not parameters. ``notes`` are sentences for the reader.
+    """
+
+    name: str
+    shapes: tuple[tuple[str, Shape], ...]
+    provenance: str
+    frozen: frozenset[str] = frozenset()
+    dtypes: Mapping[str, str] = {}
+    buffers: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def architectures() -> tuple[str, ...]:
+    """The names of the built-in architectures."""
+    from estimators.known import KNOWN
+
+    return tuple(KNOWN)
+
+
+def resolve(model: Any) -> Model:
+    """The model that a count, a name, a path or a torch.nn.Module means. Raises :class:`InputError`.
+
+    >>> resolve("gpt2").provenance, resolve("124M").provenance
+    ('exact', 'assumed')
+    """
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, int) and not isinstance(model, bool):
+        from estimators.counted import counted
+
+        return counted(checked_count(model))
+    if isinstance(model, Mapping):
+        from estimators.config import from_config
+
+        return from_config(model, "the configuration")
+    if hasattr(model, "named_parameters"):
+        from estimators.live import from_module
+
+        return from_module(model)
+    if not isinstance(model, str):
+        try:
+            from os import fspath
+
+            model = fspath(model)
+        except TypeError:
+            raise InputError(f"a model is a parameter count, the name of an architecture, a path or a torch.nn.Module, "
+                             f"not {type(model).__name__}") from None  # fmt: skip
+    return _from_text(model)
+
+
+def _from_text(text: str) -> Model:
+    number = count(text)
+    if number is not None:
+        from estimators.counted import counted
+
+        return counted(number)
+    from estimators.known import KNOWN
+
+    if text in KNOWN:
+        return _known(text)
+    from os.path import exists
+
+    # A NUL in a path is a ValueError of its own; it names no file.
+    if "\0" not in text and exists(text):
+        from estimators.files import from_path
+
+        return from_path(text)
+    name = plain_name(text)
+    if name in KNOWN:
+        return _known(name)
+    raise InputError(_unknown(text, name))
+
+
+def _known(name: str) -> Model:
+    from estimators.config import from_config
+    from estimators.known import KNOWN
+
+    return from_config(KNOWN[name], name)
+
+
+#: Endings that say how a model was tuned or stored, not how it is built.
+_ENDINGS = ("-instruct", "-chat", "-base", "-hf", "-it", "-pt")
+
+
+def plain_name(text: str) -> str:
+    """A published name as the table spells it.
+
+    >>> plain_name("meta-llama/Llama-3.1-8B-Instruct"), plain_name("google/gemma-2-9b-it")
+    ('llama-3.1-8b', 'gemma-2-9b')
+    """
+    name = text.strip().rstrip("/").rpartition("/")[2].lower().replace("_", "-").removeprefix("meta-")
+    for ending in _ENDINGS:
+        name = name.removesuffix(ending)
+    return name
+
+
+def _unknown(text: str, name: str) -> str:
+    from difflib import get_close_matches
+
+    from estimators.known import KNOWN
+
+    near = get_close_matches(name, KNOWN, n=3, cutoff=0.5)
+    guess = f"nearest names: {', '.join(near)}" if near else f"names are like {', '.join(list(KNOWN)[10:60:16])}"
+    return (f"{shown(text)} is neither a parameter count such as 8B, nor a file or folder here, nor a known "
+            f"architecture; {guess}")  # fmt: skip

@@ -1,0 +1,154 @@
+"""What this machine offers, and what is missing.
+
+One line per finding: ok, note (works, but know this) or missing. The exit code is 1 if something required is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from importlib import metadata, util
+from typing import NamedTuple
+
+SUMMARY = "what this machine offers, and what is missing"
+
+MIN_PYTHON = (3, 10)
+OK, NOTE, MISSING = "ok", "note", "missing"
+
+#: package -> (whether memopt needs it, what it is for)
+PACKAGES = {
+    "torch": (True, "training; estimates work without it"),
+    "psutil": (True, "memory figures"),
+    "safetensors": (True, "checkpoints"),
+    "accelerate": (True, "distributed training"),
+    "rich": (True, "progress bars"),
+    "bitsandbytes": (False, "engine='bitsandbytes', and @paged on CUDA"),
+    "transformers": (False, "its Trainer and its models"),
+    "deepspeed": (False, "engine='deepspeed'"),
+}
+_MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+class Finding(NamedTuple):
+    """``status`` is ``ok``, ``note`` or ``missing``; ``required`` says whether memopt cannot train without it."""
+
+    what: str
+    status: str
+    text: str
+    required: bool = False
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(args: Namespace) -> int:
+    found = list(findings())
+    if args.json:
+        import json
+
+        print(json.dumps({"schema": "memopt.doctor/1", "findings": [f._asdict() for f in found]}, indent=2))
+    else:
+        width = max(len(f.what) for f in found)
+        print("\n".join(f"{f.status:<7}  {f.what:<{width}}  {f.text}" for f in found))
+    return 1 if any(f.required and f.status == MISSING for f in found) else 0
+
+
+def findings() -> Iterator[Finding]:
+    yield python()
+    for name in PACKAGES:
+        yield package(name)
+    yield cuda()
+    yield memory()
+    yield temporary_files()
+    yield compiler()
+
+
+def python() -> Finding:
+    wanted = ".".join(map(str, MIN_PYTHON))
+    version = f"{platform.python_version()} ({sys.executable})"
+    if sys.version_info < MIN_PYTHON:
+        return Finding("Python", MISSING, f"{version}; memopt needs {wanted} or later", required=True)
+    return Finding("Python", OK, version)
+
+
+def package(name: str) -> Finding:
+    """Found by its metadata, without importing it."""
+    required, purpose = PACKAGES[name]
+    try:
+        return Finding(name, OK, f"{metadata.version(name)}: {purpose}", required)
+    except metadata.PackageNotFoundError:
+        return Finding(name, MISSING, f"{purpose}: pip install {name}", required)
+
+
+def cuda() -> Finding:
+    if util.find_spec("torch") is None:
+        return Finding("CUDA", NOTE, "unknown without torch")
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        why = f"torch is built for CUDA {built} but sees no device" if built else "torch is built without CUDA"
+        return Finding("CUDA", NOTE, f"{why}; training runs on the CPU")
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return Finding("CUDA", OK, ", ".join(f"{c.name} {c.total_memory / 2**30:.1f} GiB" for c in cards))
+
+
+def memory() -> Finding:
+    try:
+        import psutil
+    except ImportError:
+        return Finding("host memory", NOTE, "unknown without psutil")
+    m = psutil.virtual_memory()
+    text = f"{m.available / 2**30:.1f} GiB free of {m.total / 2**30:.1f} GiB"
+    limit = container_limit()
+    if limit is not None and limit < m.total:
+        return Finding("host memory", NOTE, f"{text}, but this process is limited to {limit / 2**30:.1f} GiB")
+    return Finding("host memory", OK, text)
+
+
+def container_limit(path: str = "/sys/fs/cgroup/memory.max") -> int | None:
+    """Bytes that a container allows, or None where nothing limits them."""
+    try:
+        with open(path) as file:
+            text = file.read().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def temporary_files() -> Finding:
+    """@paged on a CPU keeps its state in the directory for temporary files, which must be on a disk."""
+    directory = tempfile.gettempdir()
+    kind = file_system(directory)
+    free = shutil.disk_usage(directory).free / 2**30
+    if kind in _MEMORY_FILE_SYSTEMS:
+        return Finding("TMPDIR", NOTE, f"{directory} is {kind}, which is memory: @paged on the CPU needs TMPDIR on a disk")
+    return Finding("TMPDIR", OK, f"{directory} ({kind or 'unknown file system'}), {free:.1f} GiB free for @paged")
+
+
+def file_system(directory: str) -> str:
+    """The type of the file system that holds a directory, empty where it cannot be told."""
+    try:
+        import psutil
+    except ImportError:
+        return ""
+    path = os.path.join(os.path.realpath(directory), "")
+    mounts = [m for m in psutil.disk_partitions(all=True) if path.startswith(os.path.join(m.mountpoint, ""))]
+    return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""
+
+
+def compiler() -> Finding:
+    asked = os.environ.get("CXX")
+    for name in [asked] if asked else _COMPILERS:
+        path = shutil.which(name)
+        if path:
+            return Finding("C++ compiler", OK, path)
+    named = f"CXX={asked} is not a program" if asked else f"none of {', '.join(_COMPILERS)} found"
+    return Finding("C++ compiler", NOTE, f"{named}; steps on the CPU use plain torch")

@@ -1,0 +1,91 @@
+"""The specs that exist: which formats each rule has, and what may follow them.
+
+RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]; what is left out is the plain default.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from typing import Any
+
+SUMMARY = "the specs that exist, and the values on each axis"
+
+#: How a placement or a partition is written in a spec.
+_SIGNS = {"placement": "@", "partition": "/"}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--aliases", action="store_true", help="names of other tools, and the spec each one means")
+    parser.add_argument("--json", action="store_true", help="print every spec with its axes as JSON")
+
+
+def run(args: Namespace) -> int:
+    if args.json:
+        import json
+
+        print(json.dumps(as_json(args.aliases), indent=2))
+    else:
+        print("\n".join(aliases_text() if args.aliases else matrix_text()))
+    return 0
+
+
+def as_json(aliases: bool) -> dict[str, Any]:
+    """``specs``: every valid spec with its axes; ``aliases``, if asked for: name -> spec."""
+    from memopt.aliases import ALIASES
+    from memopt.spec import specs
+
+    axes = ("rule", "format", "placement", "partition")
+    listed = [{"spec": str(s), **{axis: getattr(s, axis) for axis in axes}} for s in specs()]
+    return {"schema": "memopt.list/1", "specs": listed, **({"aliases": dict(ALIASES)} if aliases else {})}
+
+
+def aliases_text() -> list[str]:
+    from memopt.aliases import ALIASES
+
+    width = max(map(len, ALIASES))
+    return [f"{name:<{width}}  {spec}" for name, spec in ALIASES.items()]
+
+
+def matrix_text() -> list[str]:
+    """A matrix of rules by formats, the values of the other axes, and what the matrix does not show."""
+    from memopt.formats import FORMATS
+    from memopt.partitions import PARTITIONS
+    from memopt.placements import PLACEMENTS
+    from memopt.rules import RULES
+    from memopt.spec import specs
+
+    valid = specs()
+    endings = {(s.placement, s.partition) for s in valid}
+    found = {(s.rule, s.format, s.placement, s.partition) for s in valid}
+    pairs = {(s.rule, s.format) for s in valid}
+    rows = [["", *FORMATS]]
+    for rule, r in RULES.items():
+        rows.append([rule, *(_cell((rule, fmt) in pairs, fmt == r.default_format) for fmt in FORMATS)])
+    missing = [(*pair, *end) for pair in sorted(pairs) for end in sorted(endings) if (*pair, *end) not in found]
+    return [
+        f"{len(valid)} specs: RULE[-FORMAT][@PLACEMENT][/PARTITION]",
+        "",
+        *_columns(rows),
+        "",
+        "yes: RULE-FORMAT; default: what RULE alone means; - : refused, with the reason",
+        "",
+        *_axis("placement", PLACEMENTS, "device"),
+        *_axis("partition", PARTITIONS, "none"),
+        *[f"not valid: {rule}-{fmt}@{placement}/{partition}" for rule, fmt, placement, partition in missing],
+    ]
+
+
+def _cell(valid: bool, default: bool) -> str:
+    return "default" if default else "yes" if valid else "-"
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _axis(name: str, values: Any, default: str) -> list[str]:
+    """One line per value; the default is written by leaving it out."""
+    written = [("(none)" if value == default else _SIGNS[name] + value, values[value].summary) for value in values]
+    return [f"{name if i == 0 else '':<10} {sign:<10} {summary}" for i, (sign, summary) in enumerate(written)]
