@@ -1,0 +1,44 @@
+# From a bare clone: Python 3.10 or newer, a C++ compiler and make are enough. Everything else goes into .venv.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+# Temporary files go on the checkout's disk: where /tmp is memory, paged state would have nowhere to be paged out to.
+export TMPDIR ?= $(CURDIR)/build/tmp
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo    the memory of an 8-billion-parameter model, then five optimizers on one language model"
+	@echo "make test    lint, types, doctests and the test suite"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   the language model with every format, three seeds (about 20 minutes)"
+	@echo "make clean   remove the environment and what the tools left behind"
+
+demo: $(READY)
+	$(BIN)/memopt estimate 8B --gpu 24GiB
+	$(BIN)/memopt train
+
+test: lint
+	$(BIN)/python -m pytest --doctest-modules memopt estimators tests
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(READY)
+	$(BIN)/python benchmarks/quality.py
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "memopt needs Python 3.10 or newer: make PYTHON=python3.12")'
+	@mkdir -p "$$TMPDIR"
+	@echo "Installing into $(VENV); this happens once and takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	@touch $@
