@@ -141,7 +141,6 @@ class Optimizer(torch.optim.Optimizer):
 
     def _work(self, index: int, name: str, p: Tensor, group: dict[str, Any]) -> Work:
         state = self.state[p] or self._allocate(name, p, group)
-        PLACEMENTS[self.spec.for_parameter(name)[1]].prefetch([t for k, t in state.items() if k != "step"])
         state["step"] += 1
         rows = self._rows(p)
         assert p.grad is not None
@@ -208,7 +207,12 @@ class Optimizer(torch.optim.Optimizer):
         if self.process_group is not None:
             raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
         ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "skipped_steps")}
-        return {**super().__getstate__(), "memopt": ours}
+        # pickle cannot carry torch's 8-bit floats: their bytes travel instead.
+        state = {
+            p: {k: t.view(torch.uint8) if t.is_floating_point() and t.itemsize == 1 else t for k, t in parts.items()}
+            for p, parts in self.state.items()
+        }
+        return {**super().__getstate__(), "state": state, "memopt": ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
@@ -223,7 +227,7 @@ class Optimizer(torch.optim.Optimizer):
             if copied.get(p):
                 target = self._allocate(name, p, group)
                 for key, value in copied[p].items():
-                    target[key].copy_(value)
+                    target[key].copy_(value.view(target[key].dtype))
 
     # Looking ---------------------------------------------------------------------------------------------------
 

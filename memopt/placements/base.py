@@ -30,6 +30,3 @@ class Placement(ABC):
     @abstractmethod
     def explain(self, device: torch.device) -> str:
         """One sentence: by what mechanism the state is kept here."""
-
-    def prefetch(self, tensors: Sequence[Tensor]) -> None:  # noqa: B027 - nothing to do is a valid answer
-        """Called before a step touches these tensors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, final
 
 from memopt.ledger import Line
@@ -23,7 +24,8 @@ class Paged(Placement):
     """On a CPU: one file per parameter, mapped into memory and already unlinked, in the directory for temporary
     files (``TMPDIR``). The operating system writes pages back to it when memory is short and reads them again when a
     step touches them; anonymous memory could only go to swap, which most machines do not have. On CUDA: unified
-    memory from bitsandbytes' allocator, which the driver moves to the host when the card is full.
+    memory from bitsandbytes' allocator, which the driver moves to the host when the card is full (written for CUDA,
+    not yet run on a GPU).
 
     All parts are paged, scales included, whatever their size (bitsandbytes pages buffers from 1e5 elements on, and
     never its absmax). Where ``TMPDIR`` is a file system in memory nothing can be written back: that is an error, not
@@ -47,13 +49,6 @@ class Paged(Placement):
         if device.type == "cuda":
             return f"state is in CUDA unified memory, paged between {device} and the host by the driver"
         return f"state is in unlinked files mapped into memory from {tempfile.gettempdir()}, paged by the system"
-
-    def prefetch(self, tensors: Sequence[Tensor]) -> None:
-        if tensors and tensors[0].is_cuda:
-            from bitsandbytes.functional import prefetch_tensor
-
-            for tensor in tensors:
-                prefetch_tensor(tensor)
 
 
 def _mapped(lines: Sequence[Line]) -> dict[str, Tensor]:
@@ -87,6 +82,7 @@ def _mapped(lines: Sequence[Line]) -> dict[str, Tensor]:
     return tensors
 
 
+@lru_cache
 def _refuse_memory_file_system(directory: str) -> None:
     import psutil
 
@@ -99,19 +95,34 @@ def _refuse_memory_file_system(directory: str) -> None:
                            "out; set TMPDIR to a directory on a disk")  # fmt: skip
 
 
+class _Managed:
+    """Unified memory as the CUDA array interface describes it, so that torch sees an ordinary CUDA tensor."""
+
+    def __init__(self, pointer: int, nbytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,), "typestr": "|u1", "data": (pointer, False), "strides": None, "version": 3,
+        }  # fmt: skip
+
+
 def _unified(lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
+    """Not yet run on a GPU. bitsandbytes' own paged tensors call themselves CPU tensors; these say where they step."""
+    import ctypes
+
     import torch
 
     from memopt.engines.bitsandbytes import require
 
-    functional = require().functional
+    require()
+    from bitsandbytes.cextension import lib
+
     tensors = {}
     for line in lines:
         dtype = getattr(torch, line.dtype)
-        if not line.nbytes:
+        if line.nbytes:
+            with torch.cuda.device(device):
+                pointer = lib.cget_managed_ptr(ctypes.c_size_t(line.nbytes))
+            raw = torch.as_tensor(_Managed(pointer, line.nbytes), device=device)
+            tensors[line.key] = raw.zero_().view(dtype).view(line.shape)
+        else:
             tensors[line.key] = torch.zeros(line.shape, dtype=dtype, device=device)
-            continue
-        tensor = functional.get_paged(*line.shape, dtype=dtype, device=device)
-        functional.fill(tensor, 0)
-        tensors[line.key] = tensor
     return tensors

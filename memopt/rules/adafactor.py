@@ -86,7 +86,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     if h["beta1"] is not None:
         u = state.write("exp_avg", state.read("exp_avg").lerp_(u, 1 - h["beta1"]))
     if not torch_way and h["weight_decay"]:
-        p.mul_(1 - h["weight_decay"] * a)
+        p.sub_(p * (a * h["weight_decay"]))
     p.sub_(u)
 
 

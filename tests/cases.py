@@ -1,0 +1,109 @@
+"""The table of cases: every spec, what it needs to be built, and the model on which contracts are checked.
+
+A new rule, format or placement appears here by itself, through ``memopt.specs()``; one that needs a hyperparameter to
+keep any state gets a row in ``HYPER``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import memopt
+
+#: Hyperparameters without which a rule keeps no state.
+HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+
+SPECS = [str(spec) for spec in memopt.specs()]
+#: One spec for each rule × format, where the state is and who owns it being the plain default.
+PLAIN_SPECS = [s for s in SPECS if "@" not in s and "/" not in s]
+
+#: Hyperparameter variants that keep other moments than the default.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("adamw", {"amsgrad": True}),
+    ("adamw-8bit", {"amsgrad": True}),
+    ("adam-4bit@paged", {"amsgrad": True}),
+    ("sgd", {}),
+    ("sgd", {"momentum": 0.9, "nesterov": True}),
+    ("rmsprop", {"centered": True, "momentum": 0.9}),
+    ("rmsprop-8bit", {"momentum": 0.9}),
+    ("rmsprop-factored", {"momentum": 0.9}),
+    ("adafactor", {"beta1": 0.9}),
+    ("adafactor", {"convention": "transformers"}),
+    ("adafactor-8bit", {"beta1": 0.9}),
+    ("radam-bf16", {"decoupled_weight_decay": True, "weight_decay": 0.1}),
+]
+
+#: (spec, hyperparameters) for every spec and every variant.
+CASES = [(s, HYPER.get(memopt.parse(s).rule, {})) for s in SPECS] + VARIANTS
+CASE_IDS = [s + "".join(f" {k}={v}" for k, v in h.items()) for s, h in CASES]
+
+
+class Odd(nn.Module):
+    """A model with every awkward shape: a tied embedding, a convolution, biases, a norm, a 5 × 3 matrix, a vector of
+    4097 elements, an empty tensor and a scalar; rows that are no multiple of any block, and stacked experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(300, 67)
+        self.conv = nn.Conv1d(67, 70, 3)
+        self.norm = nn.LayerNorm(70)
+        self.small = nn.Linear(3, 5)
+        self.vector = nn.Parameter(torch.randn(4097))
+        self.empty = nn.Parameter(torch.empty(0, 7))
+        self.nothing = nn.Parameter(torch.empty(0))
+        self.scalar = nn.Parameter(torch.tensor(0.5))
+        self.experts = nn.Parameter(torch.randn(3, 129, 65) / 8)
+        self.wide = nn.Linear(700, 67, bias=False)
+        self.head = nn.Linear(67, 300, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, seed: int) -> Tensor:
+        """A loss that touches every parameter; inputs are a function of ``seed``."""
+        g = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(0, 300, (4, 20), generator=g)
+        x = self.embedding(tokens)
+        y = self.norm(self.conv(x.transpose(1, 2)).transpose(1, 2))
+        z = self.wide(torch.randn(4, 700, generator=g).to(x.dtype))
+        logits = self.head(x.mean(1) + z)
+        w = torch.randn(4097, generator=g).to(x.dtype)
+        e = torch.einsum("eij,j->ei", self.experts, torch.randn(65, generator=g).to(x.dtype))
+        return (
+            nn.functional.cross_entropy(logits, tokens[:, 0])
+            + y.square().mean()
+            + self.small(torch.randn(2, 3, generator=g).to(x.dtype)).square().mean()
+            + (self.vector * w).mean() * self.scalar
+            + self.vector.square().mean()
+            + e.square().mean()
+            + self.empty.sum()
+            + self.nothing.sum()
+        )
+
+
+def odd_model(dtype: torch.dtype = torch.float32) -> Odd:
+    torch.manual_seed(0)
+    return Odd().to(dtype)
+
+
+def train(model: Odd, optimizer: torch.optim.Optimizer, first: int, steps: int) -> None:
+    """Steps ``first`` up to ``first + steps``, each on its own data."""
+    for seed in range(first, first + steps):
+        optimizer.zero_grad()
+        model(seed).backward()
+        optimizer.step()
+
+
+def live_nbytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of every tensor in ``optimizer.state``, counted without the ledger."""
+    return sum(
+        t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)
+    )
+
+
+def assert_same_bits(a: Tensor, b: Tensor, what: str = "") -> None:
+    assert a.dtype == b.dtype, what
+    assert a.shape == b.shape, what
+    view = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    assert torch.equal(a.detach().contiguous().view(view), b.detach().contiguous().view(view)), what

@@ -1,0 +1,206 @@
+"""The rules are torch.optim's, or the published reference's, within 1e-6 relative over 100 steps."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch.testing._internal.common_optimizers import optim_db
+
+import memopt
+
+#: fp32 arithmetic in another order, over 100 steps: relative to the largest element of a tensor.
+RTOL = 1e-6
+STEPS = 100
+SHAPES = [(10, 5), (67, 33), (4, 3, 3, 3), (7,), (), (1, 1), (3, 40, 30)]
+
+TORCH = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "rmsprop": torch.optim.RMSprop,
+    "radam": torch.optim.RAdam,
+    "adafactor": torch.optim.Adafactor,
+}
+#: torch's choices of how to compute; memopt has none.
+EXECUTION = ("foreach", "fused", "capturable", "differentiable")
+
+
+def torch_inputs():
+    """torch's own table of optimizer inputs, for the rules that are here."""
+    for rule, cls in TORCH.items():
+        info = next(i for i in optim_db if i.optim_cls is cls)
+        for given in info.optim_inputs_func(device="cpu"):
+            if any(given.kwargs.get(k) for k in EXECUTION) or torch.is_tensor(given.kwargs.get("betas", (0,))[0]):
+                continue
+            kwargs = {k: v for k, v in given.kwargs.items() if k not in EXECUTION}
+            if rule == "radam" and kwargs.get("decoupled_weight_decay") is False:
+                continue
+            yield pytest.param(rule, kwargs, id=f"{rule} {given.desc}")
+
+
+def parameters(dtype=torch.float32):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in SHAPES]
+
+
+def gradients(params, step, scale=1.0):
+    g = torch.Generator().manual_seed(1000 + step)
+    for p in params:
+        p.grad = (torch.randn(p.shape, generator=g) * scale).to(p.dtype)
+
+
+def assert_close(ours, theirs, rtol=RTOL):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.isfinite(b).all()
+        error = (a - b).abs().max().item() if a.numel() else 0.0
+        assert error <= rtol * max(b.abs().max().item() if b.numel() else 0.0, 1e-3), f"{tuple(a.shape)}: {error}"
+
+
+def run_both(ours, theirs, ours_params, theirs_params, steps=STEPS, scale=1.0):
+    for t in range(steps):
+        gradients(ours_params, t, scale)
+        gradients(theirs_params, t, scale)
+        ours.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize(("rule", "kwargs"), list(torch_inputs()))
+def test_same_as_torch_on_torchs_own_inputs(rule, kwargs):
+    a, b = parameters(), parameters()
+    spec_kwargs = copy.deepcopy(kwargs)
+    ours = memopt.create(a, rule, **spec_kwargs)
+    theirs = TORCH[rule](b, **kwargs, **({} if rule == "adafactor" else {"foreach": False}))
+    run_both(ours, theirs, a, b)
+    assert_close(a, b)
+
+
+@pytest.mark.parametrize("scale", [1e-4, 30.0])
+@pytest.mark.parametrize("rule", TORCH)
+def test_same_as_torch_for_small_and_large_gradients(rule, scale):
+    a, b = parameters(), parameters()
+    run_both(memopt.create(a, rule, lr=1e-3), TORCH[rule](b, lr=1e-3), a, b, scale=scale)
+    assert_close(a, b)
+
+
+@pytest.mark.parametrize("rule", ["adamw", "adam", "radam"])
+def test_double_precision_parameters_step_in_double(rule):
+    a, b = parameters(torch.float64), parameters(torch.float64)
+    run_both(memopt.create(a, rule), TORCH[rule](b), a, b)
+    assert_close(a, b)
+    assert all(p.dtype == torch.float64 for p in a)
+
+
+def lion_reference(params, lr, betas, weight_decay):
+    """Algorithm 2 of Chen et al. 2023, decay first as in its reference implementation; written down separately."""
+    moments = [torch.zeros_like(p) for p in params]
+
+    def step():
+        for p, m in zip(params, moments, strict=True):
+            c = betas[0] * m + (1 - betas[0]) * p.grad
+            p.data.mul_(1 - lr * weight_decay).sub_(lr * torch.sign(c))
+            m.copy_(betas[1] * m + (1 - betas[1]) * p.grad)
+
+    return step
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lion_is_the_published_algorithm(weight_decay):
+    a, b = parameters(), parameters()
+    ours = memopt.create(a, "lion", lr=1e-3, weight_decay=weight_decay)
+    reference = lion_reference(b, 1e-3, (0.9, 0.99), weight_decay)
+    for t in range(STEPS):
+        gradients(a, t)
+        gradients(b, t)
+        ours.step()
+        reference()
+    assert_close(a, b)
+
+
+def came_reference(params, lr, betas, eps, d, weight_decay):
+    """Algorithm 2 of Luo et al. 2023 with row and column factors kept apart, written down separately."""
+    state = [{} for _ in params]
+
+    def ema(store, name, value, beta):
+        store[name] = beta * store.get(name, torch.zeros_like(value)) + (1 - beta) * value
+        return store[name]
+
+    def normalised(store, prefix, x, target, beta):
+        """target / sqrt(the factored average of x)"""
+        row = ema(store, prefix + "row", x.mean(-1), beta)
+        col = ema(store, prefix + "col", x.mean(-2), beta)
+        r = (row / row.mean(-1, keepdim=True)).unsqueeze(-1)
+        return target / (r.sqrt() * col.unsqueeze(-2).sqrt())
+
+    def step():
+        for p, s in zip(params, state, strict=True):
+            g = p.grad
+            x = g**2 + eps[0]
+            u = normalised(s, "v", x, g, betas[1]) if p.dim() >= 2 else g / ema(s, "v", x, betas[1]).sqrt()
+            u = u / max(1.0, (u.norm() / math.sqrt(u.numel()) / d).item())
+            m = ema(s, "m", u, betas[0])
+            update = m
+            if p.dim() >= 2:
+                update = normalised(s, "r", (u - m) ** 2 + eps[1], m, betas[2])
+            p.data.mul_(1 - lr * weight_decay).sub_(lr * update)
+
+    return step
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_came_is_the_published_algorithm(weight_decay):
+    a, b = parameters(), parameters()
+    kwargs = {"lr": 1e-3, "betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16), "d": 1.0, "weight_decay": weight_decay}
+    ours, reference = memopt.create(a, "came", **kwargs), came_reference(b, **kwargs)
+    for t in range(STEPS):
+        gradients(a, t)
+        gradients(b, t)
+        ours.step()
+        reference()
+    assert_close(a, b, rtol=1e-5)  # 1 / sqrt(r) starts near 1e8 and amplifies the last bit
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"warmup_init": True},
+        {"scale_parameter": False},
+        {"lr": 1e-3, "relative_step": False},
+        {"lr": 1e-3, "relative_step": False, "scale_parameter": False, "weight_decay": 0.1},
+        {"weight_decay": 0.1},
+        {"beta1": 0.9},
+        {"eps": (1e-16, 1e-2)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
+def test_adafactor_in_the_transformers_convention(kwargs, scale):
+    transformers = pytest.importorskip("transformers")
+    a, b = parameters(), parameters()
+    ours = memopt.create(a, "adafactor", convention="transformers", **kwargs)
+    theirs = transformers.Adafactor(b, **kwargs)
+    run_both(ours, theirs, a, b, scale=scale)
+    assert_close(a, b)
+
+
+def test_the_two_adafactor_conventions_differ():
+    a, b = parameters(), parameters()
+    ours = memopt.create(a, "adafactor", weight_decay=0.1)
+    run_both(ours, memopt.create(b, "adafactor", weight_decay=0.1, convention="transformers"), a, b, steps=3)
+    with pytest.raises(AssertionError):
+        assert_close(a, b)
+
+
+def test_bf16_parameters_are_rounded_once_from_an_fp32_step():
+    a, b = parameters(torch.bfloat16), parameters(torch.bfloat16)
+    ours = memopt.create(a, "adamw", lr=1e-2)
+    exact = [p.detach().float().requires_grad_() for p in b]
+    theirs = torch.optim.AdamW(exact, lr=1e-2)
+    gradients(a, 0)
+    for p, q in zip(exact, a, strict=True):
+        p.grad = q.grad.float()
+    ours.step()
+    theirs.step()
+    for p, q in zip(a, exact, strict=True):
+        assert torch.equal(p, q.to(torch.bfloat16))
