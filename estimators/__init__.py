@@ -26,7 +26,18 @@ _PUBLIC = {
     "resolve": "estimators.model",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "Column",
+    "Estimate",
+    "InputError",
+    "Model",
+    "Peak",
+    "Row",
+    "architectures",
+    "capacity",
+    "estimate",
+    "resolve",
+]
 
 if TYPE_CHECKING:
     from estimators.estimate import Column, Estimate, Peak, Row, estimate

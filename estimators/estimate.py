@@ -1,6 +1,7 @@
 """Rows of bytes, and the peak over phases."""
 
-from __future__ import annotations
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
+# takes a millisecond per class, and the calculator has to answer at once.
 
 from collections.abc import Sequence
 from math import prod
@@ -140,7 +141,7 @@ class Estimate:
 
 def estimate(
     model: Any,
-    spec: str | OptimSpec | Sequence[str | OptimSpec] = "adamw-8bit",
+    spec: "str | OptimSpec | Sequence[str | OptimSpec]" = "adamw-8bit",
     *,
     gpu: str | int | None = None,
     weights: str | None = None,
@@ -178,7 +179,7 @@ def estimate(
     return Estimate(described, columns, nbytes, weight_dtype or shared, gradient_dtype or shared, world_size)
 
 
-def _parsed(spec: Any, fields: dict[str, Any]) -> list[OptimSpec]:
+def _parsed(spec: Any, fields: dict[str, Any]) -> "list[OptimSpec]":
     """The specs, each once."""
     from memopt.pricing import spec_fields
     from memopt.spec import OptimSpec, parse
@@ -194,7 +195,7 @@ def _parsed(spec: Any, fields: dict[str, Any]) -> list[OptimSpec]:
     return list(unique.values())
 
 
-def _rows(model: Model, spec: OptimSpec, weights: str | None, gradients: str | None, world_size: int) -> list[Row]:
+def _rows(model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None, world_size: int) -> list[Row]:
     if spec.partition not in _SHARDS_ALSO:
         raise InputError(f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
                          f"it knows {', '.join(_SHARDS_ALSO)}")  # fmt: skip
@@ -223,7 +224,7 @@ def _by_dtype(model: Model, given: str | None, *, all_: bool) -> list[tuple[str,
     return list(totals.items())
 
 
-def state_nbytes(model: Model, spec: OptimSpec, world_size: int) -> dict[tuple[str, str], int]:
+def state_nbytes(model: Model, spec: "OptimSpec", world_size: int) -> dict[tuple[str, str], int]:
     """(moment, tier) -> bytes of :func:`memopt.price` on the fullest rank, the last one: it has ``ceil(R / N)`` of the
     ``R`` rows of every parameter.
 
@@ -247,7 +248,7 @@ def state_nbytes(model: Model, spec: OptimSpec, world_size: int) -> dict[tuple[s
     return totals
 
 
-def tier(line: Line) -> str:
+def tier(line: "Line") -> str:
     """The tier of a ledger line, from its location."""
     if line.location == _DEVICE:
         return GPU

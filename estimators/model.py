@@ -1,6 +1,7 @@
 """What is to be priced: named shapes, and how they are known."""
 
-from __future__ import annotations
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
+# takes a millisecond per class, and the calculator has to answer at once.
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

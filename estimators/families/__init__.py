@@ -1,5 +1,5 @@
-"""One shape builder per family: ``builder(fields)`` yields ``(name, shape)`` of every parameter, shared ones once, under
-the names of transformers' own module for that ``model_type``.
+"""One shape builder per family: ``builder(fields)`` yields ``(name, shape)`` of every parameter, shared ones once,
+under the names of transformers' own module for that ``model_type``.
 
 A family's module is imported when a model of it is priced.
 """
@@ -61,4 +61,4 @@ FROZEN = {"whisper": frozenset({"model.encoder.embed_positions.weight"})}
 
 def builder(model_type: str) -> Callable[[Fields], Any]:
     module = import_module(f"estimators.families.{FAMILIES[model_type]}")
-    return getattr(module, model_type.replace("-", "_"))  # type: ignore[no-any-return]
+    return getattr(module, model_type.replace("-", "_"))

@@ -1,6 +1,7 @@
 """The pieces that families are made of. Each yields ``(name, shape)`` under transformers' names."""
 
-from __future__ import annotations
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
+# takes a millisecond per class, and the calculator has to answer at once.
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple

@@ -129,7 +129,7 @@ def temporary_files() -> Finding:
     kind = file_system(directory)
     free = shutil.disk_usage(directory).free / 2**30
     if kind in _MEMORY_FILE_SYSTEMS:
-        return Finding("TMPDIR", NOTE, f"{directory} is {kind}, which is memory: @paged on the CPU needs TMPDIR on a disk")
+        return Finding("TMPDIR", NOTE, f"{directory} is {kind}, which is memory; @paged on a CPU needs a disk")
     return Finding("TMPDIR", OK, f"{directory} ({kind or 'unknown file system'}), {free:.1f} GiB free for @paged")
 
 
