@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, final
 
 from memopt.ledger import Line
@@ -67,7 +69,7 @@ def _mapped(lines: Sequence[Line]) -> dict[str, Tensor]:
     try:
         # Reserve the blocks now: a full disk is an error here, not a signal in the middle of a step.
         os.posix_fallocate(handle, 0, end)
-        storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=end)
+        arena = mmap.mmap(handle, end)
     except OSError as error:
         raise OSError(error.errno, f"paged: cannot reserve {end:,} bytes in {directory}: {error.strerror}; "
                                    "set TMPDIR to a directory on a disk with room") from error  # fmt: skip
@@ -76,9 +78,12 @@ def _mapped(lines: Sequence[Line]) -> dict[str, Tensor]:
         os.unlink(path)
     tensors = {}
     for line, offset in zip(lines, offsets, strict=True):
-        dtype = getattr(torch, line.dtype)
-        view = torch.empty(0, dtype=torch.uint8).set_(storage, offset, (line.nbytes,))  # type: ignore[call-overload]
-        tensors[line.key] = view.view(dtype).view(line.shape)
+        dtype, numel = getattr(torch, line.dtype), prod(line.shape)
+        if numel:
+            # A storage of its own for each part: torch.save refuses one storage seen as two dtypes.
+            tensors[line.key] = torch.frombuffer(arena, dtype=dtype, count=numel, offset=offset).view(line.shape)
+        else:
+            tensors[line.key] = torch.zeros(line.shape, dtype=dtype)
     return tensors
 
 
