@@ -28,6 +28,7 @@ _DEVICE = "cuda"
 #: partition -> what it shards besides the optimizer state.
 _SHARDS_ALSO: dict[str, tuple[str, ...]] = {"none": (), "zero1": ()}
 _MAX_WORLD_SIZE = 10**6
+_MAX_RANKS_PRICED = 32
 
 
 class Row(NamedTuple):
@@ -225,14 +226,11 @@ def _by_dtype(model: Model, given: str | None, *, all_: bool) -> list[tuple[str,
 
 
 def state_nbytes(model: Model, spec: "OptimSpec", world_size: int) -> dict[tuple[str, str], int]:
-    """(moment, tier) -> bytes of :func:`memopt.price` on the fullest rank, the last one: it has ``ceil(R / N)`` of the
-    ``R`` rows of every parameter.
+    """(moment, tier) -> bytes of :func:`memopt.price` on the fullest rank.
 
     State depends on a parameter's shape and, through overrides, on its name. So without overrides one parameter of
     each shape is priced and its lines count as often as the shape occurs: the same sum, in a hundredth of the time.
     """
-    from memopt.pricing import price
-
     trainable = [(name, shape) for name, shape in model.shapes if name not in model.frozen]
     count: dict[str, int] = {}
     first: dict[Shape, str] = {}
@@ -240,8 +238,28 @@ def state_nbytes(model: Model, spec: "OptimSpec", world_size: int) -> dict[tuple
         one = name if spec.overrides else first.setdefault(shape, name)
         count[one] = count.get(one, 0) + 1
     chosen = [(name, shape) for name, shape in trainable if name in count]
+    ranks = candidate_ranks(world_size) if spec.partition != "none" else [0]
+    return max((_priced(chosen, count, spec, world_size, rank) for rank in ranks), key=lambda t: sum(t.values()))
+
+
+def candidate_ranks(world_size: int) -> list[int]:
+    """Ranks among which the fullest is looked for: all, or of many an even selection (ranks differ by at most one row
+    of each parameter).
+
+    >>> candidate_ranks(3), len(candidate_ranks(1000)), candidate_ranks(1000)[-1]
+    ([0, 1, 2], 32, 999)
+    """
+    n = min(world_size, _MAX_RANKS_PRICED)
+    return [world_size * (i + 1) // n - 1 for i in range(n)]
+
+
+def _priced(
+    chosen: list[tuple[str, Shape]], count: dict[str, int], spec: "OptimSpec", world_size: int, rank: int
+) -> dict[tuple[str, str], int]:
+    from memopt.pricing import price
+
     totals: dict[tuple[str, str], int] = {}
-    for line in price(chosen, spec, world_size=world_size, rank=world_size - 1, device=_DEVICE):
+    for line in price(chosen, spec, world_size=world_size, rank=rank, device=_DEVICE):
         key = (line.moment, tier(line))
         times = 1 if line.lifetime == "shared" else count[line.parameter]
         totals[key] = totals.get(key, 0) + line.nbytes * times

@@ -99,7 +99,9 @@ class Fields:
         return self.integer(name, default, least=0, most=MAX_LAYERS)
 
     def experts(self, name: str) -> int:
-        return self.integer(name, most=MAX_EXPERTS)
+        """Experts of a layer; transformers 5 saves several families' own name as ``num_local_experts``."""
+        given = name if name in self._values else "num_local_experts"
+        return self.integer(given if given in self._values else name, most=MAX_EXPERTS)
 
     def divide(self, total: str, parts: str) -> int:
         """``total`` / ``parts``, which must come out even."""

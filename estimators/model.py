@@ -56,15 +56,11 @@ def resolve(model: Any) -> Model:
         from estimators.live import from_module
 
         return from_module(model)
-    if not isinstance(model, str):
-        try:
-            from os import fspath
-
-            model = fspath(model)
-        except TypeError:
-            raise InputError(f"a model is a parameter count, the name of an architecture, a path or a torch.nn.Module, "
-                             f"not {type(model).__name__}") from None  # fmt: skip
-    return _from_text(model)
+    text = model.__fspath__() if hasattr(model, "__fspath__") else model
+    if not isinstance(text, str):
+        raise InputError("a model is a parameter count, the name of an architecture, a path or a torch.nn.Module, "
+                         f"not {type(model).__name__}")  # fmt: skip
+    return _from_text(text)
 
 
 def _from_text(text: str) -> Model:

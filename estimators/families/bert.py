@@ -47,4 +47,9 @@ def roberta(f: Fields) -> Shapes:
     yield from _head(f, "lm_head.bias", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")
 
 
-xlm_roberta = roberta
+def xlm_roberta(f: Fields) -> Shapes:
+    """RoBERTa; its module lists the head first, so a shared embedding goes by the head's name."""
+    embedding = "roberta.embeddings.word_embeddings.weight"
+    tied = f.flag("tie_word_embeddings", True)
+    for name, shape in roberta(f):
+        yield ("lm_head.decoder.weight" if tied and name == embedding else name), shape
