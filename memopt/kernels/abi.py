@@ -1,0 +1,60 @@
+"""The structs of ``src/abi.h``, field by field."""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
+
+VERSION = 1
+SLOTS = 3
+
+#: Enumerators of abi.h.
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
+RULES = {"adam": 0, "adamw": 0, "lion": 1, "sgd": 2, "rmsprop": 3, "radam": 4, "adafactor": 5, "came": 6}
+FORMATS = {"32bit": 0, "bf16": 1, "8bit": 2, "fp8": 3, "4bit": 4, "factored": 5}
+
+MAXIMIZE, AMSGRAD, DECOUPLED, NESTEROV, CENTERED = 1, 2, 4, 8, 16
+MOMENTUM, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT = 32, 64, 128, 256, 512
+
+#: The fixed place of every moment.
+SLOT = {
+    "exp_avg_sq": 0, "square_avg": 0,
+    "exp_avg": 1, "momentum_buffer": 1,
+    "max_exp_avg_sq": 2, "exp_avg_res": 2, "grad_avg": 2,
+}  # fmt: skip
+
+
+class Group(Structure):
+    _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [
+        (name, c_double)
+        for name in ("lr", "weight_decay", "beta1", "beta2", "beta3", "eps", "eps2", "d", "momentum", "dampening")
+    ]
+
+
+class TensorStep(Structure):
+    _fields_ = [
+        ("p", c_void_p),
+        ("g", c_void_p),
+        ("data", c_void_p * SLOTS),
+        ("aux", c_void_p * SLOTS),
+        ("counter", c_void_p),
+        ("step", c_int64),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("numel", c_int64),
+        ("first_row", c_int64),
+        ("height", c_int64),
+        ("index", c_uint32),
+        ("group", c_uint32),
+        ("order", c_uint8 * SLOTS),
+        ("format", c_uint8),
+        ("p_dtype", c_uint8),
+        ("g_dtype", c_uint8),
+    ]
+
+
+class Span(Structure):
+    _fields_ = [("data", c_void_p), ("numel", c_int64), ("dtype", c_uint8), ("bad", c_uint8)]
+
+
+STRUCTS = (Group, TensorStep, Span)
+__all__ = ["STRUCTS", "Group", "Span", "TensorStep"]

@@ -1,0 +1,125 @@
+"""From a :class:`~memopt.engines.base.Work` to the descriptors that the kernels read, or the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memopt.geometry import FLAT_ROW, Rows
+from memopt.kernels import abi
+from memopt.rules import RULES, Moment
+from memopt.rules.adafactor import FP32_EPS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memopt.engines.base import Work
+    from memopt.formats import Format
+    from memopt.spec import OptimSpec
+
+DTYPES = {getattr(torch, name): code for name, code in abi.DTYPES.items()}
+
+
+def describe_group(spec: OptimSpec, h: Mapping[str, Any]) -> abi.Group:
+    """The hyperparameters of a group, as Python floats have them."""
+    g = abi.Group()
+    g.rule = abi.RULES[spec.rule]
+    g.flags = flags(spec, h)
+    g.lr = 0.0 if h["lr"] is None else float(h["lr"])
+    g.weight_decay = h["weight_decay"]
+    g.d = h.get("d", 1.0)
+    g.momentum = h.get("momentum", 0.0)
+    g.dampening = h.get("dampening", 0.0)
+    betas = h.get("betas", ())
+    g.beta1, g.beta2, g.beta3 = (*betas, 0.0, 0.0, 0.0)[:3]
+    if spec.rule == "adafactor":
+        g.beta1, g.beta2 = h["beta1"] or 0.0, h["beta2_decay"]
+    elif spec.rule == "rmsprop":
+        g.beta1 = g.beta2 = h["alpha"]
+    eps = h.get("eps", 0.0)
+    first, second = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
+    g.eps, g.eps2 = FP32_EPS if first is None else first, second
+    return g
+
+
+def flags(spec: OptimSpec, h: Mapping[str, Any]) -> int:
+    rule = spec.rule
+    decoupled = rule == "adamw" or (rule == "radam" and h["decoupled_weight_decay"])
+    momentum = h.get("momentum") or (rule == "adafactor" and h["beta1"] is not None)
+    chosen = {
+        abi.MAXIMIZE: h["maximize"],
+        abi.AMSGRAD: h.get("amsgrad"),
+        abi.DECOUPLED: decoupled,
+        abi.NESTEROV: h.get("nesterov"),
+        abi.CENTERED: h.get("centered"),
+        abi.MOMENTUM: momentum,
+        abi.TRANSFORMERS: h.get("convention") == "transformers",
+        abi.SCALE_PARAMETER: h.get("scale_parameter"),
+        abi.RELATIVE_STEP: h.get("relative_step"),
+        abi.WARMUP_INIT: h.get("warmup_init"),
+    }
+    return sum(flag for flag, on in chosen.items() if on)
+
+
+def refuse(
+    spec: OptimSpec, moments: list[tuple[Moment, Format, str]], rows: Rows, p: Tensor, g: Tensor, world_size: int
+) -> str | None:
+    """Why this parameter is stepped by the plain torch path, or None."""
+    if not (p.is_cpu and g.is_cpu):
+        return f"the kernels are for the CPU, and it is on {p.device}"
+    if p.dtype not in DTYPES or g.dtype not in DTYPES:
+        return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
+    if spec.rule not in abi.RULES or any(f.name not in abi.FORMATS or m.name not in abi.SLOT for m, f, _ in moments):
+        return f"there is no kernel for {spec.rule} in {spec.format}"
+    names = {f.name for _, f, _ in moments}
+    whole = not RULES[spec.rule].element_wise or "factored" in names
+    if whole and world_size > 1:
+        return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
+    return None
+
+
+def describe(
+    target: abi.TensorStep,
+    work: Work,
+    p: Tensor,  # contiguous
+    g: Tensor,  # contiguous
+    moments: list[tuple[Moment, Format, str]],
+    group: int,
+) -> str | None:
+    """Fill ``target``; returns why the state cannot be used as it lies, or None."""
+    rows = work.rows
+    names = {f.name for _, f, _ in moments}
+    fmt = "factored" if "factored" in names else next(iter(names), "32bit")
+    target.p, target.g = p.data_ptr(), g.data_ptr()
+    target.step, target.index, target.group = work.step, work.index & 0xFFFFFFFF, group
+    target.format, target.p_dtype, target.g_dtype = abi.FORMATS[fmt], DTYPES[p.dtype], DTYPES[g.dtype]
+    target.numel = p.numel()
+    target.first_row = rows.first
+    if fmt == "factored":
+        shape = rows.local_shape
+        target.cols = shape[-1]
+        target.rows = p.numel() // max(shape[-1], 1)
+        target.height = shape[-2]
+    elif fmt == "32bit" or len(rows.shape) < 2:
+        # Without blocks or random bits where rows begin does not matter; flat rows are all full.
+        target.cols = FLAT_ROW
+        target.rows = target.height = -(-p.numel() // FLAT_ROW)
+    else:
+        target.rows = target.height = rows.count
+        target.cols = rows.cols
+    for order, (moment, held, _) in enumerate(moments):
+        slot = abi.SLOT[moment.name]
+        target.order[slot] = order
+        parts = list(held.layout(moment, rows))
+        tensors = [work.state[f"{moment.name}.{part}" if part else moment.name] for part in parts]
+        for part in tensors:
+            if not (part.is_cpu and part.is_contiguous()):
+                return f"its {moment.name} is not a contiguous tensor in host memory"
+        target.data[slot] = tensors[0].data_ptr()
+        target.aux[slot] = tensors[1].data_ptr() if len(tensors) > 1 else None
+    return None
+
+
+__all__ = ["DTYPES", "describe", "describe_group", "flags", "refuse"]

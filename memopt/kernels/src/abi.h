@@ -1,0 +1,65 @@
+// What crosses the border between Python and C++: plain structs, mirrored field by field in memopt/kernels/abi.py.
+#pragma once
+#include <cstdint>
+
+namespace memopt {
+
+// Changed whenever a struct, an enum or the meaning of a field changes; Python refuses a library with another number.
+constexpr int32_t ABI_VERSION = 1;
+
+enum Dtype : uint8_t { F32, BF16, F16 };
+enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME };
+// How the moments of one tensor are kept. FACTORED: the non-negative ones as row and column means, the others in fp32.
+enum Format : uint8_t { FMT_32BIT, FMT_BF16, FMT_8BIT, FMT_FP8, FMT_4BIT, FMT_FACTORED, FORMATS };
+
+enum Flag : uint32_t {
+    MAXIMIZE = 1,
+    AMSGRAD = 2,
+    DECOUPLED = 4,        // weight decay multiplies the parameter; otherwise it is an L2 term in the gradient
+    NESTEROV = 8,
+    CENTERED = 16,
+    MOMENTUM = 32,        // the rule keeps its signed moment
+    TRANSFORMERS = 64,    // Adafactor's convention
+    SCALE_PARAMETER = 128,
+    RELATIVE_STEP = 256,
+    WARMUP_INIT = 512,
+};
+
+// The hyperparameters of one param group, as Python has them: fp64, before any are combined with the step.
+struct Group {
+    int32_t rule;
+    uint32_t flags;
+    double lr, weight_decay, beta1, beta2, beta3, eps, eps2, d, momentum, dampening;
+};
+
+// Moments have fixed places: 0 the second moment, 1 the signed moment, 2 what else is not negative (the largest
+// second moment, CAME's residual) or RMSprop's centre, which is only ever kept in fp32.
+constexpr int SLOTS = 3;
+
+// One tensor of one step. rows, cols: the view of memopt/geometry.py, of the rows held here; for FACTORED all
+// dimensions but the last, and the last. A flat tensor has cols 256 and a ragged last row; numel says where it ends.
+struct Tensor {
+    void* p;
+    const void* g;
+    void* data[SLOTS];    // the moment, its codes, or its row means; null where the rule has none
+    void* aux[SLOTS];     // scales, or column means
+    float* counter;       // number of steps taken so far, incremented here; null: `step` is this step's number
+    int64_t step;
+    int64_t rows, cols, numel;
+    int64_t first_row;    // of the whole parameter, for the random bits
+    int64_t height;       // FACTORED: rows of one matrix
+    uint32_t index;       // of the parameter, for the random bits
+    uint32_t group;
+    uint8_t order[SLOTS]; // the moment's place in the rule's own order, for the random bits
+    uint8_t format, p_dtype, g_dtype;
+};
+
+// One gradient to be looked at.
+struct Span {
+    const void* data;
+    int64_t numel;
+    uint8_t dtype;
+    uint8_t bad;          // out: 1 if it holds a NaN or an Inf
+};
+
+}  // namespace memopt

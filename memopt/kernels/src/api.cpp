@@ -1,0 +1,55 @@
+// The C ABI.
+#include <cstdlib>
+
+#include "pool.h"
+#include "whole.h"
+
+#define API extern "C" __attribute__((visibility("default")))
+
+extern void memopt_baseline(memopt::Table&);
+#if defined(__x86_64__)
+extern void memopt_avx2(memopt::Table&);
+extern void memopt_avx512(memopt::Table&);
+#endif
+
+namespace {
+
+using namespace memopt;
+
+Table tables[3];
+int table_count = 0;
+
+// Once, when the library is loaded; the best set last.
+__attribute__((constructor)) void choose() {
+    memopt_baseline(tables[table_count++]);
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        memopt_avx2(tables[table_count++]);
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && table_count == 2)
+        memopt_avx512(tables[table_count++]);
+#endif
+}
+
+const Table& chosen(int isa) { return tables[isa >= 0 && isa < table_count ? isa : table_count - 1]; }
+
+}  // namespace
+
+API int32_t memopt_abi_version() { return ABI_VERSION; }
+API int32_t memopt_struct_size(int32_t which) {
+    return static_cast<int32_t>(which == 0 ? sizeof(Group) : which == 1 ? sizeof(Tensor) : sizeof(Span));
+}
+API int32_t memopt_isa_count() { return table_count; }
+API const char* memopt_isa_name(int32_t isa) { return chosen(isa).name; }
+
+// One step of `count` tensors; isa -1 is the best there is. Returns 0, or 1 if there was no memory and nothing changed.
+API int32_t memopt_step(const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int32_t threads,
+                        int32_t isa) {
+    return step(chosen(isa), groups, tensors, count, seed, threads);
+}
+
+// Sets `bad` of every span that holds a NaN or an Inf; returns whether none does.
+API int32_t memopt_all_finite(Span* spans, int64_t count, int32_t threads, int32_t isa) {
+    return finite(chosen(isa), spans, count, threads);
+}

@@ -1,0 +1,61 @@
+// Every rule on every format, for one instruction set. Compiled once per set, with its flags and
+// -DMEMOPT_TABLE=<name of the table>; everything else in here is private to the file, so that no function compiled for
+// one set can be linked into another.
+#include "chunk.h"
+#include "finite.h"
+
+#define STRING_(x) #x
+#define STRING(x) STRING_(x)
+
+namespace {
+
+template <template <bool> class Rule>
+void fill(memopt::Run* row) {
+    row[memopt::FMT_32BIT] = run<Rule<false>, In32>;
+    row[memopt::FMT_BF16] = run<Rule<false>, InHalf>;
+    row[memopt::FMT_8BIT] = run<Rule<false>, In8>;
+    row[memopt::FMT_FP8] = run<Rule<false>, InFp8>;
+    row[memopt::FMT_4BIT] = run<Rule<false>, In4>;
+    row[memopt::FMT_FACTORED] = run<Rule<true>, InFactors>;
+}
+
+template <bool F> using AdamStep = Adam<F, false>;
+template <bool F> using AdamMaxStep = Adam<F, true>;
+template <bool F> using SgdMomentum = Sgd<F, true>;
+template <bool F> using RmspropStep = Rmsprop<F, false, false>;
+template <bool F> using RmspropMomentum = Rmsprop<F, true, false>;
+template <bool F> using AdafactorStep = Adafactor<F, false>;
+template <bool F> using AdafactorMomentum = Adafactor<F, true>;
+template <bool F> using CameStep = Came<F, true>;
+template <bool F> using CameVector = Came<F, false>;
+
+}  // namespace
+
+// A function and not a constant: nothing of this file may run before the CPU is known to have its instructions.
+extern void MEMOPT_TABLE(memopt::Table&);
+void MEMOPT_TABLE(memopt::Table& t) {
+    using namespace memopt;
+    t.name = STRING(MEMOPT_TABLE);
+    t.all_finite = all_finite;
+    fill<AdamStep>(t.run[STEP_ADAM]);
+    fill<AdamMaxStep>(t.run[STEP_ADAM_MAX]);
+    fill<Lion>(t.run[STEP_LION]);
+    fill<SgdMomentum>(t.run[STEP_SGD_MOMENTUM]);
+    fill<RmspropStep>(t.run[STEP_RMSPROP]);
+    fill<RmspropMomentum>(t.run[STEP_RMSPROP_MOMENTUM]);
+    fill<AdafactorStep>(t.run[STEP_ADAFACTOR]);
+    fill<AdafactorMomentum>(t.run[STEP_ADAFACTOR_MOMENTUM]);
+    fill<CameStep>(t.run[STEP_CAME]);
+    fill<CameVector>(t.run[STEP_CAME_VECTOR]);
+    fill<SumUpdate>(t.run[SUM_UPDATE]);
+    t.run[STEP_RMSPROP_CENTERED][FMT_32BIT] = run<Rmsprop<false, false, true>, In32>;
+    t.run[STEP_RMSPROP_CENTERED_MOMENTUM][FMT_32BIT] = run<Rmsprop<false, true, true>, In32>;
+    t.run[MEANS_ADAM][FMT_FACTORED] = run<MeansAdam, InFactors>;
+    t.run[MEANS_RMSPROP][FMT_FACTORED] = run<MeansRmsprop, InFactors>;
+    t.run[MEANS_ADAFACTOR][FMT_FACTORED] = run<MeansAdafactor, InFactors>;
+    t.run[MEANS_RESIDUAL][FMT_FACTORED] = run<MeansResidual, InFactors>;
+    for (int f = 0; f < FORMATS; f++) {  // without moments the format does not matter
+        t.run[STEP_SGD][f] = run<Sgd<false, false>, In32>;
+        t.run[SUM_PARAMETER][f] = run<SumParameter, In32>;
+    }
+}

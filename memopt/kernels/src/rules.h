@@ -1,0 +1,173 @@
+// The rules of memopt/rules, one vector of elements at a time. Each struct is one pass over a tensor:
+//   V, M, X          which of the three moments it reads; W_V, W_M, W_X which it writes; P, W_P the same of p
+//   apply(...)       the equations; returns what is summed over the tensor
+// FACTORED: the second moment read is the reconstruction from new means, so it is not updated here.
+#pragma once
+#include "table.h"
+#include "vec.h"
+
+namespace {
+
+using memopt::Lerp;
+using memopt::Scalars;
+
+INLINE vf lerp(vf a, vf b, const Lerp& w) {
+    return w.from_end ? fma(splat(w.weight - 1.0f), b - a, b) : fma(splat(w.weight), b - a, a);
+}
+INLINE vf with_decay(vf g, vf p, const Scalars& s) { return s.l2 != 0.0f ? fma(p, splat(s.l2), g) : g; }
+INLINE vf second_moment(vf v, vf g, const Scalars& s) { return fma(s.one_minus_beta2 * g, g, v * s.beta2); }
+INLINE vf at_least(vf x, float floor) { return x < floor ? splat(floor) : x; }  // a NaN stays
+INLINE vf inverse_root(vf x) { return 1.0f / root(x); }
+
+struct Reads {
+    static constexpr bool P = true, W_P = true, V = false, M = false, X = false, W_V = false, W_M = false, W_X = false;
+};
+
+// AdamW, Adam and RAdam. MAX: amsgrad's largest second moment.
+template <bool FACTORED, bool MAX>
+struct Adam : Reads {
+    static constexpr bool V = true, M = true, X = MAX, W_V = !FACTORED, W_M = true, W_X = MAX;
+    INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
+        p = p * s.decay;
+        g = with_decay(g, p, s);
+        m = lerp(m, g, s.first);
+        if (!FACTORED) v = second_moment(v, g, s);
+        vf largest = v;
+        if (MAX) largest = x = (v > x) | (v != v) ? v : x;
+        p = s.plain ? fma(m, splat(s.rate), p) : p + m * s.rate / (root(largest) * s.inverse_bias + s.eps);
+        return vf{};
+    }
+};
+
+template <bool FACTORED>
+struct Lion : Reads {
+    static constexpr bool M = true, W_M = true;
+    INLINE vf apply(vf& p, vf g, vf&, vf& m, vf&, const Scalars& s) {
+        const vf c = lerp(m, g, s.first);
+        const vf step = c > 0.0f ? splat(s.lr) : c < 0.0f ? splat(-s.lr) : vf{};
+        p = p * s.decay - step;
+        m = lerp(m, g, s.second);
+        return vf{};
+    }
+};
+
+template <bool FACTORED, bool MOMENTUM>
+struct Sgd : Reads {
+    static constexpr bool M = MOMENTUM, W_M = MOMENTUM;
+    INLINE vf apply(vf& p, vf g, vf&, vf& m, vf&, const Scalars& s) {
+        g = with_decay(g, p, s);
+        if (MOMENTUM) {
+            m = fma(g, splat(s.dampening), m * s.kept);
+            g = s.nesterov ? fma(m, splat(s.momentum), g) : m;
+        }
+        p = fma(g, splat(-s.lr), p);
+        return vf{};
+    }
+};
+
+template <bool FACTORED, bool MOMENTUM, bool CENTERED>
+struct Rmsprop : Reads {
+    static constexpr bool V = true, M = MOMENTUM, X = CENTERED, W_V = !FACTORED, W_M = MOMENTUM, W_X = CENTERED;
+    INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
+        g = with_decay(g, p, s);
+        if (!FACTORED) v = second_moment(v, g, s);
+        vf variance = v;
+        if (CENTERED) {
+            x = lerp(x, g, s.second);
+            variance = at_least(fma(-x, x, v), 0.0f);
+        }
+        const vf denominator = root(variance) + s.eps;
+        if (MOMENTUM) {
+            m = m * s.momentum + g / denominator;
+            p = fma(m, splat(-s.lr), p);
+        } else {
+            p = p + g * -s.lr / denominator;
+        }
+        return vf{};
+    }
+};
+
+// Adafactor's and CAME's second moment and update before it is clipped.
+template <bool FACTORED>
+INLINE vf raw_update(vf g, vf& v, const Scalars& s) {
+    if (!FACTORED) v = lerp(v, g * g + s.eps_added, s.second);
+    return g * inverse_root(at_least(v, s.floor));
+}
+
+template <bool FACTORED, bool MOMENTUM>
+struct Adafactor : Reads {
+    static constexpr bool V = true, M = MOMENTUM, W_V = !FACTORED, W_M = MOMENTUM;
+    INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf&, const Scalars& s) {
+        vf u = raw_update<FACTORED>(g, v, s) * s.update_scale;
+        if (MOMENTUM) u = m = lerp(m, u, s.first);
+        p = p * s.decay;
+        if (s.shrink != 0.0f) p = p - p * s.shrink;
+        p = p - u;
+        return vf{};
+    }
+};
+
+// RESIDUAL is for matrices. Of a factored state the first moment was written by MeansResidual.
+template <bool FACTORED, bool RESIDUAL>
+struct Came : Reads {
+    static constexpr bool V = !FACTORED, M = true, X = RESIDUAL;
+    static constexpr bool W_V = !FACTORED, W_M = !FACTORED, W_X = !FACTORED && RESIDUAL;
+    INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
+        if (!FACTORED) {
+            const vf u = raw_update<false>(g, v, s) * s.update_scale;
+            m = lerp(m, u, s.first);
+            if (RESIDUAL) x = lerp(x, (u - m) * (u - m) + s.eps_residual, s.third);
+        }
+        const vf step = RESIDUAL ? m * inverse_root(x) : m;
+        p = fma(step, splat(-s.lr), p * s.decay);
+        return vf{};
+    }
+};
+
+struct SumParameter : Reads {
+    static constexpr bool W_P = false;
+    INLINE vf apply(vf& p, vf, vf&, vf&, vf&, const Scalars&) { return p * p; }
+};
+
+template <bool FACTORED>
+struct SumUpdate : Reads {
+    static constexpr bool P = false, W_P = false, V = true;
+    INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars& s) {
+        const vf u = raw_update<FACTORED>(g, v, s);
+        return u * u;
+    }
+};
+
+// Passes over a factored moment: `put` adds the new value to the sums of its row and column.
+struct MeansAdam : Reads {
+    static constexpr bool W_P = false, V = true, W_V = true;
+    INLINE vf apply(vf& p, vf g, vf& v, vf&, vf&, const Scalars& s) {
+        v = second_moment(v, with_decay(g, p * s.decay, s), s);
+        return vf{};
+    }
+};
+struct MeansRmsprop : Reads {
+    static constexpr bool W_P = false, V = true, W_V = true;
+    INLINE vf apply(vf& p, vf g, vf& v, vf&, vf&, const Scalars& s) {
+        v = second_moment(v, with_decay(g, p, s), s);
+        return vf{};
+    }
+};
+struct MeansAdafactor : Reads {
+    static constexpr bool P = false, W_P = false, V = true, W_V = true;
+    INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars& s) {
+        v = lerp(v, g * g + s.eps_added, s.second);
+        return vf{};
+    }
+};
+struct MeansResidual : Reads {
+    static constexpr bool P = false, W_P = false, V = true, M = true, X = true, W_M = true, W_X = true;
+    INLINE vf apply(vf&, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
+        const vf u = raw_update<true>(g, v, s) * s.update_scale;
+        m = lerp(m, u, s.first);
+        x = lerp(x, (u - m) * (u - m) + s.eps_residual, s.third);
+        return vf{};
+    }
+};
+
+}  // namespace

@@ -1,0 +1,88 @@
+// From hyperparameters and the number of the step to the numbers that the loops use: what memopt/rules compute in
+// Python floats, in the same order.
+#pragma once
+#include <cmath>
+#include "table.h"
+
+namespace memopt {
+
+constexpr double TINY = 0x1p-126;  // memopt/formats/factored.py
+
+inline Lerp make_lerp(double weight) {
+    const float w = static_cast<float>(weight);
+    return {w, !(std::fabs(w) < 0.5f)};
+}
+
+inline double radam_factor(double t, double beta2) {
+    const double rho_inf = 2 / (1 - beta2) - 1, power = std::pow(beta2, t);
+    const double rho = rho_inf - 2 * t * power / (1 - power);
+    if (rho <= 5) return -1;
+    return std::sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho));
+}
+
+inline double adafactor_rate(const Group& h, double t) {
+    const double relative = 1 / std::sqrt(t);
+    if (!(h.flags & TRANSFORMERS)) return std::fmin(h.lr, relative);
+    if (h.flags & RELATIVE_STEP) return std::fmin(h.flags & WARMUP_INIT ? 1e-6 * t : 1e-2, relative);
+    return h.lr;
+}
+
+inline Scalars make_scalars(const Group& h, int64_t step) {
+    Scalars s{};
+    const double t = static_cast<double>(step);
+    s.gradient_sign = h.flags & MAXIMIZE ? 0x80000000u : 0;
+    s.decay = 1;
+    s.lr = static_cast<float>(h.lr);
+    s.update_scale = 1;
+    s.mean_floor = TINY;
+    s.floor = -1;
+    const bool decoupled = (h.flags & DECOUPLED) || h.rule == LION || h.rule == CAME;
+    if (decoupled) s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
+    else if (h.rule != ADAFACTOR) s.l2 = static_cast<float>(h.weight_decay);
+    s.first = make_lerp(1 - h.beta1);
+    s.second = make_lerp(1 - h.beta2);
+    s.third = make_lerp(1 - h.beta3);
+    s.beta2 = static_cast<float>(h.beta2);
+    s.one_minus_beta2 = static_cast<float>(1 - h.beta2);
+    s.eps = static_cast<float>(h.eps);
+    s.momentum = s.kept = static_cast<float>(h.momentum);
+    switch (h.rule) {
+        case ADAM:
+            s.inverse_bias = static_cast<float>(1 / std::sqrt(1 - std::pow(h.beta2, t)));
+            s.rate = static_cast<float>(-h.lr / (1 - std::pow(h.beta1, t)));
+            break;
+        case RADAM: {
+            const double factor = radam_factor(t, h.beta2), scale = -h.lr / (1 - std::pow(h.beta1, t));
+            s.plain = factor < 0;
+            s.inverse_bias = 1;
+            s.rate = static_cast<float>(s.plain ? scale : scale * factor * std::sqrt(1 - std::pow(h.beta2, t)));
+            break;
+        }
+        case SGD:
+            s.dampening = static_cast<float>(step == 1 ? 1 : 1 - h.dampening);
+            s.nesterov = h.flags & NESTEROV;
+            if (step == 1) s.kept = 0;
+            break;
+        case ADAFACTOR: {
+            s.second = make_lerp(std::pow(t, h.beta2));  // beta2 holds beta2_decay
+            const bool torch_way = !(h.flags & TRANSFORMERS);
+            if (torch_way) {
+                s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
+                s.floor = static_cast<float>(h.eps * h.eps);
+                s.mean_floor = std::fmax(h.eps, TINY);
+            } else {
+                s.eps_added = s.eps;
+            }
+            break;
+        }
+        case CAME:
+            s.eps_added = s.eps;
+            s.eps_residual = static_cast<float>(h.eps2);
+            break;
+        default:
+            break;
+    }
+    return s;
+}
+
+}  // namespace memopt

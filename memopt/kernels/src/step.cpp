@@ -1,0 +1,136 @@
+// The step of a list of tensors. Rules that look at each element alone are one pass: all tensors are cut into chunks
+// of 256 columns and equal runs of chunks are the tasks, whatever the sizes. Rules that need statistics of a whole
+// tensor (whole.cpp) run large tensors one after the other on all threads, and small ones each on one thread.
+#include <cstdlib>
+
+#include "pool.h"
+#include "scalars.h"
+#include "whole.h"
+
+namespace memopt {
+namespace {
+
+constexpr uint32_t GOLDEN = 0x9E3779B9u;
+
+uint32_t mix(uint32_t x) {
+    x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
+    x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+    return x ^ (x >> 16);
+}
+uint32_t fold(uint32_t key, uint32_t word) { return mix(key ^ (word + GOLDEN)); }
+
+// Element-wise rules: the one pass; -1 for the others.
+int single_pass(const Group& h, const Tensor& t) {
+    switch (h.rule) {
+        case ADAM:
+        case RADAM:
+            return t.format == FMT_FACTORED ? -1 : h.flags & AMSGRAD ? STEP_ADAM_MAX : STEP_ADAM;
+        case LION:
+            return STEP_LION;
+        case SGD:
+            return h.flags & MOMENTUM ? STEP_SGD_MOMENTUM : STEP_SGD;
+        case RMSPROP:
+            if (t.format == FMT_FACTORED) return -1;
+            if (h.flags & CENTERED) return h.flags & MOMENTUM ? STEP_RMSPROP_CENTERED_MOMENTUM : STEP_RMSPROP_CENTERED;
+            return h.flags & MOMENTUM ? STEP_RMSPROP_MOMENTUM : STEP_RMSPROP;
+        default:
+            return -1;
+    }
+}
+
+struct Job {
+    const Table* table;
+    const Group* groups;
+    const Tensor* tensors;
+    Prepared* prepared;
+    int64_t count, small_count, grain, chunks;
+    int64_t* small;   // tensors that one thread runs through all passes
+    int64_t* before;  // chunks of element-wise tensors before each tensor; count + 1 of them
+};
+
+void element_wise(const Job& job, int64_t first, int64_t last) {
+    int64_t low = 0, high = job.count;  // the last tensor that begins at or before `first`
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (job.before[middle] <= first ? low : high) = middle;
+    }
+    for (int64_t i = low; first < last; i++) {
+        const int64_t stop = job.before[i + 1] < last ? job.before[i + 1] : last;
+        if (stop <= first) continue;
+        const Tensor& t = job.tensors[i];
+        const Prepared& ready = job.prepared[i];
+        Sums sums{};
+        job.table->run[ready.pass][t.format](t, *ready.scalars, ready.keys, first - job.before[i],
+                                             stop - job.before[i], sums);
+        first = stop;
+    }
+}
+
+void run_task(void* context, int64_t task) {
+    const Job& job = *static_cast<Job*>(context);
+    if (task < job.small_count) {
+        const int64_t i = job.small[task];
+        whole_step(*job.table, job.groups[job.tensors[i].group], job.tensors[i], job.prepared[i], 1);
+        return;
+    }
+    const int64_t first = (task - job.small_count) * job.grain;
+    element_wise(job, first, first + job.grain < job.chunks ? first + job.grain : job.chunks);
+}
+
+// Scalars are shared by the tensors of a group that are at the same step, which is nearly always all of them.
+struct Shared {
+    Scalars scalars;
+    int64_t step;
+    uint32_t group;
+};
+
+}  // namespace
+
+int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int threads) {
+    Job job{&table, groups, tensors, nullptr, count, 0, 256, 0, nullptr, nullptr};
+    job.prepared = static_cast<Prepared*>(std::malloc((count + 1) * sizeof(Prepared)));
+    job.small = static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t)));
+    job.before = static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t)));
+    Shared* shared = static_cast<Shared*>(std::malloc((count + 1) * sizeof(Shared)));
+    const bool room = job.prepared && job.small && job.before && shared;
+    int64_t kinds = 0;
+    const uint32_t seeded = fold(0, seed);
+    for (int64_t i = 0; room && i < count; i++) {
+        Tensor& t = tensors[i];
+        Prepared& ready = job.prepared[i];
+        const int64_t now = t.counter ? static_cast<int64_t>(*t.counter += 1) : t.step;
+        int64_t k = kinds;
+        while (k > 0 && k > kinds - 8 && (shared[k - 1].group != t.group || shared[k - 1].step != now)) k--;
+        if (k == 0 || k <= kinds - 8) {
+            shared[kinds] = {make_scalars(groups[t.group], now), now, t.group};
+            k = ++kinds;
+        }
+        ready.scalars = &shared[k - 1].scalars;
+        ready.step = now;
+        const uint32_t stem = fold(seeded, t.index);
+        for (int slot = 0; slot < SLOTS; slot++) ready.keys[slot] = fold(stem, t.order[slot]);
+        ready.keys[SLOTS] = static_cast<uint32_t>(now) * GOLDEN;
+        ready.pass = single_pass(groups[t.group], t);
+        job.before[i] = job.chunks;
+        if (ready.pass >= 0) job.chunks += t.numel ? t.rows * ((t.cols + 255) / 256) : 0;
+    }
+    if (room) {
+        job.before[count] = job.chunks;
+        for (int64_t i = 0; i < count; i++) {
+            if (job.prepared[i].pass >= 0 || !tensors[i].numel) continue;
+            if (tensors[i].numel < LARGE) job.small[job.small_count++] = i;
+            else whole_step(table, groups[tensors[i].group], tensors[i], job.prepared[i], threads);
+        }
+        // Runs short enough for every thread to get several, long enough to stream.
+        const int64_t share = job.chunks / (static_cast<int64_t>(threads) * 8);
+        job.grain = share < 16 ? 16 : share > 256 ? 256 : share;
+        parallel(threads, job.small_count + (job.chunks + job.grain - 1) / job.grain, run_task, &job);
+    }
+    std::free(job.prepared);
+    std::free(job.small);
+    std::free(job.before);
+    std::free(shared);
+    return room ? 0 : 1;
+}
+
+}  // namespace memopt

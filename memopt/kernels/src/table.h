@@ -1,0 +1,55 @@
+// What one instruction set offers to the scheduler: functions that run one pass over a range of chunks of one tensor.
+#pragma once
+#include "abi.h"
+
+namespace memopt {
+
+struct Lerp {
+    float weight;
+    bool from_end;  // as torch.lerp: from b towards a where the weight is 0.5 or more
+};
+
+// The numbers of one step of one group, rounded to fp32 where torch rounds them.
+struct Scalars {
+    uint32_t gradient_sign;  // flips the gradient where the objective is maximised
+    float decay;             // p *= decay
+    float l2;                // g += l2 * p
+    Lerp first, second, third;
+    float beta2, one_minus_beta2;
+    float inverse_bias, eps, rate, lr;
+    float momentum, kept, dampening;  // kept: what SGD keeps of its buffer, 0 at the first step
+    bool nesterov, plain;    // plain: RAdam's step without its second moment
+    float eps_added, eps_residual, floor;
+    float shrink;            // p -= p * shrink: a decay too small to be taken from 1
+    float update_scale;      // known after the sum of squared updates
+    double mean_floor;       // what a factored moment's mean is at least, where it is used
+};
+
+// Sums that a pass collects over chunks, and the means that a factored moment is divided by.
+struct Sums {
+    double total;       // of what the rule adds
+    double row;         // of a factored moment, over the chunks of this call
+    float* column;      // of a factored moment, per column from first_col on, padded to whole vectors
+    int64_t first_col;
+    float mean[SLOTS];
+};
+
+enum Pass {
+    STEP_ADAM, STEP_ADAM_MAX, STEP_LION, STEP_SGD, STEP_SGD_MOMENTUM,
+    STEP_RMSPROP, STEP_RMSPROP_MOMENTUM, STEP_RMSPROP_CENTERED, STEP_RMSPROP_CENTERED_MOMENTUM,
+    STEP_ADAFACTOR, STEP_ADAFACTOR_MOMENTUM, STEP_CAME, STEP_CAME_VECTOR,
+    SUM_PARAMETER, SUM_UPDATE,                         // of squares
+    MEANS_ADAM, MEANS_RMSPROP, MEANS_ADAFACTOR, MEANS_RESIDUAL,  // of a factored moment
+    PASSES
+};
+
+// keys: of each moment, and behind them what the step adds to every word.
+typedef void (*Run)(const Tensor&, const Scalars&, const uint32_t* keys, int64_t first, int64_t last, Sums&);
+
+struct Table {
+    const char* name;
+    Run run[PASSES][FORMATS];
+    bool (*all_finite)(const void* data, int64_t n, uint8_t dtype);
+};
+
+}  // namespace memopt

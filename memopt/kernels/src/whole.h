@@ -1,0 +1,22 @@
+// Rules that need statistics of the whole tensor: factored moments and clipped updates.
+#pragma once
+#include "table.h"
+
+namespace memopt {
+
+// Tensors from this size on are stepped by all threads together, smaller ones by one thread each.
+constexpr int64_t LARGE = 1 << 19;
+
+struct Prepared {
+    const Scalars* scalars;
+    int64_t step;
+    uint32_t keys[SLOTS + 1];
+    int pass;  // of an element-wise rule, else -1
+};
+
+void whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads);
+
+int step(const Table&, const Group*, Tensor*, int64_t count, uint32_t seed, int threads);
+bool finite(const Table&, Span*, int64_t count, int threads);
+
+}  // namespace memopt
