@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from memopt import kernels
+
 #: What to do with a step whose gradients hold NaN or Inf.
 POLICIES = ("skip", "raise", "propagate")
 
@@ -29,12 +31,12 @@ def check_gradient(name: str, p: Tensor) -> None:
 
 def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> list[str]:
     """The names whose gradient holds a NaN or an Inf. One reduction per tensor, one synchronisation per device."""
+    bad, gradients = kernels.non_finite(gradients)
     by_device: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, g in gradients:
         if g.numel():
             largest = torch.linalg.vector_norm(g, float("inf"))
             by_device.setdefault(g.device, []).append((name, largest.float()))
-    bad = []
     for entries in by_device.values():
         finite = torch.isfinite(torch.stack([largest for _, largest in entries]))
         if not bool(finite.all()):

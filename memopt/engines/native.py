@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from memopt import noise
+from memopt import kernels, noise
 from memopt.engines.base import Engine, Work
 from memopt.formats import FORMATS, Format, Shard
 from memopt.geometry import Rows
@@ -76,13 +76,16 @@ class ParameterState:
 
 @final
 class Native(Engine):
-    """Plain torch: decode each moment to fp32, apply the rule, encode again."""
+    """Decode each moment to fp32, apply the rule, encode again: in plain torch, or on a CPU in kernels that do the same."""
 
     name = "native"
     summary = "memopt's own formats and rules"
 
     def refuse(self, spec: OptimSpec) -> str | None:
         return None
+
+    def require(self) -> None:
+        pass
 
     def layout(
         self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
@@ -100,11 +103,11 @@ class Native(Engine):
         return [(moment.name, reason) for moment, _, reason in moment_formats(spec, h, name, rows) if reason]
 
     def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
-        for work in works:
+        for work in kernels.step(spec, works, partition.world_size, seed):
             plain_step(spec, work, partition.total, seed)
 
     def explain(self) -> str:
-        return "the plain torch path"
+        return kernels.status()
 
 
 def plain_step(spec: OptimSpec, work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
