@@ -46,6 +46,4 @@ ALIASES: dict[str, str] = {
     "adam4bit": "adam-4bit",
     "adamwfp8": "adamw-fp8",
     "adamfp8": "adam-fp8",
-    # torch's and others' sharded optimizer
-    "zero_redundancy_adamw": "adamw/zero1",
 }

@@ -65,6 +65,7 @@ class Optimizer(torch.optim.Optimizer):
     def _configure(self, process_group: Any = None) -> None:
         self.rule = RULES[self.spec.rule]
         self.engine = ENGINES[self.spec.engine]
+        self.engine.require()
         self.partition = PARTITIONS[self.spec.partition](process_group)  # type: ignore[call-arg]
         self.process_group = process_group
 

@@ -40,6 +40,10 @@ class Engine(ABC):
         """Why the engine cannot execute this spec, or None."""
 
     @abstractmethod
+    def require(self) -> None:
+        """Raise ImportError, with the line that installs it, for a package that is missing."""
+
+    @abstractmethod
     def layout(
         self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
     ) -> Sequence[tuple[str, str, TensorSpec]]:

@@ -61,6 +61,9 @@ class BitsAndBytes(Engine):
             return f"it cannot shard its state; the engine for /{spec.partition} is native"
         return None
 
+    def require(self) -> None:
+        require()
+
     def layout(
         self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
     ) -> list[tuple[str, str, TensorSpec]]:

@@ -86,7 +86,7 @@ def as_blocks(x: Tensor, rows: Rows, block: int) -> Tensor:
 def from_blocks(blocks: Tensor, rows: Rows) -> Tensor:
     """The inverse of :func:`as_blocks`: padding dropped, shape ``rows.local_shape``."""
     if len(rows.shape) >= 2:
-        return blocks.reshape(rows.count, -1)[:, : rows.cols].reshape(rows.local_shape)
+        return blocks.reshape(rows.count, blocks.shape[1] * blocks.shape[2])[:, : rows.cols].reshape(rows.local_shape)
     return blocks.reshape(-1)[: rows.numel].reshape(rows.local_shape)
 
 
