@@ -116,8 +116,11 @@ class OptimSpec:
         for fmt in {self.format, *(self._override(p)[0] for p in self.overrides)}:
             reason = rule.refuse(h, fmt)
             if reason:
-                raise SpecError(f"'{self}': {reason}; nearest: {self.rule}-32bit" if rule.default_format != "32bit"
-                                else f"'{self}': {reason}; nearest: {self.rule}")  # fmt: skip
+                nearest = replace(self, format="32bit", overrides={}, hyper={})
+                raise SpecError(f"'{self}': {reason}; nearest: {nearest}")
+        reason = ENGINES[self.engine].refuse_hyper(self, h)
+        if reason:
+            raise SpecError(f"'{self}' with engine={self.engine!r}: {reason}")
         return h
 
     def __str__(self) -> str:

@@ -40,6 +40,10 @@ class Engine(ABC):
         """Why the engine cannot execute this spec, or None."""
 
     @abstractmethod
+    def refuse_hyper(self, spec: OptimSpec, h: Mapping[str, Any]) -> str | None:
+        """Why the engine cannot execute these hyperparameters, or None."""
+
+    @abstractmethod
     def require(self) -> None:
         """Raise ImportError, with the line that installs it, for a package that is missing."""
 

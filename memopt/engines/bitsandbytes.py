@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, final
 
 from memopt.engines.base import Engine, Work
 from memopt.geometry import Rows
-from memopt.hyper import SpecError
 from memopt.ledger import Line, TensorSpec
 from memopt.rules import RULES
 
@@ -24,6 +23,8 @@ FIXED: dict[str, dict[str, Any]] = {
     "rmsprop": {"centered": False, "momentum": 0.0},
     "sgd": {"nesterov": False, "dampening": 0.0},
 }
+#: The one moment with the unsigned code book: rules with a single moment use the signed one, whatever its sign.
+SECOND_MOMENT = "exp_avg_sq"
 #: From this many elements on state is in 8 bits; blocks run over the flattened tensor.
 MIN_8BIT_NUMEL = 4096
 BLOCK = 256
@@ -61,16 +62,18 @@ class BitsAndBytes(Engine):
             return f"it cannot shard its state; the engine for /{spec.partition} is native"
         return None
 
+    def refuse_hyper(self, spec: OptimSpec, h: Mapping[str, Any]) -> str | None:
+        for key, only in FIXED.get(spec.rule, {}).items():
+            if h[key] != only:
+                return f"{key}={h[key]!r} is not allowed; its kernel has {key}={only!r} only"
+        return None
+
     def require(self) -> None:
         require()
 
     def layout(
         self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
     ) -> list[tuple[str, str, TensorSpec]]:
-        for key, only in FIXED.get(spec.rule, {}).items():
-            if h[key] != only:
-                raise SpecError(f"engine='bitsandbytes': {spec.rule} with {key}={h[key]!r} is not allowed; "
-                                f"its kernel has {key}={only!r} only")  # fmt: skip
         low = spec.for_parameter(name)[0] == "8bit" and rows.numel >= MIN_8BIT_NUMEL
         parts: list[tuple[str, str, TensorSpec]] = []
         for moment in RULES[spec.rule].moments(h, rows.shape):
@@ -85,9 +88,8 @@ class BitsAndBytes(Engine):
         books: dict[str, str] = {}
         for line in lines:
             if line.part == "codes":
-                signed = next(m.signed for m in RULES[spec.rule].moments({**spec.resolve()}, line.shape)
-                              if m.name == line.moment)  # fmt: skip
-                books["dynamic" if signed else "udynamic"] = line.location
+                second = line.moment == SECOND_MOMENT
+                books["udynamic" if second else "dynamic"] = line.location
         return [
             Line("(all)", "code_book", book, "float32", (256,), 1024, where, "shared") for book, where in books.items()
         ]
@@ -120,7 +122,7 @@ class BitsAndBytes(Engine):
             if state1[1] is None:
                 functional.optimizer_update_32bit(kernel, grad, target, state1[0], state2=state2[0], **common)
             else:
-                books = [code_book(m.signed, work.p.device) for m in moments]
+                books = [code_book(m.name != SECOND_MOMENT, work.p.device) for m in moments]
                 functional.optimizer_update_8bit_blockwise(
                     kernel, grad, target, state1[0], state2[0], qmap1=books[0],
                     qmap2=books[1] if second else None, absmax1=state1[1], absmax2=state2[1],

@@ -84,6 +84,9 @@ class Native(Engine):
     def refuse(self, spec: OptimSpec) -> str | None:
         return None
 
+    def refuse_hyper(self, spec: OptimSpec, h: Mapping[str, Any]) -> str | None:
+        return None
+
     def require(self) -> None:
         pass
 

@@ -1,0 +1,36 @@
+"""Run a function in several processes of one gloo group and collect what they return."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=120)
+
+
+def _rank(rank: int, world: int, directory: str, module: str, function: str, arguments: tuple[Any, ...]) -> None:
+    sys.path.insert(0, str(Path(__file__).parent))
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    store = dist.FileStore(f"{directory}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    result = getattr(__import__(module), function)(*arguments)
+    torch.save(result, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(function: Any, world: int, *arguments: Any) -> list[Any]:
+    """``function(*arguments)`` of a test module in each of ``world`` processes; the results by rank."""
+    with tempfile.TemporaryDirectory() as directory:
+        mp.start_processes(
+            _rank, (world, directory, function.__module__, function.__name__, arguments), nprocs=world, start_method="spawn"
+        )
+        return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(world)]

@@ -1,0 +1,112 @@
+"""The bitsandbytes engine: its own optimizers' numbers, our keys, an exact ledger."""
+
+import pytest
+import torch
+from cases import live_nbytes, odd_model, train
+
+import memopt
+from memopt.hyper import SpecError
+
+bnb = pytest.importorskip("bitsandbytes")
+
+#: (spec, hyperparameters, bitsandbytes' class, its keywords)
+PAIRS = [
+    ("adamw", {"weight_decay": 0.1}, "AdamW32bit", {"weight_decay": 0.1}),
+    ("adamw-8bit", {"weight_decay": 0.1}, "AdamW8bit", {"weight_decay": 0.1}),
+    ("adam", {}, "Adam32bit", {}),
+    ("adam-8bit", {}, "Adam8bit", {}),
+    ("lion", {"weight_decay": 0.1, "lr": 1e-4}, "Lion32bit", {"weight_decay": 0.1, "lr": 1e-4}),
+    ("lion-8bit", {"lr": 1e-4}, "Lion8bit", {"lr": 1e-4}),
+    ("rmsprop", {"lr": 1e-2}, "RMSprop32bit", {"lr": 1e-2}),
+    ("rmsprop-8bit", {"lr": 1e-2}, "RMSprop8bit", {"lr": 1e-2}),
+    ("sgd", {"momentum": 0.9, "lr": 1e-2}, "SGD32bit", {"momentum": 0.9, "lr": 1e-2}),
+    ("sgd-8bit", {"momentum": 0.9, "lr": 1e-2}, "SGD8bit", {"momentum": 0.9, "lr": 1e-2}),
+]
+
+
+def model_without_empties():
+    """bitsandbytes itself fails on empty tensors."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(67, 80), torch.nn.Linear(80, 70), torch.nn.LayerNorm(70))
+
+
+def run(model, opt, steps=10):
+    for seed in range(steps):
+        g = torch.Generator().manual_seed(seed)
+        opt.zero_grad()
+        (model(torch.randn(16, 67, generator=g)) - 1).abs().mean().backward()
+        opt.step()
+
+
+@pytest.mark.parametrize(("spec", "hyper", "cls", "keywords"), PAIRS, ids=[p[2] for p in PAIRS])
+def test_parameters_and_codes_are_bitsandbytes_own(spec, hyper, cls, keywords):
+    a, b = model_without_empties(), model_without_empties()
+    ours = memopt.create(a, spec, engine="bitsandbytes", **hyper)
+    theirs = getattr(bnb.optim, cls)(b.parameters(), **keywords)
+    run(a, ours)
+    run(b, theirs)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+        mine = [v for k, v in ours.state[p].items() if k != "step"]
+        names = ("state1", "absmax1", "state2", "absmax2")
+        for x, y in zip(mine, [theirs.state[q][n] for n in names if n in theirs.state[q]], strict=True):
+            assert torch.equal(x.flatten(), y.flatten())
+
+
+@pytest.mark.parametrize("spec", [str(s) for s in memopt.specs("bitsandbytes")])
+def test_the_claim_of_the_ledger_is_the_live_bytes(spec):
+    from memopt.engines.bitsandbytes import _BOOKS
+
+    hyper = {"momentum": 0.9} if spec.startswith("sgd") else {}
+    model = odd_model()
+    predicted = memopt.price(model, spec, engine="bitsandbytes", **hyper)
+    opt = memopt.create(model, spec, engine="bitsandbytes", **hyper)
+    _BOOKS.clear()
+    train(model, opt, 0, 1)
+    books = sum(t.numel() * t.element_size() for t in _BOOKS.values())
+    assert predicted.nbytes == live_nbytes(opt) + books
+    assert opt.ledger() == predicted
+    assert books == ({"adamw": 2048, "adam": 2048}.get(spec.split("-")[0], 1024) if "8bit" in spec else 0)
+
+
+def test_resume_is_bit_exact():
+    a = odd_model()
+    opt = memopt.create(a, "adamw-8bit", engine="bitsandbytes")
+    train(a, opt, 0, 3)
+    b = odd_model()
+    b.load_state_dict(a.state_dict())
+    other = memopt.create(b, "adamw-8bit", engine="bitsandbytes")
+    other.load_state_dict(opt.state_dict())
+    train(a, opt, 3, 3)
+    train(b, other, 3, 3)
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_a_state_of_the_other_engine_is_refused():
+    model = odd_model()
+    theirs = memopt.create(model, "adamw-8bit", engine="bitsandbytes")
+    theirs.init_state()
+    with pytest.raises(ValueError, match=r"the saved 'exp_avg.codes' is torch.uint8"):
+        memopt.create(model, "adamw-8bit").load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("spec", "hyper", "words"),
+    [
+        ("adafactor", {}, "it has no adafactor; it has adamw, adam, lion, rmsprop, sgd"),
+        ("adamw-4bit", {}, "it has no format '4bit'; it has 32bit, 8bit"),
+        ("adamw/zero1", {}, "cannot shard its state"),
+        ("adamw", {"amsgrad": True}, "amsgrad=True is not allowed"),
+        ("adam", {"weight_decay": 0.1}, "weight_decay=0.1 is not allowed"),
+        ("sgd", {"momentum": 0.9, "nesterov": True}, "nesterov=True is not allowed"),
+        ("rmsprop", {"centered": True}, "centered=True is not allowed"),
+    ],
+)
+def test_what_it_has_not_is_refused(spec, hyper, words):
+    with pytest.raises(SpecError, match=words):
+        memopt.create(odd_model(), spec, engine="bitsandbytes", **hyper)
+
+
+def test_explain_names_the_engine_and_its_version():
+    text = memopt.create(odd_model(), "adamw-8bit", engine="bitsandbytes").explain()
+    assert f"bitsandbytes {bnb.__version__}" in text
