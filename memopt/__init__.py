@@ -23,7 +23,7 @@ _PUBLIC = {
     "specs": "memopt.spec",
 }
 
-__all__ = sorted(_PUBLIC)
+__all__ = ["Ledger", "Line", "OptimSpec", "Optimizer", "SpecError", "create", "parse", "price", "specs"]
 
 if TYPE_CHECKING:
     from memopt.hyper import SpecError

@@ -29,7 +29,9 @@ def explain(optimizer: Optimizer) -> str:
         places[place, spec.for_parameter(name)[1]] = places.get((place, spec.for_parameter(name)[1]), 0) + 1
     rows += [("placement", f"{name}: {text} ({count} parameters)") for (text, name), count in places.items()]
     partition = optimizer.partition
-    rows.append(("partition", f"{partition.name}: {partition.summary}; rank {partition.rank} of {partition.world_size}"))
+    rows.append(
+        ("partition", f"{partition.name}: {partition.summary}; rank {partition.rank} of {partition.world_size}")
+    )
     rows += [("override", f"{pattern!r} -> {value}") for pattern, value in spec.overrides.items()]
     for reason, moments in kept.items():
         shown = ", ".join(moments[:4]) + (f", and {len(moments) - 4} more" if len(moments) > 4 else "")

@@ -38,7 +38,7 @@ class Rows(NamedTuple):
         return cls(shape, 0, row_count(shape))
 
     @property
-    def count(self) -> int:
+    def count(self) -> int:  # type: ignore[override]
         return self.stop - self.first
 
     @property

@@ -13,8 +13,8 @@ from memopt import kernels
 POLICIES = ("skip", "raise", "propagate")
 
 
-def check_gradient(name: str, p: Tensor) -> None:
-    """Raise RuntimeError for a gradient that no rule can take; nothing has been changed yet."""
+def check_gradient(name: str, p: Tensor) -> Tensor:
+    """The gradient of ``p``. Raises RuntimeError for one that no rule can take; nothing has been changed yet."""
     g = p.grad
     assert g is not None
     if type(g) is not Tensor or type(p) not in (Tensor, torch.nn.Parameter):
@@ -27,6 +27,7 @@ def check_gradient(name: str, p: Tensor) -> None:
         raise RuntimeError(f"{name} has a sparse gradient; memopt takes dense ones (nn.Embedding(sparse=False))")
     if not g.is_floating_point():
         raise RuntimeError(f"{name} has a gradient of dtype {g.dtype}; a gradient must be real floating point")
+    return g
 
 
 def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> list[str]:

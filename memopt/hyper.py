@@ -49,8 +49,20 @@ def _bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+#: Hyperparameters that are on or off.
+FLAGS = (
+    "maximize",
+    "amsgrad",
+    "nesterov",
+    "centered",
+    "decoupled_weight_decay",
+    "scale_parameter",
+    "relative_step",
+    "warmup_init",
+)
+
 CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "lr": ("a finite number >= 0 (or None where the rule makes its own rate)", lambda v: v is None or _at_least_zero(v)),
+    "lr": ("a finite number >= 0, or None where the rule makes its own", lambda v: v is None or _at_least_zero(v)),
     "betas": ("numbers in [0, 1)", _fractions),
     "beta1": ("None or a number in [0, 1)", lambda v: v is None or _fraction(v)),
     "eps": ("a finite number >= 0, or for factored rules a pair of them", _eps),
@@ -61,12 +73,8 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta2_decay": ("a finite number <= 0", lambda v: _number(v) and float(v) <= 0),
     "d": ("a finite number >= 1", lambda v: _number(v) and float(v) >= 1),
     "convention": ("'torch' or 'transformers'", lambda v: v in ("torch", "transformers")),
-    **{
-        flag: ("True or False", _bool)
-        for flag in ("maximize", "amsgrad", "nesterov", "centered", "decoupled_weight_decay", "scale_parameter",
-                     "relative_step", "warmup_init")
-    },
-}  # fmt: skip
+    **dict.fromkeys(FLAGS, ("True or False", _bool)),
+}
 
 
 def check(rule: str, values: Mapping[str, Any]) -> None:

@@ -97,7 +97,7 @@ class Ledger:
 
     def __str__(self) -> str:
         """A table by moment and part; the sum is the last row."""
-        rows = [("moment", "part", "dtype", "where", "tensors", "bytes")]
+        rows: list[tuple[str, ...]] = [("moment", "part", "dtype", "where", "tensors", "bytes")]
         totals: dict[tuple[str, ...], list[int]] = {}
         for line in self.lines:
             entry = totals.setdefault((line.moment, line.part, line.dtype, line.location), [0, 0])

@@ -124,16 +124,15 @@ class Optimizer(torch.optim.Optimizer):
     # The step --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; ``closure`` re-evaluates the loss, which is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
-        for _, name, p, _ in ready:
-            check_gradient(name, p)
-        if self.nonfinite != "propagate" and self._stopped_by([(name, p.grad) for _, name, p, _ in ready]):
+        gradients = [(name, check_gradient(name, p)) for _, name, p, _ in ready]
+        if self.nonfinite != "propagate" and self._stopped_by(gradients):
             return loss
         works = [self._work(*entry) for entry in ready]
         self.engine.step(self.spec, works, self.partition, self.seed)
@@ -187,8 +186,8 @@ class Optimizer(torch.optim.Optimizer):
         parameter and the key that do not fit.
         """
         state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():  # type: ignore[attr-defined]
-            replaced = hook(self, state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         plan: LoadPlan = plan_load(self, state_dict)
         for (name, p, group), saved in plan.states:
@@ -201,8 +200,8 @@ class Optimizer(torch.optim.Optimizer):
             group.update(loaded)
         self.seed = plan.metadata.get("seed", self.seed)
         self.skipped_steps = plan.metadata.get("skipped_steps", self.skipped_steps)
-        for hook in self._optimizer_load_state_dict_post_hooks.values():  # type: ignore[attr-defined]
-            hook(self)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
@@ -259,5 +258,3 @@ def create(model_or_params: Any, spec: str | OptimSpec = "adamw", **keywords: An
     """
     params = model_or_params.named_parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
     return Optimizer(params, spec, **keywords)
-
-

@@ -1,6 +1,6 @@
 """``OptimSpec``: a value on every axis, validated when it is made.
 
-    RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]
+RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     if match is None:
         raise SpecError(f"cannot read the spec {text!r}; the form is RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION], "
                         f"where RULE is one of {', '.join(RULES)}")  # fmt: skip
-    axes = {axis: value for axis, value in match.groupdict().items() if value is not None}
+    axes: dict[str, Any] = {axis: value for axis, value in match.groupdict().items() if value is not None}
     return OptimSpec(**axes, **fields)
 
 

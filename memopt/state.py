@@ -54,12 +54,8 @@ def plan_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> LoadPlan:
 
 
 def _check_world(optimizer: Optimizer, metadata: Mapping[str, Any]) -> None:
-    if optimizer.spec.partition == "none":
-        saved, here = metadata.get("world_size", 1), 1
-    else:
-        saved = (metadata.get("rank", 0), metadata.get("world_size", 1))
-        here = (optimizer.partition.rank, optimizer.partition.world_size)
-    if saved != here:
+    saved = metadata.get("rank", 0), metadata.get("world_size", 1)
+    if saved != (optimizer.partition.rank, optimizer.partition.world_size):
         raise ValueError(f"this state is rank {metadata.get('rank')} of {metadata.get('world_size')}, and it is loaded "
                          f"on rank {optimizer.partition.rank} of {optimizer.partition.world_size}; "
                          "a sharded state loads on the rank and world size that saved it")  # fmt: skip

@@ -31,6 +31,9 @@ def run(function: Any, world: int, *arguments: Any) -> list[Any]:
     """``function(*arguments)`` of a test module in each of ``world`` processes; the results by rank."""
     with tempfile.TemporaryDirectory() as directory:
         mp.start_processes(
-            _rank, (world, directory, function.__module__, function.__name__, arguments), nprocs=world, start_method="spawn"
+            _rank,
+            (world, directory, function.__module__, function.__name__, arguments),
+            nprocs=world,
+            start_method="spawn",
         )
         return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(world)]

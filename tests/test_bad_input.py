@@ -139,7 +139,7 @@ def test_nan_and_inf_gradients_skip_the_whole_step(spec, bad):
 def test_nan_gradients_can_raise_or_propagate():
     w = nn.Parameter(torch.ones(2, 2))
     w.grad = torch.full((2, 2), NAN)
-    with pytest.raises(FloatingPointError, match="gradient of 0; nothing was changed"):
+    with pytest.raises(FloatingPointError, match=r"gradient of 0; nothing was changed"):
         memopt.create([w], "adamw", nonfinite="raise").step()
     assert torch.equal(w, torch.ones(2, 2))
     memopt.create([w], "adamw", nonfinite="propagate").step()
@@ -169,7 +169,7 @@ def test_price_refuses_a_world_that_cannot_be(world_size, rank):
 
 
 def test_price_refuses_what_is_no_shape():
-    with pytest.raises(SpecError, match="w: .* is not a shape"):
+    with pytest.raises(SpecError, match=r"w: .* is not a shape"):
         memopt.price({"w": (10, -1)}, "adamw")
 
 
@@ -184,5 +184,5 @@ def test_paged_refuses_a_temporary_directory_in_memory(monkeypatch, tmp_path):
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [Mount])
     monkeypatch.setattr(paged.tempfile, "gettempdir", lambda: str(tmp_path))
     opt = memopt.create(nn.Linear(80, 64), "adamw@paged")
-    with pytest.raises(RuntimeError, match="is tmpfs, which is memory itself.*set TMPDIR"):
+    with pytest.raises(RuntimeError, match=r"is tmpfs, which is memory itself.*set TMPDIR"):
         opt.init_state()

@@ -1,5 +1,7 @@
 """Formats: error bounds, no bias, zero bytes are zero, shards are rows of the whole."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from cases import assert_same_bits
@@ -167,7 +169,7 @@ def test_rows_cover_a_parameter_once(shape, world):
     ranks = [PARTITIONS["zero1"].rows(shape, r, world) for r in range(world)]
     assert ranks[0].first == 0
     assert ranks[-1].stop == row_count(shape)
-    assert all(a.stop == b.first for a, b in zip(ranks, ranks[1:], strict=False))
+    assert all(a.stop == b.first for a, b in pairwise(ranks))
     assert sum(r.numel for r in ranks) == Rows.whole(shape).numel
     assert max(r.count for r in ranks) <= -(-row_count(shape) // world)
 

@@ -82,7 +82,9 @@ def test_ranks_share_the_state_without_overlap_or_gap():
 
 
 def test_the_printed_ledger_ends_in_the_sum():
-    ledger = Ledger([Line("w", "exp_avg", "", "float32", (2,), 8, "cpu"), Line("b", "step", "", "float32", (), 4, "cpu")])
+    ledger = Ledger(
+        [Line("w", "exp_avg", "", "float32", (2,), 8, "cpu"), Line("b", "step", "", "float32", (), 4, "cpu")]
+    )
     assert str(ledger).splitlines()[-1].split() == ["total", "2", "12"]
     assert ledger.by("moment", "location") == {("exp_avg", "cpu"): 8, ("step", "cpu"): 4}
     assert ledger.to_json()["lines"][0]["shape"] == [2]

@@ -109,7 +109,10 @@ def test_param_groups_have_their_own_hyperparameters():
     b.load_state_dict(a.state_dict())
 
     def groups(model):
-        return [{"params": [model.weight], "weight_decay": 0.3}, {"params": [model.bias], "lr": 0.1, "betas": (0.5, 0.9)}]
+        return [
+            {"params": [model.weight], "weight_decay": 0.3},
+            {"params": [model.bias], "lr": 0.1, "betas": (0.5, 0.9)},
+        ]
 
     ours, theirs = memopt.create(groups(a), "adamw", lr=1e-2), torch.optim.AdamW(groups(b), lr=1e-2)
     for t in range(10):

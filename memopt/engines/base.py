@@ -20,7 +20,7 @@ class Work(NamedTuple):
     """One parameter's part of a step."""
 
     name: str
-    index: int  # the parameter's place among all parameters of the optimizer, for the random key
+    index: int  # type: ignore[assignment]  # the parameter's place among all parameters of the optimizer, for the random key
     rows: Rows
     p: Tensor  # [rows.local_shape], a view of the parameter
     g: Tensor  # [rows.local_shape], a view of its gradient, in the gradient's dtype

@@ -71,9 +71,7 @@ class BitsAndBytes(Engine):
     def require(self) -> None:
         require()
 
-    def layout(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
-    ) -> list[tuple[str, str, TensorSpec]]:
+    def layout(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str, TensorSpec]]:
         low = spec.for_parameter(name)[0] == "8bit" and rows.numel >= MIN_8BIT_NUMEL
         parts: list[tuple[str, str, TensorSpec]] = []
         for moment in RULES[spec.rule].moments(h, rows.shape):
@@ -149,7 +147,8 @@ def _betas(rule: str, h: Mapping[str, Any]) -> tuple[float, float]:
         return h["alpha"], 0.0
     if rule == "sgd":
         return h["momentum"], 0.0
-    return tuple(h["betas"])  # type: ignore[return-value]
+    beta1, beta2 = h["betas"]
+    return beta1, beta2
 
 
 _BOOKS: dict[tuple[bool, Any], Any] = {}

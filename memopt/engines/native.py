@@ -76,7 +76,7 @@ class ParameterState:
 
 @final
 class Native(Engine):
-    """Decode each moment to fp32, apply the rule, encode again: in plain torch, or on a CPU in kernels that do the same."""
+    """Decode each moment to fp32, apply the rule, encode again; on a CPU in kernels that do the same."""
 
     name = "native"
     summary = "memopt's own formats and rules"
@@ -90,9 +90,7 @@ class Native(Engine):
     def require(self) -> None:
         pass
 
-    def layout(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
-    ) -> list[tuple[str, str, TensorSpec]]:
+    def layout(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str, TensorSpec]]:
         return [
             (moment.name, part, tensor)
             for moment, fmt, _ in moment_formats(spec, h, name, rows)

@@ -56,4 +56,3 @@ class Int8(Format):
         parts["codes"].copy_(from_blocks(q, shard.rows))
         store_scales(scale, parts["scales"])
         return x
-

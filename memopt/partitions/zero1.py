@@ -75,8 +75,11 @@ class Zero1(Partition):
         bucket: list[Tensor] = []
         nbytes = 0
         for p in parameters:
-            if bucket and (p.dtype != bucket[0].dtype or p.device != bucket[0].device
-                           or nbytes + p.numel() * p.element_size() > BUCKET_NBYTES):
+            if bucket and (
+                p.dtype != bucket[0].dtype
+                or p.device != bucket[0].device
+                or nbytes + p.numel() * p.element_size() > BUCKET_NBYTES
+            ):
                 self._gather(bucket)
                 bucket, nbytes = [], 0
             bucket.append(p)
@@ -89,8 +92,10 @@ class Zero1(Partition):
         import torch
         import torch.distributed as dist
 
-        shards = [[owned(p, self.rows(tuple(p.shape), r, self.world_size)) for p in parameters]
-                  for r in range(self.world_size)]
+        shards = [
+            [owned(p, self.rows(tuple(p.shape), r, self.world_size)) for p in parameters]
+            for r in range(self.world_size)
+        ]
         longest = max(sum(s.numel() for s in rank) for rank in shards)
         send = parameters[0].new_zeros(longest)
         mine = shards[self.rank]

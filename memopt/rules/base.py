@@ -80,11 +80,15 @@ class Rule(NamedTuple):
         """Raise :class:`SpecError` for values that are not allowed; keys that are not ours are a scheduler's."""
         check(self.name, {k: h[k] for k in self.hyperparameters})
         for name in ("betas", "eps"):
-            default = self.hyperparameters.get(name)
-            given = h.get(name)
-            if name in h and (isinstance(default, tuple) != isinstance(given, (tuple, list)) or
-                              (isinstance(default, tuple) and len(default) != len(given))):  # type: ignore[arg-type]
-                shape = f"{len(default)} numbers" if isinstance(default, tuple) else "one number"
-                raise SpecError(f"{self.name}: {name}={given!r} is not allowed; {name} is {shape}, by default {default}")
+            if name in self.hyperparameters and _count(h[name]) != _count(self.hyperparameters[name]):
+                count = _count(self.hyperparameters[name])
+                shape = f"{count} numbers" if count else "one number"
+                default = self.hyperparameters[name]
+                raise SpecError(f"{self.name}: {name}={h[name]!r} is not allowed; it is {shape}, by default {default}")
         if h["lr"] is None and not h.get("relative_step"):
             raise SpecError(f"{self.name}: lr=None is not allowed; lr must be a finite number >= 0")
+
+
+def _count(value: Any) -> int:
+    """Length of a tuple or list, 0 for a single number."""
+    return len(value) if isinstance(value, (tuple, list)) else 0
