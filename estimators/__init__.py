@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 #: public name -> the module that defines it
 _PUBLIC = {
-    "Column": "estimators.estimate",
-    "Estimate": "estimators.estimate",
+    "Column": "estimators.costs",
+    "Estimate": "estimators.costs",
     "InputError": "estimators.fields",
     "Model": "estimators.model",
-    "Peak": "estimators.estimate",
-    "Row": "estimators.estimate",
+    "Peak": "estimators.costs",
+    "Row": "estimators.costs",
     "architectures": "estimators.model",
     "capacity": "estimators.hardware",
-    "estimate": "estimators.estimate",
+    "estimate": "estimators.costs",
     "resolve": "estimators.model",
 }
 
@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from estimators.estimate import Column, Estimate, Peak, Row, estimate
+    from estimators.costs import Column, Estimate, Peak, Row, estimate
     from estimators.fields import InputError
     from estimators.hardware import capacity
     from estimators.model import Model, architectures, resolve

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from estimators.estimate import PAGEABLE, PHASES, WITHOUT, Column, Estimate
+from estimators.costs import PAGEABLE, PHASES, WITHOUT, Column, Estimate
 from estimators.units import gib
 
 #: Version of the JSON form. Keys are only ever added under one number.
@@ -66,34 +66,43 @@ def _title(e: Estimate, colour: bool) -> list[str]:
     if e.trainable != e.parameters:
         counted += f", {e.trainable:,} of them trainable"
     title = counted if e.model.name == counted else f"{e.model.name}: {counted}"
-    dtypes = f"weights in {e.weights}, gradients in {e.gradients}"
-    ranks = f"; bytes on each of {e.world_size} data-parallel GPUs" if e.world_size > 1 else ""
-    return [_paint(title, "bold", colour), *wrap(dtypes + ranks)]
+    dtypes = f"{e.weights} weights and gradients"
+    if e.weights != e.gradients:
+        dtypes = f"{e.weights} weights, {e.gradients} gradients"
+    ranks = f"; bytes per GPU, {e.world_size} data-parallel ranks" if e.world_size > 1 else ""
+    return [_paint(title, "bold", colour), dtypes + ranks]
 
 
 def _table(e: Estimate, colour: bool) -> list[str]:
     """Plain cells are aligned first and painted after, so that colour cannot shift a column."""
     header = ["spec", "weights", "gradients", "state", "GPU peak", "state/parameter" if e.gpu is None else gib(e.gpu)]
-    rows = [_cells(column, e.gpu) for column in e.columns]
-    if e.gpu is None:
-        for row, column in zip(rows, e.columns, strict=True):
-            row[5] = f"{column.nbytes('state') / max(1, e.trainable):.3f} bytes"
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(6)]
-    lines = [_paint(_line(header, widths), "dim", colour)]
+    rows = [_cells(column, e) for column in e.columns]
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    # Too wide for a terminal: narrow gaps, or else each spec on a line of its own and its figures on the next.
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
+    two_lines = sum(widths) + len(widths) - 1 > WIDTH
+    if two_lines:
+        widths[0] = 1
+    lines = [_paint(_line(header, widths, gap, two_lines), "dim", colour)]
     for row, column in zip(rows, e.columns, strict=True):
-        lines.append(_verdict_painted(_line(row, widths), row[5], column, e.gpu, colour))
+        if two_lines:
+            lines.append(row[0])
+        line = _line(row, widths, gap, two_lines)
+        lines.append(line if e.gpu is None else _painted_end(line, row[-1], bool(column.over(e.gpu)), colour))
     return lines
 
 
-def _cells(column: Column, gpu: int | None) -> list[str]:
-    pageable = column.nbytes("state", PAGEABLE)
+def _cells(column: Column, e: Estimate) -> list[str]:
+    pageable = "*" if column.nbytes("state", PAGEABLE) else ""
+    marked = any(c.nbytes("state", PAGEABLE) for c in e.columns)
+    state = column.nbytes("state")
     return [
         column.spec,
         gib(column.nbytes("weights") + column.nbytes("buffers")),
         gib(column.nbytes("gradients")),
-        gib(column.nbytes("state")) + (" p" if pageable else "  "),
+        gib(state) + (pageable or (" " if marked else "")),
         gib(column.peak.nbytes),
-        "" if gpu is None else verdict(column, gpu),
+        f"{state / max(1, e.trainable):.3f} bytes" if e.gpu is None else verdict(column, e.gpu),
     ]
 
 
@@ -104,25 +113,23 @@ def verdict(column: Column, gpu: int) -> str:
     return "FITS, paging" if column.paged_out(gpu) else "FITS"
 
 
-def _line(cells: list[str], widths: list[int]) -> str:
-    first, *middle, last = (f"{cell:{'<' if i in (0, 5) else '>'}{w}}" for i, (cell, w) in
-                            enumerate(zip(cells, widths, strict=True)))  # fmt: skip
-    return "  ".join([first, *middle, last]).rstrip()
+def _line(cells: list[str], widths: list[int], gap: str, without_first: bool) -> str:
+    """Figures to the right, the first and the last cell to the left."""
+    first = " " * widths[0] if without_first else f"{cells[0]:<{widths[0]}}"
+    middle = (f"{cell:>{width}}" for cell, width in zip(cells[1:-1], widths[1:-1], strict=True))
+    return gap.join([first, *middle, cells[-1]]).rstrip()
 
 
-def _verdict_painted(line: str, cell: str, column: Column, gpu: int | None, colour: bool) -> str:
-    if gpu is None:
-        return line
-    return line[: len(line) - len(cell)] + _paint(cell, "red" if column.over(gpu) else "green", colour)
+def _painted_end(line: str, cell: str, over: bool, colour: bool) -> str:
+    return line[: len(line) - len(cell)] + _paint(cell, "red" if over else "green", colour)
 
 
 def _footer(e: Estimate) -> list[str]:
     lines = []
     if any(column.peak.pageable for column in e.columns):
-        lines.append("p: pageable, moves to host memory while the GPU is full; not in the GPU peak.")
-    phases = dict.fromkeys(column.peak.phase for column in e.columns)
-    lines.append(f"Peak over {', '.join(PHASES)}: in the phase {', '.join(phases)}, without {_listed(WITHOUT)}, "
-                 "which come on top.")  # fmt: skip
+        lines.append("* pageable: moves to host memory while the GPU is full; not in the GPU peak.")
+    phases = ", ".join(dict.fromkeys(column.peak.phase for column in e.columns))
+    lines.append(f"GPU peak: the most of {_listed(PHASES)} (here: {phases}), without {_listed(WITHOUT)}.")
     lines += [f"Note: {note}." for note in e.model.notes]
     return [part for line in lines for part in wrap(line)]
 

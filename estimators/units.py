@@ -66,12 +66,14 @@ def dtype(text: str, what: str) -> str:
 
 
 def gib(nbytes: int) -> str:
-    """Bytes in GiB, to about four digits.
+    """Bytes in GiB, to about four digits; in another unit where that would be unreadable.
 
-    >>> gib(2**34), gib(3 * 2**20), gib(2**40 * 3), gib(500), gib(0)
-    ('16.00 GiB', '0.003 GiB', '3,072 GiB', '500 bytes', '0.00 GiB')
+    >>> gib(2**34), gib(3 * 2**20), gib(2**40 * 3), gib(500), gib(0), gib(2**57)
+    ('16.00 GiB', '0.003 GiB', '3,072 GiB', '500 bytes', '0.00 GiB', '131,072 TiB')
     """
     value = nbytes / 2**30
+    if value >= 100_000:
+        return f"{value / 2**10:,.0f} TiB"
     if 0 < nbytes < 2**20:
         return f"{nbytes:,} bytes" if nbytes < 1000 else f"{nbytes / 2**10:.1f} KiB"
     if value >= 1000:

@@ -1,6 +1,7 @@
 """The calculator: shapes against transformers' own modules, bytes against memopt.price, peaks, and bad input."""
 
 import json
+import pkgutil
 import subprocess
 import sys
 from math import prod
@@ -11,7 +12,7 @@ import estimators
 import memopt
 from estimators import InputError, estimate, resolve
 from estimators.config import from_config
-from estimators.estimate import PHASES, Column, Row, peak
+from estimators.costs import PHASES, Column, Row, peak
 from estimators.families import FAMILIES
 from estimators.hardware import GPUS, capacity
 from estimators.known import KNOWN
@@ -82,7 +83,9 @@ class TestCounts:
     def test_spellings(self, text, n):
         assert estimate(text).parameters == n
 
-    @pytest.mark.parametrize("bad", [0, -1, 10**16, pytest.param(10**5000, id="huge"), "0B", "9999T", True, 1.5, None, [], b"8B"])
+    @pytest.mark.parametrize(
+        "bad", [0, -1, 10**16, pytest.param(10**5000, id="huge"), "0B", "9999T", True, 1.5, None, [], b"8B"]
+    )
     def test_refused(self, bad):
         with pytest.raises(InputError):
             estimate(bad)
@@ -169,7 +172,8 @@ class TestPeak:
         assert peak("s", rows) == ("s", "step", 10, 9, 2)
 
     def test_fit_over_and_paging(self):
-        column = Column("s", [Row("s", "w", "", 10, "GPU", PHASES, ""), Row("s", "state", "", 5, "pageable", PHASES, "")])
+        rows = [Row("s", "w", "", 10, "GPU", PHASES, ""), Row("s", "state", "", 5, "pageable", PHASES, "")]
+        column = Column("s", rows)
         assert (column.over(9), column.over(10)) == (1, 0)
         assert [column.paged_out(gpu) for gpu in (9, 10, 12, 15, 20)] == [5, 5, 3, 0, 0]
 
@@ -215,7 +219,8 @@ class TestArguments:
             estimate("8B", **{"spec": "adamw", **given})
 
     def test_repeated_specs_count_once(self):
-        assert [c.spec for c in estimate("gpt2", ["adamw8bit", "adamw-8bit", "adamw"]).columns] == ["adamw-8bit", "adamw"]
+        columns = estimate("gpt2", ["adamw8bit", "adamw-8bit", "adamw"]).columns
+        assert [column.spec for column in columns] == ["adamw-8bit", "adamw"]
 
     def test_cards(self):
         assert len(GPUS) >= 25
@@ -225,7 +230,7 @@ class TestArguments:
 
     def test_gib_is_always_spelled(self):
         for nbytes in (0, 1, 10**4, 10**6, 10**8, 10**9, 10**11, 10**13, 10**16):
-            assert gib(nbytes).split()[-1] in ("GiB", "KiB", "bytes")
+            assert gib(nbytes).split()[-1] in ("GiB", "KiB", "TiB", "bytes")
 
 
 class TestLiveModels:
@@ -354,9 +359,15 @@ def test_too_many_parameters_in_all():
 
 
 def test_torch_is_not_imported():
-    code = "import sys, estimators; estimators.estimate('llama-3.1-8b', ['adamw', 'adafactor']); print('torch' in sys.modules)"
+    code = "import sys, estimators; estimators.estimate('gpt2', ['adamw', 'adafactor']); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "False\n"
+
+
+def test_public_names_are_not_hidden_by_a_module_of_that_name():
+    """Importing a submodule sets it as an attribute of its package."""
+    for module in pkgutil.iter_modules(estimators.__path__):
+        assert module.name not in estimators.__all__
 
 
 def test_public_names():

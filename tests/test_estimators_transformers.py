@@ -6,7 +6,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 from estimators.config import from_config  # noqa: E402
-from estimators.estimate import estimate  # noqa: E402
+from estimators.costs import estimate  # noqa: E402
 from estimators.families import FAMILIES  # noqa: E402
 from estimators.known import KNOWN  # noqa: E402
 
@@ -25,7 +25,8 @@ AUTO = {
 #: Names that are the same model as another name, as the configuration has it, are built once.
 DISTINCT = {str(sorted(config.items())): name for name, config in KNOWN.items()}
 
-_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+_TEXT = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "vocab_size": 100}  # fmt: skip
 _GQA = {**_TEXT, "num_key_value_heads": 2}
 _MOE = {**_GQA, "num_experts": 5, "moe_intermediate_size": 24}
 _DEEPSEEK = {**_TEXT, "n_routed_experts": 8, "moe_intermediate_size": 24, "kv_lora_rank": 16, "q_lora_rank": 20,

@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if args.models:
         return _list_models(args)
-    from estimators.estimate import estimate
+    from estimators.costs import estimate
     from estimators.fields import InputError
     from estimators.report import as_text
 
