@@ -1,0 +1,227 @@
+"""memopt estimate, list and doctor as a person or a script meets them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+import memopt
+from memopt.cli import doctor, main
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*argv):
+        try:
+            code = main(list(argv))
+        except SystemExit as exit_:  # argparse's own errors
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+class TestEstimate:
+    def test_a_count_side_by_side(self, run):
+        code, out, err = run("estimate", "8B")
+        assert (code, err) == (0, "")
+        assert "8,000,000,000 parameters" in out
+        for spec in ("adamw", "adamw@paged", "adamw-8bit", "adamw-4bit", "adafactor"):
+            assert f"\n{spec} " in out
+        assert "without activations" in out
+        assert "\033" not in out
+
+    @pytest.mark.parametrize(
+        "argv",
+        [
+            ("8B",),
+            ("llama-3.1-405b", "--gpu", "h100-80gb", "--world", "64", "--optim", "adamw", "adamw-8bit@paged/zero1"),
+            ("llama-3.1-8b", "--gpu", "24GiB", "--world", "8"),
+            ("gpt2", "--gpu", "24GiB"),
+            ("1",),
+            ("1000T", "--gpu", "1MiB"),
+            ("1000T",),
+        ],
+    )
+    def test_it_fits_80_columns(self, run, argv):
+        _, out, _ = run("estimate", *argv)
+        assert max(map(len, out.splitlines())) <= 80
+
+    def test_exit_codes(self, run):
+        assert run("estimate", "gpt2", "--gpu", "24GiB")[0] == 0
+        assert run("estimate", "llama-3.1-8b", "--gpu", "24GiB")[0] == 1
+        assert run("estimate", "gpt2", "--gpu", "1GiB", "--optim", "adamw")[0] == 1
+        assert run("estimate", "gpt2", "--gpu", "1GiB", "--optim", "adamw", "adafactor")[0] == 0
+
+    def test_verdicts(self, run):
+        _, out, _ = run("estimate", "gpt2", "--gpu", "1GiB", "--optim", "adamw", "adamw@paged", "adafactor")
+        adamw, paged, adafactor = (line for line in out.splitlines() if line.startswith("ada"))
+        assert "over by 0.39 GiB" in adamw
+        assert paged.endswith("FITS, paging")
+        assert adafactor.endswith("FITS")
+
+    def test_json_is_the_documented_form(self, run):
+        code, out, _ = run("estimate", "gpt2", "--gpu", "1GiB", "--optim", "adamw", "adamw@paged", "--json")
+        form = json.loads(out)
+        assert code == 0
+        assert list(form) == [
+            "schema", "model", "weights", "gradients", "world_size", "gpu_nbytes", "without", "fits", "specs",
+        ]  # fmt: skip
+        assert form["schema"] == "memopt.estimate/1"
+        assert form["model"]["parameters"] == 124_439_808
+        adamw, paged = form["specs"]
+        assert adamw["fits"] is False
+        assert adamw["over_nbytes"] == adamw["peak"]["gpu_nbytes"] - 2**30 > 0
+        assert paged["fits"] is True
+        assert paged["peak"]["pageable_nbytes"] == 8 * 124_439_808
+        shapes = __import__("estimators").resolve("gpt2").shapes
+        assert adamw["state_nbytes"] == memopt.price(shapes, "adamw").nbytes
+        for spec in form["specs"]:
+            assert {row["provenance"] for row in spec["rows"]} == {"exact"}
+            assert sum(row["nbytes"] for row in spec["rows"] if row["what"] == "state") == spec["state_nbytes"]
+
+    def test_every_key_of_the_form_is_in_the_docs(self, run):
+        from pathlib import Path
+
+        def keys(value):
+            if isinstance(value, dict):
+                return set(value) | {k for v in value.values() for k in keys(v)}
+            return {k for v in value for k in keys(v)} if isinstance(value, list) else set()
+
+        page = (Path(__file__).parent.parent / "docs" / "estimates.md").read_text()
+        form = json.loads(run("estimate", "gpt2", "--json")[1])
+        assert [key for key in sorted(keys(form)) if f"`{key}`" not in page] == []
+
+    def test_sharded_specs_join_when_there_are_ranks(self, run):
+        assert "/zero1" not in run("estimate", "8B")[1]
+        assert "adamw-8bit/zero1" in run("estimate", "8B", "--world", "8")[1]
+
+    @pytest.mark.parametrize(
+        ("argv", "words"),
+        [
+            (("lama-3-8b",), ("lama-3-8b", "llama-3-8b")),
+            ((), ("which model?",)),
+            (("8B", "--gpu", "24"), ("24GiB",)),
+            (("8B", "--gpu", "rtx-4091"), ("rtx-4090",)),
+            (("8B", "--world", "0"), ("0", "1")),
+            (("8B", "--world", "-2"), ("-2",)),
+            (("8B", "--world", "two"), ("two", "whole number")),
+            (("8B", "--world", "9" * 5000), ("whole number",)),
+            (("8B", "--weights", "fp4"), ("fp4", "bf16")),
+            (("8B", "--optim", "adamw-9bit"), ("9bit", "8bit")),
+            (("8B", "--optim", "lion-factored"), ("lion", "factored")),
+            (("8B", "--models"), ("--models", "8B")),
+            (("0B",), ("0", "1000T")),
+            (("\0",), ("neither",)),
+            (("/",), ("config.json",)),
+        ],
+    )
+    def test_bad_input_is_one_sentence(self, run, argv, words):
+        code, out, err = run("estimate", *argv)
+        assert (code, out) == (2, "")
+        assert err.startswith("memopt estimate: ")
+        assert err.count("\n") == 1
+        assert all(word in err for word in words)
+
+    def test_unknown_flags_are_refused(self, run):
+        code, _, err = run("estimate", "8B", "--gpus", "7", "--nonsense")
+        assert code == 2
+        assert "unrecognized arguments" in err
+
+    def test_models_are_listed(self, run):
+        code, out, _ = run("estimate", "--models")
+        assert code == 0
+        assert "llama-3.1-8b" in out.split()
+        assert json.loads(run("estimate", "--models", "--json")[1]) == out.split()
+
+    def test_colour_is_for_terminals_only(self):
+        from estimators import estimate
+        from estimators.report import as_text
+
+        e = estimate("gpt2", ["adamw", "adafactor"], gpu="1GiB")
+        painted = as_text(e, colour=True)
+        assert "\033[31mover by 0.39 GiB\033[0m" in painted
+        assert "\033[32mFITS\033[0m" in painted
+        plain = painted
+        for code in ("\033[31m", "\033[32m", "\033[1m", "\033[2m", "\033[0m"):
+            plain = plain.replace(code, "")
+        assert plain == as_text(e)
+
+    def test_it_starts_without_torch(self):
+        code = "import sys; from memopt.cli import main; main(['estimate', '8B']); sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+class TestList:
+    def test_every_spec_is_in_the_json_and_reads_back(self, run):
+        form = json.loads(run("list", "--json")[1])
+        assert [memopt.parse(s["spec"]) for s in form["specs"]] == list(memopt.specs())
+        assert "aliases" not in form
+        assert json.loads(run("list", "--json", "--aliases")[1])["aliases"]["paged_adamw_8bit"] == "adamw-8bit@paged"
+
+    def test_the_matrix_says_which_pairs_exist(self, run):
+        code, out, _ = run("list")
+        assert code == 0
+        lines = out.splitlines()
+        formats = next(line for line in lines if "32bit" in line).split()
+        pairs = {(s.rule, s.format) for s in memopt.specs()}
+        rows = {line.split()[0]: line.split()[1:] for line in lines if len(line.split()) == len(formats) + 1}
+        for rule in {rule for rule, _ in pairs}:
+            assert [cell != "-" for cell in rows[rule]] == [(rule, fmt) in pairs for fmt in formats]
+        assert max(map(len, lines)) <= 110
+
+    def test_aliases(self, run):
+        lines = run("list", "--aliases")[1].splitlines()
+        assert all(str(memopt.parse(line.split()[0])) == str(memopt.parse(line.split()[1])) for line in lines)
+
+
+class TestDoctor:
+    def test_each_line_has_a_status(self, run):
+        code, out, _ = run("doctor")
+        assert code == 0
+        assert {line.split()[0] for line in out.splitlines()} <= {"ok", "note", "missing"}
+        for what in ("Python", "torch", "CUDA", "bitsandbytes", "host memory", "TMPDIR", "C++ compiler"):
+            assert what in out
+
+    def test_a_missing_package_says_how_to_install_it(self, run, monkeypatch):
+        def nowhere(name):
+            raise doctor.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(doctor.metadata, "version", nowhere)
+        assert doctor.package("deepspeed").text.endswith("pip install deepspeed")
+        code, out, _ = run("doctor", "--json")
+        assert code == 1
+        missing = {f["what"] for f in json.loads(out)["findings"] if f["status"] == "missing"}
+        assert missing == set(doctor.PACKAGES)
+
+    def test_optional_packages_may_be_missing(self, run, monkeypatch):
+        version = doctor.metadata.version
+        monkeypatch.setattr(doctor.metadata, "version", lambda name: version(name.replace("deepspeed", "no-such")))
+        code, out, _ = run("doctor")
+        assert code == 0
+        assert "missing  deepspeed" in out
+
+    def test_temporary_files_in_memory_are_a_note(self, monkeypatch):
+        monkeypatch.setattr(doctor, "file_system", lambda directory: "tmpfs")
+        assert doctor.temporary_files().status == "note"
+
+    def test_the_compiler_is_looked_for(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        monkeypatch.delenv("CXX", raising=False)
+        assert doctor.compiler().status == "note"
+        fake = tmp_path / "g++"
+        fake.write_text("#!/bin/sh\n")
+        os.chmod(fake, 0o755)
+        assert doctor.compiler() == ("C++ compiler", "ok", str(fake), False)
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        assert "CXX=no-such-compiler" in doctor.compiler().text
+
+    @pytest.mark.parametrize(("content", "limit"), [("max\n", None), ("1073741824\n", 2**30), (None, None)])
+    def test_container_limits(self, tmp_path, content, limit):
+        path = tmp_path / "memory.max"
+        if content is not None:
+            path.write_text(content)
+        assert doctor.container_limit(str(path)) == limit
