@@ -38,7 +38,13 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--lr", type=float, metavar="RATE", help="peak learning rate, default one for each rule")
     add("--world", type=int, default=2, metavar="N", help="processes of a partitioned spec, default %(default)s")
     add("--threads", type=int, metavar="N", help="threads of a run, all processes together; default all cores")
-    add("--timeout", type=float, default=300, metavar="S", help="end a run when no step ends in S seconds, default 300")
+    add(
+        "--timeout",
+        type=float,
+        default=300,
+        metavar="S",
+        help="end a run in which no step ends for S seconds, default 300",
+    )
     add("--json", metavar="FILE", help="also write the figures to FILE")
 
 
@@ -88,12 +94,15 @@ def _run_all(jobs: Sequence[Job], text: Text) -> tuple[list[Result], list[str]]:
     console = Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
     console.print(report.setting(text, jobs[0]), markup=False, highlight=False)
     results, failures = [], []
-    with progress(console, [job.spec for job in jobs], jobs[0].steps) as observe:
+    with progress(console, [job.spec for job in jobs], jobs[0].steps) as observer:
         for i, job in enumerate(jobs):
+            observer.begin(i)
             try:
-                results.append(launch(job, partial(observe, i)))
+                results.append(launch(job, partial(observer.step, i)))
+                observer.end(i, f"val. {results[-1].validation_loss:.3f}")
             except RunFailed as error:
                 failures.append(f"{job.spec}: {error}")
+                observer.end(i, "failed")
     if results:
         console.print(report.table(results))
         for note in report.notes(results):

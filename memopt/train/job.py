@@ -40,10 +40,17 @@ class Job:
     model: ModelConfig = field(default_factory=ModelConfig)
 
     def __post_init__(self) -> None:
-        for name, value in (("steps", self.steps), ("batch", self.batch), ("context", self.model.context),
-                            ("threads", 1 if self.threads is None else self.threads), ("world size", self.world_size)):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name} {value} is not allowed; it must be an integer of at least 1")
+        threads = 1 if self.threads is None else self.threads
+        for name, value, least in (
+            ("steps", self.steps, 1),
+            ("batch", self.batch, 1),
+            ("context", self.model.context, 1),
+            ("threads", threads, 1),
+            ("world size", self.world_size, 1),
+            ("seed", self.seed, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} {value} is not allowed; it must be an integer of at least {least}")
         if self.timeout <= 0:
             raise ValueError(f"timeout {self.timeout:g} is not allowed; it must be a number of seconds above 0")
         if self.batch % self.world_size:

@@ -16,6 +16,8 @@ from memopt.train.worker import work
 
 #: When a rank fails its peers notice soon, and which of them failed first is seen only when all have been heard.
 GRACE_S = 2.0
+#: Before the first step torch is loaded and the ranks meet, after the last comes validation: at least this long.
+UNTIMED_S = 120.0
 #: Lines of a dead rank's standard error that are shown.
 SHOWN_LINES = 5
 
@@ -29,8 +31,8 @@ class RunFailed(Exception):
 def launch(job: Job, on_step: OnStep) -> Result:
     """Price the state, then run the job in processes of its own, one for each rank.
 
-    Raises :class:`RunFailed` when a rank dies, reports an error, or when nothing is heard for ``job.timeout``
-    seconds; the other ranks are ended then.
+    Raises :class:`RunFailed` when a rank dies, reports an error, or when no step ends in ``job.timeout`` seconds;
+    the other ranks are ended then.
     """
     from memopt.train.run import predict
 
@@ -56,7 +58,8 @@ def _listen(ranks: Mapping[Connection, SpawnProcess], job: Job, folder: str, on_
     number = {pipe: rank for rank, pipe in enumerate(ranks)}
     results: dict[int, RankResult] = {}
     failures: dict[int, str] = {}
-    deadline = monotonic() + job.timeout
+    step, patience = 0, max(job.timeout, UNTIMED_S)
+    deadline = monotonic() + patience
     while len(results) + len(failures) < len(ranks):
         pending = [pipe for pipe, rank in number.items() if rank not in results and rank not in failures]
         heard = wait(pending, max(deadline - monotonic(), 0))
@@ -70,16 +73,18 @@ def _listen(ranks: Mapping[Connection, SpawnProcess], job: Job, folder: str, on_
             except (EOFError, OSError):
                 kind, value = "death", _last_words(ranks[pipe], Path(folder, f"stderr.{rank}"))
             if kind == "step":
+                step = value[0]
                 on_step(*value)
             elif kind == "result":
                 results[rank] = value
             else:
                 failures[rank] = value
-        deadline = monotonic() + (GRACE_S if failures else job.timeout)
+        patience = GRACE_S if failures else job.timeout if 0 < step < job.steps else max(job.timeout, UNTIMED_S)
+        deadline = monotonic() + patience
     if failures:
         raise RunFailed("; ".join(_who(job, rank) + text for rank, text in sorted(failures.items())))
     if len(results) < len(ranks):
-        raise RunFailed(f"no step was finished in {job.timeout:g} seconds, so the run was ended")
+        raise RunFailed(f"after step {step}, nothing was heard for {patience:g} seconds, so the run was ended")
     return tuple(results[rank] for rank in range(job.world_size))
 
 

@@ -16,9 +16,9 @@ LEARNING_RATE = {
     "adam": 2e-3,
     "radam": 4e-3,
     "adafactor": 5e-2,
-    "came": 2e-3,
-    "lion": 5e-4,
-    "rmsprop": 1e-3,
+    "came": 3e-4,
+    "lion": 6e-4,
+    "rmsprop": 5e-4,
     "sgd": 0.3,
 }
 #: The share of all steps in which the rate rises to its peak, and the share of the peak at which it ends.

@@ -21,7 +21,7 @@ def setting(text: Text, job: Job) -> str:
 
     parameters = sum(p.numel() for p in shapes(job.model).parameters())
     return (
-        f"text   {text.name}: {len(text.content):,} bytes, {text.entropy:.3f} nats per byte without context\n"
+        f"text   {text.name}: {len(text.content):,} bytes, unigram entropy {text.entropy:.3f} nats\n"
         f"model  {parameters:,} parameters, {job.steps} steps of {job.batch} × {job.model.context} bytes, "
         f"seed {job.seed}"
     )
@@ -47,20 +47,22 @@ def table(results: Sequence[Result]) -> Table:
 
 def notes(results: Sequence[Result]) -> Iterator[str]:
     """What a reader of the table would ask."""
-    base = min((rank.resident_before for result in results for rank in result.ranks), default=0)
+    base = min(rank.resident_before for result in results for rank in result.ranks)
     yield (
-        "Validation loss in nats per byte, step time the median. Peak memory is what was resident in the run's own "
-        f"process, of which {base / MIB:.0f} MiB are Python and torch before there is a model."
+        "Loss in nats per byte, steps at their median. Of the peak memory of each run's own process, "
+        f"{base / MIB:.0f} MiB are Python and torch before there is a model."
     )
+    shared = [result.job.spec for result in results if result.job.world_size > 1]
+    if shared:
+        size = max(result.job.world_size for result in results)
+        yield f"{', '.join(shared)}: figures of the largest of {size} processes, which share each batch."
+    paged = [result.job.spec for result in results if result.job.parsed.placement == "paged"]
+    if paged:
+        yield f"{', '.join(paged)}: state is resident, and counted, as long as there is room for it."
     for result in results:
-        spec, job = result.job.parsed, result.job
-        if job.world_size > 1:
-            yield f"{job.spec}: figures of the largest of {job.world_size} processes, which share each batch."
-        if spec.placement == "paged":
-            yield f"{job.spec}: its state is resident as long as there is room, and counted above."
-        skipped = result.ranks[0].skipped_steps
-        if skipped:
-            yield f"{job.spec}: {skipped} steps had NaN or Inf in their gradients and were skipped."
+        if result.ranks[0].skipped_steps:
+            steps = result.ranks[0].skipped_steps
+            yield f"{result.job.spec}: {steps} steps had NaN or Inf in their gradients and were skipped."
 
 
 def to_json(result: Result) -> dict[str, Any]:
