@@ -18,8 +18,9 @@ help:
 	@echo "make bench   the language model with every format, three seeds (about 20 minutes)"
 	@echo "make clean   remove the environment and what the tools left behind"
 
+# An estimate whose answer is that nothing fits ends with exit code 1, which is no failure of the demo.
 demo: $(READY)
-	$(BIN)/memopt estimate 8B --gpu 24GiB
+	$(BIN)/memopt estimate 8B --gpu 24GiB || test $$? -eq 1
 	$(BIN)/memopt train
 
 test: lint
