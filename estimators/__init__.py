@@ -3,6 +3,7 @@
 The closed-form half of the calculator: importing it does not import torch, and an estimate of a parameter count, an
 architecture or a configuration file does not either.
 
+>>> from estimators import estimate
 >>> estimate("8B", "adamw-8bit").parameters
 8000000000
 """
