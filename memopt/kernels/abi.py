@@ -5,6 +5,8 @@ from __future__ import annotations
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
 VERSION = 1
+#: Columns of a row of a tensor whose format has no rows.
+CHUNK = 1024
 SLOTS = 3
 
 #: Enumerators of abi.h.

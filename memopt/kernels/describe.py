@@ -103,9 +103,9 @@ def describe(
         target.rows = p.numel() // max(shape[-1], 1)
         target.height = shape[-2]
     elif fmt == "32bit" or len(rows.shape) < 2:
-        # Without blocks or random bits where rows begin does not matter; flat rows are all full.
-        target.cols = FLAT_ROW
-        target.rows = target.height = -(-p.numel() // FLAT_ROW)
+        # Without blocks and random bits it does not matter where rows begin.
+        target.cols = abi.CHUNK if fmt == "32bit" else FLAT_ROW
+        target.rows = target.height = -(-p.numel() // target.cols)
     else:
         target.rows = target.height = rows.count
         target.cols = rows.cols

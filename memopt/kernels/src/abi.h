@@ -36,8 +36,13 @@ struct Group {
 // second moment, CAME's residual) or RMSprop's centre, which is only ever kept in fp32.
 constexpr int SLOTS = 3;
 
+// Columns that are decoded, stepped and encoded at a time, and the unit in which work is shared out: a multiple of
+// every block, small enough for the first-level cache.
+constexpr int CHUNK = 1024;
+constexpr int64_t chunks_of(int64_t cols) { return (cols + CHUNK - 1) / CHUNK; }
+
 // One tensor of one step. rows, cols: the view of memopt/geometry.py, of the rows held here; for FACTORED all
-// dimensions but the last, and the last. A flat tensor has cols 256 and a ragged last row; numel says where it ends.
+// dimensions but the last, and the last. A flat tensor has a ragged last row; numel says where it ends.
 struct Tensor {
     void* p;
     const void* g;

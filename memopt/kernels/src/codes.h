@@ -3,7 +3,7 @@
 //   stored(largest)   what is kept of the largest magnitude of a block
 //   inverse(largest)  what a value is multiplied by before it is coded
 //   decode, encode    one vector
-// Formulas and the order of operations are those of the Python files, so that codes are the same bits.
+// Formulas are those of the Python files; where a polynomial is evaluated in another order, a tie may fall otherwise.
 #pragma once
 #include "noise.h"
 
@@ -15,20 +15,24 @@ INLINE float clamped_reciprocal(float numerator, float x) {
 }
 
 // k of blockwise.correction(M), with its order of additions.
-constexpr float correction(int mantissa) {
+constexpr double correction(int mantissa) {
     const int n = 1 << mantissa;
     double sum = 0;
     for (int i = n + 1; i <= 2 * n; i++) sum += 1.0 / i;
-    return static_cast<float>(1 - sum / 0.6931471805599453);
+    return 1 - sum / 0.6931471805599453;
 }
 
-// blockwise.truncate: fp32 bits shifted right, the next code chosen where u < h(f).
-template <int SHIFT>
-INLINE vi rounded_shift(vf y, float k, vu w) {
+// blockwise.truncate: fp32 bits shifted right, the next code chosen where u < h(f) = f (1 - k + f (3 k - 2 k f)).
+// F = f 2^SHIFT is a whole number, and both sides are taken times 2^24.
+template <int SHIFT, bool CORRECTED, int M>
+INLINE vi rounded_shift(vf y, vu w) {
+    constexpr double k = CORRECTED ? correction(M) : 0.0, one = 1 << SHIFT, scale = 1 << 24;
+    constexpr float c0 = static_cast<float>((1 - k) * scale / one), c1 = static_cast<float>(3 * k * scale / one / one),
+                    c2 = static_cast<float>(-2 * k * scale / one / one / one);
     const vu b = bits(y);
-    const vf f = to_float((vi)(b & ((1u << SHIFT) - 1))) * (1.0f / (1 << SHIFT));
-    const vf h = f - f * (1.0f - f) * (1.0f - 2.0f * f) * k;
-    return ((vi)b >> SHIFT) - (vi)(upper24(w) * 0x1p-24f < h);
+    const vf F = to_float((vi)(b & ((1u << SHIFT) - 1)));
+    const vf h = CORRECTED ? F * fma(F, fma(F, splat(c2), splat(c1)), splat(c0)) : F * c0;
+    return add_where((vi)(b >> SHIFT), 1, upper24(w) < h);
 }
 
 // q in -L ... L stands for sign(q) (q / L)^2.
@@ -46,9 +50,10 @@ struct SquareCode {
         const vf y = absolute(x) * inverse;
         const vi q = truncate(root(y));
         const vf f = to_float(q);
-        const vi up = upper24(w) * (f * 0x1p-23f + 0x1p-24f) < y - f * f;  // all ones, which is -1
-        const vi sign = (vi)bits(x) >> 31;
-        return (smaller(q - up, vi{} + L) ^ sign) - sign;
+        // Exact, fused or not: (2 f + 1) 2^-24 and f f are whole numbers of few bits times a power of two.
+        const vf width = fma(f, splat(0x1p-23f), splat(0x1p-24f));
+        const vi up = upper24(w) * width < fma(-f, f, y);
+        return negate_where(smaller(add_where(q, 1, up), vi{} + L), x);
     }
 };
 
@@ -65,10 +70,8 @@ struct FloatCode {
         return number(q > 0 ? value : vu{}) * unit;
     }
     INLINE vi encode(vf x, float inverse, vu w) {
-        vf y = x * inverse;
-        y = y > 1.0f ? splat(1.0f) : y;
-        constexpr float k = correction(M);
-        const vi q = rounded_shift<SHIFT>(y, k, w) - OFFSET;
+        const vf y = at_most(x * inverse, 1.0f);
+        const vi q = rounded_shift<SHIFT, true, M>(y, w) - OFFSET;
         return larger(q, vi{} + 1) & (x > 0.0f);
     }
 };
@@ -81,20 +84,19 @@ struct E4M3 {
     INLINE float stored(float largest) { return largest / 448.0f; }
     INLINE float inverse(float largest) { return clamped_reciprocal(448.0f, largest); }
     INLINE vf decode(vi q, float unit) {
-        const vu body = (vu)q & 0x7Fu, sign = ((vu)q & 0x80u) << 24;
+        const vu body = (vu)q & 0x7Fu;
         const vf normal = number((body << 20) + (120u << 23));
         const vf small = to_float((vi)body) * 0x1p-9f;
-        return number(bits((vi)body >= 8 ? normal : small) | sign) * unit;
+        const vf x = (vi)body >= 8 ? normal : small;
+        return (SIGNED ? number(bits(x) | (((vu)q & 0x80u) << 24)) : x) * unit;
     }
     INLINE vi encode(vf x, float inverse, vu w) {
-        vf y = absolute(x) * inverse;
-        y = y > 448.0f ? splat(448.0f) : y;
-        constexpr float k = SIGNED ? 0.0f : correction(3);
-        const vi normal = rounded_shift<20>(y, k, w) - (120 << 3);
-        const vi small = truncate(y * 512.0f + upper24(w) * 0x1p-24f);
+        const vf y = at_most(absolute(x) * inverse, 448.0f);
+        const vi normal = rounded_shift<20, !SIGNED, 3>(y, w) - (120 << 3);
+        const vi small = truncate(fma(upper24(w), splat(0x1p-24f), y * 512.0f));
         vi q = y >= 0x1p-6f ? normal : small;
         if (!SIGNED) q = larger(q, vi{} + 1) & (y > 0.0f);
-        return q | (vi)((bits(x) >> 24) & 0x80u);
+        return SIGNED ? q | (vi)((bits(x) >> 24) & 0x80u) : q;
     }
 };
 

@@ -44,14 +44,14 @@ void tile(const Renewal& w, int64_t matrix, int64_t r0, int64_t r1, int64_t k0, 
           float* scratch, Sums& sums) {
     const Tensor& t = w.t;
     const Run run = w.table.run[w.pass][t.format];
-    const int64_t end = k1 * 256 < t.cols ? k1 * 256 : t.cols, width = end - k0 * 256;
+    const int64_t end = k1 * CHUNK < t.cols ? k1 * CHUNK : t.cols, width = end - k0 * CHUNK;
     float* row_means = static_cast<float*>(t.data[w.slot]) + matrix * t.height;
-    float* col_means = static_cast<float*>(t.aux[w.slot]) + matrix * t.cols + k0 * 256;
+    float* col_means = static_cast<float*>(t.aux[w.slot]) + matrix * t.cols + k0 * CHUNK;
     double* const wide = cols ? cols : reinterpret_cast<double*>(scratch + (width + 31) / 16 * 16);
     std::memset(wide, 0, width * sizeof(double));
     std::memset(scratch, 0, (width + 16) * sizeof(float));
     sums.column = scratch;
-    sums.first_col = k0 * 256;
+    sums.first_col = k0 * CHUNK;
     for (int64_t r = r0; r < r1; r++) {
         const int64_t chunk = (matrix * t.height + r) * w.per_row;
         sums.row = 0;
@@ -98,7 +98,7 @@ void band(void* context, int64_t b) {
         std::free(scratch);
     } else {
         const int64_t k0 = w.per_row * b / w.bands, k1 = w.per_row * (b + 1) / w.bands;
-        float* scratch = make_scratch((k1 - k0) * 256);
+        float* scratch = make_scratch((k1 - k0) * CHUNK);
         tile(w, w.matrix, 0, t.height, k0, k1, w.partial + b * t.height, nullptr, scratch, sums);
         std::free(scratch);
     }
@@ -131,7 +131,8 @@ void Means::set(const Tensor& t, int64_t matrix, float* mean) const {
 
 void renew_means(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, int slot,
                  const Means& means, int threads) {
-    Renewal w{table, t, s, keys, pass, slot, means, (t.cols + 255) / 256, 1, 0, 1, t.height >= t.cols, nullptr};
+    Renewal w{table, t, s, keys, pass, slot, means, chunks_of(t.cols), 1, 0, 1,
+              t.height >= t.cols || t.cols * MAX_BANDS <= PARTIAL_SUMS, nullptr};
     const int64_t matrices = t.rows / t.height, numel = t.height * t.cols;
     if (numel < LARGE) {
         w.group = LARGE / 8 / numel + 1;

@@ -1,28 +1,28 @@
-// The random words of memopt/noise.py.
+// The dither of memopt/noise.py.
 #pragma once
 #include "vec.h"
 
 namespace {
 
-constexpr uint32_t MIX1 = 0x85EBCA6Bu, MIX2 = 0xC2B2AE35u;
+constexpr uint32_t MIX1 = 0x85EBCA6Bu, MIX2 = 0xC2B2AE35u, ALONG = 0x6A09E667u;
 
-template <class U>
-INLINE U mix(U x) {
+INLINE uint32_t mix(uint32_t x) {
     x = (x ^ (x >> 16)) * MIX1;
     x = (x ^ (x >> 13)) * MIX2;
     return x ^ (x >> 16);
 }
 
-// The dither of one row of one moment at one step.
+// The words of one row of one moment at one step: of columns col ... col + W - 1, then of the next W, and so on.
 struct Dither {
-    uint32_t row;   // mix(key ^ row)
-    uint32_t turn;  // step * 2^32 / golden ratio
+    vu now;
 
-    INLINE_METHOD Dither(uint32_t key, uint32_t step_turn, int64_t row_number)
-        : row(mix(key ^ static_cast<uint32_t>(row_number))), turn(step_turn) {}
-    // Words of columns col, col + 1, ...
-    INLINE_METHOD vu words(int64_t col) const {
-        return mix<vu>(iota() + (row + static_cast<uint32_t>(col))) + turn;
+    // key: of the moment; turn: what the step adds
+    INLINE_METHOD Dither(uint32_t key, uint32_t turn, int64_t row, int64_t col)
+        : now(iota() * ALONG + (mix(key ^ static_cast<uint32_t>(row)) + turn + static_cast<uint32_t>(col) * ALONG)) {}
+    INLINE_METHOD vu next() {
+        const vu w = now;
+        now = now + W * ALONG;
+        return w;
     }
 };
 

@@ -1,6 +1,6 @@
 // The rules of memopt/rules, one vector of elements at a time. Each struct is one pass over a tensor:
 //   V, M, X          which of the three moments it reads; W_V, W_M, W_X which it writes; P, W_P the same of p
-//   apply(...)       the equations; returns what is summed over the tensor
+//   G                whether it reads the gradient; SUMS whether `apply` returns what is summed over the tensor
 // FACTORED: the second moment read is the reconstruction from new means, so it is not updated here.
 #pragma once
 #include "table.h"
@@ -20,7 +20,8 @@ INLINE vf at_least(vf x, float floor) { return x < floor ? splat(floor) : x; }  
 INLINE vf inverse_root(vf x) { return 1.0f / root(x); }
 
 struct Reads {
-    static constexpr bool P = true, W_P = true, V = false, M = false, X = false, W_V = false, W_M = false, W_X = false;
+    static constexpr bool G = true, SUMS = false, P = true, W_P = true;
+    static constexpr bool V = false, M = false, X = false, W_V = false, W_M = false, W_X = false;
 };
 
 // AdamW, Adam and RAdam. MAX: amsgrad's largest second moment.
@@ -110,7 +111,7 @@ struct Adafactor : Reads {
 // RESIDUAL is for matrices. Of a factored state the first moment was written by MeansResidual.
 template <bool FACTORED, bool RESIDUAL>
 struct Came : Reads {
-    static constexpr bool V = !FACTORED, M = true, X = RESIDUAL;
+    static constexpr bool G = !FACTORED, V = !FACTORED, M = true, X = RESIDUAL;
     static constexpr bool W_V = !FACTORED, W_M = !FACTORED, W_X = !FACTORED && RESIDUAL;
     INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
         if (!FACTORED) {
@@ -125,13 +126,13 @@ struct Came : Reads {
 };
 
 struct SumParameter : Reads {
-    static constexpr bool W_P = false;
+    static constexpr bool G = false, SUMS = true, W_P = false;
     INLINE vf apply(vf& p, vf, vf&, vf&, vf&, const Scalars&) { return p * p; }
 };
 
 template <bool FACTORED>
 struct SumUpdate : Reads {
-    static constexpr bool P = false, W_P = false, V = true;
+    static constexpr bool SUMS = true, P = false, W_P = false, V = true;
     INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars& s) {
         const vf u = raw_update<FACTORED>(g, v, s);
         return u * u;

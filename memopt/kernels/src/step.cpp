@@ -1,5 +1,5 @@
 // The step of a list of tensors. Rules that look at each element alone are one pass: all tensors are cut into chunks
-// of 256 columns and equal runs of chunks are the tasks, whatever the sizes. Rules that need statistics of a whole
+// of at most 1024 columns and equal runs of chunks are the tasks, whatever the sizes. Rules that need statistics of a whole
 // tensor (whole.cpp) run large tensors one after the other on all threads, and small ones each on one thread.
 #include <cstdlib>
 
@@ -87,7 +87,7 @@ struct Shared {
 }  // namespace
 
 int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int threads) {
-    Job job{&table, groups, tensors, nullptr, count, 0, 256, 0, nullptr, nullptr};
+    Job job{&table, groups, tensors, nullptr, count, 0, 1, 0, nullptr, nullptr};
     job.prepared = static_cast<Prepared*>(std::malloc((count + 1) * sizeof(Prepared)));
     job.small = static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t)));
     job.before = static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t)));
@@ -112,7 +112,7 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         ready.keys[SLOTS] = static_cast<uint32_t>(now) * GOLDEN;
         ready.pass = single_pass(groups[t.group], t);
         job.before[i] = job.chunks;
-        if (ready.pass >= 0) job.chunks += t.numel ? t.rows * ((t.cols + 255) / 256) : 0;
+        if (ready.pass >= 0) job.chunks += t.numel ? t.rows * chunks_of(t.cols) : 0;
     }
     if (room) {
         job.before[count] = job.chunks;
@@ -123,7 +123,7 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         }
         // Runs short enough for every thread to get several, long enough to stream.
         const int64_t share = job.chunks / (static_cast<int64_t>(threads) * 8);
-        job.grain = share < 16 ? 16 : share > 256 ? 256 : share;
+        job.grain = share < 4 ? 4 : share > 64 ? 64 : share;
         parallel(threads, job.small_count + (job.chunks + job.grain - 1) / job.grain, run_task, &job);
     }
     std::free(job.prepared);

@@ -104,6 +104,34 @@ INLINE vi smaller(vi a, vi b) {
 #endif
 }
 
+// A NaN stays a NaN.
+INLINE vf at_most(vf x, float most) {
+#if LANES_512
+    return _mm512_min_ps(_mm512_set1_ps(most), x);
+#elif LANES_256
+    return _mm256_min_ps(_mm256_set1_ps(most), x);
+#else
+    return x > most ? splat(most) : x;
+#endif
+}
+// x + amount where `mask` is all ones.
+INLINE vi add_where(vi x, int amount, vi mask) {
+#if LANES_512
+    return (vi)_mm512_mask_add_epi32((__m512i)x, _mm512_movepi32_mask((__m512i)mask), (__m512i)x, _mm512_set1_epi32(amount));
+#else
+    return x + (mask & amount);
+#endif
+}
+// -x where `sign` is negative, as a number or as a NaN.
+INLINE vi negate_where(vi x, vf sign) {
+#if LANES_512
+    return (vi)_mm512_mask_sub_epi32((__m512i)x, _mm512_movepi32_mask((__m512i)sign), _mm512_setzero_si512(), (__m512i)x);
+#else
+    const vi flip = (vi)sign >> 31;
+    return (x ^ flip) - flip;
+#endif
+}
+
 INLINE int32_t largest_lane(vi x) {
 #if LANES_512
     return _mm512_reduce_max_epi32((__m512i)x);

@@ -13,7 +13,7 @@
 namespace memopt {
 namespace {
 
-constexpr int64_t PIECE = 256;  // chunks of one task
+constexpr int64_t PIECE = 64;  // chunks of one task
 
 // One pass over all chunks of a tensor, cut into pieces; a piece is cut again where a matrix ends, because a factored
 // moment is divided by its matrix's mean.
@@ -29,7 +29,7 @@ struct Sweep {
 
 void sweep_piece(void* context, int64_t piece) {
     const Sweep& w = *static_cast<Sweep*>(context);
-    const int64_t per_row = (w.t.cols + 255) / 256, chunks = w.t.rows * per_row;
+    const int64_t per_row = chunks_of(w.t.cols), chunks = w.t.rows * per_row;
     int64_t first = piece * PIECE;
     const int64_t last = first + PIECE < chunks ? first + PIECE : chunks;
     const Run run = w.table.run[w.pass][w.t.format];
@@ -48,7 +48,7 @@ void sweep_piece(void* context, int64_t piece) {
 // Returns the sum of what the pass adds, 0 if it adds nothing.
 double sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, const Means& means,
              bool summed, int threads) {
-    const int64_t pieces = (t.rows * ((t.cols + 255) / 256) + PIECE - 1) / PIECE;
+    const int64_t pieces = (t.rows * chunks_of(t.cols) + PIECE - 1) / PIECE;
     double few[16];
     double* totals = nullptr;
     if (summed) totals = pieces <= 16 ? few : static_cast<double*>(std::malloc(pieces * sizeof(double)));
