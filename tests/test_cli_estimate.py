@@ -4,11 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import estimators
 import memopt
 from memopt.cli import doctor, main
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -77,21 +81,19 @@ class TestEstimate:
         assert adamw["over_nbytes"] == adamw["peak"]["gpu_nbytes"] - 2**30 > 0
         assert paged["fits"] is True
         assert paged["peak"]["pageable_nbytes"] == 8 * 124_439_808
-        shapes = __import__("estimators").resolve("gpt2").shapes
+        shapes = estimators.resolve("gpt2").shapes
         assert adamw["state_nbytes"] == memopt.price(shapes, "adamw").nbytes
         for spec in form["specs"]:
             assert {row["provenance"] for row in spec["rows"]} == {"exact"}
             assert sum(row["nbytes"] for row in spec["rows"] if row["what"] == "state") == spec["state_nbytes"]
 
     def test_every_key_of_the_form_is_in_the_docs(self, run):
-        from pathlib import Path
-
         def keys(value):
             if isinstance(value, dict):
                 return set(value) | {k for v in value.values() for k in keys(v)}
             return {k for v in value for k in keys(v)} if isinstance(value, list) else set()
 
-        page = (Path(__file__).parent.parent / "docs" / "estimates.md").read_text()
+        page = (ROOT / "docs" / "estimates.md").read_text()
         form = json.loads(run("estimate", "gpt2", "--json")[1])
         assert [key for key in sorted(keys(form)) if f"`{key}`" not in page] == []
 
@@ -225,3 +227,18 @@ class TestDoctor:
         if content is not None:
             path.write_text(content)
         assert doctor.container_limit(str(path)) == limit
+
+
+#: What takes longer to import than an estimate takes, and is imported by something that an estimate needs.
+HEAVY = ("ctypes", "dataclasses", "json", "subprocess", "tempfile", "textwrap", "rich", "torch")
+
+
+@pytest.mark.xfail(strict=True, reason="memopt.pricing still imports ctypes, dataclasses, subprocess and tempfile")
+def test_start_up_imports_nothing_heavy():
+    code = (
+        "import sys; before = set(sys.modules); from memopt.cli import main; main(['estimate', '8B']);"
+        "print(*sorted(set(sys.modules) - before), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
+                            env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    assert set(result.stderr.split()) & set(HEAVY) == set()
