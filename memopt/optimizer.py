@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memopt.engines import ENGINES
-from memopt.engines.base import Work
+from memopt.engines.work import Work
 from memopt.geometry import Rows
 from memopt.gradients import POLICIES, check_gradient, non_finite
 from memopt.groups import check_group, named_groups

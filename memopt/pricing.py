@@ -11,7 +11,7 @@ from memopt.hyper import SpecError
 from memopt.ledger import Ledger, Line, TensorSpec
 from memopt.partitions import PARTITIONS
 from memopt.placements import PLACEMENTS
-from memopt.spec import OptimSpec, parse
+from memopt.spec import FIELDS, OptimSpec, parse
 
 #: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number in host memory.
 STEP = TensorSpec("float32", ())
@@ -62,7 +62,7 @@ def price(
 
 def spec_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """Keywords sorted into the fields of a spec, what is not a field being a hyperparameter."""
-    fields = {k: v for k, v in given.items() if k in OptimSpec.__dataclass_fields__}
+    fields = {k: v for k, v in given.items() if k in FIELDS}
     hyper = {k: v for k, v in given.items() if k not in fields}
     return {**fields, "hyper": {**fields.get("hyper", {}), **hyper}} if hyper else fields
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +29,10 @@ _GRAMMAR = re.compile(
 _OVERRIDE = re.compile(r"(?P<format>[a-z0-9]+)?(?:@(?P<placement>[a-z0-9]+))?")
 
 
-@dataclass(frozen=True, kw_only=True)
+#: The axes, then what is not on one.
+FIELDS = ("rule", "format", "master", "placement", "partition", "engine", "overrides", "hyper")
+
+
 class OptimSpec:
     """A value on the axes *rule*, *format*, *master*, *placement*, *partition* and *engine*.
 
@@ -47,16 +49,54 @@ class OptimSpec:
     memopt.hyper.SpecError: 'lion-factored': no moment of lion has a factored form; nearest: lion, lion-8bit
     """
 
-    rule: str
-    format: str = ""
-    master: str = "none"
-    placement: str = "device"
-    partition: str = "none"
-    engine: str = "native"
-    overrides: Mapping[str, str] = field(default_factory=dict)
-    hyper: Mapping[str, Any] = field(default_factory=dict)
+    # Written out rather than a dataclass: importing dataclasses takes longer than all else that an estimate does.
+    __slots__ = FIELDS
 
-    def __post_init__(self) -> None:
+    rule: str
+    format: str
+    master: str
+    placement: str
+    partition: str
+    engine: str
+    overrides: Mapping[str, str]
+    hyper: Mapping[str, Any]
+
+    def __init__(
+        self,
+        *,
+        rule: str,
+        format: str = "",
+        master: str = "none",
+        placement: str = "device",
+        partition: str = "none",
+        engine: str = "native",
+        overrides: Mapping[str, str] = MappingProxyType({}),
+        hyper: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        values = (rule, format, master, placement, partition, engine, overrides, hyper)
+        for name, value in zip(FIELDS, values, strict=True):
+            object.__setattr__(self, name, value)
+        self._validate()
+
+    def __hash__(self) -> int:
+        return hash((str(self), self.engine, tuple(self.overrides.items()), tuple(self.hyper)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"an OptimSpec cannot be changed; make another with replace({name}=...)")
+
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError("an OptimSpec cannot be changed")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, OptimSpec):
+            return NotImplemented
+        return all(getattr(self, name) == getattr(other, name) for name in FIELDS)
+
+    def replace(self, **changes: Any) -> OptimSpec:
+        """The same spec with other values of some fields."""
+        return OptimSpec(**{**{name: getattr(self, name) for name in FIELDS}, **changes})
+
+    def _validate(self) -> None:
         _known("rule", self.rule, RULES)
         rule = RULES[self.rule]
         set_ = object.__setattr__
@@ -88,7 +128,7 @@ class OptimSpec:
         fmt, placement = match["format"] or self.format, match["placement"] or self.placement
         _known("format", fmt, FORMATS)
         _known("placement", placement, PLACEMENTS)
-        replace(self, format=fmt, placement=placement, overrides={})
+        self.replace(format=fmt, placement=placement, overrides={})
         return fmt, placement
 
     def for_parameter(self, name: str) -> tuple[str, str, str | None]:
@@ -116,7 +156,7 @@ class OptimSpec:
         for fmt in {self.format, *(self._override(p)[0] for p in self.overrides)}:
             reason = rule.refuse(h, fmt)
             if reason:
-                nearest = replace(self, format="32bit", overrides={}, hyper={})
+                nearest = self.replace(format="32bit", overrides={}, hyper={})
                 raise SpecError(f"'{self}': {reason}; nearest: {nearest}")
         reason = ENGINES[self.engine].refuse_hyper(self, h)
         if reason:
@@ -140,7 +180,7 @@ class OptimSpec:
         return f"OptimSpec({', '.join([repr(str(self)), *extra])})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        fields = {name: getattr(self, name) for name in FIELDS}
         return _rebuild, ({k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in fields.items()},)
 
 
@@ -173,7 +213,7 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     'adamw-8bit@paged'
     """
     if isinstance(text, OptimSpec):
-        return replace(text, **fields) if fields else text
+        return text.replace(**fields) if fields else text
     if not isinstance(text, str):
         raise SpecError(f"a spec is a string or an OptimSpec, not {type(text).__name__}")
     lowered = text.strip().lower()

@@ -1,6 +1,7 @@
 """Bad input gets one sentence that names the value and what is allowed, and nothing is changed."""
 
 import builtins
+import tempfile
 import warnings
 
 import pytest
@@ -176,13 +177,11 @@ def test_price_refuses_what_is_no_shape():
 def test_paged_refuses_a_temporary_directory_in_memory(monkeypatch, tmp_path):
     import psutil
 
-    from memopt.placements import paged
-
     class Mount:
         mountpoint, fstype = str(tmp_path), "tmpfs"
 
     monkeypatch.setattr(psutil, "disk_partitions", lambda all: [Mount])
-    monkeypatch.setattr(paged.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
     opt = memopt.create(nn.Linear(80, 64), "adamw@paged")
     with pytest.raises(RuntimeError, match=r"is tmpfs, which is memory itself.*set TMPDIR"):
         opt.init_state()

@@ -233,7 +233,6 @@ class TestDoctor:
 HEAVY = ("ctypes", "dataclasses", "json", "subprocess", "tempfile", "textwrap", "rich", "torch")
 
 
-@pytest.mark.xfail(strict=True, reason="memopt.pricing still imports ctypes, dataclasses, subprocess and tempfile")
 def test_start_up_imports_nothing_heavy():
     code = (
         "import sys; before = set(sys.modules); from memopt.cli import main; main(['estimate', '8B']);"

@@ -7,6 +7,7 @@ Exit codes: 0 done, 1 the answer is no (does not fit, not found), 2 the input ca
 
 from __future__ import annotations
 
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [*(sys.argv[1:] if argv is None else argv)]  # the verb `list` hides the builtin here
     verb = arguments[0] if arguments else ""
     if verb in VERBS:
         module = import_module(f"memopt.cli.{verb}")
@@ -32,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(parser)
         try:
             return int(module.run(parser.parse_args(arguments[1:])))
+        except BrokenPipeError:  # the reader has seen enough: `memopt list | head`
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else the interpreter's own flush at exit complains
+            return 0
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             # Errors of these kinds are written for the person at the keyboard; a defect of ours still shows its trace.
             print(f"memopt {verb}: {error}", file=sys.stderr)

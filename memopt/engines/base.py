@@ -4,29 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from memopt.engines.work import Work
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
-
-
-class Work(NamedTuple):
-    """One parameter's part of a step."""
-
-    name: str
-    index: int  # type: ignore[assignment]  # the parameter's place among all parameters of the optimizer, for the random key
-    rows: Rows
-    p: Tensor  # [rows.local_shape], a view of the parameter
-    g: Tensor  # [rows.local_shape], a view of its gradient, in the gradient's dtype
-    state: dict[str, Tensor]
-    step: int  # from 1
-    h: Mapping[str, Any]
 
 
 class Engine(ABC):

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from memopt.engines.base import Engine, Work
+from memopt.engines.base import Engine
 from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
+    from memopt.engines.work import Work
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
 

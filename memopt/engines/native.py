@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from memopt import kernels, noise
-from memopt.engines.base import Engine, Work
+from memopt import noise
+from memopt.engines.base import Engine
 from memopt.formats import FORMATS, Format, Shard
 from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from memopt.engines.work import Work
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
 
@@ -104,10 +105,14 @@ class Native(Engine):
         return [(moment.name, reason) for moment, _, reason in moment_formats(spec, h, name, rows) if reason]
 
     def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
+        from memopt import kernels
+
         for work in kernels.step(spec, works, partition.world_size, seed):
             plain_step(spec, work, partition.total, seed)
 
     def explain(self) -> str:
+        from memopt import kernels
+
         return kernels.status()
 
 

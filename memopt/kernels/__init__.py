@@ -15,7 +15,7 @@ from memopt.kernels.loader import library, missing
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.engines.base import Work
+    from memopt.engines.work import Work
     from memopt.spec import OptimSpec
 
 __all__ = ["library", "missing", "non_finite", "status", "step"]

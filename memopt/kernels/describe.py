@@ -15,7 +15,7 @@ from memopt.rules.adafactor import FP32_EPS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.engines.base import Work
+    from memopt.engines.work import Work
     from memopt.formats import Format
     from memopt.spec import OptimSpec
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from math import prod
@@ -50,6 +49,8 @@ class Paged(Placement):
     def explain(self, device: torch.device) -> str:
         if device.type == "cuda":
             return f"state is in CUDA unified memory, paged between {device} and the host by the driver"
+        import tempfile
+
         return f"state is in unlinked files mapped into memory from {tempfile.gettempdir()}, paged by the system"
 
 
@@ -63,6 +64,8 @@ def _mapped(lines: Sequence[Line]) -> dict[str, Tensor]:
         end += -(-line.nbytes // ALIGNMENT) * ALIGNMENT
     if not end:
         return {line.key: torch.zeros(line.shape, dtype=getattr(torch, line.dtype)) for line in lines}
+    import tempfile
+
     directory = tempfile.gettempdir()
     _refuse_memory_file_system(directory)
     handle, path = tempfile.mkstemp(prefix="memopt-", suffix=".state")
