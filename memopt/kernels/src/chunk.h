@@ -5,16 +5,22 @@
 
 namespace {
 
-template <bool USED, class Kind> struct Pick { typedef Kind type; };
-template <class Kind> struct Pick<false, Kind> { typedef Absent type; };
+template <bool USED, class Kind, bool ROOT = false, class Root = Kind> struct Pick { typedef Kind type; };
+template <class Kind, class Root> struct Pick<true, Kind, true, Root> { typedef Root type; };
+template <class Kind, bool ROOT, class Root> struct Pick<false, Kind, ROOT, Root> { typedef Absent type; };
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
 
+INLINE Ahead ahead(const void* data, const Place& at, uint8_t dtype) {
+    const int size = dtype == memopt::F32 ? 4 : 2;
+    return {static_cast<const char*>(data) + (at.offset + at.n) * size, size};
+}
+
 template <class Rule, class Format>
 INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Sums& sums) {
-    typedef typename Pick<Rule::V, typename Format::U>::type V;
+    typedef typename Pick<Rule::V, typename Format::U, Rule::ROOT_V, typename Format::R>::type V;
     typedef typename Pick<Rule::M, typename Format::S>::type M;
-    typedef typename Pick<Rule::X, typename Format::U>::type X;
+    typedef typename Pick<Rule::X, typename Format::U, Rule::ROOT_X, typename Format::R>::type X;
     constexpr int BLOCK = smallest(smallest(V::BLOCK, M::BLOCK), X::BLOCK);
     Scratch v_scratch, m_scratch, x_scratch;
     alignas(64) float p_buffer[CHUNK];
@@ -54,9 +60,10 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::W_M) m.end(b);
         if (Rule::W_X) x.end(b);
     }
-    if (Rule::W_V) v.close();
-    if (Rule::W_M) m.close();
-    if (Rule::W_X) x.close();
+    const Ahead next_g = ahead(t.g, at, t.g_dtype), next_p = ahead(t.p, at, t.p_dtype);
+    if (Rule::W_V) v.close(next_g);
+    if (Rule::W_M) m.close(next_p);
+    if (Rule::W_X) x.close(next_p);
     if (Rule::W_P) store_numbers(t.p, at.offset, at.n, t.p_dtype, p);
     if (Rule::SUMS) sums.total += sum_lanes(total);
 }

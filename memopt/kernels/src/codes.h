@@ -32,7 +32,7 @@ INLINE vi rounded_shift(vf y, vu w) {
     const vu b = bits(y);
     const vf F = to_float((vi)(b & ((1u << SHIFT) - 1)));
     const vf h = CORRECTED ? F * fma(F, fma(F, splat(c2), splat(c1)), splat(c0)) : F * c0;
-    return add_where((vi)(b >> SHIFT), 1, upper24(w) < h);
+    return increment_where_less((vi)(b >> SHIFT), upper24(w), h);
 }
 
 // q in -L ... L stands for sign(q) (q / L)^2.
@@ -52,8 +52,8 @@ struct SquareCode {
         const vf f = to_float(q);
         // Exact, fused or not: (2 f + 1) 2^-24 and f f are whole numbers of few bits times a power of two.
         const vf width = fma(f, splat(0x1p-23f), splat(0x1p-24f));
-        const vi up = upper24(w) * width < fma(-f, f, y);
-        return negate_where(smaller(add_where(q, 1, up), vi{} + L), x);
+        const vi rounded = increment_where_less(q, upper24(w) * width, fma(-f, f, y));
+        return negate_where(smaller(rounded, vi{} + L), x);
     }
 };
 

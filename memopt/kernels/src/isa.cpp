@@ -19,6 +19,10 @@ void fill(memopt::Run* row) {
     row[memopt::FMT_FACTORED] = run<Rule<true>, InFactors>;
 }
 
+void inverse_roots(const float* x, float* out, int64_t n) {
+    for (int64_t i = 0; i < n; i++) out[i] = 1.0f / __builtin_sqrtf(x[i]);
+}
+
 template <bool F> using AdamStep = Adam<F, false>;
 template <bool F> using AdamMaxStep = Adam<F, true>;
 template <bool F> using SgdMomentum = Sgd<F, true>;
@@ -37,6 +41,7 @@ void MEMOPT_TABLE(memopt::Table& t) {
     using namespace memopt;
     t.name = STRING(MEMOPT_TABLE);
     t.all_finite = all_finite;
+    t.inverse_roots = inverse_roots;
     fill<AdamStep>(t.run[STEP_ADAM]);
     fill<AdamMaxStep>(t.run[STEP_ADAM_MAX]);
     fill<Lion>(t.run[STEP_LION]);

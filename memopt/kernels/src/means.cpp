@@ -68,19 +68,23 @@ void tile(const Renewal& w, int64_t matrix, int64_t r0, int64_t r1, int64_t k0, 
         for (int64_t c = 0; c < width; c++) col_means[c] = static_cast<float>(wide[c] / static_cast<double>(t.height));
 }
 
-float* make_scratch(int64_t width) {
+// Floats of a tile: sums of columns in fp32, and in fp64 behind them.
+int64_t scratch_size(int64_t width) { return (width + 32) * 3; }
+
+float* make_scratch(int64_t width, int64_t more) {
     void* scratch = nullptr;
-    if (posix_memalign(&scratch, 64, (width + 32) * (sizeof(float) + sizeof(double)))) std::abort();
+    if (posix_memalign(&scratch, 64, (scratch_size(width) + more) * sizeof(float))) std::abort();
     return static_cast<float*>(scratch);
 }
 
 void whole_matrices(void* context, int64_t task) {
     const Renewal& w = *static_cast<Renewal*>(context);
     const int64_t count = w.t.rows / w.t.height, last = (task + 1) * w.group < count ? (task + 1) * w.group : count;
-    float* scratch = make_scratch(w.t.cols);
+    float* scratch = make_scratch(w.t.cols, roots_size(w.t));
+    float* roots = scratch + scratch_size(w.t.cols);
     Sums sums{};
     for (int64_t matrix = task * w.group; matrix < last; matrix++) {
-        w.means.set(w.t, matrix, sums.mean);
+        w.means.set(w.table, w.t, matrix, sums, roots);
         tile(w, matrix, 0, w.t.height, 0, w.per_row, nullptr, nullptr, scratch, sums);
     }
     std::free(scratch);
@@ -89,19 +93,17 @@ void whole_matrices(void* context, int64_t task) {
 void band(void* context, int64_t b) {
     const Renewal& w = *static_cast<Renewal*>(context);
     const Tensor& t = w.t;
+    const int64_t k0 = w.tall ? 0 : w.per_row * b / w.bands, k1 = w.tall ? w.per_row : w.per_row * (b + 1) / w.bands;
+    const int64_t width = (k1 - k0) * CHUNK;
+    float* scratch = make_scratch(width, roots_size(t));
     Sums sums{};
-    for (int slot = 0; slot < SLOTS; slot++) sums.mean[slot] = w.means.known[slot];
-    if (w.tall) {
-        float* scratch = make_scratch(t.cols);
+    w.means.set(w.table, t, w.matrix, sums, scratch + scratch_size(width));
+    if (w.tall)
         tile(w, w.matrix, t.height * b / w.bands, t.height * (b + 1) / w.bands, 0, w.per_row, nullptr,
              w.partial + b * t.cols, scratch, sums);
-        std::free(scratch);
-    } else {
-        const int64_t k0 = w.per_row * b / w.bands, k1 = w.per_row * (b + 1) / w.bands;
-        float* scratch = make_scratch((k1 - k0) * CHUNK);
+    else
         tile(w, w.matrix, 0, t.height, k0, k1, w.partial + b * t.height, nullptr, scratch, sums);
-        std::free(scratch);
-    }
+    std::free(scratch);
 }
 
 void add_bands(const Renewal& w) {
@@ -124,9 +126,13 @@ void Means::prepare(const Tensor& t, int slot) {
     if (t.height == t.rows) known[slot] = mean_of(t, slot, 0, floor[slot]);
 }
 
-void Means::set(const Tensor& t, int64_t matrix, float* mean) const {
-    for (int slot = 0; slot < SLOTS; slot++)
-        mean[slot] = used[slot] && t.height != t.rows ? mean_of(t, slot, matrix, floor[slot]) : known[slot];
+void Means::set(const Table& table, const Tensor& t, int64_t matrix, Sums& sums, float* scratch) const {
+    for (int slot = 0; slot < SLOTS; slot++) {
+        sums.mean[slot] = used[slot] && !fixed && t.height != t.rows ? mean_of(t, slot, matrix, floor[slot]) : known[slot];
+        sums.root[slot] = scratch + slot * t.cols;
+        if (used[slot])
+            table.inverse_roots(static_cast<const float*>(t.aux[slot]) + matrix * t.cols, scratch + slot * t.cols, t.cols);
+    }
 }
 
 void renew_means(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, int slot,
@@ -147,8 +153,10 @@ void renew_means(const Table& table, const Tensor& t, const Scalars& s, const ui
     w.partial = static_cast<double*>(std::malloc(w.bands * across * sizeof(double)));
     if (!w.partial) std::abort();
     for (w.matrix = 0; w.matrix < matrices; w.matrix++) {
-        Means here = means;  // `known` is this matrix's mean
-        means.set(t, w.matrix, here.known);
+        Means here = means;
+        here.fixed = true;
+        for (int k = 0; k < SLOTS; k++)
+            if (here.used[k] && matrices > 1) here.known[k] = mean_of(t, k, w.matrix, here.floor[k]);
         Renewal one{table, t, s, keys, pass, slot, here, w.per_row, w.bands, w.matrix, 1, w.tall, w.partial};
         parallel(threads, w.bands, band, &one);
         add_bands(one);

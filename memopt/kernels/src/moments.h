@@ -1,4 +1,4 @@
-// A chunk (at most 1024 columns of one row) of one moment, opened, read and written vector by vector, and closed.
+// A chunk (at most 512 columns of one row) of one moment, opened, read and written vector by vector, and closed.
 //   open()            before anything else
 //   begin(b), end(b)  around the vectors of block b
 //   get(i)            columns i ... i + W - 1 as fp32; past the end of the row: any finite number
@@ -23,6 +23,14 @@ struct Place {
     const uint32_t* keys;      // of each slot, and behind them what the step adds
 };
 
+// What the next chunk will read, for loops that only compute to ask for meanwhile.
+struct Ahead {
+    const char* from;
+    int size;  // bytes of an element
+
+    INLINE_METHOD void ask(int i) const { __builtin_prefetch(from + static_cast<int64_t>(i) * size); }
+};
+
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.
 struct alignas(64) Scratch {
     float value[CHUNK];
@@ -36,7 +44,7 @@ struct Absent {
     INLINE_METHOD vf get(int) const { return vf{}; }
     INLINE_METHOD void put(int, vf) {}
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close() {}
+    INLINE_METHOD void close(const Ahead&) {}
 };
 
 class Full {
@@ -59,7 +67,7 @@ class Full {
     INLINE_METHOD vf get(int i) const { return loadf(at + i); }
     INLINE_METHOD void put(int i, vf x) { store(at + i, x); }
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close() {
+    INLINE_METHOD void close(const Ahead&) {
         if (at != direct) std::memcpy(direct, at, 4 * n);
     }
 };
@@ -88,13 +96,14 @@ class Half {
     INLINE_METHOD vf get(int i) const { return load_bf16(at + i); }
     INLINE_METHOD void put(int i, vf x) { narrow(at + i, (bits(x) + (dither.next() >> 16)) >> 16); }
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close() {
+    INLINE_METHOD void close(const Ahead&) {
         if (at != direct) std::memcpy(direct, at, 2 * n);
     }
 };
 
 // Codes of one byte, in place where that is possible.
 struct Bytes {
+    static constexpr int BITS = 8;
     INLINE uint8_t* direct(const memopt::Tensor& t, int slot, const Place& place) {
         return static_cast<uint8_t*>(t.data[slot]) + place.offset;
     }
@@ -111,6 +120,7 @@ struct Bytes {
 
 // Two codes in a byte, the even column in the low half; rows begin at whole bytes.
 struct Nibbles {
+    static constexpr int BITS = 4;
     INLINE uint8_t* direct(const memopt::Tensor& t, int slot, const Place& place) {
         return static_cast<uint8_t*>(t.data[slot]) + place.row * ((t.cols + 1) / 2) + place.col / 2;
     }
@@ -135,7 +145,7 @@ struct Nibbles {
 
 template <class Code, class Packing, int SIZE>
 class Coded {
-    static constexpr bool SIGNED_NIBBLES = __is_same(Packing, Nibbles) && __is_same(typename Code::Lane, int8_t);
+    static constexpr bool NIBBLES = Packing::BITS == 4, SIGNED = static_cast<typename Code::Lane>(-1) < 0;
     const memopt::Tensor& tensor;
     const int n;
     uint8_t* const direct;
@@ -145,7 +155,10 @@ class Coded {
     Dither dither;
     float unit;
     vi top;
+    vf table;  // of nibbles: what each of the 16 codes stands for in this block
     float largest[CHUNK / SIZE];
+
+    INLINE vi extend(vi q) { return NIBBLES && SIGNED ? (q << 28) >> 28 : q; }
 
   public:
     static constexpr int BLOCK = SIZE;
@@ -161,11 +174,15 @@ class Coded {
     INLINE_METHOD void begin(int b) {
         unit = Code::unit(scales[b]);
         top = vi{};
+#if LANES_512
+        if (NIBBLES) table = Code::decode(extend((vi)iota()), unit);
+#endif
     }
     INLINE_METHOD vf get(int i) const {
-        vi q = widen(reinterpret_cast<const typename Code::Lane*>(at + i));
-        if (SIGNED_NIBBLES) q = (q << 28) >> 28;
-        return Code::decode(q, unit);
+#if LANES_512
+        if (NIBBLES) return _mm512_permutexvar_ps((__m512i)widen(at + i), table);
+#endif
+        return Code::decode(extend(widen(reinterpret_cast<const typename Code::Lane*>(at + i))), unit);
     }
     INLINE_METHOD void put(int i, vf x) {
         store(value + i, x);
@@ -176,12 +193,14 @@ class Coded {
         const int32_t largest_bits = largest_lane(top);
         __builtin_memcpy(&largest[b], &largest_bits, 4);
     }
-    INLINE_METHOD void close() {
+    INLINE_METHOD void close(const Ahead& ahead) {
         for (int b = 0; b * BLOCK < n; b++) {
             const float inverse = Code::inverse(largest[b]);
             const int stop = n < (b + 1) * BLOCK ? n : (b + 1) * BLOCK;
-            for (int i = b * BLOCK; i < stop; i += W)
+            for (int i = b * BLOCK; i < stop; i += W) {
+                ahead.ask(i);
                 narrow(at + i, Code::encode(loadf(value + i), inverse, dither.next()));
+            }
             scales[b] = Code::stored(largest[b]);
         }
         Packing::close(direct, n, at);
@@ -215,24 +234,51 @@ class Factored {
         store(column + i, loadf(column + i) + x);
     }
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close() { sums.row += sum_lanes(across); }
+    INLINE_METHOD void close(const Ahead&) { sums.row += sum_lanes(across); }
 };
 
-// The six formats: what holds the second moment and other non-negative ones (U), what holds the signed one (S).
-struct In32 { typedef Full U, S; };
-struct InHalf { typedef Half U, S; };
+// The same moment, read as 1 / sqrt(x).
+class FactoredRoot {
+    const float* root;
+    float row;
+
+  public:
+    static constexpr int BLOCK = CHUNK;
+    INLINE_METHOD FactoredRoot(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums& sums) {
+        row = 1.0f / __builtin_sqrtf(static_cast<const float*>(t.data[slot])[place.row] / sums.mean[slot]);
+        root = sums.root[slot] + place.col;
+        if (!place.whole) {
+            std::memcpy(scratch.value, root, 4 * place.n);
+            for (int i = place.n; i % W; i++) scratch.value[i] = 0;
+            root = scratch.value;
+        }
+    }
+    INLINE_METHOD void begin(int) {}
+    INLINE_METHOD vf get(int i) const { return row * loadf(root + i); }
+    INLINE_METHOD void put(int, vf) {}
+    INLINE_METHOD void end(int) {}
+    INLINE_METHOD void close(const Ahead&) {}
+};
+
+// The six formats: what holds the second moment and other non-negative ones (U), what holds the signed one (S), and
+// what reads the inverse root of a U where a pass wants that.
+struct In32 { typedef Full U, S, R; };
+struct InHalf { typedef Half U, S, R; };
 struct In8 {
     typedef Coded<FloatCode<255, 4>, Bytes, 256> U;
     typedef Coded<SquareCode<127>, Bytes, 256> S;
+    typedef U R;
 };
 struct InFp8 {
     typedef Coded<E4M3<false>, Bytes, 256> U;
     typedef Coded<E4M3<true>, Bytes, 256> S;
+    typedef U R;
 };
 struct In4 {
     typedef Coded<FloatCode<15, 0>, Nibbles, 128> U;
     typedef Coded<SquareCode<7>, Nibbles, 128> S;
+    typedef U R;
 };
-struct InFactors { typedef Factored U; typedef Full S; };
+struct InFactors { typedef Factored U; typedef Full S; typedef FactoredRoot R; };
 
 }  // namespace

@@ -19,7 +19,10 @@ INLINE vf second_moment(vf v, vf g, const Scalars& s) { return fma(s.one_minus_b
 INLINE vf at_least(vf x, float floor) { return x < floor ? splat(floor) : x; }  // a NaN stays
 INLINE vf inverse_root(vf x) { return 1.0f / root(x); }
 
+//   ROOT_V, ROOT_X   of a factored moment it reads 1 / sqrt(x) instead of x: a product, where every element of a
+//                    reconstruction would need a root and a division
 struct Reads {
+    static constexpr bool ROOT_V = false, ROOT_X = false;
     static constexpr bool G = true, SUMS = false, P = true, W_P = true;
     static constexpr bool V = false, M = false, X = false, W_V = false, W_M = false, W_X = false;
 };
@@ -91,13 +94,14 @@ struct Rmsprop : Reads {
 // Adafactor's and CAME's second moment and update before it is clipped.
 template <bool FACTORED>
 INLINE vf raw_update(vf g, vf& v, const Scalars& s) {
-    if (!FACTORED) v = lerp(v, g * g + s.eps_added, s.second);
+    if (FACTORED) return g * at_most(v, s.ceiling);
+    v = lerp(v, g * g + s.eps_added, s.second);
     return g * inverse_root(at_least(v, s.floor));
 }
 
 template <bool FACTORED, bool MOMENTUM>
 struct Adafactor : Reads {
-    static constexpr bool V = true, M = MOMENTUM, W_V = !FACTORED, W_M = MOMENTUM;
+    static constexpr bool ROOT_V = FACTORED, V = true, M = MOMENTUM, W_V = !FACTORED, W_M = MOMENTUM;
     INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf&, const Scalars& s) {
         vf u = raw_update<FACTORED>(g, v, s) * s.update_scale;
         if (MOMENTUM) u = m = lerp(m, u, s.first);
@@ -111,7 +115,7 @@ struct Adafactor : Reads {
 // RESIDUAL is for matrices. Of a factored state the first moment was written by MeansResidual.
 template <bool FACTORED, bool RESIDUAL>
 struct Came : Reads {
-    static constexpr bool G = !FACTORED, V = !FACTORED, M = true, X = RESIDUAL;
+    static constexpr bool ROOT_X = FACTORED, G = !FACTORED, V = !FACTORED, M = true, X = RESIDUAL;
     static constexpr bool W_V = !FACTORED, W_M = !FACTORED, W_X = !FACTORED && RESIDUAL;
     INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
         if (!FACTORED) {
@@ -119,7 +123,7 @@ struct Came : Reads {
             m = lerp(m, u, s.first);
             if (RESIDUAL) x = lerp(x, (u - m) * (u - m) + s.eps_residual, s.third);
         }
-        const vf step = RESIDUAL ? m * inverse_root(x) : m;
+        const vf step = !RESIDUAL ? m : FACTORED ? m * x : m * inverse_root(x);
         p = fma(step, splat(-s.lr), p * s.decay);
         return vf{};
     }
@@ -132,7 +136,7 @@ struct SumParameter : Reads {
 
 template <bool FACTORED>
 struct SumUpdate : Reads {
-    static constexpr bool SUMS = true, P = false, W_P = false, V = true;
+    static constexpr bool ROOT_V = FACTORED, SUMS = true, P = false, W_P = false, V = true;
     INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars& s) {
         const vf u = raw_update<FACTORED>(g, v, s);
         return u * u;
@@ -162,7 +166,7 @@ struct MeansAdafactor : Reads {
     }
 };
 struct MeansResidual : Reads {
-    static constexpr bool P = false, W_P = false, V = true, M = true, X = true, W_M = true, W_X = true;
+    static constexpr bool ROOT_V = true, P = false, W_P = false, V = true, M = true, X = true, W_M = true, W_X = true;
     INLINE vf apply(vf&, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
         const vf u = raw_update<true>(g, v, s) * s.update_scale;
         m = lerp(m, u, s.first);

@@ -36,6 +36,7 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
     s.update_scale = 1;
     s.mean_floor = TINY;
     s.floor = -1;
+    s.ceiling = INFINITY;
     const bool decoupled = (h.flags & DECOUPLED) || h.rule == LION || h.rule == CAME;
     if (decoupled) s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
     else if (h.rule != ADAFACTOR) s.l2 = static_cast<float>(h.weight_decay);
@@ -69,6 +70,7 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
             if (torch_way) {
                 s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
                 s.floor = static_cast<float>(h.eps * h.eps);
+                s.ceiling = static_cast<float>(1 / h.eps);
                 s.mean_floor = std::fmax(h.eps, TINY);
             } else {
                 s.eps_added = s.eps;

@@ -19,7 +19,7 @@ struct Scalars {
     float inverse_bias, eps, rate, lr;
     float momentum, kept, dampening;  // kept: what SGD keeps of its buffer, 0 at the first step
     bool nesterov, plain;    // plain: RAdam's step without its second moment
-    float eps_added, eps_residual, floor;
+    float eps_added, eps_residual, floor, ceiling;  // ceiling: 1 / sqrt(floor)
     float shrink;            // p -= p * shrink: a decay too small to be taken from 1
     float update_scale;      // known after the sum of squared updates
     double mean_floor;       // what a factored moment's mean is at least, where it is used
@@ -32,6 +32,7 @@ struct Sums {
     float* column;      // of a factored moment, per column from first_col on, padded to whole vectors
     int64_t first_col;
     float mean[SLOTS];
+    const float* root[SLOTS];  // 1 / sqrt(column mean) of the matrix, for passes that divide by the square root
 };
 
 enum Pass {
@@ -49,6 +50,7 @@ typedef void (*Run)(const Tensor&, const Scalars&, const uint32_t* keys, int64_t
 struct Table {
     const char* name;
     Run run[PASSES][FORMATS];
+    void (*inverse_roots)(const float* x, float* out, int64_t n);
     bool (*all_finite)(const void* data, int64_t n, uint8_t dtype);
 };
 

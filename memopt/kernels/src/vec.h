@@ -114,12 +114,12 @@ INLINE vf at_most(vf x, float most) {
     return x > most ? splat(most) : x;
 #endif
 }
-// x + amount where `mask` is all ones.
-INLINE vi add_where(vi x, int amount, vi mask) {
+// x + 1 where a < b.
+INLINE vi increment_where_less(vi x, vf a, vf b) {
 #if LANES_512
-    return (vi)_mm512_mask_add_epi32((__m512i)x, _mm512_movepi32_mask((__m512i)mask), (__m512i)x, _mm512_set1_epi32(amount));
+    return (vi)_mm512_mask_add_epi32((__m512i)x, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), (__m512i)x, _mm512_set1_epi32(1));
 #else
-    return x + (mask & amount);
+    return x - (vi)(a < b);
 #endif
 }
 // -x where `sign` is negative, as a number or as a NaN.

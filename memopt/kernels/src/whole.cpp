@@ -13,7 +13,12 @@
 namespace memopt {
 namespace {
 
-constexpr int64_t PIECE = 64;  // chunks of one task
+constexpr int64_t PIECE = 64, PIECE_ROWS = 16;  // chunks of one task, at least; rows of a factored moment
+
+int64_t piece_of(const Tensor& t) {
+    const int64_t rows = t.format == FMT_FACTORED ? PIECE_ROWS * chunks_of(t.cols) : 0;
+    return rows > PIECE ? rows : PIECE;
+}
 
 // One pass over all chunks of a tensor, cut into pieces; a piece is cut again where a matrix ends, because a factored
 // moment is divided by its matrix's mean.
@@ -30,25 +35,31 @@ struct Sweep {
 void sweep_piece(void* context, int64_t piece) {
     const Sweep& w = *static_cast<Sweep*>(context);
     const int64_t per_row = chunks_of(w.t.cols), chunks = w.t.rows * per_row;
-    int64_t first = piece * PIECE;
-    const int64_t last = first + PIECE < chunks ? first + PIECE : chunks;
+    const int64_t size = piece_of(w.t);
+    int64_t first = piece * size;
+    const int64_t last = first + size < chunks ? first + size : chunks;
     const Run run = w.table.run[w.pass][w.t.format];
     const int64_t per_matrix = w.t.format == FMT_FACTORED ? w.t.height * per_row : chunks;
     Sums sums{};
+    float few[3 * CHUNK];
+    float* roots = few;
+    if (roots_size(w.t) > 3 * CHUNK) roots = static_cast<float*>(std::malloc(roots_size(w.t) * sizeof(float)));
+    if (!roots) std::abort();
     while (first < last) {
         const int64_t matrix = first / per_matrix, end = (matrix + 1) * per_matrix;
         const int64_t stop = end < last ? end : last;
-        w.means.set(w.t, matrix, sums.mean);
+        w.means.set(w.table, w.t, matrix, sums, roots);
         run(w.t, w.s, w.keys, first, stop, sums);
         first = stop;
     }
+    if (roots != few) std::free(roots);
     if (w.totals) w.totals[piece] = sums.total;
 }
 
 // Returns the sum of what the pass adds, 0 if it adds nothing.
 double sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, const Means& means,
              bool summed, int threads) {
-    const int64_t pieces = (t.rows * chunks_of(t.cols) + PIECE - 1) / PIECE;
+    const int64_t size = piece_of(t), pieces = (t.rows * chunks_of(t.cols) + size - 1) / size;
     double few[16];
     double* totals = nullptr;
     if (summed) totals = pieces <= 16 ? few : static_cast<double*>(std::malloc(pieces * sizeof(double)));
