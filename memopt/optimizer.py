@@ -16,6 +16,7 @@ from memopt.geometry import Rows
 from memopt.gradients import POLICIES, check_gradient, non_finite
 from memopt.groups import check_group, named_groups
 from memopt.hyper import SpecError
+from memopt.kernels import plan
 from memopt.ledger import Ledger, Line
 from memopt.partitions import PARTITIONS
 from memopt.partitions.zero1 import owned
@@ -68,6 +69,7 @@ class Optimizer(torch.optim.Optimizer):
         self.engine.require()
         self.partition = PARTITIONS[self.spec.partition](process_group)  # type: ignore[call-arg]
         self.process_group = process_group
+        self._plan: plan.Plan | None = None
 
     # Parameters and groups -------------------------------------------------------------------------------------
 
@@ -130,13 +132,18 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._plan is not None and self._plan.refresh(self):  # the tensors of the last step, with new gradients
+            if self.nonfinite == "propagate" or not self._stopped_by(self._plan.non_finite()):
+                self._plan.step(self.seed)
+            return loss
         ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
         gradients = [(name, check_gradient(name, p)) for _, name, p, _ in ready]
-        if self.nonfinite != "propagate" and self._stopped_by(gradients):
+        if self.nonfinite != "propagate" and self._stopped_by(non_finite(gradients)):
             return loss
         works = [self._work(*entry) for entry in ready]
         self.engine.step(self.spec, works, self.partition, self.seed)
         self.partition.publish([p for _, _, p, _ in ready])
+        self._plan = plan.make(self, works)
         return loss
 
     def _work(self, index: int, name: str, p: Tensor, group: dict[str, Any]) -> Work:
@@ -146,8 +153,7 @@ class Optimizer(torch.optim.Optimizer):
         assert p.grad is not None
         return Work(name, index, rows, owned(p, rows), owned(p.grad, rows), state, int(state["step"]), group)
 
-    def _stopped_by(self, gradients: list[tuple[str, Tensor]]) -> bool:
-        bad = non_finite(gradients)
+    def _stopped_by(self, bad: list[str]) -> bool:
         if not bad:
             return False
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")

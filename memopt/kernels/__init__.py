@@ -39,7 +39,9 @@ def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> 
     found = library()
     if found is None or not works:
         return list(works)
-    left, groups, group_of = [], [], {}
+    left: list[Work] = []
+    groups: list[abi.Group] = []
+    group_of: dict[int, int] = {}
     tensors = (abi.TensorStep * len(works))()
     kept: list[Tensor] = []  # copies stay alive until the kernels are done
     back: list[tuple[Tensor, Tensor]] = []
@@ -81,7 +83,8 @@ def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> tuple[list[str], list
     found = library()
     if found is None:
         return [], list(gradients)
-    mine, others = [], []
+    mine: list[tuple[str, Tensor]] = []
+    others: list[tuple[str, Tensor]] = []
     for name, g in gradients:
         readable = g.is_cpu and g.dtype in describe.DTYPES and g.is_contiguous()
         (mine if readable else others).append((name, g))

@@ -1,0 +1,131 @@
+"""A whole optimizer's step, prepared once and repeated while nothing but the gradients changes.
+
+Describing a parameter to the kernels costs some ten microseconds of Python, more than stepping a small one. A plan
+keeps the descriptors; before each step it looks whether parameters, groups, state and their memory are those that it
+knows (about a microsecond each) and takes the new gradients' addresses. If anything is different it says so, the step
+goes the long way, and a new plan is made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt.engines.native import moment_formats
+from memopt.kernels import abi, describe
+from memopt.kernels.loader import library
+
+if TYPE_CHECKING:
+    from memopt.engines.work import Work
+    from memopt.optimizer import Optimizer
+
+
+class Entry(NamedTuple):
+    name: str
+    p: Tensor
+    state: dict[str, Tensor]
+    shape: torch.Size
+    grad_dtype: torch.dtype
+    address: int
+    addresses: list[int]  # of the state
+
+
+class Plan:
+    """The descriptors of all parameters that had a gradient; made by :func:`make`."""
+
+    def __init__(self, optimizer: Optimizer, entries: list[Entry], tensors: ctypes.Array[abi.TensorStep]) -> None:
+        self.spec = optimizer.spec
+        self.partition = optimizer.partition
+        self.groups = list(optimizer.param_groups)
+        self.flags = [describe.flags(self.spec, group) for group in self.groups]
+        self.all = [p for group in self.groups for p in group["params"]]
+        self.entries = entries
+        self.parameters = [entry.p for entry in entries]
+        stepped = set(map(id, self.parameters))
+        self.idle = [p for p in self.all if id(p) not in stepped]
+        self.tensors = tensors
+        self.spans = (abi.Span * len(entries))()
+        for span, tensor in zip(self.spans, tensors, strict=True):
+            span.numel, span.dtype = tensor.numel, tensor.g_dtype
+        self.hyper = (abi.Group * len(self.groups))()
+
+    def refresh(self, optimizer: Optimizer) -> bool:
+        """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
+        groups = optimizer.param_groups
+        if optimizer.spec is not self.spec or optimizer.partition is not self.partition or len(groups) != len(self.groups):
+            return False
+        now = [p for group in groups for p in group["params"]]
+        if len(now) != len(self.all) or any(a is not b for a, b in zip(now, self.all, strict=True)):
+            return False
+        if any(p.grad is not None for p in self.idle):
+            return False
+        for i, group in enumerate(groups):
+            if group is not self.groups[i] or describe.flags(self.spec, group) != self.flags[i]:
+                return False
+            self.hyper[i] = describe.describe_group(self.spec, group)
+        all_state = optimizer.state
+        for i, (_, p, state, shape, dtype, address, addresses) in enumerate(self.entries):
+            g = p.grad
+            if (
+                type(g) is not Tensor
+                or g.layout is not torch.strided
+                or g.dtype is not dtype
+                or not g.is_contiguous()
+                or p.data_ptr() != address
+                or p.shape != shape
+                or not p.is_contiguous()
+                or all_state.get(p) is not state
+                or [t.data_ptr() for t in state.values()] != addresses
+            ):
+                return False
+            self.tensors[i].g = self.spans[i].data = g.data_ptr()
+        return True
+
+    def non_finite(self) -> list[str]:
+        """The names of parameters whose gradient holds a NaN or an Inf."""
+        found = library()
+        assert found is not None
+        if found.handle.memopt_all_finite(ctypes.byref(self.spans), len(self.entries), torch.get_num_threads(), -1):
+            return []
+        return [entry.name for entry, span in zip(self.entries, self.spans, strict=True) if span.bad]
+
+    def step(self, seed: int) -> None:
+        """Step all parameters; the kernels count the steps."""
+        found = library()
+        assert found is not None
+        if found.handle.memopt_step(ctypes.byref(self.hyper), ctypes.byref(self.tensors), len(self.entries),
+                                    seed & 0xFFFFFFFF, torch.get_num_threads(), -1):  # fmt: skip
+            raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
+
+
+def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
+    """A plan for these parameters, after they have stepped; None where not all of them can go this way."""
+    spec, partition = optimizer.spec, optimizer.partition
+    if library() is None or spec.engine != "native" or spec.master != "none" or partition.world_size > 1 or not works:
+        return None
+    numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
+    names = {i: (name, p) for i, (name, p, _) in enumerate(optimizer._parameters())}
+    tensors = (abi.TensorStep * len(works))()
+    entries = []
+    for target, work in zip(tensors, works, strict=True):
+        name, p = names[work.index]
+        g, counter = p.grad, work.state["step"]
+        placed = spec.for_parameter(name)[1] in ("device", "paged")
+        # Views of a part of the parameter (a rank's rows) would have to be cut again at every step.
+        if g is None or not placed or work.p is not p or not (p.is_contiguous() and g.is_contiguous()):
+            return None
+        moments = moment_formats(spec, work.h, name, work.rows)
+        if describe.refuse(spec, moments, work.rows, p, g, partition.world_size):
+            return None
+        if describe.describe(target, work, p, g, moments, numbers[id(work.h)]):
+            return None
+        if counter.dtype is not torch.float32 or not counter.is_cpu:
+            return None
+        target.counter = counter.data_ptr()
+        addresses = [t.data_ptr() for t in work.state.values()]
+        entries.append(Entry(name, p, work.state, p.shape, g.dtype, p.data_ptr(), addresses))
+    return Plan(optimizer, entries, tensors)
