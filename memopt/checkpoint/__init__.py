@@ -1,0 +1,1 @@
+"""Optimizer state that travels: between formats, tools, world sizes and processes."""

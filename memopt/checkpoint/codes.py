@@ -1,0 +1,81 @@
+"""Which format holds which moment, for every engine; and where the rows of a shard stand in the parts of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from memopt.checkpoint.dynamic import Dynamic8
+from memopt.engines.bitsandbytes import SECOND_MOMENT
+from memopt.engines.native import moment_formats
+from memopt.formats import FORMATS, Format
+from memopt.geometry import Rows, Shape
+from memopt.rules import RULES, Moment
+from memopt.spec import OptimSpec
+
+#: Every encoding that a checkpoint may hold: its tag in the manifest -> format.
+CODES: dict[str, Format] = {**FORMATS, "dynamic8": Dynamic8()}
+
+#: Elements that are decoded at a time: about 40 MiB with the temporaries of encoding.
+CHUNK_NUMEL = 1 << 20
+
+MomentCodes = list[tuple[Moment, Format]]
+
+
+def _native(spec: OptimSpec, h: Mapping[str, Any], name: str, shape: Shape) -> MomentCodes:
+    return [(moment, fmt) for moment, fmt, _ in moment_formats(spec, h, name, Rows.whole(shape))]
+
+
+def _bitsandbytes(spec: OptimSpec, h: Mapping[str, Any], name: str, shape: Shape) -> MomentCodes:
+    low = spec.for_parameter(name)[0] == "8bit"
+    chosen = []
+    for moment in RULES[spec.rule].moments(h, shape):
+        moment = moment._replace(signed=moment.name != SECOND_MOMENT)
+        encoded = low and CODES["dynamic8"].declines(moment, shape) is None
+        chosen.append((moment, CODES["dynamic8" if encoded else "32bit"]))
+    return chosen
+
+
+_BY_ENGINE: dict[str, Callable[..., MomentCodes]] = {"native": _native, "bitsandbytes": _bitsandbytes}
+
+
+def moment_codes(spec: OptimSpec, h: Mapping[str, Any], name: str, shape: Shape) -> MomentCodes:
+    """``(moment, format)`` for each moment of a parameter, ``signed`` being the code's sign (bitsandbytes keeps some
+    non-negative moments in its signed code)."""
+    return _BY_ENGINE[spec.engine](spec, h, name, shape)
+
+
+def is_shared(fmt: Format, moment: Moment, shape: Shape, part: str) -> bool:
+    """Whether every shard holds the whole part, as it does the column means of a matrix."""
+    none, whole = Rows(shape, 0, 0), Rows.whole(shape)
+    return fmt.layout(moment, none)[part].shape == fmt.layout(moment, whole)[part].shape
+
+
+def is_cut_by_rows(fmt: Format, moment: Moment, shape: Shape) -> bool:
+    """Whether rows can be taken out of the parts without decoding."""
+    return not all(is_shared(fmt, moment, shape, part) for part in fmt.layout(moment, Rows.whole(shape)))
+
+
+def span(fmt: Format, moment: Moment, part: str, outer: Rows, inner: Rows) -> tuple[int, int] | None:
+    """Where the rows ``inner`` stand along dimension 0 of the part that holds the rows ``outer``; None is all of it.
+
+    >>> span(FORMATS["8bit"], Moment("exp_avg"), "scales", Rows((1024,), 1, 4), Rows((1024,), 2, 3))
+    (1, 2)
+    """
+    if inner == outer or is_shared(fmt, moment, outer.shape, part):
+        return None
+    start = fmt.layout(moment, Rows(outer.shape, outer.first, inner.first))[part].shape[0]
+    return start, start + fmt.layout(moment, inner)[part].shape[0]
+
+
+def common(a: Rows, b: Rows) -> Rows | None:
+    """The rows in both, or None where there are none."""
+    first, stop = max(a.first, b.first), min(a.stop, b.stop)
+    return Rows(a.shape, first, stop) if first < stop else None
+
+
+def chunks(rows: Rows, numel: int = CHUNK_NUMEL) -> Iterator[Rows]:
+    """These rows in pieces of about ``numel`` elements, at least one row each."""
+    height = max(numel // max(rows.cols, 1), 1)
+    for first in range(rows.first, rows.stop, height):
+        yield Rows(rows.shape, first, min(first + height, rows.stop))

@@ -1,0 +1,123 @@
+"""``optimizer.convert_(spec)``: another spec in place, in the middle of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.codes import moment_codes
+from memopt.checkpoint.fit import Slot, fill_slot
+from memopt.checkpoint.plan import Fill, check_fill, target_hyper, target_spec, unused_fill
+from memopt.checkpoint.report import Conversion, spelled
+from memopt.engines import ENGINES
+from memopt.hyper import SpecError
+from memopt.partitions import PARTITIONS, Partition
+from memopt.rules import RULES
+from memopt.spec import FIELDS, OptimSpec
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+Groups = list[dict[str, Any]]
+
+
+def slots(optimizer: Optimizer, spec: OptimSpec, hypers: Groups, partition: Partition) -> Iterator[tuple[Tensor, Slot]]:
+    """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups'."""
+    of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
+    for index, (name, p, group) in enumerate(optimizer._parameters()):
+        rows = partition.rows(tuple(p.shape), partition.rank, partition.world_size)
+        yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, partition.total)
+
+
+@torch.no_grad()
+def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None = None, **fields: Any) -> Conversion:
+    """Give the optimizer another spec; its state is decoded and encoded again, parameter by parameter.
+
+    See :meth:`memopt.Optimizer.convert_`.
+    """
+    fill = fill or {}
+    old = optimizer.spec
+    new = target_spec(old, spec, fields)
+    given = {k: v for k, v in fields.items() if k not in FIELDS} | dict(fields.get("hyper", {}))
+    hypers = [target_hyper(old, new, group, given) for group in optimizer.param_groups]
+    new.check_overrides([name for name, _, _ in optimizer._parameters()])
+    ENGINES[new.engine].require()
+    check_fill(fill, new.rule)
+    partition = _partition(optimizer, new)
+
+    before = list(slots(optimizer, old, optimizer.param_groups, optimizer.partition))
+    after = [slot for _, slot in slots(optimizer, new, hypers, partition)]
+    _check(optimizer, before, after, fill)
+    report = Conversion(spelled(old), spelled(new))
+    for (p, here), there in zip(before, after, strict=True):
+        if optimizer.state.get(p):
+            try:
+                state = there.allocate()
+                fill_slot(there, state, here.record(optimizer.state[p]), (old, here.h), fill, report)
+            except (OSError, RuntimeError, MemoryError) as error:
+                raise RuntimeError(
+                    f"convert_ stopped at {here.name}: {error}. The parameters before it are converted and the others "
+                    f"are still {str(old)!r}: load a checkpoint to go on"
+                ) from error
+            state["step"] = optimizer.state[p]["step"].fill_(state["step"])
+            optimizer.state[p].clear()
+            optimizer.state[p].update(state)
+    _commit(optimizer, new, hypers, partition, report)
+    if before:
+        _sum_over_ranks(report, partition, before[0][0].device)
+    return report
+
+
+def _partition(optimizer: Optimizer, new: OptimSpec) -> Partition:
+    """The partition of the new spec. A rank keeps its rows or takes some of the whole; it cannot get others' rows."""
+    now = optimizer.partition
+    if new.partition == optimizer.spec.partition:
+        return now
+    if now.world_size > 1:
+        raise SpecError(f"convert_ cannot go from '/{optimizer.spec.partition}' over {now.world_size} ranks to "
+                        f"'{new}': the rows of the other ranks are not here; save and load")  # fmt: skip
+    return PARTITIONS[new.partition](None)  # type: ignore[call-arg]
+
+
+def _check(optimizer: Optimizer, before: list[tuple[Tensor, Slot]], after: list[Slot], fill: Fill) -> None:
+    """Everything that can be refused, before anything is changed."""
+    kept: set[str] = set()
+    for (p, here), there in zip(before, after, strict=True):
+        kept |= {m.name for m, _ in moment_codes(there.spec, there.h, there.name, there.shape)}
+        if optimizer.state.get(p):
+            there.check(here.record(optimizer.state[p]), here.spec.rule, fill)
+    unused_fill(fill, kept)
+
+
+def _commit(optimizer: Optimizer, new: OptimSpec, hypers: Groups, partition: Partition, report: Conversion) -> None:
+    old = RULES[optimizer.spec.rule].hyperparameters
+    for group, h in zip(optimizer.param_groups, hypers, strict=True):
+        for key in old.keys() - h.keys():
+            group.pop(key, None)
+        report.notes += _differences(group, h)
+        group.update(h)
+    report.notes = list(dict.fromkeys(report.notes))
+    optimizer.spec = new
+    optimizer.rule, optimizer.engine, optimizer.partition = RULES[new.rule], ENGINES[new.engine], partition
+    optimizer.defaults = new.resolve()
+
+
+def _differences(group: Mapping[str, Any], h: Mapping[str, Any]) -> list[str]:
+    """One sentence for each hyperparameter that the group did not have, or had with another value."""
+    return [
+        f"{key} is {value!r} now" + (f", it was {group[key]!r}" if key in group else "")
+        for key, value in h.items()
+        if key not in group or (group[key] is not value and bool(group[key] != value))
+    ]
+
+
+def _sum_over_ranks(report: Conversion, partition: Partition, device: torch.device) -> None:
+    """Errors are of the whole state, not of this rank's rows."""
+    if partition.world_size > 1 and report.losses:
+        local = [[x.squared_error, x.squared] for x in report.losses.values()]
+        sums = torch.tensor(local, dtype=torch.float64, device=device)
+        for loss, (error, squared) in zip(report.losses.values(), partition.total(sums).tolist(), strict=True):
+            loss.squared_error, loss.squared = error, squared

@@ -1,0 +1,105 @@
+"""The state of one parameter of one optimizer, made from a record of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt import noise
+from memopt.checkpoint.codes import moment_codes
+from memopt.checkpoint.meaning import share
+from memopt.checkpoint.plan import Fill, feeds
+from memopt.checkpoint.report import Conversion, Loss
+from memopt.checkpoint.stored import LivePiece, Record, Stored
+from memopt.checkpoint.transfer import Target, transfer
+from memopt.formats import Shard
+from memopt.geometry import Rows, Shape
+from memopt.placements import PLACEMENTS
+from memopt.pricing import state_lines
+from memopt.spec import OptimSpec
+
+
+class Slot(NamedTuple):
+    """A parameter of an optimizer as a place for state: everything that decides its layout and its dither."""
+
+    spec: OptimSpec
+    h: Mapping[str, Any]
+    name: str
+    index: int  # type: ignore[assignment]  # the parameter's place among all, for the random key
+    rows: Rows
+    device: torch.device
+    seed: int
+    total: Callable[[Tensor], Tensor]
+
+    @property
+    def shape(self) -> Shape:
+        return self.rows.shape
+
+    def allocate(self) -> dict[str, Tensor]:
+        """Zeroed state where the placement says."""
+        step, *lines = state_lines(self.spec, self.h, self.name, self.rows, str(self.device))
+        placement = PLACEMENTS[self.spec.for_parameter(self.name)[1]]
+        return {step.key: torch.zeros((), dtype=torch.float32), **placement.allocate(lines, self.device)}
+
+    def targets(self, state: Mapping[str, Tensor], step: int) -> dict[str, Target]:
+        """The parts of each moment within ``state``."""
+        found = {}
+        for j, (moment, fmt) in enumerate(moment_codes(self.spec, self.h, self.name, self.shape)):
+            shard = Shard(self.rows, noise.key(self.seed, self.index, j), step, self.total)
+            keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
+            found[moment.name] = Target(moment, fmt, shard, {part: state[key] for part, key in keys.items()})
+        return found
+
+    def record(self, state: Mapping[str, Tensor]) -> Record:
+        """The live state as a record."""
+        if not state:
+            return Record(self.name, self.shape, stepped=False)
+        moments = {}
+        for moment, fmt in moment_codes(self.spec, self.h, self.name, self.shape):
+            keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
+            piece = LivePiece(self.rows, {part: state[key] for part, key in keys.items()})
+            moments[moment.name] = Stored(moment, fmt, self.shape, (piece,))
+        return Record(self.name, self.shape, float(state["step"]), moments)
+
+    def check(self, record: Record, rule: str, fill: Fill) -> dict[str, str | float]:
+        """What feeds each moment: the name of a stored one, or a number. Raises ValueError for what does not fit."""
+        if record.shape != self.shape:
+            raise ValueError(f"{self.name}: the saved state is of shape {record.shape}, the parameter of {self.shape}")
+        plan = {}
+        for moment, _ in moment_codes(self.spec, self.h, self.name, self.shape):
+            plan[moment.name] = chosen = feeds(rule, self.spec.rule, self.name, record.moments, moment.name, fill)
+            negative = record.moments[chosen].moment.signed if isinstance(chosen, str) else chosen < 0
+            if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
+                raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
+        return plan
+
+
+def fill_slot(
+    slot: Slot, state: dict[str, Tensor], record: Record, old: tuple[OptimSpec, Mapping[str, Any]], fill: Fill,
+    report: Conversion,
+) -> None:  # fmt: skip
+    """Write a record into zeroed ``state``. ``old`` are the spec and hyperparameters under which it was kept."""
+    plan = slot.check(record, old[0].rule, fill)
+    step = float(fill.get("step", record.step))
+    state["step"].fill_(step)
+    for name, target in slot.targets(state, int(step)).items():
+        chosen = plan[name]
+        if isinstance(chosen, str):
+            scale = _scale(slot, name, chosen, record.step, old)
+            transfer(record.moments[chosen], target, scale, report.losses.setdefault(name, Loss()))
+        elif chosen:
+            rows = target.shard.rows
+            target.encode(torch.full(rows.local_shape, chosen, device=slot.device), rows)
+        if name in fill:
+            report.filled[name] = fill[name]
+    report.dropped += [m for m in record.moments if m not in (*plan.values(), *report.dropped)]
+
+
+def _scale(slot: Slot, name: str, chosen: str, t: float, old: tuple[OptimSpec, Mapping[str, Any]]) -> float:
+    """1 within a rule and for a moment taken as the caller said."""
+    if slot.spec.rule == old[0].rule or name != chosen:
+        return 1.0
+    return share(slot.spec.rule, name, slot.h, t) / share(old[0].rule, name, old[1], t)

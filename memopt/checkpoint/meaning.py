@@ -1,0 +1,33 @@
+"""What a moment of a rule is the mean of, and how much of that mean has arrived after t steps.
+
+Rules share names of moments and not always their meaning: ``exp_avg`` is a mean of gradients in Adam and Lion, of
+normalised updates in CAME, of whole steps in Adafactor. Only moments of one meaning are carried from rule to rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+_OTHER_MEANING = {
+    ("came", "exp_avg"): "a mean of normalised updates",
+    ("adafactor", "exp_avg"): "a mean of steps",
+}
+_MEANING = {"exp_avg": "a mean of gradients", "exp_avg_sq": "a mean of squared gradients"}
+
+
+def meaning(rule: str, moment: str) -> str:
+    """What ``moment`` is a mean of, in words; its own name where only one rule keeps it."""
+    return _OTHER_MEANING.get((rule, moment)) or _MEANING.get(moment, moment)
+
+
+def share(rule: str, moment: str, h: Mapping[str, Any], t: float) -> float:
+    """The sum of the weights of all gradients so far: 1 - b^t of a mean that began at zero, 1 of Adafactor's.
+
+    A moment that changes its rule is scaled by the ratio of the two, so that it stands for the same mean.
+    """
+    if rule == "adafactor" or moment not in _MEANING:
+        return 1.0
+    betas = h["betas"]
+    beta = betas[1] if moment == "exp_avg_sq" or rule == "lion" else betas[0]
+    return float(1 - beta**t) if t else 1.0

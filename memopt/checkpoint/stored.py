@@ -1,0 +1,122 @@
+"""Optimizer state at rest, wherever it is: in memory, in files of several ranks, in another tool's dictionary."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.codes import common, is_shared, span
+from memopt.formats import Format, Shard
+from memopt.geometry import Rows, Shape
+from memopt.rules import Moment
+from memopt.spec import OptimSpec
+
+#: A range along dimension 0; None is the whole tensor.
+Span = tuple[int, int] | None
+
+
+class Piece(ABC):
+    """The parts of one moment for some rows of a parameter. Subclasses are final."""
+
+    rows: Rows
+
+    @abstractmethod
+    def read(self, part: str, span: Span) -> Tensor:
+        """This range of a part; it must not be changed."""
+
+    @abstractmethod
+    def copy(self, part: str, span: Span, out: Tensor) -> None:
+        """The same, into ``out``."""
+
+
+@final
+class LivePiece(Piece):
+    """Tensors in memory."""
+
+    def __init__(self, rows: Rows, parts: Mapping[str, Tensor]) -> None:
+        self.rows = rows
+        self._parts = parts
+
+    def read(self, part: str, span: Span) -> Tensor:
+        return self._parts[part] if span is None else self._parts[part][slice(*span)]
+
+    def copy(self, part: str, span: Span, out: Tensor) -> None:
+        out.copy_(self.read(part, span))
+
+
+class Stored(NamedTuple):
+    """One moment of one parameter as it is stored: encoded by ``format``, its rows in one or more pieces."""
+
+    moment: Moment
+    format: Format
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    def part(self, part: str, rows: Rows) -> Tensor:
+        """The part for these rows, assembled from the pieces; a view where one piece has them all."""
+        if is_shared(self.format, self.moment, self.shape, part):
+            return self.pieces[0].read(part, None)
+        found = [
+            piece.read(part, span(self.format, self.moment, part, piece.rows, both))
+            for piece in self.pieces
+            if (both := common(piece.rows, rows)) is not None
+        ]
+        if found:
+            return found[0] if len(found) == 1 else torch.cat(found)
+        spec = self.format.layout(self.moment, rows)[part]
+        return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
+
+    def decode(self, rows: Rows) -> Tensor:
+        """fp32 [rows.local_shape]; it must not be changed, it may be the state itself."""
+        parts = {part: self.part(part, rows) for part in self.format.layout(self.moment, rows)}
+        return self.format.read(parts, self.moment, Shard(rows))
+
+    def copy(self, rows: Rows, parts: Mapping[str, Tensor]) -> None:
+        """These rows, bit for bit, into parts of the same format."""
+        for part, target in parts.items():
+            if is_shared(self.format, self.moment, self.shape, part):
+                self.pieces[0].copy(part, None, target)
+                continue
+            for piece in self.pieces:
+                both = common(piece.rows, rows)
+                if both is not None:
+                    there = span(self.format, self.moment, part, rows, both)
+                    here = span(self.format, self.moment, part, piece.rows, both)
+                    piece.copy(part, here, target if there is None else target[slice(*there)])
+
+
+@dataclass
+class Record:
+    """The state of one parameter; no moments where it has never been stepped."""
+
+    name: str
+    shape: Shape
+    step: float = 0.0
+    moments: dict[str, Stored] = field(default_factory=dict)
+    stepped: bool = True
+
+
+@dataclass
+class Group:
+    """The hyperparameters of some parameters, by name."""
+
+    names: list[str]
+    hyper: dict[str, Any]
+
+
+@dataclass
+class Source:
+    """A saved optimizer. ``named`` says that names are the model's and not numbers; ``origin`` is what wrote it."""
+
+    spec: OptimSpec
+    groups: list[Group]
+    records: dict[str, Record]
+    origin: str
+    named: bool = True
+    seed: int | None = None
+    skipped_steps: int | None = None
