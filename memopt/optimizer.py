@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from memopt.pricing import state_lines
 from memopt.rules import RULES
 from memopt.spec import OptimSpec, parse
 from memopt.state import LoadPlan, plan_load
+
+if TYPE_CHECKING:
+    from memopt.checkpoint.report import Conversion
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -234,6 +237,20 @@ class Optimizer(torch.optim.Optimizer):
                 target = self._allocate(name, p, group)
                 for key, value in copied[p].items():
                     target[key].copy_(value.view(target[key].dtype))
+
+    # Another spec ----------------------------------------------------------------------------------------------
+
+    def convert_(self, spec: str | OptimSpec, *, fill: Mapping[str, Any] | None = None, **fields: Any) -> Conversion:
+        """Change the spec in place, in the middle of training; schedulers, groups and references stay valid.
+
+        Each moment is decoded and encoded again (copied where its encoding stays), one parameter at a time. Engine,
+        overrides and hyperparameters stay unless ``fields`` says otherwise; a full :class:`OptimSpec` means what it
+        says. ``fill`` says what stands in for a moment that was not kept: ``{"exp_avg": 0}``, or the name of another
+        moment. Returns the relative error of every moment. Raises SpecError before anything changes.
+        """
+        from memopt.checkpoint.convert import convert_
+
+        return convert_(self, spec, fill=fill, **fields)
 
     # Looking ---------------------------------------------------------------------------------------------------
 
