@@ -1,1 +1,8 @@
 """Optimizer state that travels: between formats, tools, world sizes and processes."""
+
+from memopt.checkpoint.load import Loaded, load
+from memopt.checkpoint.report import Conversion
+from memopt.checkpoint.save import Saving, save
+from memopt.checkpoint.tensorfile import DamagedFile
+
+__all__ = ["Conversion", "DamagedFile", "Loaded", "Saving", "load", "save"]

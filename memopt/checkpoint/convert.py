@@ -67,7 +67,7 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
             optimizer.state[p].update(state)
     _commit(optimizer, new, hypers, partition, report)
     if before:
-        _sum_over_ranks(report, partition, before[0][0].device)
+        sum_over_ranks(report, partition, before[0][0].device)
     return report
 
 
@@ -114,7 +114,7 @@ def _differences(group: Mapping[str, Any], h: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _sum_over_ranks(report: Conversion, partition: Partition, device: torch.device) -> None:
+def sum_over_ranks(report: Conversion, partition: Partition, device: torch.device) -> None:
     """Errors are of the whole state, not of this rank's rows."""
     if partition.world_size > 1 and report.losses:
         local = [[x.squared_error, x.squared] for x in report.losses.values()]

@@ -1,0 +1,122 @@
+"""Saved optimizer state into an optimizer that is here, first all that can be refused, then the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.codes import moment_codes
+from memopt.checkpoint.convert import slots, sum_over_ranks
+from memopt.checkpoint.fit import Slot, fill_slot
+from memopt.checkpoint.plan import Fill, carried, check_fill, unused_fill
+from memopt.checkpoint.report import Conversion, spelled
+from memopt.checkpoint.stored import Record, Source
+from memopt.groups import TORCH_KEYS
+from memopt.rules import RULES
+from memopt.state import TORCH_EXECUTION
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+
+class Plan:
+    """How ``source`` goes into ``optimizer``. Raises ValueError, before anything is changed, for what does not fit."""
+
+    def __init__(self, optimizer: Optimizer, source: Source, hyper: bool, fill: Fill) -> None:
+        self._optimizer, self._source, self._fill = optimizer, source, fill
+        check_fill(fill, optimizer.spec.rule)
+        names = [name for name, _, _ in optimizer._parameters()]
+        self._records = _match(source, names, _is_named(optimizer))
+        self._groups = self._merged_groups(names) if hyper else [dict(group) for group in optimizer.param_groups]
+        self._seed = optimizer.seed if source.seed is None or not hyper else source.seed
+        self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
+        self._slots = [
+            (p, slot._replace(seed=self._seed))
+            for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition)
+        ]
+        kept: set[str] = set()
+        for (_, slot), record in zip(self._slots, self._records, strict=True):
+            kept |= {m.name for m, _ in moment_codes(slot.spec, slot.h, slot.name, slot.shape)}
+            if record.stepped:
+                slot.check(record, source.spec.rule, fill)
+        unused_fill(fill, kept)
+
+    def _merged_groups(self, names: list[str]) -> list[dict[str, Any]]:
+        """The optimizer's groups with the saved hyperparameters; numbers stay tuples, lists or tensors as they are."""
+        optimizer, source = self._optimizer, self._source
+        ours = [len(group["params"]) for group in optimizer.param_groups]
+        theirs = [len(group.names) for group in source.groups]
+        where = {record.name: i for i, record in enumerate(self._records)}
+        order = [where[name] for group in source.groups for name in group.names]
+        if ours != theirs or order != sorted(order):
+            raise ValueError(f"the param groups differ: saved with {theirs} parameters each, here {ours}, or in "
+                             "another order; hyper=False loads the state and keeps the groups that are here")  # fmt: skip
+        known = RULES[source.spec.rule].hyperparameters
+        merged = []
+        for group, saved in zip(optimizer.param_groups, source.groups, strict=True):
+            notes = {k: v for k, v in saved.hyper.items() if k not in known and k not in TORCH_EXECUTION}
+            h = {**group, **notes, **carried(source.spec.rule, optimizer.spec.rule, saved.hyper)}
+            optimizer.rule.check(h)
+            optimizer.spec.resolve({k: h[k] for k in optimizer.rule.hyperparameters})
+            merged.append(h)
+        return merged
+
+    def apply(self) -> Conversion:
+        """Write the state, group by group and parameter by parameter."""
+        optimizer, source = self._optimizer, self._source
+        report = Conversion(spelled(source.spec), spelled(optimizer.spec))
+        for (p, slot), record in zip(self._slots, self._records, strict=True):
+            if record.stepped:
+                self._write(p, slot, record, report)
+            else:
+                optimizer.state.pop(p, None)
+        for group, h in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update({k: _kept_in_place(group.get(k), v) for k, v in h.items() if k not in TORCH_KEYS})
+        optimizer.seed = self._seed
+        if source.skipped_steps is not None:
+            optimizer.skipped_steps = source.skipped_steps
+        if self._slots:
+            sum_over_ranks(report, optimizer.partition, self._slots[0][0].device)
+        return report
+
+    def _write(self, p: Tensor, slot: Slot, record: Record, report: Conversion) -> None:
+        """Into the memory that is there, where the layout is the same."""
+        state = self._optimizer.state[p]
+        lines = self._optimizer._lines(slot.name, p, slot.h)
+        there = {key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in state.items()}
+        if there != {line.key: (line.dtype, line.shape) for line in lines}:
+            state.clear()
+            state.update(slot.allocate())
+        else:
+            for tensor in state.values():
+                tensor.zero_()
+        old = self._source.spec, self._old_hyper[record.name]
+        fill_slot(slot, state, record, old, self._fill, report)
+
+
+def _is_named(optimizer: Optimizer) -> bool:
+    return all(group.get("param_names") for group in optimizer.param_groups)
+
+
+def _match(source: Source, names: list[str], named: bool) -> list[Record]:
+    """The record of each parameter: by name where both have names, else by place. Raises ValueError for a parameter
+    that one of them does not have."""
+    saved = [record for group in source.groups for record in (source.records[name] for name in group.names)]
+    if not (source.named and named):
+        if len(saved) != len(names):
+            raise ValueError(f"{source.origin} has state of {len(saved)} parameters, here there are {len(names)}")
+        return saved
+    for name in (*names, *source.records):
+        if name not in source.records or name not in names:
+            who = "the optimizer" if name in source.records else source.origin
+            raise ValueError(f"{who} has no parameter {name!r}; both must have the same parameters")
+    return [source.records[name] for name in names]
+
+
+def _kept_in_place(now: Any, value: Any) -> Any:
+    """A rate that is a tensor stays that tensor."""
+    if isinstance(now, Tensor) and now is not value:
+        return now.copy_(torch.as_tensor(value))
+    return value

@@ -1,0 +1,112 @@
+"""What goes into a checkpoint: tensors by file and name, and the plain rest for the manifest."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+import memopt
+from memopt.checkpoint import plain
+from memopt.checkpoint.codes import moment_codes
+from memopt.spec import OptimSpec
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+MODEL_FILE = "model.safetensors"
+RANDOM = "random/"
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    """The file of one rank's rows of optimizer state, and of its random state."""
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def written_by() -> dict[str, str]:
+    return {"memopt": memopt.__version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel, whose own names begin with ``module.``."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def model_tensors(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``(name -> tensor, name -> the name of the same tensor)``: a tied weight is kept once.
+
+    Raises ValueError for what a file of tensors cannot hold: extra state that is no tensor, and DTensors, whose rows
+    are on other ranks.
+    """
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, value in unwrapped(model).state_dict(keep_vars=False).items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} of the model is a {type(value).__name__}, not a tensor; memopt.save keeps tensors"
+            )
+        if type(value) not in (Tensor, torch.nn.Parameter):
+            raise ValueError(f"{name} of the model is a {type(value).__name__}; save sharded models with "
+                             "torch.distributed.checkpoint and their optimizer with model=None")  # fmt: skip
+        identity = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        if value.numel() and identity in seen:
+            tied[name] = seen[identity]
+        else:
+            seen[identity] = name
+            tensors[name] = value
+    return tensors, tied
+
+
+def spec_json(spec: OptimSpec) -> dict[str, Any]:
+    return {
+        "spec": str(spec),
+        "engine": spec.engine,
+        "overrides": dict(spec.overrides),
+        "hyper": plain.encode(dict(spec.hyper), "the hyperparameters"),
+    }
+
+
+def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
+    """Everything about the optimizer that is not a tensor."""
+    parameters = {}
+    for name, p, group in optimizer._parameters():
+        entry: dict[str, Any] = {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
+        if optimizer.state.get(p):
+            codes = moment_codes(optimizer.spec, group, name, tuple(p.shape))
+            entry["step"] = float(optimizer.state[p]["step"])
+            entry["moments"] = {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in codes}
+        if name in parameters:
+            raise ValueError(f"two parameters are called {name!r}; a checkpoint needs distinct names")
+        parameters[name] = entry
+    return {
+        **spec_json(optimizer.spec),
+        "seed": optimizer.seed,
+        "skipped_steps": optimizer.skipped_steps,
+        "partition": optimizer.spec.partition,
+        "world_size": optimizer.partition.world_size,
+        "named": all(group.get("param_names") for group in optimizer.param_groups),
+        "groups": groups_json(optimizer),
+        "parameters": parameters,
+    }
+
+
+def groups_json(optimizer: Optimizer) -> list[dict[str, Any]]:
+    names = iter([name for name, _, _ in optimizer._parameters()])
+    found = []
+    for i, group in enumerate(optimizer.param_groups):
+        hyper = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        members = [next(names) for _ in group["params"]]
+        found.append({"parameters": members, "hyper": plain.encode(hyper, f"param group {i}")})
+    return found
+
+
+def optimizer_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """This rank's rows: ``parameter/moment`` or ``parameter/moment.part``; steps are in the manifest."""
+    for name, p, _ in optimizer._parameters():
+        for key, tensor in optimizer.state.get(p, {}).items():
+            if key != "step":
+                yield f"{name}/{key}", tensor

@@ -1,0 +1,100 @@
+"""``memopt.load``: a checkpoint, whatever wrote it, into what is here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from memopt.checkpoint import plain
+from memopt.checkpoint import rng as random_state
+from memopt.checkpoint.apply import Plan
+from memopt.checkpoint.model import plan_model
+from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.plan import Fill
+from memopt.checkpoint.ranks import Ranks
+from memopt.checkpoint.report import Conversion
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+
+@dataclass
+class Loaded:
+    """What :func:`load` did: where from, after how many steps, what the optimizer's conversion lost."""
+
+    path: Path
+    step: int
+    conversion: Conversion | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}, step {self.step}", *self.notes]
+        return "\n".join(lines + ([str(self.conversion)] if self.conversion else []))
+
+
+@torch.no_grad()
+def load(
+    path: str | Path,
+    *,
+    model: torch.nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    rng: bool = True,
+    hyper: bool = True,
+    fill: Fill | None = None,
+) -> Loaded:
+    """Load the newest checkpoint of the folder ``path`` (or the checkpoint that ``path`` is) into what is given.
+
+    The optimizer keeps its own spec: where that is not the saved one, state is converted while it is read, cut for
+    this world size, and the report says what was lost; ``fill`` says what stands in for a moment that was not kept
+    (see :meth:`memopt.Optimizer.convert_`). ``hyper=False`` keeps the optimizer's own hyperparameters and allows other
+    param groups. Nothing is executed from the file, and nothing is changed before every checksum has been verified
+    and everything is known to fit.
+
+    Raises FileNotFoundError for no checkpoint, and ValueError with the file, the parameter or the tensor that is wrong.
+    """
+    ranks = Ranks(optimizer.process_group if optimizer is not None else None)
+    checkpoint, plans, error = None, [], None
+    try:
+        checkpoint = Checkpoint(Path(path))
+        if model is not None:
+            plans.append(plan_model(checkpoint, model))
+        state = Plan(optimizer, _source(checkpoint), hyper, fill or {}) if optimizer is not None else None
+        saved = _scheduler(checkpoint) if scheduler is not None else None
+        generators = checkpoint.random_state(ranks.rank) if rng else {}
+    except Exception as failure:
+        error = failure
+    ranks.agree(error)
+    assert checkpoint is not None
+    loaded = Loaded(checkpoint.path, checkpoint.step, extra=checkpoint.extra)
+    try:
+        for apply in plans:
+            apply()
+        if state is not None:
+            loaded.conversion = state.apply()
+        if scheduler is not None:
+            scheduler.load_state_dict(saved)
+        if generators:
+            random_state.set_(generators)
+        elif rng:
+            loaded.notes.append(f"no random state of rank {ranks.rank} was saved; the generators stay as they are")
+    finally:
+        checkpoint.close()
+    return loaded
+
+
+def _source(checkpoint: Checkpoint) -> Any:
+    source = checkpoint.optimizer()
+    if source is None:
+        raise ValueError(f"{checkpoint.path} holds no optimizer")
+    return source
+
+
+def _scheduler(checkpoint: Checkpoint) -> Any:
+    if "scheduler" not in checkpoint.body:
+        raise ValueError(f"{checkpoint.path} holds no scheduler")
+    return plain.decode(checkpoint.body["scheduler"])

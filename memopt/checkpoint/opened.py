@@ -1,0 +1,117 @@
+"""A checkpoint on the disk, checked and open for reading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from memopt.checkpoint import contents, folder, manifest, plain
+from memopt.checkpoint.codes import CODES
+from memopt.checkpoint.stored import Group, Piece, Record, Source, Span, Stored
+from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
+from memopt.geometry import Rows, Shape
+from memopt.partitions import PARTITIONS
+from memopt.rules import Moment
+from memopt.spec import OptimSpec
+
+
+@final
+class FilePiece(Piece):
+    """Rows of one moment in one rank's file."""
+
+    def __init__(self, rows: Rows, file: TensorFile, name: str) -> None:
+        self.rows, self._file, self._name = rows, file, name
+
+    def key(self, part: str) -> str:
+        return f"{self._name}.{part}" if part else self._name
+
+    def read(self, part: str, span: Span) -> Tensor:
+        return self._file.read(self.key(part), span)
+
+    def copy(self, part: str, span: Span, out: Tensor) -> None:
+        self._file.read_into(self.key(part), span, out)
+
+
+class Checkpoint:
+    """``path`` is a checkpoint or a folder of them. Checksums of all files are verified before anything is used.
+
+    Raises FileNotFoundError, or :class:`~memopt.checkpoint.tensorfile.DamagedFile` with the file and what is wrong
+    with it.
+    """
+
+    def __init__(self, path: Path, progress: Progress = lambda nbytes: None, verify: bool = True) -> None:
+        self.path = folder.find(path)
+        self.body = manifest.read(self.path)
+        self.step: int = self.body["step"]
+        self._files: dict[str, TensorFile] = {}
+        for name, info in manifest.file_infos(self.body).items():
+            if verify:
+                verify_file(self.path / name, info, progress)
+            self._files[name] = TensorFile(self.path / name)
+        self.extra: dict[str, Any] = plain.decode(self.body["extra"])
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    @property
+    def model(self) -> TensorFile | None:
+        return self._files.get(contents.MODEL_FILE)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info["nbytes"] for info in self.body["files"].values())
+
+    def random_state(self, rank: int) -> dict[str, Tensor]:
+        """The generators' state of one rank, empty where that rank was not saved."""
+        file = self._files.get(contents.rank_file(rank, self.body["world_size"]))
+        names = [n for n in file.specs if n.startswith(contents.RANDOM)] if file and self.body["random"] else []
+        return {name.removeprefix(contents.RANDOM): file.read(name) for name in names} if file else {}
+
+    def optimizer(self) -> Source | None:
+        """The optimizer's state, as pieces in the ranks' files."""
+        saved = self.body.get("optimizer")
+        if saved is None:
+            return None
+        spec = OptimSpec(
+            **{**_axes(saved["spec"]), "engine": saved["engine"], "overrides": saved["overrides"]},
+            hyper=plain.decode(saved["hyper"]),
+        )
+        groups = [Group(group["parameters"], plain.decode(group["hyper"])) for group in saved["groups"]]
+        records = {name: self._record(name, entry, saved) for name, entry in saved["parameters"].items()}
+        return Source(spec, groups, records, str(self.path), saved["named"], saved["seed"], saved["skipped_steps"])
+
+    def _record(self, name: str, entry: dict[str, Any], saved: dict[str, Any]) -> Record:
+        shape = tuple(entry["shape"])
+        moments = {
+            moment: self._stored(name, Moment(moment, signed=code["signed"]), code["format"], shape, saved)
+            for moment, code in entry.get("moments", {}).items()
+        }
+        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry)
+
+    def _stored(self, name: str, moment: Moment, tag: str, shape: Shape, saved: dict[str, Any]) -> Stored:
+        if tag not in CODES:
+            raise ValueError(
+                f"{self.path}: {name}.{moment.name} is stored as {tag!r}, which this version does not know"
+            )
+        world, fmt = saved["world_size"], CODES[tag]
+        pieces = []
+        for rank in range(world):
+            rows = PARTITIONS[saved["partition"]].rows(shape, rank, world)
+            file = self._files[contents.rank_file(rank, self.body["world_size"])]
+            piece = FilePiece(rows, file, f"{name}/{moment.name}")
+            for part, spec in fmt.layout(moment, rows).items():
+                if file.specs.get(piece.key(part)) != spec:
+                    raise DamagedFile(f"{file.path}: {piece.key(part)} is {file.specs.get(piece.key(part))}, and "
+                                      f"the manifest says {spec}")  # fmt: skip
+            pieces.append(piece)
+        return Stored(moment, fmt, shape, tuple(pieces))
+
+
+def _axes(text: str) -> dict[str, str]:
+    from memopt.spec import parse
+
+    spec = parse(text)
+    return {axis: getattr(spec, axis) for axis in ("rule", "format", "master", "placement", "partition")}

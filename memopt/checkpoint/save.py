@@ -1,0 +1,187 @@
+"""``memopt.save``: a checkpoint that is there or is not there."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint import contents, folder, manifest, plain
+from memopt.checkpoint import rng as random_state
+from memopt.checkpoint.ranks import Ranks
+from memopt.checkpoint.tensorfile import FileInfo, spec_of, write_file
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+Files = dict[str, dict[str, Tensor]]
+
+
+class Saving:
+    """A save that was begun. ``path`` is the checkpoint's name; after :meth:`wait` it is there, on the disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Wait until the checkpoint is durable; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self.path
+
+
+#: Saves in the background, by folder: the next one there waits for it and raises what it raised.
+_RUNNING: dict[Path, Saving] = {}
+
+
+@dataclass
+class _Job:
+    """One rank's part of a save."""
+
+    ranks: Ranks
+    temporary: Path
+    files: Files
+    body: dict[str, Any]
+    keep: int
+
+    def run(self) -> None:
+        """Write this rank's files; when all ranks have, rank 0 commits. On failure nothing is left behind."""
+        infos: dict[str, FileInfo] = {}
+        try:
+            self.ranks.agree(self._attempt(lambda: infos.update(self._write())))
+            everyone = self.ranks.gather(infos)
+            self.ranks.agree(self._attempt(lambda: self._commit(everyone)) if self.ranks.rank == 0 else None)
+        except BaseException:
+            if self.ranks.rank == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)
+            raise
+
+    def _write(self) -> dict[str, FileInfo]:
+        infos = {}
+        for name, tensors in self.files.items():
+            path = self.temporary / name
+            try:
+                infos[name] = write_file(path, {k: spec_of(t) for k, t in tensors.items()}, tensors.items())
+            except OSError as error:
+                raise OSError(error.errno, f"{path} could not be written ({error.strerror}); earlier checkpoints are "
+                                           "as they were") from error  # fmt: skip
+        return infos
+
+    def _commit(self, everyone: list[dict[str, list[Any]]]) -> None:
+        files = {name: FileInfo(*info)._asdict() for infos in everyone for name, info in infos.items()}
+        manifest.write(self.temporary, {**self.body, "files": files})
+        folder.commit(self.temporary, self.keep)
+
+    @staticmethod
+    def _attempt(work: Any) -> BaseException | None:
+        try:
+            work()
+        except Exception as error:
+            return error
+        return None
+
+
+def save(
+    path: str | Path,
+    *,
+    model: torch.nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    rng: bool = True,
+    extra: Mapping[str, Any] | None = None,
+    keep: int = 2,
+    asynchronous: bool = False,
+) -> Saving:
+    """Write a checkpoint into the folder ``path`` and remove all but the newest ``keep``.
+
+    A checkpoint is a directory of safetensors files and a ``manifest.json``. It is written under another name, made
+    durable and renamed: whenever the process, the machine or the disk gives up, what is in the folder is whole.
+    ``scheduler`` is anything with a ``state_dict()`` of plain values, ``extra`` more of them for :func:`load` to
+    return. Every rank of a distributed run must call this, on a file system that all of them see.
+
+    Tensors are written from where they are, a few megabytes at a time. With ``asynchronous=True`` they are copied to
+    host memory first, and training goes on while the copy is written; :meth:`Saving.wait` says how it went, and so
+    does the next save to the same folder.
+
+    Raises ValueError for what cannot be saved and OSError, with the file, for a disk that does not take it.
+    """
+    where = Path(path).absolute()
+    if keep < 1:
+        raise ValueError(f"keep={keep!r} is not allowed; it must be at least 1")
+    before = _RUNNING.pop(where, None)
+    if before is not None:
+        before.wait()
+    ranks = Ranks(optimizer.process_group if optimizer is not None else None)
+    with torch.no_grad():
+        files, body = _contents(ranks, model, optimizer, scheduler, rng, extra)
+    temporary = _begin(ranks, where, body["step"])
+    saving = Saving(where / temporary.name.removeprefix(folder.WRITING))
+    job = _Job(ranks, temporary, _copied(files) if asynchronous else files, body, keep)
+    if not asynchronous:
+        job.run()
+        return saving
+
+    def background() -> None:
+        saving._error = job._attempt(job.run)
+
+    saving._thread = threading.Thread(target=background, name="memopt.save")
+    _RUNNING[where] = saving
+    saving._thread.start()
+    return saving
+
+
+def _contents(
+    ranks: Ranks, model: Any, optimizer: Any, scheduler: Any, with_rng: bool, extra: Any
+) -> tuple[Files, dict[str, Any]]:
+    """This rank's tensors by file, and the manifest without the files."""
+    files: Files = {}
+    mine: dict[str, Tensor] = {}
+    body: dict[str, Any] = {"step": 0, "world_size": ranks.world_size, "written_by": contents.written_by()}
+    if model is not None:
+        tensors, tied = contents.model_tensors(model)
+        body["model"] = {"tied": tied}
+        if ranks.rank == 0:
+            files[contents.MODEL_FILE] = tensors
+    if optimizer is not None:
+        body["optimizer"] = contents.optimizer_json(optimizer)
+        body["step"] = int(max((float(s["step"]) for s in optimizer.state.values() if s), default=0))
+        if ranks.rank == 0 or optimizer.partition.world_size > 1:
+            mine.update(contents.optimizer_tensors(optimizer))
+    if scheduler is not None:
+        body["scheduler"] = plain.encode(scheduler.state_dict(), "the scheduler")
+    body["extra"] = plain.encode(dict(extra or {}), "extra")
+    body["random"] = with_rng
+    if with_rng:
+        mine.update({contents.RANDOM + name: state for name, state in random_state.get().items()})
+    files[contents.rank_file(ranks.rank, ranks.world_size)] = mine
+    return files, body
+
+
+def _begin(ranks: Ranks, where: Path, step: int) -> Path:
+    """The directory in which all ranks write; rank 0 makes it."""
+    name, error = "", None
+    if ranks.rank == 0:
+        try:
+            name = folder.begin(where, folder.next_name(where, step)).name
+        except OSError as failure:
+            error = OSError(failure.errno, f"{where}: no checkpoint can be begun there ({failure.strerror})")
+    ranks.agree(error)
+    return where / str(ranks.gather(name)[0])
+
+
+def _copied(files: Files) -> Files:
+    return {name: {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()} for name, tensors in files.items()}

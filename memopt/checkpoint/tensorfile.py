@@ -1,0 +1,238 @@
+"""safetensors files written and read a piece at a time.
+
+The format is safetensors' own (any tool that knows it reads the files); the code is ours because its library wants
+every tensor in memory to write, and maps the file to read: where the file is cut short under a mapping the process
+dies of a signal, which no ``except`` sees. Here bytes go straight between the file and the tensor's memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt.ledger import ITEMSIZE, TensorSpec
+
+#: safetensors' names of dtypes.
+DTYPES = {
+    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_NAMES = {name: code for code, name in DTYPES.items()}
+_ITEMSIZE = {**ITEMSIZE, "bool": 1}
+
+#: Bytes with a checksum of their own: damage is named to this accuracy.
+CHUNK_NBYTES = 16 * 2**20
+#: Bytes that go through a buffer at a time.
+BUFFER_NBYTES = 4 * 2**20
+#: safetensors' own bound on the header.
+MAX_HEADER_NBYTES = 100_000_000
+
+#: ``progress(nbytes)``: so many more bytes are done.
+Progress = Callable[[int], None]
+
+
+class FileInfo(NamedTuple):
+    """What the manifest says of a file: its size, and the CRC-32 of each ``CHUNK_NBYTES`` of it."""
+
+    nbytes: int
+    crc32: list[str]
+
+
+class DamagedFile(ValueError):
+    """A file is not what was written; the message names it."""
+
+
+def nbytes_of(spec: TensorSpec) -> int:
+    return prod(spec.shape) * _ITEMSIZE[spec.dtype]
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """Raises ValueError for a dtype that the files have no name for."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype not in _NAMES:
+        raise ValueError(f"a tensor of dtype {dtype} cannot be saved; the dtypes are {', '.join(_NAMES)}")
+    return TensorSpec(dtype, tuple(tensor.shape))
+
+
+def write_file(
+    path: Path,
+    specs: dict[str, TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    progress: Progress = lambda nbytes: None,
+) -> FileInfo:
+    """Write tensors, which may come in any order, and make them durable. Every name of ``specs`` must come once."""
+    # Wide dtypes first, so that every tensor stands at a multiple of its item size.
+    ordered = sorted(specs, key=lambda name: -_ITEMSIZE[specs[name].dtype])
+    offsets: dict[str, int] = {}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in ordered:
+        spec = specs[name]
+        offsets[name], end = end, end + nbytes_of(spec)
+        header[name] = {
+            "dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offsets[name], end],
+        }  # fmt: skip
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors:
+            offset = begin + offsets.pop(name)
+            assert spec_of(tensor) == specs[name], f"{name}: {spec_of(tensor)} where {specs[name]} was announced"
+            if file.tell() != offset:
+                file.seek(offset)
+            for piece in _bytes_of(tensor):
+                _write_all(file, piece)
+                progress(len(piece))
+        assert not offsets, f"{path}: {next(iter(offsets))} was announced and did not come"
+        # The disk works while the sums are taken, from what it has in memory.
+        failures: list[OSError] = []
+        syncing = threading.Thread(target=_sync, args=(file.fileno(), failures))
+        syncing.start()
+        try:
+            info = FileInfo(begin + end, list(checksums(path)))
+        finally:
+            syncing.join()
+    if failures:
+        raise failures[0]
+    return info
+
+
+def _sync(handle: int, failures: list[OSError]) -> None:
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        failures.append(error)
+
+
+def _write_all(file: Any, data: Any) -> None:
+    view = memoryview(data)
+    while len(view):
+        view = view[file.write(view) :]
+
+
+def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
+    """The tensor's bytes in order, from its own memory where that is a CPU's and contiguous."""
+    tensor = tensor.detach()
+    if not tensor.is_contiguous() and tensor.dim():
+        for row in tensor:
+            yield from _bytes_of(row.contiguous())
+        return
+    flat = tensor.reshape(-1).view(torch.uint8)
+    for start in range(0, flat.numel(), BUFFER_NBYTES):
+        yield _view(flat[start : start + BUFFER_NBYTES].cpu())
+
+
+def _view(flat: Tensor) -> memoryview:
+    """The memory of a uint8 CPU tensor."""
+    array: Any = flat.numpy()
+    return memoryview(array)
+
+
+def checksums(path: Path, progress: Progress = lambda nbytes: None) -> Iterator[str]:
+    """The CRC-32 of each chunk of a file, as eight hexadecimal digits."""
+    buffer = memoryview(bytearray(BUFFER_NBYTES))
+    crc = done = 0
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer[: min(BUFFER_NBYTES, CHUNK_NBYTES - done)]):
+            crc = zlib.crc32(buffer[:count], crc)
+            done += count
+            progress(count)
+            if done == CHUNK_NBYTES:
+                yield f"{crc:08x}"
+                crc = done = 0
+    if done:
+        yield f"{crc:08x}"
+
+
+def verify_file(path: Path, info: FileInfo, progress: Progress = lambda nbytes: None) -> None:
+    """Raise :class:`DamagedFile` unless every byte is the one that was written."""
+    if not path.is_file():
+        raise DamagedFile(f"{path} is missing")
+    nbytes = path.stat().st_size
+    if nbytes != info.nbytes:
+        state = "truncated" if nbytes < info.nbytes else "too long"
+        raise DamagedFile(f"{path} is {state}: it has {nbytes:,} bytes, and {info.nbytes:,} were written")
+    for i, (found, expected) in enumerate(zip(checksums(path, progress), info.crc32, strict=True)):
+        if found != expected:
+            first, last = i * CHUNK_NBYTES, min((i + 1) * CHUNK_NBYTES, nbytes) - 1
+            raise DamagedFile(f"{path} is damaged between bytes {first:,} and {last:,}: its checksum is {found}, "
+                              f"and {expected} was written")  # fmt: skip
+
+
+class TensorFile:
+    """A safetensors file open for reading. Raises :class:`DamagedFile` for a header that cannot be true."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # it stays open as long as the object
+        try:
+            self.specs, self._offsets = self._header()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self._file.close()
+            raise DamagedFile(f"{path} is not a safetensors file, or its header is damaged: {error}") from None
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _header(self) -> tuple[dict[str, TensorSpec], dict[str, int]]:
+        size = os.fstat(self._file.fileno()).st_size
+        length = int.from_bytes(self._file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_NBYTES):
+            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
+        header = json.loads(self._file.read(length))
+        specs, offsets = {}, {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            spec = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            start, stop = entry["data_offsets"]
+            whole = all(isinstance(n, int) and n >= 0 for n in (*spec.shape, start, stop))
+            if not whole or stop - start != nbytes_of(spec) or 8 + length + stop > size:
+                raise ValueError(f"{name!r} is said to be bytes {start} to {stop}")
+            specs[name], offsets[name] = spec, 8 + length + start
+        return specs, offsets
+
+    def read(self, name: str, span: tuple[int, int] | None = None) -> Tensor:
+        """A tensor, or a range of it along dimension 0."""
+        spec = self.specs[name]
+        shape = spec.shape if span is None else (span[1] - span[0], *spec.shape[1:])
+        out = torch.empty(shape, dtype=getattr(torch, spec.dtype))
+        self.read_into(name, span, out)
+        return out
+
+    def read_into(self, name: str, span: tuple[int, int] | None, out: Tensor) -> None:
+        """The same, into ``out`` of the same dtype and shape: straight into its memory where it is a CPU's."""
+        spec = self.specs[name]
+        offset = self._offsets[name]
+        if span is not None:
+            offset += span[0] * prod(spec.shape[1:]) * _ITEMSIZE[spec.dtype]
+        if not out.is_contiguous() and out.dim():
+            for i, row in enumerate(out):
+                first = (span[0] if span else 0) + i
+                row.copy_(self.read(name, (first, first + 1))[0])
+            return
+        flat = out.detach().reshape(-1).view(torch.uint8)
+        for start in range(0, flat.numel(), BUFFER_NBYTES):
+            piece = flat[start : start + BUFFER_NBYTES]
+            here = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
+            self._fill(_view(here), offset + start)
+            if here is not piece:
+                piece.copy_(here)
+
+    def _fill(self, view: memoryview, offset: int) -> None:
+        while len(view):
+            count = os.preadv(self._file.fileno(), [view], offset)
+            if not count:
+                raise DamagedFile(f"{self.path} is truncated: nothing is at byte {offset:,}")
+            view, offset = view[count:], offset + count
