@@ -18,14 +18,17 @@ _PUBLIC = {
     "Optimizer": "memopt.optimizer",
     "SpecError": "memopt.hyper",
     "create": "memopt.optimizer",
+    "load": "memopt.checkpoint",
     "parse": "memopt.spec",
     "price": "memopt.pricing",
+    "save": "memopt.checkpoint",
     "specs": "memopt.spec",
 }
 
-__all__ = ["Ledger", "Line", "OptimSpec", "Optimizer", "SpecError", "create", "parse", "price", "specs"]
+__all__ = ["Ledger", "Line", "OptimSpec", "Optimizer", "SpecError", "create", "load", "parse", "price", "save", "specs"]
 
 if TYPE_CHECKING:
+    from memopt.checkpoint import load, save
     from memopt.hyper import SpecError
     from memopt.ledger import Ledger, Line
     from memopt.optimizer import Optimizer, create
