@@ -18,21 +18,41 @@ _PUBLIC = {
     "Optimizer": "memopt.optimizer",
     "SpecError": "memopt.hyper",
     "create": "memopt.optimizer",
+    "describe": "memopt.grouping",
     "load": "memopt.checkpoint",
+    "param_groups": "memopt.grouping",
     "parse": "memopt.spec",
     "price": "memopt.pricing",
     "save": "memopt.checkpoint",
+    "schedule": "memopt.schedules",
     "specs": "memopt.spec",
 }
 
-__all__ = ["Ledger", "Line", "OptimSpec", "Optimizer", "SpecError", "create", "load", "parse", "price", "save", "specs"]
+__all__ = [
+    "Ledger",
+    "Line",
+    "OptimSpec",
+    "Optimizer",
+    "SpecError",
+    "create",
+    "describe",
+    "load",
+    "param_groups",
+    "parse",
+    "price",
+    "save",
+    "schedule",
+    "specs",
+]
 
 if TYPE_CHECKING:
     from memopt.checkpoint import load, save
+    from memopt.grouping import describe, param_groups
     from memopt.hyper import SpecError
     from memopt.ledger import Ledger, Line
     from memopt.optimizer import Optimizer, create
     from memopt.pricing import price
+    from memopt.schedules import schedule
     from memopt.spec import OptimSpec, parse, specs
 
 

@@ -1,0 +1,138 @@
+"""Param groups as recipes want them: no decay where it harms, rates by layer and by name; and who is where."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import isfinite
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from memopt.hyper import SpecError
+
+#: A parameter's place in a stack: the first number that stands alone in its name (``layers.3.mlp.weight``).
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float,
+    *,
+    lr: float | None = None,
+    no_decay: Sequence[str] = (),
+    layerwise_decay: float | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Every parameter that requires a gradient, in exactly one group; pass the result to :func:`memopt.create`.
+
+    No weight decay on norms and embeddings (by module type), on biases and other tensors of one dimension or none,
+    and on names that match a pattern in ``no_decay``. ``rates`` gives names that match a pattern their own rate. With
+    ``layerwise_decay`` d, a parameter of layer i of L has the rate ``lr * d^(L - i)``; what stands before the stack
+    counts as one layer below it and what stands behind as one above, whose rate is ``lr``.
+
+    Raises SpecError for a pattern that matches no parameter, a parameter that matches two rates, and values that are
+    not allowed.
+
+    >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    >>> for g in param_groups(model, 0.1, rates={"2.*": 1e-2}):
+    ...     print(g["weight_decay"], g.get("lr"), [name for name, _ in g["params"]])
+    0.1 None ['0.weight']
+    0.0 None ['0.bias', '1.weight', '1.bias']
+    0.1 0.01 ['2.weight']
+    0.0 0.01 ['2.bias']
+    """
+    rates = dict(rates or {})
+    _check_numbers(weight_decay, lr, layerwise_decay, rates)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    for pattern in [*no_decay, *rates]:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise SpecError(f"the pattern {pattern!r} matches no parameter; the names are {_some(names)}")
+    bare = set(_without_decay(model))
+    scale = _layer_scales(names, layerwise_decay)
+    groups: dict[tuple[float, float | None], dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        exempt = id(p) in bare or any(fnmatchcase(name, pattern) for pattern in no_decay)
+        decay = 0.0 if exempt else float(weight_decay)
+        rate = _own_rate(name, rates)
+        if rate is None and lr is not None:
+            rate = lr * scale[name]
+        group = groups.setdefault((decay, rate), {"params": [], "weight_decay": decay, **_key("lr", rate)})
+        group["params"].append((name, p))
+    return list(groups.values())
+
+
+def describe(optimizer: Optimizer) -> str:
+    """A table of who is where: each group's hyperparameters where groups differ, its size and its parameters."""
+    groups = optimizer.param_groups
+    differing = [
+        key for key in groups[0] if key not in ("params", "param_names") and len({repr(g.get(key)) for g in groups}) > 1
+    ]
+    lines = []
+    for i, group in enumerate(groups):
+        values = ", ".join(f"{key}={group.get(key)!r}" for key in differing) or "as all"
+        numel = sum(p.numel() for p in group["params"])
+        names = group.get("param_names") or [str(tuple(p.shape)) for p in group["params"]]
+        lines.append(f"group {i}  {values}  {len(group['params'])} tensors, {numel:,} elements: {_some(names)}")
+    return "\n".join(lines)
+
+
+def _without_decay(model: nn.Module) -> Iterator[int]:
+    """Identities of parameters that are norms', embeddings' or of one dimension; tied ones count as embeddings."""
+    for module in model.modules():
+        whole = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__.endswith("Norm")
+        whole = whole or isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
+        for p in module.parameters(recurse=False):
+            if whole or p.dim() <= 1:
+                yield id(p)
+
+
+def _layer_scales(names: Sequence[str], decay: float | None) -> dict[str, float]:
+    """The factor of the rate of every name."""
+    if decay is None:
+        return dict.fromkeys(names, 1.0)
+    layers = {name: int(m[1]) for name in names if (m := _LAYER.search(name))}
+    if not layers:
+        raise SpecError("layerwise_decay needs numbered layers, and no parameter's name has a number")
+    last = max(layers.values())
+    first_numbered = next(i for i, name in enumerate(names) if name in layers)
+    depth = {n: layers.get(n, -1 if i < first_numbered else last + 1) for i, n in enumerate(names)}
+    return {name: decay ** (last + 1 - d) for name, d in depth.items()}
+
+
+def _own_rate(name: str, rates: Mapping[str, float]) -> float | None:
+    matching = [pattern for pattern in rates if fnmatchcase(name, pattern)]
+    if len(matching) > 1:
+        raise SpecError(f"rates: {name} matches {matching[0]!r} and {matching[1]!r}; a parameter has one rate")
+    return rates[matching[0]] if matching else None
+
+
+def _check_numbers(weight_decay: Any, lr: Any, layerwise_decay: Any, rates: Mapping[str, Any]) -> None:
+    for name, value in {
+        "weight_decay": weight_decay,
+        "lr": lr,
+        **{f"rates[{k!r}]": v for k, v in rates.items()},
+    }.items():
+        if value is not None and not (_real(value) and value >= 0):
+            raise SpecError(f"{name}={value!r} is not allowed; it must be a finite number >= 0")
+    if layerwise_decay is not None:
+        if not (_real(layerwise_decay) and 0 < layerwise_decay <= 1):
+            raise SpecError(f"layerwise_decay={layerwise_decay!r} is not allowed; it must be a number in (0, 1]")
+        if lr is None:
+            raise SpecError("layerwise_decay needs lr, the rate of the last layer")
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
+def _key(name: str, value: Any) -> dict[str, Any]:
+    return {} if value is None else {name: value}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")
