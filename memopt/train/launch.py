@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
 
 from memopt.train.job import Job, RankResult, Result
 from memopt.train.worker import work
@@ -37,64 +37,87 @@ def launch(job: Job, on_step: OnStep) -> Result:
     from memopt.train.run import predict
 
     predicted = predict(job)
-    context = multiprocessing.get_context("spawn")
-    ranks: dict[Connection, SpawnProcess] = {}
+    ranks: list[Rank] = []
     with TemporaryDirectory(prefix="memopt-train-") as folder:
         try:
-            for rank in range(job.world_size):
-                ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=work, args=(job, rank, folder, theirs), daemon=True)
-                process.start()
-                theirs.close()  # so that the end of the process is the end of the pipe
-                ranks[ours] = process
-            return Result(job, predicted, _listen(ranks, job, folder, on_step))
+            for number in range(job.world_size):
+                ranks.append(Rank.start(job, number, folder))
+            return Result(job, predicted, _listen(ranks, job, on_step))
         finally:
-            for process in ranks.values():
-                process.kill()
-                process.join()
+            for rank in ranks:
+                rank.process.kill()
+                rank.process.join()
 
 
-def _listen(ranks: Mapping[Connection, SpawnProcess], job: Job, folder: str, on_step: OnStep) -> tuple[RankResult, ...]:
-    number = {pipe: rank for rank, pipe in enumerate(ranks)}
-    results: dict[int, RankResult] = {}
-    failures: dict[int, str] = {}
-    step, patience = 0, max(job.timeout, UNTIMED_S)
-    deadline = monotonic() + patience
-    while len(results) + len(failures) < len(ranks):
-        pending = [pipe for pipe, rank in number.items() if rank not in results and rank not in failures]
-        heard = wait(pending, max(deadline - monotonic(), 0))
+@dataclass
+class Rank:
+    """A process, the pipe through which it speaks, and what it has said so far."""
+
+    number: int
+    process: SpawnProcess
+    pipe: Connection
+    log: Path
+    result: RankResult | None = None
+    failure: str = ""
+
+    @classmethod
+    def start(cls, job: Job, number: int, folder: str) -> Rank:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe(duplex=False)
+        log = Path(folder, f"stderr.{number}")
+        process = context.Process(target=work, args=(job, number, folder, str(log), theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that the end of the process is the end of the pipe
+        return cls(number, process, ours, log)
+
+    @property
+    def pending(self) -> bool:
+        return self.result is None and not self.failure
+
+    def hear(self) -> tuple[int, float] | None:
+        """Take one message: a step and its loss are returned, a result or a failure is kept."""
+        try:
+            kind, value = self.pipe.recv()
+        except (EOFError, OSError):
+            kind, value = "error", self._last_words()
+        if kind == "step":
+            return value
+        if kind == "result":
+            self.result = value
+        else:
+            self.failure = value
+        return None
+
+    def _last_words(self) -> str:
+        self.process.join(GRACE_S)
+        code = self.process.exitcode or 0
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        lines = self.log.read_text(errors="replace").strip().splitlines() if self.log.exists() else []
+        return "\n  ".join([f"the process {how} before it had a result", *lines[-SHOWN_LINES:]])
+
+
+def _listen(ranks: Sequence[Rank], job: Job, on_step: OnStep) -> tuple[RankResult, ...]:
+    step = 0
+    patience = _patience(job, step)
+    while pending := {rank.pipe: rank for rank in ranks if rank.pending}:
+        heard = wait(list(pending), patience)
         if not heard:
             break
-        for pipe in heard:
-            assert isinstance(pipe, Connection)
-            rank = number[pipe]
-            try:
-                kind, value = pipe.recv()
-            except (EOFError, OSError):
-                kind, value = "death", _last_words(ranks[pipe], Path(folder, f"stderr.{rank}"))
-            if kind == "step":
-                step = value[0]
-                on_step(*value)
-            elif kind == "result":
-                results[rank] = value
-            else:
-                failures[rank] = value
-        patience = GRACE_S if failures else job.timeout if 0 < step < job.steps else max(job.timeout, UNTIMED_S)
-        deadline = monotonic() + patience
-    if failures:
-        raise RunFailed("; ".join(_who(job, rank) + text for rank, text in sorted(failures.items())))
+        for rank in (rank for pipe, rank in pending.items() if pipe in heard):
+            taken = rank.hear()
+            if taken:
+                step = taken[0]
+                on_step(*taken)
+        patience = GRACE_S if any(rank.failure for rank in ranks) else _patience(job, step)
+    failed = [f"rank {rank.number}: {rank.failure}" for rank in ranks if rank.failure]
+    if failed:
+        raise RunFailed("; ".join(failed).removeprefix("rank 0: " if len(ranks) == 1 else ""))
+    results = [rank.result for rank in ranks if rank.result]
     if len(results) < len(ranks):
         raise RunFailed(f"after step {step}, nothing was heard for {patience:g} seconds, so the run was ended")
-    return tuple(results[rank] for rank in range(job.world_size))
+    return tuple(results)
 
 
-def _who(job: Job, rank: int) -> str:
-    return f"rank {rank}: " if job.world_size > 1 else ""
-
-
-def _last_words(process: SpawnProcess, log: Path) -> str:
-    process.join(GRACE_S)
-    code = process.exitcode or 0
-    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return "\n  ".join([f"the process {how} before it had a result", *lines[-SHOWN_LINES:]])
+def _patience(job: Job, step: int) -> float:
+    """Seconds to wait for the next message after a step."""
+    return job.timeout if 0 < step < job.steps else max(job.timeout, UNTIMED_S)

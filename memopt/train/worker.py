@@ -8,7 +8,6 @@ import sys
 import traceback
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from memopt.train.job import Job, RankResult
 
@@ -16,11 +15,11 @@ from memopt.train.job import Job, RankResult
 FOR_PEOPLE = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
 
 
-def work(job: Job, rank: int, folder: str, pipe: Connection) -> None:
+def work(job: Job, rank: int, folder: str, log: str, pipe: Connection) -> None:
     """Run one rank and send ``("step", (step, loss))``, then ``("result", RankResult)`` or ``("error", text)``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
-    with open(Path(folder, f"stderr.{rank}"), "w") as log:
-        os.dup2(log.fileno(), sys.stderr.fileno())
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
     try:
         pipe.send(("result", _train(job, rank, folder, pipe)))
     except BrokenPipeError:
