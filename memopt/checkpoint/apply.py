@@ -52,7 +52,7 @@ class Plan:
         order = [where[name] for group in source.groups for name in group.names]
         if ours != theirs or order != sorted(order):
             raise ValueError(f"the param groups differ: saved with {theirs} parameters each, here {ours}, or in "
-                             "another order; hyper=False loads the state and keeps the groups that are here")  # fmt: skip
+                             "another order; hyper=False keeps the groups that are here")  # fmt: skip
         known = RULES[source.spec.rule].hyperparameters
         merged = []
         for group, saved in zip(optimizer.param_groups, source.groups, strict=True):
@@ -66,7 +66,7 @@ class Plan:
     def apply(self) -> Conversion:
         """Write the state, group by group and parameter by parameter."""
         optimizer, source = self._optimizer, self._source
-        report = Conversion(spelled(source.spec), spelled(optimizer.spec))
+        report = Conversion(source.label or spelled(source.spec), spelled(optimizer.spec))
         for (p, slot), record in zip(self._slots, self._records, strict=True):
             if record.stepped:
                 self._write(p, slot, record, report)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,13 @@ import torch
 from memopt.checkpoint import plain
 from memopt.checkpoint import rng as random_state
 from memopt.checkpoint.apply import Plan
+from memopt.checkpoint.foreign import read_state_dict
 from memopt.checkpoint.model import plan_model
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.plan import Fill
 from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.report import Conversion
+from memopt.checkpoint.sources import read_file
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -38,7 +41,7 @@ class Loaded:
 
 @torch.no_grad()
 def load(
-    path: str | Path,
+    path: str | Path | Mapping[str, Any],
     *,
     model: torch.nn.Module | None = None,
     optimizer: Optimizer | None = None,
@@ -46,17 +49,23 @@ def load(
     rng: bool = True,
     hyper: bool = True,
     fill: Fill | None = None,
+    rule: str | None = None,
 ) -> Loaded:
     """Load the newest checkpoint of the folder ``path`` (or the checkpoint that ``path`` is) into what is given.
 
     The optimizer keeps its own spec: where that is not the saved one, state is converted while it is read, cut for
     this world size, and the report says what was lost; ``fill`` says what stands in for a moment that was not kept
     (see :meth:`memopt.Optimizer.convert_`). ``hyper=False`` keeps the optimizer's own hyperparameters and allows other
-    param groups. Nothing is executed from the file, and nothing is changed before every checksum has been verified
+    param groups. ``path`` may also be a ``state_dict()`` of torch.optim, transformers' Adafactor, bitsandbytes or
+    torchao, or a file with one; ``rule`` says which rule it was where that does not show.
+
+    Nothing is executed from the file, and nothing is changed before every checksum has been verified
     and everything is known to fit.
 
     Raises FileNotFoundError for no checkpoint, and ValueError with the file, the parameter or the tensor that is wrong.
     """
+    if isinstance(path, Mapping) or Path(path).is_file():
+        return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler])
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     checkpoint, plans, error = None, [], None
     try:
@@ -85,6 +94,20 @@ def load(
     finally:
         checkpoint.close()
     return loaded
+
+
+def _load_foreign(
+    path: Any, optimizer: Optimizer | None, hyper: bool, fill: Fill, rule: str | None, others: list[Any]
+) -> Loaded:
+    if optimizer is None or any(other is not None for other in others):
+        raise ValueError("another tool's state_dict is loaded into optimizer= alone; load the rest with that tool")
+    if isinstance(path, Mapping):
+        source, where = read_state_dict(path, "the state_dict", rule), Path()
+    else:
+        source, where = read_file(Path(path), rule), Path(path)
+    plan = Plan(optimizer, source, hyper, fill)
+    step = int(max((record.step for record in source.records.values()), default=0))
+    return Loaded(where, step, plan.apply())
 
 
 def _source(checkpoint: Checkpoint) -> Any:

@@ -111,7 +111,8 @@ class Group:
 
 @dataclass
 class Source:
-    """A saved optimizer. ``named`` says that names are the model's and not numbers; ``origin`` is what wrote it."""
+    """A saved optimizer. ``named`` says that names are the model's and not numbers; ``origin`` is where it is,
+    ``label`` what wrote it where that was not memopt."""
 
     spec: OptimSpec
     groups: list[Group]
@@ -120,3 +121,4 @@ class Source:
     named: bool = True
     seed: int | None = None
     skipped_steps: int | None = None
+    label: str = ""

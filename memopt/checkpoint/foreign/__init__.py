@@ -1,0 +1,74 @@
+"""Optimizer state of other tools, one file each. ``TOOLS`` are asked in order whether they wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from memopt.checkpoint.foreign import bitsandbytes, torch_optim, torchao, transformers_adafactor
+from memopt.checkpoint.foreign.base import Tool
+from memopt.checkpoint.stored import Group, Record, Source
+from memopt.rules import RULES
+from memopt.spec import OptimSpec
+
+TOOLS = (bitsandbytes.TOOL, transformers_adafactor.TOOL, torchao.TOOL, torch_optim.TOOL)
+
+
+def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) -> Source:
+    """A ``state_dict()`` of one of :data:`TOOLS`.
+
+    ``rule`` is needed where the dictionary does not say which of several it was. Raises ValueError for a dictionary
+    that none of them wrote.
+    """
+    if "state" not in state_dict or "param_groups" not in state_dict:
+        raise ValueError(f"{origin} is not an optimizer's state_dict: it lacks 'state' or 'param_groups'")
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    tool = _tool(groups, states, origin)
+    first: dict[str, Any] = next((s for s in states.values() if s), {})
+    possible = tool.rules(groups[0], first)
+    if rule is None and len(possible) > 1:
+        raise ValueError(f"{origin} was written by {tool.name}, and does not say which of {', '.join(possible)} it "
+                         "was; pass rule=")  # fmt: skip
+    chosen = rule or possible[0]
+    if chosen not in possible:
+        raise ValueError(f"{origin} was written by {tool.name} and can be {', '.join(possible)}, not {chosen!r}")
+    return _source(tool, chosen, groups, states, origin)
+
+
+def _tool(groups: Any, states: Any, origin: str) -> Tool:
+    samples = [s for s in states.values() if s] or [{}]
+    for tool in TOOLS:
+        if any(tool.wrote(groups[0], s) for s in samples):
+            return tool
+    keys = ", ".join(map(str, samples[0])) or "no state"
+    known = ", ".join(tool.name for tool in TOOLS)
+    raise ValueError(f"{origin} was written by a tool that is not known here: its state has {keys}. Known: {known}")
+
+
+def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Source:
+    named = all(group.get("param_names") for group in groups)
+    ours, records, index = [], {}, 0
+    for group in groups:
+        names = list(group["param_names"]) if named else [str(index + i) for i in range(len(group["params"]))]
+        index += len(names)
+        hyper = RULES[rule].resolve(tool.hyper(group, rule))
+        notes = {k: v for k, v in group.items() if k in ("initial_lr", "swa_lr")}
+        plain = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in {**hyper, **notes}.items()}
+        ours.append(Group(names, plain))
+        for name, key in zip(names, group["params"], strict=True):
+            records[name] = _record(tool, rule, name, states.get(key) or {}, origin)
+    return Source(OptimSpec(rule=rule), ours, records, origin, named, label=f"{rule} of {tool.name}")
+
+
+def _record(tool: Tool, rule: str, name: str, state: Any, origin: str) -> Record:
+    try:
+        moments = tool.moments(state)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{origin}, parameter {name}: {error}") from None
+    if not moments:
+        return Record(name, (), stepped=False)
+    if tool is bitsandbytes.TOOL:
+        moments = bitsandbytes.renamed(moments, rule)
+    return Record(name, next(iter(moments.values())).shape, tool.step(state), moments)

@@ -1,0 +1,75 @@
+"""What it takes to read another tool's ``state_dict``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.codes import CODES
+from memopt.checkpoint.stored import LivePiece, Piece, Span, Stored
+from memopt.geometry import Rows, Shape
+from memopt.rules import Moment
+
+State = Mapping[str, Any]
+
+
+class Tool(NamedTuple):
+    """One tool. Its group and state dictionaries tell whether it wrote them; the rest translates.
+
+    ``rules(group, state)`` are the rules it may have been, ``hyper(group, rule)`` our names and values,
+    ``moments(state)`` what is stored: name -> moment. ``step(state)`` is the number of steps taken.
+    """
+
+    name: str
+    wrote: Callable[[State, State], bool]
+    rules: Callable[[State, State], tuple[str, ...]]
+    hyper: Callable[[State, str], dict[str, Any]]
+    moments: Callable[[State], dict[str, Stored]]
+    step: Callable[[State], float] = lambda state: float(state["step"])
+
+
+@final
+class DecodedPiece(Piece):
+    """A moment that another tool's own code decodes, each time it is read."""
+
+    def __init__(self, rows: Rows, decode: Callable[[], Tensor]) -> None:
+        self.rows, self._decode = rows, decode
+
+    def read(self, part: str, span: Span) -> Tensor:
+        whole = self._decode()
+        return whole if span is None else whole[slice(*span)]
+
+    def copy(self, part: str, span: Span, out: Tensor) -> None:
+        out.copy_(self.read(part, span))
+
+
+#: Moments that are never negative, wherever they come from.
+NON_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+
+def stored(name: str, tag: str, shape: Shape, parts: Mapping[str, Tensor], signed: bool | None = None) -> Stored:
+    """A moment in an encoding of ours; ``signed`` is its code's sign, by default the moment's."""
+    moment = Moment(name, signed=name not in NON_NEGATIVE if signed is None else signed)
+    return Stored(moment, CODES[tag], tuple(shape), (LivePiece(Rows.whole(tuple(shape)), parts),))
+
+
+def plain(name: str, value: Tensor) -> Stored:
+    """A moment kept as an ordinary tensor."""
+    if value.dtype == torch.bfloat16:
+        return stored(name, "bf16", tuple(value.shape), {"": value})
+    return decoded(name, tuple(value.shape), lambda: value.float())
+
+
+def decoded(name: str, shape: Shape, decode: Callable[[], Tensor]) -> Stored:
+    """A moment that reads as fp32 through ``decode``."""
+    moment = Moment(name, signed=name not in NON_NEGATIVE)
+    return Stored(moment, CODES["32bit"], shape, (DecodedPiece(Rows.whole(shape), decode),))
+
+
+def factors(row: Tensor, col: Tensor) -> Stored:
+    """A factored second moment: ``row`` [..., rows, 1] and ``col`` [..., 1, columns]."""
+    shape = (*row.shape[:-1], col.shape[-1])
+    return stored("exp_avg_sq", "factored", shape, {"row": row.float(), "col": col.float()})

@@ -1,0 +1,79 @@
+"""A new checkpoint from another checkpoint, or from another tool's file, without a model."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint import contents, folder, manifest, plain
+from memopt.checkpoint.converted import Converted
+from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.tensorfile import FileInfo, Progress, TensorFile, spec_of, write_file
+
+
+@torch.no_grad()
+def rewrite(
+    converted: Converted, checkpoint: Checkpoint | None, out: Path, progress: Progress = lambda nbytes: None
+) -> Path:
+    """Commit ``converted`` as a checkpoint in the folder ``out``, for one process; model, scheduler, random state of
+    rank 0 and extras are those of ``checkpoint``. One parameter's state is in memory at a time."""
+    body = _body(converted, checkpoint)
+    temporary = folder.begin(out, folder.next_name(out, body["step"]))
+    try:
+        files: dict[str, FileInfo] = {}
+        if checkpoint is not None and checkpoint.model is not None:
+            model = checkpoint.model
+            files[contents.MODEL_FILE] = write_file(
+                temporary / contents.MODEL_FILE, model.specs, _tensors(model), progress
+            )
+        random = checkpoint.random_state(0) if checkpoint is not None else {}
+        name = contents.rank_file(0, 1)
+        specs = converted.layout() | {contents.RANDOM + k: spec_of(t) for k, t in random.items()}
+        files[name] = write_file(temporary / name, specs, _state(converted, random), progress)
+        manifest.write(temporary, {**body, "files": {n: info._asdict() for n, info in files.items()}})
+        return folder.commit(temporary, keep=2)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _tensors(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
+    return ((name, file.read(name)) for name in file.specs)
+
+
+def _state(converted: Converted, random: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for parameter, state in converted.states():
+        yield from ((f"{parameter}/{key}", tensor) for key, tensor in state.items() if key != "step")
+    yield from ((contents.RANDOM + name, tensor) for name, tensor in random.items())
+
+
+def _body(converted: Converted, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    source = converted.source
+    steps = [record.step for record in source.records.values()]
+    old = checkpoint.body if checkpoint is not None else {"step": int(max(steps, default=0)), "extra": {}}
+    return {
+        "step": old["step"],
+        "world_size": 1,
+        "written_by": contents.written_by(),
+        **{key: old[key] for key in ("model", "scheduler") if key in old},
+        "optimizer": {
+            **contents.spec_json(converted.spec),
+            "seed": source.seed or 0,
+            "skipped_steps": source.skipped_steps or 0,
+            "partition": "none",
+            "world_size": 1,
+            "named": source.named,
+            "groups": [
+                {"parameters": group.names, "hyper": plain.encode(group.hyper, f"param group {i}")}
+                for i, group in enumerate(converted.groups)
+            ],
+            "parameters": converted.parameters_json(),
+        },
+        "extra": old["extra"],
+        "random": bool(old.get("random")),
+    }
