@@ -7,8 +7,10 @@ from torch import nn
 import memopt
 from memopt.checkpoint import export, source_of
 
-#: Exact formats: other order of operations only. 8 bits: a step of the code, as a share of the rate.
-EXACT, CODES = 1e-5, 1.0
+#: Exact formats: other order of operations only; a hundredth of a step.
+EXACT = 1e-5
+#: Mean distance after five steps in other codes, as a share of the rate (measured: 0.021, 0.052 and 0.32).
+MEAN_DISTANCE = {"8bit": 0.04, "fp8": 0.1, "4bit": 0.5}
 LR = 1e-3
 
 
@@ -104,22 +106,20 @@ def continued(build, spec, rule, keywords, tmp_path):
     drive(theirs_model, theirs, 5, 5)
     drive(ours_model, ours, 5, 5)
     pairs = zip(theirs_model.parameters(), ours_model.parameters(), strict=True)
-    return torch.cat([(a - b).abs().flatten() for a, b in pairs]) / LR
+    return torch.cat([(a - b).detach().abs().flatten() for a, b in pairs]) / LR
 
 
 @pytest.mark.parametrize("name", EXACT_TOOLS)
 def test_going_on_is_going_on_in_the_tool(name, tmp_path):
     build, spec, rule, keywords = EXACT_TOOLS[name]
-    assert continued(build, spec, rule, keywords, tmp_path).max() < EXACT / LR * 0.1
+    assert continued(build, spec, rule, keywords, tmp_path).max() < EXACT / LR
 
 
 @pytest.mark.parametrize("name", LOSSY_TOOLS)
 def test_low_bit_state_goes_on_within_its_codes(name, tmp_path):
     build, spec, rule = LOSSY_TOOLS[name]
     distance = continued(build, spec, rule, {}, tmp_path)
-    print("DIST", name, float(distance.mean()), float(distance.max()))
-    assert distance.mean() < (0.9 if "4bit" in spec else 0.3)
-    assert distance.mean() < CODES
+    assert distance.mean() < MEAN_DISTANCE[memopt.parse(spec).format]
 
 
 @pytest.mark.parametrize(

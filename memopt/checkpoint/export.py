@@ -20,6 +20,8 @@ _TORCH: dict[str, tuple[str, ...]] = {
     "adam": (), "adamw": (), "radam": (), "sgd": (), "rmsprop": (),
     "adafactor": ("beta1", "scale_parameter", "relative_step", "warmup_init", "convention"),
 }  # fmt: skip
+#: What tells torch's Adam and AdamW apart.
+_TORCH_OWN = {"adam": {"decoupled_weight_decay": False}, "adamw": {"decoupled_weight_decay": True}}
 _TORCH_FACTORS = {"exp_avg_sq.row": "row_var", "exp_avg_sq.col": "col_var", "exp_avg_sq": "variance"}
 
 State = dict[str, Any]
@@ -54,7 +56,7 @@ def _torch(source: Source) -> tuple[OptimSpec, Callable[[State], State], Callabl
         return {names.get(key, key): value for key, value in parts.items() if rule != "sgd" or key != "step"}
 
     def group(h: State) -> State:
-        return {k: v for k, v in h.items() if k not in _TORCH[rule]}
+        return {k: v for k, v in h.items() if k not in _TORCH[rule]} | _TORCH_OWN.get(rule, {})
 
     fmt = "factored" if rule == "adafactor" else "32bit"
     return OptimSpec(rule=rule, format=fmt), state, group

@@ -10,7 +10,8 @@ from memopt.hyper import CHECKS, SpecError
 from memopt.rules import RULES
 from memopt.spec import OptimSpec, parse
 
-#: ``fill``: what stands in for a moment that was not kept: a number for every element, or the name of another moment.
+#: ``fill``: what a moment is made of, whether it was kept or not: a number for every element, or a moment's name.
+#: ``{"step": 0}`` begins counting anew, and with it the bias correction.
 Fill = Mapping[str, Any]
 
 
@@ -36,10 +37,10 @@ def feeds(old: str, new: str, name: str, have: Mapping[str, Any], wanted: str, f
                 f"{name}: fill[{wanted!r}] = {chosen!r}, but what was kept is {', '.join(have) or 'nothing'}"
             )
         return chosen
-    if wanted in have and meaning(old, wanted) == meaning(new, wanted):
-        return wanted
     if chosen is not None:
         return float(chosen)
+    if wanted in have and meaning(old, wanted) == meaning(new, wanted):
+        return wanted
     reason = f"{old} does not keep it"
     if wanted in have:
         reason = f"in {old} it is {meaning(old, wanted)}, in {new} {meaning(new, wanted)}"

@@ -30,7 +30,7 @@ def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None
     possible = tool.rules(groups[0], first)
     if rule is None and len(possible) > 1:
         raise ValueError(f"{origin} was written by {tool.name}, and does not say which of {', '.join(possible)} it "
-                         "was; pass rule=")  # fmt: skip
+                         "was; say it with rule= (--from on the command line)")  # fmt: skip
     chosen = rule or possible[0]
     if chosen not in possible:
         raise ValueError(f"{origin} was written by {tool.name} and can be {', '.join(possible)}, not {chosen!r}")

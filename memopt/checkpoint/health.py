@@ -1,0 +1,69 @@
+"""Whether stored moments are plausible: NaN, Inf, zeros, dead blocks, and how their sizes are spread."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+
+from memopt.checkpoint.codes import chunks, is_cut_by_rows
+from memopt.checkpoint.stored import Source, Stored
+from memopt.geometry import Rows
+
+
+@dataclass
+class Health:
+    """Sums over all tensors of one moment in one format. ``decades[i]`` counts 1e(FIRST + i) <= |x| < ten times that;
+    what is smaller or larger is in the first or the last."""
+
+    FIRST: ClassVar[int] = -24
+    LAST: ClassVar[int] = 4
+
+    name: str
+    format: str
+    tensors: int = 0
+    numel: int = 0
+    nbytes: dict[str, int] = field(default_factory=dict)
+    non_finite: int = 0
+    zeros: int = 0
+    scales: int = 0
+    zero_scales: int = 0
+    worst: list[str] = field(default_factory=list)
+    decades: list[int] = field(default_factory=lambda: [0] * (Health.LAST - Health.FIRST))
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.__dict__, "first_decade": self.FIRST}
+
+
+@torch.no_grad()
+def examine(source: Source) -> list[Health]:
+    """One entry for each moment and format, a few megabytes decoded at a time."""
+    found: dict[tuple[str, str], Health] = {}
+    for record in source.records.values():
+        for name, stored in record.moments.items():
+            health = found.setdefault((name, stored.format.name), Health(name, stored.format.name))
+            _add(health, record.name, stored)
+    return list(found.values())
+
+
+def _add(health: Health, parameter: str, stored: Stored) -> None:
+    rows = Rows.whole(stored.shape)
+    health.tensors += 1
+    health.numel += rows.numel
+    for part, spec in stored.format.layout(stored.moment, rows).items():
+        health.nbytes[part] = health.nbytes.get(part, 0) + spec.nbytes
+        if part == "scales":
+            health.scales += spec.numel
+            health.zero_scales += int((stored.part(part, rows) == 0).sum())
+    before = health.non_finite
+    for piece in chunks(rows) if is_cut_by_rows(stored.format, stored.moment, stored.shape) else [rows]:
+        size = stored.decode(piece).abs()
+        finite = size.isfinite()
+        health.non_finite += int((~finite).sum())
+        health.zeros += int((size == 0).sum())
+        decades = size[finite & (size > 0)].log10().floor().clamp_(health.FIRST, health.LAST - 1)
+        counts = torch.bincount((decades - health.FIRST).long(), minlength=len(health.decades))
+        health.decades = [a + b for a, b in zip(health.decades, counts.tolist(), strict=True)]
+    if health.non_finite > before:
+        health.worst.append(parameter)

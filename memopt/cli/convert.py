@@ -1,0 +1,113 @@
+"""Optimizer state under another spec, or for another tool, without a model.
+
+IN is a checkpoint of memopt.save (or a folder of them), or a file that torch.save wrote with the state_dict() of
+torch.optim, transformers' Adafactor, bitsandbytes or torchao. OUT is a folder in which a checkpoint is committed; for
+--to torch, bitsandbytes or bitsandbytes-32bit it is a file for that tool's load_state_dict. The exit code is 0 when it
+is done, 2 if the input cannot be used.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from memopt.checkpoint.tensorfile import Progress
+
+SUMMARY = "optimizer state of a checkpoint or of another tool under another spec"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN", help="a checkpoint, a folder of them, or another tool's file")
+    parser.add_argument("out", metavar="OUT", help="a folder of checkpoints; for another tool, a file")
+    parser.add_argument("--to", metavar="SPEC", required=True, help="a spec (memopt list), or torch, bitsandbytes, "
+                        "bitsandbytes-32bit")  # fmt: skip
+    parser.add_argument("--from", metavar="RULE", dest="rule", help="the rule, where the file does not say it")
+    parser.add_argument("--engine", metavar="ENGINE", default="native", help="native (default) or bitsandbytes")
+    parser.add_argument("--fill", metavar="MOMENT=VALUE", action="append", default=[],
+                        help="what stands in for a moment that was not kept: a number, or another moment")  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
+
+
+def run(args: Namespace) -> int:
+    from memopt.checkpoint.export import TOOLS
+
+    fill = dict(map(_fill, args.fill))
+    source, checkpoint = open_source(Path(args.source), args.rule)
+    if args.to in TOOLS:
+        return _export(source, args, fill)
+    from memopt.checkpoint.converted import Converted
+    from memopt.checkpoint.rewrite import rewrite
+    from memopt.checkpoint.tensorfile import nbytes_of
+    from memopt.spec import parse
+
+    converted = Converted(source, parse(args.to, engine=args.engine), fill)
+    nbytes = sum(nbytes_of(spec) for spec in converted.layout().values())
+    print(f"{source.origin}: {converted.report.before} -> {converted.report.after}, {nbytes:,} bytes of state")
+    if args.dry_run:
+        return 0
+    if checkpoint is not None and checkpoint.model is not None:
+        nbytes += sum(nbytes_of(spec) for spec in checkpoint.model.specs.values())
+    with bar("converting", nbytes) as progress:
+        path = rewrite(converted, checkpoint, Path(args.out), progress)
+    print(f"{converted.report}\nwritten: {path}")
+    return 0
+
+
+def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
+    """``(source, checkpoint)``; no checkpoint where the file is another tool's."""
+    if path.is_file():
+        from memopt.checkpoint.sources import read_file
+
+        return read_file(path, rule), None
+    from memopt.checkpoint.opened import Checkpoint
+
+    with bar("verifying", None) as progress:
+        checkpoint = Checkpoint(path, progress)
+    source = checkpoint.optimizer()
+    if source is None:
+        raise ValueError(f"{checkpoint.path} holds no optimizer")
+    return source, checkpoint
+
+
+def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
+    """The whole dictionary is in memory: the file is the other tool's, and torch.save writes it at once."""
+    import torch
+
+    from memopt.checkpoint.export import export
+
+    state = export(source, args.to, fill)
+    print(f"{source.origin}: {len(state['state'])} parameters for {args.to}")
+    if not args.dry_run:
+        torch.save(state, args.out)
+        print(f"written: {args.out}")
+    return 0
+
+
+def _fill(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ValueError(f"--fill {text!r} is not MOMENT=VALUE")
+    try:
+        return name, float(value)
+    except ValueError:
+        return name, value
+
+
+@contextmanager
+def bar(what: str, nbytes: int | None) -> Iterator[Progress]:
+    """A progress bar of bytes on a terminal, nothing elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as shown:
+        task = shown.add_task(what, total=nbytes)
+        yield lambda count: shown.advance(task, count)
