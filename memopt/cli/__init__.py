@@ -18,6 +18,8 @@ VERBS = {
     "estimate": "what a model and its optimizer state will cost, before anything is allocated",
     "list": "the specs that exist, and the values on each axis",
     "train": "train a small language model on a text file or folder, once for each spec given",
+    "convert": "optimizer state of a checkpoint or of another tool under another spec",
+    "inspect": "what is in a checkpoint, and whether its numbers are healthy",
     "doctor": "what this machine offers, and what is missing",
 }
 
