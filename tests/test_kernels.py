@@ -92,7 +92,8 @@ def assert_close(ours: Tensor, theirs: Tensor, slack: float, ties: int, what: st
         return
     scale = theirs.abs().max().clamp(min=1e-30)
     off = (ours - theirs).abs() > TOLERANCE * scale + slack * theirs.abs()
-    assert int(off.sum()) <= ties, f"{what}: {int(off.sum())} of {off.numel()} differ, at most {(ours - theirs).abs().max()}"
+    worst = (ours - theirs).abs().max()
+    assert int(off.sum()) <= ties, f"{what}: {int(off.sum())} of {off.numel()} differ, at most {worst}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

@@ -56,7 +56,8 @@ class Plan:
     def refresh(self, optimizer: Optimizer) -> bool:
         """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
         groups = optimizer.param_groups
-        if optimizer.spec is not self.spec or optimizer.partition is not self.partition or len(groups) != len(self.groups):
+        same = optimizer.spec is self.spec and optimizer.partition is self.partition
+        if not same or len(groups) != len(self.groups):
             return False
         now = [p for group in groups for p in group["params"]]
         if len(now) != len(self.all) or any(a is not b for a, b in zip(now, self.all, strict=True)):

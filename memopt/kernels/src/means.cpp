@@ -130,7 +130,7 @@ void Means::set(const Table& table, const Tensor& t, int64_t matrix, Sums& sums,
     for (int slot = 0; slot < SLOTS; slot++) {
         sums.mean[slot] = used[slot] && !fixed && t.height != t.rows ? mean_of(t, slot, matrix, floor[slot]) : known[slot];
         sums.root[slot] = scratch + slot * t.cols;
-        if (used[slot])
+        if (used[slot] && slot != renewed)
             table.inverse_roots(static_cast<const float*>(t.aux[slot]) + matrix * t.cols, scratch + slot * t.cols, t.cols);
     }
 }

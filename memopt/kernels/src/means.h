@@ -10,6 +10,7 @@ struct Means {
     float floor[SLOTS];
     float known[SLOTS];
     bool used[SLOTS] = {};
+    int renewed = -1;    // the slot whose means are being written: nothing reads its roots
     bool fixed = false;  // `known` is the mean of the matrix at hand, whose rows are being written
 
     explicit Means(double tiny) {

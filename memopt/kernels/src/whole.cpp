@@ -89,7 +89,9 @@ void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
     const auto renew = [&](Pass which, int slot, double floor) {
         means.floor[slot] = static_cast<float>(TINY);
         means.prepare(t, slot);
+        means.renewed = slot;
         renew_means(table, t, s, ready.keys, which, slot, means, threads);
+        means.renewed = -1;
         means.floor[slot] = static_cast<float>(floor);
         means.prepare(t, slot);
     };

@@ -1,0 +1,130 @@
+// Every rule on every format over exactly allocated memory, on one thread and on four, whose results must be the same
+// bytes; then once more in a forked child. Built with a sanitizer by test_kernels_sanitizers.py.
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../memopt/kernels/src/abi.h"
+
+using namespace memopt;
+
+extern "C" int32_t memopt_isa_count();
+extern "C" const char* memopt_isa_name(int32_t);
+extern "C" int32_t memopt_step(const Group*, Tensor*, int64_t, uint32_t, int32_t threads, int32_t isa);
+extern "C" int32_t memopt_all_finite(Span*, int64_t, int32_t threads, int32_t isa);
+
+namespace {
+
+// Heap blocks of exactly the size asked for: a read or write past the end is an error that a sanitizer sees.
+struct Memory {
+    std::vector<std::pair<unsigned char*, size_t>> blocks;
+    void* make(size_t bytes) {
+        unsigned char* block = static_cast<unsigned char*>(std::calloc(bytes ? bytes : 1, 1));
+        blocks.push_back({block, bytes});
+        return block;
+    }
+    std::vector<unsigned char> image() const {
+        std::vector<unsigned char> all;
+        for (auto& [block, bytes] : blocks) all.insert(all.end(), block, block + bytes);
+        return all;
+    }
+    ~Memory() {
+        for (auto& [block, bytes] : blocks) std::free(block);
+    }
+};
+
+void fill(void* to, int64_t n, uint8_t dtype, uint32_t seed) {
+    for (int64_t i = 0; i < n; i++) {
+        seed = seed * 1664525u + 1013904223u;
+        float x = (static_cast<int32_t>(seed) >> 8) * 0x1p-23f;
+        if (dtype == F32) static_cast<float*>(to)[i] = x;
+        uint32_t bits;
+        std::memcpy(&bits, &x, 4);
+        if (dtype == BF16) static_cast<uint16_t*>(to)[i] = bits >> 16;
+        if (dtype == F16) static_cast<uint16_t*>(to)[i] = (bits >> 31 << 15) | (0x3800 + (seed & 0x3FF));
+    }
+}
+
+struct Shape { int64_t rows, cols, numel, height; };
+
+Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, uint32_t index) {
+    Tensor t{};
+    const int64_t n = shape.numel, size = dtype == F32 ? 4 : 2;
+    t.p = memory.make(n * size);
+    void* g = memory.make(n * size);
+    fill(t.p, n, dtype, index);
+    fill(g, n, dtype, index + 100);
+    t.g = g;
+    t.rows = shape.rows, t.cols = shape.cols, t.numel = n, t.height = shape.height, t.step = 3, t.index = index;
+    t.format = format, t.p_dtype = t.g_dtype = dtype;
+    for (int slot = 0; slot < SLOTS; slot++) {
+        t.order[slot] = slot;
+        const int64_t block = format == FMT_4BIT ? 128 : 256;
+        const bool flat = shape.cols == 256 && n % 256;
+        const int64_t blocks = flat ? (n + block - 1) / block : shape.rows * ((shape.cols + block - 1) / block);
+        if (format == FMT_32BIT || (format == FMT_FACTORED && slot == 1)) t.data[slot] = memory.make(4 * n);
+        else if (format == FMT_BF16) t.data[slot] = memory.make(2 * n);
+        else if (format == FMT_FACTORED) t.data[slot] = memory.make(4 * shape.rows), t.aux[slot] = memory.make(4 * shape.rows / shape.height * shape.cols);
+        else {
+            t.data[slot] = memory.make(format != FMT_4BIT ? n : flat ? (n + 1) / 2 : shape.rows * ((shape.cols + 1) / 2));
+            t.aux[slot] = memory.make(4 * blocks);
+        }
+    }
+    return t;
+}
+
+std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int threads, int isa) {
+    // The last two are stepped by all threads together where a rule needs sums: one tall, one wide.
+    const Shape shapes[] = {{7, 70, 490, 7}, {5, 1030, 5150, 5}, {12, 65, 780, 4}, {1, 1, 1, 1}, {0, 9, 0, 1}, {900, 600, 540000, 900}, {40, 13200, 528000, 40}};
+    const Shape flat[] = {{20, 256, 5000, 20}, {1, 256, 3, 1}};
+    Memory memory;
+    std::vector<Tensor> tensors;
+    uint32_t index = 1;
+    for (const Shape& shape : shapes) tensors.push_back(make(memory, shape, format, index % 3, index)), index++;
+    if (format != FMT_FACTORED)
+        for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index)), index++;
+    Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0};
+    if (rule == ADAFACTOR) group.beta2 = -0.8;
+    std::vector<Span> spans;
+    for (Tensor& t : tensors) spans.push_back({t.g, t.numel, t.g_dtype, 0});
+    if (!memopt_all_finite(spans.data(), spans.size(), threads, isa)) std::exit(3);
+    for (int i = 0; i < 2; i++)
+        if (memopt_step(&group, tensors.data(), tensors.size(), 5, threads, isa)) std::exit(4);
+    return memory.image();
+}
+
+bool all(int isa) {
+    bool same = true;
+    const struct { int rule; uint32_t flags; } rules[] = {
+        {ADAM, DECOUPLED}, {ADAM, AMSGRAD}, {LION, 0}, {SGD, 0}, {SGD, MOMENTUM}, {RMSPROP, 0}, {RMSPROP, MOMENTUM},
+        {RMSPROP, CENTERED | MOMENTUM}, {RADAM, 0}, {ADAFACTOR, SCALE_PARAMETER}, {ADAFACTOR, MOMENTUM | TRANSFORMERS}, {CAME, 0},
+    };
+    for (auto [rule, flags] : rules)
+        for (int f = 0; f < FORMATS; f++) {
+            if ((flags & CENTERED && f != FMT_32BIT) || (f == FMT_FACTORED && (rule == LION || rule == SGD || flags & AMSGRAD))) continue;
+            const auto one = run(rule, flags, static_cast<Format>(f), 1, isa), four = run(rule, flags, static_cast<Format>(f), 4, isa);
+            if (one != four) std::printf("rule %d flags %u format %d isa %d: threads change the result\n", rule, flags, f, isa), same = false;
+        }
+    return same;
+}
+
+}  // namespace
+
+int main() {
+    bool same = true;
+    for (int isa = 0; isa < memopt_isa_count(); isa++) same = all(isa) && same;
+    std::fflush(stdout);
+    const pid_t child = fork();
+    if (child == 0) {
+        const bool good = run(ADAM, DECOUPLED, FMT_8BIT, 1, 0) == run(ADAM, DECOUPLED, FMT_8BIT, 2, 0);
+        _exit(good ? 0 : 5);
+    }
+    int status = 1;
+    waitpid(child, &status, 0);
+    std::puts(same && status == 0 ? "same" : "different");
+    return same && status == 0 ? 0 : 1;
+}

@@ -1,0 +1,211 @@
+"""What surrounds the loops: threads, processes, memory that is not as one would like it, NaN, turning them off."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import memopt
+from memopt import kernels
+from memopt.gradients import non_finite
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
+
+SPECS = ["adamw", "adamw-bf16", "adamw-8bit", "lion-fp8", "adam-4bit", "adafactor", "came", "came-8bit"]
+SHAPES = [(700, 800), (3, 257, 65), (4097,), (7,), (1000, 3)]
+
+
+def train(spec: str, threads: int = 1, steps: int = 3) -> list[torch.Tensor]:
+    """Parameters and state after some steps; the same for the same arguments."""
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    opt = memopt.create(params, spec)
+    opt.init_state()
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape)
+        torch.set_num_threads(threads)  # for the step alone: torch's own pool does not survive a fork
+        opt.step()
+        torch.set_num_threads(1)
+    return [p.detach() for p in params] + [t for p in params for t in opt.state[p].values()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x.view(torch.uint8) if x.dim() else x, y.view(torch.uint8) if y.dim() else y)
+               for x, y in zip(a, b, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_same_bits_with_any_number_of_threads(spec) -> None:
+    one = train(spec, 1)
+    assert same(one, train(spec, 2))
+    assert same(one, train(spec, 4))
+
+
+def child(spec: str, queue) -> None:
+    queue.put([t.clone().view(torch.uint8).flatten().tolist()[:100] for t in train(spec, 2)[:2]])
+
+
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_forked_child_can_step() -> None:
+    ours = train("adamw-8bit", 2)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    process = context.Process(target=child, args=("adamw-8bit", queue))
+    process.start()
+    try:
+        theirs = queue.get(timeout=30)
+    finally:
+        process.join(1)
+        process.kill()
+    assert theirs == [t.clone().view(torch.uint8).flatten().tolist()[:100] for t in ours[:2]]
+    assert same(ours, train("adamw-8bit", 2))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_memory_that_is_not_contiguous_or_not_aligned(spec) -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(70, 130), [torch.randn(70, 130) for _ in range(3)]
+
+    def after(make, make_gradient):
+        p = torch.nn.Parameter(make(start.clone()))
+        opt = memopt.create([p], spec)
+        for g in gradients:
+            p.grad = make_gradient(g)
+            opt.step()
+        return p.detach().contiguous()
+
+    plain = after(lambda x: x, torch.Tensor.clone)
+    transposed = after(lambda x: x.t().contiguous().t(), lambda g: g.t().contiguous().t())
+    sliced = after(lambda x: torch.cat((x, x), 1)[:, 130:], lambda g: torch.cat((g, g), 1)[:, :130])
+    odd = after(lambda x: torch.cat((x.new_zeros(1), x.flatten()))[1:].view(70, 130), torch.Tensor.clone)
+    assert torch.equal(plain, transposed)
+    assert torch.equal(plain, sliced)
+    assert torch.equal(plain, odd)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_every_place_of_a_gradient_is_looked_at(value, dtype) -> None:
+    for n in (1, 31, 255, 1000, 140_000):
+        for where in {0, n // 2, n - 1}:
+            g = torch.randn(n).to(dtype)
+            assert non_finite([("a", g)]) == []
+            g[where] = value
+            assert non_finite([("fine", torch.randn(9).to(dtype)), ("a", g), ("half", torch.ones(3).half())]) == ["a"]
+    assert non_finite([("empty", torch.empty(0)), ("double", torch.ones(2).double() / 0)]) == ["double"]
+    assert non_finite([("largest", torch.full((40,), torch.finfo(dtype).max, dtype=dtype))]) == []
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_propagated_values_stay_in_their_block_and_nothing_crashes(spec, value) -> None:
+    p = torch.nn.Parameter(torch.randn(40, 512))
+    opt = memopt.create([p], spec, nonfinite="propagate")
+    for _ in range(2):
+        p.grad = torch.randn(40, 512)
+        p.grad[3, 7] = value
+        opt.step()
+    spoiled = ~p.detach().isfinite()
+    if spec.startswith(("adafactor", "came")):
+        return  # a clipped update spreads it over the whole tensor, as in the plain path
+    assert not spoiled[:3].any()
+    assert not spoiled[4:].any()
+    assert not spoiled[3, 256:].any()
+
+
+def test_propagated_nan_reaches_the_parameter() -> None:
+    for spec in ("adamw", "adamw-8bit", "adam-4bit", "adamw-fp8"):
+        p = torch.nn.Parameter(torch.randn(40, 512))
+        opt = memopt.create([p], spec, nonfinite="propagate")
+        p.grad = torch.randn(40, 512)
+        p.grad[3, 7] = float("nan")
+        opt.step()
+        assert p[3, 7].isnan()
+        assert int(p.isnan().sum()) == 1
+        opt.step()
+        assert p[3, 7].isnan()
+
+
+def test_a_plan_notices_what_changes() -> None:
+    torch.manual_seed(0)
+    a, b = (torch.nn.Parameter(torch.randn(20, 300)) for _ in range(2))
+    opt = memopt.create([a, b], "adamw-8bit", lr=0.1)
+
+    def step(*params: torch.nn.Parameter) -> None:
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+        opt.zero_grad()
+
+    step(a, b)
+    step(a, b)
+    assert opt._plan is not None
+    frozen = b.detach().clone()
+    step(a)  # b has no gradient
+    assert torch.equal(b, frozen)
+    assert (float(opt.state[a]["step"]), float(opt.state[b]["step"])) == (3, 2)
+    step(a, b)
+    a.data = torch.zeros(20, 300)  # other memory
+    step(a, b)
+    assert (a != 0).all()
+    opt.param_groups[0]["lr"] = 0.0  # a rate is not part of the plan
+    before = a.detach().clone()
+    opt.param_groups[0]["weight_decay"] = 0.0
+    step(a, b)
+    assert torch.equal(a, before)
+    opt.load_state_dict(opt.state_dict())
+    step(a, b)
+    assert float(opt.state[a]["step"]) == 7
+    opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], "lr": 1.0})
+    new = opt.param_groups[1]["params"][0]
+    step(a, b, new)
+    assert (new != 0).all()
+
+
+def test_fp64_and_small_mixtures_take_the_plain_path() -> None:
+    params = [torch.nn.Parameter(torch.zeros(5, dtype=torch.float64)), torch.nn.Parameter(torch.zeros(5))]
+    opt = memopt.create(params, "adamw")
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        opt.step()
+    assert torch.allclose(params[0], params[1].double(), rtol=1e-6)
+
+
+def test_no_memory_to_speak_of() -> None:
+    """The peak of a step over the resident state, read from the kernel's high-water mark."""
+    code = """
+import resource, torch, memopt
+torch.set_num_threads(2)
+for spec in ("adamw-8bit", "adamw-4bit", "adafactor", "came"):
+    p = torch.nn.Parameter(torch.ones(4096, 4096)); p.grad = torch.ones(4096, 4096)
+    opt = memopt.create([p], spec); opt.init_state(); opt.step()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    opt.step()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    # As much again, then freed, so that the next spec's peak is a new one.
+    filler = torch.ones(4096 * 4096 * 2); del filler
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert all(int(kib) <= 2048 for kib in done.stdout.split()), done.stdout
+
+
+def test_they_can_be_turned_off_and_say_so() -> None:
+    code = "import memopt.kernels as k; print(k.library(), k.status())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env={"MEMOPT_KERNELS": "off", "PATH": ""})  # fmt: skip
+    assert "None the plain torch path" in done.stdout
+    assert "MEMOPT_KERNELS" in done.stdout
+
+
+def test_without_a_compiler_the_reason_names_the_remedy(tmp_path) -> None:
+    code = "import memopt.kernels.loader as l; l.INSTALLED = l.INSTALLED / 'no'; print(l.missing())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env={"PATH": str(tmp_path), "MEMOPT_CACHE": str(tmp_path)})  # fmt: skip
+    assert "apt install g++" in done.stdout, done.stderr
