@@ -1,0 +1,39 @@
+"""Time one optimizer step on this CPU: memopt's rules and formats against the libraries that are installed.
+
+    memopt bench                        a table at 16.8 M parameters, and step_cpu.json and step_cpu.md in this folder
+    memopt bench --numel 1000000 --small --scaling
+
+All candidates are interleaved in one process and medians are compared. Takes some minutes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from types import ModuleType
+
+SUMMARY = "time one optimizer step on this CPU against torch and the other libraries"
+
+#: The benchmark lives beside the package in a checkout.
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_cpu.py"
+
+
+def _script() -> ModuleType:
+    if not SCRIPT.exists():
+        raise RuntimeError("the benchmark is part of the repository and not of the package; run it in a checkout")
+    spec = importlib.util.spec_from_file_location("step_cpu", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    _script().add_arguments(parser)
+    parser.set_defaults(out=Path())
+
+
+def run(args: Namespace) -> int:
+    return int(_script().run(args))
