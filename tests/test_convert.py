@@ -3,9 +3,7 @@
 import itertools
 
 import pytest
-import ranks
 import torch
-import torch.distributed as dist
 from cases import HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, odd_model, train
 
 import memopt
@@ -28,7 +26,6 @@ PAIRS = [
     for a, b in itertools.permutations(PLAIN_SPECS, 2)
     if memopt.parse(a).rule == memopt.parse(b).rule and memopt.parse(a).rule != "adam"
 ]
-FORMATS = ["32bit", "bf16", "8bit", "fp8", "4bit", "factored"]
 
 
 def stepped(spec, steps=3, **hyper):
@@ -216,39 +213,3 @@ def test_extra_memory_is_one_parameters_state():
         patch.setattr(fit.Slot, "allocate", watched)
         opt.convert_("adamw-8bit")
     assert most <= before + 3 * 2**20
-
-
-def on_two_ranks():
-    model = odd_model()
-    found = {}
-    for fmt in FORMATS:
-        opt = memopt.create(model, f"adamw-{fmt}/zero1".replace("-32bit", ""))
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-        opt.step()
-        for after in FORMATS:
-            report = opt.convert_(f"adamw-{after}/zero1".replace("-32bit", ""))
-            found[fmt, after] = report.relative_error
-            assert opt.ledger() == memopt.price(model, str(opt.spec), world_size=dist.get_world_size(),
-                                                rank=dist.get_rank())  # fmt: skip
-    return found, [dict(opt.state[p]) for p in model.parameters()]
-
-
-def test_on_ranks_it_works_on_the_shard():
-    (first, a), (second, b) = ranks.run(on_two_ranks, 2)
-    assert first == second  # errors are of the whole state
-    model = odd_model()
-    for fmt in FORMATS:
-        opt = memopt.create(model, f"adamw-{fmt}".replace("-32bit", ""))
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-        opt.step()
-        for after in FORMATS:
-            report = opt.convert_(f"adamw-{after}".replace("-32bit", ""))
-            assert report.relative_error == pytest.approx(first[fmt, after], rel=1e-3, abs=1e-7)
-    for p, x, y in zip(model.parameters(), a, b, strict=True):
-        for key, whole in opt.state[p].items():
-            if key == "exp_avg_sq.row":
-                torch.testing.assert_close(torch.cat([x[key], y[key]]), whole)
-            elif key == "exp_avg_sq.col" and p.dim() == 2:
-                torch.testing.assert_close(x[key], whole)

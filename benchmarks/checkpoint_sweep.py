@@ -1,0 +1,196 @@
+"""Kill a process while it saves, fill the disk, damage files: is there always one whole checkpoint or a sentence?
+
+    python benchmarks/checkpoint_sweep.py --out benchmarks/results/checkpoint_sweep.json
+
+A writer saves for ever, its step in every weight. It is killed (SIGKILL) at a random moment; what is in the folder must
+be a whole checkpoint of a step that the writer had begun, and none older than one it had reported as saved. Then bits
+of a checkpoint's files are flipped and files cut short at random places: loading must refuse with one sentence that
+names the file, and leave the model as it was. Last, saves run into a limit on the size of files at random places.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import memopt
+
+WIDTH = 384
+SPEC = "adamw-8bit"
+#: What is cut off is the tail of a save or any moment of several.
+LONGEST_S = 0.06
+
+
+def require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise AssertionError(sentence)
+
+
+def build(step: float = 0.0, spec: str = SPEC) -> tuple[torch.nn.Linear, memopt.Optimizer]:
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(WIDTH, WIDTH)
+    opt = memopt.create(model, spec)
+    opt.init_state()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(step)
+    return model, opt
+
+
+def write_for_ever(path: str, first: int, said: Connection) -> None:
+    """Save step after step; tell of each that it is on the disk."""
+    step = first
+    while True:
+        model, opt = build(step)
+        memopt.save(path, model=model, optimizer=opt, extra={"step": step}, keep=1)
+        said.send(step)
+        step += 1
+
+
+def read_step(path: Path) -> int:
+    """The step of the checkpoint there. Raises AssertionError if it is not whole."""
+    model, opt = build(-1.0)
+    step: int = memopt.load(path, model=model, optimizer=opt, rng=False).extra["step"]
+    assert all(bool((p == step).all()) for p in model.parameters()), f"step {step} holds numbers of another"
+    return step
+
+
+def kill_sweep(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
+    """``outcomes``: how often the checkpoint was that of the last step reported (old) or of the next (new)."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "memopt.checkpoint", "checkpoint_sweep"])
+    draw, outcomes, left = random.Random(seed), Counter[str](), 0
+    last = -1
+    for _ in range(kills):
+        ours, theirs = context.Pipe(duplex=False)
+        writer = context.Process(target=write_for_ever, args=(str(folder), last + 1, theirs))
+        writer.start()
+        theirs.close()
+        if last < 0:  # from now on there is always one
+            last = ours.recv()
+        else:
+            ours.poll(30 if draw.random() < 0.5 else LONGEST_S)
+        time.sleep(draw.random() * LONGEST_S)
+        writer.kill()
+        writer.join()
+        while ours.poll():
+            try:
+                last = ours.recv()
+            except EOFError:
+                break
+        found = read_step(folder)
+        assert found in (last, last + 1), f"step {found} after {last} was reported"
+        outcomes["new" if found == last + 1 else "old"] += 1
+        left += any(p.name.startswith(".") for p in folder.iterdir())
+        last = found
+    return {"kills": kills, "outcomes": dict(outcomes), "kills_in_the_middle_of_a_save": left}
+
+
+def damage_sweep(folder: Path, tries: int, seed: int = 0) -> dict[str, int]:
+    """How often each kind of damage was named. Raises AssertionError for one that was not."""
+    draw, named = random.Random(seed), Counter[str]()
+    model, opt = build(7.0)
+    path = memopt.save(folder, model=model, optimizer=opt).path
+    target, loaded = build(-1.0)
+    files = sorted(path.iterdir())
+    for _ in range(tries):
+        victim = draw.choice(files)
+        whole = victim.read_bytes()
+        kind, damaged = damage(whole, draw)
+        victim.write_bytes(damaged)
+        try:
+            memopt.load(path, model=target, optimizer=loaded, rng=False)
+        except ValueError as error:
+            require(str(victim) in str(error), f"{error} does not name {victim}")
+            require("\n" not in str(error), f"not one sentence: {error}")
+        else:
+            raise AssertionError(f"{kind} in {victim.name} was loaded silently")
+        finally:
+            victim.write_bytes(whole)
+        assert all(bool((p == -1).all()) for p in target.parameters()), "the model was changed"
+        named[f"{kind} in {'manifest' if victim.suffix == '.json' else 'tensors'}"] += 1
+    return dict(named)
+
+
+def damage(whole: bytes, draw: random.Random) -> tuple[str, bytes]:
+    """One random bit, byte, cut, or hole of zeros."""
+    damaged, place = bytearray(whole), draw.randrange(len(whole))
+    kind = draw.choice(["flipped bit", "other byte", "cut short", "bytes added", "4 KiB of zeros"])
+    if kind == "flipped bit":
+        damaged[place] ^= 1 << draw.randrange(8)
+    elif kind == "other byte":
+        damaged[place] = (damaged[place] + draw.randrange(1, 256)) % 256
+    elif kind == "cut short":
+        del damaged[place:]
+    elif kind == "bytes added":
+        damaged += draw.randbytes(draw.randrange(1, 100))
+    else:
+        damaged[place : place + 4096] = bytes(len(damaged[place : place + 4096]))
+        if damaged == whole:
+            damaged[place] ^= 255
+    return kind, bytes(damaged)
+
+
+def full_sweep(folder: Path, tries: int, seed: int = 0) -> dict[str, int]:
+    """Saves that meet a limit on the size of files at a random byte: the old checkpoint stays, the file is named."""
+    draw, refused = random.Random(seed), Counter[str]()
+    model, opt = build(1.0, "adamw")  # its state is two files' worth of the model
+    memopt.save(folder, model=model, optimizer=opt, extra={"step": 1}, keep=1)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for _ in range(tries):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (draw.randrange(1, 8 * WIDTH * WIDTH), hard))
+            try:
+                memopt.save(folder, model=model, optimizer=opt, extra={"step": 2}, keep=1)
+            except OSError as error:
+                require("could not be written" in str(error), str(error))
+                refused[Path(str(error).split(" could")[0]).name] += 1
+            else:
+                raise AssertionError("a save went through a limit that it cannot fit in")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert read_step(folder) == 1
+            assert len(list(folder.iterdir())) == 1, "something was left behind"
+    finally:
+        signal.signal(signal.SIGXFSZ, previous)
+    return dict(refused)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=300)
+    parser.add_argument("--tries", type=int, default=1500)
+    parser.add_argument("--full", type=int, default=100)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        results = {
+            "torch": torch.__version__,
+            "kill": kill_sweep(Path(directory, "kill"), args.kills),
+            "damage": damage_sweep(Path(directory, "damage"), args.tries),
+            "full_disk": full_sweep(Path(directory, "full"), args.full),
+        }
+    text = json.dumps(results, indent=1)
+    print(text)
+    if args.out:
+        args.out.write_text(text + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent))
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Checkpoints of several processes: each writes its rows, any number of processes reads them, bit for bit."""
+
+import os
+
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from cases import assert_same_bits, odd_model
+
+import memopt
+
+FORMATS = ["32bit", "bf16", "8bit", "fp8", "4bit", "factored"]
+SPECS = ["adamw", "adamw-8bit", "adamw-4bit", "adamw-fp8", "adafactor", "adamw-8bit@paged"]
+
+
+def drive(model, opt, first, steps):
+    for step in range(first, first + steps):
+        g = torch.Generator().manual_seed(step)
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+        opt.step()
+
+
+def save_each(directory):
+    torch.manual_seed(dist.get_rank())
+    for spec in SPECS:
+        model = odd_model()
+        opt = memopt.create(model, f"{spec}/zero1")
+        drive(model, opt, 0, 2)
+        torch.manual_seed(dist.get_rank())
+        memopt.save(f"{directory}/{spec}", model=model, optimizer=opt, asynchronous=spec == "adamw-8bit").wait()
+    return torch.rand(1).item()
+
+
+def load_each(directory):
+    """The state of every spec on this rank, and one step more."""
+    found = {}
+    for spec in SPECS:
+        model = odd_model()
+        opt = memopt.create(model, f"{spec}/zero1")
+        memopt.load(f"{directory}/{spec}", model=model, optimizer=opt)
+        state = [{k: t.clone() for k, t in opt.state[p].items()} for p in model.parameters()]
+        drive(model, opt, 2, 1)
+        found[spec] = state, [p.detach().clone() for p in model.parameters()]
+    return found, torch.rand(1).item()
+
+
+def fail_on_rank_1(directory):
+    model = odd_model()
+    opt = memopt.create(model, "adamw/zero1")
+    opt.init_state()
+    memopt.save(directory, optimizer=opt, extra={"n": 1})
+    import importlib
+
+    module = importlib.import_module("memopt.checkpoint.save")
+    whole = module.write_file
+    if dist.get_rank() == 1:
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        module.write_file = full
+    try:
+        memopt.save(directory, optimizer=opt, extra={"n": 2})
+    except (OSError, RuntimeError) as error:
+        dist.barrier()  # rank 0 has swept up
+        return str(error), sorted(os.listdir(directory)), memopt.load(directory).extra
+    finally:
+        module.write_file = whole
+    return None
+
+
+def convert_each():
+    model = odd_model()
+    found = {}
+    for fmt in FORMATS:
+        opt = memopt.create(model, f"adamw-{fmt}/zero1".replace("-32bit", ""))
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        opt.step()
+        for after in FORMATS:
+            report = opt.convert_(f"adamw-{after}/zero1".replace("-32bit", ""))
+            found[fmt, after] = report.relative_error
+            assert opt.ledger() == memopt.price(model, str(opt.spec), world_size=dist.get_world_size(),
+                                                rank=dist.get_rank())  # fmt: skip
+    return found, [dict(opt.state[p]) for p in model.parameters()]
+
+
+def everything(directory):
+    """All that two ranks are asked to do: starting them is what takes time."""
+    return {
+        "drawn": save_each(directory),
+        "loaded": load_each(directory),
+        "failed": fail_on_rank_1(f"{directory}/failing"),
+        "converted": convert_each(),
+    }
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory):
+    """``(folder, what each of two ranks returned)``"""
+    path = str(tmp_path_factory.mktemp("ranks"))
+    return path, ranks.run(everything, 2, path)
+
+
+def assert_rows_are(wholes, parts):
+    """The ranks' rows put together are the whole state, bit for bit; column means are on every rank."""
+    for i, whole in enumerate(wholes):
+        for key, value in whole.items():
+            cut = [part[i][key] for part in parts]
+            if key == "step" or (key.endswith(".col") and value.dim() == 2):
+                for one in cut:
+                    assert_same_bits(one, value, key)
+            else:
+                assert_same_bits(torch.cat([one.reshape(-1) for one in cut]), value.reshape(-1), key)
+
+
+def test_two_ranks_write_what_one_and_three_read(session):
+    path, _ = session
+    single, models = {}, {}
+    for spec in SPECS:
+        model = odd_model()
+        opt = memopt.create(model, spec)
+        loaded = memopt.load(f"{path}/{spec}", model=model, optimizer=opt, rng=False)
+        assert not any(loss.encoded for loss in loaded.conversion.losses.values())
+        single[spec] = [{k: t.clone() for k, t in opt.state[p].items()} for p in model.parameters()]
+        drive(model, opt, 2, 1)
+        models[spec] = [p.detach().clone() for p in model.parameters()]
+    three = ranks.run(load_each, 3, path)
+    for spec in SPECS:
+        assert_rows_are(single[spec], [rank[0][spec][0] for rank in three])
+        for rank, _ in three:
+            for mine, theirs in zip(models[spec], rank[spec][1], strict=True):
+                if spec == "adafactor":  # sums over ranks are taken in another order
+                    torch.testing.assert_close(mine, theirs)
+                else:
+                    assert_same_bits(mine, theirs, spec)
+
+
+def test_the_same_ranks_get_their_own_rows_and_random_numbers_back(session):
+    _, both = session
+    drawn = [rank["drawn"] for rank in both]
+    assert [rank["loaded"][1] for rank in both] == drawn
+    assert drawn[0] != drawn[1]
+
+
+def test_sharded_state_loads_into_another_format_in_one_process(session):
+    path, _ = session
+    a, b = odd_model(), odd_model()
+    first, second = memopt.create(a, "adamw-8bit"), memopt.create(b, "adamw-4bit")
+    memopt.load(f"{path}/adamw-8bit", optimizer=first, rng=False)
+    report = memopt.load(f"{path}/adamw-8bit", optimizer=second, rng=False).conversion
+    assert report.relative_error == first.convert_("adamw-4bit").relative_error
+    for x, y in zip(first.state.values(), second.state.values(), strict=True):
+        for key, value in x.items():
+            assert_same_bits(value, y[key], key)
+
+
+def test_one_rank_that_cannot_write_stops_all_and_the_old_checkpoint_stays(session):
+    for message, files, extra in (rank["failed"] for rank in session[1]):
+        assert "could not be written (No space left on device)" in message
+        assert files == ["00000001-step0"]
+        assert extra == {"n": 1}
+
+
+def test_convert_works_on_the_shard(session):
+    (first, a), (second, b) = (rank["converted"] for rank in session[1])
+    assert first == second  # errors are of the whole state
+    model = odd_model()
+    for fmt in FORMATS:
+        opt = memopt.create(model, f"adamw-{fmt}".replace("-32bit", ""))
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        opt.step()
+        for after in FORMATS:
+            report = opt.convert_(f"adamw-{after}".replace("-32bit", ""))
+            assert report.relative_error == pytest.approx(first[fmt, after], rel=1e-3, abs=1e-7)
+    for p, x, y in zip(model.parameters(), a, b, strict=True):
+        for key, whole in opt.state[p].items():
+            if key == "exp_avg_sq.row":
+                torch.testing.assert_close(torch.cat([x[key], y[key]]), whole)
+            elif key == "exp_avg_sq.col" and p.dim() == 2:
+                torch.testing.assert_close(x[key], whole)
