@@ -26,7 +26,8 @@ def from_config(config: Mapping[str, Any], source: str) -> Model:
     parameters = sum(prod(shape) for _, shape in shapes)
     if parameters > MAX_PARAMETERS:
         raise InputError(f"{source} describes more than 1000T (10^15) parameters, which is not allowed")
-    return Model(source, shapes, "exact", frozen=FROZEN.get(model_type, frozenset()), notes=_notes(config))
+    return Model(source, shapes, "exact", frozen=FROZEN.get(model_type, frozenset()), notes=_notes(config),
+                 config=config)  # fmt: skip
 
 
 def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -71,6 +71,13 @@ class Fields:
             raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be true or false")
         return value
 
+    def share(self, name: str, default: float) -> float:
+        """A number from 0 to 1, such as a probability of dropout."""
+        value = self._get(name, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be a number from 0 to 1")
+        return float(value)
+
     def text(self, name: str, default: str) -> str:
         value = self._get(name, default)
         if not isinstance(value, str):

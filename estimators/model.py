@@ -18,6 +18,7 @@ class Model(NamedTuple):
     ``provenance`` is ``exact`` where every shape is known and ``assumed`` where only the count is. ``frozen`` are the
     names of parameters that do not train. ``dtypes`` maps a name to torch's name of its dtype, where the source says
     one; ``buffers`` are the bytes of tensors that are not parameters. ``notes`` are sentences for the reader.
+    ``config`` is the configuration behind the shapes, where there is one: activations follow from it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Model(NamedTuple):
     dtypes: Mapping[str, str] = {}
     buffers: int = 0
     notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None
 
 
 def architectures() -> tuple[str, ...]:

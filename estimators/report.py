@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from estimators.costs import PAGEABLE, PHASES, WITHOUT, Column, Estimate
+from estimators.costs import PAGEABLE, PHASES, Column, Estimate
 from estimators.units import gib
 
 #: Version of the JSON form. Keys are only ever added under one number.
@@ -29,7 +29,7 @@ def as_json(e: Estimate) -> dict[str, Any]:
         "gradients": e.gradients,
         "world_size": e.world_size,
         "gpu_nbytes": e.gpu,
-        "without": list(WITHOUT),
+        "without": list(e.without),
         "fits": e.fits,
         "specs": [_column_json(column, e.gpu) for column in e.columns],
     }
@@ -129,7 +129,8 @@ def _footer(e: Estimate) -> list[str]:
     if any(column.peak.pageable for column in e.columns):
         lines.append("* pageable: moves to host memory while the GPU is full; not in the GPU peak.")
     phases = ", ".join(dict.fromkeys(column.peak.phase for column in e.columns))
-    lines.append(f"GPU peak: the most of {_listed(PHASES)} (here: {phases}), without {_listed(WITHOUT)}.")
+    without = f", without {_listed(e.without)}" if e.without else ""
+    lines.append(f"GPU peak: the most of {_listed(PHASES)} (here: {phases}){without}.")
     lines += [f"Note: {note}." for note in e.model.notes]
     return [part for line in lines for part in wrap(line)]
 
@@ -149,4 +150,4 @@ def wrap(text: str, width: int = WIDTH) -> list[str]:
 
 
 def _listed(words: tuple[str, ...]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]

@@ -8,7 +8,7 @@ from estimators.families.parts import Shapes, attention, decoder, experts, gated
 from estimators.fields import Fields
 
 
-def _sparse(f: Fields) -> Callable[[int], bool]:
+def sparse(f: Fields) -> Callable[[int], bool]:
     """Whether layer ``i`` has experts."""
     dense, every = f.integers("mlp_only_layers"), f.integer("decoder_sparse_step", 1)
     return lambda i: i not in dense and (i + 1) % every == 0
@@ -18,11 +18,11 @@ def qwen2_moe(f: Fields) -> Shapes:
     """Experts, and one shared expert behind a gate of its own."""
     width, ffn, a = f.integer("hidden_size"), f.integer("intermediate_size", 5632), heads(f, kv=16)
     count, inner = f.experts("num_experts"), f.integer("moe_intermediate_size")
-    shared, bias, sparse = f.integer("shared_expert_intermediate_size"), f.flag("qkv_bias", True), _sparse(f)
+    shared, bias, has_experts = f.integer("shared_expert_intermediate_size"), f.flag("qkv_bias", True), sparse(f)
 
     def layer(name: str, i: int) -> Shapes:
         yield from attention(f"{name}.self_attn", width, a, bias)
-        if sparse(i):
+        if has_experts(i):
             yield from experts(f"{name}.mlp", count, width, inner)
             yield from gated_mlp(f"{name}.mlp.shared_expert", width, shared)
             yield f"{name}.mlp.shared_expert_gate.weight", (1, width)
@@ -38,13 +38,16 @@ def qwen3_moe(f: Fields) -> Shapes:
     """Experts without a shared one; a norm over each query and key head."""
     width, ffn, a = f.integer("hidden_size"), f.integer("intermediate_size", 6144), heads(f, kv=4)
     count, inner = f.experts("num_experts"), f.integer("moe_intermediate_size")
-    bias, sparse = f.flag("attention_bias", False), _sparse(f)
+    bias, has_experts = f.flag("attention_bias", False), sparse(f)
 
     def layer(name: str, i: int) -> Shapes:
         yield from attention(f"{name}.self_attn", width, a, bias, out_bias=bias)
         yield from norm(f"{name}.self_attn.q_norm", a.dim)
         yield from norm(f"{name}.self_attn.k_norm", a.dim)
-        yield from experts(f"{name}.mlp", count, width, inner) if sparse(i) else gated_mlp(f"{name}.mlp", width, ffn)
+        if has_experts(i):
+            yield from experts(f"{name}.mlp", count, width, inner)
+        else:
+            yield from gated_mlp(f"{name}.mlp", width, ffn)
         yield from norm(f"{name}.input_layernorm", width)
         yield from norm(f"{name}.post_attention_layernorm", width)
 

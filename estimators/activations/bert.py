@@ -1,0 +1,34 @@
+"""BERT, RoBERTa and XLM-RoBERTa with their masked-language-model heads. Source: transformers' modeling_bert.py and
+modeling_roberta.py."""
+
+from __future__ import annotations
+
+from estimators.activations.blocks import Network, Step, alike, attention, layer_norm, loss
+from estimators.activations.tape import Tape, Tensor
+from estimators.families.parts import Heads
+from estimators.fields import Fields
+
+
+def bert(f: Fields, step: Step) -> Network:
+    """A norm after each half of a layer; dropout before it."""
+    width, ffn, vocab = f.integer("hidden_size"), f.integer("intermediate_size"), f.integer("vocab_size")
+    n, p, act = f.integer("num_attention_heads"), f.share("hidden_dropout_prob", 0.1), f.text("hidden_act", "gelu")
+    a, tied = Heads(n, n, f.divide("hidden_size", "num_attention_heads")), f.flag("tie_word_embeddings", True)
+    positions, kinds = f.integer("max_position_embeddings", 512), f.integer("type_vocab_size", 2)
+
+    def embed(t: Tape) -> Tensor:
+        x = t.add(t.embedding(step.tokens, vocab, width, tied=tied), t.embedding(step.tokens, kinds, width))
+        x = t.add(x, t.embedding(step.seq, positions, width))
+        return t.dropout(layer_norm(t, x, width), p)
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = attention(t, step, x, width, a, bias=True, out_bias=True, rope=False)
+        x = layer_norm(t, t.add(x, t.dropout(y, p)), width)
+        y = t.linear(t.activation(t.linear(x, width, ffn, bias=True), act), ffn, width, bias=True)
+        return layer_norm(t, t.add(x, t.dropout(y, p)), width)
+
+    def head(t: Tape, x: Tensor) -> Tensor:
+        y = t.activation(t.linear(x, width, width, bias=True, adapted=False), "gelu")
+        return loss(t, step, layer_norm(t, y, width), width, vocab, bias=True, upcast=False)
+
+    return Network(embed, alike(layer, f.layers()), head)

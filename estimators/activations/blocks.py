@@ -1,0 +1,216 @@
+"""What layers are made of, as transformers writes them: norms, positions, attention, MLPs, the loss head."""
+
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from estimators.activations.tape import FP32, INT64, Tape, Tensor
+from estimators.families.parts import Heads
+
+
+class Step(NamedTuple):
+    """One micro-batch: sequences, tokens of each, how attention is computed (``sdpa``, ``flash``, ``eager``), bytes of
+    one element, rank of LoRA's adapters (0: none), whether it runs on a CPU."""
+
+    batch: int
+    seq: int
+    attention: str
+    item: int
+    rank: int = 0
+    cpu: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq
+
+
+Layer = Callable[[Tape, Tensor], Tensor]
+
+
+class Network(NamedTuple):
+    """A model as segments: ``embed(tape)``, layers by kind in their order, ``head(tape, x)`` down to the loss.
+    ``tables`` are bytes made once that every layer reads and keeps."""
+
+    embed: Callable[[Tape], Tensor]
+    layers: tuple[tuple[str, Layer], ...]
+    head: Layer
+    tables: int = 0
+
+
+def alike(layer: Layer, count: int) -> tuple[tuple[str, Layer], ...]:
+    """The same layer ``count`` times."""
+    return (("layer", layer),) * count
+
+
+# Norms ---------------------------------------------------------------------------------------------------------
+
+
+def _normalised(t: Tape, x: Tensor, width: int) -> Tensor:
+    """``x / rms(x)`` in fp32."""
+    x = t.cast(x, FP32)
+    scale = t.root(t.copy(t.mean(t.square(x), width)))
+    return t.mul(x, scale)
+
+
+def rms_norm(t: Tape, x: Tensor, width: int) -> Tensor:
+    """LlamaRMSNorm: back to the weights' dtype, then times the weight."""
+    return t.weighted(t.cast(_normalised(t, x, width), x.item), width)
+
+
+def rms_norm_fp32(t: Tape, x: Tensor, width: int) -> Tensor:
+    """Olmo2RMSNorm: times the weight in fp32, then back."""
+    return t.cast(t.weighted(_normalised(t, x, width), width, FP32), x.item)
+
+
+def gemma_norm(t: Tape, x: Tensor, width: int) -> Tensor:
+    """GemmaRMSNorm: times ``1 + weight.float()``, then back."""
+    y = _normalised(t, x, width)
+    return t.cast(_times_fp32_weight(t, y, width), x.item)
+
+
+def cohere_norm(t: Tape, x: Tensor, width: int) -> Tensor:
+    """CohereLayerNorm: ``x - mean`` is computed twice, once for the variance."""
+    item, x = x.item, t.cast(x, FP32)
+    mean = t.mean(x, width)
+    scale = t.root(t.copy(t.mean(t.square(t.add(x, mean)), width)))
+    return t.cast(_times_fp32_weight(t, t.mul(t.add(x, mean), scale), width), item)
+
+
+def _times_fp32_weight(t: Tape, y: Tensor, width: int) -> Tensor:
+    weight = t.tensor(width, FP32)
+    saves = [*([y] if t.trains else []), *([weight] if y.requires else [])]
+    return t.op([y], saves=saves, gradients=width * t.item * t.trains, backward_tmp=y.nbytes * t.trains)
+
+
+def layer_norm(t: Tape, x: Tensor, width: int, affine: int = 2) -> Tensor:
+    """torch.nn.LayerNorm: its input and two statistics. ``affine``: how many vectors of parameters."""
+    statistics = [t.tensor(x.numel // width, x.item) for _ in range(2)]
+    return t.op([x], saves=[x, *statistics], gradients=affine * width * t.item * t.trains)
+
+
+def plain_norm(t: Tape, x: Tensor, width: int) -> Tensor:
+    """OlmoLayerNorm: LayerNorm in fp32 without parameters."""
+    return t.cast(layer_norm(t, t.cast(x, FP32), width, affine=0), x.item)
+
+
+# Attention -----------------------------------------------------------------------------------------------------
+
+
+def rotated(t: Tape, x: Tensor, item: int = 0) -> Tensor:
+    """``x * cos + rotate_half(x) * sin``; with fp32 tables, by way of fp32."""
+    item = item or x.item
+    return t.cast(t.add(t.op([x], item=item), t.op([t.copy(x)], item=item)), x.item)
+
+
+def attend(
+    t: Tape, step: Step, q: Tensor, k: Tensor, v: Tensor, a: Heads, *, softcap: bool = False, relaid: bool = False
+) -> Tensor:
+    """Attention over one sequence with itself, unpadded; the result is laid out as the output projection reads it.
+    Fused kernels lay it out as the queries are: ``relaid`` says that those are head by head, so that a copy is made.
+
+    Fused kernels (``sdpa`` without a mask, ``flash``) save what they read, their result and one fp32 number per query.
+    ``eager`` saves the probabilities, in fp32 and in the weights' dtype, and copies of q, k and v laid out for a
+    batched product, keys and values repeated for every query head.
+    """
+    size = step.tokens * a.n * a.dim
+    if step.attention != "eager":
+        result = t.tensor(step.tokens * a.n, FP32)
+        out = t.op([q, k, v], size, t.item, saves=[q, k, v, result], saves_out=True)
+        return t.copy(out) if relaid else out
+    q, k, v = (t.copy(x, size) for x in (q, k, v))
+    scores = t.copy(t.op([q, k], step.batch * a.n * step.seq**2, t.item, saves=[q, k]))
+    if softcap:
+        scores = t.copy(t.root(t.copy(scores)))
+    scores = t.copy(scores)  # plus the mask
+    wider = scores.numel * (FP32 - scores.item)  # both passes of the softmax are computed in fp32
+    softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider)
+    probabilities = t.cast(softmax, t.item)
+    return t.copy(t.op([probabilities, v], size, t.item, saves=[probabilities, v]))
+
+
+def attention(
+    t: Tape,
+    step: Step,
+    x: Tensor,
+    width: int,
+    a: Heads,
+    *,
+    bias: bool = False,
+    out_bias: bool = False,
+    norm: Layer | None = None,
+    rope: bool = True,
+    table: int = 0,
+    softcap: bool = False,
+    partial: bool = False,
+) -> Tensor:
+    """Separate projections; ``norm`` is applied to queries and to keys, ``table`` the bytes of the tables of rotary
+    positions where that is not the weights' dtype; ``partial``: rotated and other elements are concatenated."""
+    q = t.linear(x, width, a.n * a.dim, bias)
+    k = t.linear(x, width, a.kv * a.dim, bias)
+    v = t.linear(x, width, a.kv * a.dim, bias)
+    if norm:
+        q, k = norm(t, q), norm(t, k)
+    if rope:
+        q, k = rotated(t, q, table), rotated(t, k, table)
+    return t.linear(attend(t, step, q, k, v, a, softcap=softcap, relaid=partial), a.n * a.dim, width, out_bias)
+
+
+def fused_attention(
+    t: Tape, step: Step, x: Tensor, width: int, a: Heads, *, bias: bool, out_bias: bool, rope: bool
+) -> Tensor:
+    """Query, key and value in one matrix, of whose result they are views; with ``rope`` queries and keys are made anew,
+    by concatenation."""
+    qkv = t.linear(x, width, (a.n + 2 * a.kv) * a.dim, bias)
+    q, k, v = qkv, qkv, qkv
+    if rope:
+        q = rotated(t, t.op([qkv], step.tokens * a.n * a.dim))
+        k = rotated(t, t.op([qkv], step.tokens * a.kv * a.dim))
+    return t.linear(attend(t, step, q, k, v, a, relaid=rope), a.n * a.dim, width, out_bias)
+
+
+# MLPs ----------------------------------------------------------------------------------------------------------
+
+
+def gated_mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = False, fused: bool = False) -> Tensor:
+    """``down(act(gate(x)) * up(x))``; ``fused``: gate and up are halves of one result."""
+    if fused:
+        both = t.linear(x, width, 2 * ffn, bias)
+        activated = t.op([both], both.numel // 2, saves=[both])
+        product = t.op([both, activated], activated.numel, saves=[both, activated])
+    else:
+        gate, up = t.linear(x, width, ffn, bias), t.linear(x, width, ffn, bias)
+        product = t.mul(t.activation(gate, act), up)
+    return t.linear(product, ffn, width, bias)
+
+
+def mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = True) -> Tensor:
+    return t.linear(t.activation(t.linear(x, width, ffn, bias), act), ffn, width, bias)
+
+
+# Both ends -----------------------------------------------------------------------------------------------------
+
+
+def tables(step: Step, dim: int, item: int = 0) -> int:
+    """Bytes of the cosines and sines of rotary positions."""
+    return 2 * step.seq * dim * (item or step.item)
+
+
+def loss(t: Tape, step: Step, x: Tensor, width: int, vocab: int, *, bias: bool = False, scaled: bool = False,
+         capped: bool = False, upcast: bool = True) -> Tensor:  # fmt: skip
+    """The head's projection and the cross-entropy of every token, for causal models computed in fp32 (``upcast``).
+
+    The forward variable ``logits`` lives until the model returns. ``scaled``: logits are multiplied by a constant;
+    ``capped``: divided, put through tanh and multiplied.
+    """
+    logits = t.linear(x, width, vocab, bias, adapted=False)
+    if scaled:
+        logits = t.copy(logits)
+    if capped:
+        logits = t.copy(t.root(t.copy(logits)))
+    t.held.append(logits)
+    full = t.cast(logits, FP32) if upcast else logits
+    t.held.append(full)
+    log_probabilities = t.op([full], saves_out=True)
+    labels = t.tensor(step.tokens, INT64)
+    return t.op([log_probabilities], 1, FP32, saves=[log_probabilities, labels])

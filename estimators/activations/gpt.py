@@ -1,0 +1,144 @@
+"""Decoders with LayerNorm and a plain MLP. Source: transformers' modeling_gpt2.py, modeling_gpt_neox.py,
+modeling_opt.py, modeling_phi.py and modeling_starcoder2.py."""
+
+from __future__ import annotations
+
+from estimators.activations.blocks import (
+    Network,
+    Step,
+    alike,
+    attend,
+    attention,
+    fused_attention,
+    layer_norm,
+    loss,
+    mlp,
+    tables,
+)
+from estimators.activations.llama import network
+from estimators.activations.tape import Tape, Tensor
+from estimators.families.parts import Heads, heads
+from estimators.fields import Fields
+
+
+def gpt2(f: Fields, step: Step) -> Network:
+    """Learned positions, query, key and value in one matrix, dropout after each half of a layer."""
+    width, vocab = f.integer("n_embd"), f.integer("vocab_size")
+    ffn, act = f.optional("n_inner") or 4 * width, f.text("activation_function", "gelu_new")
+    n, positions, p = f.integer("n_head"), f.integer("n_positions", 1024), f.share("resid_pdrop", 0.1)
+    tied, dropped = f.flag("tie_word_embeddings", True), f.share("embd_pdrop", 0.1)
+    a = Heads(n, n, f.divide("n_embd", "n_head"))
+
+    def embed(t: Tape) -> Tensor:
+        words = t.embedding(step.tokens, vocab, width, tied=tied)
+        return t.dropout(t.add(words, t.embedding(step.seq, positions, width)), dropped)
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = fused_attention(t, step, layer_norm(t, x, width), width, a, bias=True, out_bias=True, rope=False)
+        x = t.add(x, t.dropout(y, p))
+        return t.add(x, t.dropout(mlp(t, layer_norm(t, x, width), width, ffn, act), p))
+
+    def head(t: Tape, x: Tensor) -> Tensor:
+        return loss(t, step, layer_norm(t, x, width), width, vocab)
+
+    return Network(embed, alike(layer, f.layers("n_layer")), head)
+
+
+def gpt_neox(f: Fields, step: Step) -> Network:
+    """Rotary positions on a quarter of each head; attention and MLP side by side, each under a norm of its own."""
+    width, ffn, vocab = f.integer("hidden_size"), f.integer("intermediate_size"), f.integer("vocab_size")
+    n, bias, act = f.integer("num_attention_heads"), f.flag("attention_bias", True), f.text("hidden_act", "gelu")
+    a, parallel = Heads(n, n, f.divide("hidden_size", "num_attention_heads")), f.flag("use_parallel_residual", True)
+    p = f.share("hidden_dropout", 0.0)
+
+    def embed(t: Tape) -> Tensor:
+        return t.embedding(step.tokens, vocab, width, tied=f.flag("tie_word_embeddings", False))
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = fused_attention(t, step, layer_norm(t, x, width), width, a, bias=bias, out_bias=bias, rope=True)
+        y = t.dropout(y, p)
+        if not parallel:
+            x = t.add(x, y)
+        z = t.dropout(mlp(t, layer_norm(t, x, width), width, ffn, act), p)
+        return t.add(t.add(z, y), x) if parallel else t.add(z, x)
+
+    def head(t: Tape, x: Tensor) -> Tensor:
+        return loss(t, step, layer_norm(t, x, width), width, vocab)
+
+    return Network(embed, alike(layer, f.layers()), head, tables(step, a.dim // 4))
+
+
+def opt(f: Fields, step: Step) -> Network:
+    """Learned positions, ReLU; the 350M model's narrow embedding is projected."""
+    width, ffn, vocab = f.integer("hidden_size"), f.integer("ffn_dim"), f.integer("vocab_size")
+    n, bias, act = f.integer("num_attention_heads"), f.flag("enable_bias", True), f.text("activation_function", "relu")
+    narrow, first, p = (
+        f.optional("word_embed_proj_dim") or width,
+        f.flag("do_layer_norm_before", True),
+        f.share("dropout", 0.1),
+    )
+    a, positions = (
+        Heads(n, n, f.divide("hidden_size", "num_attention_heads")),
+        f.integer("max_position_embeddings", 2048),
+    )
+    tied, last = f.flag("tie_word_embeddings", True), first and not f.flag("_remove_final_layer_norm", False)
+
+    def embed(t: Tape) -> Tensor:
+        words = t.embedding(step.tokens, vocab, narrow, tied=tied)
+        if narrow != width:
+            words = t.linear(words, narrow, width, adapted=False)
+        return t.add(words, t.embedding(step.tokens, positions + 2, width))
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = layer_norm(t, x, width) if first else x
+        q, k, v = (
+            t.copy(t.linear(y, width, width, bias)),
+            t.linear(y, width, width, bias),
+            t.linear(y, width, width, bias),
+        )
+        y = t.linear(attend(t, step, q, k, v, a), width, width, bias)
+        x = t.add(x, t.dropout(y, p))
+        x = x if first else layer_norm(t, x, width)
+        y = t.dropout(mlp(t, layer_norm(t, x, width) if first else x, width, ffn, act, bias), p)
+        return t.add(x, y) if first else layer_norm(t, t.add(x, y), width)
+
+    def head(t: Tape, x: Tensor) -> Tensor:
+        x = layer_norm(t, x, width) if last else x
+        x = t.linear(x, width, narrow, adapted=False) if narrow != width else x
+        return loss(t, step, x, narrow, vocab)
+
+    return Network(embed, alike(layer, f.layers()), head)
+
+
+def phi(f: Fields, step: Step) -> Network:
+    """Attention and MLP side by side under one norm; half of each head is rotated."""
+    width, ffn, a = f.integer("hidden_size"), f.integer("intermediate_size"), heads(f)
+    act, p = f.text("hidden_act", "gelu_new"), f.share("resid_pdrop", 0.0)
+    if f.flag("qk_layernorm", False):
+        raise KeyError("qk_layernorm")
+
+    def norm(t: Tape, x: Tensor) -> Tensor:
+        return layer_norm(t, x, width)
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = norm(t, x)
+        attended = t.dropout(attention(t, step, y, width, a, bias=True, out_bias=True, partial=True), p)
+        return t.add(t.add(attended, t.dropout(mlp(t, y, width, ffn, act), p)), x)
+
+    return network(f, step, layer, norm, rope=a.dim // 2, head_bias=True)
+
+
+def starcoder2(f: Fields, step: Step) -> Network:
+    width, ffn, a = f.integer("hidden_size"), f.integer("intermediate_size"), heads(f, kv=2)
+    bias, p = f.flag("use_bias", True), f.share("residual_dropout", 0.0)
+    act = f.text("hidden_act", "gelu_pytorch_tanh")
+
+    def norm(t: Tape, x: Tensor) -> Tensor:
+        return layer_norm(t, x, width)
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = attention(t, step, norm(t, x), width, a, bias=bias, out_bias=bias)
+        x = t.add(x, t.dropout(y, p))
+        return t.add(x, t.dropout(mlp(t, norm(t, x), width, ffn, act, bias), p))
+
+    return network(f, step, layer, norm, rope=a.dim, tied=True)

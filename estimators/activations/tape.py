@@ -1,0 +1,200 @@
+"""Operations that only count: what each one allocates, and what autograd keeps of it for the backward pass.
+
+A family writes its forward pass once, with these operations in place of torch's (``estimators/activations/`` has one
+file per kind of family). Saved bytes, the peak of the forward pass and the peak of the backward pass all follow from
+that one description, with adapters or without, in any dtype. Which tensors an operation saves is what
+torch.autograd's ``derivatives.yaml`` says; a tensor that several operations save counts once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+FP32, INT64, BOOL = 4, 8, 1
+
+
+class Tensor:
+    """A tensor without elements. ``requires`` says whether a gradient flows to it."""
+
+    __slots__ = ("item", "numel", "requires")
+
+    def __init__(self, numel: int, item: int, requires: bool = True) -> None:
+        self.numel = numel
+        self.item = item
+        self.requires = requires
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.item
+
+
+class Op:
+    """One operation: what it reads, makes and saves.
+
+    ``gradients`` are the bytes of parameter gradients that its backward makes, ``forward_tmp`` and ``backward_tmp``
+    what it allocates and frees inside. ``alias``: the gradient of the result is, without a copy, that of the inputs.
+    """
+
+    __slots__ = ("alias", "backward_tmp", "forward_tmp", "gradients", "ins", "out", "saved")
+
+    def __init__(
+        self,
+        ins: Sequence[Tensor],
+        out: Tensor,
+        saved: Sequence[Tensor],
+        gradients: int,
+        forward_tmp: int,
+        backward_tmp: int,
+        alias: bool,
+    ) -> None:
+        self.ins = ins
+        self.out = out
+        self.saved = saved
+        self.gradients = gradients
+        self.forward_tmp = forward_tmp
+        self.backward_tmp = backward_tmp
+        self.alias = alias
+
+
+class Tape:
+    """The operations of one segment of a model, from its input ``x`` to its output.
+
+    ``item`` is the bytes of one element of weights and activations; ``rank`` that of LoRA's adapters, 0 without:
+    with adapters the model's own weights do not train, and adapters are fp32 as PEFT makes them. On a ``cpu`` masks of
+    dropout have the input's dtype, and operands of another dtype are converted in a copy.
+    """
+
+    __slots__ = ("cpu", "held", "input_gradients", "item", "ops", "out", "rank", "trains", "x")
+
+    def __init__(self, item: int, rank: int, x: Tensor, cpu: bool = False) -> None:
+        self.cpu = cpu
+        #: The words' embedding is told to require a gradient (enable_input_require_grads), trained or not.
+        self.input_gradients = False
+        self.item = item
+        self.rank = rank
+        self.trains = not rank
+        self.ops: list[Op] = []
+        #: Tensors that a variable of the forward pass keeps alive to its end, saved or not.
+        self.held: list[Tensor] = []
+        self.x = x
+        self.out = x
+
+    def tensor(self, numel: int, item: int | None = None) -> Tensor:
+        """A tensor that needs no gradient and is there already: a mask, a table."""
+        return Tensor(numel, item or self.item, requires=False)
+
+    def op(
+        self,
+        ins: Sequence[Tensor],
+        numel: int | None = None,
+        item: int | None = None,
+        *,
+        saves: Sequence[Tensor] = (),
+        saves_out: bool = False,
+        gradients: int = 0,
+        forward_tmp: int = 0,
+        backward_tmp: int = 0,
+        alias: bool = False,
+    ) -> Tensor:
+        """An operation whose result is, unless said otherwise, like its first input."""
+        requires = bool(gradients) or any(t.requires for t in ins)
+        first = ins[0] if ins else self.x
+        out = Tensor(first.numel if numel is None else numel, item or first.item, requires)
+        saved = [*saves, *([out] if saves_out else [])] if requires else []
+        self.ops.append(Op(ins, out, saved, gradients, forward_tmp, backward_tmp, alias))
+        return out
+
+    # Arithmetic ------------------------------------------------------------------------------------------------
+
+    def cast(self, x: Tensor, item: int) -> Tensor:
+        """``x.to(dtype)``: ``x`` itself where it has that dtype."""
+        return x if x.item == item else self.op([x], item=item)
+
+    def copy(self, x: Tensor, numel: int | None = None) -> Tensor:
+        """A copy or a multiple: saves nothing."""
+        return self.op([x], numel)
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        converted = self._converted(a, b)
+        return self.op([a, b], item=max(a.item, b.item), alias=a.item == b.item, forward_tmp=converted)
+
+    def _converted(self, a: Tensor, b: Tensor) -> int:
+        """Bytes of the copy of the operand with the narrower dtype."""
+        narrow, wide = sorted((a, b), key=lambda t: t.item)
+        return narrow.numel * wide.item if self.cpu and narrow.item != wide.item else 0
+
+    def mul(self, a: Tensor, b: Tensor) -> Tensor:
+        """Each factor is saved if the other needs a gradient; a smaller one is broadcast, and its gradient summed."""
+        saves = [t for t, other in ((a, b), (b, a)) if other.requires]
+        large = a if a.numel >= b.numel else b
+        tmp = large.nbytes if a.numel != b.numel and a.requires and b.requires else 0
+        return self.op([a, b], large.numel, max(a.item, b.item), saves=saves, backward_tmp=tmp,
+                       forward_tmp=self._converted(a, b))  # fmt: skip
+
+    def weighted(self, x: Tensor, width: int, item: int | None = None) -> Tensor:
+        """``x`` times a trainable vector: saves ``x`` for the vector's gradient."""
+        train = self.trains
+        return self.op([x], item=item or max(x.item, self.item), saves=[x] if train else [],
+                       gradients=width * self.item * train, backward_tmp=x.nbytes * train)  # fmt: skip
+
+    def square(self, x: Tensor) -> Tensor:
+        """``x.pow(2)``; backward computes ``grad * (2 * x)``."""
+        return self.op([x], saves=[x], backward_tmp=x.nbytes)
+
+    def mean(self, x: Tensor, width: int) -> Tensor:
+        """Over the last dimension."""
+        return self.op([x], x.numel // width)
+
+    def root(self, x: Tensor) -> Tensor:
+        """rsqrt, sqrt, tanh, sigmoid, softmax of a small tensor: the result is saved."""
+        return self.op([x], saves_out=True)
+
+    def dropout(self, x: Tensor, p: float) -> Tensor:
+        """One byte per element of mask; nothing at all where p is 0."""
+        return self.op([x], saves=[self.tensor(x.numel, x.item if self.cpu else BOOL)]) if p else x
+
+    # Layers ----------------------------------------------------------------------------------------------------
+
+    def linear(self, x: Tensor, cols: int, rows: int, bias: bool = False, adapted: bool = True) -> Tensor:
+        """torch.nn.Linear(cols, rows), and its adapter where there is one."""
+        tokens = x.numel // cols
+        train = self.trains
+        y = self.op([x], tokens * rows, saves=[x] if train else [],
+                    gradients=(cols * rows + bias * rows) * self.item * train)  # fmt: skip
+        return self._adapter(x, y, tokens, cols, rows) if self.rank and adapted else y
+
+    def _adapter(self, x: Tensor, y: Tensor, tokens: int, cols: int, rows: int) -> Tensor:
+        """``y + B(A(x)) * scaling`` in the adapters' fp32, then back: PEFT's LoraLayer without dropout."""
+        inner = self.cast(x, FP32)
+        low = self.op([inner], tokens * self.rank, FP32, saves=[inner], gradients=cols * self.rank * FP32)
+        up = self.op([low], tokens * rows, FP32, saves=[low], gradients=rows * self.rank * FP32)
+        return self.cast(self.add(y, self.copy(up)), y.item)
+
+    def embedding(self, tokens: int, rows: int, width: int, *, tied: bool = False) -> Tensor:
+        """Rows of a table; the gradient is dense. A tied one is added to the head's, which exists by then."""
+        nbytes = rows * width * self.item * self.trains
+        source = Tensor(0, self.item, requires=self.trains)
+        ids = self.tensor(tokens, INT64)
+        first = not self.ops
+        out = self.op([source], tokens * width, self.item, saves=[ids], gradients=nbytes * (not tied),
+                      backward_tmp=nbytes * tied)  # fmt: skip
+        out.requires = out.requires or (first and self.input_gradients)
+        return out
+
+    def activation(self, x: Tensor, kind: str) -> Tensor:
+        """A nonlinearity by its name in transformers; raises KeyError for one that is not known."""
+        if kind in _SAVES_INPUT:
+            return self.op([x], saves=[x])
+        if kind == "relu":
+            return self.op([x], saves_out=True)
+        if kind == "gelu_new":
+            # 0.5 * x * (1 + tanh(√(2/π) * (x + 0.044715 * x³))), operation by operation
+            half = self.copy(x)
+            cube = self.op([x], saves=[x], backward_tmp=2 * x.nbytes)
+            bent = self.root(self.copy(self.add(x, self.copy(cube))))
+            return self.mul(half, self.copy(bent))
+        raise KeyError(kind)
+
+
+#: Nonlinearities that are one operation of torch, which saves its input.
+_SAVES_INPUT = frozenset({"silu", "swish", "gelu", "gelu_pytorch_tanh"})

@@ -1,0 +1,84 @@
+"""What a training step really keeps and really allocates, on the CPU: what the formulas are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Saved(NamedTuple):
+    """Tensors that autograd keeps for the backward pass, one entry per storage: ``(shape, dtype, nbytes)``."""
+
+    entries: tuple[tuple[tuple[int, ...], str, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(nbytes for *_, nbytes in self.entries)
+
+
+def saved(module: torch.nn.Module, run: Callable[[], Any]) -> Saved:
+    """The storages that ``run()`` saves for its backward pass, each once; those of parameters and buffers are not
+    activations. ``run`` is a forward pass that returns what keeps its graph alive."""
+    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in own:
+            kept.setdefault(pointer, tensor.detach())  # alive until the end, or its address could be used again
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    entries = tuple(
+        (tuple(t.shape), str(t.dtype).removeprefix("torch."), t.untyped_storage().nbytes()) for t in kept.values()
+    )
+    del result
+    return Saved(entries)
+
+
+class Curve(NamedTuple):
+    """Bytes that the CPU allocator had handed out and not got back, relative to the start of the run."""
+
+    live: tuple[int, ...]
+    #: Where each named phase begins in ``live``.
+    marks: tuple[tuple[str, int], ...]
+
+    @property
+    def peak(self) -> int:
+        return max(self.live, default=0)
+
+    def peak_of(self, phase: str) -> int:
+        """The peak of one phase."""
+        starts = [at for _, at in self.marks] + [len(self.live)]
+        for (name, start), end in zip(self.marks, starts[1:], strict=True):
+            if name == phase:
+                return max(self.live[max(start - 1, 0) : end], default=0)
+        raise KeyError(phase)
+
+
+def traced(*phases: tuple[str, Callable[[], Any]]) -> Curve:
+    """Run the phases under torch's profiler and follow every allocation of the CPU allocator: those of tensors and
+    those that operations make and free inside."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        for name, run in phases:
+            with torch.profiler.record_function(f"phase:{name}"):
+                run()
+    events: list[tuple[int, int, str]] = []
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            events.append((event.start_ns(), event.nbytes(), ""))
+        elif event.name().startswith("phase:"):
+            events.append((event.start_ns(), 0, event.name().removeprefix("phase:")))
+    live: list[int] = []
+    marks: list[tuple[str, int]] = []
+    total = 0
+    for _, nbytes, phase in sorted(events, key=lambda e: e[0]):
+        if phase:
+            marks.append((phase, len(live)))
+        else:
+            total += nbytes
+            live.append(total)
+    return Curve(tuple(live), tuple(marks))

@@ -1,0 +1,143 @@
+"""How a step is trained: micro-batch, sequence, attention, checkpointing, adapters; and the rows that follow."""
+
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from estimators.fields import InputError, shown
+from estimators.lora import NF4, largest_quantised
+from estimators.model import Model
+from estimators.rows import GPU, PHASES, Row
+
+if TYPE_CHECKING:
+    from estimators.activations import Activations
+
+CHECKPOINTINGS = ("none", "full")
+ATTENTIONS = ("sdpa", "flash", "eager")
+_MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16}
+
+_MIB = 2**20
+#: Driver context with the kernels of torch and cuBLAS loaded, and cuBLAS's workspace (8.5 MiB before Hopper, 32 MiB on
+#: it): low, expected, high. Reported by others and not measured here, so such rows are ``assumed``.
+CONTEXT = (300 * _MIB, 400 * _MIB, 900 * _MIB)
+#: What the caching allocator holds beyond what is asked of it, in percent of all that is allocated besides weights:
+#: blocks of 512 bytes and segments of 2 MiB cost little, fragments of changing sizes more.
+FRAGMENTS = (0, 2, 10)
+
+
+class Training(NamedTuple):
+    """One step on one rank. ``seq=0``: without activations. ``lora``: rank of adapters, 0 for none. ``quantised``:
+    storage of adapted weights. ``accumulate``: micro-batches per step; with more than one, gradients are there while
+    the next micro-batch runs. ``device="cpu"``: no CUDA context, and no temporaries where the kernels step."""
+
+    batch: int = 1
+    seq: int = 0
+    checkpointing: str = "none"
+    attention: str = "sdpa"
+    lora: int = 0
+    quantised: str = ""
+    accumulate: int = 1
+    device: str = "cuda"
+
+    def checked(self) -> "Training":
+        """Raises :class:`InputError` for a value that is not allowed or does not go with another."""
+        for name, most in _MOST.items():
+            value, least = getattr(self, name), 0 if name in ("seq", "lora") else 1
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise InputError(f"{name}={shown(value)} is not allowed; it is a whole number from {least} to {most}")
+        for name, allowed in (("checkpointing", CHECKPOINTINGS), ("attention", ATTENTIONS), ("quantised", ("", *NF4)),
+                              ("device", ("cuda", "cpu"))):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is one of "
+                                 f"{', '.join(filter(None, allowed))}")  # fmt: skip
+        if self.quantised and not self.lora:
+            raise InputError(f"quantised={self.quantised!r} needs adapters: 4-bit weights do not train (lora=16)")
+        if not self.seq and (self.batch > 1 or self.checkpointing != "none"):
+            raise InputError(
+                "batch and checkpointing have an effect on activations, which need seq: tokens per sequence"
+            )
+        return self
+
+
+def run(model: Model, training: Training, item: int) -> "tuple[Activations | None, str]":
+    """The activations of a step, or None and why they are not known."""
+    if not training.seq:
+        return None, "activations (say --seq)"
+    if model.config is None:
+        return None, "activations (only shapes are known; name an architecture or a config.json)"
+    from estimators.activations import Step, activations, written
+
+    if not written(str(model.config.get("model_type"))):
+        return None, f"activations (there is no formula for {model.config.get('model_type')} yet)"
+    step = Step(training.batch, training.seq, training.attention, item, training.lora, training.device == "cpu")
+    try:
+        return activations(model.config, model.name, step, training.checkpointing), ""
+    except KeyError as error:
+        return None, f"activations (there is no formula for {error.args[0]!r} yet)"
+
+
+def rows(
+    name: str, model: Model, training: Training, ran: "Activations", gradients: list[tuple[str, int]], known: str
+) -> list[Row]:
+    """Activations and gradients by phase."""
+    forward, loss = ran.forward.activations, ran.loss.activations
+    held = [Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
+            Row(name, "activations", "saved, and the loss", loss, GPU, ("loss",), "formula")]  # fmt: skip
+    if training.accumulate > 1:
+        alive = ran.accumulated.activations
+        held += [Row(name, "gradients", kind, n, GPU, PHASES[1:], known) for kind, n in gradients]
+    else:
+        alive, total = ran.backward.activations, sum(n for _, n in gradients)
+        made = min(ran.backward.gradients, total)
+        held.append(Row(name, "gradients", "made at that moment", made, GPU, ("backward",), "formula"))
+        held += [Row(name, "gradients", kind, n, GPU, ("step",), known) for kind, n in gradients]
+    held.append(Row(name, "activations", "left, and at work", alive, GPU, ("backward",), "formula"))
+    decoded = 2 * largest_quantised(model)
+    if decoded:
+        held.append(
+            Row(name, "temporaries", "one 4-bit matrix decoded", decoded, GPU, ("forward", "backward"), "formula")
+        )
+    return held
+
+
+def runtime(name: str, rows_: list[Row]) -> list[Row]:
+    """The CUDA context, and the allocator's share of what comes and goes."""
+    low, expected, high = CONTEXT
+    moving: dict[str, int] = {}
+    for row in rows_:
+        if row.tier == GPU and row.what not in ("weights", "buffers"):
+            for phase in row.phases:
+                moving[phase] = moving.get(phase, 0) + row.nbytes
+    most = max(moving.values(), default=0)
+    least, share, largest = (most * percent // 100 for percent in FRAGMENTS)
+    return [
+        Row(name, "runtime", "CUDA context, cuBLAS", expected, GPU, PHASES, "assumed", low, high),
+        Row(name, "runtime", "allocator: rounding, fragments", share, GPU, PHASES[1:], "assumed", least, largest),
+    ]  # fmt: skip
+
+
+def describe(training: Training) -> str:
+    """The step in words, for a title.
+
+    >>> describe(Training(2, 2048, "full"))
+    '2 x 2,048 tokens, sdpa attention, full checkpointing'
+    """
+    parts = []
+    if training.seq:
+        parts.append(f"{training.batch} x {training.seq:,} tokens, {training.attention} attention")
+        if training.checkpointing != "none":
+            parts.append(f"{training.checkpointing} checkpointing")
+        if training.accumulate > 1:
+            parts.append(f"{training.accumulate} micro-batches per step")
+    if training.lora:
+        parts.append(f"LoRA rank {training.lora}" + (f" on {training.quantised} weights" if training.quantised else ""))
+    return ", ".join(parts)
+
+
+def default_seq(config: Any) -> int:
+    """2048 tokens, or as many as the model has positions for where that is fewer; 0 without a configuration."""
+    if config is None:
+        return 0
+    limits = (config.get(k) for k in ("max_position_embeddings", "n_positions"))
+    known = [n for n in limits if isinstance(n, int) and not isinstance(n, bool) and n > 0]
+    return min([2048, *known])
