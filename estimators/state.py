@@ -87,8 +87,8 @@ def tier(line: Line) -> str:
 
 def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | None) -> int | None:
     """What the plain path allocates in a step for the parameter that needs most; None where that was never measured
-    (another engine, another rule)."""
-    if spec.engine != "native" or spec.rule not in PLAIN_PATH:
+    (another engine, a master, another rule)."""
+    if spec.engine != "native" or spec.master != "none" or spec.rule not in PLAIN_PATH:
         return None
     from memopt.partitions import PARTITIONS
 

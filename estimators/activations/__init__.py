@@ -149,18 +149,18 @@ def _walk(first: _Segment, body: list[_Segment], last: _Segment, tables: int, ch
 
     made = 0
     fullest, accumulated = Moment(0, 0), 0
-    for segment, ahead, is_layer in zip([first, *body, last][::-1], [0, *before][::-1],
+    for segment, ahead, is_layer in zip([first, *body, last][::-1], [tables, *before][::-1],
                                         [False, *[True] * len(body), False][::-1], strict=True):  # fmt: skip
-        moments = [(ahead + segment.backward.activations, segment.backward.gradients)]
+        run = segment.backward
+        left = ahead
         if is_layer and checkpointed:
             # The input is kept; gradients wait while the layer runs again.
-            moments = [(ahead + segment.x + segment.backward.waiting + segment.forward.peak, 0),
-                       (ahead + segment.backward.activations + (0 if segment.forward.saves_input else segment.x),
-                        segment.backward.gradients)]  # fmt: skip
-        for alive, gradients in moments:
-            if alive + made + gradients > sum(fullest):
-                fullest = Moment(alive, made + gradients)
-            accumulated = max(accumulated, alive)
+            again = ahead + segment.x + run.waiting + segment.forward.peak
+            fullest = max(fullest, Moment(again, made), key=sum)
+            accumulated = max(accumulated, again)
+            left += 0 if segment.forward.saves_input else segment.x
+        fullest = max(fullest, Moment(left + run.activations, made + run.gradients), key=sum)
+        accumulated = max(accumulated, left + run.most)
         made += segment.backward.total
     # What a checkpointed layer is called with is alive, but not saved.
     return Activations(

@@ -21,12 +21,14 @@ class Backward(NamedTuple):
     """The moment of the backward pass at which most is alive: ``activations`` (saved tensors that are left, gradients
     of activations, temporaries; the segment's input counts if it is saved) and ``gradients`` of parameters made so
     far. ``total`` are the parameters' gradients at the end. ``waiting`` are the gradients of activations that are
-    alive when the first saved tensor is asked for: under checkpointing the segment runs again at that moment."""
+    alive when the first saved tensor is asked for: under checkpointing the segment runs again at that moment.
+    ``most`` are the activations of the moment that has most of them, whatever gradients of parameters there are."""
 
     activations: int
     gradients: int
     total: int
     waiting: int
+    most: int
 
 
 def forward(tape: Tape, *, saving: bool = True) -> Forward:
@@ -66,7 +68,7 @@ class _Gradient:
 class _Pass:
     """The state of a backward pass."""
 
-    __slots__ = ("gradients", "live", "made", "peak", "saved", "savers")
+    __slots__ = ("gradients", "live", "made", "most", "peak", "saved", "savers")
 
     def __init__(self, tape: Tape) -> None:
         tensors = {id(t): t.nbytes for op in tape.ops for t in op.saved}
@@ -79,8 +81,10 @@ class _Pass:
         self.made = 0
         self.gradients: dict[int, _Gradient] = {}
         self.peak = (self.live, 0)
+        self.most = self.live
 
     def note(self, extra: int = 0) -> None:
+        self.most = max(self.most, self.live + extra)
         if self.live + extra + self.made > sum(self.peak):
             self.peak = (self.live + extra, self.made)
 
@@ -143,4 +147,4 @@ def backward(tape: Tape, *, gradient: bool = True) -> Backward:
             if op.saved and waiting is None:
                 waiting = state.live - everything
             state.run(op)
-    return Backward(*state.peak, state.made, waiting or 0)
+    return Backward(*state.peak, state.made, waiting or 0, state.most)

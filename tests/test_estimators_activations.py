@@ -1,0 +1,208 @@
+"""Activations and peaks: known formulas, real steps on the CPU, and what is said where nothing is known."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from estimators import InputError, estimate
+from estimators.activations import WRITTEN, Step, activations
+from estimators.families import FAMILIES
+from estimators.known import KNOWN
+
+#: What the calculator promises against a real step.
+SAVED_TOLERANCE, PEAK_TOLERANCE = 0.01, 0.05
+
+LLAMA = dict(KNOWN["llama-2-7b"])
+
+
+def layers(config, *, layers_field="num_hidden_layers", **step):
+    """Saved bytes of one layer: those of two layers less those of one."""
+    s = Step(**{"batch": 1, "seq": 512, "attention": "sdpa", "item": 2, **step})
+    one, two = (activations({**config, layers_field: n}, "test", s).saved for n in (1, 2))
+    return two - one
+
+
+class TestKnownFormulas:
+    """Sources: the issue, and Korthikanti et al., "Reducing Activation Recomputation", for the shape of the terms."""
+
+    @pytest.mark.parametrize(("b", "s"), [(1, 512), (4, 2048)])
+    @pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b", "llama-3.1-70b", "mistral-7b-v0.1"])
+    def test_a_llama_layer(self, name, b, s):
+        c = KNOWN[name]
+        h, ffn, n = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+        kv, d = c.get("num_key_value_heads", n), h // n
+        want = b * s * (16 * h + 4 * n * d + 4 * kv * d + 8 * ffn + 4 * n + 8)
+        assert layers(c, batch=b, seq=s) == want
+
+    def test_eager_attention(self):
+        b, s, a = 2, 1024, LLAMA["num_attention_heads"]
+        more = layers(LLAMA, batch=b, seq=s, attention="eager") - layers(LLAMA, batch=b, seq=s)
+        assert more == 6 * a * s**2 * b - 4 * a * s * b
+
+    def test_full_checkpointing_keeps_the_input_of_each_layer_and_runs_one_again(self):
+        step = Step(2, 1024, "sdpa", 2)
+        few, many = (activations({**LLAMA, "num_hidden_layers": n}, "", step, "full") for n in (8, 32))
+        assert many.saved - few.saved == 24 * 2 * 2 * 1024 * LLAMA["hidden_size"]
+        plain = activations({**LLAMA, "num_hidden_layers": 8}, "", step)
+        assert few.accumulated.activations < plain.saved / 2
+
+    def test_the_loss_takes_ten_bytes_forward_and_twelve_backward(self):
+        config = {**LLAMA, "num_hidden_layers": 0, "vocab_size": 2**20}
+        ran = activations(config, "", Step(1, 256, "sdpa", 2))
+        logits = 256 * 2**20
+        assert ran.loss.activations == pytest.approx(10 * logits, rel=0.02)
+        assert ran.accumulated.activations == pytest.approx(12 * logits, rel=0.02)
+
+    def test_adapters_raise_activations(self):
+        plain, adapted = (layers(LLAMA, rank=r) for r in (0, 16))
+        per_token = adapted / (512 * LLAMA["hidden_size"])
+        assert adapted > 1.4 * plain
+        assert 66 < per_token < 68.5  # 67.4 s·b·h was measured for 7B
+
+    def test_activations_are_linear_in_the_batch(self):
+        a, b, c = (activations(LLAMA, "", Step(n, 256, "sdpa", 2)).saved for n in (1, 2, 3))
+        assert c - b == b - a > 0
+
+
+def benchmark():
+    path = Path(__file__).parent.parent / "benchmarks" / "estimates_activations.py"
+    spec = importlib.util.spec_from_file_location("estimates_activations", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CHECKED = [
+    *((f, 0, "bfloat16", "sdpa", False, False) for f in ("llama", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt")),
+    *((f, 0, "float32", "sdpa", True, False) for f in ("llama", "qwen2", "gemma", "bert", "phi", "mixtral", "vit")),
+    *((f, 1, "bfloat16", "sdpa", c, False) for f in ("llama", "gpt2", "qwen3_moe", "bert") for c in (False, True)),
+    *((f, 0, "bfloat16", "sdpa", c, True) for f in ("llama", "gpt_neox") for c in (False, True)),
+    ("llama", 0, "bfloat16", "eager", False, False),
+    ("gemma2", 0, "float32", "eager", False, False),
+]
+
+
+@pytest.mark.parametrize("case", CHECKED, ids=lambda c: "-".join(map(str, c)))
+def test_a_real_step(case):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("transformers", minversion="5.0")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = benchmark().measure(*case)
+    finally:
+        torch.set_num_threads(before)
+    assert abs(result["saved_error"]) < SAVED_TOLERANCE, result
+    assert abs(result["peak_error"]) < PEAK_TOLERANCE, result
+
+
+def test_the_committed_results_are_within_the_promise():
+    import json
+
+    path = Path(__file__).parent.parent / "benchmarks" / "results" / "estimates_activations.json"
+    form = json.loads(path.read_text())
+    plain = {(r["family"], r["size"]) for r in form["results"] if abs(r["saved_error"]) < SAVED_TOLERANCE}
+    assert len({family for family, _ in plain}) >= 8
+    assert max(abs(r["saved_error"]) for r in form["results"]) < SAVED_TOLERANCE
+    assert max(abs(r["peak_error"]) for r in form["results"]) < PEAK_TOLERANCE
+
+
+class TestEstimates:
+    def test_every_known_architecture_has_a_formula_or_says_that_it_has_none(self):
+        for name, config in KNOWN.items():
+            e = estimate(name, "adamw-8bit", seq=128)
+            assert (e.activations is not None) == (config["model_type"] in WRITTEN)
+            if e.activations is None:
+                assert f"no formula for {config['model_type']}" in str(e)
+
+    def test_every_family_with_a_formula_is_a_family(self):
+        assert set(WRITTEN) <= set(FAMILIES)
+
+    def test_an_unknown_nonlinearity_is_said(self):
+        e = estimate({**LLAMA, "hidden_act": "mish"}, seq=128)
+        assert e.activations is None
+        assert "no formula for 'mish'" in str(e)
+
+    def test_without_seq_nothing_but_weights_gradients_and_state(self):
+        e = estimate("gpt2", "adamw")
+        assert {row.what for row in e.rows} == {"weights", "gradients", "state"}
+
+    def test_the_rows_of_the_peak_phase_are_the_peak(self):
+        for checkpointing in ("none", "full"):
+            column = estimate("qwen3-0.6b", "adamw", seq=512, batch=4, checkpointing=checkpointing).columns[0]
+            kinds = {row.what for row in column.rows}
+            assert sum(column.at_peak(what) for what in kinds) == column.peak.nbytes
+            assert column.low <= column.peak.nbytes <= column.high
+
+    def test_gradients_grow_while_activations_shrink_unless_they_are_accumulated(self):
+        once, often = (estimate("gpt2", "adamw", seq=1024, batch=8, accumulate=n).columns[0] for n in (1, 4))
+        assert once.peak.phase == often.peak.phase == "backward"
+        assert often.at_peak("gradients") == often.nbytes("gradients") > once.at_peak("gradients")
+
+    def test_adapters_train_alone(self):
+        e = estimate("llama-3.1-8b", "adamw", lora=16)
+        assert e.trainable == 41_943_040  # PEFT's print_trainable_parameters for r=16 on all linear layers
+        assert e["adamw"].nbytes("gradients") == 4 * e.trainable
+        assert {row.detail for row in e.rows if row.what == "weights"} == {"bfloat16", "float32"}
+
+    @pytest.mark.parametrize(("kind", "per_weight"), [("nf4", 0.5625), ("nf4-double", 0.51587)])
+    def test_4bit_weights(self, kind, per_weight):
+        rows = {
+            r.detail: r.nbytes for r in estimate("llama-3.1-8b", lora=16, quantised=kind).rows if r.what == "weights"
+        }
+        linear = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
+        assert rows[kind] == pytest.approx(per_weight * linear, rel=1e-4)
+        assert rows["bfloat16"] == 2 * (2 * 128256 * 4096 + 65 * 4096)
+
+    @pytest.mark.parametrize(
+        ("given", "sentence"),
+        [
+            ({"seq": -1}, "seq=-1"),
+            ({"seq": 128, "batch": 0}, "batch=0"),
+            ({"seq": 128, "batch": True}, "batch=True"),
+            ({"batch": 2}, "need seq"),
+            ({"checkpointing": "full"}, "need seq"),
+            ({"seq": 128, "checkpointing": "some"}, "none, full"),
+            ({"seq": 128, "attention": "flex"}, "sdpa, flash, eager"),
+            ({"quantised": "nf4"}, "needs adapters"),
+            ({"lora": 4, "quantised": "int3"}, "nf4-double"),
+            ({"seq": 10**9}, "seq=1000000000"),
+        ],
+    )
+    def test_contradictions_are_one_sentence(self, given, sentence):
+        with pytest.raises(InputError, match=sentence):
+            estimate("gpt2", **given)
+
+    def test_a_count_has_no_linear_layers(self):
+        with pytest.raises(InputError, match="a parameter count has none"):
+            estimate("8B", lora=8)
+
+
+class TestTemporaries:
+    """The constants of the plain path, measured again."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_the_plain_step(self, dtype, monkeypatch):
+        torch = pytest.importorskip("torch")
+        import memopt
+        from estimators.state import COPIES, PLAIN_PATH
+        from estimators.trace import traced
+
+        for module in ("memopt.kernels", "memopt.kernels.plan"):
+            monkeypatch.setattr(f"{module}.library", lambda: None)
+        n = 256
+        checked = 0
+        for rule, formats in PLAIN_PATH.items():
+            for fmt, per_element in formats.items():
+                weight = torch.nn.Parameter(torch.randn(n, n, dtype=getattr(torch, dtype)))
+                hyper = {"momentum": 0.9} if rule == "sgd" else {}
+                optimizer = memopt.create([weight], f"{rule}-{fmt}", lr=1e-3, **hyper)
+                for _ in range(2):
+                    weight.grad = torch.randn_like(weight)
+                    optimizer.step()
+                peak = traced(("step", optimizer.step)).peak
+                want = n * n * (per_element + (COPIES if dtype == "bfloat16" else 0))
+                assert want <= peak + 16 <= want * 1.05 + 2**16, (rule, fmt, peak / n / n)
+                checked += 1
+        assert checked > 40
