@@ -1,0 +1,116 @@
+"""The gentlest mixed assignment of formats to parameters within a budget of state bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memopt.geometry import Shape
+from memopt.hyper import SpecError
+from memopt.pricing import named_shapes, price
+from memopt.spec import OptimSpec, parse
+
+#: Formats, the gentlest first. A rung that would not save anything for a parameter is passed over: factored AdamW keeps
+#: its first moment in 32 bits, Adafactor has none.
+LADDER = ("32bit", "8bit", "factored", "4bit")
+_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def fit(model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw", **fields: Any) -> OptimSpec:
+    """The spec, with overrides, whose state is at most ``budget`` and that changes least.
+
+    ``budget`` is bytes or a size such as ``"12GiB"``; ``spec`` says rule, placement and the rest, ``fields`` are
+    keywords as in :func:`memopt.price`. Every parameter begins in 32 bits. Parameters are then moved to 8 bits until
+    the budget holds, the largest first, because a large matrix saves most per parameter that is changed; then to the
+    factored form where the rule has one that saves something, then to 4 bits. Embeddings move last on every rung:
+    their rows are updated rarely, and a second moment that is rarely written is what low precision harms most. The
+    result is exact: its price, by the ledger the optimizer allocates from, is within the budget, and with the
+    parameter that was moved last left where it was it is not.
+
+    Raises :class:`memopt.SpecError` if even the last rung does not fit.
+
+    >>> shapes = {"embed.weight": (1000, 512), "a.weight": (512, 512), "b.weight": (512, 512)}
+    >>> fit(shapes, "100MiB")
+    OptimSpec('adamw')
+    >>> fit(shapes, 6_300_000)
+    OptimSpec('adamw-8bit', overrides={'embed.weight': '32bit'})
+    """
+    limit = _nbytes(budget)
+    base = parse(spec, **fields)
+    if base.overrides:
+        raise SpecError("fit chooses the overrides itself; give a spec without any")
+    base = base.replace(format=LADDER[0])
+    shapes = named_shapes(model_or_shapes)
+    rungs = [fmt for fmt in LADDER if _allowed(base, fmt)]
+    costs = _Costs(base, rungs)
+    held = {name: 0 for name, _ in shapes}
+    total = sum(costs(shape, 0) for _, shape in shapes)
+    for rung in range(1, len(rungs)):
+        if total <= limit:
+            break
+        total = _descend(shapes, held, rung, costs, total, limit)
+    if total > limit:
+        raise SpecError(f"the state does not fit into {limit:,} bytes; the least that {base.rule} needs is {total:,}; "
+                        "a rule with less state is lion")  # fmt: skip
+    return _spec(base, shapes, held, rungs)
+
+
+def _nbytes(budget: int | str) -> int:
+    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
+        return budget
+    text = budget.strip().upper() if isinstance(budget, str) else ""
+    for unit, scale in _UNITS.items():
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.replace(".", "", 1).isdigit() and number.isascii() and len(number) <= 18:
+            return int(float(number) * scale)
+    raise SpecError(f"budget={budget!r} is not allowed; it is a number of bytes or a size such as '12GiB'")
+
+
+def _allowed(base: OptimSpec, fmt: str) -> bool:
+    try:
+        base.replace(format=fmt).resolve()
+    except SpecError:
+        return False
+    return True
+
+
+class _Costs:
+    """Bytes of the state of one parameter of a shape on a rung."""
+
+    def __init__(self, base: OptimSpec, rungs: list[str]) -> None:
+        self._specs = [base.replace(format=fmt) for fmt in rungs]
+        self._known: dict[tuple[Shape, int], int] = {}
+
+    def __call__(self, shape: Shape, rung: int) -> int:
+        key = (shape, rung)
+        if key not in self._known:
+            self._known[key] = price({"p": shape}, self._specs[rung]).nbytes
+        return self._known[key]
+
+
+def _descend(
+    shapes: list[tuple[str, Shape]], held: dict[str, int], rung: int, costs: _Costs, total: int, limit: int
+) -> int:
+    """Move parameters to ``rung`` until the budget holds; those that gain nothing there stay where they are."""
+
+    def gain(shape: Shape, name: str) -> int:
+        return costs(shape, held[name]) - costs(shape, rung)
+
+    order = sorted(shapes, key=lambda item: ("embed" in item[0] or "wte" in item[0], -gain(item[1], item[0])))
+    for name, shape in order:
+        if total <= limit:
+            break
+        if gain(shape, name) > 0:
+            total -= gain(shape, name)
+            held[name] = rung
+    return total
+
+
+def _spec(base: OptimSpec, shapes: list[tuple[str, Shape]], held: Mapping[str, int], rungs: list[str]) -> OptimSpec:
+    """The most common rung is the spec's format, the others are overrides by name."""
+    used = list(held.values())
+    common = max(range(len(rungs)), key=lambda rung: (used.count(rung), -rung))
+    # A name may hold characters that mean something to a shell-style pattern.
+    quoted = {name: "".join(f"[{c}]" if c in "*?[" else c for c in name) for name in held}
+    overrides = {quoted[name]: rungs[held[name]] for name, _ in shapes if held[name] != common}
+    return base.replace(format=rungs[common], overrides=overrides)
