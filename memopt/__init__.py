@@ -19,6 +19,7 @@ _PUBLIC = {
     "SpecError": "memopt.hyper",
     "create": "memopt.optimizer",
     "describe": "memopt.grouping",
+    "fit": "memopt.fit",
     "load": "memopt.checkpoint",
     "param_groups": "memopt.grouping",
     "parse": "memopt.spec",
@@ -36,6 +37,7 @@ __all__ = [
     "SpecError",
     "create",
     "describe",
+    "fit",
     "load",
     "param_groups",
     "parse",
@@ -47,6 +49,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from memopt.checkpoint import load, save
+    from memopt.fit import fit
     from memopt.grouping import describe, param_groups
     from memopt.hyper import SpecError
     from memopt.ledger import Ledger, Line
