@@ -15,7 +15,7 @@ help:
 	@echo "make demo    the memory of an 8-billion-parameter model, then five optimizers on one language model"
 	@echo "make test    lint, types, doctests and the test suite"
 	@echo "make lint    ruff and mypy"
-	@echo "make bench   the language model with every format, three seeds (about 20 minutes)"
+	@echo "make bench   start-up, time of a step, and loss by format (half an hour)"
 	@echo "make clean   remove the environment and what the tools left behind"
 
 # An estimate whose answer is that nothing fits ends with exit code 1, which is no failure of the demo.
@@ -31,6 +31,8 @@ lint: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/quality.py
 
 clean:
