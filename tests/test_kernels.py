@@ -102,7 +102,10 @@ def test_agrees_with_the_plain_path(spec, hyper, dtype, plain) -> None:
     shapes = SHAPES if dtype == torch.float32 else SHAPES[:2]
     ours, our_states = stepped(spec, hyper, shapes, dtype)
     theirs, their_states = plain(stepped, spec, hyper, shapes, dtype)
-    coded = memopt.parse(spec).format not in ("32bit", "factored")
+    found = kernels.library()
+    assert found is not None
+    # Without fused multiply-add 16-bit parameters meet ties of their own.
+    coded = memopt.parse(spec).format not in ("32bit", "factored") or found.isa == "baseline"
     for p, q, mine, other in zip(ours, theirs, our_states, their_states, strict=True):
         ties = int(MAX_TIES * p.numel()) if coded else 0
         assert_close(p.detach(), q.detach(), HALF_STEP[dtype], ties, f"{tuple(p.shape)}")

@@ -1,7 +1,7 @@
 """Accelerated CPU steps: the rules of :mod:`memopt.rules` on the formats of :mod:`memopt.formats`, in C++.
 
 The plain torch path is the definition and these are a faster execution of it. ``MEMOPT_KERNELS=off`` in the
-environment turns them off. See ``docs/kernels.md``.
+environment turns them off, ``MEMOPT_KERNELS=avx2`` or ``baseline`` chooses an instruction set. See ``docs/kernels.md``.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> 
     if count:
         packed = (abi.Group * len(groups))(*groups)
         code = found.handle.memopt_step(
-            ctypes.byref(packed), ctypes.byref(tensors), count, seed & 0xFFFFFFFF, torch.get_num_threads(), -1
+            ctypes.byref(packed), ctypes.byref(tensors), count, seed & 0xFFFFFFFF, torch.get_num_threads(), found.index
         )
         if code:
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
@@ -93,6 +93,6 @@ def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> tuple[list[str], list
     spans = (abi.Span * len(mine))()
     for span, (_, g) in zip(spans, mine, strict=True):
         span.data, span.numel, span.dtype = g.data_ptr(), g.numel(), describe.DTYPES[g.dtype]
-    if found.handle.memopt_all_finite(ctypes.byref(spans), len(mine), torch.get_num_threads(), -1):
+    if found.handle.memopt_all_finite(ctypes.byref(spans), len(mine), torch.get_num_threads(), found.index):
         return [], others
     return [name for span, (name, _) in zip(spans, mine, strict=True) if span.bad], others

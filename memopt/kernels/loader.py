@@ -18,6 +18,7 @@ class Library(NamedTuple):
     handle: ctypes.CDLL
     path: Path
     isa: str  # the instruction set that is used
+    index: int  # its number in the library
 
 
 class Missing(NamedTuple):
@@ -76,5 +77,9 @@ def open_library(path: Path) -> Library:
     ]  # fmt: skip
     handle.memopt_all_finite.restype = ctypes.c_int32
     handle.memopt_all_finite.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
-    name = handle.memopt_isa_name(-1).decode().removeprefix("memopt_")
-    return Library(handle, path, name)
+    names = [handle.memopt_isa_name(i).decode().removeprefix("memopt_") for i in range(handle.memopt_isa_count())]
+    asked = os.environ.get("MEMOPT_KERNELS", "")
+    if asked and asked not in names:
+        raise BuildError(f"MEMOPT_KERNELS={asked} is not one of {', '.join(names)} or off, which this CPU can execute")
+    index = names.index(asked) if asked else len(names) - 1
+    return Library(handle, path, names[index], index)

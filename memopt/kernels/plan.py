@@ -90,7 +90,8 @@ class Plan:
         """The names of parameters whose gradient holds a NaN or an Inf."""
         found = library()
         assert found is not None
-        if found.handle.memopt_all_finite(ctypes.byref(self.spans), len(self.entries), torch.get_num_threads(), -1):
+        if found.handle.memopt_all_finite(ctypes.byref(self.spans), len(self.entries), torch.get_num_threads(),
+                                          found.index):  # fmt: skip
             return []
         return [entry.name for entry, span in zip(self.entries, self.spans, strict=True) if span.bad]
 
@@ -99,7 +100,7 @@ class Plan:
         found = library()
         assert found is not None
         if found.handle.memopt_step(ctypes.byref(self.hyper), ctypes.byref(self.tensors), len(self.entries),
-                                    seed & 0xFFFFFFFF, torch.get_num_threads(), -1):  # fmt: skip
+                                    seed & 0xFFFFFFFF, torch.get_num_threads(), found.index):  # fmt: skip
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
 
 
