@@ -19,7 +19,7 @@ _PUBLIC = {
     "SpecError": "memopt.hyper",
     "create": "memopt.optimizer",
     "describe": "memopt.grouping",
-    "fit": "memopt.fit",
+    "fit": "memopt.budget",
     "load": "memopt.checkpoint",
     "param_groups": "memopt.grouping",
     "parse": "memopt.spec",
@@ -48,8 +48,8 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from memopt.budget import fit
     from memopt.checkpoint import load, save
-    from memopt.fit import fit
     from memopt.grouping import describe, param_groups
     from memopt.hyper import SpecError
     from memopt.ledger import Ledger, Line

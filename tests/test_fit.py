@@ -3,10 +3,10 @@
 from math import prod
 
 import pytest
+from memopt.fit import LADDER, fit
 
 import memopt
 from estimators import resolve
-from memopt.fit import LADDER, fit
 from memopt.spec import parse
 
 SHAPES = list(resolve("smollm2-135m").shapes)
