@@ -13,7 +13,8 @@ from torch import Tensor
 from memopt.checkpoint import contents, folder, manifest, plain
 from memopt.checkpoint.converted import Converted
 from memopt.checkpoint.opened import Checkpoint
-from memopt.checkpoint.tensorfile import FileInfo, Progress, TensorFile, spec_of, write_file
+from memopt.checkpoint.tensorfile import FileInfo, Progress, TensorFile, spec_of
+from memopt.checkpoint.writing import write_file
 
 
 @torch.no_grad()

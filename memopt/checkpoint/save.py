@@ -15,7 +15,8 @@ from torch import Tensor
 from memopt.checkpoint import contents, folder, manifest, plain
 from memopt.checkpoint import rng as random_state
 from memopt.checkpoint.ranks import Ranks
-from memopt.checkpoint.tensorfile import FileInfo, spec_of, write_file
+from memopt.checkpoint.tensorfile import FileInfo, spec_of
+from memopt.checkpoint.writing import file_order, write_file
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -75,7 +76,8 @@ class _Job:
         for name, tensors in self.files.items():
             path = self.temporary / name
             try:
-                infos[name] = write_file(path, {k: spec_of(t) for k, t in tensors.items()}, tensors.items())
+                specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
+                infos[name] = write_file(path, specs, ((key, tensors[key]) for key in file_order(specs)))
             except OSError as error:
                 raise OSError(error.errno, f"{path} could not be written ({error.strerror}); earlier checkpoints are "
                                            "as they were") from error  # fmt: skip

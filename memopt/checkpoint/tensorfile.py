@@ -1,4 +1,4 @@
-"""safetensors files written and read a piece at a time.
+"""safetensors files read a piece at a time; :mod:`memopt.checkpoint.writing` writes them.
 
 The format is safetensors' own (any tool that knows it reads the files); the code is ours because its library wants
 every tensor in memory to write, and maps the file to read: where the file is cut short under a mapping the process
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,8 +25,8 @@ DTYPES = {
     "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_NAMES = {name: code for code, name in DTYPES.items()}
-_ITEMSIZE = {**ITEMSIZE, "bool": 1}
+CODES = {name: code for code, name in DTYPES.items()}
+ITEMSIZES = {**ITEMSIZE, "bool": 1}
 
 #: Bytes with a checksum of their own: damage is named to this accuracy.
 CHUNK_NBYTES = 16 * 2**20
@@ -52,88 +51,18 @@ class DamagedFile(ValueError):
 
 
 def nbytes_of(spec: TensorSpec) -> int:
-    return prod(spec.shape) * _ITEMSIZE[spec.dtype]
+    return prod(spec.shape) * ITEMSIZES[spec.dtype]
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
     """Raises ValueError for a dtype that the files have no name for."""
     dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in _NAMES:
-        raise ValueError(f"a tensor of dtype {dtype} cannot be saved; the dtypes are {', '.join(_NAMES)}")
+    if dtype not in CODES:
+        raise ValueError(f"a tensor of dtype {dtype} cannot be saved; the dtypes are {', '.join(CODES)}")
     return TensorSpec(dtype, tuple(tensor.shape))
 
 
-def write_file(
-    path: Path,
-    specs: dict[str, TensorSpec],
-    tensors: Iterable[tuple[str, Tensor]],
-    progress: Progress = lambda nbytes: None,
-) -> FileInfo:
-    """Write tensors, which may come in any order, and make them durable. Every name of ``specs`` must come once."""
-    # Wide dtypes first, so that every tensor stands at a multiple of its item size.
-    ordered = sorted(specs, key=lambda name: -_ITEMSIZE[specs[name].dtype])
-    offsets: dict[str, int] = {}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in ordered:
-        spec = specs[name]
-        offsets[name], end = end, end + nbytes_of(spec)
-        header[name] = {
-            "dtype": _NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [offsets[name], end],
-        }  # fmt: skip
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    begin = 8 + len(text)
-    with open(path, "wb", buffering=0) as file:
-        _write_all(file, len(text).to_bytes(8, "little") + text)
-        for name, tensor in tensors:
-            offset = begin + offsets.pop(name)
-            assert spec_of(tensor) == specs[name], f"{name}: {spec_of(tensor)} where {specs[name]} was announced"
-            if file.tell() != offset:
-                file.seek(offset)
-            for piece in _bytes_of(tensor):
-                _write_all(file, piece)
-                progress(len(piece))
-        assert not offsets, f"{path}: {next(iter(offsets))} was announced and did not come"
-        # The disk works while the sums are taken, from what it has in memory.
-        failures: list[OSError] = []
-        syncing = threading.Thread(target=_sync, args=(file.fileno(), failures))
-        syncing.start()
-        try:
-            info = FileInfo(begin + end, list(checksums(path)))
-        finally:
-            syncing.join()
-    if failures:
-        raise failures[0]
-    return info
-
-
-def _sync(handle: int, failures: list[OSError]) -> None:
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        failures.append(error)
-
-
-def _write_all(file: Any, data: Any) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[file.write(view) :]
-
-
-def _bytes_of(tensor: Tensor) -> Iterator[memoryview]:
-    """The tensor's bytes in order, from its own memory where that is a CPU's and contiguous."""
-    tensor = tensor.detach()
-    if not tensor.is_contiguous() and tensor.dim():
-        for row in tensor:
-            yield from _bytes_of(row.contiguous())
-        return
-    flat = tensor.reshape(-1).view(torch.uint8)
-    for start in range(0, flat.numel(), BUFFER_NBYTES):
-        yield _view(flat[start : start + BUFFER_NBYTES].cpu())
-
-
-def _view(flat: Tensor) -> memoryview:
+def bytes_view(flat: Tensor) -> memoryview:
     """The memory of a uint8 CPU tensor."""
     array: Any = flat.numpy()
     return memoryview(array)
@@ -216,7 +145,7 @@ class TensorFile:
         spec = self.specs[name]
         offset = self._offsets[name]
         if span is not None:
-            offset += span[0] * prod(spec.shape[1:]) * _ITEMSIZE[spec.dtype]
+            offset += span[0] * prod(spec.shape[1:]) * ITEMSIZES[spec.dtype]
         if not out.is_contiguous() and out.dim():
             for i, row in enumerate(out):
                 first = (span[0] if span else 0) + i
@@ -226,7 +155,7 @@ class TensorFile:
         for start in range(0, flat.numel(), BUFFER_NBYTES):
             piece = flat[start : start + BUFFER_NBYTES]
             here = piece if piece.device.type == "cpu" else torch.empty_like(piece, device="cpu")
-            self._fill(_view(here), offset + start)
+            self._fill(bytes_view(here), offset + start)
             if here is not piece:
                 piece.copy_(here)
 
