@@ -3,7 +3,7 @@
 from math import prod
 
 import pytest
-from memopt.fit import LADDER, fit
+from memopt.budget import LADDER, fit
 
 import memopt
 from estimators import resolve
