@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint_speed.py --folder DISK --out benchmarks/results/checkpoint_speed.json
 
-Turns are interleaved and the best and the median of each are reported. The ratio is to torch.save with what a checkpoint
-needs that is to survive the machine, as memopt.save does it: a new file, an fsync, and only then the old one removed.
-Beside it stand torch.save to a new file without that, and over the old file, which is lost when that is interrupted.
+Turns are interleaved and the best and the median of each are reported. The ratio is to torch.save with what a
+checkpoint needs that is to survive the machine, as memopt.save does it: a new file, an fsync, and only then the old one
+removed. Beside it stand torch.save to a new file without that, and over the old file, which an interruption destroys.
 memopt.save also takes checksums and memopt.load verifies them before it reads. Extra memory is the peak of the
 resident set over what it was, sampled every 2 ms.
 """
