@@ -21,10 +21,14 @@ def explain(optimizer: Optimizer) -> str:
         ("engine", f"{spec.engine}: {optimizer.engine.explain()}"),
     ]
     kept: dict[str, list[str]] = {}
+    slow: dict[str, list[str]] = {}
     places: dict[tuple[str, str], int] = {}
     for name, p, group in optimizer._parameters():
         for moment, reason in optimizer.engine.kept_in_32bit(spec, group, name, optimizer._rows(p)):
             kept.setdefault(reason, []).append(f"{name}.{moment}")
+        path = optimizer.engine.slow_path(spec, group, name, optimizer._rows(p), p, optimizer.partition.world_size)
+        if path:
+            slow.setdefault(path, []).append(name)
         place = PLACEMENTS[spec.for_parameter(name)[1]].explain(p.device)
         places[place, spec.for_parameter(name)[1]] = places.get((place, spec.for_parameter(name)[1]), 0) + 1
     rows += [("placement", f"{name}: {text} ({count} parameters)") for (text, name), count in places.items()]
@@ -33,8 +37,11 @@ def explain(optimizer: Optimizer) -> str:
         ("partition", f"{partition.name}: {partition.summary}; rank {partition.rank} of {partition.world_size}")
     )
     rows += [("override", f"{pattern!r} -> {value}") for pattern, value in spec.overrides.items()]
-    for reason, moments in kept.items():
-        shown = ", ".join(moments[:4]) + (f", and {len(moments) - 4} more" if len(moments) > 4 else "")
-        rows.append(("in 32 bits", f"{reason}: {shown}"))
+    rows += [("stepped by", f"{reason}: {_some(names)}") for reason, names in slow.items()]
+    rows += [("in 32 bits", f"{reason}: {_some(moments)}") for reason, moments in kept.items()]
     rows.append(("NaN or Inf", f"{optimizer.nonfinite}; {optimizer.skipped_steps} steps skipped so far"))
     return "\n".join(f"{label:<11} {text}" for label, text in rows)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f", and {len(names) - 4} more" if len(names) > 4 else "")

@@ -14,7 +14,7 @@ a thousandth of a code's step per step then moves every thousandth step, almost 
 move at random times, and after thousands of steps the stored value would have wandered off like a random walk: after
 the drop in ``tests/test_drift.py``, elements of an 8-bit second moment end between 0.2 and 3.5 times the truth with
 fresh draws. Along a row: neighbours round at different times, so the errors of a row nearly cancel, and a kernel pays
-one addition for a word where a hash of every element took a fifth of an 8-bit step. No small integer
+one addition for a word instead of a hash. No small integer
 relation ties the two angles: for |i|, |j| <= 10, i (sqrt 2 - 1) + j / golden ratio is 0.003 away from whole numbers.
 
 The mixer is the 32-bit finaliser of MurmurHash3 (Appleby, public domain).

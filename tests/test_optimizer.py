@@ -258,3 +258,17 @@ def test_explain_names_what_was_not_done_as_asked():
     assert "'wide.*' -> 4bit" in text
     assert "skip; 0 steps skipped" in text
     assert "adamw-8bit" in repr(opt)
+
+
+def test_explain_names_parameters_that_the_kernels_do_not_step():
+    from memopt import kernels
+
+    if kernels.library() is None:
+        assert "the plain torch path" in memopt.create(nn.Linear(3, 2), "adamw").explain()
+        return
+    mixed = memopt.create([("a", nn.Parameter(torch.ones(3))), ("b", nn.Parameter(torch.ones(3).double()))], "adamw")
+    assert "fused C++ kernels" in mixed.explain()
+    assert (
+        "stepped by  the plain torch path: the kernels take fp32, bf16 and fp16, and it is float64: b"
+        in mixed.explain()
+    )

@@ -29,7 +29,7 @@ PACKAGES = {
     "rich": (True, "progress bars"),
     "bitsandbytes": (False, "engine='bitsandbytes', and @paged on CUDA"),
     "transformers": (False, "its Trainer and its models"),
-    "deepspeed": (False, "engine='deepspeed'"),
+    "deepspeed": (False, "ZeRO with offloading; memopt does not use it yet"),
 }
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 _COMPILERS = ("c++", "g++", "clang++")
@@ -68,6 +68,7 @@ def findings() -> Iterator[Finding]:
     yield memory()
     yield temporary_files()
     yield compiler()
+    yield kernels()
 
 
 def python() -> Finding:
@@ -152,3 +153,12 @@ def compiler() -> Finding:
             return Finding("C++ compiler", OK, path)
     named = f"CXX={asked} is not a program" if asked else f"none of {', '.join(_COMPILERS)} found"
     return Finding("C++ compiler", NOTE, f"{named}; steps on the CPU use plain torch")
+
+
+def kernels() -> Finding:
+    """Whether a step on this CPU runs in C++; looking may compile them, as the first step would."""
+    if util.find_spec("torch") is None:
+        return Finding("CPU kernels", NOTE, "unknown without torch")
+    from memopt import kernels as cpu
+
+    return Finding("CPU kernels", OK if cpu.library() else NOTE, cpu.status())

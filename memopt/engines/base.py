@@ -10,6 +10,8 @@ from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from memopt.engines.work import Work
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
@@ -50,6 +52,12 @@ class Engine(ABC):
     @abstractmethod
     def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
         """Execute one step of these parameters; state and parameters are changed in place."""
+
+    @abstractmethod
+    def slow_path(
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, world_size: int
+    ) -> str | None:
+        """Why this parameter is not stepped by the code that :meth:`explain` names, or None."""
 
     @abstractmethod
     def explain(self) -> str:

@@ -11,6 +11,8 @@ from memopt.ledger import Line, TensorSpec
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from memopt.engines.work import Work
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
@@ -129,6 +131,11 @@ class BitsAndBytes(Engine):
                 )  # fmt: skip
             if target is not work.p:
                 work.p.copy_(target)
+
+    def slow_path(
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, world_size: int
+    ) -> str | None:
+        return None
 
     def explain(self) -> str:
         return f"bitsandbytes {require().__version__}, one call per parameter"

@@ -110,6 +110,16 @@ class Native(Engine):
         for work in kernels.step(spec, works, partition.world_size, seed):
             plain_step(spec, work, partition.total, seed)
 
+    def slow_path(
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, world_size: int
+    ) -> str | None:
+        from memopt.kernels import describe, library
+
+        if library() is None:
+            return None  # then explain() names the plain path
+        reason = describe.refuse(spec, moment_formats(spec, h, name, rows), rows, p, p, world_size)
+        return f"the plain torch path: {reason}" if reason else None
+
     def explain(self) -> str:
         from memopt import kernels
 

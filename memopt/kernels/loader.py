@@ -18,7 +18,7 @@ class Library(NamedTuple):
     handle: ctypes.CDLL
     path: Path
     isa: str  # the instruction set that is used
-    index: int  # its number in the library
+    index: int  # type: ignore[assignment]  # its number in the library
 
 
 class Missing(NamedTuple):

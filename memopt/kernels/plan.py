@@ -2,7 +2,7 @@
 
 Describing a parameter to the kernels costs some ten microseconds of Python, more than stepping a small one. A plan
 keeps the descriptors; before each step it looks whether parameters, groups, state and their memory are those that it
-knows (about a microsecond each) and takes the new gradients' addresses. If anything is different it says so, the step
+knows and takes the new gradients' addresses. If anything is different it says so, the step
 goes the long way, and a new plan is made.
 """
 
