@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from estimators.costs import PAGEABLE, PHASES, Column, Estimate
+from estimators.training import describe
 from estimators.units import gib
 
 #: Version of the JSON form. Keys are only ever added under one number.
@@ -30,6 +31,8 @@ def as_json(e: Estimate) -> dict[str, Any]:
         "world_size": e.world_size,
         "gpu_nbytes": e.gpu,
         "without": list(e.without),
+        "training": e.training._asdict(),
+        "saved_nbytes": None if e.activations is None else e.activations.saved,
         "fits": e.fits,
         "specs": [_column_json(column, e.gpu) for column in e.columns],
     }
@@ -47,14 +50,21 @@ def _column_json(column: Column, gpu: int | None) -> dict[str, Any]:
             "gpu_nbytes": column.peak.nbytes,
             "pageable_nbytes": column.peak.pageable,
             "host_nbytes": column.peak.host,
+            "low_nbytes": column.low,
+            "high_nbytes": column.high,
         },
         "rows": [{**row._asdict(), "phases": list(row.phases)} for row in column.rows],
     }
 
 
-def as_text(e: Estimate, colour: bool = False) -> str:
-    """Title, one line per spec, and what the figures do not contain."""
-    return "\n".join([*_title(e, colour), "", *_table(e, colour), "", *_footer(e)])
+def as_text(e: Estimate, colour: bool = False, bars: bool = False) -> str:
+    """Title, one line per spec, bars where asked for, what to change first, and what the figures do not contain."""
+    lines = [*_title(e, colour), "", *_table(e, colour), ""]
+    if bars:
+        from estimators.bars import bars as drawn
+
+        lines += [*drawn(e, colour), ""]
+    return "\n".join([*lines, *_advice(e), *_footer(e)])
 
 
 def _paint(text: str, style: str, colour: bool) -> str:
@@ -70,12 +80,14 @@ def _title(e: Estimate, colour: bool) -> list[str]:
     if e.weights != e.gradients:
         dtypes = f"{e.weights} weights, {e.gradients} gradients"
     ranks = f"; bytes per GPU, {e.world_size} data-parallel ranks" if e.world_size > 1 else ""
-    return [_paint(title, "bold", colour), dtypes + ranks]
+    step = wrap(describe(e.training))
+    return [_paint(title, "bold", colour), dtypes + ranks, *(step if step != [""] else [])]
 
 
 def _table(e: Estimate, colour: bool) -> list[str]:
     """Plain cells are aligned first and painted after, so that colour cannot shift a column."""
-    header = ["spec", "weights", "gradients", "state", "GPU peak", "state/parameter" if e.gpu is None else gib(e.gpu)]
+    header = ["spec", "weights", "gradients", "state", *(["activ."] if e.activations else []), "GPU peak",
+              "state/parameter" if e.gpu is None else gib(e.gpu)]  # fmt: skip
     rows = [_cells(column, e) for column in e.columns]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     # Too wide for a terminal: narrow gaps, or else each spec on a line of its own and its figures on the next.
@@ -101,6 +113,7 @@ def _cells(column: Column, e: Estimate) -> list[str]:
         gib(column.nbytes("weights") + column.nbytes("buffers")),
         gib(column.nbytes("gradients")),
         gib(state) + (pageable or (" " if marked else "")),
+        *([gib(column.nbytes("activations"))] if e.activations else []),
         gib(column.peak.nbytes),
         f"{state / max(1, e.trainable):.3f} bytes" if e.gpu is None else verdict(column, e.gpu),
     ]
@@ -122,6 +135,39 @@ def _line(cells: list[str], widths: list[int], gap: str, without_first: bool) ->
 
 def _painted_end(line: str, cell: str, over: bool, colour: bool) -> str:
     return line[: len(line) - len(cell)] + _paint(cell, "red" if over else "green", colour)
+
+
+def _advice(e: Estimate) -> list[str]:
+    """What to change first where nothing fits; the bounds where there are some."""
+    best = min(e.columns, key=lambda c: c.peak.nbytes)
+    lines = []
+    if best.low != best.high:
+        lines.append(
+            f"{best.spec}: {gib(best.low)} at least, {gib(best.peak.nbytes)} expected, {gib(best.high)} at most."
+        )
+    if e.fits is False:
+        lines.append(f"Change first: {first_change(best, e)}.")
+    return [part for line in lines for part in wrap(line)]
+
+
+def first_change(column: Column, e: Estimate) -> str:
+    """The gentlest change to what is largest at the peak."""
+    kinds = ("weights", "gradients", "state", "activations", "temporaries")
+    largest = max(kinds, key=column.at_peak)
+    size = gib(column.at_peak(largest))
+    if largest == "activations" and e.training.checkpointing == "none":
+        return f"--checkpointing full (activations are {size} of the peak)"
+    if largest == "activations":
+        return f"a shorter --seq or a smaller --batch (activations are {size} of the peak)"
+    if largest == "temporaries":
+        return f"the spec: temporaries of a step are {size}, none with engine='bitsandbytes'"
+    if largest == "state" and "8bit" not in column.spec and "4bit" not in column.spec:
+        return f"--optim adamw-8bit (state is {size} of the peak)"
+    if largest in ("weights", "gradients") and not e.training.lora:
+        return f"--lora 16 (weights and gradients are {gib(column.at_peak('weights') + column.at_peak('gradients'))})"
+    if largest == "weights" and not e.training.quantised:
+        return f"--quantised nf4 (weights are {size} of the peak)"
+    return f"the card or the model: {largest} alone are {size}"
 
 
 def _footer(e: Estimate) -> list[str]:

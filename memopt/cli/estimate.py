@@ -1,8 +1,8 @@
 """What a model and its optimizer state will cost, before anything is allocated.
 
 MODEL is a parameter count (8B, 350M), a built-in architecture (llama-3.1-8b; --models lists them), a Hugging Face
-config.json, a folder that holds one, or safetensors files. The exit code is 0 if some spec fits the GPU (or none was
-given), 1 if none does, 2 if the input cannot be used.
+config.json, a folder that holds one, or safetensors files. Activations are counted with --seq. The exit code is 0 if
+some spec fits the GPU (or none was given), 1 if none does, 2 if the input cannot be used.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
 SUMMARY = "what a model and its optimizer state will cost, before anything is allocated"
 
@@ -25,6 +26,17 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--world", metavar="N", default="1", help="data-parallel ranks (default 1)")
     parser.add_argument("--weights", metavar="DTYPE", help="bf16 (default), fp32 or fp16")
     parser.add_argument("--gradients", metavar="DTYPE", help="by default as the weights")
+    parser.add_argument("--seq", metavar="N", help="tokens of each sequence: activations are counted")
+    parser.add_argument("--batch", metavar="N", help="sequences of a micro-batch (default 1)")
+    parser.add_argument("--accumulate", metavar="N", help="micro-batches per step (default 1)")
+    parser.add_argument("--checkpointing", metavar="HOW", help="none (default) or full")
+    parser.add_argument("--attention", metavar="KIND", help="sdpa (default), flash or eager")
+    parser.add_argument("--lora", metavar="RANK", help="adapters on all linear layers, the weights frozen")
+    parser.add_argument("--quantised", metavar="KIND", help="storage of adapted weights: nf4 or nf4-double (QLoRA)")
+    parser.add_argument("--from", dest="source", metavar="FILE", help="options from what --emit wrote")
+    parser.add_argument("--emit", metavar="KIND", help="print a configuration: accelerate, transformers or python")
+    parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
+    parser.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the documented JSON instead of a table")
     parser.add_argument("--models", action="store_true", help="list the built-in architectures and stop")
 
@@ -36,6 +48,10 @@ def run(args: Namespace) -> int:
     from estimators.fields import InputError
     from estimators.report import as_text
 
+    if args.source:
+        from memopt.cli.emit import read_into
+
+        read_into(args, args.source)
     if args.model is None:
         raise InputError("which model? a parameter count such as 8B, an architecture (--models lists them), a "
                          "config.json or a folder")  # fmt: skip
@@ -47,14 +63,39 @@ def run(args: Namespace) -> int:
         weights=args.weights,
         gradients=args.gradients,
         world_size=world,
+        **step_options(args),
     )
-    if args.json:
+    if args.html or args.plot:
+        from estimators import pictures
+
+        if args.html:
+            pictures.write_html(result, args.html)
+        if args.plot:
+            pictures.write_plot(result, args.plot)
+    if args.emit:
+        from memopt.cli.emit import emit
+
+        print(emit(args.emit, result), end="")
+    elif args.json:
         import json
 
         print(json.dumps(result.to_json(), indent=2))
     else:
-        print(as_text(result, colour=wants_colour()))
+        print(as_text(result, colour=wants_colour(), bars=sys.stdout.isatty()))
     return 1 if result.fits is False else 0
+
+
+def step_options(args: Namespace) -> dict[str, Any]:
+    """How a step is trained, from the flags that were given."""
+    options: dict[str, Any] = {}
+    for name in ("seq", "batch", "accumulate", "lora"):
+        text = getattr(args, name)
+        if text is not None:
+            options[name] = whole(text, f"--{name}")
+    for name in ("checkpointing", "attention", "quantised"):
+        if getattr(args, name) is not None:
+            options[name] = getattr(args, name)
+    return options
 
 
 def whole(text: str, what: str) -> int:

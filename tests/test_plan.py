@@ -1,0 +1,91 @@
+"""memopt plan: what is listed fits, nothing listed is beaten, and the limits are limits."""
+
+import json
+
+import pytest
+
+from estimators import InputError, estimate
+from estimators.plan import METHODS, plans
+from memopt.cli import main
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def found():
+    return plans("llama-3.2-1b", 24 * GIB, seq=1024, batch=8)
+
+
+def again(p, seq, *, micro=None, tokens=None, gpu=24 * GIB):
+    return estimate("llama-3.2-1b", p.method.spec, gpu=gpu, seq=tokens or seq, batch=micro or p.micro_batch,
+                    accumulate=p.accumulate if micro is None else 1, checkpointing=p.checkpointing, lora=p.method.lora,
+                    quantised=p.method.quantised)  # fmt: skip
+
+
+def test_every_plan_fits_and_has_the_batch(found):
+    assert found.found
+    for p in found.found:
+        assert again(p, 1024).fits
+        assert again(p, 1024).peak.nbytes == p.estimate.peak.nbytes
+        assert p.micro_batch * p.accumulate == 8
+        assert p.method == METHODS[p.level]
+        assert p.why
+
+
+def test_the_gentlest_is_first_and_nothing_is_beaten(found):
+    costs = [p.cost for p in found.found]
+    assert costs == sorted(costs)
+    for i, a in enumerate(costs):
+        assert not any(all(x <= y for x, y in zip(b, a, strict=True)) for j, b in enumerate(costs) if i != j)
+
+
+def test_the_limits_are_limits(found):
+    best = found.found[0]
+    assert again(best, 1024, micro=found.largest_batch).fits
+    assert not again(best, 1024, micro=found.largest_batch + max(1, found.largest_batch // 64)).fits
+    assert again(best, 1024, micro=1, tokens=found.longest_seq).fits
+    assert not again(best, 1024, micro=1, tokens=found.longest_seq + max(1, found.longest_seq // 64)).fits
+
+
+def test_the_least_number_of_ranks():
+    result = plans("llama-3.2-1b", 14 * GIB, seq=512, batch=1)
+    assert result.ranks is not None
+    for ranks, fits in ((result.ranks, True), (result.ranks - 1, False)):
+        spec = "adamw/zero1" if ranks > 1 else "adamw"
+        e = estimate("llama-3.2-1b", spec, gpu=14 * GIB, seq=512, checkpointing="full", world_size=ranks)
+        assert e.fits is fits
+
+
+def test_a_smaller_card_never_has_a_gentler_plan():
+    first = [plans("qwen3-0.6b", n * GIB, seq=512, batch=4).found for n in (4, 8, 16, 32)]
+    costs = [p[0].cost if p else (99, 0, 0) for p in first]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[0] != costs[-1]
+
+
+def test_nothing_fits():
+    result = plans("llama-3.1-70b", 8 * GIB, seq=512, batch=1)
+    assert (result.found, result.largest_batch) == ((), 0)
+    assert main(["plan", "llama-3.1-70b", "--gpu", "8GiB", "--seq", "512", "--batch", "1"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [("8B", "only shapes are known"), ("bloom-560m", "no formula for bloom"), ("lama", "neither")],
+)
+def test_refusals(model, sentence):
+    with pytest.raises(InputError, match=sentence):
+        plans(model, 24 * GIB)
+
+
+def test_the_command_line(capsys):
+    assert main(["plan", "llama-3.2-1b", "--gpu", "24GiB", "--seq", "1024"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("llama-3.2-1b on 24.00 GiB, 8 x 1,024 tokens per step\n\n1. ")
+    assert "8 GiB more would buy: " in out
+    assert main(["plan", "llama-3.2-1b", "--gpu", "24GiB", "--seq", "1024", "--json"]) == 0
+    form = json.loads(capsys.readouterr().out)
+    assert form["schema"] == "memopt.plan/1"
+    assert form["plans"][0]["peak_nbytes"] <= 24 * GIB
+    assert main(["plan", "llama-3.2-1b", "--gpu", "24"]) == 2
+    assert "24GiB" in capsys.readouterr().err
