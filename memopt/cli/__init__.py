@@ -16,6 +16,7 @@ from importlib import import_module
 #: verb -> one line for ``memopt --help``
 VERBS = {
     "estimate": "what a model and its optimizer state will cost, before anything is allocated",
+    "plan": "the configurations that fit a card, the gentlest first",
     "list": "the specs that exist, and the values on each axis",
     "train": "train a small language model on a text file or folder, once for each spec given",
     "convert": "optimizer state of a checkpoint or of another tool under another spec",
