@@ -25,14 +25,19 @@ VERBS = {
 }
 
 
+class _Formatter(RawDescriptionHelpFormatter):
+    """With a width of its own: to ask the terminal for one, argparse imports shutil, bz2 and lzma, for every flag."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=80)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = [*(sys.argv[1:] if argv is None else argv)]  # the verb `list` hides the builtin here
     verb = arguments[0] if arguments else ""
     if verb in VERBS:
         module = import_module(f"memopt.cli.{verb}")
-        parser = ArgumentParser(
-            prog=f"memopt {verb}", description=module.__doc__, formatter_class=RawDescriptionHelpFormatter
-        )
+        parser = ArgumentParser(prog=f"memopt {verb}", description=module.__doc__, formatter_class=_Formatter)
         module.add_arguments(parser)
         try:
             return int(module.run(parser.parse_args(arguments[1:])))
