@@ -1,0 +1,36 @@
+"""Figures of ZeRO and FSDP2 against the paper and against torch."""
+
+import pytest
+
+from estimators import InputError
+from estimators.sharding import fsdp2, zero
+
+
+def test_the_papers_table():
+    """Rajbhandari et al., figure 1: 7.5 billion parameters on 64 GPUs."""
+    assert [round(zero(s, 7_500_000_000, 64) / 1e9, 1) for s in range(4)] == [120.0, 31.4, 16.6, 1.9]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 8, 64])
+def test_bytes_per_parameter(ranks):
+    n = 64 * 10**6
+    want = (16, 4 + 12 / ranks, 2 + 14 / ranks, 16 / ranks)
+    assert [zero(s, n, ranks) for s in range(4)] == [round(n * w) for w in want]
+
+
+def test_fp32_training_has_no_masters():
+    assert zero(1, 100, 4, (4, 4, 8)) == 8 * 100 + 200
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 8])
+@pytest.mark.parametrize("rows", [1, 5, 8, 17])
+def test_fsdp2_cuts_as_torch_chunks(ranks, rows):
+    torch = pytest.importorskip("torch")
+    largest = max(chunk.numel() for chunk in torch.empty(rows, 6).chunk(ranks))
+    assert fsdp2([(rows, 6)], ranks, 1) == largest
+
+
+@pytest.mark.parametrize("stage", [4, -1, "2"])
+def test_stages(stage):
+    with pytest.raises(InputError, match="stages 0 to 3"):
+        zero(stage, 1, 1)
