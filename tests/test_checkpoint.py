@@ -171,7 +171,7 @@ def test_what_went_wrong_in_the_background_is_raised_at_the_next_save(tmp_path, 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["memopt.checkpoint.save"], "write_file", full)
+        patch.setattr(sys.modules["memopt.checkpoint.saving"], "write_file", full)
         saving = memopt.save(tmp_path, optimizer=opt, asynchronous=True)
         saving._thread.join()
     with pytest.raises(OSError, match="No space left"):

@@ -53,7 +53,7 @@ def fail_on_rank_1(directory):
     memopt.save(directory, optimizer=opt, extra={"n": 1})
     import importlib
 
-    module = importlib.import_module("memopt.checkpoint.save")
+    module = importlib.import_module("memopt.checkpoint.saving")
     whole = module.write_file
     if dist.get_rank() == 1:
 

@@ -1,10 +1,10 @@
 """Optimizer state that travels: between formats, tools, world sizes and processes."""
 
-from memopt.checkpoint.export import export
+from memopt.checkpoint.exporting import export
 from memopt.checkpoint.live import source_of
-from memopt.checkpoint.load import Loaded, load
+from memopt.checkpoint.loading import Loaded, load
 from memopt.checkpoint.report import Conversion
-from memopt.checkpoint.save import Saving, save
+from memopt.checkpoint.saving import Saving, save
 from memopt.checkpoint.tensorfile import DamagedFile
 
 __all__ = ["Conversion", "DamagedFile", "Loaded", "Saving", "export", "load", "save", "source_of"]

@@ -34,7 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from memopt.checkpoint.export import TOOLS
+    from memopt.checkpoint.exporting import TOOLS
 
     fill = dict(map(_fill, args.fill))
     source, checkpoint = open_source(Path(args.source), args.rule)
@@ -78,7 +78,7 @@ def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
     """The whole dictionary is in memory: the file is the other tool's, and torch.save writes it at once."""
     import torch
 
-    from memopt.checkpoint.export import export
+    from memopt.checkpoint.exporting import export
 
     state = export(source, args.to, fill)
     print(f"{source.origin}: {len(state['state'])} parameters for {args.to}")
