@@ -21,6 +21,7 @@ VERBS = {
     "train": "train a small language model on a text file or folder, once for each spec given",
     "convert": "optimizer state of a checkpoint or of another tool under another spec",
     "inspect": "what is in a checkpoint, and whether its numbers are healthy",
+    "bench": "time one optimizer step on this CPU against torch and the other libraries",
     "doctor": "what this machine offers, and what is missing",
 }
 
