@@ -34,3 +34,12 @@ def test_fsdp2_cuts_as_torch_chunks(ranks, rows):
 def test_stages(stage):
     with pytest.raises(InputError, match="stages 0 to 3"):
         zero(stage, 1, 1)
+
+
+def test_deepspeeds_own_function_for_stage_2(monkeypatch):
+    """It counts an fp32 copy of the gradients among what is sharded: 2N + 18N/w."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    stage = pytest.importorskip("deepspeed.runtime.zero.stage_1_and_2")
+    n = 7_500_000_000
+    theirs = stage.estimate_zero2_model_states_mem_needs(n, num_gpus_per_node=8, num_nodes=8, cpu_offload=False)[1]
+    assert zero(2, n, 64, (2, 2, 16)) == theirs

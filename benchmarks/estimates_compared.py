@@ -1,0 +1,40 @@
+"""This calculator's peak, accelerate's and the bytes of a real step on the CPU, side by side.
+
+    python benchmarks/estimates_compared.py
+
+fp32 weights, AdamW; accelerate's figure is what its ``estimate-memory`` prints for training with Adam in fp32. Writes
+``benchmarks/results/estimates_compared.json``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import estimates_activations as real
+import torch
+from accelerate.commands.estimate import estimate_training_usage
+from accelerate.utils import calculate_maximum_sizes
+
+CASES = [("llama", 1, False), ("llama", 1, True), ("gpt2", 1, False), ("bert", 1, False), ("mixtral", 1, False)]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    real.SPEC = "adamw"
+    results = []
+    for family, size, checkpointed in CASES:
+        r = real.measure(family, size, "float32", "sdpa", checkpointed, False)
+        model = real.build(real.config(family, real.SIZES[size][0]), torch.float32, "sdpa", False)
+        usage = estimate_training_usage(calculate_maximum_sizes(model)[0], "float32")
+        results.append({"family": family, "checkpointing": checkpointed, "measured_nbytes": r["peak_nbytes"],
+                        "memopt_nbytes": r["peak_predicted"],
+                        "accelerate_nbytes": int(max(usage.values()))})  # fmt: skip
+    for r in results:
+        print(r, f"{r['memopt_nbytes'] / r['measured_nbytes']:.3f} {r['accelerate_nbytes'] / r['measured_nbytes']:.3f}")
+    path = Path(__file__).parent / "results" / "estimates_compared.json"
+    path.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
