@@ -124,6 +124,19 @@ class TestEstimates:
         assert e.activations is None
         assert "no formula for 'mish'" in str(e)
 
+    def test_a_live_module_has_the_formula_of_its_configuration_only_if_it_is_that_module(self):
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers", minversion="5.0")
+        config = transformers.AutoConfig.for_model(**KNOWN["qwen3-0.6b"])
+        with torch.device("meta"):
+            module = transformers.AutoModelForCausalLM.from_config(config)
+            other = transformers.AutoModelForSequenceClassification.from_config(config)
+        named = estimate("qwen3-0.6b", seq=128, weights="fp32")
+        assert estimate(module, seq=128).activations == named.activations
+        assert estimate(other, seq=128).activations is None
+        module.lm_head.weight.requires_grad_(False)
+        assert estimate(module, seq=128).activations is None
+
     def test_without_seq_nothing_but_weights_gradients_and_state(self):
         e = estimate("gpt2", "adamw")
         assert {row.what for row in e.rows} == {"weights", "gradients", "state"}
