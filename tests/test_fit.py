@@ -3,10 +3,10 @@
 from math import prod
 
 import pytest
-from memopt.budget import LADDER, fit
 
 import memopt
 from estimators import resolve
+from memopt.budget import LADDER, fit
 from memopt.spec import parse
 
 SHAPES = list(resolve("smollm2-135m").shapes)
