@@ -8,6 +8,9 @@ READY  := $(VENV)/.ready
 # Temporary files go on the checkout's disk: where /tmp is memory, paged state would have nowhere to be paged out to.
 export TMPDIR ?= $(CURDIR)/build/tmp
 
+# Threads that wait sleep instead of spinning; on a machine that does other things too, several times faster.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
 

@@ -24,7 +24,7 @@ from memopt.train.text import Corpus, Text, load_text
 
 ROOT = Path(__file__).parent.parent
 MEMOPT = [sys.executable, "-m", "memopt"]
-#: Threads that wait for each other are slow where the cores are shared with other work.
+#: Models this small gain nothing from threads that wait for each other.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 #: Longer than any run here takes on a busy machine, shorter than a person waits for one that hangs.
 PATIENCE_S = 120

@@ -20,6 +20,9 @@ def work(job: Job, rank: int, folder: str, log: str, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one ends it
     with open(log, "w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
+    # Threads that wait for each other sleep instead of spinning: on a machine that does other things too, a spinning
+    # thread takes the core from the one it waits for, and a step takes several times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         pipe.send(("result", _train(job, rank, folder, pipe)))
     except BrokenPipeError:
