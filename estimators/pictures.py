@@ -69,15 +69,15 @@ def _section(e: Estimate, index: int, most: int) -> str:
         said = f' <span class="{"no" if column.over(e.gpu) else "yes"}">{escape(verdict(column, e.gpu))}</span>'
     bounds = f", from {gib(column.low)} to {gib(column.high)}" if column.low != column.high else ""
     rows = "".join(
-        f'<tr><td>{escape(r.what)}<td>{escape(r.detail)}<td class="n">{gib(r.nbytes)}<td>{escape(r.tier)}'
-        f"<td>{escape(r.provenance)}"
+        f"<tr><td>{escape(r.what)}<br><small>{escape(r.detail)}</small>"
+        f'<td class="n">{gib(r.nbytes)}<td>{escape(r.tier)}<br><small>{escape(r.provenance)}</small>'
         for r in column.rows
         if column.peak.phase in r.phases
     )
     return (
         f'<h2>{escape(column.spec)}</h2><div class="bar">{segments}{line}</div>'
         f"<p>{gib(column.peak.nbytes)} in the phase <em>{column.peak.phase}</em>{bounds}.{said}</p>"
-        f"<details><summary>What is held then</summary><table><tr><th>what<th>detail<th>bytes<th>where<th>known"
+        f"<details><summary>What is held then</summary><table><tr><th>what<th>bytes<th>where, and how it is known"
         f"{rows}</table></details>"
     )
 
