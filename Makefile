@@ -12,11 +12,12 @@ export TMPDIR ?= $(CURDIR)/build/tmp
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test sanitize lint bench clean
 
 help:
 	@echo "make demo    the memory of an 8-billion-parameter model, then five optimizers on one language model"
 	@echo "make test    lint, types, doctests and the test suite"
+	@echo "make sanitize  the CPU kernels under the sanitizers (some minutes)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   start-up, time of a step, and loss by format (half an hour)"
 	@echo "make clean   remove the environment and what the tools left behind"
@@ -27,7 +28,11 @@ demo: $(READY)
 	$(BIN)/memopt train
 
 test: lint
-	$(BIN)/python -m pytest --doctest-modules memopt estimators tests
+	$(BIN)/python -m pytest -m "not slow" --doctest-modules memopt estimators tests
+
+# The kernels under the address, undefined-behaviour and thread sanitizers: minutes, and a compiler that has them.
+sanitize: $(READY)
+	$(BIN)/python -m pytest -m slow tests/test_kernels_sanitizers.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
