@@ -11,8 +11,8 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from memopt.hyper import SpecError
@@ -52,12 +52,11 @@ def run(args: Namespace) -> int:
     jobs = [_job(spec, args) for spec in args.optim or KINDS]
     text = load_text(args.path)
     text.check(args.context)
-    # Opened before the work, so that a path that cannot be written costs no training.
-    with open(args.json, "w") if args.json else nullcontext() as file:
-        results, failures = _run_all(jobs, text)
-        if file:
-            json.dump(_record(text, results, failures), file, indent=2)
-            file.write("\n")
+    if args.json:
+        open(args.json, "a").close()  # a path that cannot be written is said before the training, not after it
+    results, failures = _run_all(jobs, text)
+    if args.json:
+        Path(args.json).write_text(json.dumps(_record(text, results, failures), indent=2) + "\n")
     for failure in failures:
         print(f"memopt train: {failure}", file=sys.stderr)
     return 1 if failures else 0
