@@ -22,7 +22,7 @@ import torch
 from memopt.spec import parse
 from memopt.train.job import Job, Result
 from memopt.train.launch import launch
-from memopt.train.recipe import LEARNING_RATE
+from memopt.train.recipe import learning_rate
 from memopt.train.report import to_json
 from memopt.train.text import load_text
 
@@ -59,7 +59,7 @@ def measure(steps: int, batch: int, workers: int) -> dict[str, list[Result]]:
 
     def one(name: str, seed: int) -> Result:
         case = CASES[name]
-        lr = LEARNING_RATE[parse(case.spec).rule] * case.lr_factor
+        lr = learning_rate(parse(case.spec).rule) * case.lr_factor
         job = Job(spec=case.spec, lr=lr, steps=steps, batch=batch, seed=seed, threads=1)
         result = launch(job, lambda step, loss: None)
         print(f"{name:<22}  seed {seed}  {result.validation_loss:.4f}", flush=True)

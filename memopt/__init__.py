@@ -21,6 +21,7 @@ _PUBLIC = {
     "describe": "memopt.grouping",
     "fit": "memopt.budget",
     "load": "memopt.checkpoint",
+    "lookahead": "memopt.spec",
     "param_groups": "memopt.grouping",
     "parse": "memopt.spec",
     "price": "memopt.pricing",
@@ -39,6 +40,7 @@ __all__ = [
     "describe",
     "fit",
     "load",
+    "lookahead",
     "param_groups",
     "parse",
     "price",
@@ -56,7 +58,7 @@ if TYPE_CHECKING:
     from memopt.optimizer import Optimizer, create
     from memopt.pricing import price
     from memopt.schedules import schedule
-    from memopt.spec import OptimSpec, parse, specs
+    from memopt.spec import OptimSpec, lookahead, parse, specs
 
 
 def __getattr__(name: str) -> Any:

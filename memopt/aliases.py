@@ -9,6 +9,10 @@ ALIASES: dict[str, str] = {
     "adamw_hf": "adamw",
     "adamw32bit": "adamw",
     "adam32bit": "adam",
+    # papers
+    "adam_mini": "adammini",
+    "adam-mini": "adammini",
+    "stable_adamw": "stableadamw",
     # bitsandbytes classes and the names transformers gives them
     "adamw8bit": "adamw-8bit",
     "adamw_8bit": "adamw-8bit",
@@ -23,6 +27,12 @@ ALIASES: dict[str, str] = {
     "rmsprop_bnb": "rmsprop",
     "rmsprop_bnb_32bit": "rmsprop",
     "rmsprop32bit": "rmsprop",
+    "ademamix8bit": "ademamix-8bit",
+    "ademamix_8bit": "ademamix-8bit",
+    "pagedademamix": "ademamix@paged",
+    "pagedademamix8bit": "ademamix-8bit@paged",
+    "paged_ademamix_32bit": "ademamix@paged",
+    "paged_ademamix_8bit": "ademamix-8bit@paged",
     "sgd8bit": "sgd-8bit",
     "sgd32bit": "sgd",
     "pagedadamw": "adamw@paged",

@@ -45,6 +45,10 @@ def _eps(value: Any) -> bool:
     return _at_least_zero(value) or _pair(_at_least_zero, first_may_be_none=True)(value)
 
 
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
 def _bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -61,6 +65,7 @@ FLAGS = (
     "warmup_init",
 )
 
+#: A key ``rule.name`` is for a rule that means something else by the name.
 CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lr": ("a finite number >= 0, or None where the rule makes its own", lambda v: v is None or _at_least_zero(v)),
     "betas": ("numbers in [0, 1)", _fractions),
@@ -70,6 +75,13 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "momentum": ("a finite number >= 0", _at_least_zero),
     "dampening": ("a finite number", _number),
     "alpha": ("a number in [0, 1]", lambda v: _number(v) and 0 <= float(v) <= 1),
+    "ademamix.alpha": ("a finite number >= 0", _at_least_zero),
+    "t_alpha": ("None or an integer >= 1, a number of steps", lambda v: v is None or _count(v)),
+    "t_beta3": ("None or an integer >= 1, a number of steps", lambda v: v is None or _count(v)),
+    "final_lr": ("a finite number > 0", lambda v: _number(v) and float(v) > 0),
+    "gamma": ("a number in (0, 1)", lambda v: _fraction(v) and float(v) > 0),
+    "lookahead_steps": ("an integer >= 1", lambda v: _count(v)),
+    "lookahead_rate": ("a number in (0, 1]", lambda v: _number(v) and 0 < float(v) <= 1),
     "beta2_decay": ("a finite number <= 0", lambda v: _number(v) and float(v) <= 0),
     "d": ("a finite number >= 1", lambda v: _number(v) and float(v) >= 1),
     "convention": ("'torch' or 'transformers'", lambda v: v in ("torch", "transformers")),
@@ -80,7 +92,7 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 def check(rule: str, values: Mapping[str, Any]) -> None:
     """Raise :class:`SpecError` for the first value that is not allowed."""
     for name, value in values.items():
-        allowed, ok = CHECKS[name]
+        allowed, ok = CHECKS.get(f"{rule}.{name}") or CHECKS[name]
         if not ok(value):
             raise SpecError(f"{rule}: {name}={value!r} is not allowed; {name} must be {allowed}")
 

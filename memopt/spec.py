@@ -23,9 +23,11 @@ from memopt.rules import RULES, Moment, Rule
 MASTERS = {"none": "the parameter itself is updated"}
 
 _GRAMMAR = re.compile(
-    r"(?P<rule>[a-z][a-z0-9]*)(?:-(?P<format>[a-z0-9]+))?(?:\+(?P<master>[a-z0-9]+))?"
+    r"(?P<rule>[a-z][a-z0-9]*(?:\([a-z0-9]+\))?)(?:-(?P<format>[a-z0-9]+))?(?:\+(?P<master>[a-z0-9]+))?"
     r"(?:@(?P<placement>[a-z0-9]+))?(?:/(?P<partition>[a-z0-9]+))?"
 )
+#: ``lookahead(adamw-8bit)``: what is inside may be a spec, of which the rule alone stays inside.
+_WRAPPED = re.compile(r"([a-z0-9]+)\(([^()]*)\)(.*)")
 _OVERRIDE = re.compile(r"(?P<format>[a-z0-9]+)?(?:@(?P<placement>[a-z0-9]+))?")
 
 
@@ -219,7 +221,7 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     lowered = text.strip().lower()
     # An alias names a rule, a format or a placement; a partition may follow it.
     head, slash, tail = lowered.partition("/")
-    match = _GRAMMAR.fullmatch(ALIASES.get(head, head) + slash + tail)
+    match = _GRAMMAR.fullmatch(_plain_name(head) + slash + tail)
     if match is None:
         raise SpecError(f"cannot read the spec {text!r}; the form is RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION], "
                         f"where RULE is one of {', '.join(RULES)}")  # fmt: skip
@@ -227,8 +229,30 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     return OptimSpec(**axes, **fields)
 
 
+def _plain_name(head: str) -> str:
+    """Names of other tools as ours, inside a wrapper too; what follows the rule stands behind the wrapper."""
+    wrapped = _WRAPPED.fullmatch(head)
+    if wrapped is None:
+        return ALIASES.get(head, head)
+    inner = _plain_name(wrapped[2])
+    rule = re.match(r"[a-z0-9]*", inner)[0]  # type: ignore[index]
+    return f"{wrapped[1]}({rule}){inner[len(rule) :]}{wrapped[3]}"
+
+
+def lookahead(inner: str | OptimSpec = "adamw", steps: int = 5, rate: float = 0.5) -> OptimSpec:
+    """The spec ``inner`` with slow weights that move by ``rate`` of the way to the fast ones every ``steps`` steps, and
+    to which the fast ones then return (Zhang et al. 2019). The slow weights are state: in the ledger and in the price.
+
+    >>> lookahead("adamw-8bit@paged")
+    OptimSpec('lookahead(adamw)-8bit@paged', hyper={'lookahead_steps': 5, 'lookahead_rate': 0.5})
+    """
+    spec = parse(inner)
+    hyper = {**spec.hyper, "lookahead_steps": steps, "lookahead_rate": rate}
+    return spec.replace(rule=f"lookahead({spec.rule})", hyper=hyper)
+
+
 def specs(engine: str = "native") -> tuple[OptimSpec, ...]:
-    """Every valid combination of rule, format, placement and partition for an engine."""
+    """Every valid combination of rule, format, placement and partition for an engine; rules without a wrapper."""
     return tuple(_specs(engine))
 
 

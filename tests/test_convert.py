@@ -7,6 +7,8 @@ import torch
 from cases import HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, odd_model, train
 
 import memopt
+from memopt.checkpoint.converted import Converted
+from memopt.checkpoint.opened import Checkpoint
 from memopt.hyper import SpecError
 from memopt.spec import FIELDS
 
@@ -56,7 +58,7 @@ def test_every_pair_of_formats_is_within_its_bound_and_goes_on(trained, before, 
     report = opt.convert_(after)
     fmt = memopt.parse(after).format
     for moment, error in report.relative_error.items():
-        signed = moment in ("exp_avg", "momentum_buffer", "grad_avg")
+        signed = moment in ("exp_avg", "exp_avg_slow", "momentum_buffer", "grad_avg")
         assert error <= BOUND[fmt][signed], moment
     assert opt.ledger() == memopt.price(model, after, **HYPER.get(opt.spec.rule, {}))
     assert live_nbytes(opt) == opt.ledger().nbytes
@@ -213,3 +215,32 @@ def test_extra_memory_is_one_parameters_state():
         patch.setattr(fit.Slot, "allocate", watched)
         opt.convert_("adamw-8bit")
     assert most <= before + 3 * 2**20
+
+
+def test_slow_weights_begin_as_the_parameters_when_lookahead_begins():
+    model, opt = stepped("adamw-8bit")
+    weights = [p.detach().clone() for p in model.parameters()]
+    opt.convert_("lookahead(adamw)-8bit")
+    for p, before in zip(model.parameters(), weights, strict=True):
+        assert_same_bits(opt.state[p]["slow"], before)
+    assert opt.ledger() == memopt.price(model, "lookahead(adamw)-8bit")
+    train(model, opt, 3, 3)
+    report = opt.convert_("adamw-8bit")
+    assert "slow" in report.dropped
+    with pytest.raises(SpecError, match="begins as the parameter and is not filled"):
+        opt.convert_("lookahead(adamw)-8bit", fill={"slow": 0})
+
+
+def test_slow_weights_cannot_be_made_of_a_file(tmp_path):
+    model, opt = stepped("adamw")
+    memopt.save(tmp_path / "run", model=model, optimizer=opt)
+    other = odd_model()
+    ahead = memopt.create(other, "lookahead(adamw)")
+    memopt.load(tmp_path / "run", model=other, optimizer=ahead)
+    for p in other.parameters():
+        assert_same_bits(ahead.state[p]["slow"], p.detach())
+    checkpoint = Checkpoint(memopt.load(tmp_path / "run").path)
+    source = checkpoint.optimizer()
+    with pytest.raises(SpecError, match="'slow' begins as the parameter, which is not in a saved state"):
+        Converted(source, memopt.parse("lookahead(adamw)"), {})
+    checkpoint.close()

@@ -82,6 +82,28 @@ def test_any_text_is_a_spec_or_one_sentence(text):
     assert 10 < len(sentence) < 400
 
 
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("lookahead(adamw)", "lookahead(adamw)"),
+        ("lookahead(adamw-8bit)@paged", "lookahead(adamw)-8bit@paged"),
+        ("lookahead(paged_adamw_8bit)/zero1", "lookahead(adamw)-8bit@paged/zero1"),
+        ("Lookahead(Adam-mini)", "lookahead(adammini)"),
+    ],
+)
+def test_a_wrapper_around_a_rule(text, spec):
+    assert str(memopt.parse(text)) == spec
+    assert memopt.parse(spec) == memopt.parse(text)
+    inner = memopt.price([(256, 256)], spec.replace("lookahead(", "").replace(")", ""))
+    assert memopt.price([(256, 256)], spec).nbytes == inner.nbytes + 4 * 256 * 256
+
+
+@pytest.mark.parametrize("text", ["lookahead(magic)", "lookahead()", "lookahead(lookahead(adamw))", "ahead(adamw)"])
+def test_a_wrapper_that_means_nothing(text):
+    with pytest.raises(SpecError, match=r"unknown rule|cannot read the spec"):
+        memopt.parse(text)
+
+
 def test_specs_lists_what_can_be_made_and_nothing_else():
     made = set(SPECS)
     assert len(made) == len(SPECS)

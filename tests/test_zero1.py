@@ -10,7 +10,10 @@ import memopt
 from memopt.rules import RULES
 
 STEPS = 6
-SPECS = [s for s in map(str, memopt.specs()) if s.endswith("/zero1") and "@" not in s] + ["adamw-8bit@paged/zero1"]
+SPECS = [s for s in map(str, memopt.specs()) if s.endswith("/zero1") and "@" not in s] + [
+    "adamw-8bit@paged/zero1",
+    "lookahead(adamw)-8bit/zero1",
+]
 
 
 #: Other order of summation in the statistics of a whole tensor, relative to the largest element.

@@ -8,13 +8,13 @@ from typing import Any
 from memopt.checkpoint.dynamic import Dynamic8
 from memopt.engines.bitsandbytes import SECOND_MOMENT
 from memopt.engines.native import moment_formats
-from memopt.formats import FORMATS, Format
+from memopt.formats import HELD, Format
 from memopt.geometry import Rows, Shape
 from memopt.rules import RULES, Moment
 from memopt.spec import OptimSpec
 
 #: Every encoding that a checkpoint may hold: its tag in the manifest -> format.
-CODES: dict[str, Format] = {**FORMATS, "dynamic8": Dynamic8()}
+CODES: dict[str, Format] = {**HELD, "dynamic8": Dynamic8()}
 
 #: Elements that are decoded at a time: about 40 MiB with the temporaries of encoding.
 CHUNK_NUMEL = 1 << 20
@@ -59,7 +59,7 @@ def is_cut_by_rows(fmt: Format, moment: Moment, shape: Shape) -> bool:
 def span(fmt: Format, moment: Moment, part: str, outer: Rows, inner: Rows) -> tuple[int, int] | None:
     """Where the rows ``inner`` stand along dimension 0 of the part that holds the rows ``outer``; None is all of it.
 
-    >>> span(FORMATS["8bit"], Moment("exp_avg"), "scales", Rows((1024,), 1, 4), Rows((1024,), 2, 3))
+    >>> span(HELD["8bit"], Moment("exp_avg"), "scales", Rows((1024,), 1, 4), Rows((1024,), 2, 3))
     (1, 2)
     """
     if inner == outer or is_shared(fmt, moment, outer.shape, part):

@@ -15,6 +15,7 @@ from memopt.checkpoint.report import Conversion, spelled
 from memopt.engines import ENGINES
 from memopt.hyper import SpecError
 from memopt.partitions import PARTITIONS, Partition
+from memopt.partitions.zero1 import owned
 from memopt.rules import RULES
 from memopt.spec import FIELDS, OptimSpec
 
@@ -29,7 +30,8 @@ def slots(optimizer: Optimizer, spec: OptimSpec, hypers: Groups, partition: Part
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
     for index, (name, p, group) in enumerate(optimizer._parameters()):
         rows = partition.rows(tuple(p.shape), partition.rank, partition.world_size)
-        yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, partition.total)
+        yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, partition.total,
+                      owned(p, rows))  # fmt: skip
 
 
 @torch.no_grad()

@@ -17,8 +17,10 @@ from memopt.checkpoint.stored import LivePiece, Record, Stored
 from memopt.checkpoint.transfer import Target, transfer
 from memopt.formats import Shard
 from memopt.geometry import Rows, Shape
+from memopt.hyper import SpecError
 from memopt.placements import PLACEMENTS
 from memopt.pricing import state_lines
+from memopt.rules import Moment
 from memopt.spec import OptimSpec
 
 
@@ -33,6 +35,7 @@ class Slot(NamedTuple):
     device: torch.device
     seed: int
     total: Callable[[Tensor], Tensor]
+    parameter: Tensor | None = None  # these rows of it, where it is at hand
 
     @property
     def shape(self) -> Shape:
@@ -68,13 +71,25 @@ class Slot(NamedTuple):
         """What feeds each moment: the name of a stored one, or a number. Raises ValueError for what does not fit."""
         if record.shape != self.shape:
             raise ValueError(f"{self.name}: the saved state is of shape {record.shape}, the parameter of {self.shape}")
-        plan = {}
+        plan: dict[str, str | float] = {}
         for moment, _ in moment_codes(self.spec, self.h, self.name, self.shape):
+            if moment.begins and moment.name not in record.moments:
+                self._check_begins(moment, fill)
+                plan[moment.name] = 0.0
+                continue
             plan[moment.name] = chosen = feeds(rule, self.spec.rule, self.name, record.moments, moment.name, fill)
             negative = record.moments[chosen].moment.signed if isinstance(chosen, str) else chosen < 0
             if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
                 raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
         return plan
+
+    def _check_begins(self, moment: Moment, fill: Fill) -> None:
+        """Raise SpecError for a moment that begins as the parameter where there is no parameter to begin as."""
+        if moment.name in fill:
+            raise SpecError(f"fill[{moment.name!r}]: it begins as {moment.begins} and is not filled")
+        if self.parameter is None:
+            raise SpecError(f"{self.name}: {moment.name!r} begins as {moment.begins}, which is not in a saved state; "
+                            "load the state as it is and use opt.convert_")  # fmt: skip
 
 
 def fill_slot(
@@ -87,6 +102,10 @@ def fill_slot(
     state["step"].fill_(step)
     for name, target in slot.targets(state, int(step)).items():
         chosen = plan[name]
+        if target.moment.begins and name not in record.moments:
+            assert slot.parameter is not None
+            target.encode(slot.parameter.float(), target.shard.rows)
+            continue
         if isinstance(chosen, str):
             scale = _scale(slot, name, chosen, record.step, old)
             transfer(record.moments[chosen], target, scale, report.losses.setdefault(name, Loss()))

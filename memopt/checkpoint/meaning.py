@@ -18,6 +18,7 @@ _MEANING = {"exp_avg": "a mean of gradients", "exp_avg_sq": "a mean of squared g
 
 def meaning(rule: str, moment: str) -> str:
     """What ``moment`` is a mean of, in words; its own name where only one rule keeps it."""
+    rule = rule.rpartition("(")[2].rstrip(")")  # of lookahead(adafactor), adafactor
     return _OTHER_MEANING.get((rule, moment)) or _MEANING.get(moment, moment)
 
 
@@ -26,6 +27,7 @@ def share(rule: str, moment: str, h: Mapping[str, Any], t: float) -> float:
 
     A moment that changes its rule is scaled by the ratio of the two, so that it stands for the same mean.
     """
+    rule = rule.rpartition("(")[2].rstrip(")")
     if rule == "adafactor" or moment not in _MEANING:
         return 1.0
     betas = h["betas"]

@@ -70,6 +70,11 @@ def matrix_text() -> list[str]:
         "",
         "yes: RULE-FORMAT; default: what RULE alone means; - : refused, with the reason",
         "",
+        *[
+            f"{f'{name}(RULE)':<21} any rule inside {name}, in its formats: {name}(adamw)-8bit"
+            for name in RULES.wrappers
+        ],
+        "",
         *_axis("placement", PLACEMENTS, "device"),
         *_axis("partition", PARTITIONS, "none"),
         *[f"not valid: {rule}-{fmt}@{placement}/{partition}" for rule, fmt, placement, partition in missing],

@@ -18,7 +18,7 @@ from typing import Any
 from memopt.hyper import SpecError
 from memopt.spec import parse
 from memopt.train.job import Job, ModelConfig, Result
-from memopt.train.recipe import LEARNING_RATE
+from memopt.train.recipe import learning_rate
 from memopt.train.text import Text, load_text
 
 #: The five kinds: full precision, 8 bits, paged, factored, sharded.
@@ -70,7 +70,7 @@ def _job(text: str, args: Namespace) -> Job:
         raise SpecError(f"{error}{hint}") from None
     return Job(
         spec=str(spec),
-        lr=LEARNING_RATE[spec.rule] if args.lr is None else args.lr,
+        lr=learning_rate(spec.rule) if args.lr is None else args.lr,
         path=args.path,
         steps=args.steps,
         batch=args.batch,

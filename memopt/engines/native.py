@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from memopt import noise
 from memopt.engines.base import Engine
-from memopt.formats import FORMATS, Format, Shard
+from memopt.formats import FORMATS, HELD, Format, Shard
 from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec
 from memopt.rules import RULES, Moment
@@ -27,6 +27,9 @@ def moment_formats(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows)
     asked = FORMATS[spec.for_parameter(name)[0]]
     chosen = []
     for moment in RULES[spec.rule].moments(h, rows.shape):
+        if moment.held:
+            chosen.append((moment, HELD[moment.held], moment.held_because if moment.held != asked.name else ""))
+            continue
         reason = asked.declines(moment, rows.shape) or ""
         chosen.append((moment, FORMATS["32bit"] if reason else asked, reason))
     return chosen

@@ -7,7 +7,11 @@ from memopt.formats.fp8 import FP8
 from memopt.formats.fp32 import FP32
 from memopt.formats.int4 import Int4
 from memopt.formats.int8 import Int8
+from memopt.formats.rowmean import RowMean
 
 FORMATS: dict[str, Format] = {f.name: f for f in (FP32(), BF16(), Int8(), FP8(), Int4(), Factored())}
 
-__all__ = ["FORMATS", "Format", "Shard"]
+#: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.held``).
+HELD: dict[str, Format] = {**FORMATS, RowMean.name: RowMean()}
+
+__all__ = ["FORMATS", "HELD", "Format", "Shard"]

@@ -15,11 +15,18 @@ Hyper = Mapping[str, Any]
 
 
 class Moment(NamedTuple):
-    """One running statistic. ``signed`` chooses the code, ``factorable`` says that a rank-1 form makes sense."""
+    """One running statistic. ``signed`` chooses the code, ``factorable`` says that a rank-1 form makes sense.
+
+    ``held`` names the one format that holds it whatever the spec says, and ``held_because`` why. ``begins`` says what
+    the rule makes of it at the first step where that is not zero.
+    """
 
     name: str
     signed: bool = True
     factorable: bool = False
+    held: str = ""
+    held_because: str = ""
+    begins: str = ""
 
 
 #: The two moments of the Adam family.

@@ -20,7 +20,19 @@ LEARNING_RATE = {
     "lion": 6e-4,
     "rmsprop": 5e-4,
     "sgd": 0.3,
+    "adabound": 2e-3,
+    "lamb": 1e-2,
+    "ademamix": 1e-3,
+    "adammini": 2e-3,
+    "stableadamw": 2e-3,
 }
+
+
+def learning_rate(rule: str) -> float:
+    """The peak rate of a rule; of ``lookahead(adamw)`` that of ``adamw``."""
+    return LEARNING_RATE[rule.rpartition("(")[2].rstrip(")")]
+
+
 #: The share of all steps in which the rate rises to its peak, and the share of the peak at which it ends.
 WARMUP, FLOOR = 0.1, 0.1
 #: Gradients are scaled down to this norm.

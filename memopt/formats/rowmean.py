@@ -1,0 +1,61 @@
+"""``rowmean``: one number for each row, the mean of its elements. Asked for by a rule, not by a spec."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, final
+
+from memopt.formats.base import MIN_COLS, Format, Parts, Shard, as_blocks
+from memopt.geometry import FLAT_ROW, Rows, Shape
+from memopt.ledger import TensorSpec
+from memopt.rules.base import Moment
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def _over_last(shape: Shape) -> bool:
+    """Whether the mean is over the last dimension alone, or over all but the first (kernels of a convolution)."""
+    return len(shape) == 2 or shape[-1] >= MIN_COLS
+
+
+@final
+class RowMean(Format):
+    """fp32 means, 4 bytes per row: over the last dimension of a matrix and of a stack of matrices, over all but the
+    first of a convolution, over each 256 elements of a vector.
+
+    ``write`` returns the means in the parameter's shape, which is all that a step may see. Rows are whole on every
+    rank, so means are cut as the parameter is and nothing is summed over ranks.
+    """
+
+    name = "rowmean"
+    summary = "fp32 mean of each row"
+
+    def declines(self, moment: Moment, shape: Shape) -> str | None:
+        return None
+
+    def layout(self, moment: Moment, rows: Rows) -> dict[str, TensorSpec]:
+        shape = rows.local_shape
+        if len(rows.shape) < 2:
+            return {"": TensorSpec("float32", (rows.count,))}
+        if _over_last(rows.shape):
+            return {"": TensorSpec("float32", (*shape[:-1], 1))}
+        return {"": TensorSpec("float32", (shape[0], *[1] * (len(shape) - 1)))}
+
+    def read(self, parts: Parts, moment: Moment, shard: Shard) -> Tensor:
+        rows = shard.rows
+        if len(rows.shape) < 2:
+            return parts[""].repeat_interleave(FLAT_ROW)[: rows.numel].reshape(rows.local_shape)
+        return parts[""].expand(rows.local_shape).contiguous()
+
+    def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
+        rows = shard.rows
+        if not x.numel():
+            return x
+        if len(rows.shape) < 2:
+            counts = x.new_full((rows.count,), FLAT_ROW)
+            counts[-1] -= rows.count * FLAT_ROW - rows.numel
+            parts[""].copy_(as_blocks(x, rows, FLAT_ROW).sum((1, 2)) / counts)
+        else:
+            dims = (-1,) if _over_last(rows.shape) else tuple(range(1, x.dim()))
+            parts[""].copy_(x.mean(dims, keepdim=True))
+        return self.read(parts, moment, shard)

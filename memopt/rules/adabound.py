@@ -1,0 +1,56 @@
+"""AdaBound: Adam whose element-wise rates are squeezed between two bounds until they are SGD's one rate."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import TYPE_CHECKING
+
+from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Rule, State
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def bounds(t: int, h: Hyper) -> tuple[float, float]:
+    """The lowest and the highest rate of an element at step t; both tend to ``final_lr``."""
+    lr = float(h["lr"])
+    peak = float(h.get("initial_lr", lr))  # a scheduler's note: final_lr follows the schedule as lr does
+    final = h["final_lr"] * (lr / peak if peak else 1.0)
+    return final * (1 - 1 / (h["gamma"] * t + 1)), final * (1 + 1 / (h["gamma"] * t))
+
+
+def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
+    """One AdaBound step::
+
+        g <- g + weight_decay * p
+        m <- b1 * m + (1 - b1) * g
+        v <- b2 * v + (1 - b2) * g²
+        a <- clamp(lr * sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps),
+                   final_lr * (1 - 1 / (gamma * t + 1)), final_lr * (1 + 1 / (gamma * t)))
+        p <- p - a * m
+
+    State: as AdamW's. Source: Luo, Xiong, Liu & Sun, "Adaptive gradient methods with dynamic bound of learning rate",
+    ICLR 2019; bias correction, eps and the scaling of ``final_lr`` with a schedule as in its reference implementation.
+    """
+    beta1, beta2 = h["betas"]
+    if h["weight_decay"]:
+        g = g.add(p, alpha=h["weight_decay"])
+    exp_avg = state.write("exp_avg", state.read("exp_avg").lerp_(g, 1 - beta1))
+    exp_avg_sq = state.read("exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    exp_avg_sq = state.write("exp_avg_sq", exp_avg_sq)
+    lowest, highest = bounds(t, h)
+    size = float(h["lr"]) * sqrt(1 - beta2**t) / (1 - beta1**t)
+    rates = exp_avg_sq.sqrt().add_(h["eps"]).reciprocal_().mul_(size).clamp_(lowest, highest)
+    p.sub_(rates.mul_(exp_avg))
+
+
+RULE = Rule(
+    name="adabound",
+    summary="Adam whose rates are bounded and end as SGD's",
+    source="Luo et al. 2019",
+    defaults={
+        "lr": 1e-3, "betas": (0.9, 0.999), "final_lr": 0.1, "gamma": 1e-3, "eps": 1e-8, "weight_decay": 0.0,
+    },
+    moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
+    update=update,
+)  # fmt: skip
