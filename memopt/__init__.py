@@ -17,6 +17,8 @@ _PUBLIC = {
     "OptimSpec": "memopt.spec",
     "Optimizer": "memopt.optimizer",
     "SpecError": "memopt.hyper",
+    "clip_grad_norm_": "memopt.clipping",
+    "clip_grad_value_": "memopt.clipping",
     "create": "memopt.optimizer",
     "describe": "memopt.grouping",
     "fit": "memopt.budget",
@@ -26,6 +28,7 @@ _PUBLIC = {
     "parse": "memopt.spec",
     "price": "memopt.pricing",
     "save": "memopt.checkpoint",
+    "scale_rate": "memopt.rates",
     "schedule": "memopt.schedules",
     "specs": "memopt.spec",
 }
@@ -36,6 +39,8 @@ __all__ = [
     "OptimSpec",
     "Optimizer",
     "SpecError",
+    "clip_grad_norm_",
+    "clip_grad_value_",
     "create",
     "describe",
     "fit",
@@ -45,6 +50,7 @@ __all__ = [
     "parse",
     "price",
     "save",
+    "scale_rate",
     "schedule",
     "specs",
 ]
@@ -52,11 +58,13 @@ __all__ = [
 if TYPE_CHECKING:
     from memopt.budget import fit
     from memopt.checkpoint import load, save
+    from memopt.clipping import clip_grad_norm_, clip_grad_value_
     from memopt.grouping import describe, param_groups
     from memopt.hyper import SpecError
     from memopt.ledger import Ledger, Line
     from memopt.optimizer import Optimizer, create
     from memopt.pricing import price
+    from memopt.rates import scale_rate
     from memopt.schedules import schedule
     from memopt.spec import OptimSpec, lookahead, parse, specs
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import cos, isfinite, pi, sqrt
-from typing import Any
-
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from typing import TYPE_CHECKING, Any
 
 from memopt.hyper import SpecError
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LambdaLR
 
 #: kind -> (what it does after warm-up, the extra keywords it takes with their defaults)
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -20,7 +21,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "falls in cosines, each cycle_mult times longer than the last",
         {"cycle": None, "cycle_mult": 1},
     ),
-    "inverse_sqrt": ("falls as 1 / sqrt(step)", {"timescale": None}),
+    "inverse_sqrt": ("falls as 1 / sqrt(step), after `hold` steps at the peak", {"timescale": None, "hold": None}),
     "step": ("is multiplied by gamma every `every` steps", {"every": None, "gamma": 0.1}),
     "wsd": ("stays at the peak, then falls in a line over the last `decay` of all steps", {"decay": 0.1}),
 }
@@ -37,7 +38,8 @@ class Factor:
         linear           f + (1 - f) (1 - x)
         cosine           f + (1 - f) (1 + cos(pi x)) / 2
         cosine_restarts  as cosine, x the share of the current cycle that has passed (SGDR)
-        inverse_sqrt     max(f, sqrt(s / (s + t - w))), s the timescale, by default max(w, 1)
+        inverse_sqrt     max(f, sqrt(s / (s + t - w))), s the timescale, by default max(w, 1);
+                         with hold h: max(f, sqrt(h / max(t - w + 1, h))), 1 / sqrt(step) of T5 and PaLM
         step             max(f, gamma^floor((t - w) / every))
         wsd              1, then linear to f over the last decay * T steps
     """
@@ -72,6 +74,9 @@ def _restarts(f: Factor, t: int) -> float:
 
 
 def _inverse_sqrt(f: Factor, t: int) -> float:
+    hold = f.extra["hold"]
+    if hold is not None:
+        return max(f.floor, sqrt(hold / max(t + 1, hold)))
     scale = f.extra["timescale"] or max(f.warmup, 1)
     return max(f.floor, sqrt(scale / (scale + t)))
 
@@ -101,12 +106,15 @@ def schedule(
     warmup: int | float = 0,
     total_steps: int | None = None,
     floor: float = 0.0,
+    decay_with_rate: bool = False,
     **extra: Any,
 ) -> LambdaLR:
     """A torch scheduler that multiplies every group's rate by a factor; call its ``step()`` after the optimizer's.
 
     ``warmup`` is a number of steps, or below 1 a share of ``total_steps``; the first step already has a rate above
-    zero. ``floor`` is a share of the peak. Save and load it as any torch scheduler. Raises SpecError.
+    zero. ``floor`` is a share of the peak. ``decay_with_rate`` multiplies every group's weight decay by the same
+    factor (PaLM's dynamic decay: decoupled, it then goes with the square of the rate). Save and load it as any torch
+    scheduler. Raises SpecError.
 
     >>> import torch, memopt
     >>> opt = memopt.create(torch.nn.Linear(2, 2), "adamw", lr=1e-3)
@@ -117,7 +125,9 @@ def schedule(
     factor = make_factor(kind, warmup=warmup, total_steps=total_steps, floor=floor, **extra)
     if any(group["lr"] is None for group in optimizer.param_groups):
         raise SpecError("schedule: a group has lr=None, so its rule makes its own rate; give it an lr")
-    return LambdaLR(optimizer, factor)
+    from memopt.scheduling import FactorLR
+
+    return FactorLR(optimizer, factor, decay_with_rate)
 
 
 def make_factor(
@@ -146,6 +156,8 @@ def make_factor(
     values = {**defaults, **extra}
     for name, value in values.items():
         _check_extra(kind, name, value)
+    if values.get("hold") and values.get("timescale"):
+        raise SpecError("the schedule 'inverse_sqrt' has 'hold' and 'timescale'; give one of them")
     return Factor(kind, steps, total_steps, float(floor), values)
 
 
@@ -153,6 +165,7 @@ def _check_extra(kind: str, name: str, value: Any) -> None:
     allowed, ok = {
         "cycle": ("an integer >= 1", _whole(value, 1)),
         "cycle_mult": ("an integer >= 1", _whole(value, 1)),
+        "hold": ("None or an integer >= 1", value is None or _whole(value, 1)),
         "timescale": ("None or an integer >= 1", value is None or _whole(value, 1)),
         "every": ("an integer >= 1", _whole(value, 1)),
         "gamma": ("a number in (0, 1]", _number(value) and 0 < value <= 1),

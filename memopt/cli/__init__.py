@@ -19,6 +19,7 @@ VERBS = {
     "plan": "the configurations that fit a card, the gentlest first",
     "list": "the specs that exist, and the values on each axis",
     "train": "train a small language model on a text file or folder, once for each spec given",
+    "schedule": "the learning rate that a schedule gives at every step, and a plot of it",
     "convert": "optimizer state of a checkpoint or of another tool under another spec",
     "inspect": "what is in a checkpoint, and whether its numbers are healthy",
     "bench": "time one optimizer step on this CPU against torch and the other libraries",

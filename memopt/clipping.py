@@ -1,0 +1,157 @@
+"""Clipping of gradients: by global norm wherever the gradients are, and by value.
+
+Clipping of each *update* by its RMS is Adafactor's (Shazeer & Stern 2018) and belongs to rules: ``adafactor`` and
+``came`` have it as ``d``, and ``stableadamw`` is AdamW with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.hyper import SpecError
+
+#: What torch adds to the norm before it divides.
+EPS = 1e-6
+
+
+@torch.no_grad()
+def clip_grad_norm_(what: Any, max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Scale all gradients by ``min(1, max_norm / norm)`` and return ``norm``, fp32 [], of all of them together::
+
+        norm = (sum over every element of every gradient of |g|^norm_type)^(1 / norm_type)      (inf: the largest |g|)
+
+    ``what`` is an optimizer, a model or an iterable of parameters. Gradients may be ordinary tensors (every rank has
+    the same ones, as under DistributedDataParallel and ``/zero1``: nothing is communicated), DTensors cut along any
+    dimensions of any mesh (FSDP2, tensor parallelism: one number is summed over the ranks that hold other parts, and
+    replicas are counted once), and on several devices at a time (offloaded). Norms are taken in fp32 where the
+    gradients lie and gradients are scaled in place: nothing of their size is allocated.
+
+    A norm that is NaN or infinite leaves the gradients as they are, so that what the optimizer says of them
+    (``nonfinite``) names the parameters where it began. torch.nn.utils.clip_grad_norm_ makes all of them NaN.
+    """
+    _check("max_norm", max_norm)
+    gradients = list(_gradients(what))
+    norm = _norm(gradients, norm_type)
+    if norm.is_cpu and not max_norm < float(norm) + EPS < inf:
+        return norm  # nothing to scale; elsewhere to know it would cost a synchronisation
+    scale = (max_norm / (norm.double() + EPS)).clamp(max=1.0)
+    scale = scale.where(norm.isfinite(), 1.0).float()
+    for device, tensors in _by_device(map(_local, gradients)).items():
+        torch._foreach_mul_(tensors, scale.to(device))
+    return norm
+
+
+@torch.no_grad()
+def clip_grad_value_(what: Any, max_value: float) -> None:
+    """Clamp every element of every gradient to ``[-max_value, max_value]``, in place, wherever it is."""
+    _check("max_value", max_value)
+    for tensors in _by_device(map(_local, _gradients(what))).values():
+        torch._foreach_clamp_min_(tensors, -max_value)
+        torch._foreach_clamp_max_(tensors, max_value)
+
+
+@torch.no_grad()
+def grad_norm(what: Any, norm_type: float = 2.0) -> Tensor:
+    """The norm that :func:`clip_grad_norm_` would return, without clipping."""
+    return _norm(list(_gradients(what)), norm_type)
+
+
+def _norm(gradients: list[Tensor], p: float) -> Tensor:
+    if isinstance(p, bool) or not isinstance(p, (int, float)) or not p > 0:
+        raise SpecError(f"norm_type={p!r} is not allowed; it must be a number > 0, or inf")
+    if not gradients:
+        return torch.zeros(())
+    cut: dict[Any, list[Tensor]] = {}
+    for g in gradients:
+        cut.setdefault(_cut(g), []).append(_local(g))
+    total = _sum([_over_ranks(_sum([_power(part, p) for part in _by_device(tensors).values()], p), where, p)
+                  for where, tensors in cut.items()], p)  # fmt: skip
+    return (total if p == inf else total.pow(1 / p)).float()
+
+
+def _power(tensors: list[Tensor], p: float) -> Tensor:
+    """The sum of |x|^p over tensors of one device, fp64 []; the largest |x| for inf."""
+    full = [t for t in tensors if t.numel()]
+    if not full:
+        return torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    norms = torch.stack(torch._foreach_norm(full, p, dtype=torch.float32)).double()
+    return norms.max() if p == inf else norms.pow(p).sum()
+
+
+def _sum(powers: list[Tensor], p: float) -> Tensor:
+    together = torch.stack([x.to(powers[0].device) for x in powers])
+    return together.max() if p == inf else together.sum()
+
+
+def _over_ranks(power: Tensor, where: Any, p: float) -> Tensor:
+    """``power`` summed over the dimensions of a mesh along which the gradients are cut."""
+    if where is None:
+        return power
+    import torch.distributed as dist
+
+    mesh, dims = where
+    power = power.to(mesh.device_type)
+    for dim in dims:
+        dist.all_reduce(power, op=dist.ReduceOp.MAX if p == inf else dist.ReduceOp.SUM, group=mesh.get_group(dim))
+    return power
+
+
+def _gradients(what: Any) -> Iterator[Tensor]:
+    for p in _parameters(what):
+        if not isinstance(p, Tensor):
+            raise SpecError(f"gradients are those of an optimizer, a model or parameters; got a {type(p).__name__}")
+        if p.grad is None:
+            continue
+        if p.grad.layout is not torch.strided:
+            raise SpecError(f"a sparse gradient of shape {tuple(p.shape)} cannot be clipped; memopt takes dense ones")
+        yield p.grad
+
+
+def _parameters(what: Any) -> Iterable[Any]:
+    if isinstance(what, Tensor):
+        return [what]
+    if isinstance(what, torch.nn.Module):
+        return what.parameters()
+    if hasattr(what, "param_groups"):
+        return (p for group in what.param_groups for p in group["params"])
+    return what
+
+
+def _cut(g: Tensor) -> tuple[Any, tuple[int, ...]] | None:
+    """The mesh and those of its dimensions along which ``g`` is cut; None for one that is whole here."""
+    if type(g) is Tensor:
+        return None
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(g, DTensor):
+        return None
+    if any(placement.is_partial() for placement in g.placements):
+        raise SpecError("a gradient that is a DTensor with a pending sum (Partial) has no norm yet; redistribute it")
+    dims = tuple(i for i, placement in enumerate(g.placements) if not placement.is_replicate())
+    return (g.device_mesh, dims) if dims else None
+
+
+def _local(g: Tensor) -> Tensor:
+    """The part that is here, as a view."""
+    if type(g) is Tensor:
+        return g
+    from torch.distributed.tensor import DTensor
+
+    return g._local_tensor if isinstance(g, DTensor) else g
+
+
+def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    found: dict[torch.device, list[Tensor]] = {}
+    for t in tensors:
+        found.setdefault(t.device, []).append(t)
+    return found
+
+
+def _check(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise SpecError(f"{name}={value!r} is not allowed; it must be a number > 0")
