@@ -126,7 +126,7 @@ def compare(numel: int, rounds: int, brief: bool) -> list[dict[str, Any]]:
     """The table: groups of candidates, each interleaved with torch's fused step and freed before the next."""
     rows: list[dict[str, Any]] = []
     reference = "torch AdamW fused"
-    specs = [str(s) for s in memopt.specs() if (s.placement, s.partition) == ("device", "none")]
+    specs = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == ("none", "device", "none")]
 
     def measure(steps: dict[str, Step], moved: dict[str, float]) -> None:
         fused = torch.optim.AdamW(parameter(numel), fused=True)

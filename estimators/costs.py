@@ -12,7 +12,7 @@ from estimators.hardware import capacity
 from estimators.lora import NF4, with_adapters
 from estimators.model import Model, resolve
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
-from estimators.state import state_nbytes, temporaries
+from estimators.state import state_nbytes, temporaries, weight_dtype
 from estimators.training import Training, rows, run, runtime
 from estimators.units import dtype
 
@@ -236,7 +236,7 @@ def _rows(
     # With activations every phase but loading is told apart, and state is there from the second step on.
     phases = PHASES[1:] if ran else ("backward", "step")
     held += [Row(name, "state", moment, n, tier, phases, known)
-             for (moment, tier), n in state_nbytes(model, spec, world_size).items()]  # fmt: skip
+             for (moment, tier), n in state_nbytes(model, spec, world_size, weights).items()]  # fmt: skip
     if training.seq and training.device != "cpu":
         tmp = temporaries(model, spec, world_size, weights)
         if tmp:
@@ -247,16 +247,13 @@ def _rows(
 
 
 def _by_dtype(model: Model, given: str | None, *, all_: bool) -> list[tuple[str, int]]:
-    """Bytes by dtype: of all parameters, or of those that train. A dtype that is given is that of the model's own
-    weights: adapters and 4-bit weights keep theirs."""
+    """Bytes by dtype: of all parameters, or of those that train."""
     from memopt.ledger import ITEMSIZE
 
     totals: dict[str, int] = {}
     for name, shape in model.shapes:
         if all_ or name not in model.frozen:
-            kind = model.dtypes.get(name, "bfloat16")
-            if given and kind not in NF4 and ".lora_" not in name:
-                kind = given
+            kind = weight_dtype(model, name, given)
             if kind in NF4:
                 totals[kind] = totals.get(kind, 0) + -int(-prod(shape) * NF4[kind] // 1)
                 continue

@@ -5,11 +5,12 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING
 
-from estimators.model import Model, Shape
+from estimators.lora import NF4
+from estimators.model import Model
 from estimators.rows import GPU, HOST, PAGEABLE
 
 if TYPE_CHECKING:
-    from memopt.ledger import Line
+    from memopt.ledger import Line, TensorSpec
     from memopt.spec import OptimSpec
 
 #: Where the parameters are said to be when state is priced.
@@ -35,21 +36,37 @@ PLAIN_PATH: dict[str, dict[str, int]] = {
 COPIES = 8
 
 
-def state_nbytes(model: Model, spec: OptimSpec, world_size: int) -> dict[tuple[str, str], int]:
-    """(moment, tier) -> bytes of :func:`memopt.price` on the fullest rank.
+def state_nbytes(
+    model: Model, spec: OptimSpec, world_size: int, weights: str | None = None
+) -> dict[tuple[str, str], int]:
+    """(moment, tier) -> bytes of :func:`memopt.price` on the fullest rank, for parameters of the dtype ``weights``
+    (None: the model's own). What a master keeps stands under its key: ``master``, ``compensation``, ``correction``.
 
-    State depends on a parameter's shape and, through overrides, on its name. So without overrides one parameter of
-    each shape is priced and its lines count as often as the shape occurs: the same sum, in a hundredth of the time.
+    State depends on a parameter's shape and dtype and, through overrides, on its name. So without overrides one
+    parameter of each shape is priced and its lines count as often as the shape occurs: the same sum, in a hundredth of
+    the time.
     """
-    trainable = [(name, shape) for name, shape in model.shapes if name not in model.frozen]
+    from memopt.ledger import TensorSpec
+
+    trainable = [
+        (name, TensorSpec(weight_dtype(model, name, weights), shape))
+        for name, shape in model.shapes
+        if name not in model.frozen
+    ]
     count: dict[str, int] = {}
-    first: dict[Shape, str] = {}
-    for name, shape in trainable:
-        one = name if spec.overrides else first.setdefault(shape, name)
+    first: dict[TensorSpec, str] = {}
+    for name, tensor in trainable:
+        one = name if spec.overrides else first.setdefault(tensor, name)
         count[one] = count.get(one, 0) + 1
-    chosen = [(name, shape) for name, shape in trainable if name in count]
+    chosen = [(name, tensor) for name, tensor in trainable if name in count]
     ranks = candidate_ranks(world_size) if spec.partition != "none" else [0]
     return max((_priced(chosen, count, spec, world_size, rank) for rank in ranks), key=lambda t: sum(t.values()))
+
+
+def weight_dtype(model: Model, name: str, weights: str | None) -> str:
+    """The dtype of a parameter. One that is given is that of the model's own weights: adapters keep theirs."""
+    own = model.dtypes.get(name, "bfloat16")
+    return weights if weights and own not in NF4 and ".lora_" not in name else own
 
 
 def candidate_ranks(world_size: int) -> list[int]:
@@ -64,7 +81,7 @@ def candidate_ranks(world_size: int) -> list[int]:
 
 
 def _priced(
-    chosen: list[tuple[str, Shape]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
+    chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
 ) -> dict[tuple[str, str], int]:
     from memopt.pricing import price
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memopt.geometry import Shape
 from memopt.hyper import SpecError
-from memopt.pricing import named_shapes, price
+from memopt.ledger import TensorSpec
+from memopt.pricing import named_tensors, price
 from memopt.spec import OptimSpec, parse
 
 #: Formats, the gentlest first. A rung that would not save anything for a parameter is passed over: factored AdamW keeps
@@ -40,19 +40,19 @@ def fit(model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw"
     if base.overrides:
         raise SpecError("fit chooses the overrides itself; give a spec without any")
     base = base.replace(format=LADDER[0])
-    shapes = named_shapes(model_or_shapes)
+    tensors = named_tensors(model_or_shapes)
     rungs = [fmt for fmt in LADDER if _allowed(base, fmt)]
     costs = _Costs(base, rungs)
-    held = {name: 0 for name, _ in shapes}
-    total = sum(costs(shape, 0) for _, shape in shapes)
+    held = {name: 0 for name, _ in tensors}
+    total = sum(costs(tensor, 0) for _, tensor in tensors)
     for rung in range(1, len(rungs)):
         if total <= limit:
             break
-        total = _descend(shapes, held, rung, costs, total, limit)
+        total = _descend(tensors, held, rung, costs, total, limit)
     if total > limit:
         raise SpecError(f"the state does not fit into {limit:,} bytes; the least that {base.rule} needs is {total:,}; "
                         "a rule with less state is lion")  # fmt: skip
-    return _spec(base, shapes, held, rungs)
+    return _spec(base, held, rungs)
 
 
 def _nbytes(budget: int | str) -> int:
@@ -75,42 +75,42 @@ def _allowed(base: OptimSpec, fmt: str) -> bool:
 
 
 class _Costs:
-    """Bytes of the state of one parameter of a shape on a rung."""
+    """Bytes of the state of one parameter of a shape and dtype on a rung."""
 
     def __init__(self, base: OptimSpec, rungs: list[str]) -> None:
         self._specs = [base.replace(format=fmt) for fmt in rungs]
-        self._known: dict[tuple[Shape, int], int] = {}
+        self._known: dict[tuple[TensorSpec, int], int] = {}
 
-    def __call__(self, shape: Shape, rung: int) -> int:
-        key = (shape, rung)
+    def __call__(self, tensor: TensorSpec, rung: int) -> int:
+        key = (tensor, rung)
         if key not in self._known:
-            self._known[key] = price({"p": shape}, self._specs[rung]).nbytes
+            self._known[key] = price({"p": tensor}, self._specs[rung]).nbytes
         return self._known[key]
 
 
 def _descend(
-    shapes: list[tuple[str, Shape]], held: dict[str, int], rung: int, costs: _Costs, total: int, limit: int
+    tensors: list[tuple[str, TensorSpec]], held: dict[str, int], rung: int, costs: _Costs, total: int, limit: int
 ) -> int:
     """Move parameters to ``rung`` until the budget holds; those that gain nothing there stay where they are."""
 
-    def gain(shape: Shape, name: str) -> int:
-        return costs(shape, held[name]) - costs(shape, rung)
+    def gain(tensor: TensorSpec, name: str) -> int:
+        return costs(tensor, held[name]) - costs(tensor, rung)
 
-    order = sorted(shapes, key=lambda item: ("embed" in item[0] or "wte" in item[0], -gain(item[1], item[0])))
-    for name, shape in order:
+    order = sorted(tensors, key=lambda item: ("embed" in item[0] or "wte" in item[0], -gain(item[1], item[0])))
+    for name, tensor in order:
         if total <= limit:
             break
-        if gain(shape, name) > 0:
-            total -= gain(shape, name)
+        if gain(tensor, name) > 0:
+            total -= gain(tensor, name)
             held[name] = rung
     return total
 
 
-def _spec(base: OptimSpec, shapes: list[tuple[str, Shape]], held: Mapping[str, int], rungs: list[str]) -> OptimSpec:
+def _spec(base: OptimSpec, held: Mapping[str, int], rungs: list[str]) -> OptimSpec:
     """The most common rung is the spec's format, the others are overrides by name."""
     used = list(held.values())
     common = max(range(len(rungs)), key=lambda rung: (used.count(rung), -rung))
     # A name may hold characters that mean something to a shell-style pattern.
     quoted = {name: "".join(f"[{c}]" if c in "*?[" else c for c in name) for name in held}
-    overrides = {quoted[name]: rungs[held[name]] for name, _ in shapes if held[name] != common}
+    overrides = {quoted[name]: rungs[held[name]] for name in held if held[name] != common}
     return base.replace(format=rungs[common], overrides=overrides)

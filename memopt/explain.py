@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memopt.formats import FORMATS
+from memopt.ledger import dtype_name
+from memopt.masters import LOW_PRECISION, MASTERS, Master
+from memopt.partitions.zero1 import owned
 from memopt.placements import PLACEMENTS
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from memopt.optimizer import Optimizer
 
 
@@ -39,8 +44,35 @@ def explain(optimizer: Optimizer) -> str:
     rows += [("override", f"{pattern!r} -> {value}") for pattern, value in spec.overrides.items()]
     rows += [("stepped by", f"{reason}: {_some(names)}") for reason, names in slow.items()]
     rows += [("in 32 bits", f"{reason}: {_some(moments)}") for reason, moments in kept.items()]
+    rows += _masters(optimizer)
     rows.append(("NaN or Inf", f"{optimizer.nonfinite}; {optimizer.skipped_steps} steps skipped so far"))
     return "\n".join(f"{label:<11} {text}" for label, text in rows)
+
+
+def _masters(optimizer: Optimizer) -> list[tuple[str, str]]:
+    """What is kept for whom, and how many weights somebody else has changed since."""
+    name = optimizer.spec.master
+    master = MASTERS[name]
+    parameters = [(n, p, dtype_name(p)) for n, p, _ in optimizer._parameters()]
+    low = [n for n, _, dtype in parameters if dtype in LOW_PRECISION]
+    if name == "none":
+        lost = "of 16 bits are rounded to nearest: updates under half a unit in the last place are lost"
+        return [("master", f"none: {len(low)} parameters {lost}")] if low else []
+    rows = [("master", f"{name}: {master.summary}; for {len(low)} of {len(parameters)} parameters")]
+    wide = [n for n, _, dtype in parameters if dtype not in LOW_PRECISION]
+    if wide:
+        rows.append(("no master", f"32 bits or more, which hold every update themselves: {_some(wide)}"))
+    changed = {n: _foreign(optimizer, master, p) for n, p, _ in parameters if master.key in optimizer.state.get(p, {})}
+    if sum(changed.values()):
+        names = [n for n, count in changed.items() if count]
+        rows.append(("changed", f"{sum(changed.values()):,} weights are not those that the master was kept for; the "
+                                f"next step begins from the weights: {_some(names)}"))  # fmt: skip
+    return rows
+
+
+def _foreign(optimizer: Optimizer, master: Master, p: Tensor) -> int:
+    kept = optimizer.state[p][master.key]
+    return int((master.foreign(owned(p.detach(), optimizer._rows(p)), kept) & (kept != 0)).sum())
 
 
 def _some(names: list[str]) -> str:

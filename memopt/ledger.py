@@ -27,6 +27,11 @@ class TensorSpec(NamedTuple):
         return self.numel * ITEMSIZE[self.dtype]
 
 
+def dtype_name(tensor: Any) -> str:
+    """torch's name of a tensor's dtype, without the prefix."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 class Line(NamedTuple):
     """One tensor of state.
 

@@ -17,7 +17,7 @@ from memopt.gradients import POLICIES, check_gradient, non_finite
 from memopt.groups import check_group, named_groups
 from memopt.hyper import SpecError
 from memopt.kernels import plan
-from memopt.ledger import Ledger, Line
+from memopt.ledger import Ledger, Line, dtype_name
 from memopt.partitions import PARTITIONS
 from memopt.partitions.zero1 import owned
 from memopt.placements import PLACEMENTS
@@ -103,7 +103,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._allocate(name, p, group)
 
     def _lines(self, name: str, p: Tensor, group: Mapping[str, Any]) -> list[Line]:
-        return state_lines(self.spec, group, name, self._rows(p), str(p.device))
+        return state_lines(self.spec, group, name, self._rows(p), str(p.device), dtype_name(p))
 
     def _allocate(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Zeroed state from the ledger's lines."""
@@ -121,9 +121,8 @@ class Optimizer(torch.optim.Optimizer):
             for key, tensor in self.state.get(p, {}).items():
                 moment, _, part = key.partition(".")
                 where = str(tensor.device) if key == "step" else placement.location(str(tensor.device))
-                dtype = str(tensor.dtype).removeprefix("torch.")
                 nbytes = tensor.numel() * tensor.element_size()
-                lines.append(Line(name, moment, part, dtype, tuple(tensor.shape), nbytes, where))
+                lines.append(Line(name, moment, part, dtype_name(tensor), tuple(tensor.shape), nbytes, where))
         return Ledger([*lines, *self.engine.shared_lines(self.spec, lines)])
 
     # The step --------------------------------------------------------------------------------------------------
@@ -201,8 +200,8 @@ class Optimizer(torch.optim.Optimizer):
         plan: LoadPlan = plan_load(self, state_dict)
         for (name, p, group), saved in plan.states:
             target = self.state[p] or self._allocate(name, p, {**group, **plan.hyper_of(group)})
-            for key, value in saved.items():
-                target[key].copy_(torch.as_tensor(value))
+            for key, tensor in target.items():
+                tensor.copy_(torch.as_tensor(saved[key])) if key in saved else tensor.zero_()
         for p in plan.without_state:
             self.state.pop(p, None)
         for group, loaded in zip(self.param_groups, plan.groups, strict=True):

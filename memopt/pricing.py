@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from memopt.engines import ENGINES
-from memopt.geometry import Rows, Shape
+from memopt.geometry import Rows
 from memopt.hyper import SpecError
-from memopt.ledger import Ledger, Line, TensorSpec
+from memopt.ledger import ITEMSIZE, Ledger, Line, TensorSpec
+from memopt.masters import master_of
 from memopt.partitions import PARTITIONS
 from memopt.placements import PLACEMENTS
 from memopt.spec import FIELDS, OptimSpec, parse
@@ -17,13 +18,15 @@ from memopt.spec import FIELDS, OptimSpec, parse
 STEP = TensorSpec("float32", ())
 
 
-def state_lines(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, device: str) -> list[Line]:
-    """The state of these rows of one parameter, in the order in which it is allocated."""
+def state_lines(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, device: str, dtype: str) -> list[Line]:
+    """The state of these rows of one parameter of this dtype, in the order in which it is allocated."""
     _, placement, _ = spec.for_parameter(name)
     where = PLACEMENTS[placement].location(device)
     lines = [Line(name, "step", "", STEP.dtype, STEP.shape, STEP.nbytes, "cpu")]
     for moment, part, tensor in ENGINES[spec.engine].layout(spec, h, name, rows):
         lines.append(Line(name, moment, part, tensor.dtype, tensor.shape, tensor.nbytes, where))
+    for key, tensor in master_of(spec, dtype).layout(rows, dtype).items():
+        lines.append(Line(name, key, "", tensor.dtype, tensor.shape, tensor.nbytes, where))
     return lines
 
 
@@ -34,29 +37,33 @@ def price(
     world_size: int = 1,
     rank: int = 0,
     device: str = "cpu",
+    dtype: str = "bfloat16",
     **fields: Any,
 ) -> Ledger:
     """What the optimizer state will cost on one rank, before anything is allocated.
 
     ``model_or_shapes`` is a model (parameters that require gradients, shared ones once), a mapping from name to
-    shape, or an iterable of shapes or of ``(name, shape)`` pairs. ``device`` is where the parameters will be. Other
-    keywords are hyperparameters or fields of :class:`OptimSpec`.
+    shape, or an iterable of shapes or of ``(name, shape)`` pairs. ``device`` is where the parameters will be,
+    ``dtype`` what they are where only their shapes are given: it matters to a master alone, which is kept for
+    bfloat16 and float16. Other keywords are hyperparameters or fields of :class:`OptimSpec`.
 
     >>> price({"weight": (1024, 1024), "bias": (1024,)}, "adamw-8bit").nbytes
     2138120
     >>> price({"weight": (1024, 1024)}, "adamw/zero1", world_size=8).nbytes
     1048580
+    >>> price({"weight": (1024, 1024)}, "adamw-8bit+split").by("moment")["correction"]
+    1048576
     """
     spec = parse(spec, **spec_fields(fields))
     if not isinstance(world_size, int) or world_size < 1 or not 0 <= rank < world_size:
         raise SpecError(f"rank={rank!r} of world_size={world_size!r} is not allowed; 0 <= rank < world_size")
-    shapes = named_shapes(model_or_shapes)
-    spec.check_overrides([name for name, _ in shapes])
+    parameters = named_tensors(model_or_shapes, dtype)
+    spec.check_overrides([name for name, _ in parameters])
     h = spec.resolve()
     partition = PARTITIONS[spec.partition]
     lines: list[Line] = []
-    for name, shape in shapes:
-        lines += state_lines(spec, h, name, partition.rows(shape, rank, world_size), device)
+    for name, tensor in parameters:
+        lines += state_lines(spec, h, name, partition.rows(tensor.shape, rank, world_size), device, tensor.dtype)
     return Ledger([*lines, *ENGINES[spec.engine].shared_lines(spec, lines)])
 
 
@@ -67,20 +74,23 @@ def spec_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "hyper": {**fields.get("hyper", {}), **hyper}} if hyper else fields
 
 
-def named_shapes(source: Any) -> list[tuple[str, Shape]]:
-    """``(name, shape)`` of every parameter of a model, a mapping or an iterable."""
+def named_tensors(source: Any, dtype: str = "bfloat16") -> list[tuple[str, TensorSpec]]:
+    """``(name, tensor)`` of every parameter of a model, a mapping or an iterable; ``dtype`` is that of bare shapes."""
+    if dtype not in ITEMSIZE:
+        raise SpecError(f"dtype={dtype!r} is not allowed; it is one of {', '.join(ITEMSIZE)}")
     if hasattr(source, "named_parameters"):
-        return [(name, tuple(p.shape)) for name, p in source.named_parameters() if p.requires_grad]
+        return [(name, _tensor(p, p.shape, dtype)) for name, p in source.named_parameters() if p.requires_grad]
     items: Iterable[Any] = source.items() if isinstance(source, Mapping) else source
-    shapes = []
+    found = []
     for i, item in enumerate(items):
-        if hasattr(item, "shape"):
-            name, shape = str(i), item.shape
-        elif isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            name, shape = item[0], getattr(item[1], "shape", item[1])
-        else:
-            name, shape = str(i), item
+        named = not hasattr(item, "shape") and isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        name, value = item if named else (str(i), item)
+        shape = getattr(value, "shape", value)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
             raise SpecError(f"{name}: {shape!r} is not a shape; a shape is a tuple of integers >= 0")
-        shapes.append((name, tuple(shape)))
-    return shapes
+        found.append((name, _tensor(value, shape, dtype)))
+    return found
+
+
+def _tensor(value: Any, shape: Any, dtype: str) -> TensorSpec:
+    return TensorSpec(str(getattr(value, "dtype", dtype)).removeprefix("torch."), tuple(shape))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from itertools import product
 from types import MappingProxyType
 from typing import Any
 
@@ -14,13 +15,10 @@ from memopt.aliases import ALIASES
 from memopt.engines import ENGINES
 from memopt.formats import FORMATS
 from memopt.hyper import SpecError
+from memopt.masters import MASTERS
 from memopt.partitions import PARTITIONS
 from memopt.placements import PLACEMENTS
 from memopt.rules import RULES, Moment, Rule
-
-#: How low-precision parameters keep what an update is too small to touch. The grammar has the place; the values
-#: other than ``none`` do not exist yet.
-MASTERS = {"none": "the parameter itself is updated"}
 
 _GRAMMAR = re.compile(
     r"(?P<rule>[a-z][a-z0-9]*(?:\([a-z0-9]+\))?)(?:-(?P<format>[a-z0-9]+))?(?:\+(?P<master>[a-z0-9]+))?"
@@ -252,16 +250,15 @@ def lookahead(inner: str | OptimSpec = "adamw", steps: int = 5, rate: float = 0.
 
 
 def specs(engine: str = "native") -> tuple[OptimSpec, ...]:
-    """Every valid combination of rule, format, placement and partition for an engine; rules without a wrapper."""
+    """Every valid combination of rule, format, master, placement and partition for an engine; rules without a wrapper."""
     return tuple(_specs(engine))
 
 
 def _specs(engine: str) -> Iterator[OptimSpec]:
     for rule in RULES:
-        for fmt in FORMATS:
-            for placement in PLACEMENTS:
-                for partition in PARTITIONS:
-                    try:
-                        yield OptimSpec(rule=rule, format=fmt, placement=placement, partition=partition, engine=engine)
-                    except SpecError:
-                        continue
+        for fmt, master, placement, partition in product(FORMATS, MASTERS, PLACEMENTS, PARTITIONS):
+            try:
+                yield OptimSpec(rule=rule, format=fmt, master=master, placement=placement, partition=partition,
+                                engine=engine)  # fmt: skip
+            except SpecError:
+                continue

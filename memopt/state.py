@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memopt.masters import MASTERS
+
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
 
@@ -82,13 +84,15 @@ def _check_state(
     optimizer: Optimizer, name: str, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], origin: str
 ) -> None:
     lines = {line.key: line for line in optimizer._lines(name, p, group)}
-    lacking = [key for key in lines if key not in saved]
+    # A master of zeros stands for the weights as they are: state without one needs nothing made up.
+    master = MASTERS[optimizer.spec.master].key
+    lacking = [key for key in lines if key not in saved and key != master]
     unknown = [key for key in saved if key not in lines]
     if lacking or unknown:
         what = f"lacks {lacking[0]!r}" if lacking else f"has {unknown[0]!r}, which is not kept here"
         raise ValueError(f"{name}: the saved state {what}; here it is {', '.join(lines)}{origin}")
-    for key, line in lines.items():
-        value = saved[key]
+    for key, value in saved.items():
+        line = lines[key]
         if key == "step":
             if isinstance(value, Tensor) and value.numel() != 1:
                 raise ValueError(f"{name}: the saved 'step' has shape {tuple(value.shape)}; it is one number")

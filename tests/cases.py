@@ -13,13 +13,25 @@ from torch import Tensor, nn
 
 import memopt
 from memopt.kernels.abi import RULES as KERNELS
+from memopt.masters import MASTERS
 
 #: Hyperparameters without which a rule keeps no state.
 HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
 
-SPECS = [str(spec) for spec in memopt.specs()]
+#: Every spec without a master; MASTERED has those with one, each axis varied on its own.
+SPECS = [str(spec) for spec in memopt.specs() if spec.master == "none"]
 #: One spec for each rule × format, where the state is and who owns it being the plain default.
 PLAIN_SPECS = [s for s in SPECS if "@" not in s and "/" not in s]
+
+#: Every master with rules of one pass and of several, a low-bit format, another place, and cut over ranks.
+MASTERED = [
+    str(spec)
+    for spec in memopt.specs()
+    if spec.master != "none" and f"{spec.rule}-{spec.format}@{spec.placement}/{spec.partition}" in (
+        "adamw-32bit@device/none", "adamw-8bit@device/none", "adamw-8bit@paged/zero1", "adafactor-factored@device/none",
+        "lion-8bit@device/none", "sgd-32bit@device/none",
+    )
+]  # fmt: skip
 
 #: Hyperparameter variants that keep other moments than the default.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
@@ -112,6 +124,10 @@ def live_nbytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(
         t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)
     )
+
+
+#: State keys of what masters keep beside the weights.
+MASTER_KEYS = {m.key for m in MASTERS.values() if m.key}
 
 
 def assert_same_bits(a: Tensor, b: Tensor, what: str = "") -> None:

@@ -325,7 +325,7 @@ def test_the_command_line_converts_and_inspects(tmp_path, capsys):
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to", "adamw-8bit"]) == 0
     assert main(["convert", str(tmp_path / "b"), str(tmp_path / "c.pt"), "--to", "torch"]) == 0
     assert main(["convert", str(tmp_path / "c.pt"), str(tmp_path / "d"), "--to", "lion"]) == 0
-    assert "exp_avg_sq: not kept by the new rule, dropped" in capsys.readouterr().out
+    assert "exp_avg_sq: not kept by the new spec, dropped" in capsys.readouterr().out
     other, converted = build("adamw-8bit", {})
     memopt.load(tmp_path / "b", model=other, optimizer=converted)
     opt.convert_("adamw-8bit")

@@ -7,6 +7,7 @@ import sys
 from math import prod
 
 import pytest
+from cases import MASTERED, SPECS
 
 import estimators
 import memopt
@@ -110,7 +111,7 @@ class TestNames:
 class TestState:
     """State is memopt.price's and nothing else."""
 
-    @pytest.mark.parametrize("spec", [str(s) for s in memopt.specs()])
+    @pytest.mark.parametrize("spec", SPECS + MASTERED)
     def test_every_spec_is_the_price_of_every_tensor(self, spec):
         model = resolve("smollm2-135m")
         hyper = {"momentum": 0.9} if spec.startswith("sgd") else {}

@@ -26,7 +26,8 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
 }
 #: Rows of many lengths, flat tensors, a batch of matrices, one element, none; 4096 elements and rows of 64 are encoded.
 SHAPES = [(40, 300), (70, 129), (4, 40, 100), (4500,), (33,), (16, 8, 3, 3), (1,), (), (0, 3)]
-SPECS = [str(s) for s in memopt.specs() if s.placement == "device" and s.partition == "none" and s.rule in abi.RULES]
+PLAIN = ("none", "device", "none")
+SPECS = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == PLAIN and s.rule in abi.RULES]
 STEPS = 2
 
 #: Sums are added in another order and divisions by constants are multiplications: a few units of the last place.

@@ -12,6 +12,7 @@ from torch import Tensor
 import memopt
 from memopt.checkpoint import plain
 from memopt.checkpoint.codes import moment_codes
+from memopt.masters import MASTERS
 from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
             codes = moment_codes(optimizer.spec, group, name, tuple(p.shape))
             entry["step"] = float(optimizer.state[p]["step"])
             entry["moments"] = {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in codes}
+            if MASTERS[optimizer.spec.master].key in optimizer.state[p]:
+                entry["master"] = optimizer.spec.master
         if name in parameters:
             raise ValueError(f"two parameters are called {name!r}; a checkpoint needs distinct names")
         parameters[name] = entry

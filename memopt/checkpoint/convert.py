@@ -14,6 +14,7 @@ from memopt.checkpoint.plan import Fill, check_fill, target_hyper, target_spec, 
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.engines import ENGINES
 from memopt.hyper import SpecError
+from memopt.ledger import dtype_name
 from memopt.partitions import PARTITIONS, Partition
 from memopt.partitions.zero1 import owned
 from memopt.rules import RULES
@@ -31,7 +32,7 @@ def slots(optimizer: Optimizer, spec: OptimSpec, hypers: Groups, partition: Part
     for index, (name, p, group) in enumerate(optimizer._parameters()):
         rows = partition.rows(tuple(p.shape), partition.rank, partition.world_size)
         yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, partition.total,
-                      owned(p, rows))  # fmt: skip
+                      dtype_name(p), owned(p.detach(), rows))  # fmt: skip
 
 
 @torch.no_grad()

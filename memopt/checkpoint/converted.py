@@ -15,6 +15,7 @@ from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Group, Record, Source
 from memopt.geometry import Rows
 from memopt.ledger import TensorSpec
+from memopt.masters import master_of
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 
@@ -52,7 +53,8 @@ class Converted:
                 if record.stepped:
                     rows = Rows.whole(record.shape)
                     seed, cpu = self.source.seed or 0, torch.device("cpu")
-                    yield Slot(self.spec, group.hyper, name, index, rows, cpu, seed, lambda x: x), record
+                    slot = Slot(self.spec, group.hyper, name, index, rows, cpu, seed, lambda x: x, record.dtype)
+                    yield slot, record
                 index += 1
 
     def layout(self) -> dict[str, TensorSpec]:
@@ -62,6 +64,8 @@ class Converted:
             for moment, fmt in moment_codes(slot.spec, slot.h, slot.name, slot.shape):
                 for part, tensor in fmt.layout(moment, slot.rows).items():
                     found[f"{slot.name}/{moment.name}" + (f".{part}" if part else "")] = tensor
+            for key, tensor in master_of(slot.spec, slot.dtype).layout(slot.rows, slot.dtype).items():
+                found[f"{slot.name}/{key}"] = tensor
         return found
 
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -74,11 +78,15 @@ class Converted:
 
     def parameters_json(self) -> dict[str, Any]:
         """The manifest's account of every parameter."""
-        found: dict[str, Any] = {name: {"shape": list(r.shape)} for name, r in self.source.records.items()}
+        found: dict[str, Any] = {
+            name: {"shape": list(r.shape), **({"dtype": r.dtype} if r.dtype else {})}
+            for name, r in self.source.records.items()
+        }
         for slot, record in self._slots():
             codes = moment_codes(slot.spec, slot.h, slot.name, slot.shape)
             found[slot.name] |= {
                 "step": float(self._fill.get("step", record.step)),
                 "moments": {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in codes},
+                **({"master": self.spec.master} if master_of(slot.spec, slot.dtype).kept(slot.dtype) else {}),
             }
         return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt import noise
+from memopt.checkpoint import kept
 from memopt.checkpoint.codes import moment_codes
 from memopt.checkpoint.meaning import share
 from memopt.checkpoint.plan import Fill, feeds
@@ -18,6 +19,7 @@ from memopt.checkpoint.transfer import Target, transfer
 from memopt.formats import Shard
 from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
+from memopt.masters import master_of
 from memopt.placements import PLACEMENTS
 from memopt.pricing import state_lines
 from memopt.rules import Moment
@@ -35,6 +37,7 @@ class Slot(NamedTuple):
     device: torch.device
     seed: int
     total: Callable[[Tensor], Tensor]
+    dtype: str
     parameter: Tensor | None = None  # these rows of it, where it is at hand
 
     @property
@@ -43,7 +46,7 @@ class Slot(NamedTuple):
 
     def allocate(self) -> dict[str, Tensor]:
         """Zeroed state where the placement says."""
-        step, *lines = state_lines(self.spec, self.h, self.name, self.rows, str(self.device))
+        step, *lines = state_lines(self.spec, self.h, self.name, self.rows, str(self.device), self.dtype)
         placement = PLACEMENTS[self.spec.for_parameter(self.name)[1]]
         return {step.key: torch.zeros((), dtype=torch.float32), **placement.allocate(lines, self.device)}
 
@@ -59,13 +62,14 @@ class Slot(NamedTuple):
     def record(self, state: Mapping[str, Tensor]) -> Record:
         """The live state as a record."""
         if not state:
-            return Record(self.name, self.shape, stepped=False)
+            return Record(self.name, self.shape, stepped=False, dtype=self.dtype)
         moments = {}
         for moment, fmt in moment_codes(self.spec, self.h, self.name, self.shape):
             keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
             piece = LivePiece(self.rows, {part: state[key] for part, key in keys.items()})
             moments[moment.name] = Stored(moment, fmt, self.shape, (piece,))
-        return Record(self.name, self.shape, float(state["step"]), moments)
+        beside = kept.live(master_of(self.spec, self.dtype), self.dtype, self.rows, state, self.parameter)
+        return Record(self.name, self.shape, float(state["step"]), moments, dtype=self.dtype, kept=beside)
 
     def check(self, record: Record, rule: str, fill: Fill) -> dict[str, str | float]:
         """What feeds each moment: the name of a stored one, or a number. Raises ValueError for what does not fit."""
@@ -81,6 +85,10 @@ class Slot(NamedTuple):
             negative = record.moments[chosen].moment.signed if isinstance(chosen, str) else chosen < 0
             if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
                 raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
+        if record.kept is not None:
+            reason = kept.refuse(record.kept, master_of(self.spec, self.dtype), self.parameter)
+            if reason:
+                raise ValueError(f"{self.name}: {reason}")
         return plan
 
     def _check_begins(self, moment: Moment, fill: Fill) -> None:
@@ -115,6 +123,18 @@ def fill_slot(
         if name in fill:
             report.filled[name] = fill[name]
     report.dropped += [m for m in record.moments if m not in (*plan.values(), *report.dropped)]
+    if record.kept is not None:
+        _fill_kept(slot, state, record.kept, report)
+
+
+def _fill_kept(slot: Slot, state: dict[str, Tensor], before: kept.Kept, report: Conversion) -> None:
+    """Zeros, which stand for the weights as they are, are right where there was no master before."""
+    master = master_of(slot.spec, slot.dtype)
+    if master.key in state and before.dtype == slot.dtype:
+        loss = report.losses.setdefault(master.key, Loss())
+        kept.move(before, master, slot.rows, slot.parameter, state[master.key], loss)
+    elif before.master.key not in report.dropped:
+        report.dropped.append(before.master.key)
 
 
 def _scale(slot: Slot, name: str, chosen: str, t: float, old: tuple[OptimSpec, Mapping[str, Any]]) -> float:

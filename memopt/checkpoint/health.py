@@ -44,6 +44,10 @@ def examine(source: Source) -> list[Health]:
         for name, stored in record.moments.items():
             health = found.setdefault((name, stored.format.name), Health(name, stored.format.name))
             _add(health, record.name, stored)
+        if record.kept is not None:
+            stored = record.kept.stored
+            name = stored.moment.name
+            _add(found.setdefault((name, ""), Health(name, record.kept.stored.format.name)), record.name, stored)
     return list(found.values())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
@@ -9,9 +10,13 @@ from torch import Tensor
 
 from memopt.checkpoint import contents, folder, manifest, plain
 from memopt.checkpoint.codes import CODES
+from memopt.checkpoint.kept import Kept, Raw
 from memopt.checkpoint.stored import Group, Piece, Record, Source, Span, Stored
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
+from memopt.formats import Format
 from memopt.geometry import Rows, Shape
+from memopt.ledger import TensorSpec
+from memopt.masters import MASTERS
 from memopt.partitions import PARTITIONS
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
@@ -89,14 +94,36 @@ class Checkpoint:
             moment: self._stored(name, Moment(moment, signed=code["signed"]), code["format"], shape, saved)
             for moment, code in entry.get("moments", {}).items()
         }
-        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry)
+        dtype = entry.get("dtype", "")
+        kept = self._kept(name, entry["master"], dtype, shape, saved) if "master" in entry else None
+        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry, dtype, kept)
+
+    def _kept(self, name: str, master: str, dtype: str, shape: Shape, saved: dict[str, Any]) -> Kept:
+        if master not in MASTERS:
+            raise ValueError(f"{self.path}: {name} has a master {master!r}, which this version does not know")
+        raw = Raw(MASTERS[master].kept(dtype))
+        stored = self._pieces(name, Moment(MASTERS[master].key), raw, shape, saved)
+        return Kept(MASTERS[master], dtype, stored, self._weights(name, dtype, shape))
+
+    def _weights(self, name: str, dtype: str, shape: Shape) -> Callable[[Rows], Tensor] | None:
+        """The parameter itself, if the checkpoint has a model with it."""
+        file = self.model
+        if file is None:
+            return None
+        there = self.body["model"]["tied"].get(name, name)
+        if file.specs.get(there) != TensorSpec(dtype, shape):
+            return None
+        return lambda rows: file.read(there, rows.bounds if shape else None)
 
     def _stored(self, name: str, moment: Moment, tag: str, shape: Shape, saved: dict[str, Any]) -> Stored:
         if tag not in CODES:
             raise ValueError(
                 f"{self.path}: {name}.{moment.name} is stored as {tag!r}, which this version does not know"
             )
-        world, fmt = saved["world_size"], CODES[tag]
+        return self._pieces(name, moment, CODES[tag], shape, saved)
+
+    def _pieces(self, name: str, moment: Moment, fmt: Format, shape: Shape, saved: dict[str, Any]) -> Stored:
+        world = saved["world_size"]
         pieces = []
         for rank in range(world):
             rows = PARTITIONS[saved["partition"]].rows(shape, rank, world)

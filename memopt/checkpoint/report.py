@@ -33,8 +33,9 @@ class Loss:
 
 @dataclass
 class Conversion:
-    """What became of the state: ``losses`` by moment, moments that the new rule does not keep (``dropped``) or that
-    were made up as the caller said (``filled``), and hyperparameters that changed with the rule."""
+    """What became of the state: ``losses`` by moment (and of the value that a master and its weights stand for), what
+    the new spec does not keep (``dropped``), moments that were made up as the caller said (``filled``), and
+    hyperparameters that changed with the rule."""
 
     before: str
     after: str
@@ -53,6 +54,6 @@ class Conversion:
             what = f"{loss.encoded} tensors encoded anew, relative error {loss.relative_error:.2g}"
             copied = f"{loss.copied} copied bit for bit"
             lines.append(f"  {moment}: " + ", ".join(([what] if loss.encoded else []) + [copied] * bool(loss.copied)))
-        lines += [f"  {moment}: not kept by the new rule, dropped" for moment in self.dropped]
+        lines += [f"  {moment}: not kept by the new spec, dropped" for moment in self.dropped]
         lines += [f"  {moment}: filled with {value!r}" for moment, value in self.filled.items()]
         return "\n".join(lines + [f"  {note}" for note in self.notes])

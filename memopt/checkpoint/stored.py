@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from memopt.formats import Format, Shard
 from memopt.geometry import Rows, Shape
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
+
+if TYPE_CHECKING:
+    from memopt.checkpoint.kept import Kept
 
 #: A range along dimension 0; None is the whole tensor.
 Span = tuple[int, int] | None
@@ -92,13 +95,16 @@ class Stored(NamedTuple):
 
 @dataclass
 class Record:
-    """The state of one parameter; no moments where it has never been stepped."""
+    """The state of one parameter; no moments where it has never been stepped. ``dtype`` is the parameter's, empty where
+    that was not saved; ``kept`` is what its master keeps beside it."""
 
     name: str
     shape: Shape
     step: float = 0.0
     moments: dict[str, Stored] = field(default_factory=dict)
     stepped: bool = True
+    dtype: str = ""
+    kept: Kept | None = None
 
 
 @dataclass

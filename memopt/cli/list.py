@@ -11,8 +11,8 @@ from typing import Any
 
 SUMMARY = "the specs that exist, and the values on each axis"
 
-#: How a placement or a partition is written in a spec.
-_SIGNS = {"placement": "@", "partition": "/"}
+#: How a master, a placement or a partition is written in a spec.
+_SIGNS = {"master": "+", "placement": "@", "partition": "/"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def as_json(aliases: bool) -> dict[str, Any]:
     from memopt.aliases import ALIASES
     from memopt.spec import specs
 
-    axes = ("rule", "format", "placement", "partition")
+    axes = ("rule", "format", "master", "placement", "partition")
     listed = [{"spec": str(s), **{axis: getattr(s, axis) for axis in axes}} for s in specs()]
     return {"schema": "memopt.list/1", "specs": listed, **({"aliases": dict(ALIASES)} if aliases else {})}
 
@@ -50,21 +50,22 @@ def aliases_text() -> list[str]:
 def matrix_text() -> list[str]:
     """A matrix of rules by formats, the values of the other axes, and what the matrix does not show."""
     from memopt.formats import FORMATS
+    from memopt.masters import MASTERS
     from memopt.partitions import PARTITIONS
     from memopt.placements import PLACEMENTS
     from memopt.rules import RULES
     from memopt.spec import specs
 
     valid = specs()
-    endings = {(s.placement, s.partition) for s in valid}
-    found = {(s.rule, s.format, s.placement, s.partition) for s in valid}
+    endings = {(s.master, s.placement, s.partition) for s in valid}
+    found = {(s.rule, s.format, s.master, s.placement, s.partition) for s in valid}
     pairs = {(s.rule, s.format) for s in valid}
     rows = [["", *FORMATS]]
     for rule, r in RULES.items():
         rows.append([rule, *(_cell((rule, fmt) in pairs, fmt == r.default_format) for fmt in FORMATS)])
     missing = [(*pair, *end) for pair in sorted(pairs) for end in sorted(endings) if (*pair, *end) not in found]
     return [
-        f"{len(valid)} specs: RULE[-FORMAT][@PLACEMENT][/PARTITION]",
+        f"{len(valid)} specs: RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]",
         "",
         *_columns(rows),
         "",
@@ -75,9 +76,10 @@ def matrix_text() -> list[str]:
             for name in RULES.wrappers
         ],
         "",
+        *_axis("master", MASTERS, "none"),
         *_axis("placement", PLACEMENTS, "device"),
         *_axis("partition", PARTITIONS, "none"),
-        *[f"not valid: {rule}-{fmt}@{placement}/{partition}" for rule, fmt, placement, partition in missing],
+        *["not valid: {}-{}+{}@{}/{}".format(*axes) for axes in missing],
     ]
 
 

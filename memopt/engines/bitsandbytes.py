@@ -61,6 +61,8 @@ class BitsAndBytes(Engine):
             return f"it has no {spec.rule}; it has {', '.join(KERNELS)}"
         if spec.format not in ("32bit", "8bit"):
             return f"it has no format {spec.format!r}; it has 32bit, 8bit"
+        if spec.master != "none":
+            return f"it keeps nothing beside the weights; the engine for +{spec.master} is native"
         if spec.partition != "none":
             return f"it cannot shard its state; the engine for /{spec.partition} is native"
         return None

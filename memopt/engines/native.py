@@ -9,7 +9,9 @@ from memopt import noise
 from memopt.engines.base import Engine
 from memopt.formats import FORMATS, HELD, Format, Shard
 from memopt.geometry import Rows
-from memopt.ledger import Line, TensorSpec
+from memopt.ledger import Line, TensorSpec, dtype_name
+from memopt.masters import master_of
+from memopt.masters.base import ORDER
 from memopt.rules import RULES, Moment
 
 if TYPE_CHECKING:
@@ -130,16 +132,21 @@ class Native(Engine):
 
 
 def plain_step(spec: OptimSpec, work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
-    """The definition of every rule × format pair. Parameters under 32 bits are updated in fp32 and rounded back."""
+    """The definition of every rule × format × master. Parameters under 32 bits are updated in fp32 and rounded back."""
     import torch
 
     p = work.p
-    dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
+    wide = p.dtype in (torch.float32, torch.float64)
+    dtype = p.dtype if wide else torch.float32
     g = work.g.to(dtype)
     if work.h["maximize"]:
         g = g.neg()
     state = ParameterState(work, moment_formats(spec, work.h, work.name, work.rows), total, seed, dtype)
-    exact = p.to(dtype)  # p itself where it already has the dtype
+    if wide:
+        RULES[spec.rule].update(p, g, state, work.step, work.h)
+        return
+    master = master_of(spec, dtype_name(p))
+    kept = work.state.get(master.key)
+    exact = master.read(p, kept)
     RULES[spec.rule].update(exact, g, state, work.step, work.h)
-    if exact is not p:
-        p.copy_(exact)
+    master.write(exact, p, kept, Shard(work.rows, noise.key(seed, work.index, ORDER), work.step, total))

@@ -73,7 +73,7 @@ def refuse(
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
     if spec.rule not in abi.RULES or any(f.name not in abi.FORMATS or m.name not in abi.SLOT for m, f, _ in moments):
         return f"there is no kernel for {spec.rule} in {spec.format}"
-    if spec.master != "none":
+    if p.dtype is not torch.float32 and spec.master != "none":
         return f"there is no kernel for +{spec.master}"
     names = {f.name for _, f, _ in moments}
     whole = not RULES[spec.rule].element_wise or "factored" in names

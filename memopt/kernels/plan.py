@@ -107,7 +107,7 @@ class Plan:
 def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     """A plan for these parameters, after they have stepped; None where not all of them can go this way."""
     spec, partition = optimizer.spec, optimizer.partition
-    if library() is None or spec.engine != "native" or spec.master != "none" or partition.world_size > 1 or not works:
+    if library() is None or spec.engine != "native" or partition.world_size > 1 or not works:
         return None
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
     names = {i: (name, p) for i, (name, p, _) in enumerate(optimizer._parameters())}

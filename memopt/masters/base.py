@@ -1,0 +1,78 @@
+"""What a master is: what stands beside a 16-bit parameter so that small updates add up."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, ClassVar
+
+from memopt.geometry import FLAT_ROW, Rows
+from memopt.ledger import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memopt.formats.base import Shard
+    from memopt.spec import OptimSpec
+
+#: dtypes in which an update is lost; wider parameters hold it themselves, and nothing is kept for them.
+LOW_PRECISION = ("bfloat16", "float16")
+
+#: A master's place among the moments of a rule, for the dither's key: behind all of them.
+ORDER = 255
+
+
+class Master(ABC):
+    """A value on the master axis. Subclasses are final.
+
+    A parameter p of 16 bits and one tensor beside it stand together for a more precise value x, fp32. ``key`` is that
+    tensor's state key (empty where there is none). Three promises: rounding x to the parameter's dtype gives p, so the
+    model never sees anything but p; *a tensor of zeros stands for the weight itself*, so new state needs no copy of
+    the weights; and where somebody else changed the weight (``model.load_state_dict``) the weight wins, element by
+    element, over what was kept for the old one (``docs/masters.md``).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    key: ClassVar[str] = ""
+
+    @abstractmethod
+    def kept(self, dtype: str) -> str:
+        """dtype of the tensor beside a parameter of this 16-bit dtype; empty where there is none."""
+
+    @abstractmethod
+    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
+        """x, fp32 [p.shape], a new tensor; ``kept`` [p.shape] is the tensor beside p."""
+
+    @abstractmethod
+    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
+        """bool [p.shape]: where ``kept`` shows that it is of another weight, and is not used."""
+
+    @abstractmethod
+    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
+        """Put into ``kept`` what x has beyond p, as precisely as it can; p is not changed."""
+
+    @abstractmethod
+    def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
+        """Round x into p, and keep what is left over; ``shard`` chooses the dither where there is one."""
+
+    def layout(self, rows: Rows, dtype: str) -> dict[str, TensorSpec]:
+        """The tensor beside these rows of a parameter: state key -> dtype and shape; cut by rows as the parameter."""
+        kept = self.kept(dtype) if dtype in LOW_PRECISION else ""
+        return {self.key: TensorSpec(kept, rows.local_shape)} if kept else {}
+
+
+def master_of(spec: OptimSpec, dtype: str) -> Master:
+    """The master that a parameter of this dtype has under ``spec``: none where it is wide enough itself."""
+    from memopt.masters import MASTERS
+
+    return MASTERS[spec.master if dtype in LOW_PRECISION else "none"]
+
+
+def words(shard: Shard, x: Tensor) -> Tensor:
+    """The dither's int32 words for the rows of ``x`` [local_shape], in its shape."""
+    from memopt import noise
+
+    rows = shard.rows
+    cols = rows.cols if len(rows.shape) >= 2 else FLAT_ROW
+    found = noise.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device)
+    return found.view(-1)[: x.numel()].view(x.shape)
