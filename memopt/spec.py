@@ -250,7 +250,7 @@ def lookahead(inner: str | OptimSpec = "adamw", steps: int = 5, rate: float = 0.
 
 
 def specs(engine: str = "native") -> tuple[OptimSpec, ...]:
-    """Every valid combination of rule, format, master, placement and partition for an engine; rules without a wrapper."""
+    """Every valid combination of the axes for an engine; rules without a wrapper."""
     return tuple(_specs(engine))
 
 
