@@ -79,7 +79,7 @@ def build(directory: str | os.PathLike[str], extra: Sequence[str] = ()) -> Path:
             if process.returncode:
                 raise BuildError(f"{' '.join(command)} could not compile the kernels: {_first_line(message)}")
         library = f"{scratch}/{NAME}"
-        link = [*command, "-shared", *extra, *(out for _, out, _ in jobs), "-o", library, "-lpthread", "-lm"]
+        link = [*command, "-shared", *extra, *(out for _, out, _ in jobs), "-o", library, "-lpthread", "-lm", "-ldl"]
         linked = subprocess.run(link, capture_output=True, text=True)
         if linked.returncode:
             raise BuildError(f"{' '.join(command)} could not link the kernels: {_first_line(linked.stderr)}")

@@ -1,8 +1,12 @@
-// A pool of its own: torch's belongs to OpenMP and cannot be had without its headers. Threads are made at first use,
-// sleep between calls (after a spin of some tens of microseconds, because the passes of one step follow each other
-// closely), and block all signals. A child of fork() begins with none and makes its own.
+// Work runs on torch's own threads where torch runs on GNU OpenMP, whose one entry point is looked up in the process:
+// they are awake already, and a second pool would have to share the cores with them while they wait for torch's next
+// operation, which they do by spinning. Everywhere else (another OpenMP, none, a child of fork(), in which OpenMP's
+// threads are gone) there is a pool of our own. Its threads are made at first use, sleep between calls (after a spin of
+// some tens of microseconds, because the passes of one step follow each other closely), and block all signals. A child
+// of fork() begins with none and makes its own.
 #include "pool.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
@@ -43,12 +47,31 @@ struct Pool {
 alignas(Pool) unsigned char memory[sizeof(Pool)];
 Pool* pool = nullptr;
 
-void after_fork() { new (memory) Pool; }
+// void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags), part of libgomp's ABI: calls the
+// function once on each thread of a team of at most `threads`, the caller being one of them.
+typedef void (*Team)(void (*)(void*), void*, unsigned, unsigned);
+Team team = nullptr;
+bool sought = false, forked = false;
 
-pthread_once_t once = PTHREAD_ONCE_INIT;
-void begin() {
+void after_fork() {
+    new (memory) Pool;
+    forked = true;
+}
+
+// When the library is loaded: a fork may come before the first step.
+__attribute__((constructor)) void begin() {
     pool = new (memory) Pool;
     pthread_atfork(nullptr, nullptr, after_fork);
+}
+
+Team openmp() {
+#if !defined(__SANITIZE_THREAD__)  // which does not see how OpenMP's threads are synchronised
+    if (!sought) {
+        team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+        sought = true;
+    }
+#endif
+    return forked ? nullptr : team;
 }
 
 void work(Pool& p, Task task, void* context, int64_t tasks) {
@@ -95,6 +118,23 @@ void grow(Pool& p, int wanted) {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
+struct Shared {
+    Task task;
+    void* context;
+    int64_t tasks;
+    fenv_t environment;
+    std::atomic<int64_t> next;
+};
+
+void member(void* argument) {
+    Shared& job = *static_cast<Shared*>(argument);
+    fenv_t before;
+    std::fegetenv(&before);
+    std::fesetenv(&job.environment);
+    for (int64_t i; (i = job.next.fetch_add(1, std::memory_order_relaxed)) < job.tasks;) job.task(job.context, i);
+    std::fesetenv(&before);
+}
+
 }  // namespace
 
 void parallel(int threads, int64_t tasks, Task task, void* context) {
@@ -104,7 +144,12 @@ void parallel(int threads, int64_t tasks, Task task, void* context) {
         for (int64_t i = 0; i < tasks; i++) task(context, i);
         return;
     }
-    pthread_once(&once, begin);
+    if (const Team run = openmp()) {
+        Shared job{task, context, tasks, {}, {0}};
+        std::fegetenv(&job.environment);
+        run(member, &job, static_cast<unsigned>(wanted) + 1, 0);
+        return;
+    }
     Pool& p = *pool;
     pthread_mutex_lock(&p.calls);
     pthread_mutex_lock(&p.lock);
