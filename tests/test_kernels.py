@@ -32,8 +32,9 @@ STEPS = 2
 
 #: Sums are added in another order and divisions by constants are multiplications: a few units of the last place.
 TOLERANCE = 2e-6
-#: Where a rounding tie falls the other way a code is one step off, and later steps of that element differ.
-MAX_TIES = 2e-3
+#: Where a rounding tie falls the other way a code is one step off, and later steps of that element differ. About one
+#: code in a million does; a tensor here has at most 16,000, so two are let pass.
+MAX_TIES = 2
 #: 16-bit parameters that fall the other way at a tie of their own rounding differ by one step of theirs.
 HALF_STEP = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
@@ -109,7 +110,7 @@ def test_agrees_with_the_plain_path(spec, hyper, dtype, plain) -> None:
     # Without fused multiply-add 16-bit parameters meet ties of their own.
     coded = memopt.parse(spec).format not in ("32bit", "factored") or found.isa == "baseline"
     for p, q, mine, other in zip(ours, theirs, our_states, their_states, strict=True):
-        ties = int(MAX_TIES * p.numel()) if coded else 0
+        ties = MAX_TIES if coded else 0
         assert_close(p.detach(), q.detach(), HALF_STEP[dtype], ties, f"{tuple(p.shape)}")
         assert mine.keys() == other.keys()
         for key in mine:
@@ -122,3 +123,13 @@ def test_agrees_with_the_plain_path(spec, hyper, dtype, plain) -> None:
                 assert int((a != b).sum()) <= ties, key
             else:
                 assert_close(a, b, 0.0, ties, f"{tuple(p.shape)} {key}")
+
+
+@pytest.mark.parametrize("spec", ["adamw-8bit", "adamw-fp8", "adamw-4bit", "lion-8bit"])
+def test_ties_are_rare(spec, plain) -> None:
+    """Of a million codes, three steps on; in 8 bits 7 were seen, in the others fewer than one."""
+    (_, [mine]), (_, [other]) = stepped(spec, {}, [(512, 2048)], torch.float32), plain(
+        stepped, spec, {}, [(512, 2048)], torch.float32)  # fmt: skip
+    for key in mine:
+        if key.endswith(".codes"):
+            assert int((mine[key].view(torch.uint8) != other[key].view(torch.uint8)).sum()) <= 30, key

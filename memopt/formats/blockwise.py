@@ -14,14 +14,17 @@ leading bits of the fp32 number, M of them mantissa. In 8 bits M = 4: steps of a
 1.7e-5 of the maximum); in 4 bits M = 0: powers of two down to 6e-5. The smallest code stands for every smaller value
 that is not zero, so that a denominator never underflows to zero where the numerator does not.
 
-With f in [0, 1) the bits that are cut off, the next code is chosen with probability
+In 8 bits a uniform number of as many bits as are cut off is added to them, which moves on to the next code with the
+probability f that they stand for (of [0, 1)): the expected value is x. In 4 bits that would let a moment decay too
+fast. One that shrinks by a fraction d of itself per step goes down a code every g/d steps, g being the relative gap
+to the next code, and after n = 2^M codes, an octave, it has taken (1/(n + 1) + … + 1/(2n)) / d steps where the truth
+takes ln 2 / d: 39 % too fast for M = 0, where the uniform number u is therefore bent before it is added,
 
-    h(f) = f - k f (1 - f) (1 - 2 f),     k = 1 - (1/(n + 1) + … + 1/(2 n)) / ln 2,  n = 2^M
+    u + k u (1 - u) (1 - 2 u),     k = ln 2 / (1/(n + 1) + … + 1/(2 n)) - 1 = 0.386 for M = 0
 
-and not with f itself. A moment that decays moves down by a fraction d of itself per step; chosen with f, its code
-goes down every g/d steps (g the relative gap to the next code), and after n codes, an octave, it has taken
-(1/(n + 1) + … + 1/(2n)) / d steps where the truth takes ln 2 / d: 2 % too fast in 8 bits, 39 % in 4 bits. The slope
-of h at both ends, 1 - k, sets that right; h is antisymmetric about 1/2, so values that rise and fall keep their mean.
+Its slope at both ends, 1 + k, makes the codes last as long as they should; it is antisymmetric about 1/2, so values
+that rise and fall keep their mean. For M = 3 (fp8) and 4 the moment is 4.6 % and 2.2 % too fast, a second moment of
+b2 = 0.999 as if of 0.99898, which is left as it is.
 """
 
 from __future__ import annotations
@@ -42,10 +45,14 @@ FLT_MAX = 3.4028234663852886e38
 EXPONENT_ONE = 127
 
 
-def correction(mantissa: int) -> float:
-    """k in the probability h(f) above: 0.279 for 0 mantissa bits, 0.044 for 3, 0.022 for 4."""
+#: What keeps a bent number under 1 when it is rounded to fp32: a value that is a code stays it.
+BELOW_ONE = 1 - 2.0**-20
+
+
+def bend(mantissa: int) -> float:
+    """k above for M mantissa bits: 0.386 for 0, 0.046 for 3, 0.022 for 4."""
     n = 2**mantissa
-    return 1 - sum(1 / i for i in range(n + 1, 2 * n + 1)) / log(2)
+    return log(2) / sum(1 / i for i in range(n + 1, 2 * n + 1)) - 1
 
 
 class Code(NamedTuple):
@@ -106,14 +113,16 @@ def reciprocal(scale: Tensor, numerator: float) -> Tensor:
     return (numerator / scale).clamp_(max=FLT_MAX)
 
 
-def truncate(y: Tensor, shift: int, k: float, u: Tensor) -> Tensor:
-    """The bits of fp32 ``y`` >= 0 rounded to a multiple of 2^shift, up where ``u`` < h(f); int32."""
+def truncate(y: Tensor, shift: int, words: Tensor, k: float = 0.0) -> Tensor:
+    """The bits of fp32 ``y`` >= 0 rounded to a multiple of 2^shift, stochastically by ``words``; int32."""
     import torch
 
-    bits = y.view(torch.int32)
-    f = (bits & ((1 << shift) - 1)).float().mul_(2.0**-shift)
-    h = f - f.mul(1 - f).mul_(1 - 2 * f).mul_(k)
-    return ((bits >> shift) + (u < h)) << shift
+    if k:
+        u = uniform(words)
+        added = u.mul(1 - u).mul_(1 - 2 * u).mul_(k).add_(u).mul_(2.0**shift * BELOW_ONE).int()
+    else:
+        added = upper_bits(words, shift)
+    return ((y.view(torch.int32) + added) >> shift) << shift
 
 
 def encode_signed(x: Tensor, code: Code, shard: Shard) -> tuple[Tensor, Tensor]:
@@ -138,7 +147,7 @@ def encode_unsigned(x: Tensor, code: Code, shard: Shard) -> tuple[Tensor, Tensor
     x = as_blocks(x, shard.rows, code.block)
     scale = x.amax(-1)
     y = x.mul(reciprocal(scale, 1.0)[..., None]).clamp_(max=1.0)
-    q = truncate(y, code.shift, correction(code.mantissa), uniform(random_words(shard, x)))
+    q = truncate(y, code.shift, random_words(shard, x), 0.0 if code.mantissa else bend(0))
     q = (q >> code.shift).sub_(code.offset).clamp_(min=1)
     return q.mul_(x > 0), scale
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, final
 
 from memopt.formats.base import Format, Parts, Shard, as_blocks, from_blocks, too_small
 from memopt.formats.blockwise import (
-    correction,
     load_scales,
     random_words,
     reciprocal,
@@ -57,10 +56,9 @@ class FP8(Format):
         blocks = as_blocks(x, shard.rows, BLOCK)
         largest = blocks.abs().amax(-1)
         y = blocks.abs().mul_(reciprocal(largest, LARGEST)[..., None]).clamp_(max=LARGEST)
-        u = uniform(random_words(shard, y))
-        # A signed moment is rounded without bias, a decaying one so that it decays at its own rate.
-        normal = truncate(y, SHIFT, 0.0 if moment.signed else correction(3), u).view(torch.float32)
-        subnormal = y.div(QUANTUM).add_(u).floor_().mul_(QUANTUM)
+        words = random_words(shard, y)
+        normal = truncate(y, SHIFT, words).view(torch.float32)
+        subnormal = y.div(QUANTUM).add_(uniform(words)).floor_().mul_(QUANTUM)
         code = torch.where(y >= SMALLEST_NORMAL, normal, subnormal)
         if not moment.signed:
             code = code.clamp_(min=QUANTUM).mul_(y > 0)

@@ -6,7 +6,7 @@ from ctypes import Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_v
 
 VERSION = 1
 #: Columns of a row of a tensor whose format has no rows.
-CHUNK = 512
+CHUNK = 1024
 SLOTS = 3
 
 #: Enumerators of abi.h.

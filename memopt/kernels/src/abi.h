@@ -38,7 +38,7 @@ constexpr int SLOTS = 3;
 
 // Columns that are decoded, stepped and encoded at a time, and the unit in which work is shared out: a multiple of
 // every block, small enough for the first-level cache.
-constexpr int CHUNK = 512;
+constexpr int CHUNK = 1024;
 constexpr int64_t chunks_of(int64_t cols) { return (cols + CHUNK - 1) / CHUNK; }
 
 // One tensor of one step. rows, cols: the view of memopt/geometry.py, of the rows held here; for FACTORED all

@@ -11,9 +11,9 @@ template <class Kind, bool ROOT, class Root> struct Pick<false, Kind, ROOT, Root
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
 
-INLINE Ahead ahead(const void* data, const Place& at, uint8_t dtype) {
-    const int size = dtype == memopt::F32 ? 4 : 2;
-    return {static_cast<const char*>(data) + (at.offset + at.n) * size, size};
+INLINE const float* negated(const float* from, int n, float* buffer) {
+    for (int i = 0; i < n; i++) buffer[i] = -from[i];
+    return buffer;
 }
 
 template <class Rule, class Format>
@@ -29,41 +29,55 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     if (Rule::P) p = const_cast<float*>(load_numbers(t.p, at.offset, at.n, t.p_dtype, p_buffer));
     const float* g = p;
     if (Rule::G) g = load_numbers(t.g, at.offset, at.n, t.g_dtype, g_buffer);
+    if (Rule::G && __builtin_expect(s.gradient_sign != 0, 0)) g = negated(g, at.n, g_buffer);
     V v(t, 0, at, v_scratch, sums);
     M m(t, 1, at, m_scratch, sums);
     X x(t, 2, at, x_scratch, sums);
     vf total{};
+    const auto step = [&](int i, int stop) __attribute__((always_inline)) {
+        vf pi = Rule::P ? loadf(p + i) : vf{};
+        const vf gi = Rule::G ? loadf(g + i) : vf{};
+        vf v_i = v.get(i), m_i = m.get(i), x_i = x.get(i);
+        vf term = Rule::apply(pi, gi, v_i, m_i, x_i, s);
+        if (__builtin_expect(stop - i < W, 0)) {  // lanes past the end of the row count for nothing
+            const vi live = (vi)iota() < (stop - i);
+            term = live ? term : vf{};
+            v_i = live ? v_i : vf{};
+            m_i = live ? m_i : vf{};
+            x_i = live ? x_i : vf{};
+        }
+        if (Rule::SUMS) total += term;
+        if (Rule::W_P) store(p + i, pi);
+        if (Rule::W_V) v.put(i, v_i);
+        if (Rule::W_M) m.put(i, m_i);
+        if (Rule::W_X) x.put(i, x_i);
+    };
     for (int b = 0; b * BLOCK < at.n; b++) {
         v.begin(b);
         m.begin(b);
         x.begin(b);
         const int stop = smallest((b + 1) * BLOCK, at.n);
-        for (int i = b * BLOCK; i < stop; i += W) {
-            vf pi = Rule::P ? loadf(p + i) : vf{};
-            const vf gi = Rule::G ? number(bits(loadf(g + i)) ^ s.gradient_sign) : vf{};
-            vf v_i = v.get(i), m_i = m.get(i), x_i = x.get(i);
-            vf term = Rule::apply(pi, gi, v_i, m_i, x_i, s);
-            if (__builtin_expect(stop - i < W, 0)) {  // lanes past the end of the row count for nothing
-                const vi live = (vi)iota() < (stop - i);
-                term = live ? term : vf{};
-                v_i = live ? v_i : vf{};
-                m_i = live ? m_i : vf{};
-                x_i = live ? x_i : vf{};
-            }
-            if (Rule::SUMS) total += term;
-            if (Rule::W_P) store(p + i, pi);
-            if (Rule::W_V) v.put(i, v_i);
-            if (Rule::W_M) m.put(i, m_i);
-            if (Rule::W_X) x.put(i, x_i);
-        }
+        for (int i = b * BLOCK; i < stop; i += W) step(i, stop);
         if (Rule::W_V) v.end(b);
         if (Rule::W_M) m.end(b);
         if (Rule::W_X) x.end(b);
     }
-    const Ahead next_g = ahead(t.g, at, t.g_dtype), next_p = ahead(t.p, at, t.p_dtype);
-    if (Rule::W_V) v.close(next_g);
-    if (Rule::W_M) m.close(next_p);
-    if (Rule::W_X) x.close(next_p);
+    // Coded moments are written when the largest magnitude of their block is known, all of them in one loop: one's
+    // square roots are taken beside the other's additions.
+    for (int b = 0; BLOCK < CHUNK && b * BLOCK < at.n; b++) {
+        if (Rule::W_V) v.turn(b);
+        if (Rule::W_M) m.turn(b);
+        if (Rule::W_X) x.turn(b);
+        const int stop = smallest((b + 1) * BLOCK, at.n);
+        for (int i = b * BLOCK; i < stop; i += W) {
+            if (Rule::W_V) v.code(i);
+            if (Rule::W_M) m.code(i);
+            if (Rule::W_X) x.code(i);
+        }
+    }
+    if (Rule::W_V) v.close();
+    if (Rule::W_M) m.close();
+    if (Rule::W_X) x.close();
     if (Rule::W_P) store_numbers(t.p, at.offset, at.n, t.p_dtype, p);
     if (Rule::SUMS) sums.total += sum_lanes(total);
 }

@@ -3,6 +3,7 @@
 //   stored(largest)   what is kept of the largest magnitude of a block
 //   inverse(largest)  what a value is multiplied by before it is coded
 //   decode, encode    one vector
+//   HAS_SIGN          whether values may be negative
 // Formulas are those of the Python files; where a polynomial is evaluated in another order, a tie may fall otherwise.
 #pragma once
 #include "noise.h"
@@ -14,31 +15,26 @@ INLINE float clamped_reciprocal(float numerator, float x) {
     return r > 3.4028234663852886e38f ? 3.4028234663852886e38f : r;  // a NaN stays
 }
 
-// k of blockwise.correction(M), with its order of additions.
-constexpr double correction(int mantissa) {
-    const int n = 1 << mantissa;
-    double sum = 0;
-    for (int i = n + 1; i <= 2 * n; i++) sum += 1.0 / i;
-    return 1 - sum / 0.6931471805599453;
-}
+// blockwise.bend(0) and BELOW_ONE.
+constexpr double BEND = 0.38629436111989061883, BELOW_ONE = 1 - 0x1p-20;
 
-// blockwise.truncate: fp32 bits shifted right, the next code chosen where u < h(f) = f (1 - k + f (3 k - 2 k f)).
-// F = f 2^SHIFT is a whole number, and both sides are taken times 2^24.
-template <int SHIFT, bool CORRECTED, int M>
-INLINE vi rounded_shift(vf y, vu w) {
-    constexpr double k = CORRECTED ? correction(M) : 0.0, one = 1 << SHIFT, scale = 1 << 24;
-    constexpr float c0 = static_cast<float>((1 - k) * scale / one), c1 = static_cast<float>(3 * k * scale / one / one),
-                    c2 = static_cast<float>(-2 * k * scale / one / one / one);
-    const vu b = bits(y);
-    const vf F = to_float((vi)(b & ((1u << SHIFT) - 1)));
-    const vf h = CORRECTED ? F * fma(F, fma(F, splat(c2), splat(c1)), splat(c0)) : F * c0;
-    return increment_where_less((vi)(b >> SHIFT), upper24(w), h);
+// blockwise.truncate: what is added to the bits of an fp32 number before SHIFT of them are cut off, 0 ... 2^SHIFT - 1.
+template <int SHIFT, bool BENT>
+INLINE vu added(vu w) {
+    if (!BENT) return w >> (32 - SHIFT);
+    constexpr double one = 4294967296.0, scale = (1 << SHIFT) * BELOW_ONE;
+    constexpr float c0 = static_cast<float>((1 + BEND) * scale / one),
+                    c1 = static_cast<float>(-3 * BEND * scale / one / one),
+                    c2 = static_cast<float>(2 * BEND * scale / one / one / one);
+    const vf u = whole_number(w);
+    return (vu)truncate(u * fma(u, fma(u, splat(c2), splat(c1)), splat(c0)));
 }
 
 // q in -L ... L stands for sign(q) (q / L)^2.
 template <int L>
 struct SquareCode {
     typedef int8_t Lane;
+    static constexpr bool HAS_SIGN = true;
     INLINE float unit(float stored) { return stored / static_cast<float>(L * L); }
     INLINE float stored(float largest) { return largest; }
     INLINE float inverse(float largest) { return clamped_reciprocal(L * L, largest); }
@@ -46,14 +42,12 @@ struct SquareCode {
         const vf x = to_float(q);
         return x * absolute(x) * unit;
     }
+    // With v = 1 - u, q + 1 is chosen where y > q^2 + u (2 q + 1): where q + 1 <= sqrt(y - v + v^2) + v.
+    // Where there is no root y is under v, and the NaN becomes zero.
     INLINE vi encode(vf x, float inverse, vu w) {
-        const vf y = absolute(x) * inverse;
-        const vi q = truncate(root(y));
-        const vf f = to_float(q);
-        // Exact, fused or not: (2 f + 1) 2^-24 and f f are whole numbers of few bits times a power of two.
-        const vf width = fma(f, splat(0x1p-23f), splat(0x1p-24f));
-        const vi rounded = increment_where_less(q, upper24(w) * width, fma(-f, f, y));
-        return negate_where(smaller(rounded, vi{} + L), x);
+        const vf v = one_minus_uniform(w);
+        const vf square = fma(v, v, fms(absolute(x), splat(inverse), v));
+        return truncate(with_sign(at_most(root(square) + v, L), x));
     }
 };
 
@@ -61,18 +55,19 @@ struct SquareCode {
 template <int T, int M>
 struct FloatCode {
     typedef uint8_t Lane;
+    static constexpr bool HAS_SIGN = false;
     static constexpr int SHIFT = 23 - M, OFFSET = (127 << M) - T;
     INLINE float unit(float stored) { return stored; }
     INLINE float stored(float largest) { return largest; }
     INLINE float inverse(float largest) { return clamped_reciprocal(1.0f, largest); }
     INLINE vf decode(vi q, float unit) {
         const vu value = (vu)((q + OFFSET) << SHIFT);
-        return number(q > 0 ? value : vu{}) * unit;
+        return where_positive(q, number(value) * unit);
     }
     INLINE vi encode(vf x, float inverse, vu w) {
         const vf y = at_most(x * inverse, 1.0f);
-        const vi q = rounded_shift<SHIFT, true, M>(y, w) - OFFSET;
-        return larger(q, vi{} + 1) & (x > 0.0f);
+        const vi q = (vi)((bits(y) + added<SHIFT, M == 0>(w)) >> SHIFT) - OFFSET;
+        return larger(q, smaller((vi)bits(x), vi{} + 1));  // 0 for 0 alone
     }
 };
 
@@ -80,6 +75,7 @@ struct FloatCode {
 template <bool SIGNED>
 struct E4M3 {
     typedef uint8_t Lane;
+    static constexpr bool HAS_SIGN = SIGNED;
     INLINE float unit(float stored) { return stored; }
     INLINE float stored(float largest) { return largest / 448.0f; }
     INLINE float inverse(float largest) { return clamped_reciprocal(448.0f, largest); }
@@ -92,8 +88,8 @@ struct E4M3 {
     }
     INLINE vi encode(vf x, float inverse, vu w) {
         const vf y = at_most(absolute(x) * inverse, 448.0f);
-        const vi normal = rounded_shift<20, !SIGNED, 3>(y, w) - (120 << 3);
-        const vi small = truncate(fma(upper24(w), splat(0x1p-24f), y * 512.0f));
+        const vi normal = (vi)((bits(y) + added<20, false>(w)) >> 20) - (120 << 3);
+        const vi small = truncate(fma(y, splat(512.0f), uniform(w)));
         vi q = y >= 0x1p-6f ? normal : small;
         if (!SIGNED) q = larger(q, vi{} + 1) & (y > 0.0f);
         return SIGNED ? q | (vi)((bits(x) >> 24) & 0x80u) : q;

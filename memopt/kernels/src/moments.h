@@ -1,4 +1,4 @@
-// A chunk (at most 512 columns of one row) of one moment, opened, read and written vector by vector, and closed.
+// A chunk (at most 1024 columns of one row) of one moment, opened, read and written vector by vector, and closed.
 //   open()            before anything else
 //   begin(b), end(b)  around the vectors of block b
 //   get(i)            columns i ... i + W - 1 as fp32; past the end of the row: any finite number
@@ -23,14 +23,6 @@ struct Place {
     const uint32_t* keys;      // of each slot, and behind them what the step adds
 };
 
-// What the next chunk will read, for loops that only compute to ask for meanwhile.
-struct Ahead {
-    const char* from;
-    int size;  // bytes of an element
-
-    INLINE_METHOD void ask(int i) const { __builtin_prefetch(from + static_cast<int64_t>(i) * size); }
-};
-
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.
 struct alignas(64) Scratch {
     float value[CHUNK];
@@ -44,7 +36,9 @@ struct Absent {
     INLINE_METHOD vf get(int) const { return vf{}; }
     INLINE_METHOD void put(int, vf) {}
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close(const Ahead&) {}
+    INLINE_METHOD void turn(int) {}
+    INLINE_METHOD void code(int) {}
+    INLINE_METHOD void close() {}
 };
 
 class Full {
@@ -67,7 +61,9 @@ class Full {
     INLINE_METHOD vf get(int i) const { return loadf(at + i); }
     INLINE_METHOD void put(int i, vf x) { store(at + i, x); }
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close(const Ahead&) {
+    INLINE_METHOD void turn(int) {}
+    INLINE_METHOD void code(int) {}
+    INLINE_METHOD void close() {
         if (at != direct) std::memcpy(direct, at, 4 * n);
     }
 };
@@ -96,7 +92,9 @@ class Half {
     INLINE_METHOD vf get(int i) const { return load_bf16(at + i); }
     INLINE_METHOD void put(int i, vf x) { narrow(at + i, (bits(x) + (dither.next() >> 16)) >> 16); }
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close(const Ahead&) {
+    INLINE_METHOD void turn(int) {}
+    INLINE_METHOD void code(int) {}
+    INLINE_METHOD void close() {
         if (at != direct) std::memcpy(direct, at, 2 * n);
     }
 };
@@ -145,7 +143,7 @@ struct Nibbles {
 
 template <class Code, class Packing, int SIZE>
 class Coded {
-    static constexpr bool NIBBLES = Packing::BITS == 4, SIGNED = static_cast<typename Code::Lane>(-1) < 0;
+    static constexpr bool NIBBLES = Packing::BITS == 4;
     const memopt::Tensor& tensor;
     const int n;
     uint8_t* const direct;
@@ -154,11 +152,11 @@ class Coded {
     float* const scales;
     Dither dither;
     float unit;
-    vi top;
+    vu top;
     vf table;  // of nibbles: what each of the 16 codes stands for in this block
-    float largest[CHUNK / SIZE];
+    float largest[CHUNK / SIZE], inverse;
 
-    INLINE vi extend(vi q) { return NIBBLES && SIGNED ? (q << 28) >> 28 : q; }
+    INLINE vi extend(vi q) { return NIBBLES && Code::HAS_SIGN ? (q << 28) >> 28 : q; }
 
   public:
     static constexpr int BLOCK = SIZE;
@@ -173,7 +171,7 @@ class Coded {
     }
     INLINE_METHOD void begin(int b) {
         unit = Code::unit(scales[b]);
-        top = vi{};
+        top = vu{};
 #if LANES_512
         if (NIBBLES) table = Code::decode(extend((vi)iota()), unit);
 #endif
@@ -187,24 +185,16 @@ class Coded {
     INLINE_METHOD void put(int i, vf x) {
         store(value + i, x);
         // As integers magnitudes are in order, and NaN is above Inf: a block with a NaN gets a scale of NaN.
-        top = larger(top, (vi)bits(absolute(x)));
+        top = larger(top, bits(Code::HAS_SIGN ? absolute(x) : x));
     }
     INLINE_METHOD void end(int b) {
-        const int32_t largest_bits = largest_lane(top);
+        const uint32_t largest_bits = largest_lane(top);
         __builtin_memcpy(&largest[b], &largest_bits, 4);
+        scales[b] = Code::stored(largest[b]);
     }
-    INLINE_METHOD void close(const Ahead& ahead) {
-        for (int b = 0; b * BLOCK < n; b++) {
-            const float inverse = Code::inverse(largest[b]);
-            const int stop = n < (b + 1) * BLOCK ? n : (b + 1) * BLOCK;
-            for (int i = b * BLOCK; i < stop; i += W) {
-                ahead.ask(i);
-                narrow(at + i, Code::encode(loadf(value + i), inverse, dither.next()));
-            }
-            scales[b] = Code::stored(largest[b]);
-        }
-        Packing::close(direct, n, at);
-    }
+    INLINE_METHOD void turn(int b) { inverse = Code::inverse(largest[b]); }
+    INLINE_METHOD void code(int i) { narrow(at + i, Code::encode(loadf(value + i), inverse, dither.next())); }
+    INLINE_METHOD void close() { Packing::close(direct, n, at); }
 };
 
 // A moment kept as row and column means, x = row * col / mean. `put` adds to the sums from which the new means come.
@@ -234,7 +224,9 @@ class Factored {
         store(column + i, loadf(column + i) + x);
     }
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close(const Ahead&) { sums.row += sum_lanes(across); }
+    INLINE_METHOD void turn(int) {}
+    INLINE_METHOD void code(int) {}
+    INLINE_METHOD void close() { sums.row += sum_lanes(across); }
 };
 
 // The same moment, read as 1 / sqrt(x).
@@ -257,7 +249,9 @@ class FactoredRoot {
     INLINE_METHOD vf get(int i) const { return row * loadf(root + i); }
     INLINE_METHOD void put(int, vf) {}
     INLINE_METHOD void end(int) {}
-    INLINE_METHOD void close(const Ahead&) {}
+    INLINE_METHOD void turn(int) {}
+    INLINE_METHOD void code(int) {}
+    INLINE_METHOD void close() {}
 };
 
 // The six formats: what holds the second moment and other non-negative ones (U), what holds the signed one (S), and

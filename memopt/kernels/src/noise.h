@@ -26,7 +26,16 @@ struct Dither {
     }
 };
 
-// 24 upper bits as a number; the uniform number in [0, 1) is this times 2^-24.
-INLINE vf upper24(vu w) { return to_float((vi)(w >> 8)); }
+// The uniform number in [0, 1] of a word. Where there is a conversion of unsigned words it has 8 bits more than the
+// plain path's, which are rounded off.
+INLINE vf whole_number(vu w) {
+#if LANES_512
+    return _mm512_cvtepu32_ps((__m512i)w);
+#else
+    return to_float((vi)(w >> 8)) * 256.0f;
+#endif
+}
+INLINE vf uniform(vu w) { return whole_number(w) * 0x1p-32f; }
+INLINE vf one_minus_uniform(vu w) { return fma(whole_number(w), splat(-0x1p-32f), splat(1.0f)); }
 
 }  // namespace

@@ -32,13 +32,13 @@ template <bool FACTORED, bool MAX>
 struct Adam : Reads {
     static constexpr bool V = true, M = true, X = MAX, W_V = !FACTORED, W_M = true, W_X = MAX;
     INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
-        p = p * s.decay;
-        g = with_decay(g, p, s);
+        g = with_decay(g, p, s);  // an L2 term or a decay of the parameter, never both
         m = lerp(m, g, s.first);
         if (!FACTORED) v = second_moment(v, g, s);
         vf largest = v;
         if (MAX) largest = x = (v > x) | (v != v) ? v : x;
-        p = s.plain ? fma(m, splat(s.rate), p) : p + m * s.rate / (root(largest) * s.inverse_bias + s.eps);
+        const vf update = m * s.rate;
+        p = fma(p, splat(s.decay), s.plain ? update : update / fma(root(largest), splat(s.inverse_bias), splat(s.eps)));
         return vf{};
     }
 };

@@ -1,5 +1,5 @@
 // The step of a list of tensors. Rules that look at each element alone are one pass: all tensors are cut into chunks
-// of at most 512 columns and equal runs of chunks are the tasks, whatever the sizes. Rules that need statistics of a whole
+// of at most 1024 columns and equal runs of chunks are the tasks, whatever the sizes. Rules that need statistics of a whole
 // tensor (whole.cpp) run large tensors one after the other on all threads, and small ones each on one thread.
 #include <cstdlib>
 

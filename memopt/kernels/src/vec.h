@@ -70,6 +70,16 @@ INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
+INLINE vf fms(vf a, vf b, vf c) {
+#if LANES_512
+    return _mm512_fmsub_ps(a, b, c);
+#elif LANES_256
+    return _mm256_fmsub_ps(a, b, c);
+#else
+    return fma(a, b, -c);
+#endif
+}
+
 INLINE vf root(vf x) {
 #if LANES_512
     return _mm512_sqrt_ps(x);
@@ -94,6 +104,15 @@ INLINE vi larger(vi a, vi b) {
     return a > b ? a : b;
 #endif
 }
+INLINE vu larger(vu a, vu b) {
+#if LANES_512
+    return (vu)_mm512_max_epu32((__m512i)a, (__m512i)b);
+#elif LANES_256
+    return (vu)_mm256_max_epu32((__m256i)a, (__m256i)b);
+#else
+    return a > b ? a : b;
+#endif
+}
 INLINE vi smaller(vi a, vi b) {
 #if LANES_512
     return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b);
@@ -114,29 +133,21 @@ INLINE vf at_most(vf x, float most) {
     return x > most ? splat(most) : x;
 #endif
 }
-// x + 1 where a < b.
-INLINE vi increment_where_less(vi x, vf a, vf b) {
+INLINE vf where_positive(vi q, vf x) {
 #if LANES_512
-    return (vi)_mm512_mask_add_epi32((__m512i)x, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), (__m512i)x, _mm512_set1_epi32(1));
+    return _mm512_maskz_mov_ps(_mm512_test_epi32_mask((__m512i)q, (__m512i)q), x);
 #else
-    return x - (vi)(a < b);
+    return number(bits(x) & (vu)(q > 0));
 #endif
 }
-// -x where `sign` is negative, as a number or as a NaN.
-INLINE vi negate_where(vi x, vf sign) {
-#if LANES_512
-    return (vi)_mm512_mask_sub_epi32((__m512i)x, _mm512_movepi32_mask((__m512i)sign), _mm512_setzero_si512(), (__m512i)x);
-#else
-    const vi flip = (vi)sign >> 31;
-    return (x ^ flip) - flip;
-#endif
-}
+// The magnitude of x with the sign of y, where x is not negative.
+INLINE vf with_sign(vf x, vf y) { return number(bits(x) | (bits(y) & 0x80000000u)); }
 
-INLINE int32_t largest_lane(vi x) {
+INLINE uint32_t largest_lane(vu x) {
 #if LANES_512
-    return _mm512_reduce_max_epi32((__m512i)x);
+    return _mm512_reduce_max_epu32((__m512i)x);
 #else
-    int32_t best = x[0];
+    uint32_t best = x[0];
     for (int i = 1; i < W; i++) best = x[i] > best ? x[i] : best;
     return best;
 #endif
