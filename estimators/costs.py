@@ -24,8 +24,10 @@ __all__ = ["GPU", "HOST", "PAGEABLE", "PHASES", "Column", "Estimate", "Peak", "R
 
 #: What an estimate without activations does not contain.
 WITHOUT = ("temporaries of the step", "CUDA context", "allocator rounding")
-#: partition -> what it shards besides the optimizer state.
-_SHARDS_ALSO: dict[str, tuple[str, ...]] = {"none": (), "zero1": ()}
+#: partition -> whether it shards weights and gradients too, and gives a block's weights up after its forward pass.
+_SHARDS_ALSO: dict[str, tuple[bool, bool]] = {
+    "none": (False, False), "zero1": (False, False), "zero2": (True, False), "zero3": (True, True),
+}  # fmt: skip
 _MAX_WORLD_SIZE = 10**6
 
 
@@ -225,10 +227,14 @@ def _rows(
         raise InputError(f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
                          f"it knows {', '.join(_SHARDS_ALSO)}")  # fmt: skip
     name, known = str(spec), model.provenance
-    held = [Row(name, "weights", kind, n, GPU, PHASES, known) for kind, n in _by_dtype(model, weights, all_=True)]
+    here = _fullest(model, spec, world_size)
+    held = [Row(name, "weights", kind, n, GPU, PHASES, known)
+            for kind, n in _by_dtype(here, weights, all_=True)]  # fmt: skip
     if model.buffers:
         held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, known))
-    by_dtype = _by_dtype(model, gradients, all_=False)
+    by_dtype = _by_dtype(here, gradients, all_=False)
+    if here is not model:
+        held += _whole_at_work(model, spec, weights, gradients)
     if ran:
         held += rows(name, model, training, ran, by_dtype, known)
     else:
@@ -244,6 +250,33 @@ def _rows(
                             "measured constant", 0, tmp))  # fmt: skip
         held += runtime(name, held)
     return held
+
+
+def _fullest(model: Model, spec: "OptimSpec", world_size: int) -> Model:
+    """The model whose parameters are the rows of the fullest rank, which is the first."""
+    from memopt.partitions import PARTITIONS
+
+    if not _SHARDS_ALSO[spec.partition][0] or world_size == 1:
+        return model
+    rows = PARTITIONS[spec.partition].rows
+    return model._replace(shapes=tuple((name, rows(shape, 0, world_size).local_shape) for name, shape in model.shapes))
+
+
+def _whole_at_work(model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None) -> list[Row]:
+    """Weights and gradients that FSDP2 holds whole while blocks compute."""
+    from estimators.sharding import gathered, unreduced
+
+    def sizes(given: str | None, all_: bool) -> list[tuple[str, int]]:
+        named = [(n, model._replace(shapes=((n, shape),))) for n, shape in model.shapes]
+        return [(n, sum(nbytes for _, nbytes in _by_dtype(one, given, all_=all_))) for n, one in named]
+
+    name, reshard = str(spec), _SHARDS_ALSO[spec.partition][1]
+    whole, raw = gathered(sizes(weights, True), reshard=reshard), unreduced(sizes(gradients, False))
+    detail = "gathered, two blocks" if reshard else "gathered"
+    return [
+        Row(name, "weights", detail, whole, GPU, PHASES[1:4], "formula"),
+        Row(name, "gradients", "whole, before they are reduced", raw, GPU, ("backward",), "formula"),
+    ]
 
 
 def _by_dtype(model: Model, given: str | None, *, all_: bool) -> list[tuple[str, int]]:

@@ -1,5 +1,5 @@
-"""Bytes per rank of weights, gradients and state under ZeRO and FSDP, as figures: specs that shard more than the state
-cannot be built yet, so an estimate does not use these.
+"""Bytes per rank of weights, gradients and state under ZeRO and FSDP: what an estimate holds for ``/zero2`` and
+``/zero3`` beside this rank's rows, and the figures of the paper and of DeepSpeed.
 
 N is parameters, w ranks. Mixed precision with Adam keeps 2 bytes of weights and 2 of gradients per parameter and 12 of
 state: the fp32 master copy and two moments (Rajbhandari et al., "ZeRO", section 3.1).
@@ -7,7 +7,13 @@ state: the fp32 master copy and two moments (Rajbhandari et al., "ZeRO", section
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
+
 from estimators.fields import InputError, shown
+
+#: A block's place in a stack: everything up to the first number that stands alone in a name.
+_BLOCK = re.compile(r".*?(?:^|\.)\d+\.")
 
 #: Bytes per parameter in mixed precision: weights, gradients, state.
 MIXED = (2, 2, 12)
@@ -47,9 +53,40 @@ def fsdp2(shapes: list[tuple[int, ...]], ranks: int, itemsize: int = 2) -> int:
     return total
 
 
-def gathered(layer: int, itemsize: int = 2) -> int:
-    """What FSDP2 holds beside the shards: the layer at work and the next one, prefetched, whole."""
-    return 2 * layer * itemsize
+def gathered(sizes: Iterable[tuple[str, int]], *, reshard: bool) -> int:
+    """What FSDP2 holds whole in a forward and backward pass, beside the shards, of ``(name, bytes)``: everything
+    (``/zero2``), or what is in no block, the block at work and the next one, prefetched (``/zero3``).
+
+    >>> layers = [("embed", 10), ("h.0.w", 4), ("h.0.b", 1), ("h.1.w", 4), ("h.1.b", 1)]
+    >>> gathered(layers, reshard=False), gathered(layers, reshard=True)
+    (20, 20)
+    """
+    root, blocks = _grouped(sizes)
+    return root + (sum(sorted(blocks)[-2:]) if reshard else sum(blocks))
+
+
+def unreduced(sizes: Iterable[tuple[str, int]]) -> int:
+    """Whole gradients in a backward pass: those of the largest of the blocks and what is in none, and the copy in which
+    they are reduced and scattered.
+
+    >>> unreduced([("embed", 10), ("h.0.w", 4), ("h.0.b", 1)])
+    20
+    """
+    root, blocks = _grouped(sizes)
+    return 2 * max([root, *blocks])
+
+
+def _grouped(sizes: Iterable[tuple[str, int]]) -> tuple[int, list[int]]:
+    """Bytes in no numbered block, and of each block."""
+    root = 0
+    blocks: dict[str, int] = {}
+    for name, nbytes in sizes:
+        block = _BLOCK.match(name)
+        if block:
+            blocks[block[0]] = blocks.get(block[0], 0) + nbytes
+        else:
+            root += nbytes
+    return root, list(blocks.values())
 
 
 def buckets(stage: int, *, overlap: bool = True, itemsize: int = 2) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import prod
 from typing import TYPE_CHECKING
 
 from estimators.lora import NF4
@@ -70,14 +69,14 @@ def weight_dtype(model: Model, name: str, weights: str | None) -> str:
 
 
 def candidate_ranks(world_size: int) -> list[int]:
-    """Ranks among which the fullest is looked for: all, or of many an even selection (ranks differ by at most one row
-    of each parameter).
+    """Ranks among which the fullest is looked for: all, or of many the first (the fullest of ``zero2`` and ``zero3``)
+    and an even selection (``zero1``'s ranks differ by at most one row of each parameter).
 
     >>> candidate_ranks(3), len(candidate_ranks(1000)), candidate_ranks(1000)[-1]
-    ([0, 1, 2], 32, 999)
+    ([0, 1, 2], 33, 999)
     """
     n = min(world_size, _MAX_RANKS_PRICED)
-    return [world_size * (i + 1) // n - 1 for i in range(n)]
+    return sorted({0, *(world_size * (i + 1) // n - 1 for i in range(n))})
 
 
 def _priced(
@@ -108,15 +107,22 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
     if spec.engine != "native" or spec.master != "none" or spec.rule not in PLAIN_PATH:
         return None
     from memopt.partitions import PARTITIONS
+    from memopt.partitions.base import NUMEL_TOGETHER
+    from memopt.rules import RULES
 
     rows = PARTITIONS[spec.partition].rows
-    most = 0
+    together = world_size > 1 and spec.partition != "none" and (
+        spec.format == "factored" or not RULES[spec.rule].element_wise)  # fmt: skip
+    most = total = 0
     for name, shape in model.shapes:
         if name not in model.frozen:
-            owned = prod(shape) if spec.partition == "none" else rows(shape, world_size - 1, world_size).numel
+            owned = max(rows(shape, r, world_size).numel for r in (0, world_size - 1))
+            total += owned
             dtype = weights or model.dtypes.get(name, "bfloat16")
             per_element = PLAIN_PATH[spec.rule].get(spec.for_parameter(name)[0])
             if per_element is None:
                 return None
-            most = max(most, owned * (per_element + (0 if dtype == "float32" else COPIES)))
+            each = per_element + (0 if dtype == "float32" else COPIES)
+            # Updates that need sums over ranks are under way together, up to so many elements.
+            most = max(most, owned * each, min(total, NUMEL_TOGETHER) * each if together else 0)
     return most

@@ -30,6 +30,7 @@ _PUBLIC = {
     "save": "memopt.checkpoint",
     "scale_rate": "memopt.rates",
     "schedule": "memopt.schedules",
+    "shard": "memopt.integrations.fsdp",
     "specs": "memopt.spec",
 }
 
@@ -52,6 +53,7 @@ __all__ = [
     "save",
     "scale_rate",
     "schedule",
+    "shard",
     "specs",
 ]
 
@@ -61,6 +63,7 @@ if TYPE_CHECKING:
     from memopt.clipping import clip_grad_norm_, clip_grad_value_
     from memopt.grouping import describe, param_groups
     from memopt.hyper import SpecError
+    from memopt.integrations.fsdp import shard
     from memopt.ledger import Ledger, Line
     from memopt.optimizer import Optimizer, create
     from memopt.pricing import price

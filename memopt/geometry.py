@@ -16,21 +16,26 @@ FLAT_ROW = 256
 Shape = tuple[int, ...]
 
 
-def row_count(shape: Shape) -> int:
+def row_count(shape: Shape, flat: int = FLAT_ROW) -> int:
     """How many rows a parameter has.
 
     >>> row_count((5, 3)), row_count((4097,)), row_count(()), row_count((0,))
     (5, 17, 1, 0)
     """
-    return shape[0] if len(shape) >= 2 else -(-prod(shape) // FLAT_ROW)
+    return shape[0] if len(shape) >= 2 else -(-prod(shape) // flat)
 
 
 class Rows(NamedTuple):
-    """Rows ``first`` up to ``stop`` of a parameter whose global shape is ``shape``."""
+    """Rows ``first`` up to ``stop`` of a parameter whose global shape is ``shape``.
+
+    ``flat`` is the length of a row of a tensor of one dimension or none: ``FLAT_ROW``, or 1 where a partition cuts
+    between any two elements (such tensors are kept in 32 bits, see ``Partition.declines``).
+    """
 
     shape: Shape
     first: int
     stop: int
+    flat: int = FLAT_ROW
 
     @classmethod
     def whole(cls, shape: Shape) -> "Rows":
@@ -42,12 +47,12 @@ class Rows(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        return self.count == row_count(self.shape)
+        return self.count == row_count(self.shape, self.flat)
 
     @property
     def cols(self) -> int:
-        """Elements of a full row (``FLAT_ROW`` for a tensor of one dimension or none)."""
-        return prod(self.shape[1:]) if len(self.shape) >= 2 else FLAT_ROW
+        """Elements of a full row (``flat`` for a tensor of one dimension or none)."""
+        return prod(self.shape[1:]) if len(self.shape) >= 2 else self.flat
 
     @property
     def bounds(self) -> tuple[int, int]:
@@ -55,7 +60,18 @@ class Rows(NamedTuple):
         if len(self.shape) >= 2:
             return self.first, self.stop
         n = prod(self.shape)
-        return min(self.first * FLAT_ROW, n), min(self.stop * FLAT_ROW, n)
+        return min(self.first * self.flat, n), min(self.stop * self.flat, n)
+
+    def in_units(self, flat: int) -> "Rows":
+        """The fewest rows of this length that contain these; of a matrix, these.
+
+        >>> Rows((600,), 300, 600, 1).in_units(256)
+        Rows(shape=(600,), first=1, stop=3, flat=256)
+        """
+        if flat == self.flat or len(self.shape) >= 2:
+            return self
+        start, stop = self.bounds
+        return Rows(self.shape, start // flat, -(-stop // flat), flat)
 
     @property
     def local_shape(self) -> Shape:

@@ -17,12 +17,6 @@ def check_gradient(name: str, p: Tensor) -> Tensor:
     """The gradient of ``p``. Raises RuntimeError for one that no rule can take; nothing has been changed yet."""
     g = p.grad
     assert g is not None
-    if type(g) is not Tensor or type(p) not in (Tensor, torch.nn.Parameter):
-        from torch.distributed.tensor import DTensor
-
-        if isinstance(p, DTensor) or isinstance(g, DTensor):
-            raise RuntimeError(f"{name} is a DTensor, and memopt cannot step sharded parameters yet; "
-                               "use '/zero1' with replicated parameters")  # fmt: skip
     if g.layout is not torch.strided:
         raise RuntimeError(f"{name} has a sparse gradient; memopt takes dense ones (nn.Embedding(sparse=False))")
     if not g.is_floating_point():

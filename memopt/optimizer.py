@@ -19,7 +19,7 @@ from memopt.hyper import SpecError
 from memopt.kernels import plan
 from memopt.ledger import Ledger, Line, dtype_name
 from memopt.partitions import PARTITIONS
-from memopt.partitions.zero1 import owned
+from memopt.partitions.slab import check_slab
 from memopt.placements import PLACEMENTS
 from memopt.pricing import state_lines
 from memopt.rules import RULES
@@ -92,12 +92,13 @@ class Optimizer(torch.optim.Optimizer):
             index += len(group["params"])
 
     def _rows(self, p: Tensor) -> Rows:
-        return self.partition.rows(tuple(p.shape), self.partition.rank, self.partition.world_size)
+        return self.partition.held(p)
 
     # State -----------------------------------------------------------------------------------------------------
 
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires a gradient; zeros, as before the first step."""
+        self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
         for name, p, group in self._parameters():
             if p.requires_grad and not self.state[p]:
                 self._allocate(name, p, group)
@@ -107,6 +108,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _allocate(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Zeroed state from the ledger's lines."""
+        check_slab(self.spec, group, name, self._rows(p), p)
         step, *lines = self._lines(name, p, group)
         placement = PLACEMENTS[self.spec.for_parameter(name)[1]]
         tensors = placement.allocate(lines, p.device)
@@ -139,21 +141,29 @@ class Optimizer(torch.optim.Optimizer):
                 self._plan.step(self.seed)
             return loss
         ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
-        gradients = [(name, check_gradient(name, p)) for _, name, p, _ in ready]
-        if self.nonfinite != "propagate" and self._stopped_by(non_finite(gradients)):
-            return loss
-        works = [self._work(*entry) for entry in ready]
+        self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
+        gradients = [(name, self._local_gradient(name, p)) for _, name, p, _ in ready]
+        if self.nonfinite != "propagate":
+            bad = self.partition.agree(non_finite(gradients), [p for _, _, p, _ in ready])
+            if self._stopped_by(bad):
+                return loss
+        works = [self._work(*entry, g) for entry, (_, g) in zip(ready, gradients, strict=True)]
         self.engine.step(self.spec, works, self.partition, self.seed)
         self.partition.publish([p for _, _, p, _ in ready])
         self._plan = plan.make(self, works)
         return loss
 
-    def _work(self, index: int, name: str, p: Tensor, group: dict[str, Any]) -> Work:
+    def _local_gradient(self, name: str, p: Tensor) -> Tensor:
+        """What is here of the gradient; of a replicated parameter the whole, whose NaN every rank must see."""
+        g = check_gradient(name, p)
+        return g if type(g) is Tensor else self.partition.local(p, self._rows(p), g)
+
+    def _work(self, index: int, name: str, p: Tensor, group: dict[str, Any], g: Tensor) -> Work:
         state = self.state[p] or self._allocate(name, p, group)
         state["step"] += 1
-        rows = self._rows(p)
-        assert p.grad is not None
-        return Work(name, index, rows, owned(p, rows), owned(p.grad, rows), state, int(state["step"]), group)
+        rows, local, groups = self._rows(p), self.partition.local, self.partition.groups(p)
+        mine = local(p, rows, g) if g is p.grad else g
+        return Work(name, index, rows, local(p, rows, p), mine, state, int(state["step"]), group, groups)
 
     def _stopped_by(self, bad: list[str]) -> bool:
         if not bad:

@@ -10,7 +10,7 @@ from memopt.geometry import Rows
 from memopt.hyper import SpecError
 from memopt.ledger import ITEMSIZE, Ledger, Line, TensorSpec
 from memopt.masters import master_of
-from memopt.partitions import PARTITIONS
+from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS
 from memopt.spec import FIELDS, OptimSpec, parse
 
@@ -34,7 +34,7 @@ def price(
     model_or_shapes: Any,
     spec: str | OptimSpec,
     *,
-    world_size: int = 1,
+    world_size: int | None = None,
     rank: int = 0,
     device: str = "cpu",
     dtype: str = "bfloat16",
@@ -43,7 +43,8 @@ def price(
     """What the optimizer state will cost on one rank, before anything is allocated.
 
     ``model_or_shapes`` is a model (parameters that require gradients, shared ones once), a mapping from name to
-    shape, or an iterable of shapes or of ``(name, shape)`` pairs. ``device`` is where the parameters will be,
+    shape, or an iterable of shapes or of ``(name, shape)`` pairs. Without ``world_size`` a model that is sharded
+    already is priced as this rank holds it, and any other for one process. ``device`` is where the parameters will be,
     ``dtype`` what they are where only their shapes are given: it matters to a master alone, which is kept for
     bfloat16 and float16. Other keywords are hyperparameters or fields of :class:`OptimSpec`.
 
@@ -55,15 +56,19 @@ def price(
     1048576
     """
     spec = parse(spec, **spec_fields(fields))
-    if not isinstance(world_size, int) or world_size < 1 or not 0 <= rank < world_size:
+    size = 1 if world_size is None else world_size
+    if not isinstance(size, int) or size < 1 or not 0 <= rank < size:
         raise SpecError(f"rank={rank!r} of world_size={world_size!r} is not allowed; 0 <= rank < world_size")
-    parameters = named_tensors(model_or_shapes, dtype)
+    items = list(_items(model_or_shapes))
+    parameters = named_tensors(items, dtype)
     spec.check_overrides([name for name, _ in parameters])
     h = spec.resolve()
     partition = PARTITIONS[spec.partition]
+    here = held_here(partition, items) if world_size is None else {}
     lines: list[Line] = []
     for name, tensor in parameters:
-        lines += state_lines(spec, h, name, partition.rows(tensor.shape, rank, world_size), device, tensor.dtype)
+        rows = here[name] if name in here else partition.rows(tensor.shape, rank, size)
+        lines += state_lines(spec, h, name, rows, device, tensor.dtype)
     return Ledger([*lines, *ENGINES[spec.engine].shared_lines(spec, lines)])
 
 
@@ -74,15 +79,25 @@ def spec_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "hyper": {**fields.get("hyper", {}), **hyper}} if hyper else fields
 
 
+def held_here(partition: type[Partition], items: Iterable[Any]) -> dict[str, Rows]:
+    """The rows that this process holds, by name, of parameters that torch has sharded."""
+    pairs = [item for item in items if isinstance(item, tuple) and len(item) == 2]
+    if not any(hasattr(p, "placements") for _, p in pairs):
+        return {}
+    from memopt.partitions.sharded import Sharded
+
+    if not issubclass(partition, Sharded):
+        return {}
+    live = partition()
+    return {name: live.held(p) for name, p in pairs}
+
+
 def named_tensors(source: Any, dtype: str = "bfloat16") -> list[tuple[str, TensorSpec]]:
     """``(name, tensor)`` of every parameter of a model, a mapping or an iterable; ``dtype`` is that of bare shapes."""
     if dtype not in ITEMSIZE:
         raise SpecError(f"dtype={dtype!r} is not allowed; it is one of {', '.join(ITEMSIZE)}")
-    if hasattr(source, "named_parameters"):
-        return [(name, _tensor(p, p.shape, dtype)) for name, p in source.named_parameters() if p.requires_grad]
-    items: Iterable[Any] = source.items() if isinstance(source, Mapping) else source
     found = []
-    for i, item in enumerate(items):
+    for i, item in enumerate(_items(source)):
         named = not hasattr(item, "shape") and isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         name, value = item if named else (str(i), item)
         shape = getattr(value, "shape", value)
@@ -90,6 +105,12 @@ def named_tensors(source: Any, dtype: str = "bfloat16") -> list[tuple[str, Tenso
             raise SpecError(f"{name}: {shape!r} is not a shape; a shape is a tuple of integers >= 0")
         found.append((name, _tensor(value, shape, dtype)))
     return found
+
+
+def _items(source: Any) -> Iterable[Any]:
+    if hasattr(source, "named_parameters"):
+        return [(name, p) for name, p in source.named_parameters() if p.requires_grad]
+    return source.items() if isinstance(source, Mapping) else source
 
 
 def _tensor(value: Any, shape: Any, dtype: str) -> TensorSpec:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from estimators import InputError
+import memopt
+from estimators import InputError, estimate
 from estimators.sharding import fsdp2, zero
 
 
@@ -43,3 +44,29 @@ def test_deepspeeds_own_function_for_stage_2(monkeypatch):
     n = 7_500_000_000
     theirs = stage.estimate_zero2_model_states_mem_needs(n, num_gpus_per_node=8, num_nodes=8, cpu_offload=False)[1]
     assert zero(2, n, 64, (2, 2, 16)) == theirs
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_an_estimate_of_sharded_parameters(stage):
+    """Weights, gradients and state of the first rank; what is gathered beside them in the passes only."""
+    whole, cut = (estimate("llama-3.2-1b", f"adamw-8bit/{stage}", world_size=n, weights="fp32") for n in (1, 16))
+    column, rows = cut[f"adamw-8bit/{stage}"], cut.rows
+    full = 4 * whole.parameters
+    for what in ("weights", "gradients"):
+        assert sum(r.nbytes for r in rows if r.what == what and "step" in r.phases) == full // 16
+    shapes = dict(cut.model.shapes)
+    assert column.nbytes("state") == memopt.price(shapes, f"adamw-8bit/{stage}", world_size=16).nbytes
+    gathered = next(r for r in rows if r.what == "weights" and "gathered" in r.detail)
+    assert gathered.phases == ("forward", "loss", "backward")
+    layer = 4 * sum(memopt.ledger.TensorSpec("float32", s).numel for n, s in shapes.items() if ".layers.0." in n)
+    outside = full - 16 * layer
+    assert gathered.nbytes == outside + (16 if stage == "zero2" else 2) * layer
+    assert not [r for r in whole.rows if "gathered" in r.detail]
+
+
+def test_the_fullest_rank_of_many_is_the_first_under_fsdp2():
+    config = {"model_type": "llama", "hidden_size": 65, "intermediate_size": 65, "num_hidden_layers": 1,
+              "num_attention_heads": 5, "vocab_size": 1001}  # fmt: skip
+    e = estimate(config, "adamw/zero3", world_size=64)
+    ranks = [memopt.price(dict(e.model.shapes), "adamw/zero3", world_size=64, rank=r).nbytes for r in range(64)]
+    assert e["adamw/zero3"].nbytes("state") == ranks[0] == max(ranks) > ranks[63]

@@ -146,7 +146,7 @@ def test_the_bend_makes_an_octave_take_its_time():
 )
 def test_shards_are_rows_of_the_whole_bit_for_bit(shape, world, case, seed):
     from memopt.partitions import PARTITIONS
-    from memopt.partitions.zero1 import owned
+    from memopt.partitions.base import owned
 
     name, moment = case
     x = values(shape, moment, seed)

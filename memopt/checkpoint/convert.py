@@ -30,9 +30,9 @@ def slots(optimizer: Optimizer, spec: OptimSpec, hypers: Groups, partition: Part
     """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups'."""
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
     for index, (name, p, group) in enumerate(optimizer._parameters()):
-        rows = partition.rows(tuple(p.shape), partition.rank, partition.world_size)
-        yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, partition.total,
-                      dtype_name(p), owned(p.detach(), rows))  # fmt: skip
+        rows, total = partition.held(p), partition.total_of(p)
+        yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, total,
+                      dtype_name(p), partition.local(p, rows, p.detach()))  # fmt: skip
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Dynamic8(Format):
         return {"codes": TensorSpec("uint8", rows.shape), "scales": TensorSpec("float32", (-(-numel // BLOCK),))}
 
     def read(self, parts: Parts, moment: Moment, shard: Shard) -> Tensor:
-        from memopt.partitions.zero1 import owned
+        from memopt.partitions.base import owned
 
         book = code_book(moment.signed).to(parts["codes"].device)
         values = _blocks(book[parts["codes"].reshape(-1).int()]).mul_(parts["scales"][:, None])

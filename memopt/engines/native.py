@@ -12,6 +12,7 @@ from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec, dtype_name
 from memopt.masters import master_of
 from memopt.masters.base import ORDER
+from memopt.partitions import PARTITIONS
 from memopt.rules import RULES, Moment
 
 if TYPE_CHECKING:
@@ -27,12 +28,13 @@ def moment_formats(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows)
     """For each moment of a parameter: the format that holds it, and why where that is not the one asked for.
     Decided from the name and the global shape only."""
     asked = FORMATS[spec.for_parameter(name)[0]]
+    uncut = PARTITIONS[spec.partition].declines(rows.shape) if asked.name != "32bit" else None
     chosen = []
     for moment in RULES[spec.rule].moments(h, rows.shape):
         if moment.held:
             chosen.append((moment, HELD[moment.held], moment.held_because if moment.held != asked.name else ""))
             continue
-        reason = asked.declines(moment, rows.shape) or ""
+        reason = asked.declines(moment, rows.shape) or uncut or ""
         chosen.append((moment, FORMATS["32bit"] if reason else asked, reason))
     return chosen
 
@@ -112,8 +114,18 @@ class Native(Engine):
     def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
         from memopt import kernels
 
-        for work in kernels.step(spec, works, partition.world_size, seed):
-            plain_step(spec, work, partition.total, seed)
+        left = kernels.step(spec, works, partition.world_size, seed)
+        if partition.world_size == 1:
+            for work in left:
+                plain_step(spec, work, partition.total, seed)
+        elif left:
+            from memopt.partitions.together import Update, run_together
+
+            def update(work: Work) -> Update:
+                numel = -(-Rows.whole(work.rows.shape).numel // partition.world_size)
+                return Update(lambda total: plain_step(spec, work, total, seed), work.groups, numel, work.p.device)
+
+            run_together([update(work) for work in left])
 
     def slow_path(
         self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, world_size: int

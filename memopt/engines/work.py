@@ -22,3 +22,4 @@ class Work(NamedTuple):
     state: dict[str, Tensor]
     step: int  # from 1
     h: Mapping[str, Any]
+    groups: tuple[Any, ...] = ()  # the process groups over which the parameter's rows are cut

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, final
 
 from memopt.formats.base import MIN_COLS, Format, Parts, Shard, as_blocks
-from memopt.geometry import FLAT_ROW, Rows, Shape
+from memopt.geometry import FLAT_ROW, Rows, Shape, row_count
 from memopt.ledger import TensorSpec
 from memopt.rules.base import Moment
 
@@ -24,7 +24,8 @@ class RowMean(Format):
     first of a convolution, over each 256 elements of a vector.
 
     ``write`` returns the means in the parameter's shape, which is all that a step may see. Rows are whole on every
-    rank, so means are cut as the parameter is and nothing is summed over ranks.
+    rank, so means are cut as the parameter is and nothing is summed over ranks; but for a vector that FSDP2 cuts
+    between any two elements, whose means are of the sum over the ranks and whole on every rank.
     """
 
     name = "rowmean"
@@ -36,7 +37,8 @@ class RowMean(Format):
     def layout(self, moment: Moment, rows: Rows) -> dict[str, TensorSpec]:
         shape = rows.local_shape
         if len(rows.shape) < 2:
-            return {"": TensorSpec("float32", (rows.count,))}
+            count = row_count(rows.shape) if rows.flat == 1 else rows.count
+            return {"": TensorSpec("float32", (count,))}
         if _over_last(rows.shape):
             return {"": TensorSpec("float32", (*shape[:-1], 1))}
         return {"": TensorSpec("float32", (shape[0], *[1] * (len(shape) - 1)))}
@@ -44,11 +46,17 @@ class RowMean(Format):
     def read(self, parts: Parts, moment: Moment, shard: Shard) -> Tensor:
         rows = shard.rows
         if len(rows.shape) < 2:
-            return parts[""].repeat_interleave(FLAT_ROW)[: rows.numel].reshape(rows.local_shape)
+            start = rows.bounds[0] if rows.flat == 1 else 0
+            return parts[""].repeat_interleave(FLAT_ROW)[start : start + rows.numel].reshape(rows.local_shape)
         return parts[""].expand(rows.local_shape).contiguous()
 
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
         rows = shard.rows
+        if rows.flat == 1:
+            mine, rows = x, Rows.whole(rows.shape)
+            x = x.new_zeros(rows.numel)
+            x[slice(*shard.rows.bounds)] = mine
+            x = shard.total(x)
         if not x.numel():
             return x
         if len(rows.shape) < 2:

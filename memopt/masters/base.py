@@ -72,7 +72,8 @@ def words(shard: Shard, x: Tensor) -> Tensor:
     """The dither's int32 words for the rows of ``x`` [local_shape], in its shape."""
     from memopt import noise
 
-    rows = shard.rows
+    rows = shard.rows.in_units(FLAT_ROW)  # of a vector that is cut within a row, the rows around it
     cols = rows.cols if len(rows.shape) >= 2 else FLAT_ROW
     found = noise.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device)
-    return found.view(-1)[: x.numel()].view(x.shape)
+    start = shard.rows.bounds[0] - rows.bounds[0]
+    return found.view(-1)[start : start + x.numel()].view(x.shape)

@@ -29,8 +29,5 @@ class Replicated(Partition):
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
         return Rows.whole(shape)
 
-    def total(self, x: Tensor) -> Tensor:
-        return x
-
     def publish(self, parameters: Iterable[Tensor]) -> None:
         pass

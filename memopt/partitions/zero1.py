@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, final
 
 from memopt.geometry import Rows, Shape, row_count
-from memopt.partitions.base import Partition
+from memopt.partitions.base import Groups, Partition, owned, sum_over
+from memopt.partitions.world import membership
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,20 +32,8 @@ class Zero1(Partition):
     summary = "state cut by rows over the data-parallel ranks"
 
     def __init__(self, process_group: Any = None) -> None:
-        import torch.distributed as dist
-
-        ready = dist.is_available() and dist.is_initialized()
-        launched = int(os.environ.get("WORLD_SIZE", "1") or 1)
-        if not ready and (launched > 1 or process_group is not None):
-            raise RuntimeError(
-                f"zero1: this is one of {launched} processes but no process group exists; call "
-                "torch.distributed.init_process_group() before memopt.create()"
-            )
         self.group = process_group
-        self._rank = dist.get_rank(process_group) if ready else 0
-        self._world_size = dist.get_world_size(process_group) if ready else 1
-        if self._rank < 0:
-            raise ValueError("zero1: this process is not a member of the process_group given")
+        self._rank, self._world_size = membership(self.name, process_group)
 
     @property
     def rank(self) -> int:
@@ -60,14 +48,11 @@ class Zero1(Partition):
         count = row_count(shape)
         return Rows(shape, count * rank // world_size, count * (rank + 1) // world_size)
 
-    def total(self, x: Tensor) -> Tensor:
-        if self.world_size == 1:
-            return x
-        import torch.distributed as dist
+    def groups(self, p: Tensor) -> Groups:
+        return (self.group,) if self.world_size > 1 else ()
 
-        x = x.clone()
-        dist.all_reduce(x, group=self.group)
-        return x
+    def total(self, x: Tensor) -> Tensor:
+        return sum_over(x, (self.group,)) if self.world_size > 1 else x
 
     def publish(self, parameters: Iterable[Tensor]) -> None:
         if self.world_size == 1:
@@ -111,11 +96,3 @@ class Zero1(Partition):
             for s in rank:
                 s.copy_(received[offset : offset + s.numel()].view(s.shape))
                 offset += s.numel()
-
-
-def owned(p: Tensor, rows: Rows) -> Tensor:
-    """A view of these rows of a parameter (or of its gradient)."""
-    if rows.is_whole:
-        return p
-    start, stop = rows.bounds
-    return (p if p.dim() else p.unsqueeze(0))[start:stop]

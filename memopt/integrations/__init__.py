@@ -1,0 +1,1 @@
+"""Other people's loops, one file each; each imports its package when it is used."""

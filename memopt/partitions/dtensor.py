@@ -1,0 +1,97 @@
+"""Which rows of a parameter a DTensor holds here, and over which process groups the others are."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memopt.geometry import FLAT_ROW, Rows, Shape
+from memopt.partitions.base import Groups
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed.tensor import DTensor
+
+
+def is_dtensor(x: object) -> bool:
+    """Whether ``x`` is a DTensor, without importing what defines it where nothing else has."""
+    import sys
+
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+class Held(NamedTuple):
+    """``rows`` are stepped here. Where a dimension other than the first is cut, ``rows.shape`` has this rank's share
+    of it, and the parameter is a slab of the whole: enough for updates that look at single elements."""
+
+    rows: Rows
+    groups: Groups
+
+
+def chunk(shape: Shape, rank: int, world_size: int) -> Rows:
+    """The rows of ``Shard(0)``, as ``torch.chunk`` cuts: ``ceil(R / N)`` on the first ranks, the rest on the next,
+    none on the last ones.
+
+    >>> [chunk((5, 3), r, 4).count for r in range(4)]
+    [2, 2, 1, 0]
+    """
+    if not shape:
+        return Rows.whole(shape)
+    size = -(-shape[0] // world_size)
+    first = min(rank * size, shape[0])
+    return Rows(shape, first, min(first + size, shape[0]), unit(shape))
+
+
+def unit(shape: Shape) -> int:
+    """``Rows.flat`` under ``Shard(0)``: a vector is cut between any two elements."""
+    return 1 if len(shape) == 1 else FLAT_ROW
+
+
+def held(name: str, p: DTensor) -> Held:
+    """Raises RuntimeError, with the name, for placements whose rows are not one range."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements, shape = p.device_mesh, p.placements, tuple(p.shape)
+    cut = [i for i, one in enumerate(placements) if not one.is_replicate()]
+    for i in cut:
+        if placements[i].is_partial():
+            raise RuntimeError(f"{name} is a DTensor with the placements {placements}: a sum that was not taken yet "
+                               "cannot be stepped")  # fmt: skip
+    first = [i for i in cut if _dim(placements[i]) == 0]
+    ranks = prod(mesh.size(i) for i in first)
+    if any(_is_strided(placements[i]) for i in cut) and shape[0] % ranks:
+        raise RuntimeError(f"{name} has {shape[0]} rows, which {ranks} ranks of data and tensor parallelism cannot "
+                           "share evenly; its rows on a rank would not be one range")  # fmt: skip
+    local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
+    groups = tuple(mesh.get_group(i) for i in cut if mesh.size(i) > 1)
+    if not shape:
+        return Held(Rows.whole(shape), groups)
+    slab = (shape[0], *local[1:])
+    return Held(Rows(slab, offset[0], offset[0] + local[0], unit(shape)), groups)
+
+
+def like(p: DTensor, x: Tensor, shape: Shape, *, replicated: bool) -> DTensor:
+    """A part of the state of ``p`` as a DTensor: cut as ``p`` is, or whole on every rank. ``x`` is not copied."""
+    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    placements = tuple(Replicate() for _ in p.placements) if replicated else p.placements
+    stride = tuple(prod(shape[i + 1 :]) for i in range(len(shape)))
+    meta = TensorMeta(_size(shape), stride, x.dtype)
+    # Not from_local: it would move state that is kept on the host to the mesh's device.
+    return DTensor(x, DTensorSpec(p.device_mesh, placements, tensor_meta=meta), requires_grad=False)
+
+
+def _size(shape: Shape) -> Any:
+    import torch
+
+    return torch.Size(shape)
+
+
+def _dim(placement: Any) -> int:
+    return int(placement.dim)
+
+
+def _is_strided(placement: Any) -> bool:
+    return type(placement).__name__ == "_StridedShard"

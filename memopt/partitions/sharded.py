@@ -1,0 +1,94 @@
+"""Parameters that torch has sharded: the optimizer steps what is here of each DTensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from memopt.geometry import Rows, Shape
+from memopt.partitions.base import Groups, Partition, sum_over
+from memopt.partitions.dtensor import Held, chunk, held, is_dtensor
+from memopt.partitions.world import membership
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Sharded(Partition):
+    """Rank r of N owns rows ``[r c, (r + 1) c)``, ``c = ceil(R / N)``, of a parameter of R rows, as FSDP2 cuts it.
+
+    Rows and the groups over which sums are taken come from each parameter's own mesh and placements, so HSDP's
+    replicas and tensor parallelism are what the DTensor says. Nothing is published: FSDP2 gathers parameters when it
+    needs them. Vectors are cut between any two elements and stay in 32 bits.
+    """
+
+    #: Whether a block's parameters are given up after its forward pass, and gathered again for the backward pass.
+    reshard_after_forward: ClassVar[bool]
+
+    def __init__(self, process_group: Any = None) -> None:
+        self.group = process_group
+        self._rank, self._world_size = membership(self.name, process_group)
+        self._held: dict[Any, Held] = {}
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def world_size(self) -> int:
+        return self._world_size
+
+    @staticmethod
+    def rows(shape: Shape, rank: int, world_size: int) -> Rows:
+        return chunk(shape, rank, world_size)
+
+    @staticmethod
+    def declines(shape: Shape) -> str | None:
+        return "a vector that is cut between any two elements" if len(shape) == 1 else None
+
+    def admit(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
+        parameters = list(parameters)
+        if self.world_size > 1 and parameters and not any(is_dtensor(p) for _, p in parameters):
+            replicated = f"{spec.partition('/')[0]}/zero1"
+            raise RuntimeError(f"{parameters[0][0]} is whole on this rank, and {spec!r} is for sharded parameters: "
+                               "call memopt.shard(model, spec), or fully_shard, before memopt.create; for replicated "
+                               f"ones write {replicated!r}")  # fmt: skip
+        for name, p in parameters:
+            self._of(p, name)
+
+    def _of(self, p: Any, name: str = "a parameter") -> Held:
+        if not is_dtensor(p):  # ignored by fully_shard: whole on every rank
+            shape = tuple(p.shape)
+            return Held(Rows.whole(shape)._replace(stop=shape[0], flat=1) if len(shape) == 1 else Rows.whole(shape), ())
+        key = p.device_mesh, p.placements, p.shape
+        if key not in self._held:
+            self._held[key] = held(name, p)
+        return self._held[key]
+
+    def held(self, p: Tensor) -> Rows:
+        return self._of(p).rows
+
+    def local(self, p: Any, rows: Rows, x: Any) -> Any:
+        if not is_dtensor(x):
+            return x
+        if x.placements != p.placements:  # a gradient that tensor parallelism left as a sum, or whole
+            x = x.redistribute(p.device_mesh, p.placements)
+        return x.to_local()
+
+    def groups(self, p: Tensor) -> Groups:
+        return self._of(p).groups
+
+    def total(self, x: Tensor) -> Tensor:
+        return sum_over(x, (self.group,)) if self.world_size > 1 else x
+
+    def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
+        if self.world_size == 1 or not parameters:
+            return bad
+        import torch
+
+        found = torch.tensor([float(bool(bad))], device=parameters[0].device)
+        anywhere = bool(self.total(found).item())  # every rank must take part, whatever it found
+        return bad or ["a parameter on another rank"] * anywhere
+
+    def publish(self, parameters: Iterable[Tensor]) -> None:
+        pass

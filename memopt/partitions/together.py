@@ -1,0 +1,134 @@
+"""Updates of many parameters at once, so that their sums over ranks travel together.
+
+An update of a whole tensor stops two or three times for a sum over the ranks that hold its other rows. One after the
+other, that is hundreds of collectives of a few bytes. Here each update of a bucket runs in a thread of its own, one at
+a time, until it needs a sum; when all have stopped, their sums are taken in one collective, and they go on. So a
+bucket costs as many collectives as one parameter, and a rule stays the plain function that it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt.partitions.base import NUMEL_TOGETHER, Groups, sum_over
+
+#: Updates under way at once.
+WIDTH = 64
+
+Total = Callable[[Tensor], Tensor]
+
+
+class Update(NamedTuple):
+    """One parameter's update, which calls its argument for every sum over ``groups``. ``numel`` must be the same on
+    all ranks, for it decides which updates share a bucket."""
+
+    run: Callable[[Total], None]
+    groups: Groups
+    numel: int
+    device: torch.device
+
+
+def run_together(updates: Sequence[Update]) -> None:
+    """Run all updates. Every rank must call this with the same parameters in the same order."""
+    for bucket in _buckets(updates):
+        lanes = [_Lane(update) for update in bucket]
+        try:
+            going = lanes
+            while going:
+                for lane in going:
+                    lane.go_on()
+                going = [lane for lane in going if lane.partial is not None]
+                _sum(going)
+        finally:
+            for lane in lanes:
+                lane.stop()
+
+
+def _buckets(updates: Sequence[Update]) -> Iterator[list[Update]]:
+    bucket: list[Update] = []
+    for update in updates:
+        if bucket and (len(bucket) == WIDTH or sum(u.numel for u in bucket) + update.numel > NUMEL_TOGETHER):
+            yield bucket
+            bucket = []
+        bucket.append(update)
+    if bucket:
+        yield bucket
+
+
+def _sum(lanes: Sequence[_Lane]) -> None:
+    """One collective for each process group and dtype; every lane gets its part of the sum."""
+    alike: dict[tuple[Groups, torch.dtype, torch.device], list[_Lane]] = {}
+    for lane in lanes:
+        assert lane.partial is not None
+        alike.setdefault((lane.update.groups, lane.partial.dtype, lane.partial.device), []).append(lane)
+    for (groups, _, _), members in alike.items():
+        partials = [lane.partial for lane in members if lane.partial is not None]
+        total = sum_over(torch.cat([x.reshape(-1) for x in partials]), groups)
+        parts = total.split([x.numel() for x in partials])
+        for lane, x, part in zip(members, partials, parts, strict=True):
+            lane.partial, lane.sum = None, part.view(x.shape)
+
+
+class _Stopped(BaseException):
+    """Another update of the bucket failed."""
+
+
+class _Lane:
+    """One update, in a thread that runs only while the caller waits for it."""
+
+    def __init__(self, update: Update) -> None:
+        self.update = update
+        self.partial: Tensor | None = None
+        self.sum: Tensor | None = None
+        self._error: BaseException | None = None
+        self._stopping = False
+        self._mine, self._callers = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._main, args=(_stream(update.device),), daemon=True)
+        self._thread.start()
+
+    def go_on(self) -> None:
+        """Run the update until it needs a sum or ends; raises what it raises."""
+        self._mine.release()
+        self._callers.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def stop(self) -> None:
+        if self._thread.is_alive():
+            self._stopping = True
+            self._mine.release()
+            self._thread.join()
+
+    def _main(self, stream: AbstractContextManager[object]) -> None:
+        self._mine.acquire()
+        try:
+            if not self._stopping:
+                with torch.no_grad(), stream:  # both are a thread's own
+                    self.update.run(self._total)
+        except _Stopped:
+            pass
+        except BaseException as error:
+            self._error = error
+        self._callers.release()
+
+    def _total(self, x: Tensor) -> Tensor:
+        if not self.update.groups:
+            return x
+        self.partial = x
+        self._callers.release()
+        self._mine.acquire()
+        if self._stopping:
+            raise _Stopped
+        assert self.sum is not None
+        return self.sum
+
+
+def _stream(device: torch.device) -> AbstractContextManager[object]:
+    """The caller's stream on this device."""
+    return torch.cuda.stream(torch.cuda.current_stream(device)) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,30 @@
+"""The ranks of a sharded spec."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def membership(partition: str, group: Any) -> tuple[int, int]:
+    """This process's rank in ``group`` (all of torch.distributed's by default) and its size; without
+    ``torch.distributed`` a world of one.
+
+    Raises RuntimeError for one of several processes without a process group, ValueError for a group that this process
+    is not in.
+    """
+    import torch.distributed as dist
+
+    ready = dist.is_available() and dist.is_initialized()
+    launched = int(os.environ.get("WORLD_SIZE", "1") or 1)
+    if not ready and (launched > 1 or group is not None):
+        raise RuntimeError(
+            f"{partition}: this is one of {launched} processes but no process group exists; call "
+            "torch.distributed.init_process_group() before memopt.create()"
+        )
+    if not ready:
+        return 0, 1
+    rank = dist.get_rank(group)
+    if rank < 0:
+        raise ValueError(f"{partition}: this process is not a member of the process_group given")
+    return rank, dist.get_world_size(group)
