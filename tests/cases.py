@@ -18,8 +18,13 @@ from memopt.masters import MASTERS
 #: Hyperparameters without which a rule keeps no state.
 HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
 
-#: Every spec without a master; MASTERED has those with one, each axis varied on its own.
-SPECS = [str(spec) for spec in memopt.specs() if spec.master == "none"]
+#: Every spec without a master (MASTERED has those with one, each axis varied on its own), but of the partitions that
+#: shard parameters only ``/zero3`` in one place: the optimizer of ``/zero2`` is the same.
+SPECS = [
+    str(spec)
+    for spec in memopt.specs()
+    if spec.master == "none" and spec.partition != "zero2" and (spec.partition, spec.placement) != ("zero3", "paged")
+]
 #: One spec for each rule × format, where the state is and who owns it being the plain default.
 PLAIN_SPECS = [s for s in SPECS if "@" not in s and "/" not in s]
 

@@ -70,6 +70,16 @@ def test_where_state_lives_does_not_change_what_is_learned(five_kinds: tuple[str
     assert max(halves) < 0.51 * runs["adamw"]["state_bytes_live"][0]
 
 
+def test_a_sharded_model_learns_the_same(five_kinds: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    short = ("--steps", "4", "--batch", "4", "--context", "32", "--json", file)
+    done = command(*MEMOPT, "train", "--optim", "adamw/zero3", *short)
+    assert done.returncode == 0, done.stderr
+    (run,) = json.loads(file.read_text())["runs"]
+    assert run["state_bytes_live"] == run["state_bytes_predicted"]
+    assert run["validation_loss"] == pytest.approx(five_kinds[1]["adamw"]["validation_loss"], rel=REORDERED)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import memopt
+from memopt.partitions import PARTITIONS
+from memopt.partitions.sharded import Sharded
 from memopt.train.job import Job, ModelConfig, RankResult
 from memopt.train.model import LanguageModel
 from memopt.train.recipe import CLIP_NORM, schedule
@@ -40,14 +42,20 @@ def train(job: Job, rank: int, on_step: Callable[[int, float], None]) -> RankRes
     """Train one rank's share; ``on_step(step, loss)`` is called after each step, steps counted from 1.
 
     With more than one rank a process group must exist. All ranks draw the same batch and take their part of it, and
-    DistributedDataParallel averages their gradients, so a run over two ranks sees the data of a run over one.
+    DistributedDataParallel, or FSDP2 for ``/zero2`` and ``/zero3``, averages their gradients, so a run over two ranks
+    sees the data of a run over one.
     """
     torch.set_num_threads(max((job.threads or torch.get_num_threads()) // job.world_size, 1))
     torch.manual_seed(job.seed)
     corpus = Corpus(load_text(job.path), job.model.context)
     resident_before = psutil.Process().memory_info().rss
     model = LanguageModel(job.model)
-    replica: nn.Module = nn.parallel.DistributedDataParallel(model) if job.world_size > 1 else model
+    sharded = issubclass(PARTITIONS[memopt.parse(job.spec).partition], Sharded)
+    replica: nn.Module = model
+    if sharded:
+        memopt.shard(model, job.spec)
+    elif job.world_size > 1:
+        replica = nn.parallel.DistributedDataParallel(model)
     optimizer = memopt.create(model, job.spec, lr=job.lr, seed=job.seed)
     scheduler = schedule(optimizer, job.steps)
     share = job.batch // job.world_size
@@ -67,7 +75,7 @@ def train(job: Job, rank: int, on_step: Callable[[int, float], None]) -> RankRes
         step_s.append(perf_counter() - started)
         on_step(step, loss.item())
 
-    if job.world_size > 1:
+    if job.world_size > 1 and not sharded:
         require_same_replicas(model)
     live, storage, tensors = count_state(optimizer)
     return RankResult(
@@ -99,8 +107,12 @@ def validate(model: nn.Module, corpus: Corpus, rank: int, world_size: int) -> fl
     """Mean loss over the validation windows in nats per byte; each rank takes every ``world_size``-th."""
     windows = corpus.validation_windows()
     total = torch.zeros((), dtype=torch.float64)
-    for part in windows[rank::world_size].split(VALIDATION_BATCH):
-        total += model(part).double() * len(part)
+    mine = windows[rank::world_size].split(VALIDATION_BATCH)
+    for i in range(len(windows[::world_size].split(VALIDATION_BATCH))):
+        # A rank with nothing left takes part: a sharded model gathers its parameters from all.
+        loss = model(mine[i] if i < len(mine) and len(mine[i]) else windows[:1])
+        if i < len(mine):
+            total += loss.double() * len(mine[i])
     if world_size > 1:
         dist.all_reduce(total)
     return total.item() / len(windows)
