@@ -16,7 +16,6 @@ from memopt.engines import ENGINES
 from memopt.hyper import SpecError
 from memopt.ledger import dtype_name
 from memopt.partitions import PARTITIONS, Partition
-from memopt.partitions.zero1 import owned
 from memopt.rules import RULES
 from memopt.spec import FIELDS, OptimSpec
 
