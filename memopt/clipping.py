@@ -61,6 +61,27 @@ def grad_norm(what: Any, norm_type: float = 2.0) -> Tensor:
     return _norm(list(_gradients(what)), norm_type)
 
 
+class PartialNorm:
+    """The 2-norm of gradients that come one after the other and do not stay."""
+
+    def __init__(self) -> None:
+        self._powers: dict[Any, list[Tensor]] = {}
+
+    @property
+    def pending(self) -> bool:
+        """Whether something was added since the last :meth:`total`."""
+        return bool(self._powers)
+
+    def add(self, g: Tensor) -> None:
+        self._powers.setdefault(_cut(g), []).append(_power([_local(g)], 2.0))
+
+    def total(self) -> Tensor:
+        """The norm, fp32 []; the next begins at zero. Collective where gradients are cut over ranks."""
+        powers, self._powers = self._powers, {}
+        total = _sum([_over_ranks(_sum(some, 2.0), where, 2.0) for where, some in powers.items()], 2.0)
+        return total.sqrt().float()
+
+
 def _norm(gradients: list[Tensor], p: float) -> Tensor:
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not p > 0:
         raise SpecError(f"norm_type={p!r} is not allowed; it must be a number > 0, or inf")
@@ -118,6 +139,9 @@ def _parameters(what: Any) -> Iterable[Any]:
     if isinstance(what, torch.nn.Module):
         return what.parameters()
     if hasattr(what, "param_groups"):
+        if getattr(what, "release", None) is not None:
+            raise RuntimeError("the gradients of this optimizer are released in backward(), before there is a norm of "
+                               "all of them; use release_gradients(model, max_norm=…)")  # fmt: skip
         return (p for group in what.param_groups for p in group["params"])
     return what
 

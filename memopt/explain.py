@@ -45,6 +45,8 @@ def explain(optimizer: Optimizer) -> str:
     rows += [("stepped by", f"{reason}: {_some(names)}") for reason, names in slow.items()]
     rows += [("in 32 bits", f"{reason}: {_some(moments)}") for reason, moments in kept.items()]
     rows += _masters(optimizer)
+    if optimizer.release is not None:
+        rows.append(("gradients", optimizer.release.explain()))
     rows.append(("NaN or Inf", f"{optimizer.nonfinite}; {optimizer.skipped_steps} steps skipped so far"))
     return "\n".join(f"{label:<11} {text}" for label, text in rows)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from memopt.state import LoadPlan, plan_load
 
 if TYPE_CHECKING:
     from memopt.checkpoint.report import Conversion
+    from memopt.release import Release
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -73,6 +74,7 @@ class Optimizer(torch.optim.Optimizer):
         self.partition = PARTITIONS[self.spec.partition](process_group)  # type: ignore[call-arg]
         self.process_group = process_group
         self._plan: plan.Plan | None = None
+        self.release: Release | None = None
 
     # Parameters and groups -------------------------------------------------------------------------------------
 
@@ -136,6 +138,10 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.release is not None and getattr(self, "grad_scale", None) is not None:
+            raise RuntimeError("torch.amp.GradScaler cannot be used with released gradients: parameters step inside "
+                               "backward(), before it has unscaled them, and this backward pass has stepped them "
+                               "with scaled gradients. Train in bfloat16, which needs no scaler")  # fmt: skip
         if self._plan is not None and self._plan.refresh(self):  # the tensors of the last step, with new gradients
             if self.nonfinite == "propagate" or not self._stopped_by(self._plan.non_finite()):
                 self._plan.step(self.seed)
@@ -147,11 +153,26 @@ class Optimizer(torch.optim.Optimizer):
             bad = self.partition.agree(non_finite(gradients), [p for _, _, p, _ in ready])
             if self._stopped_by(bad):
                 return loss
-        works = [self._work(*entry, g) for entry, (_, g) in zip(ready, gradients, strict=True)]
+        works = self._step_some(ready, [g for _, g in gradients])
+        self._plan = plan.make(self, works)
+        if self.release is not None:
+            self.release.finish()
+        return loss
+
+    def _step_some(
+        self, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
+    ) -> list[Work]:
+        """Step these ``(place among all, name, parameter, group)`` with what is here of their gradients, which have been
+        looked at."""
+        works = [self._work(*entry, g) for entry, g in zip(ready, gradients, strict=True)]
         self.engine.step(self.spec, works, self.partition, self.seed)
         self.partition.publish([p for _, _, p, _ in ready])
-        self._plan = plan.make(self, works)
-        return loss
+        return works
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler hands over its scale instead of unscaling: where gradients are released, to be refused."""
+        return self.release is not None
 
     def _local_gradient(self, name: str, p: Tensor) -> Tensor:
         """What is here of the gradient; of a replicated parameter the whole, whose NaN every rank must see."""
@@ -179,6 +200,28 @@ class Optimizer(torch.optim.Optimizer):
             )
         self.skipped_steps += 1
         return True
+
+    def release_gradients(self, model: torch.nn.Module, *, max_norm: float | None = None) -> Release:
+        """Step each parameter inside ``backward()`` as soon as its gradient is there, and free the gradient.
+
+        Keep the loop as it is: ``loss.backward(); opt.step(); opt.zero_grad()``. ``opt.step()`` ends the step (and
+        steps parameters that have a gradient from elsewhere). Parameters are those of the plain step, and at most one
+        gradient is there at a time. What needs all gradients at once is refused, or costs a second backward pass:
+        with ``max_norm`` a step is ``loss.backward(retain_graph=True); loss.backward(); opt.step()``, the first of
+        which only measures the norm. See ``docs/release.md`` for accumulation, NaN and Inf, GradScaler,
+        DistributedDataParallel and FSDP2.
+
+        Returns the :class:`~memopt.release.Release`, whose ``remove()`` ends it. Raises RuntimeError with the reason
+        for a model that it cannot work with.
+        """
+        from memopt.release import Release
+
+        if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
+            raise SpecError(f"max_norm={max_norm!r} is not allowed; it must be a number > 0, or None")
+        if self.release is not None:
+            self.release.remove()
+        self.release = Release(self, model, max_norm)
+        return self.release
 
     # Saving and loading ----------------------------------------------------------------------------------------
 

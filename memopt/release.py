@@ -1,0 +1,172 @@
+"""Gradient release: parameters step inside ``backward()``, each as soon as its gradient is there, and free it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from memopt.clipping import EPS, PartialNorm
+from memopt.gradients import check_gradient, non_finite
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+
+class Release:
+    """The hooks of :meth:`memopt.Optimizer.release_gradients`; :meth:`remove` takes them away.
+
+    Between two calls of ``optimizer.step()`` every parameter's gradient comes once: it steps, and is freed. With
+    ``max_norm`` it comes twice: the first backward pass adds up the norm, the second scales by it and steps.
+    """
+
+    def __init__(self, optimizer: Optimizer, model: nn.Module, max_norm: float | None) -> None:
+        _refuse_model(model)
+        known = {id(p) for p in model.parameters()}
+        for name, p, _ in optimizer._parameters():
+            if id(p) not in known:
+                raise ValueError(f"{name} of shape {tuple(p.shape)} is not a parameter of the model; create the "
+                                 "optimizer after the model is moved, wrapped or sharded")  # fmt: skip
+            _refuse_replica(name, p)
+        self.max_norm = max_norm
+        #: The norm of all gradients of the last step, as a number; None without ``max_norm``.
+        self.norm: float | None = None
+        self._optimizer = optimizer
+        self._lock = threading.RLock()  # autograd runs the hooks of several devices in several threads
+        self._begin()
+        self._hooks = {
+            p: p.register_post_accumulate_grad_hook(self._arrived)
+            for _, p, _ in optimizer._parameters()
+            if p.requires_grad
+        }
+
+    def _begin(self) -> None:
+        """Nothing of the next step is known yet."""
+        self._entries: dict[int, tuple[int, str, dict[str, Any]]] = {}
+        self._passes: dict[int, int] = {}  # by identity of the parameter: how often its gradient has come
+        self._partial = PartialNorm()
+        self._skipped: list[str] = []
+
+    def remove(self) -> None:
+        """Back to gradients that stay until ``optimizer.step()``."""
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        if self._optimizer.release is self:
+            self._optimizer.release = None
+
+    def covers(self, p: Tensor) -> bool:
+        return p in self._hooks
+
+    def finish(self) -> None:
+        """The end of a step; called by ``optimizer.step()``."""
+        once = [self._entries[i][1] for i, count in self._passes.items() if self.max_norm is not None and count == 1]
+        skipped = self._skipped
+        self._begin()
+        if once:
+            raise RuntimeError(f"max_norm={self.max_norm!r} needs two backward passes for each step, "
+                               "loss.backward(retain_graph=True) and loss.backward(); nothing was changed, and "
+                               f"the gradient of {once[0]} came once")  # fmt: skip
+        if skipped:
+            self._optimizer.skipped_steps += 1
+
+    @torch.no_grad()
+    def _arrived(self, p: Tensor) -> None:
+        with self._lock:
+            try:
+                self._take(p)
+            except BaseException:
+                self._begin()
+                raise
+            finally:
+                p.grad = None
+
+    def _take(self, p: Tensor) -> None:
+        if not self._entries:
+            found = enumerate(self._optimizer._parameters())
+            self._entries = {id(q): (i, name, group) for i, (name, q, group) in found}
+        name = self._entries[id(p)][1]
+        gradient = check_gradient(name, p)
+        _refuse_replica(name, p)
+        count = self._passes[id(p)] = self._passes.get(id(p), 0) + 1
+        passes = 1 if self.max_norm is None else 2
+        if count > passes:
+            raise RuntimeError(
+                f"the gradient of {name} came again before optimizer.step(): released gradients are not there to be "
+                "added to. Accumulation over micro-batches (and a parameter in several checkpointed segments with "
+                "use_reentrant=True) needs them; otherwise call optimizer.step() after every backward pass"
+            )
+        if count < passes:
+            self._partial.add(gradient)
+        else:
+            self._step(p, name)
+
+    def _step(self, p: Tensor, name: str) -> None:
+        optimizer = self._optimizer
+        assert p.grad is not None
+        if self.max_norm is not None:
+            if self._partial.pending:
+                self.norm = float(self._partial.total())
+            assert self.norm is not None
+            if not isfinite(self.norm) and optimizer.nonfinite != "propagate":
+                self._stop(name, "the norm of all gradients is not finite, and nothing was changed")
+                return
+            if isfinite(self.norm):
+                p.grad.mul_(min(1.0, self.max_norm / (self.norm + EPS)))
+        elif optimizer.nonfinite != "propagate" and non_finite([(name, p.grad)]):
+            self._stop(name, "it and what comes after it in this backward pass is as it was; others have stepped")
+            return
+        index, name, group = self._entries[id(p)]
+        optimizer._step_some([(index, name, p, group)])
+
+    def _stop(self, name: str, what: str) -> None:
+        if self._optimizer.nonfinite == "raise":
+            raise FloatingPointError(f"NaN or Inf in the gradient of {name}: {what}")
+        if not self._skipped and not self._optimizer.skipped_steps:
+            scope = "no parameter was stepped" if self.max_norm is not None else "it was not stepped, others were"
+            warnings.warn(
+                f"NaN or Inf in the gradient of {name}: {scope}. Later skips are only counted, in "
+                "optimizer.skipped_steps.",
+                stacklevel=2,
+            )
+        self._skipped.append(name)
+
+    def explain(self) -> str:
+        """One sentence: what happens in ``backward()``."""
+        clip = "" if self.max_norm is None else f", clipped to a norm of {self.max_norm} by a first pass"
+        return f"released: {len(self._hooks)} parameters step inside backward(){clip}"
+
+
+def _refuse_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"release_gradients takes the model, not a {type(model).__name__}")
+    for kind in (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp1()):
+        if any(isinstance(module, kind) for module in model.modules()):
+            raise RuntimeError(f"gradients cannot be released under {kind.__name__}: it averages them over the ranks "
+                               "after the hook in which a parameter would step; shard with "
+                               "torch.distributed.fsdp.fully_shard, which averages before")  # fmt: skip
+
+
+def _fsdp1() -> tuple[type, ...]:
+    if not torch.distributed.is_available():
+        return ()
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return (FullyShardedDataParallel,)
+
+
+def _refuse_replica(name: str, p: Tensor) -> None:
+    """A parameter that several processes hold whole has a gradient that nobody averages inside ``backward()``."""
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(p, DTensor):
+        raise RuntimeError(f"{name} is whole on each of {dist.get_world_size()} ranks, and its gradient is this rank's "
+                           "alone when it is ready; gradients are released in one process, or sharded with "
+                           "torch.distributed.fsdp.fully_shard")  # fmt: skip
