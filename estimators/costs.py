@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from estimators.fields import InputError, shown
 from estimators.hardware import capacity
 from estimators.lora import NF4, with_adapters
-from estimators.model import Model, resolve
+from estimators.model import Model, Shape, resolve
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
 from estimators.state import state_nbytes, temporaries, weight_dtype
-from estimators.training import Training, rows, run, runtime
+from estimators.training import Training, one_gradient, released, rows, run, runtime
 from estimators.units import dtype
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def estimate(
     quantised: str = "",
     accumulate: int = 1,
     device: str = "cuda",
+    release_gradients: bool = False,
     **fields: Any,
 ) -> Estimate:
     """What one rank needs to train ``model`` with one spec or with each of several.
@@ -161,7 +162,8 @@ def estimate(
     ``seq`` is tokens per sequence and ``batch`` sequences per micro-batch; without ``seq`` only weights, gradients and
     state are counted. ``checkpointing`` is ``none`` or ``full``, ``attention`` is ``sdpa``, ``flash`` or ``eager``,
     ``lora`` the rank of adapters on all linear layers (0: none), ``quantised`` the storage of the adapted weights
-    (``nf4``, ``nf4-double``), ``accumulate`` micro-batches per step, ``device`` is ``cuda`` or ``cpu``.
+    (``nf4``, ``nf4-double``), ``accumulate`` micro-batches per step, ``device`` is ``cuda`` or ``cpu``;
+    ``release_gradients`` is :meth:`memopt.Optimizer.release_gradients`.
 
     Other keywords are hyperparameters or fields of :class:`memopt.OptimSpec`, as in :func:`memopt.price`.
     Raises :class:`InputError` or :class:`memopt.SpecError`.
@@ -176,7 +178,8 @@ def estimate(
         raise InputError(f"world_size={shown(world_size)} is not allowed; it is from 1 to {_MAX_WORLD_SIZE}")
     if isinstance(gpu, bool) or (isinstance(gpu, int) and gpu < 1):
         raise InputError(f"gpu={shown(gpu)} is not allowed; it is a card's name, a size such as '24GiB' or bytes >= 1")
-    training = Training(batch, seq, checkpointing, attention, lora, quantised, accumulate, device).checked()
+    training = Training(batch, seq, checkpointing, attention, lora, quantised, accumulate, device,
+                        release_gradients).checked()  # fmt: skip
     specs = _parsed(spec, fields)
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
     described = resolve(model)
@@ -232,11 +235,16 @@ def _rows(
             for kind, n in _by_dtype(here, weights, all_=True)]  # fmt: skip
     if model.buffers:
         held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, known))
+    step_phase = "backward" if training.release_gradients else "step"  # in which parameters step
     by_dtype = _by_dtype(here, gradients, all_=False)
+    if training.release_gradients:
+        by_dtype = released(model, here, lambda n, shape: _nbytes(model, n, shape, gradients))
     if here is not model:
         held += _whole_at_work(model, spec, weights, gradients)
     if ran:
         held += rows(name, model, training, ran, by_dtype, known)
+    elif training.release_gradients:
+        held += one_gradient(name, by_dtype, known)
     else:
         held += [Row(name, "gradients", kind, n, GPU, ("backward", "step"), known) for kind, n in by_dtype]
     # With activations every phase but loading is told apart, and state is there from the second step on.
@@ -246,7 +254,7 @@ def _rows(
     if training.seq and training.device != "cpu":
         tmp = temporaries(model, spec, world_size, weights)
         if tmp:
-            held.append(Row(name, "temporaries", "of the plain step, largest parameter", tmp, GPU, ("step",),
+            held.append(Row(name, "temporaries", "of the plain step, largest parameter", tmp, GPU, (step_phase,),
                             "measured constant", 0, tmp))  # fmt: skip
         held += runtime(name, held)
     return held
@@ -281,16 +289,21 @@ def _whole_at_work(model: Model, spec: "OptimSpec", weights: str | None, gradien
 
 def _by_dtype(model: Model, given: str | None, *, all_: bool) -> list[tuple[str, int]]:
     """Bytes by dtype: of all parameters, or of those that train."""
-    from memopt.ledger import ITEMSIZE
-
     totals: dict[str, int] = {}
     for name, shape in model.shapes:
         if all_ or name not in model.frozen:
-            kind = weight_dtype(model, name, given)
-            if kind in NF4:
-                totals[kind] = totals.get(kind, 0) + -int(-prod(shape) * NF4[kind] // 1)
-                continue
-            if kind not in ITEMSIZE:
-                raise InputError(f"{name} has the dtype {kind}; known are {', '.join(ITEMSIZE)}")
-            totals[kind] = totals.get(kind, 0) + prod(shape) * ITEMSIZE[kind]
+            kind, n = _nbytes(model, name, shape, given)
+            totals[kind] = totals.get(kind, 0) + n
     return list(totals.items())
+
+
+def _nbytes(model: Model, name: str, shape: Shape, given: str | None) -> tuple[str, int]:
+    """dtype and bytes of one parameter, or of its gradient."""
+    from memopt.ledger import ITEMSIZE
+
+    kind = weight_dtype(model, name, given)
+    if kind in NF4:
+        return kind, -int(-prod(shape) * NF4[kind] // 1)
+    if kind not in ITEMSIZE:
+        raise InputError(f"{name} has the dtype {kind}; known are {', '.join(ITEMSIZE)}")
+    return kind, prod(shape) * ITEMSIZE[kind]

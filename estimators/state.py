@@ -33,6 +33,8 @@ PLAIN_PATH: dict[str, dict[str, int]] = {
 }
 #: The parameter and its gradient in fp32, where they are not.
 COPIES = 8
+#: The same while a master is read or written, copies included: the rule's own temporaries are not there then.
+MASTER = {"none": 0, "fp32": 13, "kahan": 19, "stochastic": 29, "split": 29, "split16": 29}
 
 
 def state_nbytes(
@@ -103,8 +105,8 @@ def tier(line: Line) -> str:
 
 def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | None) -> int | None:
     """What the plain path allocates in a step for the parameter that needs most; None where that was never measured
-    (another engine, a master, another rule)."""
-    if spec.engine != "native" or spec.master != "none" or spec.rule not in PLAIN_PATH:
+    (another engine, another rule)."""
+    if spec.engine != "native" or spec.master not in MASTER or spec.rule not in PLAIN_PATH:
         return None
     from memopt.partitions import PARTITIONS
     from memopt.partitions.base import NUMEL_TOGETHER
@@ -118,11 +120,11 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
         if name not in model.frozen:
             owned = max(rows(shape, r, world_size).numel for r in (0, world_size - 1))
             total += owned
-            dtype = weights or model.dtypes.get(name, "bfloat16")
-            per_element = PLAIN_PATH[spec.rule].get(spec.for_parameter(name)[0])
-            if per_element is None:
+            each = PLAIN_PATH[spec.rule].get(spec.for_parameter(name)[0])
+            if each is None:
                 return None
-            each = per_element + (0 if dtype == "float32" else COPIES)
+            if weight_dtype(model, name, weights) != "float32":
+                each = max(each + COPIES, MASTER[spec.master])
             # Updates that need sums over ranks are under way together, up to so many elements.
             most = max(most, owned * each, min(total, NUMEL_TOGETHER) * each if together else 0)
     return most

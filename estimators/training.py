@@ -2,11 +2,12 @@
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimators.fields import InputError, shown
 from estimators.lora import NF4, largest_quantised
-from estimators.model import Model
+from estimators.model import Model, Shape
 from estimators.rows import GPU, PHASES, Row
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ FRAGMENTS = (0, 2, 10)
 class Training(NamedTuple):
     """One step on one rank. ``seq=0``: without activations. ``lora``: rank of adapters, 0 for none. ``quantised``:
     storage of adapted weights. ``accumulate``: micro-batches per step; with more than one, gradients are there while
-    the next micro-batch runs. ``device="cpu"``: no CUDA context, and no temporaries where the kernels step."""
+    the next micro-batch runs. ``device="cpu"``: no CUDA context, and no temporaries where the kernels step.
+    ``release_gradients``: each parameter steps in the backward pass and frees its gradient."""
 
     batch: int = 1
     seq: int = 0
@@ -38,6 +40,7 @@ class Training(NamedTuple):
     quantised: str = ""
     accumulate: int = 1
     device: str = "cuda"
+    release_gradients: bool = False
 
     def checked(self) -> "Training":
         """Raises :class:`InputError` for a value that is not allowed or does not go with another."""
@@ -52,6 +55,9 @@ class Training(NamedTuple):
                                  f"{', '.join(filter(None, allowed))}")  # fmt: skip
         if self.quantised and not self.lora:
             raise InputError(f"quantised={self.quantised!r} needs adapters: 4-bit weights do not train (lora=16)")
+        if self.release_gradients and self.accumulate > 1:
+            raise InputError(f"release_gradients does not go with accumulate={self.accumulate}: a gradient that was "
+                             "freed cannot be added to")  # fmt: skip
         if not self.seq and (self.batch > 1 or self.checkpointing != "none"):
             raise InputError(
                 "batch and checkpointing have an effect on activations, which need seq: tokens per sequence"
@@ -83,7 +89,10 @@ def rows(
     forward, loss = ran.forward.activations, ran.loss.activations
     held = [Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
             Row(name, "activations", "saved, and the loss", loss, GPU, ("loss",), "formula")]  # fmt: skip
-    if training.accumulate > 1:
+    if training.release_gradients:
+        alive = ran.accumulated.activations  # the moment that has most, whatever gradients there are
+        held += one_gradient(name, gradients, known)
+    elif training.accumulate > 1:
         alive = ran.accumulated.activations
         held += [Row(name, "gradients", kind, n, GPU, PHASES[1:], known) for kind, n in gradients]
     else:
@@ -98,6 +107,30 @@ def rows(
             Row(name, "temporaries", "one 4-bit matrix decoded", decoded, GPU, ("forward", "backward"), "formula")
         )
     return held
+
+
+def one_gradient(name: str, gradients: list[tuple[str, int]], known: str) -> list[Row]:
+    """Gradients that are released: those that are there at a time, in the backward pass alone."""
+    return [Row(name, "gradients", f"{kind}, one at a time", n, GPU, ("backward",), known) for kind, n in gradients]
+
+
+def released(model: Model, nbytes: Callable[[str, Shape], tuple[str, int]]) -> list[tuple[str, int]]:
+    """By dtype, the bytes of gradients that are there at a time: the largest one, and beside it that of an embedding
+    which is also the head's weight: it is complete, and released, at the very end of the backward pass."""
+    each = [(*nbytes(name, shape), name) for name, shape in model.shapes if name not in model.frozen]
+    shared = _tied(model)
+    rest = [(n, kind) for kind, n, name in each if name != shared]
+    there: dict[str, int] = {}
+    for n, kind in ([max(rest)] if rest else []) + [(n, kind) for kind, n, name in each if name == shared]:
+        there[kind] = there.get(kind, 0) + n
+    return list(there.items())
+
+
+def _tied(model: Model) -> str | None:
+    """The embedding that is the head's weight too: a table of the vocabulary that is there once."""
+    vocabulary = (model.config or {}).get("vocab_size")
+    tables = [name for name, shape in model.shapes if len(shape) == 2 and shape[0] == vocabulary]
+    return tables[0] if len(tables) == 1 else None
 
 
 def runtime(name: str, rows_: list[Row]) -> list[Row]:
@@ -129,6 +162,8 @@ def describe(training: Training) -> str:
             parts.append(f"{training.checkpointing} checkpointing")
         if training.accumulate > 1:
             parts.append(f"{training.accumulate} micro-batches per step")
+    if training.release_gradients:
+        parts.append("gradients released")
     if training.lora:
         parts.append(f"LoRA rank {training.lora}" + (f" on {training.quantised} weights" if training.quantised else ""))
     return ", ".join(parts)

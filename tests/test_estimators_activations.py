@@ -153,6 +153,45 @@ class TestEstimates:
         assert once.peak.phase == often.peak.phase == "backward"
         assert often.at_peak("gradients") == often.nbytes("gradients") > once.at_peak("gradients")
 
+    def test_released_gradients_are_there_one_at_a_time(self):
+        plain, released = (estimate("llama-3.1-8b", "adamw-8bit+split", release_gradients=r) for r in (False, True))
+        head = 2 * 128256 * 4096
+        assert released.columns[0].nbytes("gradients") == head
+        assert plain.columns[0].peak.nbytes - released.columns[0].peak.nbytes == 2 * plain.parameters - head
+        # The embedding's gradient is complete when the backward pass is: the head has written to it at its start.
+        tied = estimate("qwen3-0.6b", "adamw", release_gradients=True).columns[0]
+        assert tied.nbytes("gradients") == 2 * (151936 * 1024 + 3072 * 1024)
+        with_seq = estimate("llama-3.1-8b", "adamw-8bit+split", seq=512, release_gradients=True).columns[0]
+        assert {r.phases for r in with_seq.rows if r.what in ("gradients", "temporaries")} == {("backward",)}
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_a_real_step_with_released_gradients(self, tied):
+        torch = pytest.importorskip("torch")
+        transformers = pytest.importorskip("transformers", minversion="5.0")
+        import memopt
+        from estimators.trace import traced
+
+        sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
+                 "num_key_value_heads": 2, "vocab_size": 3000, "tie_word_embeddings": tied}  # fmt: skip
+        config = {"model_type": "llama", **sizes}
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
+        optimizer = memopt.create(model, "adamw-8bit")
+        optimizer.release_gradients(model)
+        tokens = torch.randint(0, 3000, (1, 64))
+
+        def step():
+            model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+            optimizer.step()
+
+        step()
+        live = traced(("step", step)).peak
+        column = estimate(config, "adamw-8bit", weights="fp32", seq=64, device="cpu", release_gradients=True).columns[0]
+        moving = max(sum(r.nbytes for r in column.rows if phase in r.phases and r.what in ("gradients", "activations"))
+                     for phase in ("forward", "loss", "backward"))  # fmt: skip
+        # Most activations and the largest gradient need not meet: an upper bound.
+        assert live <= moving * 1.02 <= live * 1.35
+        assert moving < 4 * sum(p.numel() for p in model.parameters())
+
     def test_adapters_train_alone(self):
         e = estimate("llama-3.1-8b", "adamw", lora=16)
         assert e.trainable == 41_943_040  # PEFT's print_trainable_parameters for r=16 on all linear layers
@@ -181,6 +220,7 @@ class TestEstimates:
             ({"quantised": "nf4"}, "needs adapters"),
             ({"lora": 4, "quantised": "int3"}, "nf4-double"),
             ({"seq": 10**9}, "seq=1000000000"),
+            ({"seq": 128, "accumulate": 2, "release_gradients": True}, "does not go with accumulate=2"),
         ],
     )
     def test_contradictions_are_one_sentence(self, given, sentence):
@@ -199,13 +239,25 @@ class TestTemporaries:
     def test_the_plain_step(self, dtype, monkeypatch):
         torch = pytest.importorskip("torch")
         import memopt
-        from estimators.state import COPIES, PLAIN_PATH
+        from estimators.state import COPIES, MASTER, PLAIN_PATH
         from estimators.trace import traced
 
         for module in ("memopt.kernels", "memopt.kernels.plan"):
             monkeypatch.setattr(f"{module}.library", lambda: None)
         n = 256
         checked = 0
+        masters = [("adamw-32bit", m, 8) for m in MASTER] + [("sgd-32bit", m, 0) for m in MASTER if m != "none"]
+        masters += [("lion-8bit", m, 24) for m in MASTER if m != "none"]
+        for spec, master, per_element in masters if dtype == "bfloat16" else []:
+            weight = torch.nn.Parameter(torch.randn(n, n, dtype=torch.bfloat16))
+            hyper = {"momentum": 0.9} if spec.startswith("sgd") else {}
+            optimizer = memopt.create([weight], memopt.parse(spec).replace(master=master), lr=1e-3, **hyper)
+            for _ in range(2):
+                weight.grad = torch.randn_like(weight)
+                optimizer.step()
+            peak = traced(("step", optimizer.step)).peak
+            want = n * n * max(per_element + COPIES, MASTER[master])
+            assert want <= peak + 16 <= want * 1.05 + 2**16, (spec, master, peak / n / n)
         for rule, formats in PLAIN_PATH.items():
             for fmt, per_element in formats.items():
                 weight = torch.nn.Parameter(torch.randn(n, n, dtype=getattr(torch, dtype)))

@@ -17,7 +17,8 @@ KINDS = ("accelerate", "transformers", "python")
 _MARK = "# memopt estimate: "
 #: Options that are numbers on the command line and text in a Namespace.
 _NUMBERS = ("seq", "batch", "accumulate", "lora", "world")
-_OPTIONS = ("model", "optim", "gpu", "weights", "gradients", "checkpointing", "attention", "quantised", *_NUMBERS)
+_OPTIONS = ("model", "optim", "gpu", "weights", "gradients", "checkpointing", "attention", "quantised",
+            "release_gradients", *_NUMBERS)  # fmt: skip
 
 
 def chosen(e: Estimate) -> Column:
@@ -46,6 +47,8 @@ def _options(e: Estimate, column: Column) -> dict[str, Any]:
         options = {k: v for k, v in options.items() if k not in ("weights", "gradients")} | {"lora": t.lora}
     if t.quantised:
         options["quantised"] = t.quantised
+    if t.release_gradients:
+        options["release_gradients"] = True
     if t.seq:
         options |= {"seq": t.seq, "batch": t.batch, "accumulate": t.accumulate, "checkpointing": t.checkpointing,
                     "attention": t.attention}  # fmt: skip
@@ -55,6 +58,7 @@ def _options(e: Estimate, column: Column) -> dict[str, Any]:
 def _accelerate(e: Estimate, column: Column) -> str:
     """What ``accelerate launch --config_file`` takes. The weights' own dtype is the precision: no autocast."""
     several = e.world_size > 1
+    release = ", then optimizer.release_gradients(model)" if e.training.release_gradients else ""
     return (
         "compute_environment: LOCAL_MACHINE\n"
         f"distributed_type: {'MULTI_GPU' if several else 'NO'!r}\n"
@@ -62,13 +66,16 @@ def _accelerate(e: Estimate, column: Column) -> str:
         "num_machines: 1\nmachine_rank: 0\n"
         "mixed_precision: 'no'\nuse_cpu: false\n"
         "# In the script: optimizer = memopt.create(model, "
-        f'"{column.spec}", lr=...), then accelerator.prepare(model, optimizer).\n'
+        f'"{column.spec}", lr=...), then accelerator.prepare(model, optimizer){release}.\n'
     )
 
 
 def _transformers(e: Estimate, column: Column) -> str:
     """Keywords of TrainingArguments, and the optimizer beside them: ``optim=`` is a closed list there."""
     t = e.training
+    if t.release_gradients:
+        raise InputError("--emit transformers does not go with --release-gradients: Trainer clips by a norm of all "
+                         "gradients and steps after them; --emit python does")  # fmt: skip
     return (
         "import memopt\nfrom transformers import TrainingArguments\n\n"
         "args = TrainingArguments(\n"
@@ -84,7 +91,8 @@ def _transformers(e: Estimate, column: Column) -> str:
 
 
 def _python(e: Estimate, column: Column) -> str:
-    return f'import memopt\n\n# {_loading(e)}\noptimizer = memopt.create(model, "{column.spec}", lr=2e-5)\n'
+    release = "optimizer.release_gradients(model)\n" if e.training.release_gradients else ""
+    return f'import memopt\n\n# {_loading(e)}\noptimizer = memopt.create(model, "{column.spec}", lr=2e-5)\n{release}'
 
 
 def _loading(e: Estimate) -> str:

@@ -33,6 +33,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--attention", metavar="KIND", help="sdpa (default), flash or eager")
     parser.add_argument("--lora", metavar="RANK", help="adapters on all linear layers, the weights frozen")
     parser.add_argument("--quantised", metavar="KIND", help="storage of adapted weights: nf4 or nf4-double (QLoRA)")
+    parser.add_argument("--release-gradients", action="store_true", default=None,
+                        help="each parameter steps in the backward pass and frees its gradient")  # fmt: skip
     parser.add_argument("--from", dest="source", metavar="FILE", help="options from what --emit wrote")
     parser.add_argument("--emit", metavar="KIND", help="print a configuration: accelerate, transformers or python")
     parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
@@ -92,7 +94,7 @@ def step_options(args: Namespace) -> dict[str, Any]:
         text = getattr(args, name)
         if text is not None:
             options[name] = whole(text, f"--{name}")
-    for name in ("checkpointing", "attention", "quantised"):
+    for name in ("checkpointing", "attention", "quantised", "release_gradients"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     return options
