@@ -115,15 +115,16 @@ def one_gradient(name: str, gradients: list[tuple[str, int]], known: str) -> lis
 
 
 def released(model: Model, nbytes: Callable[[str, Shape], tuple[str, int]]) -> list[tuple[str, int]]:
-    """By dtype, the bytes of gradients that are there at a time: the largest one, and beside it that of an embedding
-    which is also the head's weight: it is complete, and released, at the very end of the backward pass."""
-    each = [(*nbytes(name, shape), name) for name, shape in model.shapes if name not in model.frozen]
+    """The dtype and bytes of gradients that are there at a time: the largest one. That of an embedding which is also the
+    head's weight waits for its other half until the end of the backward pass, where autograd holds both halves and
+    their sum."""
     shared = _tied(model)
-    rest = [(n, kind) for kind, n, name in each if name != shared]
-    there: dict[str, int] = {}
-    for n, kind in ([max(rest)] if rest else []) + [(n, kind) for kind, n, name in each if name == shared]:
-        there[kind] = there.get(kind, 0) + n
-    return list(there.items())
+    each = [(nbytes(name, shape), name == shared) for name, shape in model.shapes if name not in model.frozen]
+    table = max((n for (_, n), is_shared in each if is_shared), default=0)
+    if not each:
+        return []
+    most = max((3 * n if is_shared else n + table, kind) for (kind, n), is_shared in each)
+    return [(most[1], most[0])]
 
 
 def _tied(model: Model) -> str | None:

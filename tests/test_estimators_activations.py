@@ -158,14 +158,15 @@ class TestEstimates:
         head = 2 * 128256 * 4096
         assert released.columns[0].nbytes("gradients") == head
         assert plain.columns[0].peak.nbytes - released.columns[0].peak.nbytes == 2 * plain.parameters - head
-        # The embedding's gradient is complete when the backward pass is: the head has written to it at its start.
+        # Both halves of the embedding's gradient and their sum, at the end of the backward pass.
         tied = estimate("qwen3-0.6b", "adamw", release_gradients=True).columns[0]
-        assert tied.nbytes("gradients") == 2 * (151936 * 1024 + 3072 * 1024)
+        assert tied.nbytes("gradients") == 3 * 2 * 151936 * 1024
         with_seq = estimate("llama-3.1-8b", "adamw-8bit+split", seq=512, release_gradients=True).columns[0]
         assert {r.phases for r in with_seq.rows if r.what in ("gradients", "temporaries")} == {("backward",)}
 
+    @pytest.mark.parametrize("seq", [16, 64])
     @pytest.mark.parametrize("tied", [False, True])
-    def test_a_real_step_with_released_gradients(self, tied):
+    def test_a_real_step_with_released_gradients(self, tied, seq):
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers", minversion="5.0")
         import memopt
@@ -177,7 +178,7 @@ class TestEstimates:
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
         optimizer = memopt.create(model, "adamw-8bit")
         optimizer.release_gradients(model)
-        tokens = torch.randint(0, 3000, (1, 64))
+        tokens = torch.randint(0, 3000, (1, seq))
 
         def step():
             model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
@@ -185,11 +186,11 @@ class TestEstimates:
 
         step()
         live = traced(("step", step)).peak
-        column = estimate(config, "adamw-8bit", weights="fp32", seq=64, device="cpu", release_gradients=True).columns[0]
+        column = estimate(config, "adamw-8bit", weights="fp32", seq=seq, device="cpu", release_gradients=True).columns[0]
         moving = max(sum(r.nbytes for r in column.rows if phase in r.phases and r.what in ("gradients", "activations"))
                      for phase in ("forward", "loss", "backward"))  # fmt: skip
         # Most activations and the largest gradient need not meet: an upper bound.
-        assert live <= moving * 1.02 <= live * 1.35
+        assert live <= moving * 1.02 <= live * (1.7 if tied else 1.2)
         assert moving < 4 * sum(p.numel() for p in model.parameters())
 
     def test_adapters_train_alone(self):
