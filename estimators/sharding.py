@@ -72,8 +72,13 @@ def unreduced(sizes: Iterable[tuple[str, int]]) -> int:
     >>> unreduced([("embed", 10), ("h.0.w", 4), ("h.0.b", 1)])
     20
     """
+    return 2 * largest_block(sizes)
+
+
+def largest_block(sizes: Iterable[tuple[str, int]]) -> int:
+    """Bytes of the largest of the blocks and what is in none."""
     root, blocks = _grouped(sizes)
-    return 2 * max([root, *blocks])
+    return max([root, *blocks])
 
 
 def _grouped(sizes: Iterable[tuple[str, int]]) -> tuple[int, list[int]]:

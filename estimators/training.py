@@ -114,16 +114,23 @@ def one_gradient(name: str, gradients: list[tuple[str, int]], known: str) -> lis
     return [Row(name, "gradients", f"{kind}, one at a time", n, GPU, ("backward",), known) for kind, n in gradients]
 
 
-def released(model: Model, nbytes: Callable[[str, Shape], tuple[str, int]]) -> list[tuple[str, int]]:
-    """The dtype and bytes of gradients that are there at a time: the largest one. That of an embedding which is also the
-    head's weight waits for its other half until the end of the backward pass, where autograd holds both halves and
-    their sum."""
-    shared = _tied(model)
-    each = [(nbytes(name, shape), name == shared) for name, shape in model.shapes if name not in model.frozen]
-    table = max((n for (_, n), is_shared in each if is_shared), default=0)
+def released(model: Model, here: Model, nbytes: Callable[[str, Shape], tuple[str, int]]) -> list[tuple[str, int]]:
+    """The dtype and bytes of gradients that are there at a time: the largest one. ``here`` is the model with the rows
+    of this rank.
+
+    That of an embedding which is also the head's weight waits for its other half until the end of the backward pass,
+    where autograd holds both halves and their sum. FSDP2 hands over the gradients of a block together.
+    """
+    each = [(name, *nbytes(name, shape)) for name, shape in here.shapes if name not in here.frozen]
     if not each:
         return []
-    most = max((3 * n if is_shared else n + table, kind) for (kind, n), is_shared in each)
+    if here is not model:
+        from estimators.sharding import largest_block
+
+        return [(max(kind for _, kind, _ in each), largest_block((name, n) for name, _, n in each))]
+    shared = _tied(model)
+    table = max((n for name, _, n in each if name == shared), default=0)
+    most = max((3 * n if name == shared else n + table, kind) for name, kind, n in each)
     return [(most[1], most[0])]
 
 

@@ -162,8 +162,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step_some(
         self, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
     ) -> list[Work]:
-        """Step these ``(place among all, name, parameter, group)`` with what is here of their gradients, which have been
-        looked at."""
+        """Step these ``(place among all, name, parameter, group)`` with what is here of their gradients."""
         works = [self._work(*entry, g) for entry, g in zip(ready, gradients, strict=True)]
         self.engine.step(self.spec, works, self.partition, self.seed)
         self.partition.publish([p for _, _, p, _ in ready])

@@ -90,8 +90,9 @@ class Release:
             found = enumerate(self._optimizer._parameters())
             self._entries = {id(q): (i, name, group) for i, (name, q, group) in found}
         name = self._entries[id(p)][1]
-        gradient = check_gradient(name, p)
+        check_gradient(name, p)
         _refuse_replica(name, p)
+        self._optimizer.partition.admit([(name, p)], str(self._optimizer.spec))
         count = self._passes[id(p)] = self._passes.get(id(p), 0) + 1
         passes = 1 if self.max_norm is None else 2
         if count > passes:
@@ -101,7 +102,8 @@ class Release:
                 "use_reentrant=True) needs them; otherwise call optimizer.step() after every backward pass"
             )
         if count < passes:
-            self._partial.add(gradient)
+            assert p.grad is not None
+            self._partial.add(p.grad)
         else:
             self._step(p, name)
 
@@ -117,11 +119,13 @@ class Release:
                 return
             if isfinite(self.norm):
                 p.grad.mul_(min(1.0, self.max_norm / (self.norm + EPS)))
-        elif optimizer.nonfinite != "propagate" and non_finite([(name, p.grad)]):
+        gradient = optimizer._local_gradient(name, p)
+        looks = self.max_norm is None and optimizer.nonfinite != "propagate"
+        if looks and optimizer.partition.agree(non_finite([(name, gradient)]), [p]):
             self._stop(name, "it and what comes after it in this backward pass is as it was; others have stepped")
             return
         index, name, group = self._entries[id(p)]
-        optimizer._step_some([(index, name, p, group)])
+        optimizer._step_some([(index, name, p, group)], [gradient])
 
     def _stop(self, name: str, what: str) -> None:
         if self._optimizer.nonfinite == "raise":

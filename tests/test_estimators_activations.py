@@ -186,7 +186,8 @@ class TestEstimates:
 
         step()
         live = traced(("step", step)).peak
-        column = estimate(config, "adamw-8bit", weights="fp32", seq=seq, device="cpu", release_gradients=True).columns[0]
+        given = {"weights": "fp32", "seq": seq, "device": "cpu", "release_gradients": True}
+        column = estimate(config, "adamw-8bit", **given).columns[0]
         moving = max(sum(r.nbytes for r in column.rows if phase in r.phases and r.what in ("gradients", "activations"))
                      for phase in ("forward", "loss", "backward"))  # fmt: skip
         # Most activations and the largest gradient need not meet: an upper bound.
