@@ -32,6 +32,7 @@ _PUBLIC = {
     "schedule": "memopt.schedules",
     "shard": "memopt.integrations.fsdp",
     "specs": "memopt.spec",
+    "watch": "memopt.diagnosis",
 }
 
 __all__ = [
@@ -55,12 +56,14 @@ __all__ = [
     "schedule",
     "shard",
     "specs",
+    "watch",
 ]
 
 if TYPE_CHECKING:
     from memopt.budget import fit
     from memopt.checkpoint import load, save
     from memopt.clipping import clip_grad_norm_, clip_grad_value_
+    from memopt.diagnosis import watch
     from memopt.grouping import describe, param_groups
     from memopt.hyper import SpecError
     from memopt.integrations.fsdp import shard

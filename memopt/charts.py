@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import floor, isfinite, log10
 from pathlib import Path
+from textwrap import wrap
 
 #: Dots of one braille cell, by column and row from the top.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
@@ -79,7 +80,8 @@ def save_png(
         axes.axvline(x, linestyle="--", color=f"C{i + 2}", label=f"{name}: {x:.2g}")
     if log_x:
         axes.set_xscale("log")
-    axes.set(title=title, xlabel=x_label, ylabel=y_label)
+    axes.set_title("\n".join(wrap(title, 80)), fontsize=11)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     if len(ys) + len(marks or {}) > 1:

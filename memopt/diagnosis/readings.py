@@ -1,0 +1,106 @@
+"""What is measured, as plain records: numbers, and None where there is nothing to measure."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from typing import Any
+
+
+@dataclass(frozen=True)
+class GroupReading:
+    """One param group in one step.
+
+    ``update_ratio`` is |change of the weights| / |weights| of the median parameter, ``lost`` the share of elements with
+    a gradient that the step left as they were because the change was rounded away; of a sample of each parameter.
+    """
+
+    group: int
+    names: str
+    lr: float
+    grad_norm: float  # as the optimizer saw it: after clipping
+    nonfinite: int  # elements of the gradients
+    update_ratio: float | None
+    lost: float | None
+    dtype: str
+
+
+@dataclass(frozen=True)
+class MomentReading:
+    """A sampled row of one moment against its 32-bit shadow: |stored - shadow| / |shadow|, and for non-negative moments
+    the sum of what is stored over the sum of what should be."""
+
+    parameter: str
+    moment: str
+    format: str
+    error: float
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """All that was measured in one step; ``loss`` is the mean since the last reading."""
+
+    step: int
+    groups: tuple[GroupReading, ...]
+    moments: tuple[MomentReading, ...]
+    loss: float | None
+    skipped: int  # steps skipped so far for NaN or Inf
+
+    def to_json(self) -> dict[str, Any]:
+        """Numbers that are not finite are null: JSON has no word for them."""
+        return _clean({"schema": "memopt.watch/1", **asdict(self)})
+
+    def __str__(self) -> str:
+        parts = [f"step {self.step}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.4g}")
+        for g in self.groups:
+            lost = f" lost {g.lost:.0%}" if g.lost is not None and g.lost >= 0.005 else ""
+            ratio = f" update/weight {g.update_ratio:.1e}" if g.update_ratio is not None else ""
+            parts.append(f"[{g.group}] lr {g.lr:.3g} |g| {g.grad_norm:.3g}{ratio}{lost}")
+        worst = max(self.moments, key=lambda m: m.error, default=None)
+        if worst is not None and worst.error > 0:
+            parts.append(f"worst moment {worst.parameter}.{worst.moment} off by {worst.error:.1%}")
+        if self.skipped:
+            parts.append(f"{self.skipped} steps skipped")
+        return "  ".join(parts)
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """NaN or Inf: the step in which it was first seen, where, and whether the weights were still numbers."""
+
+    step: int
+    names: tuple[str, ...]
+    loss: float | None
+    skipped: bool
+    weights_finite: bool
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause by name, the sentence a person would say, and the step at which it showed."""
+
+    cause: str
+    sentence: str
+    step: int
+
+
+@dataclass
+class History:
+    """What the causes are found in."""
+
+    readings: list[Reading] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)  # every step's, thinned to LOSSES at most
+    nonfinite: list[NonFinite] = field(default_factory=list)
+    master: str = "none"
+    beta2: float | None = None
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: _clean(v) for k, v in value.items()}
+    return [_clean(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,153 @@
+"""Which elements stand for a parameter, and how the optimizer at hand stores them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.clipping import _local
+from memopt.diagnosis.shadow import NUMEL, Sample, Shadow
+from memopt.geometry import FLAT_ROW, Rows
+from memopt.hyper import SpecError
+from memopt.optimizer import Optimizer
+from memopt.rules import RULES, Rule
+
+#: Parameters that have a shadow, all groups together.
+SHADOWS = 8
+#: torch.optim's classes whose rule is here under the same equation and the same names of moments.
+TORCH = {"AdamW": "adamw", "Adam": "adam", "SGD": "sgd", "RMSprop": "rmsprop", "RAdam": "radam"}
+
+
+def rule_of(optimizer: torch.optim.Optimizer) -> Rule | None:
+    """The rule that can shadow this optimizer, or None: a sample has no statistics of whole tensors or rows."""
+    if isinstance(optimizer, Optimizer):
+        rule = optimizer.rule
+    elif type(optimizer).__name__ in TORCH and type(optimizer).__module__.startswith("torch.optim"):
+        rule = RULES[TORCH[type(optimizer).__name__]]
+    else:
+        return None
+    group = optimizer.param_groups[0]
+    try:
+        h = rule.resolve({k: group[k] for k in rule.hyperparameters if k in group})
+    except SpecError:
+        return None
+    whole = any(moment.held == "rowmean" for moment in rule.moments(h, (2, 2)))
+    return rule if rule.element_wise and not whole else None
+
+
+def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
+    """One for each group: the largest parameters of it that have state and a gradient, up to its share of SHADOWS."""
+    rule = rule_of(optimizer)
+    if rule is None:
+        return
+    each = max(SHADOWS // len(optimizer.param_groups), 1)
+    reader = _ours(optimizer) if isinstance(optimizer, Optimizer) else _torchs(optimizer, rule)
+    for group in optimizer.param_groups:
+        ready = [p for p in group["params"] if optimizer.state.get(p) and p.grad is not None and _local(p).numel()]
+        largest = sorted(ready, key=lambda p: -_local(p).numel())[:each]
+        samples = [reader(p) for p in largest]
+        if samples:
+            h = {**rule.hyperparameters, **{k: group[k] for k in rule.hyperparameters if k in group}}
+            step = int(optimizer.state[largest[0]].get("step", 1))
+            yield Shadow(rule, _live(group, h), samples, step)
+
+
+class _live(Mapping[str, Any]):
+    """The group's hyperparameters as they are now (schedulers change them), and the rule's where it has none."""
+
+    def __init__(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.group, self.defaults = group, defaults
+
+    def __getitem__(self, key: str) -> Any:
+        return self.group[key] if key in self.group else self.defaults[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.defaults, **self.group})
+
+    def __len__(self) -> int:
+        return len({**self.defaults, **self.group})
+
+
+def cutter(row: int, start: int = 0) -> Callable[[Tensor], Tensor]:
+    """The first NUMEL elements of ``row`` of a matrix, of a vector those from ``start`` on; flat."""
+
+    def cut(x: Tensor) -> Tensor:
+        x = _local(x)
+        return x[row].reshape(-1)[:NUMEL] if x.dim() > 1 else x.reshape(-1)[start : start + NUMEL]
+
+    return cut
+
+
+def _liveliest(p: Tensor) -> int:
+    """The row with the largest gradient: of an embedding, most rows have none."""
+    g = _local(p.grad) if p.grad is not None else _local(p)
+    return int(g.detach().abs().flatten(1).amax(1).argmax()) if g.dim() > 1 else 0
+
+
+def _torchs(optimizer: torch.optim.Optimizer, rule: Rule) -> Callable[[Tensor], Sample]:
+    """Moments as plain tensors under torch.optim's names."""
+    names = {id(p): n for g in optimizer.param_groups for n, p in zip(g.get("param_names", []), g["params"])}  # noqa: B905
+    index = {id(p): str(i) for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+
+    def make(p: Tensor) -> Sample:
+        cut = cutter(_liveliest(p))
+        group = next(g for g in optimizer.param_groups if any(p is q for q in g["params"]))
+        kinds = rule.moments({**rule.hyperparameters, **group}, tuple(p.shape))
+
+        def moments() -> dict[str, tuple[Tensor, str, bool]]:
+            state = optimizer.state[p]
+            return {m.name: (cut(state[m.name]).float(), _dtype(state[m.name]), not m.signed) for m in kinds}
+
+        return Sample(names.get(id(p), index[id(p)]), p, cut, moments)
+
+    return make
+
+
+def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
+    """Moments decoded, by rows where the format can be cut, else the whole parameter."""
+    from memopt.checkpoint.codes import is_cut_by_rows
+    from memopt.checkpoint.convert import slots
+
+    found = {id(p): slot for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)}
+
+    def make(p: Tensor) -> Sample:
+        slot = found[id(p)]
+        rows = slot.rows
+        whole = _local(p).numel() == Rows.whole(rows.shape).numel  # else p is its rows alone
+        if len(rows.shape) >= 2:
+            row = _liveliest(p) + (0 if whole else rows.first)
+            row = min(max(row, rows.first), rows.stop - 1)
+            cut = cutter(row if whole else row - rows.first)
+            here = Rows(rows.shape, row, row + 1)
+        else:
+            cut = cutter(0, rows.bounds[0] if whole else 0)
+            here = Rows(rows.shape, rows.first, min(rows.first + NUMEL // FLAT_ROW, rows.stop))
+
+        def moments() -> dict[str, tuple[Tensor, str, bool]]:
+            values = {}
+            for name, stored in slot.record(optimizer.state[p]).moments.items():
+                if is_cut_by_rows(stored.format, stored.moment, rows.shape):
+                    x = stored.decode(here).reshape(-1)[:NUMEL]
+                else:
+                    x = cut(stored.decode(rows)) if rows.is_whole else stored.decode(rows).reshape(-1)[:0]
+                values[name] = (
+                    x.float().clone(),
+                    stored.format.name,
+                    name in NEVER_NEGATIVE or not stored.moment.signed,
+                )
+            return values
+
+        return Sample(slot.name, p, cut, moments)
+
+    return make
+
+
+#: bitsandbytes keeps second moments in a signed code.
+NEVER_NEGATIVE = ("exp_avg_sq", "square_avg")
+
+
+def _dtype(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")

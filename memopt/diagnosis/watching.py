@@ -1,0 +1,233 @@
+"""``memopt.watch``: hooks around ``optimizer.step()`` that measure every few steps and say what they see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.clipping import _local, grad_norm
+from memopt.diagnosis.causes import find
+from memopt.diagnosis.logs import Log, open_logs
+from memopt.diagnosis.readings import Finding, GroupReading, History, NonFinite, Reading
+from memopt.diagnosis.sampling import shadows
+from memopt.diagnosis.shadow import Shadow
+from memopt.gradients import non_finite
+from memopt.hyper import SpecError
+
+#: Elements of each parameter by which its update is measured, evenly spaced.
+SPREAD = 256
+#: Losses kept for looking back; every other one is dropped when there are more.
+LOSSES = 4096
+
+
+class Watch:
+    """Made by :func:`watch`. ``readings`` are all measurements so far, ``findings()`` what they mean."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, every: int, logs: list[Log], out: Callable[[str], Any] | None):
+        self.optimizer, self.every, self.out = optimizer, every, out
+        self.history = History(
+            master=getattr(getattr(optimizer, "spec", None), "master", "none"),
+            beta2=(optimizer.param_groups[0].get("betas") or (None, None))[1],
+        )
+        self.step = 0  # of this watch, from 1
+        self._logs = logs
+        self._pending: list[tuple[int, Tensor]] = []  # losses that nobody has waited for yet
+        self._shadows: list[Shadow] | None = None
+        self._gathered: list[tuple[Tensor, Tensor] | None] = []
+        self._before: list[tuple[Tensor, Tensor] | None] | None = None
+        self._skipped = getattr(optimizer, "skipped_steps", 0)
+        self._told: set[str] = set()
+        self._hooks = [optimizer.register_step_pre_hook(self._pre), optimizer.register_step_post_hook(self._post)]
+
+    @property
+    def readings(self) -> list[Reading]:
+        return self.history.readings
+
+    def loss(self, loss: Any) -> None:
+        """The loss of this step, a tensor or a number. Call it before ``optimizer.step()``; it is not waited for."""
+        value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(float(loss))
+        self._pending.append((self.step + 1, value.reshape(())))
+
+    def findings(self) -> list[Finding]:
+        """What a person would look at, the likeliest first; empty for a run in which nothing stands out."""
+        self._collect_losses()
+        return find(self.history)
+
+    def report(self) -> str:
+        """The last reading, and one sentence for each finding."""
+        lines = [str(self.readings[-1])] if self.readings else ["no step has been measured yet"]
+        return "\n".join([*lines, *(f"{f.cause}: {f.sentence}" for f in self.findings())])
+
+    def close(self) -> None:
+        """Take the hooks away and end the logs."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        for log in self._logs:
+            log.close()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    # Around the step -------------------------------------------------------------------------------------------
+
+    def _pre(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        self.step += 1
+        self._gathered = [shadow.gather() for shadow in self._shadows or ()]
+        self._before = [_spread(group) for group in optimizer.param_groups] if self._due() else None
+
+    @torch.no_grad()
+    def _post(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        skipped = getattr(optimizer, "skipped_steps", 0) > self._skipped
+        if skipped:
+            self._skipped = optimizer.skipped_steps  # type: ignore[attr-defined]
+            self._note_nonfinite(skipped=True)
+        elif self._shadows is None:
+            self._shadows = list(shadows(optimizer))
+        else:
+            for shadow, gathered in zip(self._shadows, self._gathered, strict=True):
+                if gathered is not None:
+                    shadow.advance(*gathered)
+        if self._before is not None:
+            self._read(self._before)
+            self._before = None
+
+    def _due(self) -> bool:
+        """At 1, 2, 4, 8 … while the run is young, then every ``every`` steps."""
+        young = self.step < self.every and self.step & (self.step - 1) == 0
+        return young or self.step % self.every == 0
+
+    def _read(self, before: list[tuple[Tensor, Tensor] | None]) -> None:
+        groups = tuple(
+            _group(i, group, spread)
+            for i, (group, spread) in enumerate(zip(self.optimizer.param_groups, before, strict=True))
+        )
+        if any(g.nonfinite for g in groups):
+            self._note_nonfinite(skipped=False)
+        moments = tuple(m for shadow in self._shadows or () for m in shadow.compare())
+        losses = self._collect_losses()
+        mean = sum(losses) / len(losses) if losses else None
+        reading = Reading(self.step, groups, moments, mean, self._skipped)
+        self.readings.append(reading)
+        self._tell(reading)
+
+    def _tell(self, reading: Reading) -> None:
+        new = [f for f in find(self.history) if f.cause not in self._told]
+        self._told |= {f.cause for f in new}
+        for log in self._logs:
+            log.write(reading, new)
+        if self.out is not None:
+            self.out(str(reading))
+            for f in new:
+                self.out(f"  {f.cause}: {f.sentence}")
+
+    def _note_nonfinite(self, skipped: bool) -> None:
+        if self.history.nonfinite and not skipped:
+            return  # it is the beginning that tells
+        self._collect_losses()
+        if len(self.history.nonfinite) >= 100:
+            return
+        named = [(n, _local(p.grad)) for n, p in _named(self.optimizer) if p.grad is not None]
+        finite = all(bool(torch.isfinite(_local(p)).all()) for _, p in _named(self.optimizer)) if not skipped else True
+        loss = next((x for step, x in reversed(self.history.losses) if step == self.step), None)
+        names = tuple(non_finite(named))
+        self.history.nonfinite.append(NonFinite(self.step, names, loss, skipped, finite))
+
+    def _collect_losses(self) -> list[float]:
+        """Losses since the last reading, waited for together."""
+        if not self._pending:
+            return []
+        steps, tensors = zip(*self._pending, strict=True)
+        values = torch.stack([t.float().to(tensors[0].device) for t in tensors]).tolist()
+        self._pending = []
+        self.history.losses += zip(steps, values, strict=True)
+        if len(self.history.losses) > LOSSES:
+            self.history.losses = [*self.history.losses[: -LOSSES // 2 : 2], *self.history.losses[-LOSSES // 2 :]]
+        return values
+
+
+def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    named, index = [], 0
+    for group in optimizer.param_groups:
+        names = group.get("param_names") or [str(index + i) for i in range(len(group["params"]))]
+        named += list(zip(names, group["params"], strict=True))
+        index += len(group["params"])
+    return named
+
+
+def _spread(group: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """(weights, gradients) of a group before the step: SPREAD elements of each parameter, in their own dtype."""
+    stepped = [p for p in group["params"] if p.grad is not None and _local(p).numel()]
+    if not stepped:
+        return None
+    return torch.cat([_strided(p.detach()) for p in stepped]), torch.cat([_strided(p.grad) for p in stepped])
+
+
+def _strided(x: Tensor) -> Tensor:
+    x = _local(x)
+    flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
+    return flat[:: max(flat.numel() // SPREAD, 1)][:SPREAD]
+
+
+def _group(i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None) -> GroupReading:
+    names = group.get("param_names") or [str(tuple(p.shape)) for p in group["params"]]
+    shown = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
+    norm = float(grad_norm(group["params"]))
+    lr = group.get("lr")
+    rate = float(lr) if lr is not None else float("nan")
+    if before is None:
+        return GroupReading(i, shown, rate, norm, 0, None, None, "")
+    weights, gradients = before
+    stepped = [p for p in group["params"] if p.grad is not None and _local(p).numel()]
+    parts = [_strided(p.detach()) for p in stepped]
+    after, touched = torch.cat(parts), gradients != 0
+    alike = float((touched & (after == weights)).sum()) / max(float(touched.sum()), 1.0)
+    nonfinite = 0
+    if not norm < float("inf"):
+        nonfinite = sum(int((~torch.isfinite(_local(p.grad))).sum()) for p in stepped)
+    ratio = _typical_ratio(weights.float(), after.float(), [len(x) for x in parts])
+    return GroupReading(
+        i, shown, rate, norm, nonfinite, ratio, alike if rate and touched.any() else None,
+        str(weights.dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def _typical_ratio(before: Tensor, after: Tensor, sizes: list[int]) -> float | None:
+    """The median over parameters of |after - before| / |before|; those that were zero have none."""
+    owner = torch.repeat_interleave(torch.tensor(sizes, device=before.device))
+    sums = before.new_zeros(2, len(sizes)).index_add_(1, owner, torch.stack([(after - before) ** 2, before**2]))
+    moved, size = sums[0].sqrt(), sums[1].sqrt()
+    ratios = (moved / size)[size > 0]
+    return float(ratios.median()) if len(ratios) else None
+
+
+def watch(
+    optimizer: torch.optim.Optimizer,
+    every: int = 100,
+    *,
+    log: Any = None,
+    tensorboard: Any = None,
+    out: Callable[[str], Any] | None = print,
+) -> Watch:
+    """Watch ``optimizer`` from now on: measure every ``every`` steps (and at 1, 2, 4, 8 … before the first of these),
+    print one line and, when something stands out, what a person would look at.
+
+    Per group: rate, gradient norm, update-to-weight ratio, share of the updates lost to rounding, non-finite elements;
+    of the largest parameters, the error of each stored moment against a 32-bit shadow of some of its elements, which
+    is stepped with the same rule on the same gradients. Adafactor, CAME, LAMB, StableAdamW and Adam-mini have no
+    shadow: their steps depend on whole tensors or rows. Hand it the loss with ``watch.loss(loss)`` before each step.
+
+    ``log`` is a file for JSON lines, ``tensorboard`` a folder for event files, ``out`` what lines are given to (None
+    for silence). Any torch.optim optimizer can be watched. Raises SpecError, and ImportError without tensorboard.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise SpecError(f"watch: an optimizer is needed, got a {type(optimizer).__name__}")
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        raise SpecError(f"watch: every={every!r} is not allowed; it must be an integer >= 1")
+    return Watch(optimizer, every, open_logs(log, tensorboard), out)
