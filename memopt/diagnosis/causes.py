@@ -155,8 +155,8 @@ def rounding(h: History) -> Iterator[Finding]:
             yield Finding(
                 "rounding",
                 f"{median(course):.0%} of the updates of group {g.group} ({g.names}) are rounded away: at "
-                f"lr={g.lr:.3g} they are smaller than half a step of {g.dtype}. Keep what is lost (+kahan, +split or +stochastic "
-                "behind the rule), train fp32 weights, or raise the rate",
+                f"lr={g.lr:.3g} they are smaller than half a step of {g.dtype}. Keep what is lost (+kahan, +split or "
+                "+stochastic behind the rule), train fp32 weights, or raise the rate",
                 h.readings[-1].step,
             )
 
@@ -202,7 +202,7 @@ def destroyed(h: History) -> Iterator[Finding]:
         yield Finding(
             "worse than it began",
             f"the loss began at {_start(h):.3g} and is {_recent(h):.3g} now: what the model knew is being lost. Take "
-            "a rate ten times lower, a warm-up, and no weight decay on norms, biases and embeddings (memopt.param_groups)",
+            "a rate ten times lower, a warm-up, and no decay of norms, biases and embeddings (memopt.param_groups)",
             h.losses[-1][0],
         )
 

@@ -38,7 +38,7 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError("logging to TensorBoard needs it: pip install tensorboard") from error
-        self._writer: Any = SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, reading: Reading, findings: Sequence[Finding]) -> None:
         for g in reading.groups:

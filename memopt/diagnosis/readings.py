@@ -28,7 +28,7 @@ class GroupReading:
 @dataclass(frozen=True)
 class MomentReading:
     """A sampled row of one moment against its 32-bit shadow: |stored - shadow| / |shadow|, and for non-negative moments
-    the sum of what is stored over the sum of what should be."""
+    the geometric mean of stored / shadow over its elements."""
 
     parameter: str
     moment: str

@@ -43,6 +43,8 @@ def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
     rule = rule_of(optimizer)
     if rule is None:
         return
+    if not rule.moments({**rule.hyperparameters, **optimizer.param_groups[0]}, (2, 2)):
+        return  # SGD without momentum
     each = max(SHADOWS // len(optimizer.param_groups), 1)
     reader = _ours(optimizer) if isinstance(optimizer, Optimizer) else _torchs(optimizer, rule)
     for group in optimizer.param_groups:

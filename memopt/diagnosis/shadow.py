@@ -74,8 +74,15 @@ class Shadow:
         for i, sample in enumerate(self.samples):
             for moment, (values, fmt, positive) in sample.moments().items():
                 truth = exact[moment][i].double()
-                size, total = float(truth.norm()), float(truth.sum())
+                size = float(truth.norm())
                 error = float((values.double() - truth).norm()) / size if size else 0.0
-                ratio = float(values.double().sum()) / total if positive and total else None
+                ratio = _typical_ratio(values.double(), truth) if positive else None
                 readings.append(MomentReading(sample.name, moment, fmt, error, ratio))
         return readings
+
+
+def _typical_ratio(stored: Tensor, truth: Tensor) -> float | None:
+    """The geometric mean of stored / truth: a sum would see the largest elements alone, which follow."""
+    seen = truth > 0
+    ratios = (stored[seen] / truth[seen]).clamp_(1e-3, 1e3)
+    return float(ratios.log().mean().exp()) if len(ratios) else None
