@@ -98,6 +98,12 @@ def test_bf16_weights_without_a_master(corpus, spec):
     assert watch.readings[-2].groups[0].lost > 0.5
 
 
+@pytest.mark.parametrize("spec", ["adamw+kahan", "adamw-8bit+stochastic", "adamw+split", "adamw+fp32"])
+def test_bf16_weights_with_a_master(corpus, spec):
+    model = language_model(torch.bfloat16)
+    assert causes(run(corpus, model, memopt.create(model, spec, lr=1e-4))) == []
+
+
 def shifted(opt, weight, steps=1600):
     """Gradients of three quarters of each row that become a hundredth after 100 steps."""
     g = torch.Generator().manual_seed(0)
