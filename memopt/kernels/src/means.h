@@ -11,18 +11,18 @@ struct Means {
     float known[SLOTS];
     bool used[SLOTS] = {};
     int renewed = -1;    // the slot whose means are being written: nothing reads its roots
-    bool fixed = false;  // `known` is the mean of the matrix at hand, whose rows are being written
+    bool fixed = false;  // `known` are the means of the matrix at hand
 
     explicit Means(double tiny) {
         for (int slot = 0; slot < SLOTS; slot++) floor[slot] = static_cast<float>(tiny), known[slot] = 1;
     }
     void prepare(const Tensor& t, int slot);
-    // Fills what a call over chunks of this matrix needs. `scratch` has room for roots_size(t) floats.
-    void set(const Table& table, const Tensor& t, int64_t matrix, Sums& sums, float* scratch) const;
+    // The same with the means of one matrix, which stay as they are now while its rows are written.
+    Means of(const Tensor& t, int64_t matrix) const;
+    // Fills what a call over columns first ... first + width - 1 of this matrix needs; `roots` has room for SLOTS of them.
+    void set(const Table& table, const Tensor& t, int64_t matrix, int64_t first, int64_t width, Sums& sums,
+             float* roots) const;
 };
-
-// Roots of the column means of every slot.
-inline int64_t roots_size(const Tensor& t) { return t.format == FMT_FACTORED ? SLOTS * t.cols : 0; }
 
 // A pass that decodes a factored moment, changes it, and keeps the means of what it became.
 void renew_means(const Table&, const Tensor&, const Scalars&, const uint32_t* keys, Pass, int slot, const Means&,

@@ -238,7 +238,7 @@ class FactoredRoot {
     static constexpr int BLOCK = CHUNK;
     INLINE_METHOD FactoredRoot(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums& sums) {
         row = 1.0f / __builtin_sqrtf(static_cast<const float*>(t.data[slot])[place.row] / sums.mean[slot]);
-        root = sums.root[slot] + place.col;
+        root = sums.root[slot] + (place.col - sums.first_col);
         if (!place.whole) {
             std::memcpy(scratch.value, root, 4 * place.n);
             for (int i = place.n; i % W; i++) scratch.value[i] = 0;

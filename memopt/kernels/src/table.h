@@ -29,10 +29,10 @@ struct Scalars {
 struct Sums {
     double total;       // of what the rule adds
     double row;         // of a factored moment, over the chunks of this call
-    float* column;      // of a factored moment, per column from first_col on, padded to whole vectors
+    float* column;      // of a factored moment, per column from first_col on, padded to a whole chunk
     int64_t first_col;
     float mean[SLOTS];
-    const float* root[SLOTS];  // 1 / sqrt(column mean) of the matrix, for passes that divide by the square root
+    const float* root[SLOTS];  // 1 / sqrt(column mean) from first_col on, for passes that divide by the square root
 };
 
 enum Pass {

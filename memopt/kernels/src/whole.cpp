@@ -13,15 +13,10 @@
 namespace memopt {
 namespace {
 
-constexpr int64_t PIECE = 64, PIECE_ROWS = 16;  // chunks of one task, at least; rows of a factored moment
+// A piece, the task of one thread: this many chunks, as rows of at most BLOCK chunks of columns, 16 rows at least. What
+// a thread keeps for a piece of a factored moment is bounded by that, however wide the tensor.
+constexpr int64_t PIECE = 64, BLOCK = 16, FEWEST_ROWS = 16;
 
-int64_t piece_of(const Tensor& t) {
-    const int64_t rows = t.format == FMT_FACTORED ? PIECE_ROWS * chunks_of(t.cols) : 0;
-    return rows > PIECE ? rows : PIECE;
-}
-
-// One pass over all chunks of a tensor, cut into pieces; a piece is cut again where a matrix ends, because a factored
-// moment is divided by its matrix's mean.
 struct Sweep {
     const Table& table;
     const Tensor& t;
@@ -29,46 +24,49 @@ struct Sweep {
     const uint32_t* keys;
     Pass pass;
     Means means;
-    double* totals;  // per piece; null where nothing is summed
+    bool backward;
+    int64_t per_row, wide, height, across, pieces;  // of a tensor: chunks per row; of a piece: chunks, rows; pieces per row
+    double* totals;                                 // per piece; null where nothing is summed
 };
 
-void sweep_piece(void* context, int64_t piece) {
+void sweep_piece(void* context, int64_t task) {
     const Sweep& w = *static_cast<Sweep*>(context);
-    const int64_t per_row = chunks_of(w.t.cols), chunks = w.t.rows * per_row;
-    const int64_t size = piece_of(w.t);
-    int64_t first = piece * size;
-    const int64_t last = first + size < chunks ? first + size : chunks;
-    const Run run = w.table.run[w.pass][w.t.format];
-    const int64_t per_matrix = w.t.format == FMT_FACTORED ? w.t.height * per_row : chunks;
+    const Tensor& t = w.t;
+    const int64_t piece = w.backward ? w.pieces - 1 - task : task;
+    const Run run = w.table.run[w.pass][t.format];
+    const int64_t k0 = piece % w.across * w.wide, k1 = k0 + w.wide < w.per_row ? k0 + w.wide : w.per_row;
+    const int64_t r0 = piece / w.across * w.height, r1 = r0 + w.height < t.rows ? r0 + w.height : t.rows;
+    const int64_t first = k0 * CHUNK, end = k1 * CHUNK < t.cols ? k1 * CHUNK : t.cols;
+    const int64_t matrix_rows = t.format == FMT_FACTORED ? t.height : t.rows;
+    alignas(64) float roots[SLOTS * BLOCK * CHUNK];
     Sums sums{};
-    float few[3 * CHUNK];
-    float* roots = few;
-    if (roots_size(w.t) > 3 * CHUNK) roots = static_cast<float*>(std::malloc(roots_size(w.t) * sizeof(float)));
-    if (!roots) std::abort();
-    while (first < last) {
-        const int64_t matrix = first / per_matrix, end = (matrix + 1) * per_matrix;
-        const int64_t stop = end < last ? end : last;
-        w.means.set(w.table, w.t, matrix, sums, roots);
-        run(w.t, w.s, w.keys, first, stop, sums);
-        first = stop;
+    // A piece is cut where a matrix ends, because a factored moment is divided by its matrix's mean.
+    for (int64_t row = r0, stop; row < r1; row = stop) {
+        const int64_t matrix = row / matrix_rows;
+        stop = (matrix + 1) * matrix_rows < r1 ? (matrix + 1) * matrix_rows : r1;
+        w.means.set(w.table, t, matrix, first, end - first, sums, roots);
+        if (w.across == 1) run(t, w.s, w.keys, row * w.per_row, stop * w.per_row, sums);
+        else
+            for (int64_t r = row; r < stop; r++) run(t, w.s, w.keys, r * w.per_row + k0, r * w.per_row + k1, sums);
     }
-    if (roots != few) std::free(roots);
     if (w.totals) w.totals[piece] = sums.total;
 }
 
 // Returns the sum of what the pass adds, 0 if it adds nothing.
 double sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, const Means& means,
-             bool summed, int threads) {
-    const int64_t size = piece_of(t), pieces = (t.rows * chunks_of(t.cols) + size - 1) / size;
+             bool summed, bool backward, int threads) {
+    Sweep job{table, t, s, keys, pass, means, backward, chunks_of(t.cols), 0, 0, 0, 0, nullptr};
+    job.wide = job.per_row < BLOCK ? job.per_row : BLOCK;
+    job.height = PIECE / job.wide < FEWEST_ROWS ? FEWEST_ROWS : PIECE / job.wide;
+    job.across = (job.per_row + job.wide - 1) / job.wide;
+    job.pieces = job.across * ((t.rows + job.height - 1) / job.height);
     double few[16];
-    double* totals = nullptr;
-    if (summed) totals = pieces <= 16 ? few : static_cast<double*>(std::malloc(pieces * sizeof(double)));
-    if (summed && !totals) std::abort();  // a few bytes per 65536 elements
-    Sweep job{table, t, s, keys, pass, means, totals};
-    parallel(threads, pieces, sweep_piece, &job);
+    if (summed) job.totals = job.pieces <= 16 ? few : static_cast<double*>(std::malloc(job.pieces * sizeof(double)));
+    if (summed && !job.totals) std::abort();  // 8 bytes per 65536 elements
+    parallel(threads, job.pieces, sweep_piece, &job);
     double total = 0;
-    for (int64_t i = 0; summed && i < pieces; i++) total += totals[i];
-    if (totals != few) std::free(totals);
+    for (int64_t i = 0; summed && i < job.pieces; i++) total += job.totals[i];
+    if (job.totals != few) std::free(job.totals);
     return total;
 }
 
@@ -82,8 +80,11 @@ void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
     Scalars s = *ready.scalars;
     const bool factored = t.format == FMT_FACTORED;
     Means means(TINY);
+    // Every pass begins where the one before has ended, whose memory is in the cache.
+    bool backward = true;
     const auto pass = [&](Pass which, bool summed = false) {
-        return sweep(table, t, s, ready.keys, which, means, summed, threads);
+        backward = !backward;
+        return sweep(table, t, s, ready.keys, which, means, summed, backward, threads);
     };
     // The new means of a factored moment; what reads them afterwards divides by a mean bounded by `floor`.
     const auto renew = [&](Pass which, int slot, double floor) {
@@ -92,6 +93,7 @@ void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         means.renewed = slot;
         renew_means(table, t, s, ready.keys, which, slot, means, threads);
         means.renewed = -1;
+        backward = false;
         means.floor[slot] = static_cast<float>(floor);
         means.prepare(t, slot);
     };
