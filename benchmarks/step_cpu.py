@@ -1,9 +1,12 @@
 """The time of one optimizer step on a CPU: every rule × format against the libraries around us.
 
-    python benchmarks/step_cpu.py [--numel 16777216] [--rounds 15] [--threads 2] [--scaling] [--small] [--out DIR]
+    python benchmarks/step_cpu.py [--numel 16777216] [--rounds 15] [--trials 3] [--threads 2] [--scaling] [--small]
 
 All candidates of a group are interleaved in one process, round after round, and medians are compared, so that the
-ratios hold on a machine that does other things too. Bytes moved are what a step must read and write once: parameter
+ratios hold on a machine that does other things too. Where the system happens to put the pages of a tensor makes the
+same step up to 1.4 times slower, torch's as well as ours, so a group is made anew for each of several trials and the
+median of the trials' ratios is reported, with the smallest and the largest. Bytes moved are what a step must read and
+write once: parameter
 read and written, gradient read (twice where it is looked at first), state read and written. They are divided by the
 time and by the bandwidth of a large copy measured in the same process.
 """
@@ -35,16 +38,21 @@ HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
 EXTRA_READS = {"adafactor": (1, 2), "came": (0, 3)}
 
 Step = Callable[[], Any]
+Build = Callable[[], Step]
 
 
-def ours(spec: str, params: list[torch.nn.Parameter], nonfinite: str) -> tuple[Step, float]:
-    """A step and the bytes that it must move."""
+def ours(spec: str, params: list[torch.nn.Parameter], nonfinite: str) -> Step:
     opt = memopt.create(params, spec, nonfinite=nonfinite, **HYPER.get(memopt.parse(spec).rule, {}))
     opt.init_state()
-    n, rule = sum(p.numel() for p in params), memopt.parse(spec).rule
-    reads = EXTRA_READS.get(rule, (0, 0))
+    return opt.step
+
+
+def moved(spec: str, numel: int, nonfinite: str) -> float:
+    """Bytes that a step must read and write, for each of its parameters."""
+    reads = EXTRA_READS.get(memopt.parse(spec).rule, (0, 0))
     passes = 3 + sum(reads) + (nonfinite != "propagate")
-    return opt.step, 4 * n * passes + 2 * opt.ledger().nbytes
+    state = memopt.price({"p": shape(numel)}, spec, **HYPER.get(memopt.parse(spec).rule, {})).nbytes
+    return 4 * passes + 2 * state / numel
 
 
 def others(params: Callable[[], list[torch.nn.Parameter]]) -> dict[str, Step]:
@@ -107,10 +115,15 @@ def interleaved(steps: dict[str, Step], rounds: int, budget: float = 90.0) -> di
     return times
 
 
-def parameter(numel: int) -> list[torch.nn.Parameter]:
-    """One matrix of about this many elements, with a gradient."""
+def shape(numel: int) -> tuple[int, int]:
+    """A matrix of about this many elements."""
     rows = 1 << (numel.bit_length() // 2)
-    p = torch.nn.Parameter(torch.randn(rows, max(numel // rows, 1)))
+    return rows, max(numel // rows, 1)
+
+
+def parameter(numel: int) -> list[torch.nn.Parameter]:
+    """One matrix with a gradient."""
+    p = torch.nn.Parameter(torch.randn(shape(numel)))
     p.grad = torch.randn_like(p)
     return [p]
 
@@ -122,37 +135,51 @@ def copy_bandwidth(numel: int) -> float:
     return 8 * numel / statistics.median(times)
 
 
-def compare(numel: int, rounds: int, brief: bool) -> list[dict[str, Any]]:
+def compare(numel: int, rounds: int, trials: int, brief: bool) -> list[dict[str, Any]]:
     """The table: groups of candidates, each interleaved with torch's fused step and freed before the next."""
     rows: list[dict[str, Any]] = []
     reference = "torch AdamW fused"
-    specs = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == ("none", "device", "none")]
 
-    def measure(steps: dict[str, Step], moved: dict[str, float]) -> None:
-        fused = torch.optim.AdamW(parameter(numel), fused=True)
-        times = interleaved({reference: fused.step, **steps}, rounds)
-        base = statistics.median(times[reference])
-        for name, seconds in times.items():
+    def measure(builds: dict[str, Build], nbytes: dict[str, float], trials: int = trials) -> None:
+        ms: dict[str, list[float]] = {}
+        ratios: dict[str, list[float]] = {}
+        for _ in range(trials):
+            steps = {reference: torch.optim.AdamW(parameter(numel), fused=True).step}
+            steps |= {name: build() for name, build in builds.items()}
+            times = interleaved(steps, rounds)
+            del steps
+            base = statistics.median(times[reference])
+            for name, seconds in times.items():
+                ms.setdefault(name, []).append(statistics.median(seconds) * 1e3)
+                ratios.setdefault(name, []).append(statistics.median(seconds) / base)
+        for name in ms:
             if name == reference and any(row["name"] == reference for row in rows):
                 continue
-            median = statistics.median(seconds)
             rows.append({
-                "name": name, "ms": median * 1e3, "ratio": median / base, "fused_ms": base * 1e3,
-                "rounds": len(seconds), "bytes_per_parameter": moved.get(name, 0) / numel or None,
+                "name": name, "ms": statistics.median(ms[name]), "ratio": statistics.median(ratios[name]),
+                "ratios": ratios[name], "fused_ms": ms[reference], "bytes_per_parameter": nbytes.get(name),
             })  # fmt: skip
+            print(f"{name:40} {rows[-1]['ms']:8.1f} ms {rows[-1]['ratio']:6.2f}", file=sys.stderr)
 
-    measure({}, {reference: 28.0 * numel})
-    chosen = [s for s in specs if memopt.parse(s).rule != "sgd" or memopt.parse(s).format != "factored"]
-    for spec in [*BARS, *(s for s in chosen if s not in BARS and not brief)]:
-        steps, moved = {}, {}
-        for policy in ("propagate", "skip") if spec in BARS else ("skip",):
-            name = f"memopt {spec}" + (" (propagate)" if policy == "propagate" else "")
-            steps[name], moved[name] = ours(spec, parameter(numel), policy)
-        measure(steps, moved)
-        print(f"{rows[-1]['name']:40} {rows[-1]['ms']:8.1f} ms {rows[-1]['ratio']:6.2f}", file=sys.stderr)
+    measure({}, {reference: 28.0}, 1)
+    for spec in [*BARS, *(s for s in specs() if s not in BARS and not brief)]:
+        policies = {"propagate": " (propagate)", "skip": ""} if spec in BARS else {"skip": ""}
+        builds = {f"memopt {spec}{label}": lambda spec=spec, policy=policy: ours(spec, parameter(numel), policy)
+                  for policy, label in policies.items()}  # fmt: skip
+        measure(builds, {f"memopt {spec}{label}": moved(spec, numel, policy) for policy, label in policies.items()},
+                trials if spec in BARS else 1)  # fmt: skip
     if not brief:
-        measure(others(lambda: parameter(numel)), {})
+        found = others(lambda: parameter(numel))
+        measure({name: lambda step=step: step for name, step in found.items()}, {}, 1)
     return rows
+
+
+def specs() -> list[str]:
+    """What the kernels step: the plain rules in every format, on the device, not sharded, without a master."""
+    from memopt.kernels.abi import RULES
+
+    plain = [s for s in memopt.specs() if (s.placement, s.partition, s.master) == ("device", "none", "none")]
+    return [str(s) for s in plain if s.rule in RULES and (s.rule, s.format) != ("sgd", "factored")]
 
 
 def small(count: int, numel: int, rounds: int) -> dict[str, float]:
@@ -166,21 +193,24 @@ def small(count: int, numel: int, rounds: int) -> dict[str, float]:
 
     steps: dict[str, Step] = {"torch AdamW fused": torch.optim.AdamW(tensors(), fused=True).step}
     for spec in ("adamw", "adamw-8bit", "lion-8bit", "adafactor"):
-        steps[f"memopt {spec}"] = ours(spec, tensors(), "skip")[0]
+        steps[f"memopt {spec}"] = ours(spec, tensors(), "skip")
     return {name: statistics.median(t) * 1e3 for name, t in interleaved(steps, rounds).items()}
 
 
 def scaling(largest: int, rounds: int) -> dict[str, dict[int, float]]:
-    """Step time in ms against the number of parameters, by factors of eight from 1 K."""
-    curves: dict[str, dict[int, float]] = {}
-    numel = 1 << 10
-    while numel <= largest:
-        steps: dict[str, Step] = {"torch AdamW fused": torch.optim.AdamW(parameter(numel), fused=True).step}
-        for spec in ("adamw-8bit", "adamw-4bit", "adafactor"):
-            steps[f"memopt {spec}"] = ours(spec, parameter(numel), "skip")[0]
-        for name, t in interleaved(steps, rounds if numel < 1 << 26 else 3).items():
-            curves.setdefault(name, {})[numel] = statistics.median(t) * 1e3
-        numel *= 8
+    """Step time in ms against the number of parameters, by factors of eight from 1 K; one candidate at a time, so that
+    a billion parameters fit into 16 GB."""
+    builds: dict[str, Callable[[int], Step]] = {
+        "torch AdamW fused": lambda numel: torch.optim.AdamW(parameter(numel), fused=True).step}  # fmt: skip
+    for spec in ("adamw-8bit", "adamw-4bit", "adafactor"):
+        builds[f"memopt {spec}"] = lambda numel, spec=spec: ours(spec, parameter(numel), "skip")
+    curves: dict[str, dict[int, float]] = {name: {} for name in builds}
+    sizes = [1 << bits for bits in range(10, 64, 3) if 1 << bits < largest]
+    for numel in (*sizes, largest):
+        for name, build in builds.items():
+            times = interleaved({name: build(numel)}, rounds if numel < 1 << 26 else 3)
+            curves[name][numel] = statistics.median(times[name]) * 1e3
+        print(f"{numel:,} parameters", file=sys.stderr)
     return curves
 
 
@@ -192,15 +222,16 @@ def table(report: dict[str, Any]) -> str:
         f"copy {bandwidth / 1e9:.0f} GB/s; {report['kernels']}. Load average {report['load_before']:.1f} before and "
         f"{report['load_after']:.1f} after; ratios are to the fused step of the same rounds.",
         "",
-        "| step | ms | ratio to fused AdamW | bar | bytes per parameter | of copy bandwidth |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| step | ms | ratio to fused AdamW | of trials | bar | bytes per parameter | of copy bandwidth |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for row in report["rows"]:
-        moved = row["bytes_per_parameter"]
+        nbytes = row["bytes_per_parameter"]
         bar = BARS.get(row["name"].removeprefix("memopt ").removesuffix(" (propagate)"), "")
-        share = f"{moved * report['numel'] / (row['ms'] / 1e3) / bandwidth:.0%}" if moved else ""
-        lines.append(f"| {row['name']} | {row['ms']:.1f} | {row['ratio']:.2f} | {bar} | "
-                     f"{f'{moved:.1f}' if moved else ''} | {share} |")  # fmt: skip
+        share = f"{nbytes * report['numel'] / (row['ms'] / 1e3) / bandwidth:.0%}" if nbytes else ""
+        spread = f"{min(row['ratios']):.2f} … {max(row['ratios']):.2f}" if len(row["ratios"]) > 1 else ""
+        lines.append(f"| {row['name']} | {row['ms']:.1f} | {row['ratio']:.2f} | {spread} | {bar} | "
+                     f"{f'{nbytes:.1f}' if nbytes else ''} | {share} |")  # fmt: skip
     if "small" in report:
         base = report["small"]["torch AdamW fused"]
         lines += ["", "500 tensors of 1000 elements:", "", "| step | ms | ratio |", "|---|---:|---:|"]
@@ -230,8 +261,9 @@ def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numel", type=int, default=1 << 24, help="parameters of the table (default 16.8 M)")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each candidate")
+    parser.add_argument("--trials", type=int, default=3, help="times that the steps with a bar are made anew")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--largest", type=int, default=1 << 28, help="end of the curve; 25 bytes of memory for each")
+    parser.add_argument("--largest", type=int, default=1 << 30, help="end of the curve; 16 bytes of memory for each")
     parser.add_argument("--brief", action="store_true", help="only the steps that have a bar")
     parser.add_argument("--scaling", action="store_true", help="also step time against size, from 1 K")
     parser.add_argument("--small", action="store_true", help="also 500 tensors of 1000 elements")
@@ -249,7 +281,7 @@ def run(args: argparse.Namespace) -> int:
         "copy_bandwidth": copy_bandwidth(args.numel),
         "load_before": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     }
-    report["rows"] = compare(args.numel, args.rounds, args.brief)
+    report["rows"] = compare(args.numel, args.rounds, args.trials, args.brief)
     if args.small:
         report["small"] = small(500, 1000, 4 * args.rounds)
     if args.scaling:
