@@ -27,6 +27,7 @@ _PUBLIC = {
     "param_groups": "memopt.grouping",
     "parse": "memopt.spec",
     "price": "memopt.pricing",
+    "recipe": "memopt.recipes",
     "save": "memopt.checkpoint",
     "scale_rate": "memopt.rates",
     "schedule": "memopt.schedules",
@@ -51,6 +52,7 @@ __all__ = [
     "param_groups",
     "parse",
     "price",
+    "recipe",
     "save",
     "scale_rate",
     "schedule",
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from memopt.optimizer import Optimizer, create
     from memopt.pricing import price
     from memopt.rates import scale_rate
+    from memopt.recipes import recipe
     from memopt.schedules import schedule
     from memopt.spec import OptimSpec, lookahead, parse, specs
 

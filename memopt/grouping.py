@@ -25,13 +25,15 @@ def param_groups(
     no_decay: Sequence[str] = (),
     layerwise_decay: float | None = None,
     rates: Mapping[str, float] | None = None,
+    decay_embeddings: bool = False,
 ) -> list[dict[str, Any]]:
     """Every parameter that requires a gradient, in exactly one group; pass the result to :func:`memopt.create`.
 
     No weight decay on norms and embeddings (by module type), on biases and other tensors of one dimension or none,
-    and on names that match a pattern in ``no_decay``. ``rates`` gives names that match a pattern their own rate. With
-    ``layerwise_decay`` d, a parameter of layer i of L has the rate ``lr * d^(L - i)``; what stands before the stack
-    counts as one layer below it and what stands behind as one above, whose rate is ``lr``.
+    and on names that match a pattern in ``no_decay``; with ``decay_embeddings`` embeddings decay, as BERT's do.
+    ``rates`` gives names that match a pattern their own rate. With ``layerwise_decay`` d, a parameter of layer i of L
+    has the rate ``lr * d^(L - i)``; what stands before the stack counts as one layer below it and what stands behind
+    as one above, whose rate is ``lr``.
 
     Raises SpecError for a pattern that matches no parameter, a parameter that matches two rates, and values that are
     not allowed.
@@ -50,7 +52,7 @@ def param_groups(
     for pattern in [*no_decay, *rates]:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise SpecError(f"the pattern {pattern!r} matches no parameter; the names are {_some(names)}")
-    bare = set(_without_decay(model))
+    bare = set(_without_decay(model, decay_embeddings))
     scale = _layer_scales(names, layerwise_decay)
     groups: dict[tuple[float, float | None], dict[str, Any]] = {}
     for name, p in model.named_parameters():
@@ -81,10 +83,11 @@ def describe(optimizer: Optimizer) -> str:
     return "\n".join(lines)
 
 
-def _without_decay(model: nn.Module) -> Iterator[int]:
+def _without_decay(model: nn.Module, decay_embeddings: bool) -> Iterator[int]:
     """Identities of parameters that are norms', embeddings' or of one dimension; tied ones count as embeddings."""
     for module in model.modules():
-        whole = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or type(module).__name__.endswith("Norm")
+        whole = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and not decay_embeddings
+        whole = whole or type(module).__name__.endswith("Norm")
         whole = whole or isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm))
         for p in module.parameters(recurse=False):
             if whole or p.dim() <= 1:

@@ -17,7 +17,7 @@ from importlib import import_module
 VERBS = {
     "estimate": "what a model and its optimizer state will cost, before anything is allocated",
     "plan": "the configurations that fit a card, the gentlest first",
-    "list": "the specs that exist, and the values on each axis",
+    "list": "the specs that exist, and the values on each axis; published recipes",
     "train": "train a small language model on a text file or folder, once for each spec given",
     "schedule": "the learning rate that a schedule gives at every step, and a plot of it",
     "convert": "optimizer state of a checkpoint or of another tool under another spec",

@@ -16,11 +16,17 @@ _SIGNS = {"master": "+", "placement": "@", "partition": "/"}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=("specs", "recipes"), default="specs", help="default: specs")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="recipes to show in full")
     parser.add_argument("--aliases", action="store_true", help="names of other tools, and the spec each one means")
     parser.add_argument("--json", action="store_true", help="print every spec with its axes as JSON")
 
 
 def run(args: Namespace) -> int:
+    if args.what == "recipes":
+        return _recipes(args.names, args.json)
+    if args.names:
+        raise ValueError(f"{args.names[0]!r}: only recipes are shown by name (memopt list recipes NAME)")
     if args.json:
         import json
 
@@ -38,6 +44,25 @@ def as_json(aliases: bool) -> dict[str, Any]:
     axes = ("rule", "format", "master", "placement", "partition")
     listed = [{"spec": str(s), **{axis: getattr(s, axis) for axis in axes}} for s in specs()]
     return {"schema": "memopt.list/1", "specs": listed, **({"aliases": dict(ALIASES)} if aliases else {})}
+
+
+def _recipes(names: Sequence[str], as_json: bool) -> int:
+    """All published recipes in a line each, or those that are named in full."""
+    from memopt.recipes import PUBLISHED, recipe
+
+    found = [recipe(name) for name in names or PUBLISHED]
+    if as_json:
+        import json
+        from dataclasses import asdict
+
+        listed = [{k: v for k, v in asdict(r).items() if k != "given"} for r in found]
+        print(json.dumps({"schema": "memopt.recipes/1", "recipes": listed}, indent=2))
+    elif names:
+        print("\n\n".join(map(str, found)))
+    else:
+        rows = [(r.name, r.spec, f"lr {r.lr:g}", r.kind, r.source.partition(",")[0]) for r in found]
+        print("\n".join([*_columns(rows), "", "memopt list recipes NAME shows one in full"]))
+    return 0
 
 
 def aliases_text() -> list[str]:
