@@ -77,7 +77,7 @@ def save_png(
     for i, (name, values) in enumerate(ys.items()):
         axes.plot(xs, values, label=name, linewidth=2 if i == 0 else 1, alpha=1 if i == 0 else 0.45)
     for i, (name, x) in enumerate((marks or {}).items()):
-        axes.axvline(x, linestyle="--", color=f"C{i + 2}", label=f"{name}: {x:.2g}")
+        axes.axvline(x, linestyle="--", color=f"C{i + 2}", label=f"{name}: {x:.1e}")
     if log_x:
         axes.set_xscale("log")
     axes.set_title("\n".join(wrap(title, 80)), fontsize=11)

@@ -19,6 +19,7 @@ VERBS = {
     "plan": "the configurations that fit a card, the gentlest first",
     "list": "the specs that exist, and the values on each axis; published recipes",
     "train": "train a small language model on a text file or folder, once for each spec given",
+    "lr-find": "the range of rates at which a small language model on your text learns, and a plot of it",
     "schedule": "the learning rate that a schedule gives at every step, and a plot of it",
     "convert": "optimizer state of a checkpoint or of another tool under another spec",
     "inspect": "what is in a checkpoint, and whether its numbers are healthy",
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = [*(sys.argv[1:] if argv is None else argv)]  # the verb `list` hides the builtin here
     verb = arguments[0] if arguments else ""
     if verb in VERBS:
-        module = import_module(f"memopt.cli.{verb}")
+        module = import_module(f"memopt.cli.{verb.replace('-', '_')}")
         parser = ArgumentParser(prog=f"memopt {verb}", description=module.__doc__, formatter_class=_Formatter)
         module.add_arguments(parser)
         try:

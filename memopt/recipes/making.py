@@ -50,16 +50,7 @@ class Recipe:
         Another ``total_steps`` keeps the shape: a warm-up (or hold) that was published in steps takes the same share of
         them, unless it is given too. Raises SpecError for a name that nothing here has.
         """
-        own = {f.name for f in fields(self)} - {
-            "name",
-            "summary",
-            "source",
-            "notes",
-            "batch",
-            "hyper",
-            "schedule",
-            "given",
-        }
+        own = {f.name for f in fields(self)} - _FIXED
         kind = changes.get("kind", self.kind)
         if kind not in KINDS:
             raise SpecError(f"unknown schedule {kind!r}; allowed: {', '.join(KINDS)}")
