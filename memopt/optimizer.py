@@ -225,10 +225,16 @@ class Optimizer(torch.optim.Optimizer):
     # Saving and loading ----------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim's dictionary (plain tensors, this rank's rows), and under ``"memopt"`` what is needed to tell
-        whether it fits: spec, rank, world size and the seed of the stochastic rounding."""
+        """torch.optim's dictionary (plain tensors, this rank's rows; of sharded parameters DTensors, as
+        torch.distributed.checkpoint takes them), and under ``"memopt"`` what is needed to tell whether it fits: spec,
+        rank, world size and the seed of the stochastic rounding."""
+        from memopt.partitions import as_dtensors
+
+        as_dtensors.refuse_helpers(self)
+        packed = super().state_dict()
         return {
-            **super().state_dict(),
+            **packed,
+            "state": as_dtensors.wrapped(self, packed["state"]),
             "memopt": {
                 "spec": str(self.spec),
                 "rank": self.partition.rank,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.masters import MASTERS
+from memopt.partitions.as_dtensors import has_dtensors, unwrapped
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -35,7 +36,10 @@ def plan_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> LoadPlan:
     if missing:
         raise ValueError(f"a state_dict has 'state' and 'param_groups'; this one lacks {missing[0]!r}")
     metadata = state_dict.get("memopt", {})
-    _check_world(optimizer, metadata)
+    if has_dtensors(state_dict):
+        state_dict = unwrapped(state_dict)
+    else:
+        _check_world(optimizer, metadata)
     groups = _plan_groups(optimizer, state_dict["param_groups"])
 
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]

@@ -50,7 +50,7 @@ def drive(model: nn.Module, optimizer: memopt.Optimizer, first: int, steps: int)
     for step in range(first, first + steps):
         g = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            p.grad = as_sharded(torch.randn(p.shape, generator=g), p)
+            p.grad = as_sharded(torch.randn(p.shape, generator=g).to(p.dtype), p)
         optimizer.step()
 
 
@@ -66,5 +66,10 @@ def as_sharded(x: Tensor, p: Any) -> Tensor:
 
 
 def whole(p: Any) -> Tensor:
-    """All rows of a parameter, on every rank."""
+    """All rows of a parameter or a part of its state, on every rank."""
+    if p.dtype == torch.float8_e4m3fn and hasattr(p, "full_tensor"):  # gloo knows no 8-bit floats
+        from memopt.partitions.dtensor import like
+
+        bits = like(p, p.to_local().view(torch.uint8), tuple(p.shape), replicated=False)
+        return bits.full_tensor().view(p.dtype)
     return p.full_tensor().detach() if hasattr(p, "full_tensor") else p.detach().clone()

@@ -9,7 +9,7 @@ from memopt.checkpoint.dynamic import Dynamic8
 from memopt.engines.bitsandbytes import SECOND_MOMENT
 from memopt.engines.native import moment_formats
 from memopt.formats import HELD, Format
-from memopt.geometry import Rows, Shape
+from memopt.geometry import FLAT_ROW, Rows, Shape
 from memopt.rules import RULES, Moment
 from memopt.spec import OptimSpec
 
@@ -64,18 +64,34 @@ def span(fmt: Format, moment: Moment, part: str, outer: Rows, inner: Rows) -> tu
     """
     if inner == outer or is_shared(fmt, moment, outer.shape, part):
         return None
-    start = fmt.layout(moment, Rows(outer.shape, outer.first, inner.first))[part].shape[0]
+    start = fmt.layout(moment, outer._replace(stop=inner.first))[part].shape[0]
     return start, start + fmt.layout(moment, inner)[part].shape[0]
 
 
 def common(a: Rows, b: Rows) -> Rows | None:
     """The rows in both, or None where there are none."""
     first, stop = max(a.first, b.first), min(a.stop, b.stop)
-    return Rows(a.shape, first, stop) if first < stop else None
+    return a._replace(first=first, stop=stop) if first < stop else None
+
+
+def stored_rows(fmt: Format, moment: Moment, rows: Rows) -> Rows:
+    """What the parts for these rows really hold. Of a vector, whose rows a partition may cut within a block: single
+    elements where the format keeps one number for each, the whole where every rank has all, else the rows around.
+
+    >>> stored_rows(HELD["8bit"], Moment("exp_avg"), Rows((600,), 300, 301, 1))
+    Rows(shape=(600,), first=1, stop=2, flat=256)
+    """
+    if len(rows.shape) >= 2:
+        return rows
+    whole = Rows.whole(rows.shape)
+    layout = fmt.layout(moment, whole)
+    if [part.shape for part in layout.values()] == [rows.shape]:
+        return rows.in_units(1)
+    return whole if layout == fmt.layout(moment, rows) else rows.in_units(FLAT_ROW)
 
 
 def chunks(rows: Rows, numel: int = CHUNK_NUMEL) -> Iterator[Rows]:
     """These rows in pieces of about ``numel`` elements, at least one row each."""
     height = max(numel // max(rows.cols, 1), 1)
     for first in range(rows.first, rows.stop, height):
-        yield Rows(rows.shape, first, min(first + height, rows.stop))
+        yield rows._replace(first=first, stop=min(first + height, rows.stop))

@@ -13,6 +13,7 @@ import memopt
 from memopt.checkpoint import plain
 from memopt.checkpoint.codes import moment_codes
 from memopt.masters import MASTERS
+from memopt.partitions.dtensor import chunk, held, is_dtensor
 from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
 
 MODEL_FILE = "model.safetensors"
 RANDOM = "random/"
+#: Before the name of a tensor of the model of which a rank's file has the rows.
+SHARDED_MODEL = "model:"
+
+
+_OTHER_MESH = (
+    "{} is not cut by rows over all ranks (it is on a mesh of several dimensions, or was not sharded); memopt.save takes "
+    "one dimension: save with torch.distributed.checkpoint"
+)
 
 
 def rank_file(rank: int, world_size: int) -> str:
@@ -39,27 +48,49 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 def model_tensors(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``(name -> tensor, name -> the name of the same tensor)``: a tied weight is kept once.
 
-    Raises ValueError for what a file of tensors cannot hold: extra state that is no tensor, and DTensors, whose rows
-    are on other ranks.
+    Raises ValueError for what a file of tensors cannot hold: extra state that is no tensor, or another kind of tensor.
     """
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[Any, str] = {}
-    for name, value in unwrapped(model).state_dict(keep_vars=False).items():
+    for name, value in unwrapped(model).state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name} of the model is a {type(value).__name__}, not a tensor; memopt.save keeps tensors"
             )
-        if type(value) not in (Tensor, torch.nn.Parameter):
-            raise ValueError(f"{name} of the model is a {type(value).__name__}; save sharded models with "
-                             "torch.distributed.checkpoint and their optimizer with model=None")  # fmt: skip
-        identity = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        identity: Any = id(value)
+        if not is_dtensor(value):
+            value = value.detach()
+            if type(value) is not Tensor:
+                raise ValueError(f"{name} of the model is a {type(value).__name__}; memopt.save keeps ordinary tensors "
+                                 "and DTensors")  # fmt: skip
+            identity = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         if value.numel() and identity in seen:
             tied[name] = seen[identity]
         else:
             seen[identity] = name
             tensors[name] = value
     return tensors, tied
+
+
+def sharded_tensors(tensors: dict[str, Any], rank: int, world_size: int) -> dict[str, Tensor]:
+    """What this rank holds of the DTensors among the model's tensors. Raises ValueError where that is not what the
+    partition of all ranks by rows would give it."""
+    found = {}
+    for name, value in tensors.items():
+        if is_dtensor(value):
+            if held(name, value).rows != chunk(tuple(value.shape), rank, world_size):
+                raise ValueError(_OTHER_MESH.format(name))
+            found[name] = value.to_local()
+    return found
+
+
+def check_rows(optimizer: Optimizer) -> None:
+    """Raise ValueError for state whose rows are not what the spec's partition gives this rank of all."""
+    partition = optimizer.partition
+    for name, p, _ in optimizer._parameters():
+        if partition.held(p) != partition.rows(tuple(p.shape), partition.rank, partition.world_size):
+            raise ValueError(_OTHER_MESH.format(name))
 
 
 def spec_json(spec: OptimSpec) -> dict[str, Any]:
@@ -73,6 +104,7 @@ def spec_json(spec: OptimSpec) -> dict[str, Any]:
 
 def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
     """Everything about the optimizer that is not a tensor."""
+    check_rows(optimizer)
     parameters = {}
     for name, p, group in optimizer._parameters():
         entry: dict[str, Any] = {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}

@@ -1,13 +1,18 @@
-"""A saved model into a model that is here."""
+"""A saved model into a model that is here, whole or sharded, whatever it was when it was saved."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from memopt.checkpoint import contents
 from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.tensorfile import spec_of
+from memopt.geometry import Rows
+from memopt.partitions.dtensor import held, is_dtensor
 
 
 def plan_model(checkpoint: Checkpoint, model: torch.nn.Module) -> Callable[[], None]:
@@ -17,19 +22,26 @@ def plan_model(checkpoint: Checkpoint, model: torch.nn.Module) -> Callable[[], N
         raise ValueError(f"{checkpoint.path} holds no model")
     tied = checkpoint.body["model"]["tied"]
     here, _ = contents.model_tensors(model)
-    everything = contents.unwrapped(model).state_dict()
-    saved = {**{name: name for name in file.specs}, **tied}
+    everything: dict[str, Any] = contents.unwrapped(model).state_dict()
+    specs = checkpoint.model_specs
+    saved = {**{name: name for name in specs}, **tied}
     for name in (*saved, *everything):
         if name not in everything or name not in saved:
             who = "the model" if name in saved else f"{file.path}"
             raise ValueError(f"{who} has no tensor {name!r}; the model must be the one that was saved")
-        spec, tensor = file.specs[saved[name]], everything[name]
-        found = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
-        if found != tuple(spec):
-            raise ValueError(f"{name} is {found[0]} {found[1]}, and {spec.dtype} {spec.shape} was saved")
+        spec, found = specs[saved[name]], spec_of(everything[name])
+        if found != spec:
+            raise ValueError(f"{name} is {found.dtype} {found.shape}, and {spec.dtype} {spec.shape} was saved")
 
     def apply() -> None:
         for name, tensor in here.items():
-            file.read_into(saved[name], None, tensor)
+            checkpoint.read_model(saved[name], *_target(name, tensor))
 
     return apply
+
+
+def _target(name: str, tensor: Any) -> tuple[Rows, Tensor]:
+    """The rows that are here, and their memory."""
+    if is_dtensor(tensor):
+        return held(name, tensor).rows, tensor.to_local()
+    return Rows.whole(tuple(tensor.shape)), tensor

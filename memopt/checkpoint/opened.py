@@ -18,6 +18,7 @@ from memopt.geometry import Rows, Shape
 from memopt.ledger import TensorSpec
 from memopt.masters import MASTERS
 from memopt.partitions import PARTITIONS
+from memopt.partitions.dtensor import chunk
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
 
@@ -64,6 +65,34 @@ class Checkpoint:
     @property
     def model(self) -> TensorFile | None:
         return self._files.get(contents.MODEL_FILE)
+
+    @property
+    def sharded_model(self) -> dict[str, TensorSpec]:
+        """Tensors of the model whose rows are in the ranks' files, whole."""
+        sharded = self.body.get("model", {}).get("sharded", {})
+        return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in sharded.items()}
+
+    @property
+    def model_specs(self) -> dict[str, TensorSpec]:
+        """All tensors of the model, whole."""
+        return {**(self.model.specs if self.model is not None else {}), **self.sharded_model}
+
+    def read_model(self, name: str, rows: Rows, out: Tensor) -> None:
+        """These rows of a tensor of the model into ``out`` [rows.local_shape], from wherever they are."""
+        start, stop = rows.bounds
+        spec = self.sharded_model.get(name)
+        if spec is None:
+            assert self.model is not None
+            self.model.read_into(name, None if rows.is_whole else (start, stop), out)
+            return
+        world = self.body["world_size"]
+        for rank in range(world):
+            first, last = chunk(spec.shape, rank, world).bounds
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                file = self._files[contents.rank_file(rank, world)]
+                piece = out[low - start : high - start]
+                file.read_into(contents.SHARDED_MODEL + name, (low - first, high - first), piece)
 
     @property
     def nbytes(self) -> int:

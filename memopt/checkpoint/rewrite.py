@@ -13,8 +13,9 @@ from torch import Tensor
 from memopt.checkpoint import contents, folder, manifest, plain
 from memopt.checkpoint.converted import Converted
 from memopt.checkpoint.opened import Checkpoint
-from memopt.checkpoint.tensorfile import FileInfo, Progress, TensorFile, spec_of
-from memopt.checkpoint.writing import write_file
+from memopt.checkpoint.tensorfile import FileInfo, Progress, spec_of
+from memopt.checkpoint.writing import file_order, write_file
+from memopt.geometry import Rows
 
 
 @torch.no_grad()
@@ -28,10 +29,8 @@ def rewrite(
     try:
         files: dict[str, FileInfo] = {}
         if checkpoint is not None and checkpoint.model is not None:
-            model = checkpoint.model
-            files[contents.MODEL_FILE] = write_file(
-                temporary / contents.MODEL_FILE, model.specs, _tensors(model), progress
-            )
+            path = temporary / contents.MODEL_FILE
+            files[contents.MODEL_FILE] = write_file(path, checkpoint.model_specs, _tensors(checkpoint), progress)
         random = checkpoint.random_state(0) if checkpoint is not None else {}
         name = contents.rank_file(0, 1)
         specs = converted.layout() | {contents.RANDOM + k: spec_of(t) for k, t in random.items()}
@@ -43,8 +42,13 @@ def rewrite(
         raise
 
 
-def _tensors(file: TensorFile) -> Iterator[tuple[str, Tensor]]:
-    return ((name, file.read(name)) for name in file.specs)
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The model's tensors, put together from the ranks' rows where it was sharded, one at a time."""
+    specs = checkpoint.model_specs
+    for name in file_order(specs):
+        out = torch.empty(specs[name].shape, dtype=getattr(torch, specs[name].dtype))
+        checkpoint.read_model(name, Rows.whole(specs[name].shape), out)
+        yield name, out
 
 
 def _state(converted: Converted, random: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -61,7 +65,8 @@ def _body(converted: Converted, checkpoint: Checkpoint | None) -> dict[str, Any]
         "step": old["step"],
         "world_size": 1,
         "written_by": contents.written_by(),
-        **{key: old[key] for key in ("model", "scheduler") if key in old},
+        **{key: old[key] for key in ("scheduler",) if key in old},
+        **({"model": {**old["model"], "sharded": {}}} if "model" in old else {}),
         "optimizer": {
             **contents.spec_json(converted.spec),
             "seed": source.seed or 0,

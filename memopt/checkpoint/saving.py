@@ -128,8 +128,14 @@ def save(
     if before is not None:
         before.wait()
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
-    with torch.no_grad():
-        files, body = _contents(ranks, model, optimizer, scheduler, rng, extra)
+    error: Exception | None = None
+    files, body = {}, {}
+    try:
+        with torch.no_grad():
+            files, body = _contents(ranks, model, optimizer, scheduler, rng, extra)
+    except Exception as failure:
+        error = failure
+    ranks.agree(error)
     temporary = _begin(ranks, where, body["step"])
     saving = Saving(where / temporary.name.removeprefix(folder.WRITING))
     job = _Job(ranks, temporary, _copied(files) if asynchronous else files, body, keep)
@@ -155,9 +161,11 @@ def _contents(
     body: dict[str, Any] = {"step": 0, "world_size": ranks.world_size, "written_by": contents.written_by()}
     if model is not None:
         tensors, tied = contents.model_tensors(model)
-        body["model"] = {"tied": tied}
+        sharded = contents.sharded_tensors(tensors, ranks.rank, ranks.world_size)
+        body["model"] = {"tied": tied, "sharded": {name: spec_of(tensors[name]) for name in sharded}}
         if ranks.rank == 0:
-            files[contents.MODEL_FILE] = tensors
+            files[contents.MODEL_FILE] = {name: x for name, x in tensors.items() if name not in sharded}
+        mine.update({contents.SHARDED_MODEL + name: x for name, x in sharded.items()})
     if optimizer is not None:
         body["optimizer"] = contents.optimizer_json(optimizer)
         body["step"] = int(max((float(s["step"]) for s in optimizer.state.values() if s), default=0))

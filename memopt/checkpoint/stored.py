@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.codes import common, is_shared, span
+from memopt.checkpoint.codes import common, is_shared, span, stored_rows
 from memopt.formats import Format, Shard
 from memopt.geometry import Rows, Shape
 from memopt.rules import Moment
@@ -64,10 +64,11 @@ class Stored(NamedTuple):
         """The part for these rows, assembled from the pieces; a view where one piece has them all."""
         if is_shared(self.format, self.moment, self.shape, part):
             return self.pieces[0].read(part, None)
+        rows = stored_rows(self.format, self.moment, rows)
         found = [
-            piece.read(part, span(self.format, self.moment, part, piece.rows, both))
-            for piece in self.pieces
-            if (both := common(piece.rows, rows)) is not None
+            piece.read(part, span(self.format, self.moment, part, here, both))
+            for piece, here in self._located()
+            if (both := common(here, rows)) is not None
         ]
         if found:
             return found[0] if len(found) == 1 else torch.cat(found)
@@ -76,20 +77,29 @@ class Stored(NamedTuple):
 
     def decode(self, rows: Rows) -> Tensor:
         """fp32 [rows.local_shape]; it must not be changed, it may be the state itself."""
-        parts = {part: self.part(part, rows) for part in self.format.layout(self.moment, rows)}
-        return self.format.read(parts, self.moment, Shard(rows))
+        around = stored_rows(self.format, self.moment, rows)
+        parts = {part: self.part(part, around) for part in self.format.layout(self.moment, around)}
+        x = self.format.read(parts, self.moment, Shard(around))
+        if around.bounds == rows.bounds:
+            return x
+        start, stop = rows.bounds
+        return x[start - around.bounds[0] : stop - around.bounds[0]]
+
+    def _located(self) -> list[tuple[Piece, Rows]]:
+        return [(piece, stored_rows(self.format, self.moment, piece.rows)) for piece in self.pieces]
 
     def copy(self, rows: Rows, parts: Mapping[str, Tensor]) -> None:
         """These rows, bit for bit, into parts of the same format."""
+        rows = stored_rows(self.format, self.moment, rows)
         for part, target in parts.items():
             if is_shared(self.format, self.moment, self.shape, part):
                 self.pieces[0].copy(part, None, target)
                 continue
-            for piece in self.pieces:
-                both = common(piece.rows, rows)
+            for piece, held in self._located():
+                both = common(held, rows)
                 if both is not None:
                     there = span(self.format, self.moment, part, rows, both)
-                    here = span(self.format, self.moment, part, piece.rows, both)
+                    here = span(self.format, self.moment, part, held, both)
                     piece.copy(part, here, target if there is None else target[slice(*there)])
 
 

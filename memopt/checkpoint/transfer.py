@@ -52,7 +52,8 @@ def transfer(source: Stored, target: Target, scale: float, loss: Loss) -> None:
     loss.encoded += 1
     whole = [f for f, m in ((source.format, source.moment), (target.format, target.moment))
              if not is_cut_by_rows(f, m, rows.shape)]  # fmt: skip
-    at_once = bool(whole) or target.format.name == "factored"
+    summed = target.format.name == "factored" or (target.format.name == "rowmean" and rows.flat == 1)
+    at_once = bool(whole) or summed
     for piece in [rows] if at_once else chunks(rows):
         x = source.decode(piece)
         target.encode(x * scale if scale != 1.0 else x, piece)

@@ -51,7 +51,7 @@ def run(args: Namespace) -> int:
     if args.dry_run:
         return 0
     if checkpoint is not None and checkpoint.model is not None:
-        nbytes += sum(nbytes_of(spec) for spec in checkpoint.model.specs.values())
+        nbytes += sum(nbytes_of(spec) for spec in checkpoint.model_specs.values())
     with bar("converting", nbytes) as progress:
         path = rewrite(converted, checkpoint, Path(args.out), progress)
     print(f"{converted.report}\nwritten: {path}")

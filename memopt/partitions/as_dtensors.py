@@ -1,0 +1,76 @@
+"""State of sharded parameters as DTensors: how torch.distributed.checkpoint knows whose rows they are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from memopt.geometry import Rows, Shape
+from memopt.ledger import dtype_name
+from memopt.partitions.dtensor import is_dtensor, like
+from memopt.pricing import state_lines
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+_HELPERS = "torch.distributed.checkpoint.state_dict"
+
+
+def wrapped(optimizer: Optimizer, packed: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+    """The state of ``packed`` (by the parameter's number), each part of a DTensor's state as a DTensor of the part's
+    global shape: cut as the parameter is, or whole on every rank. Codes and scales as they are; no copies."""
+    found: dict[Any, dict[str, Any]] = {}
+    for index, (name, p, group) in enumerate(optimizer._parameters()):
+        if index in packed:
+            state = dict(packed[index])
+            if is_dtensor(p):
+                shapes = _shapes(optimizer, name, p, group)
+                state = {key: like(p, x, shapes[key][0], replicated=shapes[key][1]) if key in shapes else x
+                         for key, x in state.items()}  # fmt: skip
+            found[index] = state
+    return found
+
+
+def _shapes(optimizer: Optimizer, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Shape, bool]]:
+    """key -> global shape of the part, and whether every rank has all of it."""
+    here = optimizer._rows(p)
+    shape = tuple(p.shape)
+    whole = Rows.whole(shape).in_units(here.flat)
+    none = Rows(shape, 0, 0, here.flat)
+
+    def lines(rows: Rows) -> dict[str, Shape]:
+        return {line.key: line.shape for line in state_lines(optimizer.spec, group, name, rows, "cpu", dtype_name(p))}
+
+    empty = lines(none)
+    return {key: (full, empty[key] == full) for key, full in lines(whole).items() if key != "step"}
+
+
+def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """``state_dict`` with what is here of every DTensor in its state."""
+    state = {
+        key: {part: x.to_local() if is_dtensor(x) else x for part, x in parts.items()} if parts else parts
+        for key, parts in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def has_dtensors(state_dict: Mapping[str, Any]) -> bool:
+    return any(is_dtensor(x) for parts in state_dict["state"].values() for x in (parts or {}).values())
+
+
+def refuse_helpers(optimizer: Optimizer) -> None:
+    """Raise RuntimeError where torch.distributed.checkpoint asks for rows that no DTensor describes: it would take them
+    for replicas, and save one rank's."""
+    if optimizer.partition.world_size == 1 or any(is_dtensor(p) for _, p, _ in optimizer._parameters()):
+        return
+    frame = sys._getframe(1)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__") == _HELPERS:
+            raise RuntimeError(
+                f"'{optimizer.spec}' keeps rows of replicated parameters, which torch.distributed.checkpoint would take "
+                "for replicas of one another; save with memopt.save, or shard with '/zero2'"
+            )
