@@ -207,7 +207,7 @@ def test_consolidation_writes_the_model_whole(session, tmp_path):
 
 def test_a_full_state_dict_and_back(session):
     for world in (2, 3):
-        for message, shapes in (rank["other"] for rank in session[world]):
+        for message, _ in (rank["other"] for rank in session[world]):
             assert "'adamw-8bit/zero1' keeps rows of replicated parameters" in message
         assert session[world][0]["other"][1] == {
             "step": (), "exp_avg.codes": (255, 67), "exp_avg.scales": (255, 1),

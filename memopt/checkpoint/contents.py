@@ -26,8 +26,8 @@ SHARDED_MODEL = "model:"
 
 
 _OTHER_MESH = (
-    "{} is not cut by rows over all ranks (it is on a mesh of several dimensions, or was not sharded); memopt.save takes "
-    "one dimension: save with torch.distributed.checkpoint"
+    "{} is not cut by rows over all ranks (it is on a mesh of several dimensions, or was not sharded); memopt.save "
+    "takes one dimension: save with torch.distributed.checkpoint"
 )
 
 

@@ -60,7 +60,9 @@ def _state(converted: Converted, random: dict[str, Tensor]) -> Iterator[tuple[st
 def _body(converted: Converted, checkpoint: Checkpoint | None) -> dict[str, Any]:
     source = converted.source
     steps = [record.step for record in source.records.values()]
-    old = checkpoint.body if checkpoint is not None else {"step": int(max(steps, default=0)), "extra": {}}
+    old: dict[str, Any] = (
+        checkpoint.body if checkpoint is not None else {"step": int(max(steps, default=0)), "extra": {}}
+    )
     return {
         "step": old["step"],
         "world_size": 1,

@@ -129,7 +129,8 @@ def save(
         before.wait()
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     error: Exception | None = None
-    files, body = {}, {}
+    files: Files = {}
+    body: dict[str, Any] = {}
     try:
         with torch.no_grad():
             files, body = _contents(ranks, model, optimizer, scheduler, rng, extra)

@@ -71,6 +71,6 @@ def refuse_helpers(optimizer: Optimizer) -> None:
         frame = frame.f_back
         if frame.f_globals.get("__name__") == _HELPERS:
             raise RuntimeError(
-                f"'{optimizer.spec}' keeps rows of replicated parameters, which torch.distributed.checkpoint would take "
-                "for replicas of one another; save with memopt.save, or shard with '/zero2'"
+                f"'{optimizer.spec}' keeps rows of replicated parameters, which torch.distributed.checkpoint would "
+                "take for replicas of one another; save with memopt.save, or shard with '/zero2'"
             )

@@ -71,7 +71,7 @@ def held(name: str, p: DTensor) -> Held:
     return Held(Rows(slab, offset[0], offset[0] + local[0], unit(shape)), groups)
 
 
-def like(p: DTensor, x: Tensor, shape: Shape, *, replicated: bool) -> DTensor:
+def like(p: Any, x: Tensor, shape: Shape, *, replicated: bool) -> DTensor:
     """A part of the state of ``p`` as a DTensor: cut as ``p`` is, or whole on every rank. ``x`` is not copied."""
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
