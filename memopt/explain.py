@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from memopt.formats import FORMATS
 from memopt.ledger import dtype_name
 from memopt.masters import LOW_PRECISION, MASTERS, Master
-from memopt.partitions.zero1 import owned
 from memopt.placements import PLACEMENTS
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def _masters(optimizer: Optimizer) -> list[tuple[str, str]]:
 
 def _foreign(optimizer: Optimizer, master: Master, p: Tensor) -> int:
     kept = optimizer.state[p][master.key]
-    return int((master.foreign(owned(p.detach(), optimizer._rows(p)), kept) & (kept != 0)).sum())
+    with torch.no_grad():
+        local = optimizer.partition.local(p, optimizer._rows(p), p)
+    return int((master.foreign(local, kept) & (kept != 0)).sum())
 
 
 def _some(names: list[str]) -> str:
