@@ -24,7 +24,7 @@ def test_gradient_descent_diverges_where_theory_says():
     w, loss_of = quadratic()
     result = range_test(memopt.create([w], "sgd", lr=1.0), loss_of, lowest=1e-3, highest=1e2, steps=200)
     assert result.diverged
-    assert 0.5 < result.rates[-1] < 1.5
+    assert 0.3 < result.rates[-1] < 1.0  # at 2 / 4; the noise is amplified without bound on the way there
     assert result.steepest < result.lowest < result.rates[-1]
     assert result.steepest < result.suggestion < 0.5
     ratios = [b / a for a, b in zip(result.rates, result.rates[1:], strict=False)]
