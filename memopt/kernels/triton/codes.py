@@ -1,0 +1,184 @@
+"""The element codes of :mod:`memopt.formats`: a tile of a moment is loaded and decoded, encoded and stored.
+
+A tile is ``[blocks, WIDTH]``: blocks of the format, each within one row. Formulas are those of
+``memopt/formats/blockwise.py``, ``fp8.py`` and ``bf16.py``; where a polynomial is evaluated in another order or a root
+is approximate, a rounding tie may fall otherwise (``docs/kernels.md``).
+"""
+
+import triton
+import triton.language as tl
+
+from memopt.formats import blockwise, fp8
+from memopt.kernels.triton.noise import uniform32
+
+#: What a moment is kept as.
+FULL, HALF, BYTES, FP8, NIBBLES = (tl.constexpr(i) for i in range(5))
+KINDS = {"32bit": FULL, "bf16": HALF, "8bit": BYTES, "fp8": FP8, "4bit": NIBBLES}
+
+_FLT_MAX = tl.constexpr(blockwise.FLT_MAX)
+_LARGEST = tl.constexpr(fp8.LARGEST)
+_K0 = tl.constexpr(blockwise.correction(0))
+_K3 = tl.constexpr(blockwise.correction(3))
+_K4 = tl.constexpr(blockwise.correction(4))
+
+
+@triton.jit
+def bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def number(b):
+    return b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def reciprocal(scale, numerator: tl.constexpr):
+    """numerator / scale, not above the largest fp32; a NaN stays."""
+    r = numerator / scale
+    return tl.where(r > _FLT_MAX, _FLT_MAX, r)
+
+
+@triton.jit
+def largest(x):
+    """The largest magnitude of each block; a block with a NaN has NaN, as integers above Inf."""
+    return number(tl.max(bits(tl.abs(x)), 1))
+
+
+@triton.jit
+def rounded_shift(y, w, SHIFT: tl.constexpr, K: tl.constexpr):
+    """The bits of ``y`` >= 0 shifted right, the next code taken where u < h(f) = f (1 - k + f (3 k - 2 k f)).
+
+    F = f 2^SHIFT is a whole number, and both sides are taken times 2^32.
+    """
+    one: tl.constexpr = 2.0**SHIFT
+    b = bits(y)
+    f = (b & ((1 << SHIFT) - 1)).to(tl.float32)
+    if K == 0:
+        h = f * (2.0**32 / one)
+    else:
+        c0: tl.constexpr = (1 - K) * 2.0**32 / one
+        c1: tl.constexpr = 3 * K * 2.0**32 / one / one
+        c2: tl.constexpr = -2 * K * 2.0**32 / one / one / one
+        h = f * tl.fma(f, tl.fma(f, c2, c1), c0)
+    return (b >> SHIFT) + (uniform32(w) < h).to(tl.int32)
+
+
+@triton.jit
+def decode_signed(q, scale, LEVELS: tl.constexpr):
+    """q in -LEVELS … LEVELS stands for sign(q) (q / LEVELS)² scale."""
+    x = q.to(tl.float32)
+    return x * tl.abs(x) * (scale * (1.0 / (LEVELS * LEVELS)))[:, None]
+
+
+@triton.jit
+def encode_signed(x, scale, w, LEVELS: tl.constexpr):
+    # An approximate root may give q - 1 where y is just above q²: then u (2 q - 1) < y - (q - 1)² for all but one u in
+    # some million, and q is chosen as it should be. The same on the other side.
+    y = tl.abs(x) * reciprocal(scale, LEVELS * LEVELS * 1.0)[:, None]
+    q = tl.sqrt(y).to(tl.int32)
+    f = q.to(tl.float32)
+    up = uniform32(w) * tl.fma(f, 2.0**-31, 2.0**-32) < tl.fma(-f, f, y)
+    q = tl.minimum(q + up.to(tl.int32), LEVELS)
+    return tl.where(bits(x) < 0, -q, q)
+
+
+@triton.jit
+def decode_unsigned(q, scale, TOP: tl.constexpr, MANTISSA: tl.constexpr):
+    """q in 0 … TOP: the leading bits of an fp32 number, MANTISSA of them after the point; TOP stands for ``scale``."""
+    value = number((q + ((127 << MANTISSA) - TOP)) << (23 - MANTISSA))
+    return tl.where(q > 0, value, 0.0) * scale[:, None]
+
+
+@triton.jit
+def encode_unsigned(x, scale, w, TOP: tl.constexpr, MANTISSA: tl.constexpr, K: tl.constexpr):
+    y = x * reciprocal(scale, 1.0)[:, None]
+    q = rounded_shift(y, w, 23 - MANTISSA, K) - ((127 << MANTISSA) - TOP)
+    return tl.where(x > 0, tl.minimum(tl.maximum(q, 1), TOP), 0)
+
+
+@triton.jit
+def decode_fp8(q, scale):
+    """float8_e4m3fn from its bits, so that cards without the type read it too."""
+    body = q & 0x7F
+    x = tl.where(body >= 8, number((body << 20) + (120 << 23)), body.to(tl.float32) * 2.0**-9)
+    return number(bits(x) | ((q & 0x80) << 24)) * scale[:, None]
+
+
+@triton.jit
+def encode_fp8(x, scale, w, SIGNED: tl.constexpr):
+    y = tl.abs(x) * reciprocal(scale, _LARGEST)[:, None]
+    y = tl.where(y > _LARGEST, _LARGEST, y)
+    normal = rounded_shift(y, w, 20, 0.0 if SIGNED else _K3) - (120 << 3)
+    small = tl.fma(uniform32(w), 2.0**-32, y * 512.0).to(tl.int32)
+    q = tl.where(y >= 2.0**-6, normal, small)
+    if SIGNED:
+        return q | ((bits(x) >> 24) & 0x80)
+    return tl.where(y > 0, tl.maximum(q, 1), 0)
+
+
+@triton.jit
+def pointer(address, TYPE: tl.constexpr, ALIGN: tl.constexpr):
+    """An address as a pointer, with what is known of its alignment: the hint is lost where it stands before the cast."""
+    return tl.multiple_of(address.to(tl.pointer_type(TYPE)), ALIGN)
+
+
+@triton.jit
+def load_moment(
+    data, aux, at, half_at, block, live, half_live, mask, KIND: tl.constexpr, SIGNED: tl.constexpr, ALIGN: tl.constexpr
+):
+    """fp32 [blocks, WIDTH], zeros outside ``mask``.
+
+    data, aux: addresses of the codes and of the scales; at: int64 offsets of the elements, half_at: of the bytes of
+    packed codes; block: numbers of the blocks, which are the places of their scales; live: which of them there are.
+    """
+    if KIND == FULL:
+        return tl.load(pointer(data, tl.float32, ALIGN) + at, mask=mask, other=0.0)
+    if KIND == HALF:
+        raw = tl.load(pointer(data, tl.int16, ALIGN) + at, mask=mask, other=0)
+        return number(raw.to(tl.int32) << 16)
+    scale = tl.load(pointer(aux, tl.float32, 4) + block, mask=live, other=0.0)
+    if KIND == NIBBLES:
+        pair = tl.load(pointer(data, tl.uint8, ALIGN) + half_at, mask=half_live, other=0).to(tl.int32)
+        q = tl.interleave(pair & 15, pair >> 4)
+        if SIGNED:
+            return decode_signed((q << 28) >> 28, scale, 7)
+        return decode_unsigned(q, scale, 15, 0)
+    if KIND == FP8:
+        q = tl.load(pointer(data, tl.uint8, ALIGN) + at, mask=mask, other=0).to(tl.int32)
+        return decode_fp8(q, scale)
+    if SIGNED:
+        return decode_signed(tl.load(pointer(data, tl.int8, ALIGN) + at, mask=mask, other=0), scale, 127)
+    q = tl.load(pointer(data, tl.uint8, ALIGN) + at, mask=mask, other=0).to(tl.int32)
+    return decode_unsigned(q, scale, 255, 4)
+
+
+@triton.jit
+def store_moment(
+    data, aux, at, half_at, block, live, half_live, mask, x, w,
+    KIND: tl.constexpr, SIGNED: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The inverse of :func:`load_moment`, rounded with the words ``w``; ``x`` is zero outside ``mask``."""
+    if KIND == FULL:
+        tl.store(pointer(data, tl.float32, ALIGN) + at, x, mask=mask)
+    elif KIND == HALF:
+        rounded = (bits(x).to(tl.uint32) + (w >> 16)) >> 16
+        tl.store(pointer(data, tl.int16, ALIGN) + at, rounded.to(tl.int16), mask=mask)
+    else:
+        scale = largest(x)
+        if KIND == NIBBLES:
+            q = encode_signed(x, scale, w, 7) if SIGNED else encode_unsigned(x, scale, w, 15, 0, _K0)
+            low, high = tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2)))
+            pair = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)
+            tl.store(pointer(data, tl.uint8, ALIGN) + half_at, pair, mask=half_live)
+        elif KIND == FP8:
+            q = encode_fp8(x, scale, w, SIGNED)
+            tl.store(pointer(data, tl.uint8, ALIGN) + at, q.to(tl.uint8), mask=mask)
+            scale = tl.div_rn(scale, _LARGEST)
+        elif SIGNED:
+            q = encode_signed(x, scale, w, 127)
+            tl.store(pointer(data, tl.int8, ALIGN) + at, q.to(tl.int8), mask=mask)
+        else:
+            q = encode_unsigned(x, scale, w, 255, 4, _K4)
+            tl.store(pointer(data, tl.uint8, ALIGN) + at, q.to(tl.uint8), mask=mask)
+        tl.store(pointer(aux, tl.float32, 4) + block, scale, mask=live)

@@ -1,0 +1,36 @@
+"""Columns of the three small tables on the device that the kernels read. One row of the first and the last is a tensor."""
+
+import triton.language as tl
+
+
+def _columns(count: int) -> list[tl.constexpr]:
+    return [tl.constexpr(i) for i in range(count)]
+
+
+#: int64: what stays while parameters and state stay. Addresses, then the geometry of ``memopt/geometry.py``.
+#: PER_ROW: blocks of one row; MAGIC, SHIFT: the division by it; KEY: of the dither; STEP: address of the number of
+#: steps where that is on the device, else 0; HEIGHT: rows of one matrix of a factored moment; ROWS_AT, COLS_AT,
+#: MEANS_AT: where its sums and means are kept meanwhile; SUMS_AT, SUMS: sums over the tensor, the first and how many.
+(
+    P, DATA0, DATA1, DATA2, AUX0, AUX1, AUX2, NUMEL, COLS, BLOCKS, PER_ROW, MAGIC, SHIFT, FIRST_ROW,
+    KEY0, KEY1, KEY2, STEP, GROUP, HEIGHT, ROWS_AT, COLS_AT, MEANS_AT, SUMS_AT, SUMS,
+) = _columns(25)  # fmt: skip
+FIELDS = tl.constexpr(32)
+
+#: fp64: the hyperparameters of one param group, before any are combined with the step.
+(
+    LR, WEIGHT_DECAY, BETA1, BETA2, BETA3, EPS1, EPS2, CLIP, MOMENTUM, DAMPENING,
+    MAXIMIZE, DECOUPLED, NESTEROV, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT,
+) = _columns(17)  # fmt: skip
+HYPER = tl.constexpr(20)
+
+#: fp32: the numbers of one step of one tensor, rounded where torch rounds them. RUN: 0 where this step does not
+#: happen; SIGN: what the gradient is multiplied by; FIRST … THIRD: weights of interpolations, and whether they count
+#: from the far end (torch.lerp does from 1/2 on); KEPT: what SGD keeps of its buffer, 0 at the first step; PLAIN:
+#: RAdam's step without its second moment; FLOOR, CEILING: bounds of a second moment and of its inverse root.
+(
+    RUN, T, SIGN, DECAY, L2, FIRST, FIRST_END, SECOND, SECOND_END, THIRD, THIRD_END, B2, REST2, INVERSE_BIAS, EPS, RATE,
+    PLAIN, RATE_LR, MU, KEPT, DAMP, LOOK_AHEAD, EPS_ADDED, EPS_RESIDUAL, FLOOR, CEILING, SHRINK, UPDATE_SCALE,
+    MEAN_FLOOR,
+) = _columns(29)  # fmt: skip
+SCALARS = tl.constexpr(32)

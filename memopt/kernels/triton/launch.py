@@ -1,0 +1,235 @@
+"""The launches of one step: some parameters of one device, their tables, and the kernels in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.kernels.triton import codes, means, scalars, step, tables
+from memopt.kernels.triton import fields as f
+from memopt.kernels.triton.finite import finite_kernel
+from memopt.kernels.triton.rules import RENEWALS, STEPS
+from memopt.kernels.triton.upload import Uploaded
+from memopt.rules import RULES
+
+if TYPE_CHECKING:
+    from memopt.engines.work import Work
+    from memopt.spec import OptimSpec
+
+#: Additions and multiplications are fused where the source says so, as in the C++ kernels.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+#: Entries that a program of the small kernels takes at a time, and elements of a tile of the look at the gradients.
+SPAN, FINITE_TILE = 256, 2048
+
+
+class Launcher:
+    """Tables on the device and launches for ``works``; ``run`` launches, and waits for nothing."""
+
+    def __init__(
+        self,
+        spec: OptimSpec,
+        works: Sequence[Work],
+        moments: Sequence[tables.Moments],
+        seed: int,
+        groups: Sequence[dict[str, Any]],
+        counters: bool,  # whether state["step"] is on the device and counted there
+    ) -> None:
+        self.spec = spec
+        self.device = works[0].p.device
+        self.rule = scalars.NUMBER[spec.rule]
+        self.launches: list[Callable[[Tensor], None]] = []
+        self.workspace = 0  # fp32 numbers
+        numbers = {id(group): i for i, group in enumerate(groups)}
+        made = [
+            tables.Tensors(spec, work, held, seed, numbers[id(work.h)], work.state["step"].data_ptr() if counters else 0)
+            for work, held in zip(works, moments, strict=True)
+        ]
+        self.buckets = [t.bucket for t in made]
+        n = len(made)
+        # Addresses and the steps' numbers are changed from the host; what the kernels say goes into the rest.
+        self.gradients = Uploaded(torch.int64, n, self.device)
+        self.numbers = Uploaded(torch.float64, n + len(groups) * f.HYPER.value, self.device)
+        self.steps, self.hyper = self.numbers.tensor[:n], self.numbers.tensor[n:]
+        self.scalars = torch.zeros(n * f.SCALARS.value, dtype=torch.float32, device=self.device)
+        self.flags = torch.zeros(n + 2, dtype=torch.int32, device=self.device)
+        self.skipped = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self.zero = torch.zeros(1, dtype=torch.float32, device=self.device)
+        self.one = torch.ones(1, dtype=torch.float32, device=self.device)
+        self._element_wise(made)
+        self._factored(made)
+        self.table = self._on_device(torch.tensor([t.row for t in made], dtype=torch.int64))
+        self._looks = self._make_looks(made)
+
+    def _on_device(self, x: Tensor) -> Tensor:
+        return x.to(self.device)
+
+    def guard(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    # Making launches -------------------------------------------------------------------------------------------
+
+    def _by_bucket(self, made: Sequence[tables.Tensors], factored: bool) -> dict[tables.Bucket, list[int]]:
+        found: dict[tables.Bucket, list[int]] = {}
+        for i, t in enumerate(made):
+            if t.row[f.NUMEL.value] and (t.bucket.format == "factored") == factored:
+                found.setdefault(t.bucket, []).append(i)
+        return found
+
+    def _element_wise(self, made: Sequence[tables.Tensors]) -> None:
+        whole = not RULES[self.spec.rule].element_wise
+        planned = []
+        offset = 0
+        for bucket, members in self._by_bucket(made, False).items():
+            blocks = [made[i].blocks for i in members]
+            run = tables.pieces_of_programs(sum(blocks), bucket.tile, bucket.width)
+            programs = tables.programs(members, blocks, run * bucket.tile)
+            constants = {
+                "P_TYPE": tables.TYPES[bucket.p_type], "G_TYPE": tables.TYPES[bucket.g_type],
+                "KIND": codes.KINDS[bucket.format], "WIDTH": bucket.width, "TILE": bucket.tile, "ALIGN": bucket.align,
+                "WHOLE": bucket.whole, "PRECISE": bucket.format in ("32bit", "bf16"),
+                "num_warps": tables.WARPS, **OPTIONS,
+            }  # fmt: skip
+            planned.append((bucket, self._on_device(programs), run, offset, constants))
+            if whole:
+                offset = self._place_sums(made, members, programs, offset)
+        sums = torch.empty((offset, 2), dtype=torch.float64, device=self.device)
+        if whole and planned:
+            for _, map_, run, first, constants in planned:
+                self._launch(step.sums_kernel, len(map_), map_, run, sums[first:], **constants)
+            self._launch_totals(sums, [i for i, t in enumerate(made) if t.row[f.SUMS.value]])
+        for bucket, map_, run, _, constants in planned:
+            v, m, x = bucket.slots
+            self._launch(step.step_kernel, len(map_), map_, run, RULE=STEPS[self.spec.rule], V=v, M=m, X=x,
+                         X_SIGNED=bucket.x_signed, **constants)  # fmt: skip
+
+    @staticmethod
+    def _place_sums(made: Sequence[tables.Tensors], members: list[int], programs: Tensor, offset: int) -> int:
+        """Tell each tensor where the sums of its programs are; returns where the next bucket's begin."""
+        counts = torch.bincount(programs[:, 0].long(), minlength=len(made)).tolist()
+        for i in members:
+            made[i].row[f.SUMS_AT.value], made[i].row[f.SUMS.value] = offset, counts[i]
+            offset += counts[i]
+        return offset
+
+    def _launch(self, kernel: Any, count: int, *arguments: Any, **constants: Any) -> None:
+        """A kernel that begins with table, gradients and scalars."""
+        self.launches.append(
+            lambda _: kernel[(count,)](self.table, self.gradients.tensor, self.scalars, *arguments, **constants)
+        )
+
+    def _launch_totals(self, sums: Tensor, which: list[int]) -> None:
+        chosen = self._on_device(torch.tensor(which, dtype=torch.int32))
+        self.launches.append(
+            lambda _: scalars.totals_kernel[(len(which),)](
+                self.table, self.hyper, self.scalars, chosen, sums, RULE=self.rule, SPAN=SPAN, **OPTIONS
+            )
+        )
+
+    def _factored(self, made: Sequence[tables.Tensors]) -> None:
+        """Batches of tensors whose sums of bands fit into the workspace, one after the other."""
+        for bucket, members in self._by_bucket(made, True).items():
+            batch: list[int] = []
+            used = matrices = 0
+            for i in members:
+                row = made[i].row
+                count, down, across = tables.bands(row, bucket.width)
+                need = count * (across * row[f.HEIGHT.value] + down * row[f.COLS.value])
+                if batch and (used + need) * 4 > tables.WORKSPACE:
+                    self._batch(made, bucket, batch, matrices)
+                    batch, used, matrices = [], 0, 0
+                row[f.ROWS_AT.value] = used
+                row[f.COLS_AT.value] = used + count * across * row[f.HEIGHT.value]
+                row[f.MEANS_AT.value] = matrices * 2
+                batch.append(i)
+                used, matrices = used + need, matrices + count
+                self.workspace = max(self.workspace, used)
+            self._batch(made, bucket, batch, matrices)
+
+    def _batch(self, made: Sequence[tables.Tensors], bucket: tables.Bucket, batch: list[int], matrices: int) -> None:
+        cut = [tables.bands(made[i].row, bucket.width) for i in batch]
+        bands = tables.programs(batch, [count * down * across for count, down, across in cut], 1)
+        rows = [count * made[i].row[f.HEIGHT.value] for i, (count, _, _) in zip(batch, cut, strict=True)]
+        cols = [count * made[i].row[f.COLS.value] for i, (count, _, _) in zip(batch, cut, strict=True)]
+        vectors = [-(-r // SPAN) - (-c // SPAN) for r, c in zip(rows, cols, strict=True)]
+        self._place_sums(made, batch, bands, 0)
+        map_, gather = self._on_device(bands), self._on_device(tables.programs(batch, vectors, 1))
+        each = self._on_device(tables.programs(batch, [count for count, _, _ in cut], 1))
+        sums = torch.zeros((len(map_), 2), dtype=torch.float64, device=self.device)
+        mean = torch.ones(matrices * 2, dtype=torch.float32, device=self.device)
+        p_type, g_type = tables.TYPES[bucket.p_type], tables.TYPES[bucket.g_type]
+        size = {"WIDTH": bucket.width, "TILE": bucket.tile, "ALIGN": bucket.align, "num_warps": 8, **OPTIONS}
+        rule = self.spec.rule
+        clipped = rule in ("adafactor", "came")
+        m, x = bucket.slots[1:]
+
+        def find_mean(slot: int, floor: bool) -> None:
+            self.launches.append(lambda _: means.mean_kernel[(len(each),)](
+                self.table, self.scalars, mean, each, SLOT=slot, FLOOR=floor, SPAN=SPAN, **OPTIONS))  # fmt: skip
+
+        def gather_means(slot: int) -> None:
+            self.launches.append(lambda workspace: means.gather_kernel[(len(gather),)](
+                self.table, self.scalars, workspace, gather, SLOT=slot, WIDTH=bucket.width, SPAN=SPAN, **OPTIONS))  # fmt: skip
+            find_mean(slot, True)
+
+        find_mean(0, False)
+        self.launches.append(lambda workspace: means.renew_kernel[(len(map_),)](
+            self.table, self.gradients.tensor, self.scalars, mean, workspace, sums, map_,
+            RENEW=RENEWALS[rule], P_TYPE=p_type, G_TYPE=g_type, **size))  # fmt: skip
+        gather_means(0)
+        if clipped:
+            self._launch(means.updates_kernel, len(map_), mean, sums, map_, G_TYPE=g_type, **size)
+            self._launch_totals(sums, batch)
+        if x:
+            find_mean(2, False)
+            self.launches.append(lambda workspace: means.residual_kernel[(len(map_),)](
+                self.table, self.gradients.tensor, self.scalars, mean, workspace, map_, G_TYPE=g_type, **size))  # fmt: skip
+            gather_means(2)
+        self._launch(means.apply_kernel, len(map_), mean, map_, RULE=STEPS[rule], P_TYPE=p_type, G_TYPE=g_type,
+                     M=m, X=x, INVERSE=clipped, M_WRITTEN=x, **size)  # fmt: skip
+
+    def _make_looks(self, made: Sequence[tables.Tensors]) -> list[Callable[[], None]]:
+        """One launch for each dtype and alignment of gradients."""
+        numels = self._on_device(torch.tensor([t.row[f.NUMEL.value] for t in made], dtype=torch.int64))
+        kinds: dict[tuple[torch.dtype, int], list[int]] = {}
+        for i, t in enumerate(made):
+            aligned = t.bucket.align > 1 and t.row[f.NUMEL.value] % tables.VECTOR == 0
+            kinds.setdefault((t.bucket.g_type, tables.VECTOR if aligned else 1), []).append(i)
+        looks: list[Callable[[], None]] = []
+        for (dtype, align), members in kinds.items():
+            pieces = [-(-made[i].row[f.NUMEL.value] // FINITE_TILE) for i in members]
+            run = tables.pieces_of_programs(sum(pieces), 1, FINITE_TILE)
+            map_ = self._on_device(tables.programs(members, pieces, run))
+            if len(map_):
+                looks.append(self._look(numels, map_, run, dtype, align, len(made)))
+        return looks
+
+    def _look(self, numels: Tensor, map_: Tensor, run: int, dtype: torch.dtype, align: int, n: int) -> Callable[[], None]:
+        return lambda: finite_kernel[(len(map_),)](
+            self.gradients.tensor, numels, map_, run, self.flags, n,
+            G_TYPE=tables.TYPES[dtype], TILE=FINITE_TILE, ALIGN=align, num_warps=4, **OPTIONS,
+        )  # fmt: skip
+
+    # Running ---------------------------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Set the flags of gradients that are not finite."""
+        with self.guard():
+            for launch in self._looks:
+                launch()
+
+    def run(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
+        """Step every tensor, unless a flag or ``found_inf`` says that this step does not happen."""
+        n = len(self.buckets)
+        with self.guard():
+            scalars.prepare_kernel[(n,)](
+                self.table, self.hyper, self.steps, self.scalars, self.flags, self.skipped,
+                self.zero if found_inf is None else found_inf, self.one if grad_scale is None else grad_scale, n,
+                RULE=self.rule, num_warps=1, **OPTIONS,
+            )  # fmt: skip
+            workspace = torch.empty(self.workspace, dtype=torch.float32, device=self.device)
+            for launch in self.launches:
+                launch(workspace)

@@ -1,0 +1,272 @@
+"""Factored moments: passes over a matrix whose second moment is the means of its rows and columns.
+
+A matrix is cut into bands of HEIGHT rows by WIDTH columns, one program each. A pass that renews a moment leaves, per
+band, the sums of its rows and of its columns; ``gather_kernel`` adds them up in order, so the bits are the same in
+every run. The reconstruction row * col / mean is never written.
+"""
+
+import triton
+import triton.language as tl
+
+from memopt.formats.factored import TINY
+from memopt.kernels.triton import fields as f
+from memopt.kernels.triton.codes import pointer
+from memopt.kernels.triton.step import load_scalars
+
+#: Rows of one band.
+HEIGHT = tl.constexpr(256)
+_TINY = tl.constexpr(TINY)
+
+
+@triton.jit
+def find(table, map):
+    """The tensor of this program, its row of the table, and its number within the tensor."""
+    program = tl.program_id(0)
+    tensor = tl.load(map + program * 2).to(tl.int64)
+    return tensor, table + tensor * f.FIELDS, tl.load(map + program * 2 + 1)
+
+
+@triton.jit
+def band(row_of, tile, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
+    """Matrix, first and last row in it, number of the band along rows and along columns, columns [WIDTH] and mask."""
+    cols = tl.multiple_of(tl.load(row_of + f.COLS), ALIGN)
+    height = tl.load(row_of + f.HEIGHT)
+    across = tl.cdiv(cols, WIDTH).to(tl.int32)
+    down = tl.cdiv(height, HEIGHT).to(tl.int32)
+    along = tile % across
+    first = (tile // across) % down
+    matrix = (tile // across // down).to(tl.int64)
+    top = first * HEIGHT
+    column = along * WIDTH + tl.arange(0, WIDTH)
+    return matrix, top, tl.minimum(top + HEIGHT, height).to(tl.int32), first, along, column, column < cols
+
+
+@triton.jit
+def vectors(row_of, means, matrix, column, inside, SLOT: tl.constexpr):
+    """Of a factored moment: the address of this matrix's rows, its columns [WIDTH], its mean."""
+    height = tl.load(row_of + f.HEIGHT)
+    cols = tl.load(row_of + f.COLS)
+    rows = tl.load(row_of + f.DATA0 + SLOT).to(tl.pointer_type(tl.float32)) + matrix * height
+    col_at = tl.load(row_of + f.AUX0 + SLOT).to(tl.pointer_type(tl.float32)) + matrix * cols
+    mean = tl.load(means + tl.load(row_of + f.MEANS_AT) + matrix * 2 + SLOT // 2)
+    return rows, tl.load(col_at + column, mask=inside, other=0.0), mean
+
+
+@triton.jit
+def rows_of(rows, mean, r, live):
+    """row / mean [TILE]"""
+    return tl.div_rn(tl.load(rows + r, mask=live, other=0.0), mean)
+
+
+@triton.jit
+def inverse_root(x):
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
+def offsets(row_of, matrix, r, live, column, inside, ALIGN: tl.constexpr):
+    """int64 offsets and mask [TILE, WIDTH]"""
+    cols = tl.load(row_of + f.COLS)
+    start = tl.multiple_of((matrix * tl.load(row_of + f.HEIGHT) + r) * cols, ALIGN)
+    return start[:, None] + column[None, :], live[:, None] & inside[None, :]
+
+
+@triton.jit
+def keep_columns(row_of, partial, matrix, first, column, inside, sums):
+    cols = tl.load(row_of + f.COLS)
+    total = tl.load(row_of + f.NUMEL) // tl.load(row_of + f.HEIGHT)  # columns of all matrices
+    at = partial + tl.load(row_of + f.COLS_AT) + first * total + matrix * cols
+    tl.store(at + column, sums, mask=inside)
+
+
+@triton.jit
+def keep_rows(row_of, partial, matrix, along, r, live, sums):
+    total = tl.load(row_of + f.NUMEL) // tl.load(row_of + f.COLS)  # rows of all matrices
+    at = partial + tl.load(row_of + f.ROWS_AT) + along * total + matrix * tl.load(row_of + f.HEIGHT)
+    tl.store(at + r, sums, mask=live)
+
+
+@triton.jit
+def mean_kernel(table, scalars, means, map, SLOT: tl.constexpr, FLOOR: tl.constexpr, SPAN: tl.constexpr):
+    """What a reconstruction divides by, one program per matrix: of a single matrix the mean of its columns' means, of
+    a batch that of its rows' means, as ``memopt/formats/factored.py`` has it; FLOOR bounds it as the rule says."""
+    tensor, row_of, matrix = find(table, map)
+    height = tl.load(row_of + f.HEIGHT)
+    cols = tl.load(row_of + f.COLS)
+    single = height * cols == tl.load(row_of + f.NUMEL)
+    column = tl.load(row_of + f.AUX0 + SLOT)
+    row = tl.load(row_of + f.DATA0 + SLOT)
+    count = tl.where(single, cols, height)
+    at = tl.where(single, column, row).to(tl.pointer_type(tl.float32)) + tl.where(single, 0, matrix * height)
+    total = tl.zeros((SPAN,), tl.float64)
+    for start in range(0, count, SPAN):
+        i = start + tl.arange(0, SPAN)
+        total += tl.load(at + i, mask=i < count, other=0.0).to(tl.float64)
+    mean = (tl.sum(total) / count.to(tl.float64)).to(tl.float32)
+    floor = tl.load(scalars + tensor * f.SCALARS + f.MEAN_FLOOR) if FLOOR else _TINY
+    tl.store(means + tl.load(row_of + f.MEANS_AT) + matrix * 2 + SLOT // 2, tl.where(mean < floor, floor, mean))
+
+
+@triton.jit
+def gather_kernel(table, scalars, partial, map, SLOT: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr):
+    """Sums of bands to means of rows and columns: SPAN rows, or behind the last of them SPAN columns, per program."""
+    tensor, row_of, number = find(table, map)
+    height = tl.load(row_of + f.HEIGHT)
+    cols = tl.load(row_of + f.COLS)
+    numel = tl.load(row_of + f.NUMEL)
+    rows = numel // cols
+    row_programs = tl.cdiv(rows, SPAN).to(tl.int32)
+    is_row = number < row_programs
+    count = tl.where(is_row, rows, numel // height)
+    bands = tl.where(is_row, tl.cdiv(cols, WIDTH), tl.cdiv(height, HEIGHT))
+    length = tl.where(is_row, cols, height)
+    source = partial + tl.where(is_row, tl.load(row_of + f.ROWS_AT), tl.load(row_of + f.COLS_AT))
+    target = tl.where(is_row, tl.load(row_of + f.DATA0 + SLOT), tl.load(row_of + f.AUX0 + SLOT))
+    i = tl.where(is_row, number, number - row_programs) * SPAN + tl.arange(0, SPAN)
+    inside = i < tl.where(tl.load(scalars + tensor * f.SCALARS + f.RUN) != 0, count, 0)
+    total = tl.zeros((SPAN,), tl.float64)
+    for b in range(0, bands):
+        total += tl.load(source + b * count + i, mask=inside, other=0.0).to(tl.float64)
+    mean = (total / length.to(tl.float64)).to(tl.float32)
+    tl.store(target.to(tl.pointer_type(tl.float32)) + i, mean, mask=inside)
+
+
+@triton.jit
+def renew_kernel(
+    table,  # int64 [tensors, FIELDS]
+    gradients,  # int64 [tensors]: addresses
+    scalars,  # fp32 [tensors, SCALARS]
+    means,  # fp32: two of every matrix
+    partial,  # out: fp32, sums of bands
+    sums,  # out: fp64 [programs, 2]: of p²
+    map,  # int32 [programs, 2]: tensor, number of the band
+    RENEW: tl.constexpr,
+    P_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """The second moment (place 0) decoded, renewed and summed."""
+    tensor, row_of, tile = find(table, map)
+    c = load_scalars(scalars + tensor * f.SCALARS)
+    matrix, top, bottom, first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
+    p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
+    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    columns = tl.zeros((TILE, WIDTH), tl.float32)
+    squares = tl.zeros((TILE, WIDTH), tl.float32)
+    for start in range(top, bottom, TILE):
+        r = start + tl.arange(0, TILE)
+        live = r < bottom
+        at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
+        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
+        v = tl.where(mask, RENEW(p, g, rows_of(rows, mean, r, live)[:, None] * col[None, :], c), 0.0)
+        keep_rows(row_of, partial, matrix, along, r, live, tl.sum(v, 1))
+        columns += v
+        squares += p * p
+    keep_columns(row_of, partial, matrix, first, column, inside, tl.sum(columns, 0))
+    tl.store(sums + tl.program_id(0) * 2, tl.sum(tl.sum(squares, 1), 0).to(tl.float64))
+
+
+@triton.jit
+def updates_kernel(
+    table, gradients, scalars, means, sums, map, G_TYPE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The squared updates of Adafactor and CAME before they are clipped, summed: ``sums`` [programs, 1]."""
+    tensor, row_of, tile = find(table, map)
+    c = load_scalars(scalars + tensor * f.SCALARS)
+    matrix, top, bottom, _first, _along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
+    col = inverse_root(col)
+    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    updates = tl.zeros((TILE, WIDTH), tl.float32)
+    for start in range(top, bottom, TILE):
+        r = start + tl.arange(0, TILE)
+        live = r < bottom
+        at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
+        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        v = inverse_root(rows_of(rows, mean, r, live))[:, None] * col[None, :]
+        u = g * tl.where(v > c[f.CEILING], c[f.CEILING], v)
+        updates += tl.where(mask, u * u, 0.0)
+    tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(tl.sum(updates, 1), 0).to(tl.float64))
+
+
+@triton.jit
+def residual_kernel(
+    table, gradients, scalars, means, partial, map, G_TYPE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """CAME's first moment, and its residual (place 2) decoded, renewed and summed."""
+    tensor, row_of, tile = find(table, map)
+    c = load_scalars(scalars + tensor * f.SCALARS)
+    matrix, top, bottom, first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
+    x_rows, x_col, x_mean = vectors(row_of, means, matrix, column, inside, 2)
+    col = inverse_root(col)
+    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
+    columns = tl.zeros((TILE, WIDTH), tl.float32)
+    bottom = tl.where(c[f.RUN] != 0, bottom, top)
+    for start in range(top, bottom, TILE):
+        r = start + tl.arange(0, TILE)
+        live = r < bottom
+        at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
+        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        m = tl.load(m_at + at, mask=mask, other=0.0)
+        v = inverse_root(rows_of(rows, mean, r, live))[:, None] * col[None, :]
+        u = g * tl.where(v > c[f.CEILING], c[f.CEILING], v) * c[f.UPDATE_SCALE]
+        m = tl.fma(u - m, c[f.FIRST], tl.where(c[f.FIRST_END] != 0, u, m))
+        tl.store(m_at + at, m, mask=mask)
+        x = rows_of(x_rows, x_mean, r, live)[:, None] * x_col[None, :]
+        fresh = (u - m) * (u - m) + c[f.EPS_RESIDUAL]
+        x = tl.fma(fresh - x, c[f.THIRD], tl.where(c[f.THIRD_END] != 0, fresh, x))
+        x = tl.where(mask, x, 0.0)
+        keep_rows(row_of, partial, matrix, along, r, live, tl.sum(x, 1))
+        columns += x
+    keep_columns(row_of, partial, matrix, first, column, inside, tl.sum(columns, 0))
+
+
+@triton.jit
+def apply_kernel(
+    table, gradients, scalars, means, map,
+    RULE: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M: tl.constexpr, X: tl.constexpr,
+    INVERSE: tl.constexpr, M_WRITTEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):  # fmt: skip
+    """The parameter, and the first moment unless the pass before wrote it. INVERSE: the rule takes inverse roots."""
+    tensor, row_of, tile = find(table, map)
+    c = load_scalars(scalars + tensor * f.SCALARS)
+    matrix, top, bottom, _first, _along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
+    x_rows, x_col, x_mean = rows, col, mean
+    if X:
+        x_rows, x_col, x_mean = vectors(row_of, means, matrix, column, inside, 2)
+        x_col = inverse_root(x_col)
+    if INVERSE:
+        col = inverse_root(col)
+    p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
+    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
+    bottom = tl.where(c[f.RUN] != 0, bottom, top)
+    for start in range(top, bottom, TILE):
+        r = start + tl.arange(0, TILE)
+        live = r < bottom
+        at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
+        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
+        m = g
+        x = g
+        if M:
+            m = tl.load(m_at + at, mask=mask, other=0.0)
+        row = rows_of(rows, mean, r, live)
+        if INVERSE:
+            row = inverse_root(row)
+        if X:
+            x = inverse_root(rows_of(x_rows, x_mean, r, live))[:, None] * x_col[None, :]
+        p, _same, m, _written = RULE(p, g, row[:, None] * col[None, :], m, x, c, M, X, True, True)
+        tl.store(p_at + at, p.to(P_TYPE), mask=mask)
+        if M and not M_WRITTEN:
+            tl.store(m_at + at, m, mask=mask)

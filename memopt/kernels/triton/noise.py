@@ -1,0 +1,39 @@
+"""The dither of :mod:`memopt.noise` on the device."""
+
+import triton
+import triton.language as tl
+
+from memopt import noise
+
+_C1 = tl.constexpr(noise.C1)
+_C2 = tl.constexpr(noise.C2)
+_GOLDEN = tl.constexpr(noise.GOLDEN)
+_ALONG = tl.constexpr(noise.ALONG)
+
+
+@triton.jit
+def mix(x):
+    """MurmurHash3's finaliser on uint32."""
+    x = (x ^ (x >> 16)) * _C1
+    x = (x ^ (x >> 13)) * _C2
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def words(
+    key,  # uint32: of the parameter's moment
+    step,  # int32: the number of this step
+    row,  # int32 [blocks]: of the whole parameter
+    first,  # int32 [blocks]: column with which the block begins
+    WIDTH: tl.constexpr,
+):
+    """The words of blocks of one row each, uint32 [blocks, WIDTH]."""
+    start = mix(row.to(tl.uint32) ^ key) + step.to(tl.uint32) * _GOLDEN + first.to(tl.uint32) * _ALONG
+    return start[:, None] + (tl.arange(0, WIDTH).to(tl.uint32) * _ALONG)[None, :]
+
+
+@triton.jit
+def uniform32(w):
+    """2^32 times the uniform number. The plain path takes 24 bits of the word, this the nearest fp32 number: they are
+    less than 2^-24 apart."""
+    return w.to(tl.float32)

@@ -1,0 +1,167 @@
+"""The rules of :mod:`memopt.rules`, one tile of elements at a time.
+
+    rule(p, g, v, m, x, c, M, X, FACTORED, PRECISE) -> p, v, m, x
+
+v is the second moment, m the signed moment, x what else there is (the largest second moment, CAME's residual, RMSprop's
+centre); M and X say whether the rule keeps them. c are the numbers of this step (``fields.py``). FACTORED: v is what the
+new means say, so it is not updated here; Adafactor and CAME then take 1 / sqrt(v), and of x likewise.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from memopt.kernels.triton import fields as f
+
+
+@triton.jit
+def root(x, PRECISE: tl.constexpr):
+    return tl.sqrt_rn(x) if PRECISE else tl.sqrt(x)
+
+
+@triton.jit
+def over(a, b, PRECISE: tl.constexpr):
+    """a / b for b >= 0; where that is not to be correctly rounded, in three instructions instead of seven."""
+    if PRECISE:
+        return tl.div_rn(a, b)
+    b = tl.maximum(b, 1e-19, propagate_nan=tl.PropagateNan.ALL)  # its square is still a normal number
+    return a * tl.rsqrt(b * b)
+
+
+@triton.jit
+def lerp(a, b, c, WEIGHT: tl.constexpr):
+    return tl.fma(b - a, c[WEIGHT], tl.where(c[WEIGHT + 1] != 0, b, a))
+
+
+@triton.jit
+def with_decay(g, p, c):
+    return tl.fma(p, c[f.L2], g)
+
+
+@triton.jit
+def second_moment(v, g, c):
+    return tl.fma(c[f.REST2] * g, g, v * c[f.B2])
+
+
+@triton.jit
+def raw_update(g, v, c, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    """Adafactor's and CAME's second moment, and the update before it is clipped."""
+    if FACTORED:
+        return g * tl.where(v > c[f.CEILING], c[f.CEILING], v), v
+    v = lerp(v, g * g + c[f.EPS_ADDED], c, f.SECOND)
+    bounded = tl.where(v < c[f.FLOOR], c[f.FLOOR], v)
+    return over(g, root(bounded, PRECISE), PRECISE), v
+
+
+@triton.jit
+def adam(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    return adamw(p, with_decay(g, p, c), v, m, x, c, M, X, FACTORED, PRECISE)
+
+
+@triton.jit
+def adamw(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    p = p * c[f.DECAY]
+    m = lerp(m, g, c, f.FIRST)
+    if not FACTORED:
+        v = second_moment(v, g, c)
+    denominator = v
+    if X:
+        x = tl.where((v > x) | (v != v), v, x)
+        denominator = x
+    denominator = tl.fma(root(denominator, PRECISE), c[f.INVERSE_BIAS], c[f.EPS])
+    return p + over(m * c[f.RATE], denominator, PRECISE), v, m, x
+
+
+@triton.jit
+def radam(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    p = p * c[f.DECAY]
+    g = with_decay(g, p, c)
+    m = lerp(m, g, c, f.FIRST)
+    if not FACTORED:
+        v = second_moment(v, g, c)
+    adaptive = p + over(m * c[f.RATE], root(v, PRECISE) + c[f.EPS], PRECISE)
+    return tl.where(c[f.PLAIN] != 0, tl.fma(m, c[f.RATE], p), adaptive), v, m, x
+
+
+@triton.jit
+def lion(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    towards = lerp(m, g, c, f.FIRST)
+    step = tl.where(towards > 0, c[f.RATE_LR], tl.where(towards < 0, -c[f.RATE_LR], 0.0))
+    return p * c[f.DECAY] - step, v, lerp(m, g, c, f.SECOND), x
+
+
+@triton.jit
+def sgd(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    g = with_decay(g, p, c)
+    if M:
+        m = tl.fma(g, c[f.DAMP], m * c[f.KEPT])
+        g = tl.where(c[f.LOOK_AHEAD] != 0, tl.fma(m, c[f.MU], g), m)
+    return tl.fma(g, -c[f.RATE_LR], p), v, m, x
+
+
+@triton.jit
+def rmsprop(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    g = with_decay(g, p, c)
+    if not FACTORED:
+        v = second_moment(v, g, c)
+    variance = v
+    if X:
+        x = lerp(x, g, c, f.SECOND)
+        variance = tl.fma(-x, x, v)
+        variance = tl.where(variance < 0, 0.0, variance)
+    denominator = root(variance, PRECISE) + c[f.EPS]
+    if M:
+        m = m * c[f.MU] + over(g, denominator, PRECISE)
+        p = tl.fma(m, -c[f.RATE_LR], p)
+    else:
+        p = p + over(g * -c[f.RATE_LR], denominator, PRECISE)
+    return p, v, m, x
+
+
+@triton.jit
+def adafactor(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    u, v = raw_update(g, v, c, FACTORED, PRECISE)
+    u = u * c[f.UPDATE_SCALE]
+    if M:
+        m = lerp(m, u, c, f.FIRST)
+        u = m
+    p = p * c[f.DECAY]
+    return p - p * c[f.SHRINK] - u, v, m, x
+
+
+@triton.jit
+def came(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    """X: matrices. Of a factored state m and x were written by the pass before."""
+    if not FACTORED:
+        u, v = raw_update(g, v, c, False, PRECISE)
+        u = u * c[f.UPDATE_SCALE]
+        m = lerp(m, u, c, f.FIRST)
+        if X:
+            x = lerp(x, (u - m) * (u - m) + c[f.EPS_RESIDUAL], c, f.THIRD)
+    step = m
+    if X:
+        step = m * x if FACTORED else over(m, root(x, PRECISE), PRECISE)
+    return tl.fma(step, -c[f.RATE_LR], p * c[f.DECAY]), v, m, x
+
+
+@triton.jit
+def renew_adam(p, g, v, c):
+    """What a factored second moment becomes, element by element; its means are kept. One for each rule that has it."""
+    return second_moment(v, with_decay(g, p * c[f.DECAY], c), c)
+
+
+@triton.jit
+def renew_adafactor(p, g, v, c):
+    return lerp(v, g * g + c[f.EPS_ADDED], c, f.SECOND)
+
+
+#: rule -> its function, and how a factored second moment is renewed.
+STEPS: dict[str, Any] = {
+    "adam": adam, "adamw": adamw, "radam": radam, "lion": lion, "sgd": sgd, "rmsprop": rmsprop,
+    "adafactor": adafactor, "came": came,
+}  # fmt: skip
+RENEWALS: dict[str, Any] = {
+    "adam": renew_adam, "adamw": renew_adam, "radam": renew_adam, "rmsprop": renew_adam,
+    "adafactor": renew_adafactor, "came": renew_adafactor,
+}  # fmt: skip

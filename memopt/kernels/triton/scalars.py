@@ -1,0 +1,176 @@
+"""From hyperparameters and the number of the step to the numbers that the kernels use: what ``memopt/rules`` compute
+in Python floats. On the device, so that a step needs nothing from the host: in a CUDA graph the number of the step and
+a rate that is a tensor are read when the graph runs."""
+
+import triton
+import triton.language as tl
+
+from memopt.formats.factored import TINY
+from memopt.kernels.triton import fields as f
+
+#: The rules by number; ``adam`` is AdamW's too.
+ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME = (tl.constexpr(i) for i in range(7))
+NUMBER = {
+    "adam": ADAM, "adamw": ADAM, "lion": LION, "sgd": SGD, "rmsprop": RMSPROP, "radam": RADAM,
+    "adafactor": ADAFACTOR, "came": CAME,
+}  # fmt: skip
+
+_TINY = tl.constexpr(TINY)
+_INF = tl.constexpr(float("inf"))
+
+
+@triton.jit
+def power(x, t):
+    """x^t for x >= 0 and t > 0 in fp64."""
+    return tl.exp(t * tl.log(x))
+
+
+@triton.jit
+def put(to, field, value):
+    tl.store(to + field, value.to(tl.float32))
+
+
+@triton.jit
+def put_lerp(to, field, weight):
+    """As torch.lerp: from the far end where the weight is 1/2 or more."""
+    far = tl.abs(weight.to(tl.float32)) >= 0.5
+    put(to, field, tl.where(far, weight.to(tl.float32) - 1.0, weight.to(tl.float32)))
+    put(to, field + 1, far)
+
+
+@triton.jit
+def relative_rate(h, t):
+    """Adafactor's rate before it is scaled by the parameter's RMS."""
+    lr = tl.load(h + f.LR)
+    relative = 1.0 / tl.sqrt(t)
+    own = tl.where(tl.load(h + f.WARMUP_INIT) != 0, 1e-6 * t, 1e-2)
+    theirs = tl.where(tl.load(h + f.RELATIVE_STEP) != 0, tl.minimum(own, relative), lr)
+    return tl.where(tl.load(h + f.TRANSFORMERS) != 0, theirs, tl.minimum(lr, relative))
+
+
+@triton.jit
+def radam_factor(t, beta2):
+    """The rectification r_t, or -1 while it is not tractable."""
+    infinite = 2.0 / (1.0 - beta2) - 1.0
+    kept = power(beta2, t)
+    rho = infinite - 2.0 * t * kept / (1.0 - kept)
+    square = (rho - 4.0) * (rho - 2.0) * infinite / ((infinite - 4.0) * (infinite - 2.0) * rho)
+    return tl.where(rho <= 5.0, -1.0, tl.sqrt(tl.where(rho <= 5.0, 1.0, square)))
+
+
+@triton.jit
+def prepare_kernel(
+    table,  # int64 [tensors, FIELDS]
+    hyper,  # fp64 [groups, HYPER]
+    steps,  # fp64 [tensors]: the number of this step, where it is not counted on the device
+    scalars,  # out: fp32 [tensors, SCALARS]
+    flags,  # int32 [tensors + 2]: which gradients are not finite, whether any is; out: whether the step is left out
+    skipped,  # int64 [1]: steps that did not happen
+    found_inf,  # fp32 [1]: torch.amp.GradScaler's; 0 without one
+    grad_scale,  # fp32 [1]: by which the loss was multiplied; 1 without one
+    last,  # tensors
+    RULE: tl.constexpr,
+):
+    """One program per tensor."""
+    i = tl.program_id(0)
+    row = table + i * f.FIELDS
+    h = hyper + tl.load(row + f.GROUP) * f.HYPER
+    to = scalars + i * f.SCALARS
+    run = (tl.load(flags + last) == 0) & (tl.load(found_inf) == 0)
+    put(to, f.RUN, run)
+    if i == 0:
+        tl.store(skipped, tl.load(skipped) + tl.where(run, 0, 1))
+        tl.store(flags + last + 1, tl.where(run, 0, 1))
+
+    counter = tl.load(row + f.STEP)
+    t = tl.load(steps + i)
+    if counter != 0:
+        at = counter.to(tl.pointer_type(tl.float32))
+        now = tl.load(at) + tl.where(run, 1.0, 0.0)
+        tl.store(at, now)
+        t = now.to(tl.float64)
+    t = tl.maximum(t, 1.0)  # before a first step that did not happen nothing is used
+    put(to, f.T, t)
+
+    lr = tl.load(h + f.LR)
+    weight_decay = tl.load(h + f.WEIGHT_DECAY)
+    beta1 = tl.load(h + f.BETA1)
+    beta2 = tl.load(h + f.BETA2)
+    eps = tl.load(h + f.EPS1)
+    sign = tl.where(tl.load(h + f.MAXIMIZE) != 0, -1.0, 1.0)
+    put(to, f.SIGN, sign / tl.load(grad_scale).to(tl.float64))
+    decoupled = tl.load(h + f.DECOUPLED) != 0
+    put(to, f.DECAY, tl.where(decoupled, 1.0 - lr * weight_decay, 1.0))
+    put(to, f.L2, tl.where(decoupled, 0.0, weight_decay))
+    put(to, f.RATE_LR, lr)
+    put_lerp(to, f.FIRST, 1.0 - beta1)
+    put_lerp(to, f.SECOND, 1.0 - beta2)
+    put_lerp(to, f.THIRD, 1.0 - tl.load(h + f.BETA3))
+    put(to, f.B2, beta2)
+    put(to, f.REST2, 1.0 - beta2)
+    put(to, f.EPS, eps)
+    put(to, f.MEAN_FLOOR, t * 0.0 + _TINY)
+    if RULE == ADAM:
+        put(to, f.INVERSE_BIAS, 1.0 / tl.sqrt(1.0 - power(beta2, t)))
+        put(to, f.RATE, -lr / (1.0 - power(beta1, t)))
+    elif RULE == RADAM:
+        factor = radam_factor(t, beta2)
+        scale = -lr / (1.0 - power(beta1, t))
+        put(to, f.PLAIN, factor < 0)
+        put(to, f.RATE, tl.where(factor < 0, scale, scale * factor * tl.sqrt(1.0 - power(beta2, t))))
+    elif RULE == SGD or RULE == RMSPROP:
+        momentum = tl.load(h + f.MOMENTUM)
+        put(to, f.MU, momentum)
+        put(to, f.KEPT, tl.where(t == 1.0, 0.0, momentum))
+        put(to, f.DAMP, tl.where(t == 1.0, 1.0, 1.0 - tl.load(h + f.DAMPENING)))
+        put(to, f.LOOK_AHEAD, tl.load(h + f.NESTEROV))
+    elif RULE == ADAFACTOR:
+        theirs = tl.load(h + f.TRANSFORMERS) != 0
+        put_lerp(to, f.SECOND, power(t, beta2))  # BETA2 holds beta2_decay
+        put(to, f.EPS_ADDED, tl.where(theirs, eps, 0.0))
+        put(to, f.FLOOR, tl.where(theirs, -1.0, eps * eps))
+        put(to, f.CEILING, tl.where(theirs, _INF, 1.0 / eps))
+        put(to, f.MEAN_FLOOR, tl.where(theirs, _TINY, tl.maximum(eps, _TINY)))
+    elif RULE == CAME:
+        put(to, f.EPS_ADDED, eps)
+        put(to, f.EPS_RESIDUAL, tl.load(h + f.EPS2))
+        put(to, f.FLOOR, eps * 0.0 - 1.0)
+        put(to, f.CEILING, eps * 0.0 + _INF)
+
+
+@triton.jit
+def totals_kernel(
+    table,  # int64 [tensors, FIELDS]
+    hyper,  # fp64 [groups, HYPER]
+    scalars,  # fp32 [tensors, SCALARS]
+    which,  # int32 [programs]: tensors
+    sums,  # fp64 [programs of the pass, 2]: sums of p² and of u²
+    RULE: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """From the sums over a tensor to the factor of its clipped update; one program per tensor. The sums are added in
+    order, so the result is the same in every run."""
+    i = tl.load(which + tl.program_id(0)).to(tl.int64)
+    row = table + i * f.FIELDS
+    h = hyper + tl.load(row + f.GROUP) * f.HYPER
+    to = scalars + i * f.SCALARS
+    first = tl.load(row + f.SUMS_AT)
+    count = tl.load(row + f.SUMS)
+    parameter = tl.zeros((SPAN,), tl.float64)
+    update = tl.zeros((SPAN,), tl.float64)
+    for start in range(0, count, SPAN):
+        at = start + tl.arange(0, SPAN)
+        parameter += tl.load(sums + (first + at) * 2, mask=at < count, other=0.0)
+        update += tl.load(sums + (first + at) * 2 + 1, mask=at < count, other=0.0)
+    numel = tl.maximum(tl.load(row + f.NUMEL), 1).to(tl.float64)
+    rms = tl.sqrt(tl.sum(update) / numel) / tl.load(h + f.CLIP)
+    clip = tl.where(rms < 1.0, 1.0, rms)  # a NaN stays
+    if RULE == ADAFACTOR:
+        rate = relative_rate(h, tl.load(to + f.T).to(tl.float64))
+        size = tl.sqrt(tl.sum(parameter) / numel)
+        size = tl.where(size < tl.load(h + f.EPS2), tl.load(h + f.EPS2), size)
+        rate = tl.where(tl.load(h + f.SCALE_PARAMETER) != 0, rate * size, rate)
+        put(to, f.UPDATE_SCALE, rate / clip)
+        put(to, f.SHRINK, tl.where(tl.load(h + f.TRANSFORMERS) != 0, tl.load(h + f.WEIGHT_DECAY) * rate, 0.0))
+    else:
+        put(to, f.UPDATE_SCALE, 1.0 / clip)

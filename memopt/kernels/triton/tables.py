@@ -1,0 +1,184 @@
+"""From parameters and their state to the tables that the kernels read: built once, on the host, then on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from memopt import noise
+from memopt.engines.native import moment_formats
+from memopt.geometry import FLAT_ROW, Rows
+from memopt.kernels import abi, describe
+from memopt.kernels.triton import fields as f
+from memopt.kernels.triton import missing
+from memopt.kernels.triton.codes import KINDS
+from memopt.kernels.triton.means import HEIGHT
+from memopt.kernels.triton.scalars import NUMBER
+from memopt.rules import RULES, Moment
+
+if TYPE_CHECKING:
+    from memopt.engines.work import Work
+    from memopt.formats import Format
+    from memopt.spec import OptimSpec
+
+#: dtype -> Triton's name of it.
+TYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+#: Bytes: vector loads want addresses and rows that begin at multiples of this.
+VECTOR = 16
+#: A program takes so many elements, more where there would be more programs than the second number (of a bucket).
+PROGRAM, PROGRAMS = 8192, 2**17
+WARPS = 4
+#: Columns and rows of a tile of a factored moment, and the width up to which the narrow one is taken.
+WIDE, NARROW = (512, 4), (64, 32)
+#: Bytes of the sums of bands that are kept at a time.
+WORKSPACE = 32 * 2**20
+Moments = list[tuple[Moment, "Format", str]]
+
+
+class Bucket(NamedTuple):
+    """What is compiled for: tensors of one bucket are stepped by one launch."""
+
+    p_type: torch.dtype
+    g_type: torch.dtype
+    format: str
+    slots: tuple[bool, bool, bool]  # V, M, X
+    x_signed: bool
+    align: int
+    whole: bool
+    width: int
+
+    @property
+    def tile(self) -> int:
+        """Blocks of one tile."""
+        if self.format == "factored":
+            return (WIDE if self.width == WIDE[0] else NARROW)[1]
+        elements = 4 if self.p_type.itemsize == 4 and self.format in ("32bit", "bf16") else 8
+        return WARPS * 32 * elements // self.width
+
+
+def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, world_size: int) -> str | None:
+    """Why this parameter cannot be stepped by the kernels, or None."""
+    reason = missing(p.device.type)
+    if reason:
+        return reason
+    if p.dtype not in TYPES:
+        return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
+    held = {fmt.name for _, fmt, _ in moments}
+    if spec.rule not in NUMBER or held - {*KINDS, "factored"} or any(m.name not in abi.SLOT for m, _, _ in moments):
+        return f"there is no kernel for {spec.rule} in {spec.format}"
+    if spec.master != "none":
+        return f"there is no Triton kernel for +{spec.master}"
+    if world_size > 1 and (not RULES[spec.rule].element_wise or "factored" in held):
+        return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
+    if not p.is_contiguous():
+        return "it is not contiguous"
+    return None
+
+
+def hyper_row(spec: OptimSpec, h: Mapping[str, Any]) -> list[float]:
+    """A row of ``hyper``; a rate on the device is 0 here and copied there."""
+    on_device = isinstance(h["lr"], Tensor) and h["lr"].device.type != "cpu"
+    group = describe.describe_group(spec, {**h, "lr": 0.0} if on_device else h)
+    flags = group.flags
+    decoupled = flags & abi.DECOUPLED or spec.rule in ("lion", "came")
+    decoupled = decoupled or (spec.rule == "adafactor" and not flags & abi.TRANSFORMERS)
+    row = [
+        group.lr, group.weight_decay, group.beta1, group.beta2, group.beta3, group.eps, group.eps2, group.d,
+        group.momentum, group.dampening,
+    ]  # fmt: skip
+    row += [float(bool(flags & abi.MAXIMIZE)), float(bool(decoupled))]
+    for flag in (abi.NESTEROV, abi.TRANSFORMERS, abi.SCALE_PARAMETER, abi.RELATIVE_STEP, abi.WARMUP_INIT):
+        row.append(float(bool(flags & flag)))
+    return row + [0.0] * (f.HYPER.value - len(row))
+
+
+def division(divisor: int) -> tuple[int, int]:
+    """``(magic, shift)`` with n // divisor == (2 n * magic >> 32) >> shift for 0 <= n < 2^31.
+
+    >>> magic, shift = division(7)
+    >>> all(n // 7 == (2 * n * magic >> 32) >> shift for n in (0, 6, 7, 48, 49, 2**31 - 1, 2**31 - 2, 7**10 - 1))
+    True
+    """
+    shift = (divisor - 1).bit_length()
+    return -(-(1 << (31 + shift)) // divisor), shift
+
+
+class Tensors:
+    """Static rows of one tensor: its bucket and its columns of ``table``."""
+
+    def __init__(self, spec: OptimSpec, work: Work, moments: Moments, seed: int, group: int, counter: int) -> None:
+        p, rows = work.p, work.rows
+        held = {fmt.name for _, fmt, _ in moments}
+        fmt = "factored" if "factored" in held else next(iter(held), "32bit")
+        row = [0] * f.FIELDS.value
+        slots, x_signed, addresses = [False] * abi.SLOTS, False, [p.data_ptr(), work.g.data_ptr()]
+        for order, (moment, kept, _) in enumerate(moments):
+            slot = abi.SLOT[moment.name]
+            parts = [work.state[f"{moment.name}.{part}" if part else moment.name] for part in kept.layout(moment, rows)]
+            slots[slot] = True
+            x_signed = x_signed or (slot == 2 and moment.signed)
+            row[f.DATA0.value + slot] = parts[0].data_ptr()
+            row[f.AUX0.value + slot] = parts[1].data_ptr() if len(parts) > 1 else 0
+            row[f.KEY0.value + slot] = noise.key(seed, work.index, order)
+            addresses.append(parts[0].data_ptr())
+        width, cols, count = geometry(fmt, rows, p)
+        per_row = max(-(-cols // width), 1)
+        numel = p.numel()
+        row[f.P.value], row[f.NUMEL.value], row[f.COLS.value] = p.data_ptr(), numel, cols
+        row[f.PER_ROW.value] = per_row
+        row[f.MAGIC.value], row[f.SHIFT.value] = division(per_row)
+        row[f.FIRST_ROW.value] = rows.first
+        row[f.GROUP.value], row[f.STEP.value] = group, counter
+        flat = fmt == "32bit" or len(rows.shape) < 2
+        row[f.BLOCKS.value] = -(-numel // width) if flat else count * per_row
+        #: Elements by which rows begin, in units of which a vector of the smallest code is still aligned.
+        step = VECTOR * 2 if fmt == "4bit" else VECTOR
+        aligned = all(a % VECTOR == 0 for a in addresses) and (numel if flat else cols) % step == 0
+        if fmt == "factored":
+            row[f.HEIGHT.value] = rows.local_shape[-2]
+        self.row = row
+        self.blocks = row[f.BLOCKS.value]
+        whole = (numel if flat else cols) % width == 0
+        self.bucket = Bucket(p.dtype, work.g.dtype, fmt, (slots[0], slots[1], slots[2]), x_signed,
+                             VECTOR if aligned else 1, whole and fmt != "factored", width)  # fmt: skip
+
+
+def geometry(fmt: str, rows: Rows, p: Tensor) -> tuple[int, int, int]:
+    """Columns of a block, of a row, and how many rows."""
+    if fmt == "factored":
+        cols = rows.local_shape[-1]
+        return WIDE[0] if cols > NARROW[0] else NARROW[0], cols, p.numel() // max(cols, 1)
+    width = 128 if fmt == "4bit" else FLAT_ROW
+    if fmt == "32bit" or len(rows.shape) < 2:
+        return width, FLAT_ROW, -(-p.numel() // FLAT_ROW)
+    return width, rows.cols, rows.count
+
+
+def programs(tensors: Sequence[int], pieces: Sequence[int], piece: int) -> Tensor:
+    """int32 [programs, 2]: of each tensor, its number and the first of every ``piece`` pieces it has."""
+    counts = torch.tensor([-(-n // piece) for n in pieces], dtype=torch.int64)
+    owner = torch.repeat_interleave(torch.tensor(tensors, dtype=torch.int64), counts)
+    before = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    first = (torch.arange(len(owner)) - before) * piece
+    return torch.stack((owner, first), 1).to(torch.int32).contiguous()
+
+
+def pieces_of_programs(total: int, tile: int, width: int) -> int:
+    """Tiles that one program takes when there are ``total`` blocks."""
+    run = max(PROGRAM // (tile * width), 1)
+    while total > PROGRAMS * run * tile:
+        run *= 2
+    return run
+
+
+def bands(row: Sequence[int], width: int) -> tuple[int, int, int]:
+    """Matrices of a factored tensor, bands along its rows' direction and along its columns'."""
+    numel, cols, height = row[f.NUMEL.value], row[f.COLS.value], row[f.HEIGHT.value]
+    return numel // (cols * height), -(-height // HEIGHT.value), -(-cols // width)
+
+
+__all__ = ["Bucket", "Tensors", "bands", "hyper_row", "moment_formats", "pieces_of_programs", "programs", "refuse"]

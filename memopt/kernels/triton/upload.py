@@ -1,0 +1,40 @@
+"""Small tables that the host changes while the device goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now is recorded into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+class Uploaded:
+    """Numbers on a device; :meth:`set` sends them where they differ from the last ones, and waits for nothing."""
+
+    def __init__(self, dtype: torch.dtype, count: int, device: torch.device) -> None:
+        self.tensor = torch.zeros(count, dtype=dtype, device=device)
+        self.values: list[Any] | None = [0] * count
+
+    def set(self, values: list[Any]) -> None:
+        if values == self.values:
+            return
+        if capturing(self.tensor.device):
+            # A copy from the host would be read again whenever the graph runs, from memory that may be gone by then.
+            write_by_value(self.tensor, values)
+            self.values = None  # every replay writes these numbers, after whatever is sent meanwhile
+            return
+        staged = torch.tensor(values, dtype=self.tensor.dtype, pin_memory=self.tensor.device.type == "cuda")
+        self.tensor.copy_(staged, non_blocking=True)
+        self.values = values
+
+
+def write_by_value(tensor: Tensor, values: Sequence[Any]) -> None:
+    """Fill a vector with numbers that travel as arguments of the launch."""
+    tensor.zero_()
+    torch._foreach_add_(list(tensor.unbind()), list(values))
