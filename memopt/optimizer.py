@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memopt import amp, kernels
 from memopt.engines import ENGINES
 from memopt.engines.work import Work
 from memopt.geometry import Rows
 from memopt.gradients import POLICIES, check_gradient, non_finite
 from memopt.groups import check_group, named_groups
 from memopt.hyper import SpecError
-from memopt.kernels import plan
 from memopt.ledger import Ledger, Line, dtype_name
 from memopt.partitions import PARTITIONS
 from memopt.partitions.slab import check_slab
@@ -39,7 +39,12 @@ class Optimizer(torch.optim.Optimizer):
 
     ``nonfinite`` is the policy for NaN and Inf in gradients: ``"skip"`` leaves parameters, state and step counts as
     they were and counts the step in ``skipped_steps`` (a warning names the parameters the first time); ``"raise"``
-    raises FloatingPointError before anything changes; ``"propagate"`` does not look, as torch.optim.
+    raises FloatingPointError before anything changes; ``"propagate"`` does not look, as torch.optim. Where kernels run
+    beside the host (CUDA), a skipped step is counted when the next one begins or when ``skipped_steps`` or a state_dict
+    is asked for: until then ``state[p]["step"]`` has counted it.
+
+    ``capturable=True`` keeps ``step`` on the parameter's device, so that a step can be part of a CUDA graph; it needs
+    kernels that run there for every parameter.
     """
 
     def __init__(
@@ -50,6 +55,7 @@ class Optimizer(torch.optim.Optimizer):
         nonfinite: str = "skip",
         seed: int = 0,
         process_group: Any = None,
+        capturable: bool = False,
         **fields: Any,
     ) -> None:
         from memopt.pricing import spec_fields
@@ -59,10 +65,15 @@ class Optimizer(torch.optim.Optimizer):
             raise SpecError(f"nonfinite={nonfinite!r} is not allowed; it must be one of {', '.join(POLICIES)}")
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise SpecError(f"seed={seed!r} is not allowed; it must be an integer")
+        if not isinstance(capturable, bool):
+            raise SpecError(f"capturable={capturable!r} is not allowed; it must be True or False")
+        if capturable and spec.engine != "native":
+            raise SpecError(f"capturable=True is not allowed with engine={spec.engine!r}; the engine for it is native")
         self.spec = spec
         self.nonfinite = nonfinite
         self.seed = seed
-        self.skipped_steps = 0
+        self.capturable = capturable
+        self._skipped = 0
         self._configure(process_group)
         super().__init__(named_groups(params), spec.resolve())
         spec.check_overrides([name for name, _, _ in self._parameters()])
@@ -73,7 +84,8 @@ class Optimizer(torch.optim.Optimizer):
         self.engine.require()
         self.partition = PARTITIONS[self.spec.partition](process_group)  # type: ignore[call-arg]
         self.process_group = process_group
-        self._plan: plan.Plan | None = None
+        self._plan: kernels.Plan | None = None
+        self._captured: list[kernels.Plan] = []  # plans whose tables a CUDA graph reads
         self.release: Release | None = None
 
     # Parameters and groups -------------------------------------------------------------------------------------
@@ -106,7 +118,8 @@ class Optimizer(torch.optim.Optimizer):
                 self._allocate(name, p, group)
 
     def _lines(self, name: str, p: Tensor, group: Mapping[str, Any]) -> list[Line]:
-        return state_lines(self.spec, group, name, self._rows(p), str(p.device), dtype_name(p))
+        where = str(p.device)
+        return state_lines(self.spec, group, name, self._rows(p), where, dtype_name(p), self.capturable)
 
     def _allocate(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Zeroed state from the ledger's lines."""
@@ -114,7 +127,7 @@ class Optimizer(torch.optim.Optimizer):
         step, *lines = self._lines(name, p, group)
         placement = PLACEMENTS[self.spec.for_parameter(name)[1]]
         tensors = placement.allocate(lines, p.device)
-        self.state[p].update({step.key: torch.zeros((), dtype=torch.float32), **tensors})
+        self.state[p].update({step.key: torch.zeros((), dtype=torch.float32, device=step.location), **tensors})
         return self.state[p]
 
     def ledger(self) -> Ledger:
@@ -149,12 +162,16 @@ class Optimizer(torch.optim.Optimizer):
         ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
         gradients = [(name, self._local_gradient(name, p)) for _, name, p, _ in ready]
+        if self.capturable:
+            kernels.check_capturable(self, ready)
+        if amp.stopped_by_scaler(self, gradients):
+            return loss
         if self.nonfinite != "propagate":
             bad = self.partition.agree(non_finite(gradients), [p for _, _, p, _ in ready])
             if self._stopped_by(bad):
                 return loss
         works = self._step_some(ready, [g for _, g in gradients])
-        self._plan = plan.make(self, works)
+        self._plan = kernels.make_plan(self, works)
         if self.release is not None:
             self.release.finish()
         return loss
@@ -168,11 +185,6 @@ class Optimizer(torch.optim.Optimizer):
         self.partition.publish([p for _, _, p, _ in ready])
         return works
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler hands over its scale instead of unscaling: where gradients are released, to be refused."""
-        return self.release is not None
-
     def _local_gradient(self, name: str, p: Tensor) -> Tensor:
         """What is here of the gradient; of a replicated parameter the whole, whose NaN every rank must see."""
         g = check_gradient(name, p)
@@ -185,19 +197,42 @@ class Optimizer(torch.optim.Optimizer):
         mine = local(p, rows, g) if g is p.grad else g
         return Work(name, index, rows, local(p, rows, p), mine, state, int(state["step"]), group, groups)
 
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that did not happen because of NaN or Inf, or because torch.amp.GradScaler's scale was too large."""
+        self.settle()
+        return self._skipped + (self._plan.skipped_on_device() if self._plan is not None else 0)
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._skipped += count - self.skipped_steps
+
+    def settle(self) -> None:
+        """Take note of what became of the last step, where kernels run beside the host."""
+        if self._plan is not None:
+            self._plan.settle()
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether torch.amp.GradScaler hands over its scale instead of unscaling: to kernels that work beside the host,
+        and where gradients are released, to be refused."""
+        if self.release is not None:
+            return True
+        return self.nonfinite == "skip" and self._plan is not None and self._plan.takes_scale
+
     def _stopped_by(self, bad: list[str]) -> bool:
         if not bad:
             return False
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         if self.nonfinite == "raise":
             raise FloatingPointError(f"NaN or Inf in the gradient of {shown}; nothing was changed")
-        if not self.skipped_steps:
+        if not self._skipped:
             warnings.warn(
                 f"NaN or Inf in the gradient of {shown}: this step was skipped, parameters and state are as they "
                 "were. Later skips are only counted, in optimizer.skipped_steps.",
                 stacklevel=3,
             )
-        self.skipped_steps += 1
+        self._skipped += 1
         return True
 
     def release_gradients(self, model: torch.nn.Module, *, max_norm: float | None = None) -> Release:
@@ -217,6 +252,10 @@ class Optimizer(torch.optim.Optimizer):
 
         if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
             raise SpecError(f"max_norm={max_norm!r} is not allowed; it must be a number > 0, or None")
+        if self.capturable:
+            raise RuntimeError("capturable=True steps all parameters at once, in opt.step(), and released gradients step "
+                               "one by one inside backward(); use one of them")  # fmt: skip
+        self.settle()
         if self.release is not None:
             self.release.remove()
         self.release = Release(self, model, max_norm)
@@ -231,6 +270,7 @@ class Optimizer(torch.optim.Optimizer):
         from memopt.partitions import as_dtensors
 
         as_dtensors.refuse_helpers(self)
+        self.settle()
         packed = super().state_dict()
         return {
             **packed,
@@ -272,7 +312,9 @@ class Optimizer(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
-        ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "skipped_steps")}
+        self.settle()
+        ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "capturable")}
+        ours["_skipped"] = self.skipped_steps
         # pickle cannot carry torch's 8-bit floats: their bytes travel instead.
         state = {
             p: {k: t.view(torch.uint8) if t.is_floating_point() and t.itemsize == 1 else t for k, t in parts.items()}

@@ -14,15 +14,18 @@ from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS
 from memopt.spec import FIELDS, OptimSpec, parse
 
-#: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number in host memory.
+#: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number, in host memory unless the
+#: optimizer is capturable.
 STEP = TensorSpec("float32", ())
 
 
-def state_lines(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, device: str, dtype: str) -> list[Line]:
+def state_lines(
+    spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, device: str, dtype: str, capturable: bool = False
+) -> list[Line]:
     """The state of these rows of one parameter of this dtype, in the order in which it is allocated."""
     _, placement, _ = spec.for_parameter(name)
     where = PLACEMENTS[placement].location(device)
-    lines = [Line(name, "step", "", STEP.dtype, STEP.shape, STEP.nbytes, "cpu")]
+    lines = [Line(name, "step", "", STEP.dtype, STEP.shape, STEP.nbytes, device if capturable else "cpu")]
     for moment, part, tensor in ENGINES[spec.engine].layout(spec, h, name, rows):
         lines.append(Line(name, moment, part, tensor.dtype, tensor.shape, tensor.nbytes, where))
     for key, tensor in master_of(spec, dtype).layout(rows, dtype).items():
@@ -38,6 +41,7 @@ def price(
     rank: int = 0,
     device: str = "cpu",
     dtype: str = "bfloat16",
+    capturable: bool = False,
     **fields: Any,
 ) -> Ledger:
     """What the optimizer state will cost on one rank, before anything is allocated.
@@ -46,7 +50,8 @@ def price(
     shape, or an iterable of shapes or of ``(name, shape)`` pairs. Without ``world_size`` a model that is sharded
     already is priced as this rank holds it, and any other for one process. ``device`` is where the parameters will be,
     ``dtype`` what they are where only their shapes are given: it matters to a master alone, which is kept for
-    bfloat16 and float16. Other keywords are hyperparameters or fields of :class:`OptimSpec`.
+    bfloat16 and float16. ``capturable`` is the optimizer's: the number of steps is on the device then. Other keywords
+    are hyperparameters or fields of :class:`OptimSpec`.
 
     >>> price({"weight": (1024, 1024), "bias": (1024,)}, "adamw-8bit").nbytes
     2138120
@@ -68,7 +73,7 @@ def price(
     lines: list[Line] = []
     for name, tensor in parameters:
         rows = here[name] if name in here else partition.rows(tensor.shape, rank, size)
-        lines += state_lines(spec, h, name, rows, device, tensor.dtype)
+        lines += state_lines(spec, h, name, rows, device, tensor.dtype, capturable)
     return Ledger([*lines, *ENGINES[spec.engine].shared_lines(spec, lines)])
 
 

@@ -130,12 +130,9 @@ class Native(Engine):
     def slow_path(
         self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, world_size: int
     ) -> str | None:
-        from memopt.kernels import describe, library
+        from memopt import kernels
 
-        if library() is None:
-            return None  # then explain() names the plain path
-        reason = describe.refuse(spec, moment_formats(spec, h, name, rows), rows, p, p, world_size)
-        return f"the plain torch path: {reason}" if reason else None
+        return kernels.slow_path(spec, moment_formats(spec, h, name, rows), rows, p, world_size)
 
     def explain(self) -> str:
         from memopt import kernels

@@ -1,4 +1,5 @@
-"""Accelerated CPU steps: the rules of :mod:`memopt.rules` on the formats of :mod:`memopt.formats`, in C++.
+"""Accelerated steps: the rules of :mod:`memopt.rules` on the formats of :mod:`memopt.formats`, in C++ for the CPU, and
+in Triton (:mod:`memopt.kernels.triton`) for CUDA.
 
 The plain torch path is the definition and these are a faster execution of it. ``MEMOPT_KERNELS=off`` in the
 environment turns them off, ``MEMOPT_KERNELS=avx2`` or ``baseline`` chooses an instruction set. See ``docs/kernels.md``.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from memopt.kernels.loader import library, missing
 
@@ -16,21 +17,84 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.engines.work import Work
+    from memopt.geometry import Rows
+    from memopt.optimizer import Optimizer
     from memopt.spec import OptimSpec
 
-__all__ = ["library", "missing", "non_finite", "status", "step"]
+__all__ = [
+    "Plan", "check_capturable", "library", "make_plan", "missing", "non_finite", "slow_path", "status", "step",
+]  # fmt: skip
+
+
+class Plan(Protocol):
+    """A whole optimizer's step, prepared once and repeated while nothing but the gradients changes."""
+
+    #: Whether it takes torch.amp.GradScaler's ``grad_scale`` and ``found_inf``.
+    takes_scale: bool
+
+    def refresh(self, optimizer: Optimizer) -> bool: ...
+    def non_finite(self) -> list[str]: ...
+    def step(self, seed: int) -> None: ...
+    def settle(self) -> None: ...
+    def skipped_on_device(self) -> int: ...
+
+
+def make_plan(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
+    """A plan for these parameters, after they have stepped; None where not all of them can go one way."""
+    from memopt.kernels import plan, triton
+
+    return triton.make_plan(optimizer, works) or plan.make(optimizer, works)
 
 
 def status() -> str:
-    """One sentence: which code steps parameters on the CPU, and how to change that if it is the slow one."""
+    """One sentence: which code steps parameters, and how to change that if it is the slow one."""
+    import torch
+
+    from memopt.kernels import triton
+
     found = library()
     if found is None:
-        return f"the plain torch path, which is slower: {missing()}"
-    return f"fused C++ kernels for {found.isa}, from {found.path}"
+        text = f"the plain torch path, which is slower: {missing()}"
+    else:
+        text = f"fused C++ kernels for {found.isa}, from {found.path}"
+    return f"{text}; on CUDA {triton.status('cuda')}" if torch.cuda.is_available() else text
+
+
+def slow_path(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, world_size: int) -> str | None:
+    """Why the plain torch path steps this parameter where :func:`status` says that kernels do, or None."""
+    from memopt.kernels import describe, triton
+
+    if not p.is_cpu:
+        reason = triton.refuse(spec, moments, rows, p, world_size)
+    else:
+        reason = describe.refuse(spec, moments, rows, p, p, world_size) if library() else None
+    return f"the plain torch path: {reason}" if reason else None
+
+
+def check_capturable(optimizer: Optimizer, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]]) -> None:
+    """Raise RuntimeError where a step cannot go into a CUDA graph."""
+    from memopt.engines.native import moment_formats
+    from memopt.kernels import triton
+
+    for _, name, p, group in ready:
+        rows = optimizer._rows(p)
+        moments = moment_formats(optimizer.spec, group, name, rows)
+        reason = triton.refuse(optimizer.spec, moments, rows, p, optimizer.partition.world_size)
+        if reason:
+            raise RuntimeError(f"capturable=True needs kernels that run on the device, and for {name} {reason}")
+    if ready and triton.capturing(ready[0][2].device):
+        raise RuntimeError("a step that allocates state or meets new parameters cannot be captured; "
+                           "take a step or two before capturing")  # fmt: skip
 
 
 def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     """Step the parameters that the kernels can step; returns the others."""
+    from memopt.kernels import triton
+
+    return _step_on_cpu(spec, triton.step(spec, works, world_size, seed), world_size, seed)
+
+
+def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     import torch
 
     from memopt.engines.native import moment_formats

@@ -37,6 +37,8 @@ class Entry(NamedTuple):
 class Plan:
     """The descriptors of all parameters that had a gradient; made by :func:`make`."""
 
+    takes_scale = False
+
     def __init__(self, optimizer: Optimizer, entries: list[Entry], tensors: ctypes.Array[abi.TensorStep]) -> None:
         self.spec = optimizer.spec
         self.partition = optimizer.partition
@@ -102,6 +104,13 @@ class Plan:
         if found.handle.memopt_step(ctypes.byref(self.hyper), ctypes.byref(self.tensors), len(self.entries),
                                     seed & 0xFFFFFFFF, torch.get_num_threads(), found.index):  # fmt: skip
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
+
+
+    def settle(self) -> None:
+        """Nothing is left to be noted: the kernels are done when a step returns."""
+
+    def skipped_on_device(self) -> int:
+        return 0
 
 
 def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:

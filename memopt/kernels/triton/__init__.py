@@ -7,8 +7,20 @@ formats of :mod:`memopt.formats`; the plain torch path is the definition (``docs
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from memopt.engines.work import Work
+    from memopt.geometry import Rows
+    from memopt.kernels.triton.plan import Plan
+    from memopt.optimizer import Optimizer
+    from memopt.spec import OptimSpec
 
 #: Device types that Triton compiles for. Tests add "cpu", which its interpreter executes.
 DEVICES = {"cuda", "xpu"}
@@ -41,3 +53,43 @@ def status(device_type: str) -> str:
     """One sentence: which code steps parameters on a device of this type."""
     reason = missing(device_type)
     return f"the plain torch path: {reason}" if reason else f"fused Triton {version()} kernels, many tensors per launch"
+
+
+def serves(works: Sequence[Work]) -> bool:
+    """Whether any of these parameters is on a device that the kernels are for."""
+    return any(missing(work.p.device.type) is None for work in works)
+
+
+def refuse(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, world_size: int) -> str | None:
+    """Why this parameter is stepped by the plain torch path, or None."""
+    reason = missing(p.device.type)
+    if reason:
+        return reason
+    from memopt.kernels.triton import tables
+
+    return tables.refuse(spec, moments, rows, p, world_size)
+
+
+def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
+    """Step the parameters that the kernels can step; returns the others."""
+    if not serves(works):
+        return list(works)
+    from memopt.kernels.triton import plan
+
+    return plan.step(spec, works, world_size, seed)
+
+
+def make_plan(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
+    """A prepared step for all of these parameters, or None."""
+    if not serves(works):
+        return None
+    from memopt.kernels.triton import plan
+
+    return plan.make(optimizer, works)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched now is recorded into a CUDA graph."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -17,9 +17,9 @@ KINDS = {"32bit": FULL, "bf16": HALF, "8bit": BYTES, "fp8": FP8, "4bit": NIBBLES
 
 _FLT_MAX = tl.constexpr(blockwise.FLT_MAX)
 _LARGEST = tl.constexpr(fp8.LARGEST)
-_K0 = tl.constexpr(blockwise.correction(0))
-_K3 = tl.constexpr(blockwise.correction(3))
-_K4 = tl.constexpr(blockwise.correction(4))
+_BEND = tl.constexpr(blockwise.bend(0))
+_BELOW_ONE = tl.constexpr(blockwise.BELOW_ONE)
+_SIGN = tl.constexpr(-(2**31))
 
 
 @triton.jit
@@ -46,22 +46,14 @@ def largest(x):
 
 
 @triton.jit
-def rounded_shift(y, w, SHIFT: tl.constexpr, K: tl.constexpr):
-    """The bits of ``y`` >= 0 shifted right, the next code taken where u < h(f) = f (1 - k + f (3 k - 2 k f)).
-
-    F = f 2^SHIFT is a whole number, and both sides are taken times 2^32.
-    """
-    one: tl.constexpr = 2.0**SHIFT
-    b = bits(y)
-    f = (b & ((1 << SHIFT) - 1)).to(tl.float32)
-    if K == 0:
-        h = f * (2.0**32 / one)
-    else:
-        c0: tl.constexpr = (1 - K) * 2.0**32 / one
-        c1: tl.constexpr = 3 * K * 2.0**32 / one / one
-        c2: tl.constexpr = -2 * K * 2.0**32 / one / one / one
-        h = f * tl.fma(f, tl.fma(f, c2, c1), c0)
-    return (b >> SHIFT) + (uniform32(w) < h).to(tl.int32)
+def added(w, SHIFT: tl.constexpr, BENT: tl.constexpr):
+    """What is added to the bits of an fp32 number before SHIFT of them are cut off: 0 … 2^SHIFT - 1."""
+    if not BENT:
+        return (w >> (32 - SHIFT)).to(tl.int32)
+    scale: tl.constexpr = 2.0**SHIFT * _BELOW_ONE / 2.0**32
+    u = uniform32(w)
+    bent = tl.fma(u, tl.fma(u, 2 * _BEND * scale / 2.0**64, -3 * _BEND * scale / 2.0**32), (1 + _BEND) * scale)
+    return (u * bent).to(tl.int32)
 
 
 @triton.jit
@@ -73,14 +65,14 @@ def decode_signed(q, scale, LEVELS: tl.constexpr):
 
 @triton.jit
 def encode_signed(x, scale, w, LEVELS: tl.constexpr):
-    # An approximate root may give q - 1 where y is just above q²: then u (2 q - 1) < y - (q - 1)² for all but one u in
-    # some million, and q is chosen as it should be. The same on the other side.
+    """With v = 1 - u, q + 1 is chosen where y > q² + u (2 q + 1): where q + 1 <= sqrt(y - v + v²) + v.
+
+    Where there is no root y is under v, and q is 0. v is kept under 1, so that 0 stays 0.
+    """
+    v = tl.fma(uniform32(w), -(2.0**-32), 1 - 2.0**-24)
     y = tl.abs(x) * reciprocal(scale, LEVELS * LEVELS * 1.0)[:, None]
-    q = tl.sqrt(y).to(tl.int32)
-    f = q.to(tl.float32)
-    up = uniform32(w) * tl.fma(f, 2.0**-31, 2.0**-32) < tl.fma(-f, f, y)
-    q = tl.minimum(q + up.to(tl.int32), LEVELS)
-    return tl.where(bits(x) < 0, -q, q)
+    q = tl.minimum(tl.sqrt(tl.maximum(tl.fma(v, v, y - v), 0.0)) + v, LEVELS * 1.0)
+    return number(bits(q) | (bits(x) & _SIGN)).to(tl.int32)
 
 
 @triton.jit
@@ -91,10 +83,10 @@ def decode_unsigned(q, scale, TOP: tl.constexpr, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def encode_unsigned(x, scale, w, TOP: tl.constexpr, MANTISSA: tl.constexpr, K: tl.constexpr):
-    y = x * reciprocal(scale, 1.0)[:, None]
-    q = rounded_shift(y, w, 23 - MANTISSA, K) - ((127 << MANTISSA) - TOP)
-    return tl.where(x > 0, tl.minimum(tl.maximum(q, 1), TOP), 0)
+def encode_unsigned(x, scale, w, TOP: tl.constexpr, MANTISSA: tl.constexpr):
+    y = tl.minimum(x * reciprocal(scale, 1.0)[:, None], 1.0)
+    q = ((bits(y) + added(w, 23 - MANTISSA, MANTISSA == 0)) >> (23 - MANTISSA)) - ((127 << MANTISSA) - TOP)
+    return tl.maximum(q, tl.minimum(bits(x), 1))  # 0 for 0 alone
 
 
 @triton.jit
@@ -107,19 +99,18 @@ def decode_fp8(q, scale):
 
 @triton.jit
 def encode_fp8(x, scale, w, SIGNED: tl.constexpr):
-    y = tl.abs(x) * reciprocal(scale, _LARGEST)[:, None]
-    y = tl.where(y > _LARGEST, _LARGEST, y)
-    normal = rounded_shift(y, w, 20, 0.0 if SIGNED else _K3) - (120 << 3)
-    small = tl.fma(uniform32(w), 2.0**-32, y * 512.0).to(tl.int32)
+    y = tl.minimum(tl.abs(x) * reciprocal(scale, _LARGEST)[:, None], _LARGEST)
+    normal = ((bits(y) + added(w, 20, False)) >> 20) - (120 << 3)
+    small = tl.fma(y, 512.0, uniform32(w) * 2.0**-32).to(tl.int32)
     q = tl.where(y >= 2.0**-6, normal, small)
     if SIGNED:
         return q | ((bits(x) >> 24) & 0x80)
-    return tl.where(y > 0, tl.maximum(q, 1), 0)
+    return tl.maximum(q, tl.minimum(bits(y), 1))
 
 
 @triton.jit
 def pointer(address, TYPE: tl.constexpr, ALIGN: tl.constexpr):
-    """An address as a pointer, with what is known of its alignment: the hint is lost where it stands before the cast."""
+    """An address as a pointer, with what is known of its alignment: before the cast the hint would be lost."""
     return tl.multiple_of(address.to(tl.pointer_type(TYPE)), ALIGN)
 
 
@@ -167,7 +158,7 @@ def store_moment(
     else:
         scale = largest(x)
         if KIND == NIBBLES:
-            q = encode_signed(x, scale, w, 7) if SIGNED else encode_unsigned(x, scale, w, 15, 0, _K0)
+            q = encode_signed(x, scale, w, 7) if SIGNED else encode_unsigned(x, scale, w, 15, 0)
             low, high = tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2)))
             pair = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)
             tl.store(pointer(data, tl.uint8, ALIGN) + half_at, pair, mask=half_live)
@@ -179,6 +170,6 @@ def store_moment(
             q = encode_signed(x, scale, w, 127)
             tl.store(pointer(data, tl.int8, ALIGN) + at, q.to(tl.int8), mask=mask)
         else:
-            q = encode_unsigned(x, scale, w, 255, 4, _K4)
+            q = encode_unsigned(x, scale, w, 255, 4)
             tl.store(pointer(data, tl.uint8, ALIGN) + at, q.to(tl.uint8), mask=mask)
         tl.store(pointer(aux, tl.float32, 4) + block, scale, mask=live)

@@ -1,4 +1,4 @@
-"""Columns of the three small tables on the device that the kernels read. One row of the first and the last is a tensor."""
+"""Columns of the three small tables on the device that the kernels read; rows of the first and the last are tensors."""
 
 import triton.language as tl
 

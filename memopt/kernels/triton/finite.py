@@ -6,7 +6,7 @@ import triton.language as tl
 from memopt.kernels.triton.codes import pointer
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run", "last"])
 def finite_kernel(
     gradients,  # int64 [tensors]: addresses
     numels,  # int64 [tensors]

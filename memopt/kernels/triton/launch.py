@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.triton import codes, means, scalars, step, tables
+from memopt.kernels.triton import codes, elementwise, means, scalars, tables
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton.finite import finite_kernel
 from memopt.kernels.triton.rules import RENEWALS, STEPS
@@ -17,7 +17,6 @@ from memopt.kernels.triton.upload import Uploaded
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
     from memopt.spec import OptimSpec
 
 #: Additions and multiplications are fused where the source says so, as in the C++ kernels.
@@ -27,32 +26,25 @@ SPAN, FINITE_TILE = 256, 2048
 
 
 class Launcher:
-    """Tables on the device and launches for ``works``; ``run`` launches, and waits for nothing."""
+    """Tables on the device and launches for these tensors; ``run`` launches, and waits for nothing."""
 
     def __init__(
         self,
         spec: OptimSpec,
-        works: Sequence[Work],
-        moments: Sequence[tables.Moments],
-        seed: int,
-        groups: Sequence[dict[str, Any]],
-        counters: bool,  # whether state["step"] is on the device and counted there
+        made: Sequence[tables.Tensors],
+        device: torch.device,
+        groups: int,  # how many param groups there are
     ) -> None:
         self.spec = spec
-        self.device = works[0].p.device
+        self.device = device
         self.rule = scalars.NUMBER[spec.rule]
         self.launches: list[Callable[[Tensor], None]] = []
         self.workspace = 0  # fp32 numbers
-        numbers = {id(group): i for i, group in enumerate(groups)}
-        made = [
-            tables.Tensors(spec, work, held, seed, numbers[id(work.h)], work.state["step"].data_ptr() if counters else 0)
-            for work, held in zip(works, moments, strict=True)
-        ]
         self.buckets = [t.bucket for t in made]
         n = len(made)
         # Addresses and the steps' numbers are changed from the host; what the kernels say goes into the rest.
         self.gradients = Uploaded(torch.int64, n, self.device)
-        self.numbers = Uploaded(torch.float64, n + len(groups) * f.HYPER.value, self.device)
+        self.numbers = Uploaded(torch.float64, n + groups * f.HYPER.value, self.device)
         self.steps, self.hyper = self.numbers.tensor[:n], self.numbers.tensor[n:]
         self.scalars = torch.zeros(n * f.SCALARS.value, dtype=torch.float32, device=self.device)
         self.flags = torch.zeros(n + 2, dtype=torch.int32, device=self.device)
@@ -99,11 +91,11 @@ class Launcher:
         sums = torch.empty((offset, 2), dtype=torch.float64, device=self.device)
         if whole and planned:
             for _, map_, run, first, constants in planned:
-                self._launch(step.sums_kernel, len(map_), map_, run, sums[first:], **constants)
+                self._launch(elementwise.sums_kernel, len(map_), map_, run, sums[first:], **constants)
             self._launch_totals(sums, [i for i, t in enumerate(made) if t.row[f.SUMS.value]])
         for bucket, map_, run, _, constants in planned:
             v, m, x = bucket.slots
-            self._launch(step.step_kernel, len(map_), map_, run, RULE=STEPS[self.spec.rule], V=v, M=m, X=x,
+            self._launch(elementwise.step_kernel, len(map_), map_, run, RULE=STEPS[self.spec.rule], V=v, M=m, X=x,
                          X_SIGNED=bucket.x_signed, **constants)  # fmt: skip
 
     @staticmethod
@@ -172,7 +164,8 @@ class Launcher:
 
         def gather_means(slot: int) -> None:
             self.launches.append(lambda workspace: means.gather_kernel[(len(gather),)](
-                self.table, self.scalars, workspace, gather, SLOT=slot, WIDTH=bucket.width, SPAN=SPAN, **OPTIONS))  # fmt: skip
+                self.table, self.scalars, workspace, gather, SLOT=slot, WIDTH=bucket.width, SPAN=SPAN, **OPTIONS
+            ))  # fmt: skip
             find_mean(slot, True)
 
         find_mean(0, False)
@@ -186,7 +179,8 @@ class Launcher:
         if x:
             find_mean(2, False)
             self.launches.append(lambda workspace: means.residual_kernel[(len(map_),)](
-                self.table, self.gradients.tensor, self.scalars, mean, workspace, map_, G_TYPE=g_type, **size))  # fmt: skip
+                self.table, self.gradients.tensor, self.scalars, mean, workspace, map_, G_TYPE=g_type, **size
+            ))  # fmt: skip
             gather_means(2)
         self._launch(means.apply_kernel, len(map_), mean, map_, RULE=STEPS[rule], P_TYPE=p_type, G_TYPE=g_type,
                      M=m, X=x, INVERSE=clipped, M_WRITTEN=x, **size)  # fmt: skip
@@ -204,12 +198,12 @@ class Launcher:
             run = tables.pieces_of_programs(sum(pieces), 1, FINITE_TILE)
             map_ = self._on_device(tables.programs(members, pieces, run))
             if len(map_):
-                looks.append(self._look(numels, map_, run, dtype, align, len(made)))
+                looks.append(self._make_look(numels, map_, run, dtype, align))
         return looks
 
-    def _look(self, numels: Tensor, map_: Tensor, run: int, dtype: torch.dtype, align: int, n: int) -> Callable[[], None]:
+    def _make_look(self, numels: Tensor, map_: Tensor, run: int, dtype: torch.dtype, align: int) -> Callable[[], None]:
         return lambda: finite_kernel[(len(map_),)](
-            self.gradients.tensor, numels, map_, run, self.flags, n,
+            self.gradients.tensor, numels, map_, run, self.flags, len(self.buckets),
             G_TYPE=tables.TYPES[dtype], TILE=FINITE_TILE, ALIGN=align, num_warps=4, **OPTIONS,
         )  # fmt: skip
 

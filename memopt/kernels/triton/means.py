@@ -11,7 +11,7 @@ import triton.language as tl
 from memopt.formats.factored import TINY
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton.codes import pointer
-from memopt.kernels.triton.step import load_scalars
+from memopt.kernels.triton.elementwise import load_scalars
 
 #: Rows of one band.
 HEIGHT = tl.constexpr(256)

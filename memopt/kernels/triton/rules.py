@@ -2,9 +2,9 @@
 
     rule(p, g, v, m, x, c, M, X, FACTORED, PRECISE) -> p, v, m, x
 
-v is the second moment, m the signed moment, x what else there is (the largest second moment, CAME's residual, RMSprop's
-centre); M and X say whether the rule keeps them. c are the numbers of this step (``fields.py``). FACTORED: v is what the
-new means say, so it is not updated here; Adafactor and CAME then take 1 / sqrt(v), and of x likewise.
+v is the second moment, m the signed moment, x what else there is (the largest second moment, CAME's residual,
+RMSprop's centre); M and X say whether the rule keeps them. c are the numbers of this step (``fields.py``). FACTORED: v
+is what the new means say, so it is not updated here; Adafactor and CAME then take 1 / sqrt(v), and of x likewise.
 """
 
 from typing import Any
@@ -61,7 +61,6 @@ def adam(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.conste
 
 @triton.jit
 def adamw(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
-    p = p * c[f.DECAY]
     m = lerp(m, g, c, f.FIRST)
     if not FACTORED:
         v = second_moment(v, g, c)
@@ -70,7 +69,7 @@ def adamw(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.const
         x = tl.where((v > x) | (v != v), v, x)
         denominator = x
     denominator = tl.fma(root(denominator, PRECISE), c[f.INVERSE_BIAS], c[f.EPS])
-    return p + over(m * c[f.RATE], denominator, PRECISE), v, m, x
+    return tl.fma(p, c[f.DECAY], over(m * c[f.RATE], denominator, PRECISE)), v, m, x
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def radam_factor(t, beta2):
     return tl.where(rho <= 5.0, -1.0, tl.sqrt(tl.where(rho <= 5.0, 1.0, square)))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["last"])
 def prepare_kernel(
     table,  # int64 [tensors, FIELDS]
     hyper,  # fp64 [groups, HYPER]
@@ -118,7 +118,7 @@ def prepare_kernel(
         scale = -lr / (1.0 - power(beta1, t))
         put(to, f.PLAIN, factor < 0)
         put(to, f.RATE, tl.where(factor < 0, scale, scale * factor * tl.sqrt(1.0 - power(beta2, t))))
-    elif RULE == SGD or RULE == RMSPROP:
+    elif RULE == SGD or RULE == RMSPROP:  # noqa: SIM109
         momentum = tl.load(h + f.MOMENTUM)
         put(to, f.MU, momentum)
         put(to, f.KEPT, tl.where(t == 1.0, 0.0, momentum))

@@ -70,7 +70,7 @@ def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, world_size:
     held = {fmt.name for _, fmt, _ in moments}
     if spec.rule not in NUMBER or held - {*KINDS, "factored"} or any(m.name not in abi.SLOT for m, _, _ in moments):
         return f"there is no kernel for {spec.rule} in {spec.format}"
-    if spec.master != "none":
+    if p.dtype is not torch.float32 and spec.master != "none":
         return f"there is no Triton kernel for +{spec.master}"
     if world_size > 1 and (not RULES[spec.rule].element_wise or "factored" in held):
         return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched now is recorded into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+from memopt.kernels.triton import capturing
 
 
 class Uploaded:

@@ -69,7 +69,7 @@ def place(geometry, block, WIDTH: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.co
     return row, column, at, mask, half_at, half_live, live
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run"])
 def step_kernel(
     table,  # int64 [tensors, FIELDS]
     gradients,  # int64 [tensors]: addresses
@@ -148,7 +148,7 @@ def step_kernel(
             store_moment(x_data, x_aux, at, half_at, block, live, half_live, mask, x, w, KIND, X_SIGNED, ALIGN)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["run"])
 def sums_kernel(
     table,  # int64 [tensors, FIELDS]
     gradients,  # int64 [tensors]: addresses

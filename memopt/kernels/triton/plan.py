@@ -1,0 +1,271 @@
+"""A whole optimizer's step on one device, prepared once: tables stay on the device, and a step sends what changed.
+
+As ``memopt/kernels/plan.py`` for the CPU. Nothing here waits for the device, with one exception: ``nonfinite="raise"``
+must know before it goes on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt.engines.native import moment_formats
+from memopt.kernels import describe
+from memopt.kernels.triton import capturing, tables
+from memopt.kernels.triton import fields as f
+from memopt.kernels.triton.launch import Launcher
+from memopt.kernels.triton.upload import Uploaded
+
+if TYPE_CHECKING:
+    from memopt.engines.work import Work
+    from memopt.optimizer import Optimizer
+    from memopt.spec import OptimSpec
+
+
+class Entry(NamedTuple):
+    name: str
+    p: Tensor
+    state: dict[str, Tensor]
+    shape: torch.Size
+    grad_dtype: torch.dtype
+    address: int
+    addresses: list[int]  # of the state
+    aligned: bool  # whether the kernels count on the gradient's alignment
+
+
+class Plan:
+    """The tables of all parameters that had a gradient; made by :func:`make`."""
+
+    takes_scale = True
+
+    def __init__(self, optimizer: Optimizer, entries: list[Entry], launcher: Launcher) -> None:
+        self.optimizer = optimizer
+        self.spec, self.partition, self.seed = optimizer.spec, optimizer.partition, optimizer.seed
+        self.capturable = optimizer.capturable
+        self.groups = list(optimizer.param_groups)
+        self.flags = [describe.flags(self.spec, group) for group in self.groups]
+        self.all = [p for group in self.groups for p in group["params"]]
+        self.entries, self.launcher = entries, launcher
+        self.parameters = [entry.p for entry in entries]
+        stepped = set(map(id, self.parameters))
+        self.idle = [p for p in self.all if id(p) not in stepped]
+        self.counters = [entry.state["step"] for entry in entries]
+        self.pending: tuple[Tensor, Any] | None = None  # flags on their way to the host, and when they are there
+        self.kept: list[Uploaded] = []  # tables that CUDA graphs read
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+        self.steps = [0.0] * len(entries)
+
+    # Before a step ---------------------------------------------------------------------------------------------
+
+    def refresh(self, optimizer: Optimizer) -> bool:
+        """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
+        recording = capturing(self.launcher.device)
+        if recording and not self.capturable:
+            raise RuntimeError("a step inside a CUDA graph counts on the device: memopt.create(..., capturable=True)")
+        self.settle()
+        if not self._same(optimizer):
+            return False
+        addresses = []
+        all_state = optimizer.state
+        for entry in self.entries:
+            g = entry.p.grad
+            if (
+                type(g) is not Tensor
+                or g.layout is not torch.strided
+                or g.dtype is not entry.grad_dtype
+                or not g.is_contiguous()
+                or entry.p.data_ptr() != entry.address
+                or entry.p.shape != entry.shape
+                or not entry.p.is_contiguous()
+                or all_state.get(entry.p) is not entry.state
+                or [t.data_ptr() for t in entry.state.values()] != entry.addresses
+            ):
+                return False
+            address = g.data_ptr()
+            if entry.aligned and address % tables.VECTOR:
+                return False
+            addresses.append(address)
+        launcher = self.launcher
+        if recording:
+            # The graph reads these addresses whenever it runs: no other step may change them.
+            launcher.gradients = Uploaded(torch.int64, len(addresses), launcher.device)
+            self.kept.append(launcher.gradients)
+            if self not in optimizer._captured:
+                optimizer._captured.append(self)
+        launcher.gradients.set(addresses)
+        if not self.capturable:
+            self.steps = (torch.stack(self.counters) + 1).tolist() if self.counters else []
+        numbers = list(self.steps)
+        for group in self.groups:
+            numbers += tables.hyper_row(self.spec, group)
+        self.launcher.numbers.set(numbers)
+        for i, group in enumerate(self.groups):
+            if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+                self.launcher.hyper[i * f.HYPER.value + f.LR.value].copy_(group["lr"])
+        self.found_inf = getattr(optimizer, "found_inf", None)
+        self.grad_scale = getattr(optimizer, "grad_scale", None)
+        return True
+
+    def _same(self, optimizer: Optimizer) -> bool:
+        groups = optimizer.param_groups
+        same = optimizer.spec is self.spec and optimizer.partition is self.partition and optimizer.seed == self.seed
+        if not same or len(groups) != len(self.groups):
+            return False
+        now = [p for group in groups for p in group["params"]]
+        if len(now) != len(self.all) or any(a is not b for a, b in zip(now, self.all, strict=True)):
+            return False
+        if any(p.grad is not None for p in self.idle):
+            return False
+        return all(
+            group is mine and describe.flags(self.spec, group) == flags
+            for group, mine, flags in zip(groups, self.groups, self.flags, strict=True)
+        )
+
+    def non_finite(self) -> list[str]:
+        """Look at the gradients on the device. The kernels heed what they find themselves; only ``"raise"`` waits."""
+        self.launcher.flags.zero_()
+        self.launcher.look()
+        return self._names(self.launcher.flags) if self.optimizer.nonfinite == "raise" else []
+
+    def _names(self, flags: Tensor) -> list[str]:
+        found = flags.tolist()
+        return [entry.name for entry, bad in zip(self.entries, found, strict=False) if bad] if found[-2] else []
+
+    # The step --------------------------------------------------------------------------------------------------
+
+    def step(self, seed: int) -> None:
+        """Step all parameters, unless the kernels find that this step does not happen."""
+        if self.optimizer.nonfinite == "propagate":
+            self.launcher.flags.zero_()
+        scaled = [None if x is None else x.reshape(1).float() for x in (self.found_inf, self.grad_scale)]
+        self.launcher.run(*scaled)
+        if not self.capturable:
+            torch._foreach_add_(self.counters, 1)
+            if self.optimizer.nonfinite == "skip" or self.found_inf is not None:
+                self._send_flags()
+
+    def _send_flags(self) -> None:
+        """Send what became of this step to the host; :meth:`settle` reads it, by then it has arrived."""
+        flags = self.launcher.flags
+        if flags.device.type != "cuda":
+            self.pending = flags.clone(), None
+            return
+        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+        host.copy_(flags, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self.pending = host, arrived
+
+    def settle(self) -> None:
+        """Where the last step did not happen, count it so: called before anybody looks at the numbers of steps."""
+        if self.pending is None:
+            return
+        flags, arrived = self.pending
+        self.pending = None
+        if arrived is not None:
+            arrived.synchronize()
+        if int(flags[-1]):
+            torch._foreach_sub_(self.counters, 1)
+            names = self._names(flags)
+            if names:
+                self.optimizer._stopped_by(names)
+            else:
+                self.optimizer._skipped += 1  # torch.amp.GradScaler looks for a scale that is not too large
+
+    def skipped_on_device(self) -> int:
+        """Steps that the kernels left out, where the host does not count them; waits for the device."""
+        return int(self.launcher.skipped) if self.capturable else 0
+
+
+def refuse_work(spec: OptimSpec, work: Work, moments: tables.Moments, world_size: int) -> str | None:
+    """Why the kernels cannot take this parameter, this gradient and this state as they lie, or None."""
+    reason = tables.refuse(spec, moments, work.rows, work.p, world_size)
+    if reason:
+        return reason
+    if work.g.dtype not in tables.TYPES or not work.g.is_contiguous() or work.g.device != work.p.device:
+        return "its gradient is not contiguous, or of another device or dtype"
+    held = [t for key, t in work.state.items() if key != "step"]
+    if not all(t.is_contiguous() and t.device == work.p.device for t in held):
+        return "its state is not contiguous on its device"
+    return None
+
+
+def describe_all(
+    spec: OptimSpec, pairs: Sequence[tuple[Work, tables.Moments]], seed: int, groups: Sequence[Any], counters: bool
+) -> list[tables.Tensors]:
+    """``counters``: whether ``state["step"]`` is on the device and counted there."""
+    numbers = {id(group): i for i, group in enumerate(groups)}
+    return [
+        tables.Tensors(spec, work, held, seed, numbers[id(work.h)], work.state["step"].data_ptr() if counters else 0)
+        for work, held in pairs
+    ]
+
+
+#: Launchers of steps without a plan, where the same tensors are met again: parameters of a sharded model, or those
+#: that step one by one inside ``backward()``. The key is all that a launcher is made from.
+_LAUNCHERS: OrderedDict[Any, Launcher] = OrderedDict()
+_KEPT = 4096
+
+
+def launcher_for(spec: OptimSpec, made: Sequence[tables.Tensors], device: torch.device, groups: int) -> Launcher:
+    key = spec.rule, device, groups, tuple((t.bucket, *t.row) for t in made)
+    found = _LAUNCHERS.pop(key, None) or Launcher(spec, made, device, groups)
+    _LAUNCHERS[key] = found
+    if len(_LAUNCHERS) > _KEPT:
+        _LAUNCHERS.popitem(last=False)
+    return found
+
+
+def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
+    """Step the parameters that the kernels can step, without a plan; returns the others."""
+    left: list[Work] = []
+    mine: dict[torch.device, list[tuple[Work, tables.Moments]]] = {}
+    for work in works:
+        moments = moment_formats(spec, work.h, work.name, work.rows)
+        if refuse_work(spec, work, moments, world_size):
+            left.append(work)
+        else:
+            mine.setdefault(work.p.device, []).append((work, moments))
+    for device, pairs in mine.items():
+        chosen = [work for work, _ in pairs]
+        groups: list[Any] = []
+        for work in chosen:
+            if not any(work.h is group for group in groups):
+                groups.append(work.h)
+        launcher = launcher_for(spec, describe_all(spec, pairs, seed, groups, False), device, len(groups))
+        launcher.gradients.set([work.g.data_ptr() for work in chosen])
+        numbers = [float(work.step) for work in chosen]
+        for group in groups:
+            numbers += tables.hyper_row(spec, {**group, "lr": None if group["lr"] is None else float(group["lr"])})
+        launcher.numbers.set(numbers)
+        launcher.run()
+    return left
+
+
+def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
+    """A plan for these parameters, after they have stepped; None where not all of them can go this way."""
+    spec, partition = optimizer.spec, optimizer.partition
+    one = len({work.p.device for work in works}) == 1
+    if spec.engine != "native" or partition.world_size > 1 or not one:  # sharded gradients are agreed on by the ranks
+        return None
+    originals = {i: p for i, (_, p, _) in enumerate(optimizer._parameters())}
+    moments = [moment_formats(spec, work.h, work.name, work.rows) for work in works]
+    for work, held in zip(works, moments, strict=True):
+        placed = spec.for_parameter(work.name)[1] in ("device", "paged")
+        counted = optimizer.capturable or work.state["step"].device.type == "cpu"
+        if not placed or not counted or work.p is not originals[work.index] or refuse_work(spec, work, held, 1):
+            return None
+    groups = optimizer.param_groups
+    made = describe_all(spec, list(zip(works, moments, strict=True)), optimizer.seed, groups, optimizer.capturable)
+    launcher = Launcher(spec, made, works[0].p.device, len(groups))
+    entries = []
+    for work, bucket in zip(works, launcher.buckets, strict=True):
+        p, addresses = work.p, [t.data_ptr() for t in work.state.values()]
+        entries.append(Entry(work.name, p, work.state, p.shape, work.g.dtype, p.data_ptr(), addresses,
+                             bucket.align > 1))  # fmt: skip
+    return Plan(optimizer, entries, launcher)
