@@ -76,6 +76,8 @@ def check_capturable(optimizer: Optimizer, ready: Sequence[tuple[int, str, Tenso
     from memopt.engines.native import moment_formats
     from memopt.kernels import triton
 
+    if optimizer.partition.world_size > 1:
+        raise RuntimeError("capturable=True is for state that is not sharded: ranks agree on a step on the host")
     for _, name, p, group in ready:
         rows = optimizer._rows(p)
         moments = moment_formats(optimizer.spec, group, name, rows)

@@ -5,6 +5,8 @@ A tile is ``[blocks, WIDTH]``: blocks of the format, each within one row. Formul
 is approximate, a rounding tie may fall otherwise (``docs/kernels.md``).
 """
 
+import os
+
 import triton
 import triton.language as tl
 
@@ -20,6 +22,8 @@ _LARGEST = tl.constexpr(fp8.LARGEST)
 _BEND = tl.constexpr(blockwise.bend(0))
 _BELOW_ONE = tl.constexpr(blockwise.BELOW_ONE)
 _SIGN = tl.constexpr(-(2**31))
+#: Triton's interpreter cuts off where it should round to bf16.
+_CUTS = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
@@ -30,6 +34,16 @@ def bits(x):
 @triton.jit
 def number(b):
     return b.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """fp32 to a parameter's dtype, to nearest even."""
+    if _CUTS and tl.bfloat16 == TYPE:
+        b = bits(x)
+        b = b + 0x7FFF + ((b >> 16) & 1)
+        x = tl.where(x == x, number(b & -65536), x)
+    return x.to(TYPE)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.codes import FULL, NIBBLES, load_moment, pointer, store_moment
+from memopt.kernels.triton.codes import FULL, NIBBLES, load_moment, pointer, rounded, store_moment
 from memopt.kernels.triton.noise import words
 from memopt.kernels.triton.rules import raw_update
 
@@ -125,7 +125,7 @@ def step_kernel(
         if X:
             x = load_moment(x_data, x_aux, at, half_at, block, live, half_live, mask, KIND, X_SIGNED, ALIGN)
         p, v, m, x = RULE(p, g, v, m, x, c, M, X, False, PRECISE)
-        tl.store(p_at + at, p.to(P_TYPE), mask=mask)
+        tl.store(p_at + at, rounded(p, P_TYPE), mask=mask)
         w = block
         row += first_row
         if V:

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from memopt.formats.factored import TINY
 from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.codes import pointer
+from memopt.kernels.triton.codes import pointer, rounded
 from memopt.kernels.triton.elementwise import load_scalars
 
 #: Rows of one band.
@@ -267,6 +267,6 @@ def apply_kernel(
         if X:
             x = inverse_root(rows_of(x_rows, x_mean, r, live))[:, None] * x_col[None, :]
         p, _same, m, _written = RULE(p, g, row[:, None] * col[None, :], m, x, c, M, X, True, True)
-        tl.store(p_at + at, p.to(P_TYPE), mask=mask)
+        tl.store(p_at + at, rounded(p, P_TYPE), mask=mask)
         if M and not M_WRITTEN:
             tl.store(m_at + at, m, mask=mask)
