@@ -253,7 +253,7 @@ class Optimizer(torch.optim.Optimizer):
         if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
             raise SpecError(f"max_norm={max_norm!r} is not allowed; it must be a number > 0, or None")
         if self.capturable:
-            raise RuntimeError("capturable=True steps all parameters at once, in opt.step(), and released gradients step "
+            raise RuntimeError("capturable=True steps all parameters at once, in opt.step(); released gradients step "
                                "one by one inside backward(); use one of them")  # fmt: skip
         self.settle()
         if self.release is not None:

@@ -136,7 +136,7 @@ def test_the_bits_do_not_depend_on_how_tensors_are_grouped(rule, on) -> None:
     """Alone or among others, the same bits: sums have an order of their own."""
     on(True)
     shapes = [(17, 300), (4500,)]
-    together, states, _ = run(rule, VARIANTS[rule][0], on, 2, shapes, plain_steps=0)
+    together, _, _ = run(rule, VARIANTS[rule][0], on, 2, shapes, plain_steps=0)
     for i, shape in enumerate(shapes):
         torch.manual_seed(0)
         params = parameters(shapes)

@@ -105,6 +105,7 @@ def spec_json(spec: OptimSpec) -> dict[str, Any]:
 def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
     """Everything about the optimizer that is not a tensor."""
     check_rows(optimizer)
+    optimizer.settle()
     parameters = {}
     for name, p, group in optimizer._parameters():
         entry: dict[str, Any] = {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}

@@ -27,11 +27,12 @@ Groups = list[dict[str, Any]]
 
 def slots(optimizer: Optimizer, spec: OptimSpec, hypers: Groups, partition: Partition) -> Iterator[tuple[Tensor, Slot]]:
     """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups'."""
+    optimizer.settle()
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
     for index, (name, p, group) in enumerate(optimizer._parameters()):
         rows, total = partition.held(p), partition.total_of(p)
         yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, total,
-                      dtype_name(p), partition.local(p, rows, p.detach()))  # fmt: skip
+                      dtype_name(p), partition.local(p, rows, p.detach()), optimizer.capturable)  # fmt: skip
 
 
 @torch.no_grad()

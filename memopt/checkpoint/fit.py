@@ -39,6 +39,7 @@ class Slot(NamedTuple):
     total: Callable[[Tensor], Tensor]
     dtype: str
     parameter: Tensor | None = None  # these rows of it, where it is at hand
+    capturable: bool = False  # the optimizer's: its number of steps is on the device
 
     @property
     def shape(self) -> Shape:
@@ -46,9 +47,11 @@ class Slot(NamedTuple):
 
     def allocate(self) -> dict[str, Tensor]:
         """Zeroed state where the placement says."""
-        step, *lines = state_lines(self.spec, self.h, self.name, self.rows, str(self.device), self.dtype)
+        where = str(self.device)
+        step, *lines = state_lines(self.spec, self.h, self.name, self.rows, where, self.dtype, self.capturable)
         placement = PLACEMENTS[self.spec.for_parameter(self.name)[1]]
-        return {step.key: torch.zeros((), dtype=torch.float32), **placement.allocate(lines, self.device)}
+        counter = torch.zeros((), dtype=torch.float32, device=step.location)
+        return {step.key: counter, **placement.allocate(lines, self.device)}
 
     def targets(self, state: Mapping[str, Tensor], step: int) -> dict[str, Target]:
         """The parts of each moment within ``state``."""

@@ -69,6 +69,7 @@ def findings() -> Iterator[Finding]:
     yield temporary_files()
     yield compiler()
     yield kernels()
+    yield gpu_kernels()
 
 
 def python() -> Finding:
@@ -161,4 +162,12 @@ def kernels() -> Finding:
         return Finding("CPU kernels", NOTE, "unknown without torch")
     from memopt import kernels as cpu
 
-    return Finding("CPU kernels", OK if cpu.library() else NOTE, cpu.status())
+    return Finding("CPU kernels", OK if cpu.library() else NOTE, cpu.on_cpu())
+
+
+def gpu_kernels() -> Finding:
+    """Whether a step on CUDA would run in Triton kernels; they are compiled at the first step."""
+    from memopt.kernels import triton
+
+    reason = triton.missing("cuda")
+    return Finding("GPU kernels", NOTE if reason else OK, triton.status("cuda"))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 __all__ = [
-    "Plan", "check_capturable", "library", "make_plan", "missing", "non_finite", "slow_path", "status", "step",
+    "Plan", "check_capturable", "library", "make_plan", "missing", "non_finite", "on_cpu", "slow_path", "status", "step",
 ]  # fmt: skip
 
 
@@ -46,18 +46,21 @@ def make_plan(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     return triton.make_plan(optimizer, works) or plan.make(optimizer, works)
 
 
+def on_cpu() -> str:
+    """One sentence: which code steps parameters on the CPU, and how to change that if it is the slow one."""
+    found = library()
+    if found is None:
+        return f"the plain torch path, which is slower: {missing()}"
+    return f"fused C++ kernels for {found.isa}, from {found.path}"
+
+
 def status() -> str:
-    """One sentence: which code steps parameters, and how to change that if it is the slow one."""
+    """One sentence: which code steps parameters here."""
     import torch
 
     from memopt.kernels import triton
 
-    found = library()
-    if found is None:
-        text = f"the plain torch path, which is slower: {missing()}"
-    else:
-        text = f"fused C++ kernels for {found.isa}, from {found.path}"
-    return f"{text}; on CUDA {triton.status('cuda')}" if torch.cuda.is_available() else text
+    return f"{on_cpu()}; on CUDA {triton.status('cuda')}" if torch.cuda.is_available() else on_cpu()
 
 
 def slow_path(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, world_size: int) -> str | None:

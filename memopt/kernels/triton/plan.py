@@ -263,6 +263,8 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     groups = optimizer.param_groups
     made = describe_all(spec, list(zip(works, moments, strict=True)), optimizer.seed, groups, optimizer.capturable)
     launcher = Launcher(spec, made, works[0].p.device, len(groups))
+    if isinstance(optimizer._plan, Plan) and optimizer._plan.launcher.device == launcher.device:
+        launcher.skipped = optimizer._plan.launcher.skipped
     entries = []
     for work, bucket in zip(works, launcher.buckets, strict=True):
         p, addresses = work.p, [t.data_ptr() for t in work.state.values()]
