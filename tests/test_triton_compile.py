@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for GPUs that need not be here, down to machine code: what the interpreter cannot show."""
+"""The Triton kernels compiled for GPUs that need not be here: what the interpreter cannot show."""
 
 from __future__ import annotations
 

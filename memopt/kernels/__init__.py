@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 __all__ = [
-    "Plan", "check_capturable", "library", "make_plan", "missing", "non_finite", "on_cpu", "slow_path", "status", "step",
+    "Plan", "check_capturable", "library", "make_plan", "missing", "non_finite", "on_cpu", "slow_path", "status",
+    "step",
 ]  # fmt: skip
 
 
