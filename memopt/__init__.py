@@ -19,6 +19,7 @@ _PUBLIC = {
     "SpecError": "memopt.hyper",
     "clip_grad_norm_": "memopt.clipping",
     "clip_grad_value_": "memopt.clipping",
+    "balance": "memopt.worlds",
     "create": "memopt.optimizer",
     "describe": "memopt.grouping",
     "fit": "memopt.budget",
@@ -42,6 +43,7 @@ __all__ = [
     "OptimSpec",
     "Optimizer",
     "SpecError",
+    "balance",
     "clip_grad_norm_",
     "clip_grad_value_",
     "create",
@@ -76,6 +78,7 @@ if TYPE_CHECKING:
     from memopt.recipes import recipe
     from memopt.schedules import schedule
     from memopt.spec import OptimSpec, lookahead, parse, specs
+    from memopt.worlds import balance
 
 
 def __getattr__(name: str) -> Any:

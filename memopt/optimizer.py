@@ -181,8 +181,11 @@ class Optimizer(torch.optim.Optimizer):
     ) -> list[Work]:
         """Step these ``(place among all, name, parameter, group)`` with what is here of their gradients."""
         works = [self._work(*entry, g) for entry, g in zip(ready, gradients, strict=True)]
-        self.engine.step(self.spec, works, self.partition, self.seed)
-        self.partition.publish([p for _, _, p, _ in ready])
+        parameters = [p for _, _, p, _ in ready]
+        for first, stop in self.partition.buckets(parameters):  # one travels while the next is stepped
+            self.engine.step(self.spec, works[first:stop], self.partition, self.seed)
+            self.partition.publish(parameters[first:stop])
+        self.partition.finish()
         return works
 
     def _local_gradient(self, name: str, p: Tensor) -> Tensor:

@@ -79,9 +79,15 @@ class Partition(ABC):
         """Names of parameters with a bad gradient, empty only if they are on every rank."""
         return bad
 
-    @abstractmethod
-    def publish(self, parameters: Iterable[Tensor]) -> None:
-        """Bring every rank's updated rows of these parameters to all ranks."""
+    def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+        """Ranges of the parameters that are stepped and published one after the other."""
+        return [(0, len(parameters))]
+
+    def publish(self, parameters: Sequence[Tensor]) -> None:  # noqa: B027  # most have nothing to do
+        """Begin to bring every rank's updated rows of these parameters, one of :meth:`buckets`, to all ranks."""
+
+    def finish(self) -> None:  # noqa: B027
+        """Wait until all that was published is there."""
 
 
 def sum_over(x: Tensor, groups: Groups) -> Tensor:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, final
+from typing import final
 
 from memopt.geometry import Rows, Shape
 from memopt.partitions.base import Partition
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @final
@@ -28,6 +24,3 @@ class Replicated(Partition):
     @staticmethod
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
         return Rows.whole(shape)
-
-    def publish(self, parameters: Iterable[Tensor]) -> None:
-        pass

@@ -89,6 +89,3 @@ class Sharded(Partition):
         found = torch.tensor([float(bool(bad))], device=parameters[0].device)
         anywhere = bool(self.total(found).item())  # every rank must take part, whatever it found
         return bad or ["a parameter on another rank"] * anywhere
-
-    def publish(self, parameters: Iterable[Tensor]) -> None:
-        pass
