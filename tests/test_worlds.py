@@ -95,8 +95,9 @@ def test_the_plan_of_zero1_in_a_fake_world(fake_world, monkeypatch, rank):
     assert len(received) == planned.buckets > 3
 
 
-@pytest.mark.parametrize("rank", [0, 15])
-def test_the_plan_of_zero3_in_a_fake_world(fake_world, rank):
+def test_the_plan_of_zero3_in_a_fake_world(fake_world):
+    """One rank only: DeviceMesh remembers the first that it sees in a process."""
+    rank = 15
     fake_world(rank, 16)
     model = memopt.shard(uneven_model(), "adamw-8bit/zero3")
     opt = memopt.create(model, "adamw-8bit/zero3")
