@@ -10,6 +10,7 @@ import memopt
 from memopt import kernels
 from memopt.kernels import abi
 from memopt.kernels.loader import Missing
+from memopt.masters import MASTERS
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
 
@@ -97,6 +98,67 @@ def assert_close(ours: Tensor, theirs: Tensor, slack: float, ties: int, what: st
     off = (ours - theirs).abs() > TOLERANCE * scale + slack * theirs.abs()
     worst = (ours - theirs).abs().max()
     assert int(off.sum()) <= ties, f"{what}: {int(off.sum())} of {off.numel()} differ, at most {worst}"
+
+
+MASTERED = [
+    (f"{rule}+{master}", hyper)
+    for master in MASTERS
+    if master != "none"
+    for rule, hyper in (("adamw", {}), ("adamw-8bit", {}), ("sgd", {}), ("lion-4bit", {}), ("adafactor", {}),
+                        ("rmsprop-bf16", {"weight_decay": 0.1}), ("came-8bit", {}))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("spec", "hyper"), MASTERED, ids=str)
+def test_masters_agree_with_the_plain_path(spec, hyper, dtype, plain) -> None:
+    """The value that weight and master stand for is as close as fp32 parameters are; and as precise as it is kept."""
+    ours, our_states = stepped(spec, hyper, SHAPES, dtype)
+    theirs, their_states = plain(stepped, spec, hyper, SHAPES, dtype)
+    master = MASTERS[memopt.parse(spec).master]
+    # Where a random bit or a tie falls the other way: one step of what is kept, or of the weight if nothing is.
+    step = {"": HALF_STEP[dtype], "master": 0.0, "compensation": 2.0**-16, "correction": 2.0**-15}[master.key]
+    step = 0.0 if master.name == "split16" else step
+    for p, q, mine, other in zip(ours, theirs, our_states, their_states, strict=True):
+        assert mine.keys() == other.keys()
+        x, y = (master.read(w.detach(), state.get(master.key)) for w, state in ((p, mine), (q, other)))
+        assert_close(x, y, step, int(MAX_TIES * p.numel()), f"{tuple(p.shape)}")
+        if master.dithered and p.numel() > 1000 and "adafactor" not in spec and "came" not in spec:
+            # The same random bits: all but a few weights are the same.
+            assert float((p != q).double().mean()) < 0.01
+    opt = memopt.create(ours[:4], spec, **hyper)
+    conv = torch.nn.Parameter(torch.zeros(16, 8, 3, 3, dtype=dtype))
+    opt.add_param_group({"params": [conv]})
+    within = master.dithered and spec.startswith("adafactor")
+    assert ("begin within a row" in opt.explain()) == ("stepped by" in opt.explain()) == within
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("name", [m for m in MASTERS if m != "none"])
+def test_masters_of_weights_that_changed_or_are_not_finite(name, dtype, plain) -> None:
+    """Other weights behind the master, zeros, the ends of the range, NaN and Inf: as the plain path has it."""
+
+    def run() -> tuple[Tensor, Tensor]:
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(9, 70).to(dtype))
+        opt = memopt.create([p], f"sgd+{name}", lr=1e-3, nonfinite="propagate")
+        big = torch.finfo(dtype).max
+        for i in range(3):
+            p.grad = torch.randn(9, 70).to(dtype)
+            p.grad[0, :3] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+            opt.step()
+            if i == 0:
+                with torch.no_grad():
+                    p[1] = torch.linspace(-3, 3, 70)
+                    p[2] = 0.0
+                    p[3, :4] = torch.tensor([big, -big, float("inf"), float("nan")])
+                    p[4] *= 1e-3
+        return p.detach(), MASTERS[name].read(p.detach(), opt.state[p].get(MASTERS[name].key))
+
+    for ours, theirs in zip(run(), plain(run), strict=True):
+        same = (ours == theirs) | (ours.isnan() & theirs.isnan())
+        assert int((~same).sum()) <= 2
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])

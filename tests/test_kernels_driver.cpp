@@ -51,7 +51,7 @@ void fill(void* to, int64_t n, uint8_t dtype, uint32_t seed) {
 
 struct Shape { int64_t rows, cols, numel, height; };
 
-Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, uint32_t index) {
+Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, uint32_t index, Master master) {
     Tensor t{};
     const int64_t n = shape.numel, size = dtype == F32 ? 4 : 2;
     t.p = memory.make(n * size);
@@ -61,6 +61,9 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
     t.g = g;
     t.rows = shape.rows, t.cols = shape.cols, t.numel = n, t.height = shape.height, t.step = 3, t.index = index;
     t.format = format, t.p_dtype = t.g_dtype = dtype;
+    const int beside[] = {0, 4, 2, 0, 1, 2};  // bytes of one element of what each master keeps
+    t.master = dtype == F32 ? ROUNDED : master;
+    if (beside[t.master]) t.kept = memory.make(n * beside[t.master]);
     for (int slot = 0; slot < SLOTS; slot++) {
         t.order[slot] = slot;
         const int64_t block = format == FMT_4BIT ? 128 : 256;
@@ -77,16 +80,16 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
     return t;
 }
 
-std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int threads, int isa) {
+std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int threads, int isa, Master master = ROUNDED) {
     // The last two are stepped by all threads together where a rule needs sums: one tall, one wide.
     const Shape shapes[] = {{7, 70, 490, 7}, {5, 1030, 5150, 5}, {12, 65, 780, 4}, {1, 1, 1, 1}, {0, 9, 0, 1}, {900, 600, 540000, 900}, {40, 13200, 528000, 40}};
     const Shape flat[] = {{20, 256, 5000, 20}, {1, 256, 3, 1}};
     Memory memory;
     std::vector<Tensor> tensors;
     uint32_t index = 1;
-    for (const Shape& shape : shapes) tensors.push_back(make(memory, shape, format, index % 3, index)), index++;
+    for (const Shape& shape : shapes) tensors.push_back(make(memory, shape, format, index % 3, index, master)), index++;
     if (format != FMT_FACTORED)
-        for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index)), index++;
+        for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master)), index++;
     Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0};
     if (rule == ADAFACTOR) group.beta2 = -0.8;
     std::vector<Span> spans;
@@ -109,6 +112,14 @@ bool all(int isa) {
             const auto one = run(rule, flags, static_cast<Format>(f), 1, isa), four = run(rule, flags, static_cast<Format>(f), 4, isa);
             if (one != four) std::printf("rule %d flags %u format %d isa %d: threads change the result\n", rule, flags, f, isa), same = false;
         }
+    for (int m = FP32_COPY; m <= SPLIT16; m++)
+        for (int rule : {ADAM, SGD, ADAFACTOR})
+            for (Format f : {FMT_32BIT, FMT_8BIT, FMT_FACTORED}) {
+                if (rule == SGD && f == FMT_FACTORED) continue;
+                const auto master = static_cast<Master>(m);
+                const auto one = run(rule, 0, f, 1, isa, master), four = run(rule, 0, f, 4, isa, master);
+                if (one != four) std::printf("master %d rule %d format %d isa %d: threads change the result\n", m, rule, f, isa), same = false;
+            }
     return same;
 }
 

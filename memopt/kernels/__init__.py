@@ -105,6 +105,8 @@ def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: 
 
     from memopt.engines.native import moment_formats
     from memopt.kernels import abi, describe
+    from memopt.ledger import dtype_name
+    from memopt.masters import master_of
 
     found = library()
     if found is None or not works:
@@ -125,7 +127,8 @@ def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: 
             group_of[id(work.h)] = len(groups)
             groups.append(describe.describe_group(spec, work.h))
         p, g = work.p.contiguous(), work.g.contiguous()
-        if describe.describe(tensors[count], work, p, g, moments, group_of[id(work.h)]):
+        master = master_of(spec, dtype_name(p))
+        if describe.describe(tensors[count], work, p, g, moments, group_of[id(work.h)], master):
             left.append(work)
             continue
         kept += [p, g]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ctypes import Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
-VERSION = 1
+VERSION = 2
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
 SLOTS = 3
@@ -12,6 +12,7 @@ SLOTS = 3
 #: Enumerators of abi.h.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 RULES = {"adam": 0, "adamw": 0, "lion": 1, "sgd": 2, "rmsprop": 3, "radam": 4, "adafactor": 5, "came": 6}
+MASTERS = {"none": 0, "fp32": 1, "kahan": 2, "stochastic": 3, "split": 4, "split16": 5}
 FORMATS = {"32bit": 0, "bf16": 1, "8bit": 2, "fp8": 3, "4bit": 4, "factored": 5}
 
 MAXIMIZE, AMSGRAD, DECOUPLED, NESTEROV, CENTERED = 1, 2, 4, 8, 16
@@ -38,6 +39,7 @@ class TensorStep(Structure):
         ("g", c_void_p),
         ("data", c_void_p * SLOTS),
         ("aux", c_void_p * SLOTS),
+        ("kept", c_void_p),
         ("counter", c_void_p),
         ("step", c_int64),
         ("rows", c_int64),
@@ -51,6 +53,7 @@ class TensorStep(Structure):
         ("format", c_uint8),
         ("p_dtype", c_uint8),
         ("g_dtype", c_uint8),
+        ("master", c_uint8),
     ]
 
 

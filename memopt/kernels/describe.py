@@ -9,6 +9,8 @@ import torch
 
 from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi
+from memopt.ledger import dtype_name
+from memopt.masters import master_of
 from memopt.rules import RULES, Moment
 from memopt.rules.adafactor import FP32_EPS
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
     from memopt.engines.work import Work
     from memopt.formats import Format
+    from memopt.masters import Master
     from memopt.spec import OptimSpec
 
 DTYPES = {getattr(torch, name): code for name, code in abi.DTYPES.items()}
@@ -73,9 +76,9 @@ def refuse(
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
     if spec.rule not in abi.RULES or any(f.name not in abi.FORMATS or m.name not in abi.SLOT for m, f, _ in moments):
         return f"there is no kernel for {spec.rule} in {spec.format}"
-    if p.dtype is not torch.float32 and spec.master != "none":
-        return f"there is no kernel for +{spec.master}"
     names = {f.name for _, f, _ in moments}
+    if master_of(spec, dtype_name(p)).dithered and (rows.flat != FLAT_ROW or ("factored" in names and p.dim() > 2)):
+        return f"the random bits of +{spec.master} begin within a row of the kernels' view"
     whole = not RULES[spec.rule].element_wise or "factored" in names
     if whole and world_size > 1:
         return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
@@ -89,6 +92,7 @@ def describe(
     g: Tensor,  # contiguous
     moments: list[tuple[Moment, Format, str]],
     group: int,
+    master: Master,
 ) -> str | None:
     """Fill ``target``; returns why the state cannot be used as it lies, or None."""
     rows = work.rows
@@ -104,13 +108,19 @@ def describe(
         target.cols = shape[-1]
         target.rows = p.numel() // max(shape[-1], 1)
         target.height = shape[-2]
-    elif fmt == "32bit" or len(rows.shape) < 2:
+    elif len(rows.shape) < 2 or (fmt == "32bit" and not master.dithered):
         # Without blocks and random bits it does not matter where rows begin.
-        target.cols = abi.CHUNK if fmt == "32bit" else FLAT_ROW
+        target.cols = FLAT_ROW if fmt != "32bit" or master.dithered else abi.CHUNK
         target.rows = target.height = -(-p.numel() // target.cols)
     else:
         target.rows = target.height = rows.count
         target.cols = rows.cols
+    target.master = abi.MASTERS[master.name]
+    if master.key:
+        kept = work.state[master.key]
+        if not (kept.is_cpu and kept.is_contiguous()):
+            return f"its {master.key} is not a contiguous tensor in host memory"
+        target.kept = kept.data_ptr()
     for order, (moment, held, _) in enumerate(moments):
         slot = abi.SLOT[moment.name]
         target.order[slot] = order

@@ -18,6 +18,8 @@ from torch import Tensor
 from memopt.engines.native import moment_formats
 from memopt.kernels import abi, describe
 from memopt.kernels.loader import library
+from memopt.ledger import dtype_name
+from memopt.masters import master_of
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
@@ -132,7 +134,7 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
         moments = moment_formats(spec, work.h, name, work.rows)
         if describe.refuse(spec, moments, work.rows, p, g, partition.world_size):
             return None
-        if describe.describe(target, work, p, g, moments, numbers[id(work.h)]):
+        if describe.describe(target, work, p, g, moments, numbers[id(work.h)], master_of(spec, dtype_name(p))):
             return None
         if counter.dtype is not torch.float32 or not counter.is_cpu:
             return None

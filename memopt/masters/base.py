@@ -34,6 +34,7 @@ class Master(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     key: ClassVar[str] = ""
+    dithered: ClassVar[bool] = False  # whether it rounds with the random bits of a row and column
 
     @abstractmethod
     def kept(self, dtype: str) -> str:

@@ -82,6 +82,7 @@ class Split(_Split):
 
     name = "split"
     summary = "8 more bits of each weight, 1 byte per parameter"
+    dithered = True
     BITS = 8
 
     def _shorten(self, pattern: Tensor, drop: int, shard: Shard, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ class Stochastic(Master):
 
     name = "stochastic"
     summary = "stochastic rounding of the weights, no bytes"
+    dithered = True
 
     def kept(self, dtype: str) -> str:
         return ""

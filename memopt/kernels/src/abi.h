@@ -5,12 +5,15 @@
 namespace memopt {
 
 // Changed whenever a struct, an enum or the meaning of a field changes; Python refuses a library with another number.
-constexpr int32_t ABI_VERSION = 1;
+constexpr int32_t ABI_VERSION = 2;
 
 enum Dtype : uint8_t { F32, BF16, F16 };
 enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME };
 // How the moments of one tensor are kept. FACTORED: the non-negative ones as row and column means, the others in fp32.
 enum Format : uint8_t { FMT_32BIT, FMT_BF16, FMT_8BIT, FMT_FP8, FMT_4BIT, FMT_FACTORED, FORMATS };
+
+// What stands beside a 16-bit parameter (memopt/masters); parameters in fp32 are ROUNDED.
+enum Master : uint8_t { ROUNDED, FP32_COPY, KAHAN, STOCHASTIC, SPLIT, SPLIT16 };
 
 enum Flag : uint32_t {
     MAXIMIZE = 1,
@@ -48,6 +51,7 @@ struct Tensor {
     const void* g;
     void* data[SLOTS];    // the moment, its codes, or its row means; null where the rule has none
     void* aux[SLOTS];     // scales, or column means
+    void* kept;           // what the master keeps, or null
     float* counter;       // number of steps taken so far, incremented here; null: `step` is this step's number
     int64_t step;
     int64_t rows, cols, numel;
@@ -57,6 +61,7 @@ struct Tensor {
     uint32_t group;
     uint8_t order[SLOTS]; // the moment's place in the rule's own order, for the random bits
     uint8_t format, p_dtype, g_dtype;
+    uint8_t master;       // of masters with random bits rows and cols are those of the parameter in every format
 };
 
 // One gradient to be looked at.

@@ -1,6 +1,6 @@
 // The one loop: open a chunk of every moment, decode -> rule -> encode it vector by vector, close.
 #pragma once
-#include "moments.h"
+#include "masters.h"
 #include "rules.h"
 
 namespace {
@@ -26,7 +26,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     alignas(64) float p_buffer[CHUNK];
     alignas(64) float g_buffer[CHUNK];
     float* p = p_buffer;
-    if (Rule::P) p = const_cast<float*>(load_numbers(t.p, at.offset, at.n, t.p_dtype, p_buffer));
+    if (Rule::P) p = const_cast<float*>(load_weights(t, at, p_buffer));
     const float* g = p;
     if (Rule::G) g = load_numbers(t.g, at.offset, at.n, t.g_dtype, g_buffer);
     if (Rule::G && __builtin_expect(s.gradient_sign != 0, 0)) g = negated(g, at.n, g_buffer);
@@ -78,7 +78,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     if (Rule::W_V) v.close();
     if (Rule::W_M) m.close();
     if (Rule::W_X) x.close();
-    if (Rule::W_P) store_numbers(t.p, at.offset, at.n, t.p_dtype, p);
+    if (Rule::W_P) store_weights(t, at, p);
     if (Rule::SUMS) sums.total += sum_lanes(total);
 }
 

@@ -20,7 +20,7 @@ struct Place {
     int n;
     bool whole;                // n is a multiple of W
     int64_t global_row;        // of the whole parameter
-    const uint32_t* keys;      // of each slot, and behind them what the step adds
+    const uint32_t* keys;      // of each slot, behind them what the step adds, and the master's
 };
 
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.

@@ -11,6 +11,7 @@ namespace memopt {
 namespace {
 
 constexpr uint32_t GOLDEN = 0x9E3779B9u;
+constexpr uint32_t MASTER_ORDER = 255;  // its place among a rule's moments, for the random bits
 
 uint32_t mix(uint32_t x) {
     x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
@@ -110,6 +111,7 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         const uint32_t stem = fold(seeded, t.index);
         for (int slot = 0; slot < SLOTS; slot++) ready.keys[slot] = fold(stem, t.order[slot]);
         ready.keys[SLOTS] = static_cast<uint32_t>(now) * GOLDEN;
+        ready.keys[SLOTS + 1] = fold(stem, MASTER_ORDER);
         ready.pass = single_pass(groups[t.group], t);
         job.before[i] = job.chunks;
         if (ready.pass >= 0) job.chunks += t.numel ? t.rows * chunks_of(t.cols) : 0;

@@ -44,7 +44,7 @@ enum Pass {
     PASSES
 };
 
-// keys: of each moment, and behind them what the step adds to every word.
+// keys: of each moment, behind them what the step adds to every word, and the master's.
 typedef void (*Run)(const Tensor&, const Scalars&, const uint32_t* keys, int64_t first, int64_t last, Sums&);
 
 struct Table {
