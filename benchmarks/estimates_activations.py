@@ -132,8 +132,9 @@ def inputs(cfg: dict[str, Any], batch: int, seq: int, dtype: torch.dtype) -> dic
     return {"input_ids": ids, "labels": ids}
 
 
-def measure(family: str, size: int, dtype: str, attention: str, checkpointed: bool, lora: bool) -> dict[str, Any]:
-    """One case: predicted and real bytes."""
+def measure(family: str, size: int, dtype: str, attention: str, checkpointed: bool, lora: bool,
+            mixed: bool = False) -> dict[str, Any]:  # fmt: skip
+    """One case: predicted and real bytes. ``mixed``: fp32 weights under torch.autocast in bf16."""
     dims, batch, seq = SIZES[size]
     cfg, kind, rank = config(family, dims), getattr(torch, dtype), RANK * lora
     torch.manual_seed(0)
@@ -142,25 +143,30 @@ def measure(family: str, size: int, dtype: str, attention: str, checkpointed: bo
     optimizer = memopt.create([p for p in model.parameters() if p.requires_grad], SPEC, lr=1e-4)
     box: dict[str, torch.Tensor] = {}
 
+    def run() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            return model(**given).loss
+
     def forward() -> None:
-        box["loss"] = model(**given).loss
+        box["loss"] = run()
 
     def backward() -> None:
         box.pop("loss").backward()
 
     forward(), backward(), optimizer.step(), optimizer.zero_grad()
-    kept = saved(model, lambda: model(**given).loss).nbytes
+    kept = saved(model, run).nbytes
     curve = traced(("forward", forward), ("backward", backward), ("step", optimizer.step))
     own = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     held = sum(own.values()) + sum(t.nbytes for s in optimizer.state.values() for t in s.values())
     e = estimate(cfg, SPEC, weights=dtype, batch=batch, seq=seq, attention=attention, lora=rank, device="cpu",
+                 mixed="bf16" if mixed else "",
                  checkpointing="full" if checkpointed else "none")  # fmt: skip
     if e.activations is None:
         raise SystemExit(f"{family}: {e.without}")
     predicted = max(sum(r.nbytes for r in e.rows if phase in r.phases) for phase in PHASES)
     return {
         "family": family, "size": size, "dtype": dtype, "attention": attention, "checkpointing": checkpointed,
-        "lora": rank, "saved_nbytes": kept, "saved_predicted": e.activations.saved,
+        "lora": rank, "mixed": mixed, "saved_nbytes": kept, "saved_predicted": e.activations.saved,
         "saved_error": round(e.activations.saved / kept - 1, 6),
         "peak_nbytes": held + curve.peak, "peak_predicted": predicted,
         "peak_error": round(predicted / (held + curve.peak) - 1, 6),

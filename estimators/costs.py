@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from estimators.fields import InputError, shown
 from estimators.hardware import capacity
-from estimators.lora import NF4, with_adapters
-from estimators.model import Model, Shape, resolve
+from estimators.held import SHARDS_ALSO, rows_of, step_temporaries
+from estimators.lora import with_adapters
+from estimators.model import Model, resolve
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
-from estimators.state import state_nbytes, temporaries, weight_dtype
-from estimators.training import Training, one_gradient, released, rows, run, runtime
+from estimators.training import BUCKET, Training, run
 from estimators.units import dtype
 
 if TYPE_CHECKING:
@@ -24,10 +24,6 @@ __all__ = ["GPU", "HOST", "PAGEABLE", "PHASES", "Column", "Estimate", "Peak", "R
 
 #: What an estimate without activations does not contain.
 WITHOUT = ("temporaries of the step", "CUDA context", "allocator rounding")
-#: partition -> whether it shards weights and gradients too, and gives a block's weights up after its forward pass.
-_SHARDS_ALSO: dict[str, tuple[bool, bool]] = {
-    "none": (False, False), "zero1": (False, False), "zero2": (True, False), "zero3": (True, True),
-}  # fmt: skip
 _MAX_WORLD_SIZE = 10**6
 
 
@@ -149,6 +145,9 @@ def estimate(
     accumulate: int = 1,
     device: str = "cuda",
     release_gradients: bool = False,
+    deepspeed: bool = False,
+    bucket: int = BUCKET,
+    mixed: str = "",
     **fields: Any,
 ) -> Estimate:
     """What one rank needs to train ``model`` with one spec or with each of several.
@@ -163,7 +162,9 @@ def estimate(
     state are counted. ``checkpointing`` is ``none`` or ``full``, ``attention`` is ``sdpa``, ``flash`` or ``eager``,
     ``lora`` the rank of adapters on all linear layers (0: none), ``quantised`` the storage of the adapted weights
     (``nf4``, ``nf4-double``), ``accumulate`` micro-batches per step, ``device`` is ``cuda`` or ``cpu``;
-    ``release_gradients`` is :meth:`memopt.Optimizer.release_gradients`.
+    ``release_gradients`` is :meth:`memopt.Optimizer.release_gradients`. With ``deepspeed`` DeepSpeed runs the step, at
+    the stage that the spec's partition names, with a ``bucket`` of so many elements. ``mixed`` (``bf16``, ``fp16``):
+    weights in fp32, products in this dtype, by FSDP2's policy under ``/zero2`` and ``/zero3``, else by torch.autocast.
 
     Other keywords are hyperparameters or fields of :class:`memopt.OptimSpec`, as in :func:`memopt.price`.
     Raises :class:`InputError` or :class:`memopt.SpecError`.
@@ -179,25 +180,38 @@ def estimate(
     if isinstance(gpu, bool) or (isinstance(gpu, int) and gpu < 1):
         raise InputError(f"gpu={shown(gpu)} is not allowed; it is a card's name, a size such as '24GiB' or bytes >= 1")
     training = Training(batch, seq, checkpointing, attention, lora, quantised, accumulate, device,
-                        release_gradients).checked()  # fmt: skip
+                        release_gradients, deepspeed, bucket, mixed).checked()  # fmt: skip
     specs = _parsed(spec, fields)
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
     described = resolve(model)
     if lora:
         described = with_adapters(described, lora, quantised)
     weight_dtype = None if weights is None else dtype(weights, "weights")
+    if mixed and weight_dtype not in (None, "float32"):
+        raise InputError(f"mixed={mixed!r} is for weights in float32, not {weight_dtype}")
+    weight_dtype = "float32" if mixed else weight_dtype
     gradient_dtype = weight_dtype if gradients is None else dtype(gradients, "gradients")
     own = weight_dtype or described.dtypes.get(described.shapes[0][0], "bfloat16") if described.shapes else "bfloat16"
-    ran, missing = run(described, training, 4 if own == "float32" else 2)
+    item = 4 if own == "float32" else 2
+    runs = {own: run(described, training, item, own) for own in {_own_precision(s, training) for s in specs}}
+    ran, missing = runs[_own_precision(specs[0], training)]
     columns = []
     for one in specs:
-        held = _rows(described, one, weight_dtype, gradient_dtype, world_size, training, ran)
+        held = rows_of(described, one, weight_dtype, gradient_dtype, world_size, training,
+                     runs[_own_precision(one, training)][0])  # fmt: skip
         columns.append(Column(str(one), held))
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
-    if training.seq and any(temporaries(described, one, world_size, weight_dtype) is None for one in specs):
+    if training.seq and any(
+        step_temporaries(described, one, world_size, weight_dtype, training) is None for one in specs
+    ):
         without = (*without, "temporaries of the step")
     return Estimate(described, columns, nbytes, weight_dtype or _one(described, all_=True),
                     gradient_dtype or _one(described, all_=False), world_size, training, ran, without)  # fmt: skip
+
+
+def _own_precision(spec: "OptimSpec", training: Training) -> bool:
+    """Whether mixed precision is FSDP2's, which computes in it throughout."""
+    return bool(training.mixed) and SHARDS_ALSO.get(spec.partition, (False,))[0]
 
 
 def _one(model: Model, *, all_: bool) -> str:
@@ -220,90 +234,3 @@ def _parsed(spec: Any, fields: dict[str, Any]) -> "list[OptimSpec]":
         parsed = parse(one, **given)
         unique.setdefault(str(parsed), parsed)
     return list(unique.values())
-
-
-def _rows(
-    model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None, world_size: int, training: Training,
-    ran: "Activations | None",
-) -> list[Row]:  # fmt: skip
-    if spec.partition not in _SHARDS_ALSO:
-        raise InputError(f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
-                         f"it knows {', '.join(_SHARDS_ALSO)}")  # fmt: skip
-    name, known = str(spec), model.provenance
-    here = _fullest(model, spec, world_size)
-    held = [Row(name, "weights", kind, n, GPU, PHASES, known)
-            for kind, n in _by_dtype(here, weights, all_=True)]  # fmt: skip
-    if model.buffers:
-        held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, known))
-    step_phase = "backward" if training.release_gradients else "step"  # in which parameters step
-    by_dtype = _by_dtype(here, gradients, all_=False)
-    if training.release_gradients:
-        by_dtype = released(model, here, lambda n, shape: _nbytes(model, n, shape, gradients))
-    if here is not model:
-        held += _whole_at_work(model, spec, weights, gradients)
-    if ran:
-        held += rows(name, model, training, ran, by_dtype, known)
-    elif training.release_gradients:
-        held += one_gradient(name, by_dtype, known)
-    else:
-        held += [Row(name, "gradients", kind, n, GPU, ("backward", "step"), known) for kind, n in by_dtype]
-    # With activations every phase but loading is told apart, and state is there from the second step on.
-    phases = PHASES[1:] if ran else ("backward", "step")
-    held += [Row(name, "state", moment, n, tier, phases, known)
-             for (moment, tier), n in state_nbytes(model, spec, world_size, weights).items()]  # fmt: skip
-    if training.seq and training.device != "cpu":
-        tmp = temporaries(model, spec, world_size, weights)
-        if tmp:
-            held.append(Row(name, "temporaries", "of the plain step, largest parameter", tmp, GPU, (step_phase,),
-                            "measured constant", 0, tmp))  # fmt: skip
-        held += runtime(name, held)
-    return held
-
-
-def _fullest(model: Model, spec: "OptimSpec", world_size: int) -> Model:
-    """The model whose parameters are the rows of the fullest rank, which is the first."""
-    from memopt.partitions import PARTITIONS
-
-    if not _SHARDS_ALSO[spec.partition][0] or world_size == 1:
-        return model
-    rows = PARTITIONS[spec.partition].rows
-    return model._replace(shapes=tuple((name, rows(shape, 0, world_size).local_shape) for name, shape in model.shapes))
-
-
-def _whole_at_work(model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None) -> list[Row]:
-    """Weights and gradients that FSDP2 holds whole while blocks compute."""
-    from estimators.sharding import gathered, unreduced
-
-    def sizes(given: str | None, all_: bool) -> list[tuple[str, int]]:
-        named = [(n, model._replace(shapes=((n, shape),))) for n, shape in model.shapes]
-        return [(n, sum(nbytes for _, nbytes in _by_dtype(one, given, all_=all_))) for n, one in named]
-
-    name, reshard = str(spec), _SHARDS_ALSO[spec.partition][1]
-    whole, raw = gathered(sizes(weights, True), reshard=reshard), unreduced(sizes(gradients, False))
-    detail = "gathered, two blocks" if reshard else "gathered"
-    return [
-        Row(name, "weights", detail, whole, GPU, PHASES[1:4], "formula"),
-        Row(name, "gradients", "whole, before they are reduced", raw, GPU, ("backward",), "formula"),
-    ]
-
-
-def _by_dtype(model: Model, given: str | None, *, all_: bool) -> list[tuple[str, int]]:
-    """Bytes by dtype: of all parameters, or of those that train."""
-    totals: dict[str, int] = {}
-    for name, shape in model.shapes:
-        if all_ or name not in model.frozen:
-            kind, n = _nbytes(model, name, shape, given)
-            totals[kind] = totals.get(kind, 0) + n
-    return list(totals.items())
-
-
-def _nbytes(model: Model, name: str, shape: Shape, given: str | None) -> tuple[str, int]:
-    """dtype and bytes of one parameter, or of its gradient."""
-    from memopt.ledger import ITEMSIZE
-
-    kind = weight_dtype(model, name, given)
-    if kind in NF4:
-        return kind, -int(-prod(shape) * NF4[kind] // 1)
-    if kind not in ITEMSIZE:
-        raise InputError(f"{name} has the dtype {kind}; known are {', '.join(ITEMSIZE)}")
-    return kind, prod(shape) * ITEMSIZE[kind]

@@ -17,10 +17,8 @@ _BLOCK = re.compile(r".*?(?:^|\.)\d+\.")
 
 #: Bytes per parameter in mixed precision: weights, gradients, state.
 MIXED = (2, 2, 12)
-#: DeepSpeed's default bucket for all-gathers and reduces of stages 1 and 2, elements.
-BUCKET = 5 * 10**8
-#: Stage 3's defaults: parameters of up to this many elements stay whole; elements alive at once and prefetched.
-PERSISTENT, LIVE, PREFETCH = 10**5, 10**9, 5 * 10**7
+#: DeepSpeed's defaults of stage 3: parameters of up to this many elements stay whole; elements alive at once.
+PERSISTENT, LIVE = 10**5, 10**9
 
 
 def zero(stage: int, parameters: int, ranks: int, per_parameter: tuple[int, int, int] = MIXED) -> int:
@@ -92,15 +90,3 @@ def _grouped(sizes: Iterable[tuple[str, int]]) -> tuple[int, list[int]]:
         else:
             root += nbytes
     return root, list(blocks.values())
-
-
-def buckets(stage: int, *, overlap: bool = True, itemsize: int = 2) -> int:
-    """DeepSpeed's communication buffers with its defaults: one bucket, two with overlap; at stage 3 one more for what
-    is prefetched.
-
-    >>> buckets(2), buckets(0)
-    (2000000000, 0)
-    """
-    if stage == 0:
-        return 0
-    return ((2 if overlap else 1) * BUCKET + (PREFETCH if stage == 3 else 0)) * itemsize

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 CHECKPOINTINGS = ("none", "full")
 ATTENTIONS = ("sdpa", "flash", "eager")
-_MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16}
+_MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16, "bucket": 2**40}
+#: DeepSpeed's default reduce_bucket_size, elements.
+BUCKET = 5 * 10**8
 
 _MIB = 2**20
 #: Driver context with the kernels of torch and cuBLAS loaded, and cuBLAS's workspace (8.5 MiB before Hopper, 32 MiB on
@@ -24,13 +26,17 @@ CONTEXT = (300 * _MIB, 400 * _MIB, 900 * _MIB)
 #: What the caching allocator holds beyond what is asked of it, in percent of all that is allocated besides weights:
 #: blocks of 512 bytes and segments of 2 MiB cost little, fragments of changing sizes more.
 FRAGMENTS = (0, 2, 10)
+#: NCCL's buffers for one communicator: low, expected, high. Reported by others and not measured here.
+NCCL = (300 * _MIB, 600 * _MIB, 1000 * _MIB)
 
 
 class Training(NamedTuple):
     """One step on one rank. ``seq=0``: without activations. ``lora``: rank of adapters, 0 for none. ``quantised``:
     storage of adapted weights. ``accumulate``: micro-batches per step; with more than one, gradients are there while
     the next micro-batch runs. ``device="cpu"``: no CUDA context, and no temporaries where the kernels step.
-    ``release_gradients``: each parameter steps in the backward pass and frees its gradient."""
+    ``release_gradients``: each parameter steps in the backward pass and frees its gradient. ``deepspeed``: DeepSpeed
+    runs the step, with a bucket of so many elements (``bucket``) in which gradients are reduced. ``mixed``: weights are
+    fp32 and products in this dtype, under FSDP2 by its policy, else by torch.autocast."""
 
     batch: int = 1
     seq: int = 0
@@ -41,6 +47,9 @@ class Training(NamedTuple):
     accumulate: int = 1
     device: str = "cuda"
     release_gradients: bool = False
+    deepspeed: bool = False
+    bucket: int = BUCKET
+    mixed: str = ""
 
     def checked(self) -> "Training":
         """Raises :class:`InputError` for a value that is not allowed or does not go with another."""
@@ -49,15 +58,26 @@ class Training(NamedTuple):
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise InputError(f"{name}={shown(value)} is not allowed; it is a whole number from {least} to {most}")
         for name, allowed in (("checkpointing", CHECKPOINTINGS), ("attention", ATTENTIONS), ("quantised", ("", *NF4)),
+                              ("mixed", ("", "bf16", "fp16")),
                               ("device", ("cuda", "cpu"))):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is one of "
                                  f"{', '.join(filter(None, allowed))}")  # fmt: skip
+        for name in ("release_gradients", "deepspeed"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is true or false")
         if self.quantised and not self.lora:
             raise InputError(f"quantised={self.quantised!r} needs adapters: 4-bit weights do not train (lora=16)")
         if self.release_gradients and self.accumulate > 1:
             raise InputError(f"release_gradients does not go with accumulate={self.accumulate}: a gradient that was "
                              "freed cannot be added to")  # fmt: skip
+        if self.bucket != BUCKET and not self.deepspeed:
+            raise InputError(f"bucket={self.bucket} is DeepSpeed's, and deepspeed is not asked for")
+        if self.mixed and (self.deepspeed or self.quantised):
+            other = "deepspeed" if self.deepspeed else "quantised"
+            raise InputError(f"mixed={self.mixed!r} does not go with {other}: the weights it is for are in float32")
+        if self.deepspeed and self.release_gradients:
+            raise InputError("release_gradients does not go with deepspeed, which reduces gradients by buckets")
         if not self.seq and (self.batch > 1 or self.checkpointing != "none"):
             raise InputError(
                 "batch and checkpointing have an effect on activations, which need seq: tokens per sequence"
@@ -65,17 +85,22 @@ class Training(NamedTuple):
         return self
 
 
-def run(model: Model, training: Training, item: int) -> "tuple[Activations | None, str]":
-    """The activations of a step, or None and why they are not known."""
+def run(model: Model, training: Training, item: int, sharded: bool = False) -> "tuple[Activations | None, str]":
+    """The activations of a step, or None and why they are not known. ``sharded``: FSDP2 has its own mixed precision."""
     if not training.seq:
         return None, "activations (say --seq)"
     if model.config is None:
         return None, "activations (only shapes are known; name an architecture or a config.json)"
-    from estimators.activations import Step, activations, written
+    from estimators.activations import MIXED, Step, activations, written
 
     if not written(str(model.config.get("model_type"))):
         return None, f"activations (there is no formula for {model.config.get('model_type')} yet)"
-    step = Step(training.batch, training.seq, training.attention, item, training.lora, training.device == "cpu")
+    autocast = bool(training.mixed) and not sharded
+    if autocast and (model.config.get("model_type") not in MIXED or training.lora or training.attention == "eager"):
+        what = "adapters" if training.lora else "eager attention" if training.attention == "eager" else "it"
+        return None, f"activations (there is no formula for {what} under autocast yet)"
+    step = Step(training.batch, training.seq, training.attention, 2 if training.mixed and sharded else item,
+                training.lora, training.device == "cpu", 2 * autocast)  # fmt: skip
     try:
         return activations(model.config, model.name, step, training.checkpointing), ""
     except KeyError as error:
@@ -86,8 +111,10 @@ def rows(
     name: str, model: Model, training: Training, ran: "Activations", gradients: list[tuple[str, int]], known: str
 ) -> list[Row]:
     """Activations and gradients by phase."""
-    forward, loss = ran.forward.activations, ran.loss.activations
-    held = [Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
+    forward, loss = ran.forward.activations - ran.body_copies, ran.loss.activations - ran.copies
+    held = [Row(name, "weights", "autocast's copies", n, GPU, (phase,), "formula")
+            for phase, n in (("forward", ran.body_copies), ("loss", ran.copies)) if n]  # fmt: skip
+    held += [Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
             Row(name, "activations", "saved, and the loss", loss, GPU, ("loss",), "formula")]  # fmt: skip
     if training.release_gradients:
         alive = ran.accumulated.activations  # the moment that has most, whatever gradients there are
@@ -141,8 +168,9 @@ def _tied(model: Model) -> str | None:
     return tables[0] if len(tables) == 1 else None
 
 
-def runtime(name: str, rows_: list[Row]) -> list[Row]:
-    """The CUDA context, and the allocator's share of what comes and goes."""
+def runtime(name: str, rows_: list[Row], world_size: int = 1) -> list[Row]:
+    """The CUDA context, NCCL's buffers where there are several ranks, and the allocator's share of what comes and
+    goes."""
     low, expected, high = CONTEXT
     moving: dict[str, int] = {}
     for row in rows_:
@@ -151,8 +179,10 @@ def runtime(name: str, rows_: list[Row]) -> list[Row]:
                 moving[phase] = moving.get(phase, 0) + row.nbytes
     most = max(moving.values(), default=0)
     least, share, largest = (most * percent // 100 for percent in FRAGMENTS)
+    nccl = Row(name, "runtime", "NCCL, one communicator", NCCL[1], GPU, PHASES, "assumed", NCCL[0], NCCL[2])
     return [
         Row(name, "runtime", "CUDA context, cuBLAS", expected, GPU, PHASES, "assumed", low, high),
+        *([nccl] if world_size > 1 else []),
         Row(name, "runtime", "allocator: rounding, fragments", share, GPU, PHASES[1:], "assumed", least, largest),
     ]  # fmt: skip
 
@@ -172,6 +202,10 @@ def describe(training: Training) -> str:
             parts.append(f"{training.accumulate} micro-batches per step")
     if training.release_gradients:
         parts.append("gradients released")
+    if training.mixed:
+        parts.append(f"computed in {training.mixed}")
+    if training.deepspeed:
+        parts.append("under DeepSpeed")
     if training.lora:
         parts.append(f"LoRA rank {training.lora}" + (f" on {training.quantised} weights" if training.quantised else ""))
     return ", ".join(parts)

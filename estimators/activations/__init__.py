@@ -49,6 +49,9 @@ WRITTEN = {
     "xlm-roberta": ("bert", "bert"),
 }
 
+#: Families whose formula was checked under torch.autocast.
+MIXED: frozenset[str] = frozenset(WRITTEN)
+
 ATTENTIONS = ("sdpa", "flash", "eager")
 CHECKPOINTINGS = ("none", "full")
 
@@ -63,13 +66,16 @@ class Moment(NamedTuple):
 class Activations(NamedTuple):
     """``saved`` is what the forward pass leaves for the backward pass, the loss included (under checkpointing the
     layers' inputs); then the fullest moment of each phase. ``accumulated`` is the fullest moment of a backward pass
-    that adds to gradients which are all there already."""
+    that adds to gradients which are all there already. ``copies`` are autocast's copies of weights at the end of the
+    forward pass, which the moments of forward and loss contain (the former without the head's)."""
 
     saved: int
     forward: Moment
     loss: Moment
     backward: Moment
     accumulated: Moment
+    copies: int = 0
+    body_copies: int = 0
 
 
 class _Segment(NamedTuple):
@@ -78,6 +84,7 @@ class _Segment(NamedTuple):
     forward: Forward
     unsaved: Forward
     backward: Backward
+    cached: int
 
 
 def written(model_type: str) -> bool:
@@ -95,11 +102,11 @@ def activations(config: Mapping[str, Any], source: str, step: Step, checkpointin
 def _segment(
     step: Step, x: Tensor, body: Callable[[Tape], Tensor], *, loss: bool = False, input_gradients: bool = False
 ) -> tuple[_Segment, Tensor]:
-    tape = Tape(step.item, step.rank, x, step.cpu)
+    tape = Tape(step.item, step.rank, x, step.cpu, step.mixed)
     tape.input_gradients = input_gradients
     tape.out = body(tape)
     ran = _Segment(x.nbytes, tape.out.nbytes, forward(tape), forward(tape, saving=False),
-                   backward(tape, gradient=not loss))  # fmt: skip
+                   backward(tape, gradient=not loss), tape.cached)  # fmt: skip
     return ran, Tensor(tape.out.numel, tape.out.item, tape.out.requires)
 
 
@@ -136,15 +143,17 @@ def _walk(first: _Segment, body: list[_Segment], last: _Segment, tables: int, ch
     before: list[int] = []  # bytes kept ahead of each segment
     out_kept = first.forward.saves_output
     held += first.out if out_kept else 0
+    copies = 0  # of weights, which checkpointing does not keep but autocast does
     for segment in body:
         ran = segment.unsaved if checkpointed else segment.forward
         before.append(held)
-        top = max(top, held + (0 if out_kept else segment.x) + ran.peak)
+        copies += segment.cached
+        top = max(top, held + (0 if out_kept else segment.x) + ran.peak + copies * checkpointed)
         held += _kept(segment, checkpointed, out_kept)
         out_kept = ran.saves_output and not checkpointed
         held += segment.out if out_kept else 0
     before.append(held)
-    in_loss = held + (0 if out_kept else last.x) + last.forward.peak
+    in_loss = held + (0 if out_kept else last.x) + last.forward.peak + copies * checkpointed
     held += _kept(last, False, out_kept)
 
     made = 0
@@ -164,5 +173,6 @@ def _walk(first: _Segment, body: list[_Segment], last: _Segment, tables: int, ch
         made += segment.backward.total
     # What a checkpointed layer is called with is alive, but not saved.
     return Activations(
-        held - (tables if checkpointed else 0), Moment(top, 0), Moment(in_loss, 0), fullest, Moment(accumulated, made)
-    )
+        held - (tables if checkpointed else 0), Moment(top, 0), Moment(in_loss, 0), fullest, Moment(accumulated, made),
+        copies + last.cached, copies,
+    )  # fmt: skip

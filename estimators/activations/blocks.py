@@ -11,7 +11,8 @@ from estimators.families.parts import Heads
 
 class Step(NamedTuple):
     """One micro-batch: sequences, tokens of each, how attention is computed (``sdpa``, ``flash``, ``eager``), bytes of
-    one element, rank of LoRA's adapters (0: none), whether it runs on a CPU."""
+    one element, rank of LoRA's adapters (0: none), whether it runs on a CPU, bytes of one element of what autocast
+    computes (0: no autocast)."""
 
     batch: int
     seq: int
@@ -19,6 +20,7 @@ class Step(NamedTuple):
     item: int
     rank: int = 0
     cpu: bool = False
+    mixed: int = 0
 
     @property
     def tokens(self) -> int:
@@ -98,9 +100,10 @@ def plain_norm(t: Tape, x: Tensor, width: int) -> Tensor:
 
 
 def rotated(t: Tape, x: Tensor, item: int = 0) -> Tensor:
-    """``x * cos + rotate_half(x) * sin``; with fp32 tables, by way of fp32."""
-    item = item or x.item
-    return t.cast(t.add(t.op([x], item=item), t.op([t.copy(x)], item=item)), x.item)
+    """``x * cos + rotate_half(x) * sin``; with fp32 tables (``item``), by way of fp32 and back."""
+    wide = item or t.item
+    y = t.add(t.op([x], item=wide), t.op([t.copy(x)], item=wide))
+    return t.cast(y, x.item) if item else y
 
 
 def attend(
@@ -115,8 +118,9 @@ def attend(
     """
     size = step.tokens * a.n * a.dim
     if step.attention != "eager":
+        q, k, v = (t.cast(x, t.mm) for x in (q, k, v))
         result = t.tensor(step.tokens * a.n, FP32)
-        out = t.op([q, k, v], size, t.item, saves=[q, k, v, result], saves_out=True)
+        out = t.op([q, k, v], size, t.mm, saves=[q, k, v, result], saves_out=True)
         return t.copy(out) if relaid else out
     q, k, v = (t.copy(x, size) for x in (q, k, v))
     scores = t.copy(t.op([q, k], step.batch * a.n * step.seq**2, t.item, saves=[q, k]))
@@ -209,8 +213,9 @@ def loss(t: Tape, step: Step, x: Tensor, width: int, vocab: int, *, bias: bool =
     if capped:
         logits = t.copy(t.root(t.copy(logits)))
     t.held.append(logits)
-    full = t.cast(logits, FP32) if upcast else logits
-    t.held.append(full)
+    full = t.cast(logits, FP32) if upcast or t.mm != t.item else logits  # autocast computes the loss in fp32
+    if upcast:
+        t.held.append(full)
     log_probabilities = t.op([full], saves_out=True)
     labels = t.tensor(step.tokens, INT64)
     return t.op([log_probabilities], 1, FP32, saves=[log_probabilities, labels])

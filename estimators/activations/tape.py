@@ -61,13 +61,16 @@ class Tape:
 
     ``item`` is the bytes of one element of weights and activations; ``rank`` that of LoRA's adapters, 0 without:
     with adapters the model's own weights do not train, and adapters are fp32 as PEFT makes them. On a ``cpu`` masks of
-    dropout have the input's dtype, and operands of another dtype are converted in a copy.
+    dropout have the input's dtype, and operands of another dtype are converted in a copy. ``mixed`` are the bytes of an
+    element of matrix products under torch.autocast, whose copies of weights are ``cached`` bytes; 0 without.
     """
 
-    __slots__ = ("cpu", "held", "input_gradients", "item", "ops", "out", "rank", "trains", "x")
+    __slots__ = ("cached", "cpu", "held", "input_gradients", "item", "mm", "ops", "out", "rank", "trains", "x")
 
-    def __init__(self, item: int, rank: int, x: Tensor, cpu: bool = False) -> None:
+    def __init__(self, item: int, rank: int, x: Tensor, cpu: bool = False, mixed: int = 0) -> None:
         self.cpu = cpu
+        self.mm = mixed or item
+        self.cached = 0
         #: The words' embedding is told to require a gradient (enable_input_require_grads), trained or not.
         self.input_gradients = False
         self.item = item
@@ -159,8 +162,14 @@ class Tape:
         """torch.nn.Linear(cols, rows), and its adapter where there is one."""
         tokens = x.numel // cols
         train = self.trains
-        y = self.op([x], tokens * rows, saves=[x] if train else [],
-                    gradients=(cols * rows + bias * rows) * self.item * train)  # fmt: skip
+        copies = []
+        if self.mm != self.item:  # autocast: the input is cast for every layer, the weight once, until the forward ends
+            x = self.cast(x, self.mm)
+            copies = [self.tensor(cols * rows, self.mm)] if x.requires else []
+            self.cached += (cols + bias) * rows * self.mm
+        y = self.op([x], tokens * rows, self.mm, saves=[*([x] if train else []), *copies],
+                    gradients=(cols * rows + bias * rows) * self.item * train,
+                    backward_tmp=cols * rows * self.mm * bool(copies))  # fmt: skip
         return self._adapter(x, y, tokens, cols, rows) if self.rank and adapted else y
 
     def _adapter(self, x: Tensor, y: Tensor, tokens: int, cols: int, rows: int) -> Tensor:

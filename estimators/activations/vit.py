@@ -17,11 +17,12 @@ def vit(f: Fields, step: Step) -> Network:
     labels = f.entries("id2label", f.integer("num_labels", 2, least=0))
 
     def embed(t: Tape) -> Tensor:
-        pixels = t.tensor(step.batch * channels * side * side)
+        pixels = t.tensor(step.batch * channels * side * side, t.mm)
         matrix = width * channels * patch * patch
-        patches = t.op([], (step.seq - 1) * step.batch * width, t.item, saves=[pixels] if t.trains else [],
+        copies = [t.tensor(matrix, t.mm)] if t.mm != t.item else []
+        patches = t.op([], (step.seq - 1) * step.batch * width, t.mm, saves=[pixels, *copies] if t.trains else [],
                        gradients=matrix * t.item * t.trains)  # fmt: skip
-        x = t.op([t.copy(patches)], step.tokens * width, gradients=step.seq * width * t.item * t.trains)
+        x = t.op([t.copy(patches)], step.tokens * width, t.item, gradients=step.seq * width * t.item * t.trains)
         return t.dropout(x, p)
 
     def layer(t: Tape, x: Tensor) -> Tensor:
@@ -34,7 +35,9 @@ def vit(f: Fields, step: Step) -> Network:
         # The first token is a view: the whole normalised sequence is kept with it.
         x = layer_norm(t, x, width)
         rows = max(labels, 1)
-        logits = t.op([x], step.batch * rows, saves=[x], gradients=(width + 1) * rows * t.item)
+        if t.mm != t.item:
+            x = t.op([x], step.batch * width, t.mm)
+        logits = t.op([x], step.batch * rows, t.mm, saves=[x], gradients=(width + 1) * rows * t.item)
         probabilities = t.op([logits], saves_out=True)
         return t.op([probabilities], 1, saves=[probabilities])
 

@@ -1,24 +1,21 @@
-"""``--emit`` and ``--from``: the chosen row as a configuration that can be launched, and back to the same figures.
+"""``--emit``: the chosen row as a configuration that can be launched, which ``--from`` reads back to the same figures.
 
-Every file that is emitted begins with a comment that holds the options of ``memopt estimate``; that line, and nothing
-else in the file, is what ``--from`` reads. A DeepSpeed configuration, which cannot hold comments, is read by its keys.
+Every file holds the options of ``memopt estimate``: in a comment on its first line, and in JSON, which has no comments,
+under the key ``memopt``. That, and nothing else in the file, is what ``--from`` reads (:mod:`memopt.cli.launched`).
 """
 
 from __future__ import annotations
 
 import json
-from argparse import Namespace
 from typing import Any
 
 from estimators.costs import Column, Estimate
 from estimators.fields import InputError, shown
 
-KINDS = ("accelerate", "transformers", "python")
-_MARK = "# memopt estimate: "
-#: Options that are numbers on the command line and text in a Namespace.
-_NUMBERS = ("seq", "batch", "accumulate", "lora", "world")
-_OPTIONS = ("model", "optim", "gpu", "weights", "gradients", "checkpointing", "attention", "quantised",
-            "release_gradients", *_NUMBERS)  # fmt: skip
+KINDS = ("accelerate", "deepspeed", "transformers", "python")
+MARK = "# memopt estimate: "
+#: Where accelerate's configuration points for DeepSpeed's.
+_DS_CONFIG = "ds_config.json"
 
 
 def chosen(e: Estimate) -> Column:
@@ -30,8 +27,14 @@ def emit(kind: str, e: Estimate) -> str:
     if kind not in KINDS:
         raise InputError(f"--emit {shown(kind)} is not allowed; it is one of {', '.join(KINDS)}")
     column = chosen(e)
+    options = _options(e, column)
+    if kind == "deepspeed":
+        return (
+            json.dumps({**_deepspeed(e, column), "memopt": {**_script(e, column), "estimate": options}}, indent=2)
+            + "\n"
+        )
     body = {"accelerate": _accelerate, "transformers": _transformers, "python": _python}[kind](e, column)
-    return f"{_MARK}{json.dumps(_options(e, column))}\n{body}"
+    return f"{MARK}{json.dumps(options)}\n{body}"
 
 
 def _options(e: Estimate, column: Column) -> dict[str, Any]:
@@ -40,34 +43,90 @@ def _options(e: Estimate, column: Column) -> dict[str, Any]:
     options: dict[str, Any] = {"model": model, "optim": [column.spec], "world": e.world_size}
     if e.gpu is not None:
         options["gpu"] = e.gpu
-    for name in ("weights", "gradients"):
-        if getattr(e, name) != "mixed":
-            options[name] = getattr(e, name)
-    if t.lora:
-        options = {k: v for k, v in options.items() if k not in ("weights", "gradients")} | {"lora": t.lora}
-    if t.quantised:
-        options["quantised"] = t.quantised
-    if t.release_gradients:
-        options["release_gradients"] = True
+    if not t.lora and not t.mixed:
+        options |= {name: getattr(e, name) for name in ("weights", "gradients") if getattr(e, name) != "mixed"}
+    for name in ("lora", "quantised", "release_gradients", "mixed", "deepspeed"):
+        if getattr(t, name):
+            options[name] = getattr(t, name)
+    if t.deepspeed:
+        options["bucket"] = t.bucket
     if t.seq:
         options |= {"seq": t.seq, "batch": t.batch, "accumulate": t.accumulate, "checkpointing": t.checkpointing,
                     "attention": t.attention}  # fmt: skip
     return options
 
 
+def _partition(column: Column) -> str:
+    return column.spec.rpartition("/")[2] if "/" in column.spec else ""
+
+
 def _accelerate(e: Estimate, column: Column) -> str:
-    """What ``accelerate launch --config_file`` takes. The weights' own dtype is the precision: no autocast."""
-    several = e.world_size > 1
+    """What ``accelerate launch --config_file`` takes. The weights' own dtype is the precision, unless mixed precision
+    was asked for."""
+    several, partition = e.world_size > 1, _partition(column)
+    kind, more = "MULTI_GPU" if several else "NO", ""
+    if e.training.deepspeed:
+        kind = "DEEPSPEED"
+        more = (f"deepspeed_config:\n  deepspeed_config_file: {_DS_CONFIG}  # --emit deepspeed writes it\n"
+                f"  zero3_init_flag: {'true' if partition == 'zero3' else 'false'}\n")  # fmt: skip
+    elif several and partition in ("zero2", "zero3"):
+        kind = "FSDP"
+        more = ("fsdp_config:\n  fsdp_version: 2\n"
+                f"  fsdp_reshard_after_forward: {'true' if partition == 'zero3' else 'false'}\n"
+                "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
+                "  fsdp_offload_params: false\n  fsdp_cpu_ram_efficient_loading: false\n"
+                f"  fsdp_activation_checkpointing: {'true' if e.training.checkpointing == 'full' else 'false'}\n"
+                "  fsdp_state_dict_type: SHARDED_STATE_DICT\n")  # fmt: skip
+    # DeepSpeed's own file says the precision, and accelerate refuses both at once.
+    precision = "" if e.training.deepspeed else f"mixed_precision: {e.training.mixed or 'no'!r}\n"
     release = ", then optimizer.release_gradients(model)" if e.training.release_gradients else ""
     return (
         "compute_environment: LOCAL_MACHINE\n"
-        f"distributed_type: {'MULTI_GPU' if several else 'NO'!r}\n"
+        f"distributed_type: {kind!r}\n"
         f"num_processes: {e.world_size}\n"
         "num_machines: 1\nmachine_rank: 0\n"
-        "mixed_precision: 'no'\nuse_cpu: false\n"
+        f"{precision}use_cpu: false\n{more}"
         "# In the script: optimizer = memopt.create(model, "
-        f'"{column.spec}", lr=...), then accelerator.prepare(model, optimizer){release}.\n'
+        f'"{_script_spec(e, column)}", lr=...), then accelerator.prepare(model, optimizer){release}.\n'
     )
+
+
+def _script_spec(e: Estimate, column: Column) -> str:
+    """What the script gives to ``memopt.create``: DeepSpeed shards and keeps the fp32 copy itself."""
+    if not e.training.deepspeed:
+        return column.spec
+    from memopt.spec import parse
+
+    return str(parse(column.spec).replace(partition="none", master="none"))
+
+
+def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
+    """A configuration without an ``optimizer`` section, so that the one given to ``deepspeed.initialize`` runs:
+    DeepSpeed replaces or refuses it unless both flags at the end say otherwise."""
+    from estimators.deepspeed import stage
+    from memopt.spec import parse
+
+    spec, t = parse(column.spec), e.training
+    zero: dict[str, Any] = {"stage": stage(spec), "reduce_bucket_size": t.bucket, "overlap_comm": False,
+                            "contiguous_gradients": True}  # fmt: skip
+    if spec.placement in ("cpu", "host"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_micro_batch_size_per_gpu": t.batch,
+        "gradient_accumulation_steps": t.accumulate,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": e.weights == "bfloat16"},
+        "fp16": {"enabled": e.weights == "float16"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _script(e: Estimate, column: Column) -> dict[str, str]:
+    """What the script says beside a file that cannot hold comments."""
+    made = f"memopt.create(model, {_script_spec(e, column)!r}, lr=...)"
+    return {"script": f"deepspeed.initialize(model=model, optimizer={made}, config='{_DS_CONFIG}')"}
 
 
 def _transformers(e: Estimate, column: Column) -> str:
@@ -76,6 +135,8 @@ def _transformers(e: Estimate, column: Column) -> str:
     if t.release_gradients:
         raise InputError("--emit transformers does not go with --release-gradients: Trainer clips by a norm of all "
                          "gradients and steps after them; --emit python does")  # fmt: skip
+    mixed = f"    {t.mixed}=True,\n" if t.mixed else ""
+    deepspeed = f'    deepspeed="{_DS_CONFIG}",  # --emit deepspeed writes it\n' if t.deepspeed else ""
     return (
         "import memopt\nfrom transformers import TrainingArguments\n\n"
         "args = TrainingArguments(\n"
@@ -83,16 +144,23 @@ def _transformers(e: Estimate, column: Column) -> str:
         f"    per_device_train_batch_size={t.batch},\n"
         f"    gradient_accumulation_steps={t.accumulate},\n"
         f"    gradient_checkpointing={t.checkpointing == 'full'},\n"
-        ")\n"
+        f"{mixed}{deepspeed})\n"
         f"# {_loading(e)}\n"
-        f'optimizer = (memopt.Optimizer, {{"spec": "{column.spec}", "lr": 2e-5}})\n'
+        f'optimizer = (memopt.Optimizer, {{"spec": "{_script_spec(e, column)}", "lr": 2e-5}})\n'
         "# trainer = Trainer(model=model, args=args, train_dataset=..., optimizer_cls_and_kwargs=optimizer)\n"
     )
 
 
 def _python(e: Estimate, column: Column) -> str:
+    spec = _script_spec(e, column)
     release = "optimizer.release_gradients(model)\n" if e.training.release_gradients else ""
-    return f'import memopt\n\n# {_loading(e)}\noptimizer = memopt.create(model, "{column.spec}", lr=2e-5)\n{release}'
+    shard = after = ""
+    if e.training.deepspeed:
+        after = f"# then deepspeed.initialize(model=model, optimizer=optimizer, config='{_DS_CONFIG}')\n"
+    elif _partition(column) in ("zero2", "zero3"):
+        shard = f'memopt.shard(model, "{spec}")\n'
+    return (f'import memopt\n\n# {_loading(e)}\n{shard}optimizer = memopt.create(model, "{spec}", lr=2e-5)\n'
+            f"{after}{release}")  # fmt: skip
 
 
 def _loading(e: Estimate) -> str:
@@ -100,56 +168,3 @@ def _loading(e: Estimate) -> str:
     adapters = f", then PEFT's LoraConfig(r={e.training.lora}, target_modules='all-linear')" if e.training.lora else ""
     given = f"dtype='{dtype}', attn_implementation='{e.training.attention}'"
     return f"model = AutoModelForCausalLM.from_pretrained(..., {given}){adapters}"
-
-
-def read_into(args: Namespace, path: str) -> None:
-    """Set the options that a file says and the command line does not. Raises :class:`InputError`."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(1_000_000)
-    line = next((part for part in text.splitlines() if part.startswith(_MARK)), None)
-    if line is not None:
-        options = _object(line.removeprefix(_MARK), path)
-    elif text.lstrip().startswith("{"):
-        options = _deepspeed(_object(text, path), path)
-    else:
-        raise InputError(f"{shown(path)} is neither what --emit wrote nor a DeepSpeed configuration")
-    for name in _OPTIONS:
-        value = options.get(name)
-        given = getattr(args, name)
-        if value is None or (given is not None and not (name == "world" and given == "1")):
-            continue
-        if name == "optim":
-            value = value if isinstance(value, list) and all(isinstance(v, str) for v in value) else [str(value)]
-        elif name in _NUMBERS:
-            value = str(value)
-        setattr(args, name, value)
-    if args.model is None:
-        raise InputError(f"which model? {shown(path)} does not say")
-
-
-def _object(text: str, path: str) -> dict[str, Any]:
-    from estimators.files import parse_json
-
-    value = parse_json(text.encode(), path)
-    if not isinstance(value, dict):
-        raise InputError(f"{shown(path)} holds no JSON object")
-    return value
-
-
-def _deepspeed(config: dict[str, Any], path: str) -> dict[str, Any]:
-    """The keys of a DeepSpeed configuration that change memory. Stages 2 and 3 shard what the calculator's specs
-    cannot say yet."""
-    zero = config.get("zero_optimization")
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
-    if stage not in (0, 1):
-        raise InputError(f"{shown(path)}: ZeRO stage {shown(stage)} has no spec yet; stages 0 and 1 have")
-    optimizer = config.get("optimizer")
-    kind = str(optimizer.get("type", "AdamW")) if isinstance(optimizer, dict) else "AdamW"
-    rule = {"adam": "adam", "adamw": "adamw", "lion": "lion"}.get(kind.lower())
-    if rule is None:
-        raise InputError(f"{shown(path)}: the optimizer {shown(kind)} has no spec; Adam, AdamW and Lion have")
-    options: dict[str, Any] = {"optim": [rule + ("/zero1" if stage else "")]}
-    for theirs, ours in (("train_micro_batch_size_per_gpu", "batch"), ("gradient_accumulation_steps", "accumulate")):
-        if isinstance(config.get(theirs), int):
-            options[ours] = config[theirs]
-    return options

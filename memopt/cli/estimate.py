@@ -16,7 +16,9 @@ SUMMARY = "what a model and its optimizer state will cost, before anything is al
 
 #: What is compared when no spec is asked for; the second list is added when there are several ranks.
 DEFAULT_SPECS = ("adamw", "adamw@paged", "adamw-8bit", "adamw-4bit", "adafactor")
-SHARDED_SPECS = ("adamw/zero1", "adamw-8bit/zero1")
+SHARDED_SPECS = ("adamw/zero1", "adamw-8bit/zero1", "adamw/zero3", "adamw-8bit/zero3")
+#: What DeepSpeed can run: rules that do not need a parameter's shape.
+DEEPSPEED_SPECS = ("adamw/zero1", "adamw/zero2", "adamw-8bit/zero2", "adamw/zero3", "adamw-8bit/zero3")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -35,8 +37,14 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--quantised", metavar="KIND", help="storage of adapted weights: nf4 or nf4-double (QLoRA)")
     parser.add_argument("--release-gradients", action="store_true", default=None,
                         help="each parameter steps in the backward pass and frees its gradient")  # fmt: skip
-    parser.add_argument("--from", dest="source", metavar="FILE", help="options from what --emit wrote")
-    parser.add_argument("--emit", metavar="KIND", help="print a configuration: accelerate, transformers or python")
+    parser.add_argument("--mixed", metavar="DTYPE", help="bf16 or fp16: computed in it, weights and gradients in fp32")
+    parser.add_argument("--deepspeed", action="store_true", default=None,
+                        help="DeepSpeed runs the step; the spec's /zero1, /zero2 or /zero3 is its stage")  # fmt: skip
+    parser.add_argument("--bucket", metavar="N", help="elements of DeepSpeed's reduce bucket (default 500000000)")
+    parser.add_argument("--from", dest="source", metavar="FILE",
+                        help="options from what --emit wrote, a ds_config.json or accelerate's YAML")  # fmt: skip
+    parser.add_argument("--emit", metavar="KIND", help="print a configuration: accelerate, deepspeed, transformers "
+                        "or python")  # fmt: skip
     parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
     parser.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the documented JSON instead of a table")
@@ -51,16 +59,19 @@ def run(args: Namespace) -> int:
     from estimators.report import as_text
 
     if args.source:
-        from memopt.cli.emit import read_into
+        from memopt.cli.launched import read_into
 
         read_into(args, args.source)
     if args.model is None:
         raise InputError("which model? a parameter count such as 8B, an architecture (--models lists them), a "
                          "config.json or a folder")  # fmt: skip
     world = whole(args.world, "--world")
+    if args.emit == "deepspeed":
+        args.deepspeed = True
+    defaults = DEEPSPEED_SPECS if args.deepspeed else (*DEFAULT_SPECS, *(SHARDED_SPECS if world > 1 else ()))
     result = estimate(
         args.model,
-        args.optim or [*DEFAULT_SPECS, *(SHARDED_SPECS if world > 1 else ())],
+        args.optim or defaults,
         gpu=args.gpu,
         weights=args.weights,
         gradients=args.gradients,
@@ -90,11 +101,11 @@ def run(args: Namespace) -> int:
 def step_options(args: Namespace) -> dict[str, Any]:
     """How a step is trained, from the flags that were given."""
     options: dict[str, Any] = {}
-    for name in ("seq", "batch", "accumulate", "lora"):
+    for name in ("seq", "batch", "accumulate", "lora", "bucket"):
         text = getattr(args, name)
         if text is not None:
             options[name] = whole(text, f"--{name}")
-    for name in ("checkpointing", "attention", "quantised", "release_gradients"):
+    for name in ("checkpointing", "attention", "quantised", "release_gradients", "deepspeed", "mixed"):
         if getattr(args, name) is not None:
             options[name] = getattr(args, name)
     return options

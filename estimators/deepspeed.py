@@ -1,0 +1,113 @@
+"""Weights, gradients, buffers and state of one rank when DeepSpeed runs the step (``--deepspeed``).
+
+The stage is the spec's partition. DeepSpeed hands the optimizer one flat fp32 tensor of this rank's share of all
+parameters, and keeps that share itself beside weights in 16 bits. Source: runtime/zero/stage_1_and_2.py and stage3.py
+of DeepSpeed 0.19, and its estimate_zero2_model_states_mem_needs (2N + 18N/w with Adam in 16 bits), which the rows add
+up to without the buffers.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from estimators.fields import InputError
+from estimators.model import Model
+from estimators.rows import GPU, PHASES, Row
+from estimators.sharding import LIVE, PERSISTENT
+from estimators.state import state_nbytes, temporaries
+
+if TYPE_CHECKING:
+    from memopt.spec import OptimSpec
+
+_STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+_FP32 = 4
+#: Shares begin at multiples of so many elements per rank (nccl_start_alignment_factor).
+_ALIGNMENT = 2
+
+
+def stage(spec: OptimSpec) -> int:
+    """The ZeRO stage of a spec. Raises :class:`InputError` for one that DeepSpeed cannot run."""
+    from memopt.rules import RULES
+
+    if spec.partition not in _STAGES:
+        raise InputError(f"'{spec}': DeepSpeed has no stage for {spec.partition}; it has {', '.join(_STAGES)}")
+    if spec.master not in ("none", "fp32"):
+        raise InputError(f"'{spec}': DeepSpeed keeps an fp32 copy of the weights itself; leave out +{spec.master}")
+    if spec.format == "factored" or not RULES[spec.rule].element_wise:
+        raise InputError(f"'{spec}': DeepSpeed flattens parameters, and {spec.rule} needs their shapes; adamw, "
+                         "adamw-8bit and adamw-4bit do not")  # fmt: skip
+    if spec.overrides:
+        raise InputError(f"'{spec}': DeepSpeed flattens parameters, so overrides by name cannot be kept")
+    return _STAGES[spec.partition]
+
+
+def share(numel: int, ranks: int) -> int:
+    """Elements of one rank's flat share, padded.
+
+    >>> share(1001, 4)
+    252
+    """
+    return -(-numel // (_ALIGNMENT * ranks)) * _ALIGNMENT
+
+
+def flat(model: Model, spec: OptimSpec, world_size: int) -> Model:
+    """What the optimizer sees: this rank's share of all parameters that train, one fp32 tensor."""
+    numel = sum(prod(shape) for name, shape in model.shapes if name not in model.frozen)
+    part = share(numel, world_size if stage(spec) else 1)
+    return model._replace(shapes=(("flat", (part,)),), frozen=frozenset(), dtypes={"flat": "float32"}, config=None)
+
+
+def weights(model: Model, spec: OptimSpec, world_size: int, itemsize: dict[str, float]) -> list[Row]:
+    """``itemsize``: bytes per element by name. From stage 3 on parameters of up to 1e5 elements stay whole, others are
+    cut one by one; up to 1e9 elements stay gathered, because they are needed again soon."""
+    name, known = str(spec), "formula"
+    sharded = stage(spec) == 3 and world_size > 1
+    held = gathered = 0.0
+    for parameter, shape in model.shapes:
+        numel, size = prod(shape), itemsize[parameter]
+        cut = sharded and numel > PERSISTENT
+        held += (-(-numel // world_size) if cut else numel) * size
+        gathered += numel * size * cut
+    rows = [Row(name, "weights", "DeepSpeed's share" if sharded else "whole", -int(-held // 1), GPU, PHASES, known)]
+    if sharded:
+        most = min(int(gathered), LIVE * 2)
+        rows.append(Row(name, "weights", "gathered, up to 1e9 elements", most, GPU, PHASES[1:4], known, 0, most))
+    return rows
+
+
+def gradients(model: Model, spec: OptimSpec, world_size: int, itemsize: dict[str, float]) -> list[tuple[str, int]]:
+    """Gradients in the weights' dtype at the end of a backward pass: all of them up to stage 1, then a share."""
+    total = sum(prod(shape) * itemsize[n] for n, shape in model.shapes if n not in model.frozen)
+    cut = stage(spec) >= 2
+    return [("whole" if not cut else "this rank's share", -int(-total // (world_size if cut else 1)))]
+
+
+def rest(
+    model: Model, spec: OptimSpec, world_size: int, bucket: int, itemsize: int, phases: tuple[str, ...]
+) -> list[Row]:
+    """The fp32 copy, its gradient, the buckets and the optimizer's own state. ``bucket``: elements."""
+    name, seen = str(spec), flat(model, spec, world_size)
+    numel = seen.shapes[0][1][0]
+    plain = spec.replace(partition="none", master="none")
+    state = state_nbytes(seen, plain, 1)
+    mixed = itemsize < _FP32 or stage(spec) > 0
+    rows = [Row(name, "state", moment, n, tier, phases, "formula") for (moment, tier), n in state.items()]
+    if mixed:
+        # Beside the moments: where those are offloaded, DeepSpeed's copy and its gradient are too.
+        tier = next((tier for (moment, tier), _ in state.items() if moment != "step"), GPU)
+        rows.append(Row(name, "state", "DeepSpeed's fp32 copy", _FP32 * numel, tier, PHASES, "formula"))
+        at_once = min(numel, LIVE) if stage(spec) == 3 else numel
+        rows.append(Row(name, "gradients", "fp32, of the copy", _FP32 * at_once, tier, ("step",), "formula"))
+    if stage(spec):
+        rows.append(Row(name, "temporaries", "bucket of gradients to reduce", bucket * itemsize, GPU, ("backward",),
+                        "formula"))  # fmt: skip
+    return rows
+
+
+def step_temporaries(model: Model, spec: OptimSpec, world_size: int) -> int | None:
+    """Of the plain path on the flat share, which is stepped at once; at stage 3 by sub-groups of 1e9 elements."""
+    seen = flat(model, spec, world_size)
+    if stage(spec) == 3:
+        seen = seen._replace(shapes=(("flat", (min(LIVE, seen.shapes[0][1][0]),)),))
+    return temporaries(seen, spec.replace(partition="none", master="none"), 1, None)

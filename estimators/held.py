@@ -1,0 +1,155 @@
+"""What one rank holds with one spec: every row of an estimate."""
+
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from estimators.fields import InputError
+from estimators.lora import NF4
+from estimators.model import Model, Shape
+from estimators.rows import GPU, PHASES, Row
+from estimators.state import state_nbytes, temporaries, weight_dtype
+from estimators.training import Training, one_gradient, released, rows, runtime
+from estimators.units import dtype
+
+if TYPE_CHECKING:
+    from estimators.activations import Activations
+    from memopt.spec import OptimSpec
+
+#: partition -> whether it shards weights and gradients too, and gives a block's weights up after its forward pass.
+SHARDS_ALSO: dict[str, tuple[bool, bool]] = {
+    "none": (False, False), "zero1": (False, False), "zero2": (True, False), "zero3": (True, True),
+}  # fmt: skip
+
+
+def rows_of(
+    model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None, world_size: int, training: Training,
+    ran: "Activations | None",
+) -> list[Row]:  # fmt: skip
+    if spec.partition not in SHARDS_ALSO:
+        raise InputError(f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
+                         f"it knows {', '.join(SHARDS_ALSO)}")  # fmt: skip
+    name, known = str(spec), model.provenance
+    # With activations every phase but loading is told apart, and state is there from the second step on.
+    phases = PHASES[1:] if ran else ("backward", "step")
+    step_phase = "backward" if training.release_gradients else "step"  # in which parameters step
+    if training.deepspeed:
+        held, by_dtype = _deepspeed(model, spec, weights, gradients, world_size, training.bucket, phases)
+        known = "formula"
+    else:
+        here = _fullest(model, spec, world_size)
+        held = [Row(name, "weights", kind, n, GPU, PHASES, known)
+                for kind, n in _by_dtype(here, weights, all_=True)]  # fmt: skip
+        by_dtype = _by_dtype(here, gradients, all_=False)
+        if training.release_gradients:
+            by_dtype = released(model, here, lambda n, shape: _nbytes(model, n, shape, gradients))
+        if here is not model:
+            computed = dtype(training.mixed, "mixed") if training.mixed else None
+            held += _whole_at_work(model, spec, computed or weights, computed or gradients)
+        elif world_size > 1 and not training.release_gradients:
+            # Measured: DistributedDataParallel keeps them from its constructor on; none with gradient_as_bucket_view.
+            held += [Row(name, "gradients", f"{kind}, DistributedDataParallel's buckets", n, GPU, PHASES,
+                         "measured constant", 0, n) for kind, n in by_dtype]  # fmt: skip
+    if model.buffers:
+        held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, model.provenance))
+    if ran:
+        held += rows(name, model, training, ran, by_dtype, known)
+    elif training.release_gradients:
+        held += one_gradient(name, by_dtype, known)
+    else:
+        held += [Row(name, "gradients", kind, n, GPU, ("backward", "step"), known) for kind, n in by_dtype]
+    if not training.deepspeed:
+        held += [Row(name, "state", moment, n, tier, phases, known)
+                 for (moment, tier), n in state_nbytes(model, spec, world_size, weights).items()]  # fmt: skip
+    if training.seq and training.device != "cpu":
+        tmp = step_temporaries(model, spec, world_size, weights, training)
+        if tmp:
+            held.append(Row(name, "temporaries", "of the plain step, largest parameter", tmp, GPU, (step_phase,),
+                            "measured constant", 0, tmp))  # fmt: skip
+        held += runtime(name, held, world_size)
+    return held
+
+
+def step_temporaries(
+    model: Model, spec: "OptimSpec", world_size: int, weights: str | None, training: Training
+) -> int | None:
+    if training.deepspeed:
+        from estimators import deepspeed
+
+        return deepspeed.step_temporaries(model, spec, world_size)
+    return temporaries(model, spec, world_size, weights)
+
+
+def _deepspeed(
+    model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None, world_size: int, bucket: int,
+    phases: tuple[str, ...],
+) -> tuple[list[Row], list[tuple[str, int]]]:  # fmt: skip
+    """The rows of DeepSpeed's own figures, and the gradients of a backward pass."""
+    from estimators import deepspeed
+
+    def sizes(given: str | None) -> dict[str, float]:
+        return {n: _itemsize(weight_dtype(model, n, given), n) for n, _ in model.shapes}
+
+    itemsize = sizes(weights)
+    trained = [size for n, size in itemsize.items() if n not in model.frozen]
+    widest = int(max(trained, default=2))
+    return (
+        deepspeed.weights(model, spec, world_size, itemsize)
+        + deepspeed.rest(model, spec, world_size, bucket, widest, phases),
+        deepspeed.gradients(model, spec, world_size, sizes(gradients)),
+    )
+
+
+def _fullest(model: Model, spec: "OptimSpec", world_size: int) -> Model:
+    """The model whose parameters are the rows of the fullest rank, which is the first."""
+    from memopt.partitions import PARTITIONS
+
+    if not SHARDS_ALSO[spec.partition][0] or world_size == 1:
+        return model
+    rows = PARTITIONS[spec.partition].rows
+    return model._replace(shapes=tuple((name, rows(shape, 0, world_size).local_shape) for name, shape in model.shapes))
+
+
+def _whole_at_work(model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None) -> list[Row]:
+    """Weights and gradients that FSDP2 holds whole while blocks compute."""
+    from estimators.sharding import gathered, unreduced
+
+    def sizes(given: str | None, all_: bool) -> list[tuple[str, int]]:
+        named = [(n, model._replace(shapes=((n, shape),))) for n, shape in model.shapes]
+        return [(n, sum(nbytes for _, nbytes in _by_dtype(one, given, all_=all_))) for n, one in named]
+
+    name, reshard = str(spec), SHARDS_ALSO[spec.partition][1]
+    whole, raw = gathered(sizes(weights, True), reshard=reshard), unreduced(sizes(gradients, False))
+    detail = "gathered, two blocks" if reshard else "gathered"
+    return [
+        Row(name, "weights", detail, whole, GPU, PHASES[1:4], "formula"),
+        Row(name, "gradients", "whole, before they are reduced", raw, GPU, ("backward",), "formula"),
+    ]
+
+
+def _by_dtype(model: Model, given: str | None, *, all_: bool) -> list[tuple[str, int]]:
+    """Bytes by dtype: of all parameters, or of those that train."""
+    totals: dict[str, int] = {}
+    for name, shape in model.shapes:
+        if all_ or name not in model.frozen:
+            kind, n = _nbytes(model, name, shape, given)
+            totals[kind] = totals.get(kind, 0) + n
+    return list(totals.items())
+
+
+def _nbytes(model: Model, name: str, shape: Shape, given: str | None) -> tuple[str, int]:
+    """dtype and bytes of one parameter, or of its gradient."""
+    kind = weight_dtype(model, name, given)
+    return kind, -int(-prod(shape) * _itemsize(kind, name) // 1)
+
+
+def _itemsize(kind: str, name: str) -> float:
+    """Bytes of one element, the scales of 4-bit weights included."""
+    from memopt.ledger import ITEMSIZE
+
+    if kind in NF4:
+        return NF4[kind]
+    if kind not in ITEMSIZE:
+        raise InputError(f"{name} has the dtype {kind}; known are {', '.join(ITEMSIZE)}")
+    return ITEMSIZE[kind]

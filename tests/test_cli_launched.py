@@ -1,0 +1,257 @@
+"""``--emit`` and ``--from``: launch configurations, ours and other people's."""
+
+import json
+from argparse import Namespace
+
+import pytest
+
+from estimators import InputError, estimate
+from memopt.cli import main
+from memopt.cli.launched import read, read_into
+
+STEP = ("llama-3.2-1b", "--seq", "512", "--batch", "2", "--checkpointing", "full")
+
+
+@pytest.fixture
+def run(capsys):
+    def call(*argv):
+        code = main(list(argv))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def write(tmp_path):
+    def made(content, name="config"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return made
+
+
+SHARDED = [
+    ("--world", "4", "--optim", "adamw-8bit/zero1"),
+    ("--world", "4", "--optim", "adamw-8bit/zero3", "--mixed", "bf16"),
+    ("--world", "4", "--optim", "adamw/zero2"),
+    ("--world", "4", "--optim", "adamw-8bit/zero2", "--deepspeed", "--bucket", "1000000"),
+    ("--world", "4", "--optim", "adamw/zero3", "--deepspeed", "--weights", "fp16"),
+]
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "deepspeed", "transformers", "python"])
+@pytest.mark.parametrize("more", SHARDED, ids=lambda m: "-".join(m[3:]))
+def test_what_is_emitted_reads_back_to_the_same_figures(run, write, kind, more):
+    if kind == "deepspeed" and "--mixed" in more:
+        code, _, err = run("estimate", *STEP, *more, "--emit", kind)
+        assert (code, "does not go with deepspeed" in err) == (2, True)
+        return
+    text = run("estimate", *STEP, *more, "--emit", kind)[1]
+    if kind == "deepspeed":
+        more = (*more, "--deepspeed")
+    elif kind != "accelerate":
+        compile(text, "emitted", "exec")
+    want = json.loads(run("estimate", *STEP, *more, "--json")[1])
+    assert json.loads(run("estimate", "--from", write(text), "--json")[1]) == want
+
+
+class TestDeepSpeed:
+    def test_ours_is_the_optimizer_that_runs(self, run, write):
+        config = json.loads(run("estimate", *STEP, *SHARDED[3], "--emit", "deepspeed")[1])
+        assert "optimizer" not in config
+        assert config["zero_allow_untested_optimizer"] is True
+        assert config["zero_force_ds_cpu_optimizer"] is False
+        assert config["zero_optimization"]["stage"] == 2
+        assert config["zero_optimization"]["reduce_bucket_size"] == 1_000_000
+        assert "memopt.create(model, 'adamw-8bit'" in config["memopt"]["script"]
+
+    @pytest.mark.slow
+    def test_deepspeed_takes_what_is_emitted(self, run, write, monkeypatch):
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        pytest.importorskip("deepspeed")
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        config = DeepSpeedConfig(write(run("estimate", *STEP, *SHARDED[3], "--emit", "deepspeed")[1], "ds.json"))
+        assert (config.zero_config.stage, config.zero_config.reduce_bucket_size) == (2, 1_000_000)
+        assert config.bfloat16_config.enabled
+        assert config.optimizer_name is None
+        assert config.zero_allow_untested_optimizer
+        assert not config.zero_force_ds_cpu_optimizer
+
+    def test_a_foreign_configuration_is_read(self, run, write):
+        path = write({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,
+                      "bf16": {"enabled": True}, "optimizer": {"type": "AdamW"},
+                      "zero_optimization": {"stage": 2, "reduce_bucket_size": 2e8, "overlap_comm": True}})  # fmt: skip
+        one = run("estimate", "gpt2", "--from", path, "--seq", "64", "--json")[1]
+        two = run("estimate", "gpt2", "--optim", "adamw/zero2", "--batch", "2", "--accumulate", "4", "--seq", "64",
+                  "--world", "2", "--deepspeed", "--bucket", "400000000", "--weights", "bf16", "--json")[1]  # fmt: skip
+        assert json.loads(one) == json.loads(two)
+
+    def test_auto_is_left_to_the_command_line(self, write):
+        options = read(write({"train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"},
+                              "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}))  # fmt: skip
+        assert options["batch"] is options["bucket"] is None
+        assert options["optim"] == ["adamw/zero3"]
+
+    @pytest.mark.parametrize(
+        ("config", "words"),
+        [
+            ({"zero_optimization": {"stage": 4}}, "stage 4"),
+            ({"zero_optimization": {"stage": True}}, "stage True"),
+            ({"zero_optimization": []}, "zero_optimization=a list"),
+            ({"optimizer": {"type": "OneBitAdam"}}, "OneBitAdam"),
+            ({"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}, "offload_param"),
+            ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
+            ({"train_batch_size": 7, "train_micro_batch_size_per_gpu": 2}, "not a multiple"),
+            ({"train_micro_batch_size_per_gpu": -1}, "whole number"),
+            ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, "none, cpu, nvme"),
+        ],
+    )
+    def test_what_is_not_known_is_refused(self, write, config, words):
+        with pytest.raises(InputError, match=words):
+            read(write(config))
+
+    @pytest.mark.parametrize("ranks", [1, 4, 64])
+    def test_rows_add_up_to_2n_and_18n_over_w(self, ranks):
+        column = estimate("8B", "adamw/zero2", world_size=ranks, deepspeed=True).columns[0]
+        kept = sum(r.nbytes for r in column.rows if r.what != "temporaries")
+        assert kept == pytest.approx(2 * 8 * 10**9 + 18 * 8 * 10**9 // ranks, abs=64)
+
+    @pytest.mark.slow
+    def test_that_is_deepspeeds_own_function(self, monkeypatch):
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+        pytest.importorskip("deepspeed")
+        from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as theirs
+
+        assert theirs(8 * 10**9, 4, 1, cpu_offload=False)[1] == 2 * 8 * 10**9 + 18 * 8 * 10**9 // 4
+
+    def test_state_is_that_of_the_flat_tensor(self):
+        import memopt
+
+        e = estimate("gpt2", "adamw-8bit/zero2", world_size=3, deepspeed=True)
+        part = -(-e.parameters // 6) * 2
+        flat = memopt.price({"flat": (part,)}, "adamw-8bit", dtype="float32").nbytes
+        assert e.columns[0].nbytes("state") == flat + 4 * part
+
+    @pytest.mark.parametrize(
+        ("spec", "words"),
+        [("adafactor/zero2", "flattens"), ("adamw+kahan/zero2", "leave out"), ("lamb/zero1", "flattens")],
+    )
+    def test_a_spec_that_needs_shapes_is_refused(self, spec, words):
+        with pytest.raises(InputError, match=words):
+            estimate("gpt2", spec, deepspeed=True)
+
+    def test_contradictions(self):
+        for given in ({"bucket": 5}, {"deepspeed": True, "mixed": "bf16"}, {"mixed": "bf16", "weights": "bf16"}):
+            with pytest.raises(InputError):
+                estimate("gpt2", **given)
+
+
+ACCELERATE = {"compute_environment": "LOCAL_MACHINE", "mixed_precision": "bf16", "num_processes": 8}
+
+
+class TestAccelerate:
+    """Files that ``accelerate config`` writes."""
+
+    @pytest.fixture(autouse=True)
+    def _yaml(self):
+        self.yaml = pytest.importorskip("yaml")
+
+    @pytest.mark.parametrize(
+        ("more", "flags"),
+        [
+            ({"distributed_type": "MULTI_GPU"}, ("--optim", "adamw", "--mixed", "bf16")),
+            ({"distributed_type": "NO", "num_processes": 1, "mixed_precision": "no"}, ("--optim", "adamw")),
+            (
+                {
+                    "distributed_type": "FSDP",
+                    "fsdp_config": {
+                        "fsdp_version": 2,
+                        "fsdp_reshard_after_forward": True,
+                        "fsdp_activation_checkpointing": True,
+                    },
+                },
+                ("--optim", "adamw/zero3", "--mixed", "bf16", "--checkpointing", "full"),
+            ),
+            (
+                {"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "SHARD_GRAD_OP"}},
+                ("--optim", "adamw/zero2", "--mixed", "bf16"),
+            ),
+            (
+                {
+                    "distributed_type": "DEEPSPEED",
+                    "deepspeed_config": {
+                        "zero_stage": 2,
+                        "gradient_accumulation_steps": 4,
+                        "offload_optimizer_device": "none",
+                        "offload_param_device": "none",
+                    },
+                },
+                ("--optim", "adamw/zero2", "--deepspeed", "--weights", "bf16", "--accumulate", "4"),
+            ),
+        ],
+        ids=["ddp", "one", "fsdp2", "fsdp1", "deepspeed"],
+    )
+    def test_it_is_read(self, run, write, more, flags):
+        config = {**ACCELERATE, **more}
+        path = write(self.yaml.safe_dump(config), "accelerate.yaml")
+        world = ("--world", str(config["num_processes"]))
+        one = run("estimate", "gpt2", "--seq", "64", "--from", path, "--json")[1]
+        two = run("estimate", "gpt2", "--seq", "64", *world, *flags, "--json")[1]
+        assert json.loads(one) == json.loads(two)
+
+    def test_deepspeeds_file_beside_it(self, run, write):
+        write({"zero_optimization": {"stage": 3}, "fp16": {"enabled": True}}, "ds.json")
+        config = {
+            **ACCELERATE,
+            "distributed_type": "DEEPSPEED",
+            "deepspeed_config": {"deepspeed_config_file": "ds.json"},
+        }
+        options = read(write(self.yaml.safe_dump(config), "accelerate.yaml"))
+        assert (options["optim"], options["weights"], options["world"]) == (["adamw/zero3"], "float16", 8)
+
+    def test_accelerate_reads_what_is_emitted(self, run, write):
+        args = pytest.importorskip("accelerate.commands.config.config_args")
+        for more, kind in zip(SHARDED, ("MULTI_GPU", "FSDP", "FSDP", "DEEPSPEED", "DEEPSPEED"), strict=True):
+            path = write(run("estimate", *STEP, *more, "--emit", "accelerate")[1], "emitted.yaml")
+            config = args.load_config_from_file(path)
+            assert str(config.distributed_type).rpartition(".")[2] == kind
+            assert config.num_processes == 4
+
+    @pytest.mark.parametrize(
+        ("more", "words"),
+        [
+            ({"distributed_type": "MEGATRON_LM"}, "MEGATRON_LM"),
+            ({"distributed_type": "MULTI_GPU", "mixed_precision": "fp8"}, "fp8"),
+            ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_offload_params": True}}, "fsdp_offload_params"),
+            ({"distributed_type": "FSDP", "fsdp_config": {"fsdp_sharding_strategy": "HYBRID_SHARD"}}, "HYBRID_SHARD"),
+            ({"distributed_type": "MULTI_GPU", "num_processes": "many"}, "num_processes"),
+            ({"distributed_type": "FSDP", "fsdp_config": 3}, "fsdp_config=3"),
+        ],
+    )
+    def test_what_is_not_known_is_refused(self, write, more, words):
+        with pytest.raises(InputError, match=words):
+            read(write(self.yaml.safe_dump({**ACCELERATE, **more})))
+
+    def test_any_other_file_is_one_sentence(self, write):
+        for text in ("", "a: [", "- 1", "x", "\0", "a: &a [*a]", "!!python/object:os.system {}"):
+            with pytest.raises(InputError):
+                read(write(text))
+
+
+def test_the_command_line_wins(write):
+    names = ("model", "optim", "gpu", "weights", "gradients", "checkpointing", "attention", "quantised", "seq", "batch",
+             "release_gradients", "deepspeed", "mixed", "accumulate", "lora", "bucket")  # fmt: skip
+    args = Namespace(**dict.fromkeys(names), world="1")
+    args.model, args.optim = "gpt2", ["lion"]
+    read_into(args, write({"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 3}))
+    assert (args.model, args.optim, args.batch, args.deepspeed) == ("gpt2", ["lion"], "3", True)
+
+
+def test_hostile_options_are_one_sentence(run, write):
+    for options in ({"model": [1]}, {"model": "gpt2", "gpu": {}}, {"model": "gpt2", "weights": ["x"]},
+                    {"model": "gpt2", "seq": {}}, {"model": "gpt2", "deepspeed": "perhaps"}):  # fmt: skip
+        code, out, err = run("estimate", "--from", write({"memopt": {"estimate": options}}))
+        assert (code, out, err.count("\n")) == (2, "", 1)
