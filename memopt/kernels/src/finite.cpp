@@ -1,4 +1,5 @@
-// All gradients looked at in one call, cut into equal pieces.
+// All gradients looked at in one call, cut into equal pieces, the last first: the step that follows begins with the
+// first, which are in the cache then.
 #include <atomic>
 #include <cstdlib>
 
@@ -14,7 +15,7 @@ struct Job {
     const Table* table;
     Span* spans;
     int64_t* before;  // pieces before each span
-    int64_t count;
+    int64_t count, tasks;
     std::atomic<bool> bad{false};
 };
 
@@ -32,7 +33,7 @@ constexpr int64_t RUN = 4;
 void run_task(void* context, int64_t task) {
     Job& job = *static_cast<Job*>(context);
     int64_t low = 0, high = job.count;
-    const int64_t first = task * RUN;
+    const int64_t first = (job.tasks - 1 - task) * RUN;
     while (high - low > 1) {
         const int64_t middle = (low + high) / 2;
         (job.before[middle] <= first ? low : high) = middle;
@@ -51,7 +52,7 @@ void run_task(void* context, int64_t task) {
 }  // namespace
 
 bool finite(const Table& table, Span* spans, int64_t count, int threads) {
-    Job job{&table, spans, static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t))), count, {}};
+    Job job{&table, spans, static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t))), count, 0, {}};
     if (!job.before) {  // without memory for a plan, one after the other
         bool good = true;
         for (int64_t i = 0; i < count; i++) {
@@ -65,7 +66,8 @@ bool finite(const Table& table, Span* spans, int64_t count, int threads) {
         spans[i].bad = 0;
         job.before[i + 1] = job.before[i] + pieces(spans[i]);
     }
-    parallel(threads, (job.before[count] + RUN - 1) / RUN, run_task, &job);
+    job.tasks = (job.before[count] + RUN - 1) / RUN;
+    parallel(threads, job.tasks, run_task, &job);
     std::free(job.before);
     return !job.bad.load();
 }
