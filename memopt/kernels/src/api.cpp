@@ -24,7 +24,8 @@ __attribute__((constructor)) void choose() {
     memopt_baseline(tables[table_count++]);
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    // Every CPU with AVX2 has F16C, whose name clang's builtin does not know.
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
         memopt_avx2(tables[table_count++]);
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl") && table_count == 2)
