@@ -18,7 +18,7 @@ from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.plan import Fill
 from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.report import Conversion
-from memopt.checkpoint.sources import read_file
+from memopt.checkpoint.sources import is_foreign, read_path
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -57,14 +57,15 @@ def load(
     this world size, and the report says what was lost; ``fill`` says what stands in for a moment that was not kept
     (see :meth:`memopt.Optimizer.convert_`). ``hyper=False`` keeps the optimizer's own hyperparameters and allows other
     param groups. ``path`` may also be a ``state_dict()`` of torch.optim, transformers' Adafactor, bitsandbytes or
-    torchao, or a file with one; ``rule`` says which rule it was where that does not show.
+    torchao, a file with one, or a checkpoint folder of DeepSpeed or torch.distributed.checkpoint; ``rule`` says which
+    rule it was where that does not show.
 
     Nothing is executed from the file, and nothing is changed before every checksum has been verified
     and everything is known to fit.
 
     Raises FileNotFoundError for no checkpoint, and ValueError with the file, the parameter or the tensor that is wrong.
     """
-    if isinstance(path, Mapping) or Path(path).is_file():
+    if isinstance(path, Mapping) or is_foreign(Path(path)):
         return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler])
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     checkpoint, plans, error = None, [], None
@@ -104,7 +105,7 @@ def _load_foreign(
     if isinstance(path, Mapping):
         source, where = read_state_dict(path, "the state_dict", rule), Path()
     else:
-        source, where = read_file(Path(path), rule), Path(path)
+        source, where = read_path(Path(path), rule), Path(path)
     plan = Plan(optimizer, source, hyper, fill)
     step = int(max((record.step for record in source.records.values()), default=0))
     return Loaded(where, step, plan.apply())

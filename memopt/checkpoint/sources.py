@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 
-from memopt.checkpoint.foreign import read_state_dict
+from memopt.checkpoint.foreign import deepspeed, distributed, inert, read_state_dict
 from memopt.checkpoint.stored import Source
 
+#: Tools that write folders: ``find(path)`` is the one that path means, or None.
+FOLDERS = (deepspeed, distributed)
 #: Where training scripts put the optimizer's dictionary in a file of several.
 _KEYS = ("optimizer", "optimizer_state_dict", "optim", "optimizer_states")
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether another tool wrote the file or folder."""
+    return path.is_file() or any(tool.find(path) is not None for tool in FOLDERS)
+
+
+def read_path(path: Path, rule: str | None = None) -> Source:
+    """Another tool's file or folder."""
+    if path.is_file():
+        return read_file(path, rule)
+    for tool in FOLDERS:
+        found = tool.find(path)
+        if found is not None:
+            return tool.read(found, rule)
+    raise FileNotFoundError(f"there is no optimizer state of another tool in {path}")
 
 
 def read_file(path: Path, rule: str | None = None) -> Source:
     """A file that ``torch.save`` wrote, with an optimizer's state_dict in it or under one of the usual keys.
 
-    Read with ``weights_only=True`` and mapped, so nothing is executed and tensors are read when they are needed.
-    Raises ValueError for a file that cannot be read so.
+    Raises ValueError for a file that cannot be read without executing what it says.
     """
-    try:
-        content = _read(path)
-    except (RuntimeError, ValueError, EOFError, BadZipFile, pickle.UnpicklingError, KeyError, TypeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read without executing what it says, or is damaged: {reason}") from None
-    return read_state_dict(_optimizer_in(content, path), str(path), rule)
+    return read_state_dict(_optimizer_in(_read(path), path), str(path), rule)
 
 
 def _read(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+        return inert.load(path)
+    except ValueError as error:
         if "torchao" not in str(error):
             raise
         import torchao.optim  # noqa: F401  # it registers its own tensor classes as harmless

@@ -1,7 +1,8 @@
 """Optimizer state under another spec, or for another tool, without a model.
 
-IN is a checkpoint of memopt.save (or a folder of them), or a file that torch.save wrote with the state_dict() of
-torch.optim, transformers' Adafactor, bitsandbytes or torchao. OUT is a folder in which a checkpoint is committed; for
+IN is a checkpoint of memopt.save (or a folder of them), a file that torch.save wrote with the state_dict() of
+torch.optim, transformers' Adafactor, bitsandbytes or torchao, or a checkpoint folder of DeepSpeed (ZeRO 1 to 3,
+universal) or torch.distributed.checkpoint (FSDP). OUT is a folder in which a checkpoint is committed; for
 --to torch, bitsandbytes or bitsandbytes-32bit it is a file for that tool's load_state_dict. The exit code is 0 when it
 is done, 2 if the input cannot be used.
 """
@@ -22,7 +23,7 @@ SUMMARY = "optimizer state of a checkpoint or of another tool under another spec
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="a checkpoint, a folder of them, or another tool's file")
+    parser.add_argument("source", metavar="IN", help="a checkpoint, a folder of them, or another tool's file or folder")
     parser.add_argument("out", metavar="OUT", help="a folder of checkpoints; for another tool, a file")
     parser.add_argument("--to", metavar="SPEC", required=True, help="a spec (memopt list), or torch, bitsandbytes, "
                         "bitsandbytes-32bit")  # fmt: skip
@@ -59,12 +60,12 @@ def run(args: Namespace) -> int:
 
 
 def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
-    """``(source, checkpoint)``; no checkpoint where the file is another tool's."""
-    if path.is_file():
-        from memopt.checkpoint.sources import read_file
-
-        return read_file(path, rule), None
+    """``(source, checkpoint)``; no checkpoint where it is another tool's."""
     from memopt.checkpoint.opened import Checkpoint
+    from memopt.checkpoint.sources import is_foreign, read_path
+
+    if is_foreign(path):
+        return read_path(path, rule), None
 
     with bar("verifying", None) as progress:
         checkpoint = Checkpoint(path, progress)

@@ -1,7 +1,8 @@
 """What is in a checkpoint: spec, bytes by part, and the health of every moment.
 
-PATH is a checkpoint of memopt.save (or a folder of them: the newest), or a file that torch.save wrote with another
-tool's state_dict(). The exit code is 0 if all is well, 1 if state holds NaN or Inf, 2 if the file cannot be used.
+PATH is a checkpoint of memopt.save (or a folder of them: the newest), a file that torch.save wrote with another tool's
+state_dict(), or a folder of DeepSpeed or torch.distributed.checkpoint. The exit code is 0 if all is well, 1 if state
+holds NaN or Inf, 2 if it cannot be used.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ BARS = " ▁▂▃▄▅▆▇█"
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("path", metavar="PATH", help="a checkpoint, a folder of them, or another tool's file")
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, a folder of them, or another tool's file or folder")
     parser.add_argument("--from", metavar="RULE", dest="rule", help="the rule, where the file does not say it")
     parser.add_argument("--json", action="store_true", help="print the same as JSON")
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from memopt.checkpoint.foreign import bitsandbytes, torch_optim, torchao, transformers_adafactor
-from memopt.checkpoint.foreign.base import Tool
-from memopt.checkpoint.stored import Group, Record, Source
-from memopt.rules import RULES
+from memopt.checkpoint.foreign.base import Tool, choose, group_of
+from memopt.checkpoint.stored import Record, Source
 from memopt.spec import OptimSpec
 
 TOOLS = (bitsandbytes.TOOL, transformers_adafactor.TOOL, torchao.TOOL, torch_optim.TOOL)
@@ -28,13 +25,7 @@ def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None
     tool = _tool(groups, states, origin)
     first: dict[str, Any] = next((s for s in states.values() if s), {})
     possible = tool.rules(groups[0], first)
-    if rule is None and len(possible) > 1:
-        raise ValueError(f"{origin} was written by {tool.name}, and does not say which of {', '.join(possible)} it "
-                         "was; say it with rule= (--from on the command line)")  # fmt: skip
-    chosen = rule or possible[0]
-    if chosen not in possible:
-        raise ValueError(f"{origin} was written by {tool.name} and can be {', '.join(possible)}, not {chosen!r}")
-    return _source(tool, chosen, groups, states, origin)
+    return _source(tool, choose(tool.name, origin, possible, rule), groups, states, origin)
 
 
 def _tool(groups: Any, states: Any, origin: str) -> Tool:
@@ -53,10 +44,7 @@ def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Sou
     for group in groups:
         names = list(group["param_names"]) if named else [str(index + i) for i in range(len(group["params"]))]
         index += len(names)
-        hyper = RULES[rule].resolve(tool.hyper(group, rule))
-        notes = {k: v for k, v in group.items() if k in ("initial_lr", "swa_lr")}
-        plain = {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in {**hyper, **notes}.items()}
-        ours.append(Group(names, plain))
+        ours.append(group_of(names, rule, tool.hyper(group, rule), group))
         for name, key in zip(names, group["params"], strict=True):
             records[name] = _record(tool, rule, name, states.get(key) or {}, origin)
     return Source(OptimSpec(rule=rule), ours, records, origin, named, label=f"{rule} of {tool.name}")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.codes import CODES
-from memopt.checkpoint.stored import LivePiece, Piece, Span, Stored
+from memopt.checkpoint.stored import Group, LivePiece, Piece, Span, Stored
 from memopt.geometry import Rows, Shape
-from memopt.rules import Moment
+from memopt.rules import RULES, Moment
 
 State = Mapping[str, Any]
 
@@ -29,6 +29,26 @@ class Tool(NamedTuple):
     hyper: Callable[[State, str], dict[str, Any]]
     moments: Callable[[State], dict[str, Stored]]
     step: Callable[[State], float] = lambda state: float(state["step"])
+
+
+def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None) -> str:
+    """The rule that ``tool`` wrote, ``possible`` being those it may have been. Raises ValueError for none, and where it
+    must be said which."""
+    if not possible:
+        raise ValueError(f"{origin} was written by {tool}, with an optimizer that is not known here")
+    if asked is None and len(possible) > 1:
+        raise ValueError(f"{origin} was written by {tool}, and does not say which of {', '.join(possible)} it was; "
+                         "say it with rule= (--from on the command line)")  # fmt: skip
+    if asked is not None and asked not in possible:
+        raise ValueError(f"{origin} was written by {tool} and can be {', '.join(possible)}, not {asked!r}")
+    return asked or possible[0]
+
+
+def group_of(names: list[str], rule: str, hyper: dict[str, Any], theirs: State) -> Group:
+    """A param group: ``hyper`` of the rule, and what schedulers note in ``theirs``, all as plain values."""
+    notes = {k: v for k, v in theirs.items() if k in ("initial_lr", "swa_lr")}
+    h = {**RULES[rule].resolve(hyper), **notes}
+    return Group(names, {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in h.items()})
 
 
 @final
