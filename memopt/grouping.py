@@ -76,11 +76,15 @@ def describe(optimizer: Optimizer) -> str:
     ]
     lines = []
     for i, group in enumerate(groups):
-        values = ", ".join(f"{key}={group.get(key)!r}" for key in differing) or "as all"
+        values = ", ".join(f"{key}={_short(group.get(key))}" for key in differing) or "as all"
         numel = sum(p.numel() for p in group["params"])
         names = group.get("param_names") or [str(tuple(p.shape)) for p in group["params"]]
         lines.append(f"group {i}  {values}  {len(group['params'])} tensors, {numel:,} elements: {_some(names)}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
 def _without_decay(model: nn.Module, decay_embeddings: bool) -> Iterator[int]:

@@ -145,20 +145,25 @@ def warm_up(h: History) -> Iterator[Finding]:
 
 def rounding(h: History) -> Iterator[Finding]:
     """16-bit weights whose updates are smaller than half a unit in the last place."""
-    if h.master != "none" or not h.readings:
+    if not h.readings:
         return
     peak = max((g.lr for r in h.readings for g in r.groups if isfinite(g.lr)), default=0.0)
+    lost: dict[int, float] = {}
     for g in h.readings[-1].groups:
         course = [o.lost for r in h.readings for o in r.groups
                   if o.group == g.group and o.lost is not None and not o.lr < peak / 100]  # fmt: skip
         if g.dtype in SIXTEEN_BIT and course and median(course) >= LOST:
-            yield Finding(
-                "rounding",
-                f"{median(course):.0%} of the updates of group {g.group} ({g.names}) are rounded away: at "
-                f"lr={g.lr:.3g} they are smaller than half a step of {g.dtype}. Keep what is lost (+kahan, +split or "
-                "+stochastic behind the rule), train fp32 weights, or raise the rate",
-                h.readings[-1].step,
-            )
+            lost[g.group] = median(course)
+    if lost:
+        first = next(g for g in h.readings[-1].groups if g.group in lost)
+        more = f" and {len(lost) - 1} more groups" if len(lost) > 1 else ""
+        yield Finding(
+            "rounding",
+            f"{lost[first.group]:.0%} of the updates of group {first.group} ({first.names}){more} are rounded away: at "
+            f"a rate of {peak:.3g} they are smaller than half a step of {first.dtype}. Keep what is lost (+kahan, +split "
+            "or +stochastic behind the rule), train fp32 weights, or raise the rate",
+            h.readings[-1].step,
+        )
 
 
 def frozen(h: History) -> Iterator[Finding]:

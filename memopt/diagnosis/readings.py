@@ -6,13 +6,17 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
+#: Groups that are printed one by one; of more, ranges.
+SHOWN = 3
+
 
 @dataclass(frozen=True)
 class GroupReading:
     """One param group in one step.
 
     ``update_ratio`` is |change of the weights| / |weights| of the median parameter, ``lost`` the share of elements with
-    a gradient that the step left as they were because the change was rounded away; of a sample of each parameter.
+    a gradient that the step left as they were because the change was rounded away (None with a master, which keeps
+    it); of a sample of each parameter.
     """
 
     group: int
@@ -55,16 +59,30 @@ class Reading:
         parts = [f"step {self.step}"]
         if self.loss is not None:
             parts.append(f"loss {self.loss:.4g}")
-        for g in self.groups:
-            lost = f" lost {g.lost:.0%}" if g.lost is not None and g.lost >= 0.005 else ""
-            ratio = f" update/weight {g.update_ratio:.1e}" if g.update_ratio is not None else ""
-            parts.append(f"[{g.group}] lr {g.lr:.3g} |g| {g.grad_norm:.3g}{ratio}{lost}")
+        parts += [_line(g) for g in self.groups] if len(self.groups) <= SHOWN else [_together(self.groups)]
         worst = max(self.moments, key=lambda m: m.error, default=None)
         if worst is not None and worst.error > 0:
             parts.append(f"worst moment {worst.parameter}.{worst.moment} off by {worst.error:.1%}")
         if self.skipped:
             parts.append(f"{self.skipped} steps skipped")
         return "  ".join(parts)
+
+
+def _line(g: GroupReading) -> str:
+    lost = f" lost {g.lost:.0%}" if g.lost is not None and g.lost >= 0.005 else ""
+    ratio = f" update/weight {g.update_ratio:.1e}" if g.update_ratio is not None else ""
+    return f"[{g.group}] lr {g.lr:.3g} |g| {g.grad_norm:.3g}{ratio}{lost}"
+
+
+def _together(groups: tuple[GroupReading, ...]) -> str:
+    """Many groups in a line: the range of each number, and the norm of all gradients."""
+    rates = [g.lr for g in groups]
+    ratios = [g.update_ratio for g in groups if g.update_ratio is not None]
+    lost = max((g.lost for g in groups if g.lost is not None), default=0.0)
+    norm = sum(g.grad_norm**2 for g in groups) ** 0.5
+    text = f"{len(groups)} groups lr {min(rates):.3g} … {max(rates):.3g} |g| {norm:.3g}"
+    text += f" update/weight {min(ratios):.1e} … {max(ratios):.1e}" if ratios else ""
+    return text + (f" lost up to {lost:.0%}" if lost >= 0.005 else "")
 
 
 @dataclass(frozen=True)

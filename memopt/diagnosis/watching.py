@@ -105,7 +105,7 @@ class Watch:
 
     def _read(self, before: list[tuple[Tensor, Tensor] | None]) -> None:
         groups = tuple(
-            _group(i, group, spread)
+            _group(i, group, spread, self.history.master)
             for i, (group, spread) in enumerate(zip(self.optimizer.param_groups, before, strict=True))
         )
         if any(g.nonfinite for g in groups):
@@ -175,7 +175,7 @@ def _strided(x: Tensor) -> Tensor:
     return flat[:: max(flat.numel() // SPREAD, 1)][:SPREAD]
 
 
-def _group(i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None) -> GroupReading:
+def _group(i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None, master: str) -> GroupReading:
     names = group.get("param_names") or [str(tuple(p.shape)) for p in group["params"]]
     shown = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
     norm = float(grad_norm(group["params"]))
@@ -193,7 +193,7 @@ def _group(i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None) 
         nonfinite = sum(int((~torch.isfinite(_local(p.grad))).sum()) for p in stepped)
     ratio = _typical_ratio(weights.float(), after.float(), [len(x) for x in parts])
     return GroupReading(
-        i, shown, rate, norm, nonfinite, ratio, alike if rate and touched.any() else None,
+        i, shown, rate, norm, nonfinite, ratio, alike if rate and master == "none" and touched.any() else None,
         str(weights.dtype).removeprefix("torch."),
     )  # fmt: skip
 
