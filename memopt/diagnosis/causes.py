@@ -160,8 +160,8 @@ def rounding(h: History) -> Iterator[Finding]:
         yield Finding(
             "rounding",
             f"{lost[first.group]:.0%} of the updates of group {first.group} ({first.names}){more} are rounded away: at "
-            f"a rate of {peak:.3g} they are smaller than half a step of {first.dtype}. Keep what is lost (+kahan, +split "
-            "or +stochastic behind the rule), train fp32 weights, or raise the rate",
+            f"a rate of {peak:.3g} they are smaller than half a step of {first.dtype}. Keep what is lost (+kahan, "
+            "+split or +stochastic behind the rule), train fp32 weights, or raise the rate",
             h.readings[-1].step,
         )
 
