@@ -65,7 +65,7 @@ def rows_of(
     if training.seq and training.device != "cpu":
         tmp = step_temporaries(model, spec, world_size, weights, training)
         if tmp:
-            held.append(Row(name, "temporaries", "of the plain step, largest parameter", tmp, GPU, (step_phase,),
+            held.append(Row(name, "temporaries", "of the step", tmp, GPU, (step_phase,),
                             "measured constant", 0, tmp))  # fmt: skip
         held += runtime(name, held, world_size)
     return held

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 _DEVICE = "cuda"
 _MAX_RANKS_PRICED = 32
 
-#: rule -> format -> bytes that the plain torch path allocates and frees while it steps one fp32 parameter, per element.
-#: Measured with torch 2.13 (the allocations of a step traced); tests measure them again. Parameters are stepped one
-#: after the other, so the largest counts. The C++ kernels, which step parameters on the CPU, allocate nothing.
+#: rule -> format -> bytes that the plain torch path allocates and frees while it steps one fp32 parameter, per element
+#: of the piece that is stepped at a time (``memopt/engines/pieces.py``; the whole where a rule needs it). Measured with
+#: torch 2.13 (the allocations of a step traced); tests measure them again. Parameters are stepped one after the other,
+#: so the largest counts. The C++ kernels, which step parameters on the CPU, allocate nothing.
 _ADAM = {"32bit": 8, "bf16": 24, "8bit": 28, "fp8": 33, "4bit": 32, "factored": 12}
 _SIGN = {"32bit": 4, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24}
 PLAIN_PATH: dict[str, dict[str, int]] = {
@@ -31,6 +32,13 @@ PLAIN_PATH: dict[str, dict[str, int]] = {
     "rmsprop": {"32bit": 4, "bf16": 20, "8bit": 24, "fp8": 29, "4bit": 28, "factored": 8},
     "radam": {**_ADAM, "32bit": 0, "factored": 8},
 }
+#: Rules that Triton kernels step on a GPU, in every format.
+KERNELS = ("adamw", "adam", "lion", "sgd", "rmsprop", "radam", "adafactor", "came")
+#: What the kernels allocate: tables of each tensor, and for each program that a step launches its tensor and place
+#: (8 bytes; a program takes 8192 elements or, with many, so many more that there are at most 2^17), once for the step
+#: and once for the look at the gradients; for rules with sums 16 bytes of each program; for factored moments sums of
+#: the rows and columns of bands of 256 by 512 elements, at most 32 MiB at a time.
+TABLES, PROGRAM, PROGRAMS, WORKSPACE = 4096, 8192, 2**17, 32 * 2**20
 #: The parameter and its gradient in fp32, where they are not.
 COPIES = 8
 #: The same while a master is read or written, copies included: the rule's own temporaries are not there then.
@@ -104,18 +112,19 @@ def tier(line: Line) -> str:
 
 
 def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | None) -> int | None:
-    """What the plain path allocates in a step for the parameter that needs most; None where that was never measured
-    (another engine, another rule)."""
+    """What a step on a GPU allocates: tables of the kernels, or of the plain path, where that steps a parameter, what the
+    largest piece needs. None where that was never measured (another engine, another rule)."""
     if spec.engine != "native" or spec.master not in MASTER or spec.rule not in PLAIN_PATH:
         return None
+    from memopt.engines.pieces import rows_of_piece
     from memopt.partitions import PARTITIONS
     from memopt.partitions.base import NUMEL_TOGETHER
     from memopt.rules import RULES
 
     rows = PARTITIONS[spec.partition].rows
-    together = world_size > 1 and spec.partition != "none" and (
-        spec.format == "factored" or not RULES[spec.rule].element_wise)  # fmt: skip
-    most = total = 0
+    whole = spec.format == "factored" or not RULES[spec.rule].element_wise
+    together = world_size > 1 and spec.partition != "none" and whole
+    most = total = tensors = in_kernels = 0
     for name, shape in model.shapes:
         if name not in model.frozen:
             owned = max(rows(shape, r, world_size).numel for r in (0, world_size - 1))
@@ -123,8 +132,25 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
             each = PLAIN_PATH[spec.rule].get(spec.for_parameter(name)[0])
             if each is None:
                 return None
-            if weight_dtype(model, name, weights) != "float32":
+            low = weight_dtype(model, name, weights) != "float32"
+            if spec.rule in KERNELS and not together and (spec.master == "none" or not low):
+                tensors, in_kernels = tensors + 1, in_kernels + owned
+                continue
+            if low:
                 each = max(each + COPIES, MASTER[spec.master])
             # Updates that need sums over ranks are under way together, up to so many elements.
-            most = max(most, owned * each, min(total, NUMEL_TOGETHER) * each if together else 0)
-    return most
+            cols = rows(shape, 0, 1).cols
+            piece = owned if whole else min(owned, rows_of_piece(cols) * cols)
+            most = max(most, piece * each, min(total, NUMEL_TOGETHER) * each if together else 0)
+    return most + kernel_tables(tensors, in_kernels, whole)
+
+
+def kernel_tables(tensors: int, numel: int, whole: bool) -> int:
+    """Bytes that the Triton kernels allocate for so many tensors and elements; ``whole``: for a rule with sums.
+
+    >>> kernel_tables(146, 1_235_814_400, False) / 2**20 < 4
+    True
+    """
+    programs = min(numel // PROGRAM, PROGRAMS) + tensors
+    sums = programs * 16 + min(numel * (4 / 256 + 4 / 512), WORKSPACE) if whole else 0
+    return tensors * TABLES + programs * 16 + int(sums)

@@ -110,3 +110,8 @@ def test_what_it_has_not_is_refused(spec, hyper, words):
 def test_explain_names_the_engine_and_its_version():
     text = memopt.create(odd_model(), "adamw-8bit", engine="bitsandbytes").explain()
     assert f"bitsandbytes {bnb.__version__}" in text
+
+
+def test_a_parameter_that_it_cannot_count_is_refused():
+    with pytest.raises(SpecError, match="2,147,483,648 elements, and bitsandbytes counts them in 32 bits"):
+        memopt.price({"experts": (2**16, 2**15)}, "adamw-8bit", engine="bitsandbytes")

@@ -370,3 +370,31 @@ def test_programs_cover_every_block_once() -> None:
     blocks = 70_000_000_000 // 256
     run = pieces_of_programs(blocks, 4, 256)
     assert blocks / (run * 4) <= PROGRAMS
+
+
+@pytest.mark.parametrize("spec", ["adamw-8bit", "adafactor", "came-4bit"])
+def test_the_tables_cost_what_the_estimate_says(spec, on) -> None:
+    """What a step allocates beside the state, against the closed form of ``memopt estimate``."""
+    from estimators.state import kernel_tables
+
+    on(True)
+    shapes = [(300, 256), (17, 300), (33,)]
+    _, _, opt = run(spec, {}, on, 2, shapes, plain_steps=0)
+    launcher = opt._plan.launcher
+    seen: dict[int, int] = {}
+
+    def count(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+
+    for value in vars(launcher).values():
+        count(value)
+    count(launcher.gradients.tensor)
+    count(launcher.numbers.tensor)
+    for launch in [*launcher.launches, *launcher._looks]:
+        for cell in launch.__closure__ or ():
+            for value in cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,):
+                count(value)
+    used = sum(seen.values()) + launcher.workspace * 4
+    claimed = kernel_tables(len(shapes), sum(torch.Size(s).numel() for s in shapes), spec != "adamw-8bit")
+    assert used <= claimed

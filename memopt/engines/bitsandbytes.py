@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from memopt.engines.base import Engine
 from memopt.geometry import Rows
+from memopt.hyper import SpecError
 from memopt.ledger import Line, TensorSpec
 from memopt.rules import RULES
 
@@ -31,6 +32,8 @@ SECOND_MOMENT = "exp_avg_sq"
 #: From this many elements on state is in 8 bits; blocks run over the flattened tensor.
 MIN_8BIT_NUMEL = 4096
 BLOCK = 256
+#: Its kernels take the number of elements as a C int.
+MAX_NUMEL = 2**31 - 1
 
 
 def require() -> Any:
@@ -50,7 +53,7 @@ class BitsAndBytes(Engine):
     State keys are ours (``exp_avg.codes`` is its ``state1``, ``exp_avg.scales`` its ``absmax1``); the two code books,
     1 KiB each, are shared by all parameters. Quirks kept: 8-bit from 4096 elements on; ``weight_decay`` after the
     update in 8 bits on CUDA; second moments are rounded to nearest and freeze at b2 = 0.999 when gradients shrink
-    (``docs/formats.md``). Not its quirk here: non-finite gradients follow memopt's policy on every device.
+    (``docs/formats.md``; all of them in ``docs/gpu.md``). Not its quirk here: non-finite gradients follow memopt's policy on every device.
     """
 
     name = "bitsandbytes"
@@ -77,6 +80,9 @@ class BitsAndBytes(Engine):
         require()
 
     def layout(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str, TensorSpec]]:
+        if rows.numel > MAX_NUMEL:
+            raise SpecError(f"{name} has {rows.numel:,} elements, and bitsandbytes counts them in 32 bits (at most "
+                            f"{MAX_NUMEL:,}); the engine for it is native")  # fmt: skip
         low = spec.for_parameter(name)[0] == "8bit" and rows.numel >= MIN_8BIT_NUMEL
         parts: list[tuple[str, str, TensorSpec]] = []
         for moment in RULES[spec.rule].moments(h, rows.shape):

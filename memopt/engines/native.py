@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from memopt import noise
 from memopt.engines.base import Engine
+from memopt.engines.pieces import pieces
 from memopt.formats import FORMATS, HELD, Format, Shard
 from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec, dtype_name
@@ -141,7 +142,21 @@ class Native(Engine):
 
 
 def plain_step(spec: OptimSpec, work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
-    """The definition of every rule × format × master. Parameters under 32 bits are updated in fp32 and rounded back."""
+    """The definition of every rule × format × master. Parameters under 32 bits are updated in fp32 and rounded back.
+    Rules that look at each element alone go through a large parameter in pieces."""
+    moments = moment_formats(spec, work.h, work.name, work.rows)
+    kept = master_of(spec, dtype_name(work.p)).key
+    for piece in pieces(work, moments, RULES[spec.rule].element_wise, kept):
+        _plain_piece(spec, piece, moments, total, seed)
+
+
+def _plain_piece(
+    spec: OptimSpec,
+    work: Work,
+    moments: Sequence[tuple[Moment, Format, str]],
+    total: Callable[[Tensor], Tensor],
+    seed: int,
+) -> None:
     import torch
 
     p = work.p
@@ -150,7 +165,7 @@ def plain_step(spec: OptimSpec, work: Work, total: Callable[[Tensor], Tensor], s
     g = work.g.to(dtype)
     if work.h["maximize"]:
         g = g.neg()
-    state = ParameterState(work, moment_formats(spec, work.h, work.name, work.rows), total, seed, dtype)
+    state = ParameterState(work, moments, total, seed, dtype)
     if wide:
         RULES[spec.rule].update(p, g, state, work.step, work.h)
         return
