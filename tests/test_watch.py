@@ -4,6 +4,7 @@ import json
 from contextlib import nullcontext
 
 import pytest
+import ranks
 import torch
 from cases import odd_model, train
 from torch import nn
@@ -263,6 +264,28 @@ def test_it_changes_nothing(corpus):
         ends.append([p.detach().clone() for p in model.parameters()])
         assert watch is None or len(watch.readings) == 4
     assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def sharded_readings():
+    """In each rank: the moments of the last reading under ZeRO-1, on random gradients that all ranks have."""
+    model = odd_model()
+    opt = memopt.create(model, "adamw-8bit/zero1", lr=1e-3)
+    with memopt.watch(opt, every=4, out=None) as watch:
+        for step in range(8):
+            g = torch.Generator().manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=g)
+            opt.step()
+    return watch.readings[-1]
+
+
+def test_every_rank_watches_its_own_rows():
+    first, second = ranks.run(sharded_readings, 2)
+    assert first.groups[0].grad_norm == pytest.approx(second.groups[0].grad_norm)
+    for reading in (first, second):
+        errors = {(m.parameter, m.moment): m.error for m in reading.moments}
+        assert 0.005 < errors["wide.weight", "exp_avg_sq"] < 0.1
+        assert max(errors.values()) < 0.1
 
 
 def test_tensorboard(tmp_path):

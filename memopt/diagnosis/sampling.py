@@ -48,16 +48,23 @@ def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
     each = max(SHADOWS // len(optimizer.param_groups), 1)
     reader = _ours(optimizer) if isinstance(optimizer, Optimizer) else _torchs(optimizer, rule)
     for group in optimizer.param_groups:
-        ready = [p for p in group["params"] if optimizer.state.get(p) and p.grad is not None and _local(p).numel()]
+        ready = [
+            p for p in group["params"] if optimizer.state.get(p) and p.grad is not None and _has_rows(optimizer, p)
+        ]
         largest = sorted(ready, key=lambda p: -_local(p).numel())[:each]
         samples = [reader(p) for p in largest]
         if samples:
             h = {**rule.hyperparameters, **{k: group[k] for k in rule.hyperparameters if k in group}}
             step = int(optimizer.state[largest[0]].get("step", 1))
-            yield Shadow(rule, _live(group, h), samples, step)
+            yield Shadow(rule, _Live(group, h), samples, step)
 
 
-class _live(Mapping[str, Any]):
+def _has_rows(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
+    """Whether state of some elements of it is on this rank."""
+    return bool(_local(p).numel()) and (not isinstance(optimizer, Optimizer) or optimizer._rows(p).numel > 0)
+
+
+class _Live(Mapping[str, Any]):
     """The group's hyperparameters as they are now (schedulers change them), and the rule's where it has none."""
 
     def __init__(self, group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -73,12 +80,12 @@ class _live(Mapping[str, Any]):
         return len({**self.defaults, **self.group})
 
 
-def cutter(row: int, start: int = 0) -> Callable[[Tensor], Tensor]:
-    """The first NUMEL elements of ``row`` of a matrix, of a vector those from ``start`` on; flat."""
+def cutter(row: int, start: int = 0, stop: int | None = None) -> Callable[[Tensor], Tensor]:
+    """The first NUMEL elements of ``row`` of a matrix, of a vector those between ``start`` and ``stop``; flat."""
 
     def cut(x: Tensor) -> Tensor:
         x = _local(x)
-        return x[row].reshape(-1)[:NUMEL] if x.dim() > 1 else x.reshape(-1)[start : start + NUMEL]
+        return x[row].reshape(-1)[:NUMEL] if x.dim() > 1 else x.reshape(-1)[start:stop][:NUMEL]
 
     return cut
 
@@ -125,7 +132,7 @@ def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
             cut = cutter(row if whole else row - rows.first)
             here = Rows(rows.shape, row, row + 1)
         else:
-            cut = cutter(0, rows.bounds[0] if whole else 0)
+            cut = cutter(0, *rows.bounds) if whole else cutter(0)
             here = Rows(rows.shape, rows.first, min(rows.first + NUMEL // FLAT_ROW, rows.stop))
 
         def moments() -> dict[str, tuple[Tensor, str, bool]]:

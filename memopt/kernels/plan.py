@@ -107,7 +107,6 @@ class Plan:
                                     seed & 0xFFFFFFFF, torch.get_num_threads(), found.index):  # fmt: skip
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
 
-
     def settle(self) -> None:
         """Nothing is left to be noted: the kernels are done when a step returns."""
 

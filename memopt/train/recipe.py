@@ -21,8 +21,8 @@ LEARNING_RATE = {
     "rmsprop": 5e-4,
     "sgd": 0.3,
     "adabound": 2e-3,
-    "lamb": 1e-2,
-    "ademamix": 1e-3,
+    "lamb": 2e-2,
+    "ademamix": 2e-3,
     "adammini": 2e-3,
     "stableadamw": 2e-3,
 }
