@@ -10,7 +10,7 @@ from typing import NamedTuple
 #: the first meets it.
 PHASES = ("load", "forward", "loss", "backward", "step")
 
-GPU, PAGEABLE, HOST = "GPU", "pageable", "host"
+GPU, PAGEABLE, HOST, PINNED, DISK = "GPU", "pageable", "host", "pinned", "disk"
 
 
 class Row(NamedTuple):
@@ -18,9 +18,9 @@ class Row(NamedTuple):
 
     ``what`` is ``weights``, ``buffers``, ``gradients``, ``state``, ``activations``, ``temporaries`` or ``runtime``;
     ``detail`` the dtype, the moment or a few words. ``tier`` is ``GPU``, ``pageable`` (GPU memory that moves to the
-    host under pressure), ``host`` or the ledger's own word for another place. ``phases`` are those in which the bytes
-    are held. ``provenance`` is ``exact`` (known byte by byte), ``formula``, ``measured constant`` or ``assumed``
-    (shapes were made up for a bare count). ``low`` and ``high`` bound ``nbytes`` where it is not certain.
+    host under pressure), ``host``, ``pinned`` (host memory that cannot be paged out) or ``disk``. ``phases`` are those
+    in which the bytes are held. ``provenance`` is ``exact`` (known byte by byte), ``formula``, ``measured constant`` or
+    ``assumed`` (shapes were made up for a bare count). ``low`` and ``high`` bound ``nbytes`` where it is not certain.
     """
 
     spec: str
@@ -41,7 +41,7 @@ class Row(NamedTuple):
 
 class Peak(NamedTuple):
     """The phase that needs most: ``nbytes`` of GPU memory that cannot move, ``pageable`` bytes that can, and bytes on
-    the host."""
+    the host, pinned ones included."""
 
     spec: str
     phase: str
@@ -56,7 +56,7 @@ def peak(spec: str, rows: Sequence[Row], which: str = "expected") -> Peak:
     for order, phase in enumerate(PHASES):
         held = {GPU: 0, PAGEABLE: 0, HOST: 0}
         for row in rows:
-            if phase in row.phases:
+            if phase in row.phases and row.tier != DISK:
                 held[row.tier if row.tier in (GPU, PAGEABLE) else HOST] += row.bounded(which)
         totals.append((held[GPU] + held[PAGEABLE], order, Peak(spec, phase, held[GPU], held[PAGEABLE], held[HOST])))
     return max(totals)[2]

@@ -9,6 +9,7 @@ from estimators.model import Model
 from estimators.rows import GPU, HOST, PAGEABLE
 
 if TYPE_CHECKING:
+    from memopt.geometry import Rows
     from memopt.ledger import Line, TensorSpec
     from memopt.spec import OptimSpec
 
@@ -95,11 +96,25 @@ def _priced(
     from memopt.pricing import price
 
     totals: dict[tuple[str, str], int] = {}
-    for line in price(chosen, spec, world_size=world_size, rank=rank, device=_DEVICE):
+    lines = [n for n in price(chosen, spec, world_size=world_size, rank=rank, device=_DEVICE)
+             if n.lifetime != "workspace"]  # fmt: skip
+    for line in [*lines, *_workspace(chosen, count, spec, world_size, rank)]:
         key = (line.moment, tier(line))
-        times = 1 if line.lifetime == "shared" else count[line.parameter]
+        times = count[line.parameter] if line.lifetime == "persistent" else 1
         totals[key] = totals.get(key, 0) + line.nbytes * times
     return totals
+
+
+def _workspace(
+    chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
+) -> list[Line]:
+    """What placements allocate besides the state: it depends on all parameters together."""
+    from memopt.partitions import PARTITIONS
+    from memopt.pricing import workspace_lines
+
+    rows = PARTITIONS[spec.partition].rows
+    owned = [(name, rows(t.shape, rank, world_size), t.dtype) for name, t in chosen for _ in range(count[name])]
+    return workspace_lines(spec, spec.resolve(), owned, _DEVICE)
 
 
 def tier(line: Line) -> str:
@@ -109,6 +124,20 @@ def tier(line: Line) -> str:
     if line.location.startswith("paged:"):
         return PAGEABLE
     return HOST if line.location == "cpu" else line.location.partition(":")[0]
+
+
+def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
+    """Elements of a parameter that are stepped at once where its state is streamed."""
+    from memopt.placements import disk, host
+    from memopt.placements.homes import held
+    from memopt.placements.leases import lease_rows, target_of
+    from memopt.placements.options import of_placement
+
+    placement = spec.for_parameter(name)[1]
+    most, target = {"host": (host.MOST, host.TARGET), "disk": (disk.MOST, disk.TARGET)}[placement]
+    workspace = of_placement(spec.options, placement)["workspace"]
+    step = lease_rows(*held(spec, name, spec.resolve(), rows, dtype), target_of(workspace, target, most))
+    return rows.numel if step is None else min(step, rows.count) * rows.cols
 
 
 def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | None) -> int | None:
@@ -127,7 +156,13 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
     most = total = tensors = in_kernels = 0
     for name, shape in model.shapes:
         if name not in model.frozen:
+            placement = spec.for_parameter(name)[1]
+            if placement == "cpu":
+                continue  # the step is the host's
             owned = max(rows(shape, r, world_size).numel for r in (0, world_size - 1))
+            if placement in ("host", "disk"):
+                fullest = rows(shape, 0, world_size)
+                owned = min(owned, _leased(spec, name, fullest, weight_dtype(model, name, weights)))
             total += owned
             each = PLAIN_PATH[spec.rule].get(spec.for_parameter(name)[0])
             if each is None:

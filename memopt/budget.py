@@ -7,13 +7,13 @@ from typing import Any
 
 from memopt.hyper import SpecError
 from memopt.ledger import TensorSpec
+from memopt.placements.options import size
 from memopt.pricing import named_tensors, price
 from memopt.spec import OptimSpec, parse
 
 #: Formats, the gentlest first. A rung that would not save anything for a parameter is passed over: factored AdamW keeps
 #: its first moment in 32 bits, Adafactor has none.
 LADDER = ("32bit", "8bit", "factored", "4bit")
-_UNITS = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def fit(model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw", **fields: Any) -> OptimSpec:
@@ -35,7 +35,7 @@ def fit(model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw"
     >>> fit(shapes, 6_300_000)
     OptimSpec('adamw-8bit', overrides={'embed.weight': '32bit'})
     """
-    limit = _nbytes(budget)
+    limit = size(budget, "budget")
     base = parse(spec, **fields)
     if base.overrides:
         raise SpecError("fit chooses the overrides itself; give a spec without any")
@@ -53,17 +53,6 @@ def fit(model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw"
         raise SpecError(f"the state does not fit into {limit:,} bytes; the least that {base.rule} needs is {total:,}; "
                         "a rule with less state is lion")  # fmt: skip
     return _spec(base, held, rungs)
-
-
-def _nbytes(budget: int | str) -> int:
-    if isinstance(budget, int) and not isinstance(budget, bool) and budget >= 0:
-        return budget
-    text = budget.strip().upper() if isinstance(budget, str) else ""
-    for unit, scale in _UNITS.items():
-        number = text.removesuffix(unit).strip()
-        if text.endswith(unit) and number.replace(".", "", 1).isdigit() and number.isascii() and len(number) <= 18:
-            return int(float(number) * scale)
-    raise SpecError(f"budget={budget!r} is not allowed; it is a number of bytes or a size such as '12GiB'")
 
 
 def _allowed(base: OptimSpec, fmt: str) -> bool:
@@ -84,7 +73,8 @@ class _Costs:
     def __call__(self, tensor: TensorSpec, rung: int) -> int:
         key = (tensor, rung)
         if key not in self._known:
-            self._known[key] = price({"p": tensor}, self._specs[rung]).nbytes
+            lines = price({"p": tensor}, self._specs[rung])
+            self._known[key] = sum(line.nbytes for line in lines if line.lifetime != "workspace")
         return self._known[key]
 
 

@@ -9,7 +9,6 @@ import torch
 from memopt.formats import FORMATS
 from memopt.ledger import dtype_name
 from memopt.masters import LOW_PRECISION, MASTERS, Master
-from memopt.placements import PLACEMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +34,7 @@ def explain(optimizer: Optimizer) -> str:
         path = optimizer.engine.slow_path(spec, group, name, optimizer._rows(p), p, optimizer.partition.world_size)
         if path:
             slow.setdefault(path, []).append(name)
-        place = PLACEMENTS[spec.for_parameter(name)[1]].explain(p.device)
+        place = optimizer.homes.of(name).explain(p.device)
         places[place, spec.for_parameter(name)[1]] = places.get((place, spec.for_parameter(name)[1]), 0) + 1
     rows += [("placement", f"{name}: {text} ({count} parameters)") for (text, name), count in places.items()]
     partition = optimizer.partition

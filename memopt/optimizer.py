@@ -20,7 +20,7 @@ from memopt.hyper import SpecError
 from memopt.ledger import Ledger, Line, dtype_name
 from memopt.partitions import PARTITIONS
 from memopt.partitions.slab import check_slab
-from memopt.placements import PLACEMENTS
+from memopt.placements.homes import Homes
 from memopt.pricing import state_lines
 from memopt.rules import RULES
 from memopt.spec import OptimSpec, parse
@@ -69,6 +69,8 @@ class Optimizer(torch.optim.Optimizer):
             raise SpecError(f"capturable={capturable!r} is not allowed; it must be True or False")
         if capturable and spec.engine != "native":
             raise SpecError(f"capturable=True is not allowed with engine={spec.engine!r}; the engine for it is native")
+        if capturable and spec.placements - {"device", "paged"}:
+            raise SpecError(f"capturable=True is not allowed with '{spec}': a CUDA graph cannot stream state")
         self.spec = spec
         self.nonfinite = nonfinite
         self.seed = seed
@@ -77,6 +79,7 @@ class Optimizer(torch.optim.Optimizer):
         self._configure(process_group)
         super().__init__(named_groups(params), spec.resolve())
         spec.check_overrides([name for name, _, _ in self._parameters()])
+        self.homes.expect(lambda: {name: self._lines(name, p, group)[1:] for name, p, group in self._parameters()})
 
     def _configure(self, process_group: Any = None) -> None:
         self.rule = RULES[self.spec.rule]
@@ -84,6 +87,7 @@ class Optimizer(torch.optim.Optimizer):
         self.engine.require()
         self.partition = PARTITIONS[self.spec.partition](process_group)  # type: ignore[call-arg]
         self.process_group = process_group
+        self.homes = Homes(self.spec, self.partition.rank, self.partition.world_size)
         self._plan: kernels.Plan | None = None
         self._captured: list[kernels.Plan] = []  # plans whose tables a CUDA graph reads
         self.release: Release | None = None
@@ -113,34 +117,68 @@ class Optimizer(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires a gradient; zeros, as before the first step."""
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
-        for name, p, group in self._parameters():
-            if p.requires_grad and not self.state[p]:
-                self._allocate(name, p, group)
+        self._allocate_missing([entry for entry in self._parameters() if entry[1].requires_grad])
+        self._take_place()
+
+    def _allocate_missing(self, parameters: Iterable[tuple[str, Tensor, dict[str, Any]]]) -> None:
+        """State for those that have none; all of it or, where there is no room, none."""
+        fresh: list[Tensor] = []
+        try:
+            for name, p, group in parameters:
+                if not self.state[p]:
+                    fresh.append(p)
+                    self._allocate(name, p, group)
+        except BaseException:
+            for p in fresh:
+                self.state.pop(p, None)
+            raise
+
+    def _take_place(self) -> None:
+        """State was made or replaced other than by a step: allocate what stepping it needs, and make it survive."""
+        if not self.homes.elsewhere:
+            return
+        held = {name: (self.homes.held(name, group, self._rows(p), dtype_name(p)), p.device)
+                for name, p, group in self._parameters() if self.state.get(p)}  # fmt: skip
+        self.homes.prepare(held)
+        self._commit()
+
+    def _commit(self) -> None:
+        if self.homes.elsewhere:
+            self.homes.commit({name: self.state[p] for name, p, _ in self._parameters() if self.state.get(p)})
+
+    def close(self) -> None:
+        """Give back what other optimizers may want: the directory of ``@disk``, threads. State can still be read."""
+        self.homes.close()
 
     def _lines(self, name: str, p: Tensor, group: Mapping[str, Any]) -> list[Line]:
         where = str(p.device)
         return state_lines(self.spec, group, name, self._rows(p), where, dtype_name(p), self.capturable)
 
-    def _allocate(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Zeroed state from the ledger's lines."""
+    def _allocate(self, name: str, p: Tensor, group: Mapping[str, Any], *, fresh: bool = False) -> dict[str, Tensor]:
+        """State from the ledger's lines: what an earlier process left unless ``fresh``, else zeros."""
         check_slab(self.spec, group, name, self._rows(p), p)
         step, *lines = self._lines(name, p, group)
-        placement = PLACEMENTS[self.spec.for_parameter(name)[1]]
-        tensors = placement.allocate(lines, p.device)
-        self.state[p].update({step.key: torch.zeros((), dtype=torch.float32, device=step.location), **tensors})
+        home = self.homes.of(name)
+        tensors, count = (None if fresh else home.survivor(name, lines)) or (home.allocate(name, lines, p.device), 0.0)
+        self.state[p] = {step.key: torch.full((), count, dtype=torch.float32, device=step.location), **tensors}
         return self.state[p]
+
+    def _to_overwrite(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """State that may be written over, none of its values being wanted any more."""
+        there = self.state[p] if self.homes.of(name).rewritable else None
+        return there or self._allocate(name, p, group, fresh=True)
 
     def ledger(self) -> Ledger:
         """What the state costs now, read from the live tensors; parameters that have not stepped have none."""
         lines = []
         for name, p, _ in self._parameters():
-            placement = PLACEMENTS[self.spec.for_parameter(name)[1]]
+            placement = self.homes.of(name).placement
             for key, tensor in self.state.get(p, {}).items():
                 moment, _, part = key.partition(".")
-                where = str(tensor.device) if key == "step" else placement.location(str(tensor.device))
+                where = str(tensor.device) if key == "step" else placement.location(str(p.device))
                 nbytes = tensor.numel() * tensor.element_size()
                 lines.append(Line(name, moment, part, dtype_name(tensor), tuple(tensor.shape), nbytes, where))
-        return Ledger([*lines, *self.engine.shared_lines(self.spec, lines)])
+        return Ledger([*lines, *self.engine.shared_lines(self.spec, lines), *self.homes.workspace()])
 
     # The step --------------------------------------------------------------------------------------------------
 
@@ -174,16 +212,23 @@ class Optimizer(torch.optim.Optimizer):
         self._plan = kernels.make_plan(self, works)
         if self.release is not None:
             self.release.finish()
+        self._commit()
         return loss
 
     def _step_some(
         self, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
     ) -> list[Work]:
         """Step these ``(place among all, name, parameter, group)`` with what is here of their gradients."""
+        self.homes.check()
+        self._allocate_missing([entry[1:] for entry in ready])
         works = [self._work(*entry, g) for entry, g in zip(ready, gradients, strict=True)]
         parameters = [p for _, _, p, _ in ready]
+
+        def run(some: Sequence[Work]) -> None:
+            self.engine.step(self.spec, some, self.partition, self.seed)
+
         for first, stop in self.partition.buckets(parameters):  # one travels while the next is stepped
-            self.engine.step(self.spec, works[first:stop], self.partition, self.seed)
+            self.homes.step(works[first:stop], run)
             self.partition.publish(parameters[first:stop])
         self.partition.finish()
         return works
@@ -194,7 +239,7 @@ class Optimizer(torch.optim.Optimizer):
         return g if type(g) is Tensor else self.partition.local(p, self._rows(p), g)
 
     def _work(self, index: int, name: str, p: Tensor, group: dict[str, Any], g: Tensor) -> Work:
-        state = self.state[p] or self._allocate(name, p, group)
+        state = self.state[p]
         state["step"] += 1
         rows, local, groups = self._rows(p), self.partition.local, self.partition.groups(p)
         mine = local(p, rows, g) if g is p.grad else g
@@ -300,7 +345,7 @@ class Optimizer(torch.optim.Optimizer):
             state_dict = state_dict if replaced is None else replaced
         plan: LoadPlan = plan_load(self, state_dict)
         for (name, p, group), saved in plan.states:
-            target = self.state[p] or self._allocate(name, p, {**group, **plan.hyper_of(group)})
+            target = self._to_overwrite(name, p, {**group, **plan.hyper_of(group)})
             for key, tensor in target.items():
                 tensor.copy_(torch.as_tensor(saved[key])) if key in saved else tensor.zero_()
         for p in plan.without_state:
@@ -309,12 +354,16 @@ class Optimizer(torch.optim.Optimizer):
             group.update(loaded)
         self.seed = plan.metadata.get("seed", self.seed)
         self.skipped_steps = plan.metadata.get("skipped_steps", self.skipped_steps)
+        self._take_place()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
+        if not self.homes.copyable:
+            raise TypeError("an optimizer with a directory cannot be pickled or copied, two would write there; "
+                            "use state_dict()")  # fmt: skip
         self.settle()
         ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "capturable")}
         ours["_skipped"] = self.skipped_steps
@@ -336,9 +385,10 @@ class Optimizer(torch.optim.Optimizer):
         self.state = defaultdict(dict)
         for name, p, group in self._parameters():
             if copied.get(p):
-                target = self._allocate(name, p, group)
+                target = self._allocate(name, p, group, fresh=True)
                 for key, value in copied[p].items():
                     target[key].copy_(value.view(target[key].dtype))
+        self._take_place()
 
     # Another spec ----------------------------------------------------------------------------------------------
 

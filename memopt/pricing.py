@@ -11,7 +11,9 @@ from memopt.hyper import SpecError
 from memopt.ledger import ITEMSIZE, Ledger, Line, TensorSpec
 from memopt.masters import master_of
 from memopt.partitions import PARTITIONS, Partition
-from memopt.placements import PLACEMENTS
+from memopt.placements import PLACEMENTS, Placement
+from memopt.placements.leases import Held
+from memopt.placements.options import OPTIONS
 from memopt.spec import FIELDS, OptimSpec, parse
 
 #: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number, in host memory unless the
@@ -71,17 +73,47 @@ def price(
     partition = PARTITIONS[spec.partition]
     here = held_here(partition, items) if world_size is None else {}
     lines: list[Line] = []
+    owned: list[tuple[str, Rows, str]] = []
     for name, tensor in parameters:
         rows = here[name] if name in here else partition.rows(tensor.shape, rank, size)
+        owned.append((name, rows, tensor.dtype))
         lines += state_lines(spec, h, name, rows, device, tensor.dtype, capturable)
-    return Ledger([*lines, *ENGINES[spec.engine].shared_lines(spec, lines)])
+    shared = ENGINES[spec.engine].shared_lines(spec, lines)
+    return Ledger([*lines, *shared, *workspace_lines(spec, h, owned, device)])
+
+
+def workspace_lines(
+    spec: OptimSpec, h: Mapping[str, Any], owned: list[tuple[str, Rows, str]], device: str
+) -> list[Line]:
+    """What placements allocate besides the state to step these rows of parameters."""
+    streaming = [p for p in sorted(spec.placements) if type(PLACEMENTS[p]).workspace is not Placement.workspace]
+    if not streaming:
+        return []
+    from memopt.placements.homes import held
+    from memopt.placements.options import of_placement
+
+    lines = []
+    known: dict[Any, Held] = {}  # a name matters through overrides alone
+    for name in streaming:
+        mine = []
+        for n, rows, dtype in owned:
+            fmt, place, _ = spec.for_parameter(n)
+            if place == name:
+                key = (fmt, place, rows, dtype)
+                mine.append(known.get(key) or known.setdefault(key, held(spec, n, h, rows, dtype)))
+        lines += PLACEMENTS[name].workspace(mine, device, of_placement(spec.options, name))
+    return lines
 
 
 def spec_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords sorted into the fields of a spec, what is not a field being a hyperparameter."""
+    """Keywords sorted into the fields of a spec: options of placements, and else hyperparameters."""
     fields = {k: v for k, v in given.items() if k in FIELDS}
-    hyper = {k: v for k, v in given.items() if k not in fields}
-    return {**fields, "hyper": {**fields.get("hyper", {}), **hyper}} if hyper else fields
+    options = {k: v for k, v in given.items() if k in OPTIONS}
+    hyper = {k: v for k, v in given.items() if k not in fields and k not in options}
+    for name, found in (("hyper", hyper), ("options", options)):
+        if found:
+            fields[name] = {**fields.get(name, {}), **found}
+    return fields
 
 
 def held_here(partition: type[Partition], items: Iterable[Any]) -> dict[str, Rows]:

@@ -18,6 +18,7 @@ from memopt.hyper import SpecError
 from memopt.masters import MASTERS
 from memopt.partitions import PARTITIONS
 from memopt.placements import PLACEMENTS
+from memopt.placements.options import checked
 from memopt.rules import RULES, Moment, Rule
 
 _GRAMMAR = re.compile(
@@ -30,7 +31,7 @@ _OVERRIDE = re.compile(r"(?P<format>[a-z0-9]+)?(?:@(?P<placement>[a-z0-9]+))?")
 
 
 #: The axes, then what is not on one.
-FIELDS = ("rule", "format", "master", "placement", "partition", "engine", "overrides", "hyper")
+FIELDS = ("rule", "format", "master", "placement", "partition", "engine", "overrides", "hyper", "options")
 
 
 class OptimSpec:
@@ -38,7 +39,8 @@ class OptimSpec:
 
     ``format=None`` is the rule's default. ``overrides`` maps shell-style patterns over parameter names to
     ``FORMAT``, ``@PLACEMENT`` or ``FORMAT@PLACEMENT``; the first pattern that matches wins, and one that matches
-    nothing is an error when the optimizer is built or priced. ``hyper`` are hyperparameters of the rule.
+    nothing is an error when the optimizer is built or priced. ``hyper`` are hyperparameters of the rule, ``options``
+    what its placements are told (:data:`memopt.placements.options.OPTIONS`).
 
     Raises :class:`SpecError` for a value that does not exist or a combination that means nothing.
 
@@ -60,6 +62,7 @@ class OptimSpec:
     engine: str
     overrides: Mapping[str, str]
     hyper: Mapping[str, Any]
+    options: Mapping[str, Any]
 
     def __init__(
         self,
@@ -72,8 +75,9 @@ class OptimSpec:
         engine: str = "native",
         overrides: Mapping[str, str] = MappingProxyType({}),
         hyper: Mapping[str, Any] = MappingProxyType({}),
+        options: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        values = (rule, format, master, placement, partition, engine, overrides, hyper)
+        values = (rule, format, master, placement, partition, engine, overrides, hyper, options)
         for name, value in zip(FIELDS, values, strict=True):
             object.__setattr__(self, name, value)
         self._validate()
@@ -106,6 +110,7 @@ class OptimSpec:
             _known(axis, getattr(self, axis), values)
         set_(self, "overrides", MappingProxyType(dict(self.overrides)))
         set_(self, "hyper", MappingProxyType(dict(self.hyper)))
+        set_(self, "options", MappingProxyType(checked(self.options, self.placements) if self.options else {}))
         rule.resolve(self.hyper)
         if self.format == "factored" and not any(m.factorable for m in self._all_moments()):
             nearest = f"{self.rule}, {self.rule}-8bit"
@@ -115,6 +120,12 @@ class OptimSpec:
             raise SpecError(f"'{self}' with engine={self.engine!r}: {reason}")
         for pattern in self.overrides:
             self._override(pattern)
+
+    @property
+    def placements(self) -> set[str]:
+        """The spec's placement and those of its overrides."""
+        named = (_OVERRIDE.fullmatch(text) for text in self.overrides.values() if isinstance(text, str))
+        return {self.placement, *(match["placement"] for match in named if match and match["placement"])}
 
     def _all_moments(self) -> tuple[Moment, ...]:
         rule = RULES[self.rule]
@@ -128,7 +139,7 @@ class OptimSpec:
         fmt, placement = match["format"] or self.format, match["placement"] or self.placement
         _known("format", fmt, FORMATS)
         _known("placement", placement, PLACEMENTS)
-        self.replace(format=fmt, placement=placement, overrides={})
+        self.replace(format=fmt, placement=placement, overrides={}, options={})
         return fmt, placement
 
     def for_parameter(self, name: str) -> tuple[str, str, str | None]:
@@ -156,7 +167,7 @@ class OptimSpec:
         for fmt in {self.format, *(self._override(p)[0] for p in self.overrides)}:
             reason = rule.refuse(h, fmt)
             if reason:
-                nearest = self.replace(format="32bit", overrides={}, hyper={})
+                nearest = self.replace(format="32bit", overrides={}, hyper={}, options={})
                 raise SpecError(f"'{self}': {reason}; nearest: {nearest}")
         reason = ENGINES[self.engine].refuse_hyper(self, h)
         if reason:
@@ -174,7 +185,8 @@ class OptimSpec:
         )
 
     def __repr__(self) -> str:
-        extra = [f"{k}={v!r}" for k, v in (("overrides", dict(self.overrides)), ("hyper", dict(self.hyper))) if v]
+        fields = ("overrides", "hyper", "options")
+        extra = [f"{k}={dict(getattr(self, k))!r}" for k in fields if getattr(self, k)]
         if self.engine != "native":
             extra.insert(0, f"engine={self.engine!r}")
         return f"OptimSpec({', '.join([repr(str(self)), *extra])})"

@@ -79,6 +79,7 @@ class Plan:
             optimizer.skipped_steps = source.skipped_steps
         if self._slots:
             sum_over_ranks(report, optimizer.partition, self._slots[0][0].device)
+        optimizer._take_place()
         return report
 
     def _write(self, p: Tensor, slot: Slot, record: Record, report: Conversion) -> None:
@@ -86,7 +87,8 @@ class Plan:
         state = self._optimizer.state[p]
         lines = self._optimizer._lines(slot.name, p, slot.h)
         there = {key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in state.items()}
-        if there != {line.key: (line.dtype, line.shape) for line in lines}:
+        same = there == {line.key: (line.dtype, line.shape) for line in lines}
+        if not same or not self._optimizer.homes.of(slot.name).rewritable:
             state.clear()
             state.update(slot.allocate())
         else:

@@ -16,8 +16,10 @@ from memopt.engines import ENGINES
 from memopt.hyper import SpecError
 from memopt.ledger import dtype_name
 from memopt.partitions import PARTITIONS, Partition
+from memopt.placements.homes import Homes
+from memopt.pricing import spec_fields
 from memopt.rules import RULES
-from memopt.spec import FIELDS, OptimSpec
+from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -25,14 +27,18 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]
 
 
-def slots(optimizer: Optimizer, spec: OptimSpec, hypers: Groups, partition: Partition) -> Iterator[tuple[Tensor, Slot]]:
-    """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups'."""
+def slots(
+    optimizer: Optimizer, spec: OptimSpec, hypers: Groups, partition: Partition, homes: Homes | None = None
+) -> Iterator[tuple[Tensor, Slot]]:
+    """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups', ``homes`` the
+    optimizer's own unless others are given."""
+    homes = homes or optimizer.homes
     optimizer.settle()
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
     for index, (name, p, group) in enumerate(optimizer._parameters()):
         rows, total = partition.held(p), partition.total_of(p)
         yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, total,
-                      dtype_name(p), partition.local(p, rows, p.detach()), optimizer.capturable)  # fmt: skip
+                      dtype_name(p), homes, partition.local(p, rows, p.detach()), optimizer.capturable)  # fmt: skip
 
 
 @torch.no_grad()
@@ -44,15 +50,16 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
     fill = fill or {}
     old = optimizer.spec
     new = target_spec(old, spec, fields)
-    given = {k: v for k, v in fields.items() if k not in FIELDS} | dict(fields.get("hyper", {}))
+    given = dict(spec_fields(fields).get("hyper", {}))
     hypers = [target_hyper(old, new, group, given) for group in optimizer.param_groups]
     new.check_overrides([name for name, _, _ in optimizer._parameters()])
     ENGINES[new.engine].require()
     check_fill(fill, new.rule)
     partition = _partition(optimizer, new)
 
+    homes = Homes(new, partition.rank, partition.world_size, before=optimizer.homes)
     before = list(slots(optimizer, old, optimizer.param_groups, optimizer.partition))
-    after = [slot for _, slot in slots(optimizer, new, hypers, partition)]
+    after = [slot for _, slot in slots(optimizer, new, hypers, partition, homes)]
     _check(optimizer, before, after, fill)
     report = Conversion(spelled(old), spelled(new))
     for (p, here), there in zip(before, after, strict=True):
@@ -69,6 +76,9 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
             optimizer.state[p].clear()
             optimizer.state[p].update(state)
     _commit(optimizer, new, hypers, partition, report)
+    optimizer.homes, left = homes, optimizer.homes
+    optimizer._take_place()
+    left.replaced_by(homes)
     if before:
         sum_over_ranks(report, partition, before[0][0].device)
     return report

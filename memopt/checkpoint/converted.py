@@ -16,6 +16,7 @@ from memopt.checkpoint.stored import Group, Record, Source
 from memopt.geometry import Rows
 from memopt.ledger import TensorSpec
 from memopt.masters import master_of
+from memopt.placements.homes import Homes
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 
@@ -46,14 +47,14 @@ class Converted:
 
     def _slots(self) -> Iterator[tuple[Slot, Record]]:
         """Every parameter that has state."""
-        index = 0
+        index, homes = 0, Homes(self.spec.replace(placement="device", overrides={}, options={}), 0, 1)
         for group in self.groups:
             for name in group.names:
                 record = self.source.records[name]
                 if record.stepped:
                     rows = Rows.whole(record.shape)
                     seed, cpu = self.source.seed or 0, torch.device("cpu")
-                    slot = Slot(self.spec, group.hyper, name, index, rows, cpu, seed, lambda x: x, record.dtype)
+                    slot = Slot(self.spec, group.hyper, name, index, rows, cpu, seed, lambda x: x, record.dtype, homes)
                     yield slot, record
                 index += 1
 
@@ -71,7 +72,7 @@ class Converted:
     def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """``(parameter, state)``, converted as they are asked for."""
         for slot, record in self._slots():
-            state = slot._replace(spec=slot.spec.replace(placement="device")).allocate()
+            state = slot.allocate()
             old = self.source.spec, self._old_hyper[slot.name]
             fill_slot(slot, state, record, old, self._fill, self.report)
             yield slot.name, state

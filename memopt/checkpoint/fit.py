@@ -20,7 +20,7 @@ from memopt.formats import Shard
 from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
 from memopt.masters import master_of
-from memopt.placements import PLACEMENTS
+from memopt.placements.homes import Homes
 from memopt.pricing import state_lines
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
@@ -38,6 +38,7 @@ class Slot(NamedTuple):
     seed: int
     total: Callable[[Tensor], Tensor]
     dtype: str
+    homes: Homes
     parameter: Tensor | None = None  # these rows of it, where it is at hand
     capturable: bool = False  # the optimizer's: its number of steps is on the device
 
@@ -49,9 +50,8 @@ class Slot(NamedTuple):
         """Zeroed state where the placement says."""
         where = str(self.device)
         step, *lines = state_lines(self.spec, self.h, self.name, self.rows, where, self.dtype, self.capturable)
-        placement = PLACEMENTS[self.spec.for_parameter(self.name)[1]]
         counter = torch.zeros((), dtype=torch.float32, device=step.location)
-        return {step.key: counter, **placement.allocate(lines, self.device)}
+        return {step.key: counter, **self.homes.of(self.name).allocate(self.name, lines, self.device)}
 
     def targets(self, state: Mapping[str, Tensor], step: int) -> dict[str, Target]:
         """The parts of each moment within ``state``."""

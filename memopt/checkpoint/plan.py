@@ -68,7 +68,9 @@ def carried(old: str, new: str, h: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def target_spec(now: OptimSpec, spec: str | OptimSpec, fields: Mapping[str, Any]) -> OptimSpec:
-    """The spec asked for. Of a string, what it and ``fields`` do not say stays: engine, overrides, hyperparameters."""
+    """The spec asked for. Of a string, what it and ``fields`` do not say stays: engine, overrides, hyperparameters,
+    and options of placements that are still in use."""
+    from memopt.placements.options import OPTIONS
     from memopt.pricing import spec_fields
 
     given = spec_fields(fields)
@@ -76,7 +78,10 @@ def target_spec(now: OptimSpec, spec: str | OptimSpec, fields: Mapping[str, Any]
         return parse(spec, **given)
     wanted = parse(spec)
     hyper = {**carried(now.rule, wanted.rule, now.hyper), **given.pop("hyper", {})}
-    return wanted.replace(**{"engine": now.engine, "overrides": now.overrides, **given, "hyper": hyper})
+    options = given.pop("options", {})
+    wanted = wanted.replace(**{"engine": now.engine, "overrides": now.overrides, **given, "hyper": hyper})
+    kept = {k: v for k, v in now.options.items() if wanted.placements & set(OPTIONS[k].placements)}
+    return wanted.replace(options={**kept, **options})
 
 
 def target_hyper(old: OptimSpec, new: OptimSpec, h: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,9 @@ class BitsAndBytes(Engine):
             return f"it keeps nothing beside the weights; the engine for +{spec.master} is native"
         if spec.partition != "none":
             return f"it cannot shard its state; the engine for /{spec.partition} is native"
+        elsewhere = sorted(spec.placements - {"device", "paged"})
+        if elsewhere:
+            return f"its kernels step state where it lies; the engine for @{elsewhere[0]} is native"
         return None
 
     def refuse_hyper(self, spec: OptimSpec, h: Mapping[str, Any]) -> str | None:

@@ -126,7 +126,7 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     for target, work in zip(tensors, works, strict=True):
         name, p = names[work.index]
         g, counter = p.grad, work.state["step"]
-        placed = spec.for_parameter(name)[1] in ("device", "paged")
+        placed = optimizer.homes.in_place(name, p.device)
         # Views of a part of the parameter (a rank's rows) would have to be cut again at every step.
         if g is None or not placed or work.p is not p or not (p.is_contiguous() and g.is_contiguous()):
             return None

@@ -1,20 +1,29 @@
-"""What a placement is: where the parts of a state are allocated, and how they come to where the step runs."""
+"""What a placement is, and the home it gives the state of one optimizer: where parts are allocated, and the lease that
+brings them to where the step runs and writes them back."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.ledger import Line
+from memopt.placements.leases import Held, Setting
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from memopt.engines.work import Work
+
+#: ``run(works)`` executes the step of these works, whose state lies where the parameter is (for ``cpu``: on the host).
+Run = Callable[[Sequence["Work"]], None]
+#: Of one parameter: its state without ``step``, and how often it has stepped.
+Survivor = tuple[dict[str, "Tensor"], float]
+
 
 class Placement(ABC):
-    """A value on the placement axis. Subclasses are final."""
+    """A value on the placement axis; torch-free but for :meth:`home`. Subclasses are final."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -24,9 +33,66 @@ class Placement(ABC):
         """What the ledger says of state whose parameter is on ``device``."""
 
     @abstractmethod
-    def allocate(self, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
-        """Zeroed tensors for these lines of one parameter: state key -> tensor."""
+    def home(self, setting: Setting) -> Home:
+        """A home for one optimizer's state."""
 
-    @abstractmethod
+    def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
+        """What is allocated besides the state while these parameters on ``device`` are stepped, and stays."""
+        return []
+
+
+class Home:
+    """Where an optimizer keeps the state of one placement. This one: memory, and stepped as it lies."""
+
+    #: Whether state that exists may be overwritten where it lies. Else it is allocated anew and :meth:`commit` follows.
+    rewritable = True
+    #: Whether it may be made again from a pickle or a copy of the optimizer.
+    copyable = True
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+
+    def in_place(self, device: torch.device) -> bool:
+        """Whether the step reads and writes the state where ``optimizer.state`` says it is, and that is all."""
+        return True
+
+    def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
+        """Zeroed tensors for these lines of one parameter: state key -> tensor."""
+        import torch
+
+        return {line.key: torch.zeros(line.shape, dtype=getattr(torch, line.dtype), device=device) for line in lines}
+
+    def survivor(self, name: str, lines: Sequence[Line]) -> Survivor | None:
+        """The state of this parameter that an earlier process left, once."""
+        return None
+
+    def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
+        """Raise ValueError if what an earlier process left is not of these parameters: name -> lines without step."""
+
+    def check(self) -> None:
+        """Raise, before a step changes anything, if the state cannot be reached any more."""
+
+    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+        """Bring the state of these works to where they are stepped, ``run`` them, write it back."""
+        run(works)
+
+    def prepare(self, held: Mapping[str, Held], device: torch.device) -> None:
+        """These parameters on ``device`` have state: allocate what their step will need besides."""
+
+    def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Everything that is to survive now: parameter -> state."""
+
+    def workspace(self) -> list[Line]:
+        """The lines of what is allocated besides the state."""
+        return []
+
+    def tensors(self) -> list[Tensor]:
+        """The tensors of these lines, where they are tensors."""
+        return []
+
     def explain(self, device: torch.device) -> str:
         """One sentence: by what mechanism the state is kept here."""
+        return f"state is in the memory of {device}"
+
+    def close(self, empty: bool = False) -> None:
+        """Give back threads, locks and files; ``empty`` if the state has moved elsewhere."""

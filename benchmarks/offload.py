@@ -1,0 +1,301 @@
+"""State that lives elsewhere: training with 4 GiB of it under a cap of 1.5 GiB, and the step on the host's processor.
+
+    python benchmarks/offload.py            # some minutes, 20 GiB of disk in TMPDIR
+    python benchmarks/offload.py --quick    # 1 GiB of state under 0.9 GiB
+
+Each placement trains in a process of its own, under a memory cgroup where this user may make one (its kernel kills what
+goes over), and a watcher kills it when its resident memory (psutil) goes over the cap. Parameters are bfloat16 and
+step inside backward(), each when its gradient is there. After every step the same process reads and writes as many
+bytes as the state has, straight from and to the same disk with as many threads and as large requests, and does nothing
+else: that is the time that the disk allows.
+
+The second table steps the same fp32 parameters by DeepSpeedCPUAdam and by ``adamw-8bit@cpu`` in turns, in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+GIB = 2**30
+REQUEST = 16 * 2**20
+
+
+def raw_disk(nbytes: int) -> float:
+    """Seconds to read ``nbytes`` of one file and write them to another at the same time, past the page cache."""
+    import mmap
+
+    from memopt.placements.arena import Arena
+    from memopt.placements.files import WORKERS
+    from memopt.placements.threads import Threads
+
+    arena = Arena(None, "raw")
+    source, target = arena.allocate(nbytes), arena.allocate(nbytes)
+    buffers = [memoryview(mmap.mmap(-1, REQUEST)) for _ in range(4)]
+    free = threading.Semaphore(4)
+    for i in range(0, nbytes, REQUEST):  # so that there is something on the disk to read and to write over
+        arena.write(buffers[0], source + i)
+        arena.write(buffers[0], target + i)
+    arena.sync()
+    threads = Threads(WORKERS)
+    begin = time.perf_counter()
+    for i in range(0, nbytes, REQUEST):
+        free.acquire()
+        buffer = buffers[i // REQUEST % 4]
+        read = threads.submit("read", lambda b=buffer, i=i: arena.read(b, source + i), [], REQUEST)
+        wrote = threads.submit("write", lambda b=buffer, i=i: arena.write(b, target + i), [read], REQUEST)
+        wrote.add_done_callback(lambda _: free.release())
+    threads.finish()
+    arena.sync()
+    seconds = time.perf_counter() - begin
+    threads.close()
+    arena.close()
+    return seconds
+
+
+def train(spec: str, layers: int, steps: int, options: dict[str, Any]) -> None:
+    """The child: prints one JSON line for each step."""
+    import psutil
+    import torch
+
+    import memopt
+
+    torch.manual_seed(0)
+    rows, cols = 4096, 8192
+
+    class Block(torch.nn.Module):
+        """x + W' W x, with one matrix: what matters here is that parameters are many and activations few."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            weight = torch.empty(rows, cols, dtype=torch.bfloat16).normal_(std=cols**-0.5)
+            self.weight = torch.nn.Parameter(weight)
+
+        def forward(self, x: Any) -> Any:
+            return x + (torch.tanh(x @ self.weight.T) @ self.weight) / 8
+
+    model = torch.nn.Sequential(*(Block() for _ in range(layers)))
+    opt = memopt.create(model, spec, lr=1e-3, **options)
+    opt.release_gradients(model)
+    took = 0.0
+    inner = opt._step_some
+
+    def timed(*args: Any) -> Any:
+        nonlocal took
+        begin = time.perf_counter()
+        result = inner(*args)
+        took += time.perf_counter() - begin
+        return result
+
+    opt._step_some = timed  # type: ignore[method-assign]
+    x, y = (torch.randn(8, cols).bfloat16() for _ in "xy")
+    for step in range(steps):
+        took = 0.0
+        loss = (model(x) - y).float().square().mean()
+        loss.backward()
+        begin = time.perf_counter()
+        opt.step()
+        took += time.perf_counter() - begin
+        opt.zero_grad()
+        nbytes = opt.ledger().by("lifetime")["persistent"]
+        line = {"step": step, "loss": loss.item(), "step_s": took, "state_bytes": nbytes,
+                "resident_bytes": psutil.Process().memory_info().rss}  # fmt: skip
+        line["disk_s"] = raw_disk(REQUEST * 32) * nbytes / (REQUEST * 32)
+        print(json.dumps(line), flush=True)
+    placed = [row for row in opt.explain().splitlines() if row.startswith("placement")]
+    print(json.dumps({"explain": placed}), flush=True)
+
+
+class Cgroup:
+    """A memory cgroup of either version, or nothing where it cannot be made."""
+
+    def __init__(self, cap: int) -> None:
+        self.path: Path | None = None
+        for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+            path = Path(root) / f"memopt-{os.getpid()}"
+            try:
+                path.mkdir()
+                (path / limit).write_text(str(cap))
+                self.path = path
+                return
+            except OSError:
+                if path.is_dir():
+                    path.rmdir()
+
+    def add(self, pid: int) -> None:
+        if self.path:
+            (self.path / "cgroup.procs").write_text(str(pid))
+
+    def peak(self) -> int | None:
+        for name in ("memory.max_usage_in_bytes", "memory.peak"):
+            if self.path and (self.path / name).exists():
+                return int((self.path / name).read_text())
+        return None
+
+    def remove(self) -> None:
+        if self.path:
+            self.path.rmdir()
+
+
+def capped(arguments: list[str], cap: int) -> dict[str, Any]:
+    """Run this file in a child under the cap; its lines, its peak, and how it ended."""
+    import psutil
+
+    group = Cgroup(cap)
+    command = [sys.executable, __file__, *arguments]
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    group.add(child.pid)
+    process, peak, killed = psutil.Process(child.pid), 0, False
+
+    def watch() -> None:
+        nonlocal peak, killed
+        while child.poll() is None:
+            try:
+                peak = max(peak, process.memory_info().rss)
+            except psutil.Error:
+                return
+            if peak > cap:
+                killed = True
+                child.kill()
+            time.sleep(0.02)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    assert child.stdout is not None
+    lines = [json.loads(line) for line in child.stdout]
+    code = child.wait()
+    watcher.join()
+    found = {"lines": lines, "exit_code": code, "killed_by_watcher": killed, "peak_resident_bytes": peak,
+             "cgroup": str(group.path is not None), "cgroup_peak_bytes": group.peak()}  # fmt: skip
+    group.remove()
+    return found
+
+
+def summary(name: str, run: dict[str, Any], cap: int) -> dict[str, Any]:
+    lines = [line for line in run["lines"] if "step" in line]
+    later = lines[1:] or lines  # the first step finds state that is not on the disk yet
+    ratio = statistics.median(line["disk_s"] / line["step_s"] for line in later) if lines else 0.0
+    return {
+        "name": name, "completed": run["exit_code"] == 0, "cap_bytes": cap, "steps": len(lines),
+        "state_bytes": lines[-1]["state_bytes"] if lines else 0,
+        "peak_resident_bytes": run["peak_resident_bytes"], "cgroup": run["cgroup"] == "True",
+        "cgroup_peak_bytes": run["cgroup_peak_bytes"],
+        "step_s": statistics.median(line["step_s"] for line in later) if lines else 0.0,
+        "disk_s": statistics.median(line["disk_s"] for line in later) if lines else 0.0,
+        "share_of_what_the_disk_allows": ratio,
+        "losses": [line["loss"] for line in lines], "run": run,
+    }  # fmt: skip
+
+
+def against_deepspeed(numel: int, rounds: int) -> dict[str, Any]:
+    """The child for the second table."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import torch
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    import memopt
+
+    def parameters() -> list[torch.nn.Parameter]:
+        torch.manual_seed(0)
+        made = [torch.nn.Parameter(torch.randn(1024, numel // 8192)) for _ in range(8)]
+        for p in made:
+            p.grad = torch.randn(p.shape)
+        return made
+
+    theirs = parameters()
+    optimizers: dict[str, torch.optim.Optimizer] = {
+        "DeepSpeedCPUAdam": DeepSpeedCPUAdam(theirs, lr=1e-3, weight_decay=0.01, adamw_mode=True),
+        "adamw-8bit@cpu": memopt.create(parameters(), "adamw-8bit@cpu", lr=1e-3, nonfinite="propagate"),
+        "adamw@cpu": memopt.create(parameters(), "adamw@cpu", lr=1e-3, nonfinite="propagate"),
+    }
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for i in range(rounds + 2):
+        for name, opt in optimizers.items():
+            begin = time.perf_counter()
+            opt.step()
+            if i >= 2:
+                times[name].append(time.perf_counter() - begin)
+    held = {
+        name: sum(t.numel() * t.element_size() for s in opt.state.values() for t in s.values() if torch.is_tensor(t))
+        for name, opt in optimizers.items()
+    }
+    rows = {
+        name: {"median_s": statistics.median(t), "min_s": min(t), "state_bytes": held[name]}
+        for name, t in times.items()
+    }
+    ratios = [a / b for a, b in zip(times["DeepSpeedCPUAdam"], times["adamw-8bit@cpu"], strict=True)]
+    return {"numel": numel, "threads": torch.get_num_threads(), "rounds": rounds, "rows": rows,
+            "speedup_of_8bit": statistics.median(ratios)}  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    rows = ["| placement | state | cap | peak resident | completed | step | disk allows | share |", "|" + "---|" * 8]
+    for run in results["capped"]:
+        rows.append(
+            f"| {run['name']} | {run['state_bytes'] / GIB:.2f} GiB | {run['cap_bytes'] / GIB:.2f} GiB"
+            f"{' (cgroup)' if run['cgroup'] else ''} | {run['peak_resident_bytes'] / GIB:.2f} GiB | "
+            f"{'yes' if run['completed'] else 'NO'} | {run['step_s']:.2f} s | {run['disk_s']:.2f} s | "
+            f"{run['share_of_what_the_disk_allows']:.0%} |"
+        )
+    text = "# Offload\n\n" + "\n".join(rows) + "\n"
+    cpu = results.get("cpu")
+    if cpu:
+        text += f"\n{cpu['numel']:,} fp32 parameters, {cpu['threads']} threads, {cpu['rounds']} steps, in turns.\n\n"
+        text += "| optimizer | step, median | state |\n|---|---|---|\n"
+        for name, row in cpu["rows"].items():
+            text += f"| {name} | {row['median_s'] * 1e3:.1f} ms | {row['state_bytes'] / 2**20:.1f} MiB |\n"
+        text += f"\n`adamw-8bit@cpu`: {cpu['speedup_of_8bit']:.2f} times as fast as DeepSpeedCPUAdam.\n"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=["capped", "cpu"])
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        job = json.loads(args.child)
+        if job["what"] == "train":
+            train(job["spec"], job["layers"], job["steps"], job["options"])
+        else:
+            print(json.dumps(against_deepspeed(job["numel"], job["rounds"])))
+        return
+    layers, cap, steps = (4, int(0.9 * GIB), 3) if args.quick else (16, int(1.5 * GIB), 5)
+    path = RESULTS / "offload.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() and args.only else {"capped": []}
+    if args.only != "cpu":
+        results["capped"] = []
+        with tempfile.TemporaryDirectory(prefix="memopt-offload-") as directory:
+            for name, spec, options in (
+                ("adamw@disk with a directory", "adamw@disk", {"directory": directory, "workspace": "96MiB"}),
+                ("adamw@disk", "adamw@disk", {"workspace": "96MiB"}),
+                ("adamw@paged", "adamw@paged", {"resident": "96MiB"}),
+            ):
+                job = {"what": "train", "spec": spec, "layers": layers, "steps": steps, "options": options}
+                results["capped"].append(summary(name, capped(["--child", json.dumps(job)], cap), cap))
+                print(table({"capped": results["capped"][-1:]}), flush=True)
+    if args.only != "capped":
+        job = {"what": "cpu", "numel": 2**23 if args.quick else 2**26, "rounds": 15}
+        output = subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], check=True,
+                                stdout=subprocess.PIPE, text=True).stdout  # fmt: skip
+        results["cpu"] = json.loads(output.splitlines()[-1])
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "offload.md").write_text(table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

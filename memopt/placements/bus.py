@@ -1,0 +1,44 @@
+"""Memory of a card, pinned memory of the host and the streams between them: what is asked of a kind of device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+from memopt.placements.pipeline import Lanes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+class Bus(Protocol):
+    """Between the host and one device. Lanes: ``up`` and ``down`` copy, ``step`` computes on the device, ``host`` on
+    the host, ``read`` and ``write`` are threads for files."""
+
+    def host(self, nbytes: int) -> Tensor:
+        """Zeroed host memory, beginning at a page, that the device can copy from and to by itself, uint8 [nbytes]."""
+
+    def device(self, nbytes: int) -> Tensor:
+        """Memory of the device, uint8 [nbytes]."""
+
+    def lanes(self) -> Lanes:
+        """For one step: whatever the device was given before is done before them."""
+
+
+def bus_of(device: torch.device) -> Bus | None:
+    """None for a device that steps on host memory as it is."""
+    make = BUSES.get(device.type)
+    if make is None and device.type != "cpu":
+        raise RuntimeError(f"state cannot be streamed to device {device} yet; use the placement 'device'")
+    return make(device) if make else None
+
+
+def _cuda(device: torch.device) -> Bus:
+    from memopt.placements.cuda import cuda_bus
+
+    return cuda_bus(device)
+
+
+#: Type of a device -> its bus. Tests put a simulated one here.
+BUSES: dict[str, Callable[[torch.device], Bus]] = {"cuda": _cuda}

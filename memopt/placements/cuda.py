@@ -1,0 +1,100 @@
+"""CUDA: pinned memory, and copies on side streams. Not yet run on a GPU."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from memopt.placements.pipeline import Lanes
+from memopt.placements.threads import Threads
+
+#: Threads that read and write files.
+WORKERS = {"read": 2, "write": 2}
+
+
+class _Done:
+    """A CUDA event with the method of a Future."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def result(self) -> None:
+        self.event.synchronize()
+
+
+@final
+class CudaLanes:
+    """Side streams for ``up`` and ``down``, the current stream for ``step``, this thread for ``host``."""
+
+    def __init__(self, device: torch.device, sides: dict[str, torch.cuda.Stream], threads: Threads) -> None:
+        self._device = device
+        self._current = torch.cuda.current_stream(device)
+        self._streams = {**sides, "step": self._current}
+        self._sides = sides
+        self._threads = threads
+        for side in sides.values():
+            side.wait_stream(self._current)
+
+    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
+        if lane in WORKERS or lane == "host":
+            return self._threads.submit(lane, run, after, nbytes)
+        stream = self._streams[lane]
+        for event in after:
+            if isinstance(event, _Done):
+                stream.wait_event(event.event)
+            else:
+                event.result()  # a thread's: the stream cannot wait for it
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            run()
+            done = torch.cuda.Event()
+            done.record(stream)
+        return _Done(done)
+
+    def finish(self) -> None:
+        """The state is in host memory, which anyone may read without asking the card: wait until it is there."""
+        try:
+            self._threads.finish()
+        finally:
+            for side in self._sides.values():
+                side.synchronize()
+                self._current.wait_stream(side)
+
+
+@final
+class CudaBus:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        with torch.cuda.device(device):
+            self._sides = {"up": torch.cuda.Stream(device), "down": torch.cuda.Stream(device)}
+        self._threads = Threads(WORKERS)
+
+    def host(self, nbytes: int) -> Tensor:
+        """torch's own pinned memory comes in powers of two, up to twice what is asked for; this is to the page."""
+        memory = mmap.mmap(-1, max(nbytes, 1))
+        tensor = torch.frombuffer(memory, dtype=torch.uint8, count=max(nbytes, 1))[:nbytes]
+        runtime = torch.cuda.cudart()
+        with torch.cuda.device(self._device):
+            code = runtime.cudaHostRegister(tensor.data_ptr(), max(nbytes, 1), 0)
+        if int(code):
+            raise RuntimeError(f"cannot pin {nbytes:,} bytes of host memory (CUDA error {int(code)}); `memopt doctor` "
+                               "says what limits it, and @cpu needs little of it")  # fmt: skip
+        weakref.finalize(memory, runtime.cudaHostUnregister, tensor.data_ptr()).atexit = False
+        return tensor
+
+    def device(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def lanes(self) -> Lanes:
+        return CudaLanes(self._device, self._sides, self._threads)
+
+
+@lru_cache
+def cuda_bus(device: torch.device) -> CudaBus:
+    """One for each device: streams are shared by its optimizers."""
+    return CudaBus(device)

@@ -1,0 +1,81 @@
+"""The state of one parameter in an arena: one copy of it, or two."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from memopt.ledger import Line
+from memopt.placements.arena import Arena
+from memopt.placements.leases import PAGE, Part
+from memopt.placements.mapping import DONT_NEED, advise, tensors_in
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Of a run of bytes of a part: where it begins, how many bytes, their CRC-32.
+Sum = tuple[int, int, int]
+
+
+class Entry:
+    """``begins`` are where its copies begin in the arena, ``copy`` which of them is the state, ``offsets`` where each
+    part begins in a copy, ``sums`` the checksums by part, or None where they are not known yet, ``uncommitted``
+    whether a step has written the copy since the last commit."""
+
+    def __init__(self, lines: Sequence[Line], begins: list[int], arena: Arena, copy: int = 0) -> None:
+        self.parts: list[Part] = []
+        end = 0
+        for line in lines:
+            self.parts.append(Part(line.key, line.dtype, line.shape, end, line.nbytes, 0))
+            end += -(-line.nbytes // PAGE) * PAGE
+        self.nbytes = end
+        self.state_nbytes = sum(part.nbytes for part in self.parts)
+        self.offsets = {part.key: part.offset for part in self.parts}
+        self.begins = begins
+        self.copy = copy
+        self.uncommitted = False
+        self.sums: dict[str, list[Sum]] | None = None
+        self._maps = [arena.map(begin, end) if end else None for begin in begins]
+        self._tensors = [tensors_in(memory, self.parts) for memory in self._maps]
+
+    @classmethod
+    def allocate(cls, arena: Arena, lines: Sequence[Line], copies: int) -> Entry:
+        """Zeros in room that the arena has reserved."""
+        nbytes = sum(-(-line.nbytes // PAGE) * PAGE for line in lines)
+        first = arena.allocate(copies * nbytes)
+        return cls(lines, [first + i * nbytes for i in range(copies)], arena)
+
+    def release(self, arena: Arena) -> None:
+        """Give the room back, each copy when nobody holds a tensor of it any more."""
+        for memory, begin in zip(self._maps, self.begins, strict=True):
+            if memory is not None:
+                weakref.finalize(memory, arena.release, begin, self.nbytes).atexit = False
+        self._maps, self._tensors = [], []
+
+    def begin(self, copy: int) -> int:
+        return self.begins[copy]
+
+    @property
+    def next(self) -> int:
+        """The copy that a step writes: never the one that is committed."""
+        return self.copy if self.uncommitted or len(self.begins) == 1 else 1 - self.copy
+
+    def written(self, sums: dict[str, list[Sum]]) -> None:
+        """A step has written all of the next copy."""
+        self.copy, self.uncommitted, self.sums = self.next, True, sums
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state: tensors that are the file."""
+        return dict(self._tensors[self.copy])
+
+    def unmap(self) -> None:
+        """What someone has read of it as memory need not stay in memory; the file has it."""
+        for memory in self._maps:
+            if memory is not None:
+                advise(ctypes.addressof(memory), self.nbytes, DONT_NEED)
+
+    def to_json(self, step: float) -> dict[str, Any]:
+        parts = [[p.key, p.dtype, list(p.shape), (self.sums or {}).get(p.key, [])] for p in self.parts]
+        return {"step": step, "begins": self.begins, "copy": self.copy, "parts": parts}

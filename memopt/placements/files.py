@@ -1,0 +1,238 @@
+"""The home of ``@disk``: state in a file, streamed, and with a directory committed step by step.
+
+In a directory each parameter has room for its state twice. A step reads one copy and writes the other; when all of it
+is on the disk, a record is replaced (:mod:`memopt.placements.journal`) that says which copies are the state, after how
+many steps, and their checksums. Until then the record speaks of the copies that were read. So there is nothing to
+undo after a crash and nothing is written twice: the price is room on the disk, not time.
+"""
+
+from __future__ import annotations
+
+import mmap
+import warnings
+import weakref
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor
+
+from memopt.ledger import Line
+from memopt.placements.arena import Arena
+from memopt.placements.base import Placement, Run, Survivor
+from memopt.placements.bus import Bus, bus_of
+from memopt.placements.directory import Directory
+from memopt.placements.disk import MOST, TARGET, buffer_lines, spare_line
+from memopt.placements.entry import Entry, Sum
+from memopt.placements.leases import PAGE, Buffers, Held, Part, Setting
+from memopt.placements.mapping import bytes_view
+from memopt.placements.pipeline import Lanes, Operation
+from memopt.placements.streamed import Loan, Streamed, bases, tensor_in
+from memopt.placements.threads import Threads
+
+if TYPE_CHECKING:
+    from memopt.engines.work import Work
+
+#: Threads that read and write; a disk needs several requests at once to be as fast as it can.
+WORKERS = {"read": 2, "write": 2}
+
+
+@final
+class Files(Streamed):
+    """With a directory ``rewritable`` is False: what is committed is never written over."""
+
+    target, most = TARGET, MOST
+
+    def __init__(self, placement: Placement, setting: Setting) -> None:
+        super().__init__(placement, setting.options["workspace"])
+        path = setting.options["directory"]
+        self.directory = Directory(path, setting) if path else None
+        self.arena = self.directory.arena if self.directory else Arena(None, placement.name)
+        self.copyable = self.rewritable = self.directory is None
+        self.entries: dict[str, Entry] = {}
+        self._host: list[Tensor] = []
+        self._device: list[Tensor] = []
+        self._views: list[memoryview] = []
+        self._bus: Bus | None = None
+        self._where = "cpu"
+        self._threads = Threads(WORKERS)
+        self._broken = ""
+        self.kept: set[str] = set()  # parameters whose mapped state is to stay in memory
+        self._written: list[tuple[Entry, Part, int]] = []
+        closing = [self._threads, self.directory or self.arena]
+        self._finalizer = weakref.finalize(self, _close, closing)
+
+    # Allocation ------------------------------------------------------------------------------------------------
+
+    def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
+        self._retire(name)
+        entry = Entry.allocate(self.arena, lines, copies=2 if self.directory else 1)
+        self.entries[name] = entry
+        return entry.tensors()
+
+    def survivor(self, name: str, lines: Sequence[Line]) -> Survivor | None:
+        if self.directory is None or name not in self.directory.pending:
+            return None
+        entry, step = self.directory.take(name, lines)
+        self.entries[name] = entry
+        if not self.directory.announced:
+            self.directory.announced = True
+            warnings.warn(f"disk: state of earlier steps is in {self.directory.path} and is gone on with; {name} has "
+                          f"stepped {step:.0f} times. Remove the directory to begin anew", stacklevel=2)  # fmt: skip
+        return entry.tensors(), step
+
+    def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
+        if self.directory and self.directory.pending:
+            self.directory.expect(lines())
+
+    def _retire(self, name: str) -> None:
+        """The state of this parameter is another from now on; what was committed is kept until the next commit."""
+        old = self.entries.pop(name, None)
+        if old is not None and self.directory:
+            self.directory.retired.append(old)
+        elif old is not None:
+            old.release(self.arena)
+        if self.directory:
+            self.directory.forget(name)
+
+    # The step --------------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        if self._broken:
+            raise RuntimeError(self._broken)
+        self.arena.check()
+        if self.directory:
+            self.directory.check()
+
+    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+        self._written = []
+        try:
+            super().step(works, run, held)
+        except BaseException as error:
+            self._broken = (f"disk: the last step stopped in the middle ({error}), so parameters are between two steps"
+                            + (f". The state in {self.directory.path} is that of the step before"
+                               if self.directory else "") + ". Load a checkpoint to go on")  # fmt: skip
+            raise
+        sums: dict[Entry, dict[str, list[Sum]]] = {}
+        for entry, part, crc in self._written:
+            sums.setdefault(entry, {}).setdefault(part.key, []).append((part.offset, part.nbytes, crc))
+        for work in works:
+            entry = self.entries[work.name]
+            if entry in sums:
+                entry.written({key: sorted(found) for key, found in sums[entry].items()})
+                work.state.update(entry.tensors())
+        for name, entry in self.entries.items():
+            if name not in self.kept:
+                entry.unmap()
+
+    def first(self, nbytes: int) -> set[str]:
+        """The parameters, in the order of their allocation, whose state together is at most so many bytes."""
+        found = set()
+        for name, entry in self.entries.items():
+            nbytes -= entry.nbytes
+            if nbytes < 0:
+                break
+            found.add(name)
+        return found
+
+    def chain(self, lease: Sequence[Loan], run: Run, device: torch.device) -> list[Operation]:
+        nbytes = sum(part.nbytes for loan in lease for part in loan.piece.parts)
+        places = self._places(lease)
+
+        def read(i: int) -> None:
+            for entry, part, at, offset in places:
+                shift = offset % PAGE
+                size = -(-(shift + part.nbytes) // PAGE) * PAGE
+                self.arena.read(self._views[i][at : at + size], entry.begin(entry.copy) + offset - shift)
+
+        def write(i: int) -> None:
+            for entry, part, at, offset in places:
+                view = self._views[i][at + offset % PAGE :][: part.nbytes]
+                self._written.append((entry, part, zlib.crc32(view) if self.directory else 0))
+                self.arena.write(view, entry.begin(entry.next) + offset)
+
+        def step(i: int) -> None:
+            memory = self._device if self._bus else self._host
+            run([loan.on(self._state(loan, memory[i], base)) for loan, base in bases(lease)])
+
+        def up(i: int) -> None:
+            self._device[i].copy_(self._host[i], non_blocking=True)
+
+        def down(i: int) -> None:
+            self._host[i].copy_(self._device[i], non_blocking=True)
+
+        reading, writing = Operation("read", read, nbytes), Operation("write", write, nbytes)
+        stepping = Operation("step", step, nbytes)
+        if self._bus is None:
+            return [reading, stepping, writing]
+        return [reading, Operation("up", up, nbytes), stepping, Operation("down", down, nbytes), writing]
+
+    def _places(self, lease: Sequence[Loan]) -> list[tuple[Entry, Part, int, int]]:
+        """Where each part of the lease is in the buffer, and in its entry's copy."""
+        return [
+            (entry, part, base + part.at, entry.offsets[part.key] + part.offset)
+            for loan, base in bases(lease)
+            for entry in [self.entries[loan.work.name]]
+            for part in loan.piece.parts
+            if part.nbytes
+        ]
+
+    def _state(self, loan: Loan, memory: Tensor, base: int) -> dict[str, Tensor]:
+        offsets = self.entries[loan.work.name].offsets
+        return {
+            part.key: tensor_in(memory, base + part.at + (offsets[part.key] + part.offset) % PAGE, part)
+            if part.nbytes
+            else loan.work.state[part.key]
+            for part in loan.piece.parts
+        }
+
+    def reserve(self, wanted: Buffers, device: torch.device) -> None:
+        self._views, self._host, self._device = [], [], []
+        self._bus, self._where = bus_of(device), str(device)
+        for _ in range(wanted.number):
+            if self._bus:
+                self._host.append(self._bus.host(wanted.nbytes))
+                self._device.append(self._bus.device(wanted.nbytes))
+            else:
+                self._host.append(torch.frombuffer(mmap.mmap(-1, wanted.nbytes), dtype=torch.uint8))
+        self._views = [bytes_view(tensor) for tensor in self._host]
+
+    def lanes(self, device: torch.device) -> Lanes:
+        return self._bus.lanes() if self._bus else self._threads
+
+    # What survives ---------------------------------------------------------------------------------------------
+
+    def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for name in [n for n in self.entries if n not in states]:
+            self._retire(name)
+        self._broken = ""
+        if self.directory:
+            self.directory.commit(self.entries, {name: float(states[name]["step"]) for name in self.entries})
+
+    def workspace(self) -> list[Line]:
+        nbytes = sum(entry.state_nbytes for entry in self.entries.values())
+        return [*buffer_lines(self.buffers, "pinned" if self._bus else "cpu", self._where),
+                *(spare_line(nbytes) if self.directory and nbytes else [])]  # fmt: skip
+
+    def tensors(self) -> list[Tensor]:
+        return [*self._host, *self._device]
+
+    def explain(self, device: torch.device) -> str:
+        by = "direct reads and writes (O_DIRECT)" if self.arena.direct else (
+            "reads and writes through the page cache, which is told not to keep them: the file system has no O_DIRECT")
+        size = f"{self.buffers.number} buffers of {self.buffers.nbytes:,} bytes"
+        if self.directory is None:
+            return (f"state is in a file without a name in {self.arena.directory}, which ends with this process "
+                    f"(directory= keeps it); {by}, {size}")  # fmt: skip
+        return f"state is in {self.directory.path}, committed after every step; {by}, {size}"
+
+    def close(self, empty: bool = False) -> None:
+        if empty and self.directory and self._finalizer.alive:
+            self.directory.clear()
+        self._finalizer()
+
+
+def _close(things: list[Threads | Directory | Arena]) -> None:
+    for thing in things:
+        thing.close()

@@ -1,0 +1,123 @@
+"""The homes of one optimizer's state, by placement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from memopt.geometry import Rows
+from memopt.ledger import Line, dtype_name
+from memopt.placements import PLACEMENTS
+from memopt.placements.base import Home, Run
+from memopt.placements.leases import Held, Setting
+from memopt.placements.options import of_placement
+from memopt.rules import RULES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from memopt.engines.work import Work
+    from memopt.spec import OptimSpec
+
+
+def held(spec: OptimSpec, name: str, h: Mapping[str, Any], rows: Rows, dtype: str) -> Held:
+    """These rows of a parameter of this dtype, for cutting."""
+    from memopt.pricing import state_lines
+
+    def layout(some: Rows) -> list[Line]:
+        return state_lines(spec, h, name, some, "", dtype)[1:]
+
+    return Held(rows, layout, not RULES[spec.rule].element_wise)
+
+
+class Homes:
+    """One home for each placement that ``spec`` uses; those of ``before`` are kept where nothing about them changes."""
+
+    def __init__(self, spec: OptimSpec, rank: int, world_size: int, before: Homes | None = None) -> None:
+        self.spec = spec
+        self._homes: dict[str, Home] = {}
+        self._settings: dict[str, Setting] = {}
+        for name in sorted(spec.placements):
+            setting = Setting(of_placement(spec.options, name), str(spec), rank, world_size)
+            old = before._settings.get(name) if before else None
+            if before and old and old._replace(spec="") == setting._replace(spec=""):
+                self._homes[name] = before._homes[name]
+            else:
+                self._homes[name] = PLACEMENTS[name].home(setting)
+            self._settings[name] = setting
+
+    def __iter__(self) -> Iterator[Home]:
+        return iter(self._homes.values())
+
+    def of(self, name: str) -> Home:
+        """The home of a parameter's state."""
+        return self._homes[self.spec.for_parameter(name)[1]]
+
+    def in_place(self, name: str, device: torch.device) -> bool:
+        return self.of(name).in_place(device)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether any state is not simply in memory."""
+        return any(type(home) is not Home for home in self._homes.values())
+
+    @property
+    def copyable(self) -> bool:
+        return all(home.copyable for home in self._homes.values())
+
+    def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
+        for home in self._homes.values():
+            home.expect(lines)
+
+    def check(self) -> None:
+        for home in self._homes.values():
+            home.check()
+
+    def step(self, works: Sequence[Work], run: Run) -> None:
+        """Step the works, those of each home at once."""
+        if len(self._homes) == 1:
+            next(iter(self._homes.values())).step(works, run, self._held)
+            return
+        groups: dict[int, tuple[Home, list[Work]]] = {}
+        for work in works:
+            home = self.of(work.name)
+            groups.setdefault(id(home), (home, []))[1].append(work)
+        for home, mine in groups.values():
+            home.step(mine, run, self._held)
+
+    def _held(self, work: Work) -> Held:
+        return self.held(work.name, work.h, work.rows, dtype_name(work.p))
+
+    def held(self, name: str, h: Mapping[str, Any], rows: Rows, dtype: str) -> Held:
+        return held(self.spec, name, h, rows, dtype)
+
+    def prepare(self, states: Mapping[str, tuple[Held, torch.device]]) -> None:
+        """These are the parameters that have state."""
+        by_home: dict[tuple[int, torch.device], tuple[Home, dict[str, Held]]] = {}
+        for name, (one, device) in states.items():
+            home = self.of(name)
+            by_home.setdefault((id(home), device), (home, {}))[1][name] = one
+        for (_, device), (home, mine) in by_home.items():
+            home.prepare(mine, device)
+
+    def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Make what survives this process complete: all states, by parameter."""
+        for placement, home in self._homes.items():
+            home.commit({n: s for n, s in states.items() if self.spec.for_parameter(n)[1] == placement})
+
+    def workspace(self) -> list[Line]:
+        return [line for home in self._homes.values() for line in home.workspace()]
+
+    def replaced_by(self, after: Homes) -> None:
+        """Close the homes that ``after`` does not have."""
+        kept = {id(home) for home in after._homes.values()}
+        for home in self._homes.values():
+            if id(home) not in kept:
+                home.close(empty=True)
+
+    def close(self) -> None:
+        for home in self._homes.values():
+            home.close()
+
+

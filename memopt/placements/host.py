@@ -1,0 +1,42 @@
+"""``host``: pinned host memory, streamed through the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from memopt.ledger import Line
+from memopt.placements.base import Home, Placement
+from memopt.placements.disk import buffer_lines
+from memopt.placements.leases import Held, Setting, buffers, extents, target_of
+
+#: Bytes of a lease and the number of its buffers: one is filled, one stepped, one emptied; the fourth evens them out.
+TARGET, MOST = 64 * 2**20, 4
+
+
+@final
+class Host(Placement):
+    """State in host memory; the step runs on the parameter's device, through which the state is streamed: copy in, step
+    and copy out of different leases happen at once. ``workspace`` bounds the device memory this takes. Rules that need
+    statistics of a whole tensor lease whole parameters: then the bound is the largest one's state, if that is more.
+
+    Parameters in host memory are stepped where their state is: nothing is copied, as with ``device``.
+    """
+
+    name = "host"
+    summary = "in pinned host memory, streamed through the device"
+
+    def location(self, device: str) -> str:
+        return "cpu" if device == "cpu" else "pinned"
+
+    def home(self, setting: Setting) -> Home:
+        from memopt.placements.pinned import Pinned
+
+        return Pinned(self, setting)
+
+    def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
+        if device == "cpu":
+            return []
+        target = target_of(options["workspace"], TARGET, MOST)
+        wanted = buffers(extents(held, target), target, options["workspace"], MOST)
+        return buffer_lines(wanted, None, device)

@@ -1,0 +1,123 @@
+"""A record that is replaced as a whole or not at all, and the lock of the directory that it is in."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import zlib
+
+from memopt.placements.leases import PAGE
+
+_MAGIC = b"memopt01"
+#: magic, number of the record, bytes of it, its CRC-32.
+_HEADER = struct.Struct("<8sQQI")
+
+
+class Journal:
+    """Two areas of a file that was reserved beforehand, written in turn. The record is the one with the higher number
+    among those that are whole: a process that dies while it writes, or a disk that fails, leaves the one before."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._number = 0
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._capacity = os.fstat(self._file).st_size // 2 // PAGE * PAGE
+
+    def read(self) -> bytes | None:
+        """The last record, or None where there has never been one. Raises ValueError where none is whole."""
+        found: dict[int, bytes] = {}
+        written = False
+        for area in (0, 1):
+            head = os.pread(self._file, _HEADER.size, area * self._capacity) if self._capacity else b""
+            if len(head) < _HEADER.size or not any(head):
+                continue
+            written = True
+            magic, number, nbytes, crc = _HEADER.unpack(head)
+            body = os.pread(self._file, min(nbytes, self._capacity), area * self._capacity + _HEADER.size)
+            if magic == _MAGIC and len(body) == nbytes and zlib.crc32(body) == crc:
+                found[number] = body
+        if written and not found:
+            raise ValueError(f"{self.path} is damaged: neither of its two records is whole")
+        self._number = max(found, default=0)
+        return found.get(self._number)
+
+    def reserve(self, nbytes: int) -> None:
+        """Room for records of so many bytes, so that a full disk is found out now."""
+        needed = -(-(nbytes + _HEADER.size) // PAGE) * PAGE
+        if needed <= self._capacity:
+            return
+        record = self.read()
+        temporary = f"{self.path}.new"
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, 4 * needed)
+            before = self._file, self._capacity
+            self._file, self._capacity = descriptor, 2 * needed
+            try:
+                if record is not None:
+                    self.write(record)
+                else:
+                    os.fsync(descriptor)
+                os.rename(temporary, self.path)
+                _sync_directory(os.path.dirname(self.path))
+            except BaseException:
+                self._file, self._capacity = before
+                raise
+        except BaseException:
+            os.close(descriptor)
+            os.unlink(temporary)
+            raise
+        os.close(before[0])
+
+    def write(self, record: bytes) -> None:
+        """Replace the record. Everything that it speaks of must be on the disk already."""
+        assert len(record) + _HEADER.size <= self._capacity, "reserve() first"
+        number = self._number + 1
+        head = _HEADER.pack(_MAGIC, number, len(record), zlib.crc32(record))
+        text, offset = memoryview(head + record), number % 2 * self._capacity
+        while len(text):
+            count = os.pwrite(self._file, text, offset)
+            text, offset = text[count:], offset + count
+        os.fdatasync(self._file)
+        self._number = number
+
+    def check(self) -> None:
+        """Raise OSError if the file's name does not lead to it any more."""
+        try:
+            same = os.path.samestat(os.stat(self.path), os.fstat(self._file))
+        except OSError as error:
+            raise OSError(error.errno, f"disk: {self.path} is gone ({error.strerror}); nothing was changed") from error
+        if not same:
+            raise OSError(0, f"disk: {self.path} was replaced by another file; nothing was changed")
+
+    def close(self) -> None:
+        os.close(self._file)
+
+
+def _sync_directory(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class Lock:
+    """A directory's lock, held until :meth:`close` or the end of the process, however it ends."""
+
+    def __init__(self, path: str) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(self._file, 32, 0).decode(errors="replace").strip()
+            os.close(self._file)
+            who = "another optimizer of this process" if holder == str(os.getpid()) else f"process {holder}"
+            raise RuntimeError(f"disk: {os.path.dirname(path)} is in use by {who}; "
+                               "two optimizers cannot keep their state in one directory") from error  # fmt: skip
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        os.close(self._file)

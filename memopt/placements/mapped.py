@@ -1,0 +1,99 @@
+"""The home of ``@paged``: a file mapped into memory, of which the system or ``resident`` decides what is in memory.
+
+With ``resident`` the parameters whose state fits beside the buffers are stepped where they are mapped, and stay in
+memory from step to step; the state of the others is streamed past the page cache, as that of ``@disk``, and what was
+mapped of it (to save it, say) is unmapped after every step.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor
+
+from memopt.ledger import Line
+from memopt.placements.arena import Arena
+from memopt.placements.base import Home, Placement, Run
+from memopt.placements.entry import Entry
+from memopt.placements.files import Files
+from memopt.placements.leases import Held, Setting
+from memopt.placements.paged import window
+
+if TYPE_CHECKING:
+    from memopt.engines.work import Work
+
+
+@final
+class Mapped(Home):
+    def __init__(self, placement: Placement, setting: Setting) -> None:
+        super().__init__(placement)
+        self.resident: int | None = setting.options["resident"]
+        self._arena: Arena | None = None
+        self._files: Files | None = None
+        if self.resident is not None:
+            options = {"directory": None, "workspace": window(self.resident)}
+            self._files = Files(placement, setting._replace(options=options))
+
+    def in_place(self, device: torch.device) -> bool:
+        return self._files is None
+
+    def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
+        if device.type == "cuda" and self.resident is None:
+            from memopt.placements.unified import unified
+
+            return unified(lines, device)
+        if device.type != "cpu":
+            known = "resident= is for parameters in host memory" if device.type == "cuda" else "no such memory is known"
+            raise RuntimeError(f"paged: {known}, and {name} is on {device}; use another placement")
+        if self._files is not None:
+            return self._files.allocate(name, lines, device)
+        if self._arena is None:
+            self._arena = Arena(None, "paged")
+            weakref.finalize(self, self._arena.close)
+        entry = Entry.allocate(self._arena, lines, copies=1)
+        tensors = entry.tensors()
+        entry.release(self._arena)  # when the last of these tensors is gone
+        return tensors
+
+    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+        if self._files is None or self.resident is None:
+            run(works)
+            return
+        hot = self._files.first(self.resident - window(self.resident))
+        if any(work.groups for work in works):
+            hot = set()  # ranks must step in one order
+        self._files.kept = hot
+        staying = [work for work in works if work.name in hot]
+        if staying:
+            run(staying)
+        self._files.step([work for work in works if work.name not in hot], run, held)
+
+    def prepare(self, held: Mapping[str, Held], device: torch.device) -> None:
+        if self._files is not None:
+            self._files.prepare(held, device)
+
+    def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if self._files is not None:
+            self._files.commit(states)
+
+    def workspace(self) -> list[Line]:
+        return self._files.workspace() if self._files is not None else []
+
+    def tensors(self) -> list[Tensor]:
+        return self._files.tensors() if self._files is not None else []
+
+    def explain(self, device: torch.device) -> str:
+        if device.type == "cuda":
+            return f"state is in CUDA unified memory, paged between {device} and the host by the driver"
+        if self._files is None:
+            return (f"state is in a file without a name in {tempfile.gettempdir()}, mapped into memory and paged by "
+                    "the system when memory is short")  # fmt: skip
+        return f"at most {self.resident:,} bytes of state are in memory after a step; {self._files.explain(device)}"
+
+    def close(self, empty: bool = False) -> None:
+        if self._files is not None:
+            self._files.close()

@@ -1,0 +1,66 @@
+"""The order in which leases are fetched, stepped and stored, whatever executes it.
+
+Each lease is a chain of operations, each on a *lane*: ``read`` and ``write`` are the disk's, ``up`` and ``down`` the
+bus between host and card, ``step`` the processor's. A lane executes what it is given in order; lanes run beside each
+other. A lease lives in one of ``count`` buffers, so its chain begins when the chain that had the buffer before has
+ended. That is all: with two buffers the next lease is fetched while this one is stepped and the last one stored.
+
+    read   0 1 2 3 ...
+    step     0 1 2 ...
+    write      0 1 ...
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+#: What a lane returns for an operation it was given; only lanes look inside.
+Event = Any
+
+
+class Operation(NamedTuple):
+    """``run(buffer)`` on a lane. ``nbytes`` is what it moves, for those who simulate or trace."""
+
+    lane: str
+    run: Callable[[int], None]
+    nbytes: int = 0
+
+
+class Lanes(Protocol):
+    """What executes operations: threads, streams of a card, a simulated clock."""
+
+    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Event], nbytes: int) -> Event:
+        """Execute ``run`` on ``lane`` when the events have happened. Returns at once where the lane can wait itself;
+        raises what an operation it waited for raised."""
+
+    def finish(self) -> None:
+        """Wait for everything; raise the first error there was."""
+
+
+def stream(chains: Sequence[Sequence[Operation]], lanes: Lanes, count: int) -> None:
+    """Execute the chains in ``count`` buffers. When it returns everything has been executed; when it raises, nothing is
+    under way any more."""
+    ends: list[Event] = []
+    begun: list[list[Event]] = []
+
+    def begin(i: int) -> None:
+        """Fetching, the first operation, needs nothing but a buffer."""
+        first = chains[i][0]
+        after = [ends[i - count]] if i >= count else []
+        begun.append([_submit(lanes, first, i % count, after)])
+
+    try:
+        for i, chain in enumerate(chains):
+            while len(begun) < min(len(chains), i + count):
+                begin(len(begun))
+            event = begun[i][0]
+            for operation in chain[1:]:
+                event = _submit(lanes, operation, i % count, [event])
+            ends.append(event)
+    finally:
+        lanes.finish()
+
+
+def _submit(lanes: Lanes, operation: Operation, buffer: int, after: Sequence[Event]) -> Event:
+    return lanes.submit(operation.lane, lambda: operation.run(buffer), after, operation.nbytes)

@@ -1,0 +1,141 @@
+"""A home whose state is brought to the step lease by lease, through a bounded number of buffers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from memopt.geometry import Rows
+from memopt.placements.base import Home, Run
+from memopt.placements.leases import Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
+from memopt.placements.pipeline import Lanes, Operation, stream
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from memopt.engines.work import Work
+
+
+class Loan(NamedTuple):
+    """One piece of one work's state."""
+
+    work: Work
+    piece: Piece
+    number: int  # of the piece among the parameter's
+
+    @property
+    def nbytes(self) -> int:
+        return self.piece.nbytes
+
+    def on(self, state: dict[str, Tensor]) -> Work:
+        """The work that steps these rows alone, on this state."""
+        rows = self.piece.rows
+        start = rows.bounds[0] - self.work.rows.bounds[0]
+        stop = rows.bounds[1] - self.work.rows.bounds[0]
+        p, g = (cut(t, self.work.rows, rows, start, stop) for t in (self.work.p, self.work.g))
+        return self.work._replace(rows=rows, p=p, g=g, state={"step": self.work.state["step"], **state})
+
+
+def cut(x: Tensor, outer: Rows, inner: Rows, start: int, stop: int) -> Tensor:
+    """A view of the rows ``inner`` of ``x``, which has the rows ``outer``."""
+    return x if inner == outer else x[start:stop]
+
+
+def tensor_in(buffer: Tensor, at: int, part: Part) -> Tensor:
+    """The part as it stands in a buffer of bytes, uint8 [n]."""
+    import torch
+
+    return buffer[at : at + part.nbytes].view(getattr(torch, part.dtype)).view(part.shape)
+
+
+def bytes_of(whole: Tensor, part: Part) -> Tensor:
+    """Where the part is in the tensor of all rows, as bytes, uint8 [nbytes]."""
+    import torch
+
+    return whole.view(-1).view(torch.uint8)[part.offset : part.offset + part.nbytes]
+
+
+def bases(lease: Sequence[Loan]) -> list[tuple[Loan, int]]:
+    """Each loan with where it begins in the buffer."""
+    found, at = [], 0
+    for loan in lease:
+        found.append((loan, at))
+        at += loan.nbytes
+    return found
+
+
+class Streamed(Home):
+    """Subclasses say what a lease's chain of operations is and allocate the buffers."""
+
+    #: Bytes of a lease, unless the workspace is too small for several, and the number of buffers at most.
+    target = 16 * 2**20
+    most = 6
+
+    def __init__(self, placement: Any, workspace: int) -> None:
+        super().__init__(placement)
+        self.nbytes = workspace
+        self.buffers = Buffers(0, 0)
+        self._known: dict[str, tuple[tuple[Any, ...], list[Piece]]] = {}
+        self._extents: dict[str, Extent] = {}
+
+    def in_place(self, device: torch.device) -> bool:
+        return False
+
+    @abstractmethod
+    def chain(self, lease: Sequence[Loan], run: Run, device: torch.device) -> list[Operation]:
+        """The operations of one lease, the first of which fetches."""
+
+    @abstractmethod
+    def reserve(self, wanted: Buffers, device: torch.device) -> None:
+        """Allocate buffers where those that are there are not these."""
+
+    @abstractmethod
+    def lanes(self, device: torch.device) -> Lanes: ...
+
+    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+        by_device: dict[torch.device, list[Work]] = {}
+        for work in works:
+            by_device.setdefault(work.p.device, []).append(work)
+        for device, mine in by_device.items():
+            self._step(mine, run, held, device)
+
+    def _step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held], device: torch.device) -> None:
+        loans = [Loan(work, p, i) for work in works for i, p in enumerate(self._cut(work, held))]
+        self._fit(device)
+        leases: Iterable[list[Loan]]
+        if any(work.groups for work in works):
+            # Sums over ranks are taken in the order of the leases, and ranks hold different numbers of rows.
+            leases = [[loan] for loan in loans]
+        else:
+            empty = [loan for loan in loans if not loan.nbytes]
+            if empty:
+                run([loan.on(dict(loan.work.state)) for loan in empty])
+            leases = pack((loan for loan in loans if loan.nbytes), self.buffers.nbytes)
+        chains = [self.chain(lease, run, device) for lease in leases]
+        if chains:
+            stream(chains, self.lanes(device), self.buffers.number)
+
+    def prepare(self, held: Mapping[str, Held], device: torch.device) -> None:
+        self._extents = {name: extent(*one, self._target) for name, one in held.items()}
+        self._fit(device)
+
+    @property
+    def _target(self) -> int:
+        return target_of(self.nbytes, self.target, self.most)
+
+    def _fit(self, device: torch.device) -> None:
+        wanted = buffers(list(self._extents.values()), self._target, self.nbytes, self.most)
+        if wanted != self.buffers:
+            self.reserve(wanted, device)
+            self.buffers = wanted
+
+    def _cut(self, work: Work, held: Callable[[Work], Held]) -> list[Piece]:
+        """Pieces of a work's state. They depend on its layout, of which the shapes in it tell the changes."""
+        key = (work.rows, *((k, t.dtype, t.shape) for k, t in work.state.items()))
+        if self._known.get(work.name, ((), []))[0] != key:
+            one = held(work)
+            self._known[work.name] = key, pieces(work.name, *one, self._target)
+            self._extents[work.name] = extent(*one, self._target)
+        return self._known[work.name][1]

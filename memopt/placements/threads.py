@@ -1,0 +1,72 @@
+"""Lanes of this machine's processor and disks: threads that read and write while the calling thread steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, final
+
+
+class Span(NamedTuple):
+    """An operation that was executed: seconds on one clock."""
+
+    lane: str
+    begin: float
+    end: float
+    nbytes: int
+
+
+@final
+class Threads:
+    """``workers`` threads for each of some lanes; every other lane is the thread that calls :meth:`submit`.
+
+    Operations of a lane with several threads begin in order and may end in another. ``trace``, a list, receives a
+    :class:`Span` for each operation.
+    """
+
+    def __init__(self, workers: dict[str, int]) -> None:
+        self._pools = {lane: ThreadPoolExecutor(n, f"memopt.{lane}") for lane, n in workers.items()}
+        self._pending: list[Future[None]] = []
+        self._failed = False
+        self.trace: list[Span] | None = None
+
+    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Future[None]], nbytes: int) -> Future[None]:
+        if lane in self._pools:
+            event = self._pools[lane].submit(self._execute, lane, run, after, nbytes)
+            self._pending.append(event)
+            return event
+        event = Future()
+        self._execute(lane, run, after, nbytes)
+        event.set_result(None)
+        return event
+
+    def _execute(self, lane: str, run: Callable[[], None], after: Sequence[Future[None]], nbytes: int) -> None:
+        try:
+            for event in after:
+                event.result()
+            if self._failed:
+                raise Cancelled
+            begin = time.perf_counter()
+            run()
+        except BaseException:
+            self._failed = True  # what is queued behind must not touch the state any more
+            raise
+        if self.trace is not None:
+            self.trace.append(Span(lane, begin, time.perf_counter(), nbytes))
+
+    def finish(self) -> None:
+        pending, self._pending = self._pending, []
+        errors = [event.exception() for event in pending]
+        self._failed = False
+        for error in errors:
+            if error is not None and not isinstance(error, Cancelled):
+                raise error
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.shutdown(wait=False)
+
+
+class Cancelled(Exception):
+    """An operation was not executed because an earlier one failed."""
