@@ -21,6 +21,7 @@ _PUBLIC = {
     "clip_grad_value_": "memopt.clipping",
     "balance": "memopt.worlds",
     "create": "memopt.optimizer",
+    "deepspeed_config": "memopt.integrations.deepspeed",
     "describe": "memopt.grouping",
     "fit": "memopt.budget",
     "load": "memopt.checkpoint",
@@ -47,6 +48,7 @@ __all__ = [
     "clip_grad_norm_",
     "clip_grad_value_",
     "create",
+    "deepspeed_config",
     "describe",
     "fit",
     "load",
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
     from memopt.diagnosis import watch
     from memopt.grouping import describe, param_groups
     from memopt.hyper import SpecError
+    from memopt.integrations.deepspeed import deepspeed_config
     from memopt.integrations.fsdp import shard
     from memopt.ledger import Ledger, Line
     from memopt.optimizer import Optimizer, create

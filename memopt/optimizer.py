@@ -19,6 +19,7 @@ from memopt.groups import check_group, named_groups
 from memopt.hyper import SpecError
 from memopt.ledger import Ledger, Line, dtype_name
 from memopt.partitions import PARTITIONS
+from memopt.partitions.flat import check_replaced
 from memopt.partitions.slab import check_slab
 from memopt.placements.homes import Homes
 from memopt.pricing import state_lines
@@ -99,12 +100,16 @@ class Optimizer(torch.optim.Optimizer):
         and a parameter that is already there raise an error and leave the optimizer as it was."""
         group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
         super().add_param_group(group)
+        self._made_for = [tuple(p.shape) for g in self.param_groups for p in g["params"]]
+        self._seen_ids = [id(p) for g in self.param_groups for p in g["params"]]
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """``(name, parameter, group)`` in order; without names, the parameter's number."""
         index = 0
         for group in self.param_groups:
-            names = group.get("param_names") or [str(index + i) for i in range(len(group["params"]))]
+            names = group.get("param_names")
+            if names is None or len(names) != len(group["params"]):  # DeepSpeed's vectors have no names
+                names = [str(index + i) for i in range(len(group["params"]))]
             for name, p in zip(names, group["params"], strict=True):
                 yield name, p, group
             index += len(group["params"])
@@ -197,6 +202,7 @@ class Optimizer(torch.optim.Optimizer):
             if self.nonfinite == "propagate" or not self._stopped_by(self._plan.non_finite()):
                 self._plan.step(self.seed)
             return loss
+        check_replaced(self)
         ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
         gradients = [(name, self._local_gradient(name, p)) for _, name, p, _ in ready]
@@ -343,6 +349,7 @@ class Optimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        check_replaced(self)
         plan: LoadPlan = plan_load(self, state_dict)
         for (name, p, group), saved in plan.states:
             target = self._to_overwrite(name, p, {**group, **plan.hyper_of(group)})
@@ -380,6 +387,8 @@ class Optimizer(torch.optim.Optimizer):
             setattr(self, name, value)
         super().__setstate__(state)
         self._configure()
+        self._made_for = [tuple(p.shape) for g in self.param_groups for p in g["params"]]
+        self._seen_ids = [id(p) for g in self.param_groups for p in g["params"]]
         # A copy of a tensor is ordinary memory: put it back where the placement says.
         copied = dict(self.state)
         self.state = defaultdict(dict)

@@ -16,7 +16,8 @@ from memopt.pricing import state_lines
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
 
-_HELPERS = "torch.distributed.checkpoint.state_dict"
+#: What calls ``state_dict()`` on every rank and keeps one rank's answer, or merges them as replicas.
+_HELPERS = ("torch.distributed.checkpoint.state_dict", "accelerate.checkpointing")
 
 
 def wrapped(optimizer: Optimizer, packed: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -62,15 +63,15 @@ def has_dtensors(state_dict: Mapping[str, Any]) -> bool:
 
 
 def refuse_helpers(optimizer: Optimizer) -> None:
-    """Raise RuntimeError where torch.distributed.checkpoint asks for rows that no DTensor describes: it would take them
-    for replicas, and save one rank's."""
-    if optimizer.partition.world_size == 1 or any(is_dtensor(p) for _, p, _ in optimizer._parameters()):
+    """Raise RuntimeError where torch.distributed.checkpoint or accelerate's save_state asks for rows that no DTensor
+    describes: they would take them for replicas, and save one rank's."""
+    if optimizer.spec.partition != "zero1" or optimizer.partition.world_size == 1:
         return
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_globals.get("__name__") == _HELPERS:
+        if frame.f_globals.get("__name__") in _HELPERS:
             raise RuntimeError(
-                f"'{optimizer.spec}' keeps rows of replicated parameters, which torch.distributed.checkpoint would "
+                f"'{optimizer.spec}' keeps rows of replicated parameters, which {frame.f_globals['__name__']} would "
                 "take for replicas of one another; save with memopt.save, or shard with '/zero2'"
             )

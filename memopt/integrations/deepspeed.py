@@ -1,0 +1,63 @@
+"""DeepSpeed: a configuration in which our optimizer is the one that runs, and how to see that it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from memopt.hyper import SpecError
+from memopt.partitions.flat import _needs_shapes
+from memopt.spec import OptimSpec, parse
+
+_STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+
+
+def deepspeed_config(
+    spec: str | OptimSpec, *, micro_batch: int = 1, accumulate: int = 1, offload: bool = False,
+    max_norm: float = 0.0, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The ``config`` of ``deepspeed.initialize`` for a spec; its partition is the stage.
+
+    Make the optimizer with the spec without its partition, for it is DeepSpeed that shards::
+
+        config = memopt.deepspeed_config("adamw-8bit/zero2", micro_batch=4)
+        optimizer = memopt.create(model, "adamw-8bit", lr=2e-5)
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+
+    ``offload`` keeps state and step on the host. ``max_norm`` is ``gradient_clipping``, written even where it is 0:
+    DeepSpeed's own default is 1. ``more`` are further keys. DeepSpeed replaces an optimizer that it does not know by
+    its own where there is offload, and refuses it without: two keys here say otherwise. Raises SpecError for a spec
+    that needs the shapes of parameters, which DeepSpeed flattens.
+    """
+    parsed = parse(spec)
+    reason = _needs_shapes(parsed.replace(partition="none"))
+    if reason and parsed.partition != "none":
+        raise SpecError(f"'{parsed}' under DeepSpeed {reason}; FSDP2 keeps the shapes: memopt.shard")
+    stage = _STAGES[parsed.partition]
+    if offload and not stage:
+        raise SpecError("offload=True needs a stage: a spec that ends in /zero1, /zero2 or /zero3")
+    zero: dict[str, Any] = {"stage": stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": max_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **more,
+    }
+
+
+def check_engine(engine: Any) -> None:
+    """Raise RuntimeError unless a memopt.Optimizer is what a DeepSpeed engine, or accelerate's wrapper of it, steps."""
+    from memopt.optimizer import Optimizer
+
+    found: Any = engine.optimizer if hasattr(engine, "optimizer") else engine
+    while not isinstance(found, Optimizer) and hasattr(found, "optimizer"):
+        found = found.optimizer
+    if not isinstance(found, Optimizer):
+        raise RuntimeError(
+            f"DeepSpeed runs {type(found).__name__} in place of the memopt.Optimizer it was given; its configuration "
+            "needs 'zero_force_ds_cpu_optimizer': false (memopt.deepspeed_config writes it)"
+        )
