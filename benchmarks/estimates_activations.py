@@ -30,6 +30,9 @@ _SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8
 _LARGE = {**_SMALL, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 2048, "num_hidden_layers": 4}
 _GPT = {"n_head": 8, "n_positions": 512, "attn_pdrop": 0.0}
 _MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "num_local_experts": 8}
+_MLA = {"num_key_value_heads": 8, "n_routed_experts": 8, "num_local_experts": 8, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 96, "q_lora_rank": 48, "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24, "n_group": 1, "topk_group": 1}  # fmt: skip
 _BERT = {"attention_probs_dropout_prob": 0.0}
 _VIT = {"image_size": 64, "patch_size": 8, "id2label": {str(i): str(i) for i in range(10)}}
 
@@ -55,6 +58,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt2": _GPT,
     "opt": {"attention_dropout": 0.0},
     "bert": _BERT,
+    "bloom": {},
+    "distilbert": {"attention_dropout": 0.0},
+    "gpt_bigcode": _GPT,
+    "gptj": {**_GPT, "rotary_dim": 8},
+    "deepseek_v2": _MLA,
+    "deepseek_v3": {**_MLA, "first_k_dense_replace": 1},
     "roberta": _BERT,
     "vit": _VIT,
     "mixtral": _MOE,
@@ -65,15 +74,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
 #: (configuration, sequences, tokens of each)
 SIZES = ((_SMALL, 4, 64), (_LARGE, 2, 256))
 #: Families whose modules compute attention in one way only.
-ONLY_EAGER = ("gemma2",)
+ONLY_EAGER = ("gemma2", "bloom", "gptj")
 
 
 def config(family: str, size: dict[str, Any]) -> dict[str, Any]:
     """A configuration of one family at one size, under the family's own names."""
     base = {"model_type": family, **size, **FAMILIES[family]}
-    if family == "gpt2":
+    if family in ("gpt2", "gpt_bigcode", "gptj"):
         base |= {"n_embd": size["hidden_size"], "n_layer": size["num_hidden_layers"]}
         return {k: v for k, v in base.items() if k not in _SMALL or k == "vocab_size"}
+    if family == "distilbert":
+        base |= {"dim": size["hidden_size"], "hidden_dim": size["intermediate_size"], "n_layers":
+                 size["num_hidden_layers"], "n_heads": size["num_attention_heads"]}  # fmt: skip
+        return {k: v for k, v in base.items() if k not in _SMALL or k in ("vocab_size", "max_position_embeddings")}
+    if family == "bloom":
+        base |= {"n_layer": size["num_hidden_layers"], "n_head": size["num_attention_heads"]}
+        return {k: v for k, v in base.items() if k not in _SMALL or k in ("vocab_size", "hidden_size")}
     if family == "opt":
         base |= {"ffn_dim": size["intermediate_size"], "word_embed_proj_dim": size["hidden_size"]}
     if family in ("gpt_neox", "bert", "roberta", "vit", "opt"):
@@ -85,6 +101,7 @@ def build(cfg: dict[str, Any], dtype: torch.dtype, attention: str, checkpointed:
     import transformers
 
     auto = {"bert": transformers.AutoModelForMaskedLM, "roberta": transformers.AutoModelForMaskedLM,
+            "distilbert": transformers.AutoModelForMaskedLM,
             "vit": transformers.AutoModelForImageClassification}  # fmt: skip
     made = transformers.AutoConfig.for_model(**cfg)
     made.use_cache = False
@@ -175,9 +192,12 @@ def measure(family: str, size: int, dtype: str, attention: str, checkpointed: bo
     }  # fmt: skip
 
 
-def cases() -> list[tuple[str, int, str, str, bool, bool]]:
-    """Every family at both sizes and dtypes, with checkpointing and without; eager attention and adapters for some."""
-    listed = []
+def cases() -> list[tuple[Any, ...]]:
+    """Every family at both sizes and dtypes, with checkpointing and without; eager attention, adapters and autocast for
+    some."""
+    from estimators.activations import MIXED
+
+    listed: list[tuple[Any, ...]] = []
     for family in FAMILIES:
         attention = "eager" if family in ONLY_EAGER else "sdpa"
         for size in range(len(SIZES)):
@@ -188,6 +208,7 @@ def cases() -> list[tuple[str, int, str, str, bool, bool]]:
         listed += [(family, size, "bfloat16", "eager", c, False) for size in (0, 1) for c in (False, True)]
     for family in ("llama", "qwen3", "gemma", "phi3", "mistral", "gpt_neox", "phi", "bert", "starcoder2"):
         listed += [(family, size, "bfloat16", "sdpa", c, True) for size in (0, 1) for c in (False, True)]
+    listed += [(f, 0, "float32", "sdpa", c, False, True) for f in FAMILIES if f in MIXED for c in (False, True)]
     return listed
 
 
@@ -210,7 +231,7 @@ def main() -> None:
 
 
 def table(results: list[dict[str, Any]], header: dict[str, Any]) -> str:
-    names = ("family", "size", "dtype", "attention", "checkpointing", "LoRA", "saved, bytes", "error", "peak, bytes",
+    names = ("family", "size", "dtype", "attention", "checkpointing", "LoRA", "autocast", "saved, bytes", "error", "peak, bytes",
              "error", "moving")  # fmt: skip
     lines = [
         "# Activations and peaks: predicted beside measured",
@@ -224,7 +245,7 @@ def table(results: list[dict[str, Any]], header: dict[str, Any]) -> str:
     ]
     for r in results:
         lines.append(f"| {r['family']} | {r['size']} | {r['dtype']} | {r['attention']} | "
-                     f"{'full' if r['checkpointing'] else 'none'} | {r['lora'] or ''} | {r['saved_nbytes']:,} | "
+                     f"{'full' if r['checkpointing'] else 'none'} | {r['lora'] or ''} | {'bf16' if r['mixed'] else ''} | {r['saved_nbytes']:,} | "
                      f"{r['saved_error']:+.2%} | {r['peak_nbytes']:,} | {r['peak_error']:+.2%} | "
                      f"{r['moving_error']:+.2%} |")  # fmt: skip
     return "\n".join([*lines, ""])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 from typing import Any
 
-from estimators.families import FAMILIES, FROZEN, builder
+from estimators.families import FAMILIES, FROZEN, buffers, builder
 from estimators.fields import MAX_PARAMETERS, Fields, InputError, shown
 from estimators.model import Model
 
@@ -27,7 +27,7 @@ def from_config(config: Mapping[str, Any], source: str) -> Model:
     if parameters > MAX_PARAMETERS:
         raise InputError(f"{source} describes more than 1000T (10^15) parameters, which is not allowed")
     return Model(source, shapes, "exact", frozen=FROZEN.get(model_type, frozenset()), notes=_notes(config),
-                 config=config)  # fmt: skip
+                 config=config, buffers=buffers(model_type, fields))  # fmt: skip
 
 
 def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from estimators.costs import Estimate, estimate
-from estimators.fields import InputError
+from estimators.fields import InputError, shown
 from estimators.hardware import capacity
 from estimators.model import Model, resolve
 from estimators.training import default_seq
@@ -38,6 +38,14 @@ METHODS = (
 )
 
 
+#: Partition -> what it costs, from the least communication on; tried where there are several GPUs.
+SHARDINGS = {
+    "": "",
+    "zero1": "state is sharded, and updated rows are gathered after the step",
+    "zero3": "weights, gradients and state are sharded (FSDP2): weights are gathered twice in every pass",
+}
+
+
 class Plan(NamedTuple):
     """One configuration that fits. ``level`` is the method's place in :data:`METHODS`."""
 
@@ -47,10 +55,15 @@ class Plan(NamedTuple):
     accumulate: int
     checkpointing: str
     estimate: Estimate
+    sharding: str = ""
+
+    @property
+    def spec(self) -> str:
+        return _sharded(self.method, self.sharding)
 
     @property
     def why(self) -> str:
-        parts = [self.method.why]
+        parts = [part for part in (self.method.why, SHARDINGS[self.sharding]) if part]
         if self.accumulate > 1:
             parts.append(f"{self.accumulate} micro-batches give the same gradient in {self.accumulate} passes")
         if self.checkpointing == "full":
@@ -58,14 +71,15 @@ class Plan(NamedTuple):
         return "; ".join(parts)
 
     @property
-    def cost(self) -> tuple[int, int, int]:
-        return self.level, self.accumulate, int(self.checkpointing != "none")
+    def cost(self) -> tuple[int, int, int, int]:
+        return self.level, list(SHARDINGS).index(self.sharding), self.accumulate, int(self.checkpointing != "none")
 
 
 class Plans(NamedTuple):
     """``found``: what fits and is not beaten by another in every respect, the gentlest first. The rest is about the
     gentlest: the largest micro-batch at this sequence, the longest sequence at micro-batch 1, the least number of
-    ranks on which AdamW with sharded state fits (None: on no number up to 1024), and what 8 GiB more would buy."""
+    ranks on which AdamW fits with sharded state (``ranks``) and with everything sharded (``ranks_zero3``; None: on no
+    number up to 1024), and what 8 GiB more would buy. ``gpus``: cards that there are."""
 
     model: Model
     gpu: int
@@ -76,47 +90,50 @@ class Plans(NamedTuple):
     longest_seq: int
     ranks: "int | None"
     more: str
+    ranks_zero3: "int | None" = None
+    gpus: int = 1
 
 
-def plans(model: Any, gpu: "str | int", *, seq: int = 0, batch: int = 8) -> Plans:
-    """Search over methods, checkpointing and micro-batch x accumulation (their product is ``batch``). ``seq=0`` is
-    2048, or as many tokens as the model has positions for. Raises :class:`InputError`."""
+def plans(model: Any, gpu: "str | int", *, seq: int = 0, batch: int = 8, gpus: int = 1) -> Plans:
+    """Search over methods, sharding over ``gpus`` cards, checkpointing and micro-batch x accumulation (their product is
+    ``batch``, sequences per step and card). ``seq=0`` is 2048, or as many tokens as the model has positions for.
+    Raises :class:`InputError`."""
     described, nbytes = resolve(model), gpu if isinstance(gpu, int) else capacity(gpu)
     seq = seq or default_seq(described.config)
     if not seq:
         raise InputError("a plan needs activations, and only shapes are known; name an architecture or a config.json")
-    found = _search(described, nbytes, seq, batch)
-    if not found:
-        return Plans(
-            described,
-            nbytes,
-            seq,
-            batch,
-            (),
-            0,
-            0,
-            _ranks(described, nbytes, seq),
-            _more(described, nbytes, seq, batch, ()),
-        )
-    best = found[0]
+    if isinstance(gpus, bool) or not isinstance(gpus, int) or not 1 <= gpus <= _MOST_RANKS:
+        raise InputError(f"gpus={shown(gpus)} is not allowed; it is from 1 to {_MOST_RANKS}")
+    found = _search(described, nbytes, seq, batch, gpus)
+    largest = longest = 0
+    if found:
+        best = found[0]
 
-    def fits(micro: int, tokens: int) -> bool:
-        return _fits(_run(described, nbytes, best.method, tokens, micro, 1, best.checkpointing))
+        def fits(micro: int, tokens: int) -> bool:
+            return _fits(
+                _run(described, nbytes, best.method, tokens, micro, 1, best.checkpointing, gpus, best.sharding)
+            )
 
+        largest = _largest(lambda n: fits(n, seq), _MOST_BATCH)
+        longest = _largest(lambda n: fits(1, n), _MOST_SEQ)
     return Plans(
-        described, nbytes, seq, batch, found,
-        _largest(lambda n: fits(n, seq), _MOST_BATCH),
-        _largest(lambda n: fits(1, n), _MOST_SEQ),
-        _ranks(described, nbytes, seq),
-        _more(described, nbytes, seq, batch, found),
+        described, nbytes, seq, batch, found, largest, longest,
+        _ranks(described, nbytes, seq, "zero1"),
+        _more(described, nbytes, seq, batch, gpus, found),
+        _ranks(described, nbytes, seq, "zero3"),
+        gpus,
     )  # fmt: skip
 
 
+def _sharded(method: Method, sharding: str) -> str:
+    return f"{method.spec}/{sharding}" if sharding else method.spec
+
+
 def _run(model: Model, gpu: int, method: Method, seq: int, micro: int, accumulate: int, checkpointing: str,
-         world: int = 1) -> Estimate:  # fmt: skip
-    spec = f"{method.spec}/zero1" if world > 1 else method.spec
-    return estimate(model, spec, gpu=gpu, seq=seq, batch=micro, accumulate=accumulate, checkpointing=checkpointing,
-                    lora=method.lora, quantised=method.quantised, world_size=world)  # fmt: skip
+         world: int = 1, sharding: str = "") -> Estimate:  # fmt: skip
+    return estimate(model, _sharded(method, sharding), gpu=gpu, seq=seq, batch=micro, accumulate=accumulate,
+                    checkpointing=checkpointing, lora=method.lora, quantised=method.quantised,
+                    world_size=world)  # fmt: skip
 
 
 def _fits(e: Estimate) -> bool:
@@ -125,20 +142,26 @@ def _fits(e: Estimate) -> bool:
     return bool(e.fits)
 
 
-def _search(model: Model, gpu: int, seq: int, batch: int) -> tuple[Plan, ...]:
-    """For each method every micro-batch that divides the batch, with checkpointing and without; of those that fit,
-    the ones that no other beats in method, passes and checkpointing at once."""
-    fitting = []
+def _search(model: Model, gpu: int, seq: int, batch: int, gpus: int) -> tuple[Plan, ...]:
+    """For each method and sharding every micro-batch that divides the batch, with checkpointing and without; of those
+    that fit, the ones that no other beats in method, sharding, passes and checkpointing at once."""
+    fitting: list[Plan] = []
     for level, method in enumerate(METHODS):
-        for checkpointing in ("none", "full"):
-            # The largest micro-batch that fits is the only one that is not beaten.
-            for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
-                e = _run(model, gpu, method, seq, micro, batch // micro, checkpointing)
-                if _fits(e):
-                    fitting.append(Plan(level, method, micro, batch // micro, checkpointing, e))
-                    break
+        for sharding in _shardings(method, gpus):
+            for checkpointing in ("none", "full"):
+                # The largest micro-batch that fits is the only one that is not beaten.
+                for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
+                    e = _run(model, gpu, method, seq, micro, batch // micro, checkpointing, gpus, sharding)
+                    if _fits(e):
+                        fitting.append(Plan(level, method, micro, batch // micro, checkpointing, e, sharding))
+                        break
     kept = [p for p in fitting if not any(_beats(q, p) for q in fitting)]
     return tuple(sorted(kept, key=lambda p: p.cost))
+
+
+def _shardings(method: Method, gpus: int) -> tuple[str, ...]:
+    """FSDP2 does not cut 4-bit weights by rows."""
+    return ("",) if gpus == 1 else tuple(s for s in SHARDINGS if s != "zero3" or not method.quantised)
 
 
 def _beats(q: Plan, p: Plan) -> bool:
@@ -158,23 +181,27 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _ranks(model: Model, gpu: int, seq: int) -> "int | None":
-    """The least number of ranks on which 32-bit AdamW fits with its state sharded, one sequence each, checkpointed."""
+def _ranks(model: Model, gpu: int, seq: int, sharding: str) -> "int | None":
+    """The least number of ranks on which 32-bit AdamW fits sharded so, one sequence each, checkpointed."""
+
+    def fits(ranks: int) -> bool:
+        cut = sharding if ranks > 1 else ""
+        return _fits(_run(model, gpu, METHODS[0], seq, 1, 1, "full", ranks, cut))
+
     low, high = 0, 1
-    while high <= _MOST_RANKS and not _fits(_run(model, gpu, METHODS[0], seq, 1, 1, "full", high)):
+    while high <= _MOST_RANKS and not fits(high):
         low, high = high, 2 * high
     if high > _MOST_RANKS:
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        fits = _fits(_run(model, gpu, METHODS[0], seq, 1, 1, "full", middle))
-        low, high = (low, middle) if fits else (middle, high)
+        low, high = (low, middle) if fits(middle) else (middle, high)
     return high
 
 
-def _more(model: Model, gpu: int, seq: int, batch: int, now: tuple[Plan, ...]) -> str:
+def _more(model: Model, gpu: int, seq: int, batch: int, gpus: int, now: tuple[Plan, ...]) -> str:
     """One sentence about a card with 8 GiB more."""
-    then = _search(model, gpu + _MORE, seq, batch)
+    then = _search(model, gpu + _MORE, seq, batch, gpus)
     if not then:
         return "nothing that fits either"
     best = then[0]
@@ -189,4 +216,4 @@ def title(plan: Plan) -> str:
     """A configuration in a few words."""
     kind = "QLoRA, " if plan.method.quantised else "LoRA, " if plan.method.lora else ""
     checkpointing = ", checkpointing" if plan.checkpointing == "full" else ""
-    return f"{kind}{plan.method.spec}, {plan.micro_batch} x {plan.accumulate}{checkpointing}"
+    return f"{kind}{plan.spec}, {plan.micro_batch} x {plan.accumulate}{checkpointing}"

@@ -174,8 +174,8 @@ class TestStep:
         assert max(map(len, out.splitlines())) <= 80
 
     def test_a_family_without_a_formula_is_said(self, run):
-        _, out, _ = run("estimate", "bloom-560m", "--seq", "64")
-        assert "without activations (there is no formula for bloom yet)" in " ".join(out.split())
+        _, out, _ = run("estimate", "gpt-oss-20b", "--seq", "64")
+        assert "without activations (there is no formula for gpt_oss yet)" in " ".join(out.split())
 
     def test_what_to_change_first(self, run):
         _, out, _ = run(

@@ -78,7 +78,9 @@ CHECKED = [
     *((f, 0, "float32", "sdpa", True, False) for f in ("llama", "qwen2", "gemma", "bert", "phi", "mixtral", "vit")),
     *((f, 1, "bfloat16", "sdpa", c, False) for f in ("llama", "gpt2", "qwen3_moe", "bert") for c in (False, True)),
     *((f, 0, "bfloat16", "sdpa", c, True) for f in ("llama", "gpt_neox") for c in (False, True)),
-    ("llama", 0, "bfloat16", "eager", False, False),
+    *((f, 0, "bfloat16", "eager", False, False) for f in ("llama", "bloom", "gptj")),
+    *((f, 0, "float32", "sdpa", False, False) for f in ("deepseek_v2", "deepseek_v3", "distilbert", "gpt_bigcode")),
+    *((f, 0, "float32", "sdpa", c, False, True) for f in ("llama", "gpt2", "vit") for c in (False, True)),
     ("gemma2", 0, "float32", "eager", False, False),
 ]
 

@@ -56,9 +56,33 @@ def test_the_least_number_of_ranks():
         assert e.fits is fits
 
 
+def test_the_least_number_of_ranks_with_everything_sharded():
+    result = plans("llama-3.2-1b", 10 * GIB, seq=512, batch=1)
+    for ranks, fits in ((result.ranks_zero3, True), (result.ranks_zero3 - 1, False)):
+        spec = "adamw/zero3" if ranks > 1 else "adamw"
+        e = estimate("llama-3.2-1b", spec, gpu=10 * GIB, seq=512, checkpointing="full", world_size=ranks)
+        assert e.fits is fits
+
+
+def test_several_cards():
+    one, four = (plans("llama-3.2-3b", 24 * GIB, seq=512, batch=2, gpus=n) for n in (1, 4))
+    assert {p.sharding for p in one.found} == {""}
+    assert "zero3" in {p.sharding for p in four.found}
+    assert four.found[0].level < one.found[0].level  # gentler
+    for p in four.found:
+        e = estimate("llama-3.2-3b", p.spec, gpu=24 * GIB, seq=512, batch=p.micro_batch, accumulate=p.accumulate,
+                     checkpointing=p.checkpointing, lora=p.method.lora, quantised=p.method.quantised,
+                     world_size=4)  # fmt: skip
+        assert e.fits
+        assert e.peak.nbytes == p.estimate.peak.nbytes
+    for gpus in (0, True, 10**6):
+        with pytest.raises(InputError, match="gpus="):
+            plans("gpt2", 24 * GIB, gpus=gpus)
+
+
 def test_a_smaller_card_never_has_a_gentler_plan():
     first = [plans("qwen3-0.6b", n * GIB, seq=512, batch=4).found for n in (4, 8, 16, 32)]
-    costs = [p[0].cost if p else (99, 0, 0) for p in first]
+    costs = [p[0].cost if p else (99, 0, 0, 0) for p in first]
     assert costs == sorted(costs, reverse=True)
     assert costs[0] != costs[-1]
 
@@ -71,7 +95,7 @@ def test_nothing_fits():
 
 @pytest.mark.parametrize(
     ("model", "sentence"),
-    [("8B", "only shapes are known"), ("bloom-560m", "no formula for bloom"), ("lama", "neither")],
+    [("8B", "only shapes are known"), ("gpt-oss-20b", "no formula for gpt_oss"), ("lama", "neither")],
 )
 def test_refusals(model, sentence):
     with pytest.raises(InputError, match=sentence):

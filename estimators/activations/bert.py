@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and XLM-RoBERTa with their masked-language-model heads. Source: transformers' modeling_bert.py and
+"""BERT, DistilBERT, RoBERTa and XLM-RoBERTa with their masked-language-model heads. Source: transformers' modeling_bert.py, modeling_distilbert.py and
 modeling_roberta.py."""
 
 from __future__ import annotations
@@ -7,6 +7,29 @@ from estimators.activations.blocks import Network, Step, alike, attention, layer
 from estimators.activations.tape import Tape, Tensor
 from estimators.families.parts import Heads
 from estimators.fields import Fields
+
+
+def distilbert(f: Fields, step: Step) -> Network:
+    """BERT without token types and without dropout after attention."""
+    width, ffn, vocab, n = f.integer("dim"), f.integer("hidden_dim"), f.integer("vocab_size"), f.integer("n_heads")
+    p, act, tied = f.share("dropout", 0.1), f.text("activation", "gelu"), f.flag("tie_word_embeddings", True)
+    a, positions = Heads(n, n, f.divide("dim", "n_heads")), f.integer("max_position_embeddings", 512)
+
+    def embed(t: Tape) -> Tensor:
+        x = t.add(t.embedding(step.tokens, vocab, width, tied=tied), t.embedding(step.seq, positions, width))
+        return t.dropout(layer_norm(t, x, width), p)
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = attention(t, step, x, width, a, bias=True, out_bias=True, rope=False)
+        x = layer_norm(t, t.add(y, x), width)
+        y = t.linear(t.activation(t.linear(x, width, ffn, bias=True), act), ffn, width, bias=True)
+        return layer_norm(t, t.add(t.dropout(y, p), x), width)
+
+    def head(t: Tape, x: Tensor) -> Tensor:
+        y = t.activation(t.linear(x, width, width, bias=True, adapted=False), act)
+        return loss(t, step, layer_norm(t, y, width), width, vocab, bias=True, upcast=False)
+
+    return Network(embed, alike(layer, f.layers("n_layers")), head)
 
 
 def bert(f: Fields, step: Step) -> Network:

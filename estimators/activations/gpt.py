@@ -1,5 +1,6 @@
-"""Decoders with LayerNorm and a plain MLP. Source: transformers' modeling_gpt2.py, modeling_gpt_neox.py,
-modeling_opt.py, modeling_phi.py and modeling_starcoder2.py."""
+"""Decoders with LayerNorm and a plain MLP. Source: transformers' modeling_gpt2.py, modeling_gpt_bigcode.py,
+modeling_gptj.py, modeling_bloom.py, modeling_gpt_neox.py, modeling_opt.py, modeling_phi.py and
+modeling_starcoder2.py."""
 
 from __future__ import annotations
 
@@ -16,18 +17,19 @@ from estimators.activations.blocks import (
     tables,
 )
 from estimators.activations.llama import network
-from estimators.activations.tape import Tape, Tensor
+from estimators.activations.tape import FP32, Tape, Tensor
 from estimators.families.parts import Heads, heads
 from estimators.fields import Fields
 
 
-def gpt2(f: Fields, step: Step) -> Network:
-    """Learned positions, query, key and value in one matrix, dropout after each half of a layer."""
+def gpt2(f: Fields, step: Step, kv: int = 0, act: str = "gelu_new") -> Network:
+    """Learned positions, query, key and value in one matrix, dropout after each half of a layer. ``kv``: heads of keys
+    and values, 0: as many as of queries."""
     width, vocab = f.integer("n_embd"), f.integer("vocab_size")
-    ffn, act = f.optional("n_inner") or 4 * width, f.text("activation_function", "gelu_new")
+    ffn, act = f.optional("n_inner") or 4 * width, f.text("activation_function", act)
     n, positions, p = f.integer("n_head"), f.integer("n_positions", 1024), f.share("resid_pdrop", 0.1)
     tied, dropped = f.flag("tie_word_embeddings", True), f.share("embd_pdrop", 0.1)
-    a = Heads(n, n, f.divide("n_embd", "n_head"))
+    a = Heads(n, kv or n, f.divide("n_embd", "n_head"))
 
     def embed(t: Tape) -> Tensor:
         words = t.embedding(step.tokens, vocab, width, tied=tied)
@@ -37,6 +39,83 @@ def gpt2(f: Fields, step: Step) -> Network:
         y = fused_attention(t, step, layer_norm(t, x, width), width, a, bias=True, out_bias=True, rope=False)
         x = t.add(x, t.dropout(y, p))
         return t.add(x, t.dropout(mlp(t, layer_norm(t, x, width), width, ffn, act), p))
+
+    def head(t: Tape, x: Tensor) -> Tensor:
+        return loss(t, step, layer_norm(t, x, width), width, vocab)
+
+    return Network(embed, alike(layer, f.layers("n_layer")), head)
+
+
+def gpt_bigcode(f: Fields, step: Step) -> Network:
+    """GPT-2 with one head of keys and values."""
+    return gpt2(f, step, f.flag("multi_query", True), "gelu_pytorch_tanh")
+
+
+def gptj(f: Fields, step: Step) -> Network:
+    """Attention and MLP side by side under one norm. Attention is computed in fp32 and eagerly; the tables of rotary
+    positions are made anew for every layer, for queries and for keys."""
+    width, vocab, act = f.integer("n_embd"), f.integer("vocab_size"), f.text("activation_function", "gelu_new")
+    ffn, n, rotary = f.optional("n_inner") or 4 * width, f.integer("n_head"), f.optional("rotary_dim", 64)
+    p, dropped, dim = f.share("resid_pdrop", 0.0), f.share("embd_pdrop", 0.0), f.divide("n_embd", "n_head")
+    size, scores_size = step.tokens * width, step.batch * n * step.seq**2
+    if step.attention == "flash" or f.share("attn_pdrop", 0.0):
+        raise KeyError("flash attention" if step.attention == "flash" else "attn_pdrop")
+
+    def embed(t: Tape) -> Tensor:
+        return t.dropout(t.embedding(step.tokens, vocab, width, tied=f.flag("tie_word_embeddings", False)), dropped)
+
+    def turned(t: Tape, x: Tensor) -> Tensor:
+        cos, sin = (t.tensor(step.seq * (rotary or dim)) for _ in range(2))
+        part = step.tokens * n * (rotary or dim)
+        y = t.add(t.op([x], part, saves=[cos]), t.op([t.copy(x, part)], saves=[sin]))
+        return t.op([y, x], size) if rotary else y
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = layer_norm(t, x, width)
+        q, k, v = (t.linear(y, width, width) for _ in range(3))
+        k, q = (t.copy(t.cast(turned(t, z), FP32)) for z in (k, q))
+        scores = t.copy(t.copy(t.op([q, k], scores_size, FP32, saves=[q, k])))  # scaled, and with the mask
+        probabilities, v = t.cast(t.root(scores), t.item), t.copy(v)
+        attended = t.copy(t.op([probabilities, v], size, saves=[probabilities, v], item=t.item))
+        attended = t.dropout(t.linear(attended, width, width), p)
+        return t.add(t.add(attended, t.dropout(mlp(t, y, width, ffn, act), p)), x)
+
+    def head(t: Tape, x: Tensor) -> Tensor:
+        return loss(t, step, layer_norm(t, x, width), width, vocab, bias=True)
+
+    return Network(embed, alike(layer, f.layers("n_layer")), head)
+
+
+def bloom(f: Fields, step: Step) -> Network:
+    """A norm on the embedding, ALiBi, eager attention of which queries, keys and values are copied head by head."""
+    width, vocab = f.optional("n_embed") or f.integer("hidden_size"), f.integer("vocab_size")
+    n, p = f.integer("n_head", 8), f.share("hidden_dropout", 0.0)
+    size, scores_size = step.tokens * width, step.batch * n * step.seq**2
+    after = f.flag("apply_residual_connection_post_layernorm", False)
+    if f.share("attention_dropout", 0.0):
+        raise KeyError("attention_dropout")
+
+    def embed(t: Tape) -> Tensor:
+        tied = f.flag("tie_word_embeddings", True)
+        return layer_norm(t, t.embedding(step.tokens, vocab, width, tied=tied), width)
+
+    def gelu(t: Tape, x: Tensor) -> Tensor:
+        """One function of autograd's: five temporaries in its forward, more in its backward pass."""
+        return t.op([x], saves=[x], forward_tmp=2 * x.nbytes, backward_tmp=4 * x.nbytes)
+
+    def layer(t: Tape, x: Tensor) -> Tensor:
+        y = layer_norm(t, x, width)
+        qkv = t.linear(y, width, 3 * width, bias=True)
+        q, k, v = (t.op([qkv], size) for _ in range(3))
+        scores = t.copy(t.op([q, k], scores_size, saves=[q, k]))
+        wider = scores.numel * (FP32 - scores.item)
+        softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider)
+        probabilities = t.cast(softmax, t.item)
+        attended = t.copy(t.op([probabilities, v], size, saves=[probabilities, v]))
+        x = t.add(t.dropout(t.linear(attended, width, width, bias=True), p), y if after else x)
+        y = layer_norm(t, x, width)
+        z = t.linear(gelu(t, t.linear(y, width, 4 * width, bias=True)), 4 * width, width, bias=True)
+        return t.add(t.dropout(z, p), y if after else x)
 
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab)

@@ -16,9 +16,13 @@ _INT32 = 4
 def experts(t: Tape, x: Tensor, width: int, inner: int, count: int, top: int, normalised: bool = True) -> Tensor:
     """``top`` of ``count`` gated MLPs per token. Every token takes ``top`` rows, so the sum over experts does not
     depend on how evenly they are chosen."""
+    return grouped(t, x, _router(t, x, width, count, top, normalised), width, inner, count, top)
+
+
+def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: int, top: int) -> Tensor:
+    """The experts' part, with the weights of those that were chosen."""
     tokens = x.numel // width
     rows = tokens * top
-    weights = _router(t, x, width, count, top, normalised)
     order, source, back = (t.tensor(rows, INT64) for _ in range(3))
     offsets = t.tensor(count, _INT32)
     chosen = t.op([x], rows * width, saves=[source])

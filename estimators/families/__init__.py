@@ -59,6 +59,18 @@ FAMILIES = {
 FROZEN = {"whisper": frozenset({"model.encoder.embed_positions.weight"})}
 
 
+#: Families with buffers worth counting -> the function beside the builder that says how many bytes they have.
+BUFFERS = {"gpt_bigcode": "gpt_bigcode_buffers"}
+
+
+def buffers(model_type: str, fields: Fields) -> int:
+    """Bytes of the buffers that every model of the family has."""
+    if model_type not in BUFFERS:
+        return 0
+    module = import_module(f"estimators.families.{FAMILIES[model_type]}")
+    return int(getattr(module, BUFFERS[model_type])(fields))
+
+
 def builder(model_type: str) -> Callable[[Fields], Any]:
     module = import_module(f"estimators.families.{FAMILIES[model_type]}")
     return getattr(module, model_type.replace("-", "_"))

@@ -42,6 +42,11 @@ def gpt2(f: Fields) -> Shapes:
     return _gpt2(f, 2 * f.integer("n_embd"), conv1d)
 
 
+def gpt_bigcode_buffers(f: Fields) -> int:
+    """Bytes of the causal mask over all positions, one for all layers."""
+    return f.integer("n_positions", 1024) ** 2
+
+
 def gpt_bigcode(f: Fields) -> Shapes:
     """One key and value head with ``multi_query``."""
     kv = f.divide("n_embd", "n_head") if f.flag("multi_query", True) else f.integer("n_embd")

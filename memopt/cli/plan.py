@@ -1,7 +1,7 @@
 """The configurations of a model that fit a card, the gentlest first, each with one sentence of why.
 
-The search is over optimizer, checkpointing, micro-batch x accumulation and adapters. The exit code is 0 if something
-fits, 1 if nothing does, 2 if the input cannot be used.
+The search is over optimizer, sharding (with --gpus), checkpointing, micro-batch x accumulation and adapters. The exit
+code is 0 if something fits, 1 if nothing does, 2 if the input cannot be used.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="SIZE|NAME", required=True, help="24GiB, or a name such as rtx-4090")
     parser.add_argument("--seq", metavar="N", help="tokens of each sequence (default 2048, or the model's positions)")
     parser.add_argument("--batch", metavar="N", default="8", help="sequences per step and card (default 8)")
+    parser.add_argument(
+        "--gpus", metavar="N", default="1", help="cards of that size (default 1): sharding is tried too"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
@@ -28,7 +31,7 @@ def run(args: Namespace) -> int:
     from memopt.cli.estimate import whole
 
     result = plans(args.model, args.gpu, seq=whole(args.seq, "--seq") if args.seq else 0,
-                   batch=whole(args.batch, "--batch"))  # fmt: skip
+                   batch=whole(args.batch, "--batch"), gpus=whole(args.gpus, "--gpus"))  # fmt: skip
     if args.json:
         import json
 
@@ -48,7 +51,7 @@ def as_json(result: Plans) -> dict[str, object]:
         "batch": result.batch,
         "plans": [
             {
-                "spec": p.method.spec,
+                "spec": p.spec,
                 "lora": p.method.lora,
                 "quantised": p.method.quantised,
                 "micro_batch": p.micro_batch,
@@ -61,7 +64,9 @@ def as_json(result: Plans) -> dict[str, object]:
         ],
         "largest_batch": result.largest_batch,
         "longest_seq": result.longest_seq,
+        "gpus": result.gpus,
         "ranks": result.ranks,
+        "ranks_zero3": result.ranks_zero3,
         "more": result.more,
     }
 
@@ -71,7 +76,9 @@ def as_lines(result: Plans) -> list[str]:
     from estimators.report import wrap
     from estimators.units import gib
 
-    lines = [f"{result.model.name} on {gib(result.gpu)}, {result.batch} x {result.seq:,} tokens per step", ""]
+    cards, each = (f"{result.gpus} x ", " and card") if result.gpus > 1 else ("", "")
+    title_ = f"{result.model.name} on {cards}{gib(result.gpu)}, {result.batch} x {result.seq:,} tokens per step{each}"
+    lines = [title_, ""]
     for number, plan in enumerate(result.found, 1):
         lines.append(f"{number}. {title(plan)}: {gib(plan.estimate.peak.nbytes)}")
         lines += [f"   {line}" for line in wrap(f"{plan.why}.", 77)]
@@ -80,7 +87,9 @@ def as_lines(result: Plans) -> list[str]:
     else:
         lines += ["", f"With 1: micro-batches of up to {result.largest_batch:,} at this length; up to about "
                   f"{result.longest_seq:,} tokens in a micro-batch of 1."]  # fmt: skip
-    ranks = "on no number of GPUs up to 1,024" if result.ranks is None else f"on {result.ranks:,} GPU(s)"
-    lines += wrap(f"32-bit AdamW with state sharded over the ranks (adamw/zero1) fits {ranks} like this one.")
+    for spec, what, ranks in (("adamw/zero1", "its state sharded", result.ranks),
+                              ("adamw/zero3", "everything sharded", result.ranks_zero3)):  # fmt: skip
+        count = "on no number of GPUs up to 1,024" if ranks is None else f"on {ranks:,} GPU(s)"
+        lines += wrap(f"32-bit AdamW with {what} ({spec}) fits {count} like this one.")
     lines += wrap(f"8 GiB more would buy: {result.more}.")
     return lines
