@@ -231,8 +231,8 @@ def main() -> None:
 
 
 def table(results: list[dict[str, Any]], header: dict[str, Any]) -> str:
-    names = ("family", "size", "dtype", "attention", "checkpointing", "LoRA", "autocast", "saved, bytes", "error", "peak, bytes",
-             "error", "moving")  # fmt: skip
+    names = ("family", "size", "dtype", "attention", "checkpointing", "LoRA", "autocast", "saved, bytes", "error",
+             "peak, bytes", "error", "moving")  # fmt: skip
     lines = [
         "# Activations and peaks: predicted beside measured",
         "",
@@ -245,7 +245,8 @@ def table(results: list[dict[str, Any]], header: dict[str, Any]) -> str:
     ]
     for r in results:
         lines.append(f"| {r['family']} | {r['size']} | {r['dtype']} | {r['attention']} | "
-                     f"{'full' if r['checkpointing'] else 'none'} | {r['lora'] or ''} | {'bf16' if r['mixed'] else ''} | {r['saved_nbytes']:,} | "
+                     f"{'full' if r['checkpointing'] else 'none'} | {r['lora'] or ''} | "
+                     f"{'bf16' if r['mixed'] else ''} | {r['saved_nbytes']:,} | "
                      f"{r['saved_error']:+.2%} | {r['peak_nbytes']:,} | {r['peak_error']:+.2%} | "
                      f"{r['moving_error']:+.2%} |")  # fmt: skip
     return "\n".join([*lines, ""])

@@ -223,7 +223,7 @@ def compare(args: argparse.Namespace, shapes: list[tuple[int, ...]], deadline: f
         for name, build in others().items():
             add(name, dtype, build, None)
     for dtype in DTYPES:
-        for spec in specs(args.brief)[len(MAIN):]:
+        for spec in specs(args.brief)[len(MAIN) :]:
             add_ours(spec, dtype, "skip")
     return rows
 

@@ -62,6 +62,7 @@ def _deepseek(model_type: str, *dims: int, inner: int, routed: int, shared: int,
     return {
         "model_type": model_type, **_layers(*dims), "moe_intermediate_size": inner, "n_routed_experts": routed,
         "n_shared_experts": shared, "first_k_dense_replace": dense, "q_lora_rank": q_rank, "kv_lora_rank": 512,
+        "num_experts_per_tok": 8 if model_type == "deepseek_v3" else 6,
         "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "tie_word_embeddings": False,
     }  # fmt: skip
 

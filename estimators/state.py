@@ -141,8 +141,8 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
 
 
 def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | None) -> int | None:
-    """What a step on a GPU allocates: tables of the kernels, and what the largest piece needs where the plain path steps
-    a parameter. None where that was never measured (another engine, another rule)."""
+    """What a step on a GPU allocates: tables of the kernels, and what the largest piece needs where the plain path
+    steps a parameter. None where that was never measured (another engine, another rule)."""
     if spec.engine != "native" or spec.master not in MASTER or spec.rule not in PLAIN_PATH:
         return None
     from memopt.engines.pieces import rows_of_piece

@@ -55,7 +55,7 @@ WRITTEN = {
     "xlm-roberta": ("bert", "bert"),
 }
 
-#: Families whose formula was checked under torch.autocast: all but those that compute attention eagerly, and DeepSeek's.
+#: Families whose formula was checked under torch.autocast: all but DeepSeek and those with eager attention only.
 MIXED = frozenset(WRITTEN) - {"bloom", "deepseek_v2", "deepseek_v3", "gemma2", "gptj"}
 
 ATTENTIONS = ("sdpa", "flash", "eager")

@@ -1,5 +1,5 @@
-"""BERT, DistilBERT, RoBERTa and XLM-RoBERTa with their masked-language-model heads. Source: transformers' modeling_bert.py, modeling_distilbert.py and
-modeling_roberta.py."""
+"""BERT, DistilBERT, RoBERTa and XLM-RoBERTa with their masked-language-model heads. Source: transformers'
+modeling_bert.py, modeling_distilbert.py and modeling_roberta.py."""
 
 from __future__ import annotations
 

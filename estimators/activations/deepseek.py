@@ -7,7 +7,6 @@ from estimators.activations.blocks import Layer, Network, Step, gated_mlp, rms_n
 from estimators.activations.llama import network
 from estimators.activations.moe import grouped
 from estimators.activations.tape import FP32, INT64, Tape, Tensor
-from estimators.families.parts import Heads
 from estimators.fields import Fields
 
 
@@ -44,9 +43,9 @@ def _latent(f: Fields, step: Step, turned: Layer) -> Layer:
     return attended
 
 
-def _experts(f: Fields, step: Step, router: Layer, shared: int) -> Layer:
+def _experts(f: Fields, router: Layer, shared: int, top: int) -> Layer:
     width, inner = f.integer("hidden_size"), f.integer("moe_intermediate_size")
-    count, top, together = f.experts("n_routed_experts"), f.integer("num_experts_per_tok"), shared * inner
+    count, together = f.experts("n_routed_experts"), shared * inner
 
     def block(t: Tape, x: Tensor) -> Tensor:
         routed = grouped(t, x, router(t, x), width, inner, count, top)
@@ -55,9 +54,10 @@ def _experts(f: Fields, step: Step, router: Layer, shared: int) -> Layer:
     return block
 
 
-def _decoder(f: Fields, step: Step, turned: Layer, router: Layer, *, dense: int, shared: int, table: int) -> Network:
+def _decoder(f: Fields, step: Step, turned: Layer, router: Layer, top: int, *, dense: int, shared: int,
+             table: int) -> Network:  # fmt: skip
     width, ffn = f.integer("hidden_size"), f.integer("intermediate_size")
-    attended, sparse = _latent(f, step, turned), _experts(f, step, router, f.integer("n_shared_experts", shared))
+    attended, sparse = _latent(f, step, turned), _experts(f, router, f.integer("n_shared_experts", shared), top)
     first = f.integer("first_k_dense_replace", dense, least=0)
 
     def norm(t: Tape, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def _decoder(f: Fields, step: Step, turned: Layer, router: Layer, *, dense: int,
 
 def deepseek_v3(f: Fields, step: Step) -> Network:
     """Scores by a sigmoid, chosen by groups; pairs of elements are rotated by halves of one table."""
-    width, count, top = f.integer("hidden_size"), f.experts("n_routed_experts"), f.integer("num_experts_per_tok")
+    width, count, top = f.integer("hidden_size"), f.experts("n_routed_experts"), f.integer("num_experts_per_tok", 8)
     normalised = f.flag("norm_topk_prob", True)
 
     def turned(t: Tape, x: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def deepseek_v3(f: Fields, step: Step) -> Network:
             best = t.op([best, total], saves=[best, total])
         return t.copy(best)
 
-    return _decoder(f, step, turned, router, dense=3, shared=1, table=0)
+    return _decoder(f, step, turned, router, top, dense=3, shared=1, table=0)
 
 
 def deepseek_v2(f: Fields, step: Step) -> Network:
@@ -110,7 +110,7 @@ def deepseek_v2(f: Fields, step: Step) -> Network:
         scores = t.root(_logits(t, x, width, count))
         return t.copy(t.op([scores], step.tokens * top, saves=[t.tensor(step.tokens * top, INT64)]))
 
-    return _decoder(f, step, turned, router, dense=0, shared=2, table=FP32)
+    return _decoder(f, step, turned, router, top, dense=0, shared=2, table=FP32)
 
 
 def _logits(t: Tape, x: Tensor, width: int, count: int) -> Tensor:
