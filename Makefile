@@ -42,6 +42,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/masters.py
+	$(BIN)/python benchmarks/masters_step.py
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -206,8 +206,8 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--pretraining", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--pretraining", type=int, default=200)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for masters.json and masters.md")
