@@ -407,7 +407,8 @@ class Optimizer(torch.optim.Optimizer):
         Each moment is decoded and encoded again (copied where its encoding stays), one parameter at a time. Engine,
         overrides and hyperparameters stay unless ``fields`` says otherwise; a full :class:`OptimSpec` means what it
         says. ``fill`` says what stands in for a moment that was not kept: ``{"exp_avg": 0}``, or the name of another
-        moment. Returns the relative error of every moment. Raises SpecError before anything changes.
+        moment. Returns the relative error of every moment. Raises SpecError before anything changes, and RuntimeError
+        where memory or disk gives out: then some parameters may be as the new spec says, and overrides say which.
         """
         from memopt.checkpoint.convert import convert_
 

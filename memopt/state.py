@@ -44,7 +44,7 @@ def plan_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> LoadPlan:
 
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     states, without = [], []
-    origin = f" (the state was saved by {metadata['spec']!r}, this is {str(optimizer.spec)!r})" if metadata else ""
+    origin = _origin(optimizer, metadata)
     for saved_id, (name, p, group) in zip(saved_ids, optimizer._parameters(), strict=True):
         saved = state_dict["state"].get(saved_id)
         if not saved:
@@ -57,6 +57,17 @@ def plan_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> LoadPlan:
     if extra:
         raise ValueError(f"the state_dict has state for {len(extra)} parameters that are in none of its groups")
     return LoadPlan(states, without, groups, [id(g) for g in optimizer.param_groups], metadata)
+
+
+def _origin(optimizer: Optimizer, metadata: Mapping[str, Any]) -> str:
+    """What an error says of a state that is of another spec, and what would convert it."""
+    old, new = metadata.get("spec"), str(optimizer.spec)
+    if old is None:
+        return "; memopt.load(state_dict, optimizer=...) reads and converts the state of other tools"
+    if old == new:
+        return ""
+    return (f" (the state was saved by {old!r}, this is {new!r}: load it into an optimizer of {old!r} and use "
+            f"opt.convert_({new!r}), or memopt.save and memopt.load, which convert)")  # fmt: skip
 
 
 def _check_world(optimizer: Optimizer, metadata: Mapping[str, Any]) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +271,53 @@ def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
 
 def test_a_full_disk_is_said_and_the_old_checkpoint_stays(tmp_path):
     assert sum(checkpoint_sweep.full_sweep(tmp_path, FULL).values()) == FULL
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 4 MiB, where this process may mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_real_disk_that_is_full_is_said_and_the_old_checkpoint_stays(small_disk):
+    model = torch.nn.Linear(256, 256)  # 772 KiB with its state, in two files
+    opt = memopt.create(model, "adamw")
+    opt.init_state()
+    folder, ballast = small_disk / "run", small_disk / "ballast"
+    memopt.save(folder, model=model, optimizer=opt, extra={"step": 1}, keep=1)
+    room = shutil.disk_usage(small_disk).free
+    refused = set()
+    for left in range(0, 760 * 1024, 40 * 1024):
+        ballast.write_bytes(b"x" * (room - left))
+        with pytest.raises(OSError, match="No space left on device") as error:
+            memopt.save(folder, model=model, optimizer=opt, extra={"step": 2}, keep=1)
+        refused.add(str(error.value).partition(" could not be written")[0].rpartition("/")[2])
+        assert memopt.load(folder, model=model, optimizer=opt).extra == {"step": 1}
+        assert [p.name for p in folder.iterdir()] == ["00000001-step0"]
+    assert {"model.safetensors", "state-00000-of-00001.safetensors"} <= refused
+    ballast.unlink()
+    memopt.save(folder, model=model, optimizer=opt, extra={"step": 2}, keep=1)
+    assert memopt.load(folder, model=model, optimizer=opt).extra == {"step": 2}
+
+
+def test_a_state_dict_of_another_spec_names_what_converts_it():
+    model, opt = build("adamw-8bit", {})
+    train(model, opt, 0, 1)
+    _, other = build("adamw", {})
+    with pytest.raises(
+        ValueError, match=r"saved by 'adamw-8bit', this is 'adamw': .* opt.convert_\('adamw'\), or"
+    ):
+        other.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match=r"is of an optimizer of memopt's: .* opt.convert_"):
+        memopt.load(opt.state_dict(), optimizer=other)
+    theirs = torch.optim.SGD(model.parameters(), momentum=0.9)
+    theirs.step()
+    with pytest.raises(ValueError, match=r"memopt.load\(state_dict, optimizer=...\) reads and converts"):
+        other.load_state_dict({**other.state_dict(), "state": theirs.state_dict()["state"], "memopt": {}})
 
 
 def test_what_a_killed_save_left_is_swept_up(tmp_path):

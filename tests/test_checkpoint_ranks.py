@@ -13,13 +13,19 @@ import memopt
 FORMATS = ["32bit", "bf16", "8bit", "fp8", "4bit", "factored"]
 SPECS = ["adamw", "adamw-8bit", "adamw-4bit", "adamw-fp8", "adafactor", "adamw-8bit@paged"]
 
+REGROUPED = ["adamw-8bit", "adamw-fp8", "adamw-4bit", "adammini", "adamw-8bit+split16"]
+
 
 def drive(model, opt, first, steps):
     for step in range(first, first + steps):
         g = torch.Generator().manual_seed(step)
         for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=g)
+            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
         opt.step()
+
+
+def state_of(model, opt):
+    return [{k: t.clone() for k, t in opt.state[p].items()} for p in model.parameters()]
 
 
 def save_each(directory):
@@ -40,7 +46,7 @@ def load_each(directory):
         model = odd_model()
         opt = memopt.create(model, f"{spec}/zero1")
         memopt.load(f"{directory}/{spec}", model=model, optimizer=opt)
-        state = [{k: t.clone() for k, t in opt.state[p].items()} for p in model.parameters()]
+        state = state_of(model, opt)
         drive(model, opt, 2, 1)
         found[spec] = state, [p.detach().clone() for p in model.parameters()]
     return found, torch.rand(1).item()
@@ -87,6 +93,48 @@ def convert_each():
     return found, [dict(opt.state[p]) for p in model.parameters()]
 
 
+def change_partition():
+    """From ``/zero1`` to whole state, and back."""
+    found = {}
+    for spec in REGROUPED:
+        model = odd_model(torch.bfloat16 if "+" in spec else torch.float32)
+        opt = memopt.create(model, f"{spec}/zero1")
+        drive(model, opt, 0, 2)
+        opt.convert_(spec)
+        whole = state_of(model, opt)
+        assert opt.ledger() == memopt.price(model, spec)
+        opt.convert_(f"{spec}/zero1")
+        found[spec] = whole, state_of(model, opt)
+        drive(model, opt, 2, 1)
+    return found
+
+
+def stop_on_rank_1():
+    """One rank has no memory for the third parameter: no rank converts it."""
+    from memopt.checkpoint import convert
+
+    model = odd_model()
+    opt = memopt.create(model, "adamw/zero1")
+    drive(model, opt, 0, 1)
+    fill, left = convert.fill_slot, [2]
+
+    def failing(*arguments):
+        left[0] -= 1
+        if left[0] < 0 and dist.get_rank() == 1:
+            raise MemoryError("no memory")
+        fill(*arguments)
+
+    convert.fill_slot = failing
+    try:
+        opt.convert_("adamw-8bit/zero1")
+    except RuntimeError as error:
+        drive(model, opt, 1, 1)
+        return str(error), dict(opt.spec.overrides)
+    finally:
+        convert.fill_slot = fill
+    return None
+
+
 def everything(directory):
     """All that two ranks are asked to do: starting them is what takes time."""
     return {
@@ -94,6 +142,8 @@ def everything(directory):
         "loaded": load_each(directory),
         "failed": fail_on_rank_1(f"{directory}/failing"),
         "converted": convert_each(),
+        "regrouped": change_partition(),
+        "stopped": stop_on_rank_1(),
     }
 
 
@@ -182,3 +232,24 @@ def test_convert_works_on_the_shard(session):
                 torch.testing.assert_close(torch.cat([x[key], y[key]]), whole)
             elif key == "exp_avg_sq.col" and p.dim() == 2:
                 torch.testing.assert_close(x[key], whole)
+
+
+@pytest.mark.parametrize("spec", REGROUPED)
+def test_the_partition_changes_in_place(session, spec):
+    (whole, mine), (other, theirs) = (rank["regrouped"][spec] for rank in session[1])
+    model = odd_model(torch.bfloat16 if "+" in spec else torch.float32)
+    opt = memopt.create(model, spec)
+    drive(model, opt, 0, 2)
+    for p, first, second in zip(model.parameters(), whole, other, strict=True):
+        for key, value in opt.state[p].items():
+            assert_same_bits(value, first[key], key)
+            assert_same_bits(value, second[key], key)
+    assert_rows_are(whole, [mine, theirs])
+
+
+def test_one_rank_that_cannot_convert_stops_all_at_the_same_parameter(session):
+    (a, overrides), (b, others) = (rank["stopped"] for rank in session[1])
+    first, second, *_ = (name for name, _ in odd_model().named_parameters())
+    assert overrides == others == {first: "8bit@device", second: "8bit@device"}
+    assert "rank 1: no memory. 2 of" in a
+    assert "no memory. 2 of" in b

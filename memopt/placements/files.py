@@ -66,8 +66,8 @@ class Files(Streamed):
     # Allocation ------------------------------------------------------------------------------------------------
 
     def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
-        self._retire(name)
         entry = Entry.allocate(self.arena, lines, copies=2 if self.directory else 1)
+        self._retire(name)  # not before there is room for the other
         self.entries[name] = entry
         return entry.tensors()
 

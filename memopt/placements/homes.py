@@ -32,19 +32,18 @@ def held(spec: OptimSpec, name: str, h: Mapping[str, Any], rows: Rows, dtype: st
 
 
 class Homes:
-    """One home for each placement that ``spec`` uses; those of ``before`` are kept where nothing about them changes."""
+    """One home for each placement that ``spec`` uses. Those of ``before`` are kept where nothing about them changes, of
+    the first that has one."""
 
-    def __init__(self, spec: OptimSpec, rank: int, world_size: int, before: Homes | None = None) -> None:
+    def __init__(self, spec: OptimSpec, rank: int, world_size: int, *before: Homes) -> None:
         self.spec = spec
         self._homes: dict[str, Home] = {}
         self._settings: dict[str, Setting] = {}
         for name in sorted(spec.placements):
             setting = Setting(of_placement(spec.options, name), str(spec), rank, world_size)
-            old = before._settings.get(name) if before else None
-            if before and old and old._replace(spec="") == setting._replace(spec=""):
-                self._homes[name] = before._homes[name]
-            else:
-                self._homes[name] = PLACEMENTS[name].home(setting)
+            same = (b._homes[name] for b in before if name in b._homes
+                    and b._settings[name]._replace(spec="") == setting._replace(spec=""))  # fmt: skip
+            self._homes[name] = next(same, None) or PLACEMENTS[name].home(setting)
             self._settings[name] = setting
 
     def __iter__(self) -> Iterator[Home]:
@@ -119,5 +118,3 @@ class Homes:
     def close(self) -> None:
         for home in self._homes.values():
             home.close()
-
-
