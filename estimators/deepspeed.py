@@ -28,17 +28,15 @@ _ALIGNMENT = 2
 
 def stage(spec: OptimSpec) -> int:
     """The ZeRO stage of a spec. Raises :class:`InputError` for one that DeepSpeed cannot run."""
-    from memopt.rules import RULES
+    from memopt.partitions.flat import needs_shapes
 
     if spec.partition not in _STAGES:
         raise InputError(f"'{spec}': DeepSpeed has no stage for {spec.partition}; it has {', '.join(_STAGES)}")
     if spec.master not in ("none", "fp32"):
         raise InputError(f"'{spec}': DeepSpeed keeps an fp32 copy of the weights itself; leave out +{spec.master}")
-    if spec.format == "factored" or not RULES[spec.rule].element_wise:
-        raise InputError(f"'{spec}': DeepSpeed flattens parameters, and {spec.rule} needs their shapes; adamw, "
-                         "adamw-8bit and adamw-4bit do not")  # fmt: skip
-    if spec.overrides:
-        raise InputError(f"'{spec}': DeepSpeed flattens parameters, so overrides by name cannot be kept")
+    reason = needs_shapes(spec.replace(partition="none"))
+    if reason:
+        raise InputError(f"'{spec}': DeepSpeed flattens parameters, and this spec {reason}; adamw and adamw-8bit go")
     return _STAGES[spec.partition]
 
 

@@ -143,6 +143,30 @@ class TestDeepSpeed:
         with pytest.raises(InputError, match=words):
             estimate("gpt2", spec, deepspeed=True)
 
+    def test_what_is_refused_is_what_the_configuration_refuses(self):
+        import memopt
+        from estimators.deepspeed import stage
+
+        for spec in memopt.specs():
+            if (spec.partition, spec.placement, spec.master) != ("zero2", "device", "none") or spec.rule == "sgd":
+                continue
+            refused = []
+            for check in (stage, memopt.deepspeed_config):
+                try:
+                    check(spec)
+                    refused.append(False)
+                except ValueError:
+                    refused.append(True)
+            assert refused[0] == refused[1], str(spec)
+
+    def test_offload_is_deepspeeds(self, run):
+        argv = ("--optim", "adamw@cpu/zero2", "--world", "2", "--emit", "deepspeed")
+        config = json.loads(run("estimate", "gpt2", *argv)[1])
+        assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+        assert "memopt.create(model, 'adamw', lr" in config["memopt"]["script"]
+        e = estimate("gpt2", "adamw@cpu/zero2", world_size=2, deepspeed=True)
+        assert e.columns[0].nbytes("state", "GPU") == 0
+
     def test_contradictions(self):
         for given in ({"bucket": 5}, {"deepspeed": True, "mixed": "bf16"}, {"mixed": "bf16", "weights": "bf16"}):
             with pytest.raises(InputError):

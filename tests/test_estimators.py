@@ -169,7 +169,8 @@ class TestPeak:
             Row("s", "weights", "", 10, "GPU", PHASES, "exact"),
             Row("s", "gradients", "", 3, "GPU", ("backward",), "exact"),
             Row("s", "state", "", 9, "pageable", ("step",), "exact"),
-            Row("s", "state", "", 2, "disk", ("step",), "exact"),
+            Row("s", "state", "", 2, "pinned", ("step",), "exact"),
+            Row("s", "state", "", 4, "disk", ("step",), "exact"),
         ]
         assert peak("s", rows) == ("s", "step", 10, 9, 2)
 

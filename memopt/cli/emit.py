@@ -16,6 +16,8 @@ KINDS = ("accelerate", "deepspeed", "transformers", "python")
 MARK = "# memopt estimate: "
 #: Where accelerate's configuration points for DeepSpeed's.
 _DS_CONFIG = "ds_config.json"
+#: Placements that stand for DeepSpeed's offload_optimizer.
+_OFFLOADED = ("cpu", "host")
 
 
 def chosen(e: Estimate) -> Column:
@@ -97,30 +99,26 @@ def _script_spec(e: Estimate, column: Column) -> str:
         return column.spec
     from memopt.spec import parse
 
-    return str(parse(column.spec).replace(partition="none", master="none"))
+    spec = parse(column.spec)
+    placement = "device" if spec.placement in _OFFLOADED else spec.placement  # DeepSpeed offloads
+    return str(spec.replace(partition="none", master="none", placement=placement))
 
 
 def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
-    """A configuration without an ``optimizer`` section, so that the one given to ``deepspeed.initialize`` runs:
-    DeepSpeed replaces or refuses it unless both flags at the end say otherwise."""
+    """:func:`memopt.deepspeed_config`, with the precision and the bucket of the estimate."""
     from estimators.deepspeed import stage
+    from memopt.integrations.deepspeed import deepspeed_config
     from memopt.spec import parse
 
     spec, t = parse(column.spec), e.training
-    zero: dict[str, Any] = {"stage": stage(spec), "reduce_bucket_size": t.bucket, "overlap_comm": False,
-                            "contiguous_gradients": True}  # fmt: skip
-    if spec.placement in ("cpu", "host"):
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    return {
-        "train_micro_batch_size_per_gpu": t.batch,
-        "gradient_accumulation_steps": t.accumulate,
-        "gradient_clipping": 0.0,
-        "bf16": {"enabled": e.weights == "bfloat16"},
-        "fp16": {"enabled": e.weights == "float16"},
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
+    stage(spec)  # refuses what the figures refuse
+    config = deepspeed_config(
+        spec.replace(master="none", placement="device"), micro_batch=t.batch, accumulate=t.accumulate,
+        offload=spec.placement in _OFFLOADED, bf16={"enabled": e.weights == "bfloat16"},
+        fp16={"enabled": e.weights == "float16"},
+    )  # fmt: skip
+    config["zero_optimization"] |= {"reduce_bucket_size": t.bucket, "overlap_comm": False}
+    return config
 
 
 def _script(e: Estimate, column: Column) -> dict[str, str]:

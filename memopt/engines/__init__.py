@@ -1,9 +1,12 @@
 """Who executes, one file each. ``ENGINES`` is the axis: name -> :class:`~memopt.engines.base.Engine`."""
 
+from memopt.axis import Axis
 from memopt.engines.base import Engine
-from memopt.engines.bitsandbytes import BitsAndBytes
-from memopt.engines.native import Native
 
-ENGINES: dict[str, Engine] = {e.name: e for e in (Native(), BitsAndBytes())}
+ENGINES: Axis[Engine] = Axis(
+    "memopt.engines",
+    {"native": "native.Native", "bitsandbytes": "bitsandbytes.BitsAndBytes"},
+    lambda kind: kind(),
+)
 
 __all__ = ["ENGINES", "Engine"]

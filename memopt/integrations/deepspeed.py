@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memopt.hyper import SpecError
-from memopt.partitions.flat import _needs_shapes
+from memopt.partitions.flat import needs_shapes
 from memopt.spec import OptimSpec, parse
 
 _STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
@@ -29,7 +29,7 @@ def deepspeed_config(
     that needs the shapes of parameters, which DeepSpeed flattens.
     """
     parsed = parse(spec)
-    reason = _needs_shapes(parsed.replace(partition="none"))
+    reason = needs_shapes(parsed.replace(partition="none"))
     if reason and parsed.partition != "none":
         raise SpecError(f"'{parsed}' under DeepSpeed {reason}; FSDP2 keeps the shapes: memopt.shard")
     stage = _STAGES[parsed.partition]

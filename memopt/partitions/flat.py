@@ -72,7 +72,7 @@ def check_replaced(optimizer: Optimizer) -> None:
         _warn_of_orphans(optimizer, set(ids))
         return
     if all(len(shape) == 1 for shape in shapes) and any(len(shape) > 1 for shape in made_for):
-        reason = _needs_shapes(optimizer.spec)
+        reason = needs_shapes(optimizer.spec)
         if reason:
             raise RuntimeError(
                 f"the parameters were replaced by {len(now)} flat vectors (DeepSpeed does so), and '{optimizer.spec}' "
@@ -81,7 +81,8 @@ def check_replaced(optimizer: Optimizer) -> None:
         optimizer.partition = Flat()
 
 
-def _needs_shapes(spec: OptimSpec) -> str | None:
+def needs_shapes(spec: OptimSpec) -> str | None:
+    """Why a spec cannot step flat vectors in place of the parameters; None where it can."""
     if spec.partition != "none":
         return f"shards by itself: DeepSpeed's stage takes the place of /{spec.partition}"
     if spec.overrides:
