@@ -1,6 +1,7 @@
 """Masters: what they keep, that small updates add up, and that the weights always win."""
 
 import pytest
+import ranks
 import torch
 from cases import HYPER, MASTER_KEYS, MASTERED, assert_same_bits, live_nbytes, odd_model, train
 from torch import nn
@@ -13,6 +14,7 @@ from memopt.kernels.loader import Missing
 from memopt.masters import MASTERS
 from memopt.masters.base import ORDER
 from memopt.noise import key
+from memopt.partitions.base import owned
 
 LOW = [torch.bfloat16, torch.float16]
 #: Bits of precision of weight and tensor beside it: the largest relative error is 2 to the minus this.
@@ -297,6 +299,42 @@ def test_a_checkpoint_loads_into_another_master(tmp_path, after):
         drive(model, opt, 3, 2)
         drive(other, twin, 3, 2)
         for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert_same_bits(p, q)
+
+
+def save_sharded(folder):
+    model = odd_model(torch.bfloat16)
+    opt = memopt.create(model, "adamw-8bit+kahan/zero1", lr=1e-4)
+    drive(model, opt, 0, 3)
+    memopt.save(folder, model=model, optimizer=opt)
+
+
+def load_sharded(folder):
+    """Into another master on each rank, and a step more; the value of the rows that are here, and all parameters."""
+    model = odd_model(torch.bfloat16)
+    opt = memopt.create(model, "adamw-8bit+split16/zero1", lr=1e-4)
+    memopt.load(folder, model=model, optimizer=opt)
+    master = MASTERS["split16"]
+    values = [master.read(owned(p.detach(), opt._rows(p)), opt.state[p]["correction"]) for _, p, _ in opt._parameters()]
+    drive(model, opt, 3, 1)
+    return values, [p.detach() for p in model.parameters()]
+
+
+def test_masters_of_two_ranks_become_others_on_one_and_on_three(tmp_path):
+    _, opt = stepped("adamw-8bit+kahan")
+    exact = exact_values(opt)
+    ranks.run(save_sharded, 2, str(tmp_path / "run"))
+    one = odd_model(torch.bfloat16)
+    alone = memopt.create(one, "adamw-8bit+split16", lr=1e-4)
+    memopt.load(tmp_path / "run", model=one, optimizer=alone)
+    found = ranks.run(load_sharded, 3, str(tmp_path / "run"))
+    for i, (x, y) in enumerate(zip(exact, exact_values(alone), strict=True)):
+        assert ((x - y).abs() <= x.abs() * 2.0**-23).all()
+        cut = torch.cat([values[i].reshape(-1) for values, _ in found])
+        assert_same_bits(cut, y.reshape(-1))
+    drive(one, alone, 3, 1)
+    for _, parameters in found:
+        for p, q in zip(one.parameters(), parameters, strict=True):
             assert_same_bits(p, q)
 
 
