@@ -53,8 +53,8 @@ class BitsAndBytes(Engine):
     State keys are ours (``exp_avg.codes`` is its ``state1``, ``exp_avg.scales`` its ``absmax1``); the two code books,
     1 KiB each, are shared by all parameters. Quirks kept: 8-bit from 4096 elements on; ``weight_decay`` after the
     update in 8 bits on CUDA; second moments are rounded to nearest and freeze at b2 = 0.999 when gradients shrink
-    (``docs/formats.md``; all of them in ``docs/gpu.md``). Not its quirk here: non-finite gradients follow memopt's policy
-    on every device.
+    (``docs/formats.md``; all of them in ``docs/gpu.md``). Not its quirk here: non-finite gradients follow memopt's
+    policy on every device.
     """
 
     name = "bitsandbytes"
