@@ -1,6 +1,8 @@
 """``convert_``: every pair of formats within its bound, exact where nothing changes, and training that goes on."""
 
 import itertools
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +14,9 @@ from memopt.checkpoint.opened import Checkpoint
 from memopt.hyper import SpecError
 from memopt.spec import FIELDS
 
-#: Largest relative error of one encoding, root mean square over a moment: half a step of the code and some (8 bits:
-#: steps of at most 1.6 % at the top of a block signed, 6.25 % unsigned; 4 bits: 14 % and a factor of two).
-BOUND = {
-    "32bit": {True: 0.0, False: 0.0},
-    "bf16": {True: 0.004, False: 0.004},
-    "8bit": {True: 0.015, False: 0.03},
-    "fp8": {True: 0.06, False: 0.06},
-    "4bit": {True: 0.25, False: 0.45},
-    # A matrix of rank one is no approximation with a bound; it is exact where the matrix is of rank one.
-    "factored": {True: 0.0, False: 1.0},
-}
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from checkpoint_matrix import bound
+
 PAIRS = [
     (a, b)
     for a, b in itertools.permutations(PLAIN_SPECS, 2)
@@ -58,8 +52,7 @@ def test_every_pair_of_formats_is_within_its_bound_and_goes_on(trained, before, 
     report = opt.convert_(after)
     fmt = memopt.parse(after).format
     for moment, error in report.relative_error.items():
-        signed = moment in ("exp_avg", "exp_avg_slow", "momentum_buffer", "grad_avg")
-        assert error <= BOUND[fmt][signed], moment
+        assert error <= bound(fmt, moment), moment
     assert opt.ledger() == memopt.price(model, after, **HYPER.get(opt.spec.rule, {}))
     assert live_nbytes(opt) == opt.ledger().nbytes
     train(model, opt, 3, 1)
@@ -244,85 +237,3 @@ def test_slow_weights_cannot_be_made_of_a_file(tmp_path):
     with pytest.raises(SpecError, match="'slow' begins as the parameter, which is not in a saved state"):
         Converted(source, memopt.parse("lookahead(adamw)"), {})
     checkpoint.close()
-
-
-def tensors(opt):
-    return {p: {k: t.clone() for k, t in s.items()} for p, s in opt.state.items() if s}
-
-
-def same(state, other):
-    return state.keys() == other.keys() and all(torch.equal(t, other[k]) for k, t in state.items())
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "dtype", "error"),
-    [
-        ("adamw", "adamw-8bit", torch.float32, MemoryError("no memory")),
-        ("adamw-8bit", "adamw-4bit@paged", torch.float32, OSError(28, "No space left on device")),
-        ("adamw-8bit", "adamw-8bit+split", torch.bfloat16, RuntimeError("out of memory")),
-        ("adamw", "adafactor", torch.float32, MemoryError("no memory")),
-        ("adamw", "adamw-4bit", torch.float32, KeyboardInterrupt()),
-        ("adamw@disk", "adamw-8bit@disk", torch.float32, MemoryError("no memory")),
-        ("adamw-8bit", "adamw@disk", torch.float32, OSError(28, "No space left on device")),
-        ("adamw@disk", "lamb@disk", torch.float32, MemoryError("no memory")),
-    ],
-)
-def test_a_conversion_that_stops_anywhere_leaves_an_optimizer_that_works(before, after, dtype, error, monkeypatch):
-    from memopt.checkpoint import convert
-
-    model = odd_model(dtype)
-    opt = memopt.create(model, before, overrides={"norm.*": "32bit"})
-    train(model, opt, 0, 1)
-    saved, weights = opt.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
-    old, names = tensors(opt), [name for name, _ in model.named_parameters()]
-    opt.convert_(after)
-    new = tensors(opt)
-    fill = convert.fill_slot
-    for stop in range(0, len(names), 5 if "@disk" in before + after else 1):
-        model.load_state_dict(weights)
-        opt = memopt.create(model, before, overrides={"norm.*": "32bit"})
-        opt.load_state_dict(saved)
-        left = [stop]
-
-        def failing(slot, *arguments, left=left):
-            left[0] -= 1
-            if left[0] < 0:
-                slot.targets(arguments[0], 1)  # in the middle of it, new state being there
-                raise error
-            fill(slot, *arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(convert, "fill_slot", failing)
-            kind, words = (RuntimeError, names[stop]) if isinstance(error, Exception) else (type(error), None)
-            with pytest.raises(kind, match=words):
-                opt.convert_(after)
-        for i, (p, state) in enumerate(opt.state.items()):
-            converted = i < stop and memopt.parse(before).rule == memopt.parse(after).rule and "+" not in after
-            assert same(state, new[p] if converted else old[p]), names[i]
-        assert opt.ledger() == memopt.price(model, opt.spec)
-        twin = memopt.create(model, opt.spec)
-        twin.load_state_dict(opt.state_dict())
-        begin = {k: v.clone() for k, v in model.state_dict().items()}
-        train(model, opt, 1, 1)
-        gone_on = tensors(opt)
-        model.load_state_dict(begin)
-        train(model, twin, 1, 1)
-        assert all(same(state, gone_on[p]) for p, state in twin.state.items())
-        opt.convert_(after, overrides={"norm.*": "32bit"})
-        assert opt.ledger() == memopt.price(model, opt.spec)
-
-
-def test_changing_the_rule_keeps_little_twice():
-    """What comes out as it went in is the old tensor."""
-    model = torch.nn.ModuleList(torch.nn.Linear(256, 256, bias=False) for _ in range(6)).bfloat16()
-    opt = memopt.create(model, "adamw")
-    for p in model.parameters():
-        p.grad = torch.randn_like(p)
-    opt.step()
-    before = {p: dict(s) for p, s in opt.state.items()}
-    opt.convert_("adamw+split")
-    for p, state in before.items():
-        assert all(opt.state[p][key] is tensor for key, tensor in state.items())
-    opt.convert_("lamb-8bit", overrides={"0.*": "32bit"})
-    for i, (p, state) in enumerate(before.items()):
-        assert (opt.state[p].get("exp_avg") is state["exp_avg"]) == (i == 0)

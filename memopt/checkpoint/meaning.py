@@ -1,7 +1,8 @@
 """What a moment of a rule is the mean of, and how much of that mean has arrived after t steps.
 
 Rules share names of moments and not always their meaning: ``exp_avg`` is a mean of gradients in Adam and Lion, of
-normalised updates in CAME, of whole steps in Adafactor. Only moments of one meaning are carried from rule to rule.
+normalised updates in CAME, of whole steps in Adafactor; RMSprop's momentum is of normalised gradients, SGD's of
+gradients as they are. Only moments of one meaning are carried from rule to rule.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import Any
 _OTHER_MEANING = {
     ("came", "exp_avg"): "a mean of normalised updates",
     ("adafactor", "exp_avg"): "a mean of steps",
+    ("sgd", "momentum_buffer"): "a sum of gradients",
+    ("rmsprop", "momentum_buffer"): "a sum of normalised gradients",
 }
 _MEANING = {"exp_avg": "a mean of gradients", "exp_avg_sq": "a mean of squared gradients"}
 

@@ -1,0 +1,89 @@
+"""A conversion that memory, disk or a person stops in the middle."""
+
+import pytest
+import torch
+from cases import odd_model, train
+
+import memopt
+
+
+def tensors(opt):
+    return {p: {k: t.clone() for k, t in s.items()} for p, s in opt.state.items() if s}
+
+
+def same(state, other):
+    return state.keys() == other.keys() and all(torch.equal(t, other[k]) for k, t in state.items())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "dtype", "error"),
+    [
+        ("adamw", "adamw-8bit", torch.float32, MemoryError("no memory")),
+        ("adamw-8bit", "adamw-4bit@paged", torch.float32, OSError(28, "No space left on device")),
+        ("adamw-8bit", "adamw-8bit+split", torch.bfloat16, RuntimeError("out of memory")),
+        ("adamw", "adafactor", torch.float32, MemoryError("no memory")),
+        ("adamw", "adamw-4bit", torch.float32, KeyboardInterrupt()),
+        ("adamw@disk", "adamw-8bit@disk", torch.float32, MemoryError("no memory")),
+        ("adamw-8bit", "adamw@disk", torch.float32, OSError(28, "No space left on device")),
+        ("adamw@disk", "lamb@disk", torch.float32, MemoryError("no memory")),
+    ],
+)
+def test_a_conversion_that_stops_anywhere_leaves_an_optimizer_that_works(before, after, dtype, error, monkeypatch):
+    from memopt.checkpoint import convert
+
+    model = odd_model(dtype)
+    opt = memopt.create(model, before, overrides={"norm.*": "32bit"})
+    train(model, opt, 0, 1)
+    saved, weights = opt.state_dict(), {k: v.clone() for k, v in model.state_dict().items()}
+    old, names = tensors(opt), [name for name, _ in model.named_parameters()]
+    opt.convert_(after)
+    new = tensors(opt)
+    fill = convert.fill_slot
+    for stop in range(0, len(names), 5 if "@disk" in before + after else 1):
+        model.load_state_dict(weights)
+        opt = memopt.create(model, before, overrides={"norm.*": "32bit"})
+        opt.load_state_dict(saved)
+        left = [stop]
+
+        def failing(slot, *arguments, left=left):
+            left[0] -= 1
+            if left[0] < 0:
+                slot.targets(arguments[0], 1)  # in the middle of it, new state being there
+                raise error
+            fill(slot, *arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(convert, "fill_slot", failing)
+            kind, words = (RuntimeError, names[stop]) if isinstance(error, Exception) else (type(error), None)
+            with pytest.raises(kind, match=words):
+                opt.convert_(after)
+        for i, (p, state) in enumerate(opt.state.items()):
+            converted = i < stop and memopt.parse(before).rule == memopt.parse(after).rule and "+" not in after
+            assert same(state, new[p] if converted else old[p]), names[i]
+        assert opt.ledger() == memopt.price(model, opt.spec)
+        twin = memopt.create(model, opt.spec)
+        twin.load_state_dict(opt.state_dict())
+        begin = {k: v.clone() for k, v in model.state_dict().items()}
+        train(model, opt, 1, 1)
+        gone_on = tensors(opt)
+        model.load_state_dict(begin)
+        train(model, twin, 1, 1)
+        assert all(same(state, gone_on[p]) for p, state in twin.state.items())
+        opt.convert_(after, overrides={"norm.*": "32bit"})
+        assert opt.ledger() == memopt.price(model, opt.spec)
+
+
+def test_changing_the_rule_keeps_little_twice():
+    """What comes out as it went in is the old tensor."""
+    model = torch.nn.ModuleList(torch.nn.Linear(256, 256, bias=False) for _ in range(6)).bfloat16()
+    opt = memopt.create(model, "adamw")
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    opt.step()
+    before = {p: dict(s) for p, s in opt.state.items()}
+    opt.convert_("adamw+split")
+    for p, state in before.items():
+        assert all(opt.state[p][key] is tensor for key, tensor in state.items())
+    opt.convert_("lamb-8bit", overrides={"0.*": "32bit"})
+    for i, (p, state) in enumerate(before.items()):
+        assert (opt.state[p].get("exp_avg") is state["exp_avg"]) == (i == 0)
