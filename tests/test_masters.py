@@ -15,6 +15,7 @@ from memopt.masters import MASTERS
 from memopt.masters.base import ORDER
 from memopt.noise import key
 from memopt.partitions.base import owned
+from memopt.placements import PLACEMENTS
 
 LOW = [torch.bfloat16, torch.float16]
 #: Bits of precision of weight and tensor beside it: the largest relative error is 2 to the minus this.
@@ -190,6 +191,22 @@ def test_resuming_is_bit_exact(spec):
     for m, o in ((model, opt), (twin, other)):
         train(m, o, 3, 3)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_same_bits(p, q)
+
+
+@pytest.mark.parametrize("place", [place for place in PLACEMENTS if place != "device"])
+@pytest.mark.parametrize("master", ["kahan", "split"])
+def test_every_placement_takes_the_same_steps_with_released_gradients_too(master, place):
+    found = []
+    for where in ("device", place):
+        model = odd_model(torch.bfloat16)
+        opt = memopt.create(model, f"adamw-8bit+{master}@{where}", lr=1e-3)
+        if where == place:
+            opt.release_gradients(model)
+        train(model, opt, 0, 3)
+        found.append([p.detach() for p in model.parameters()])
+    assert opt.ledger() == memopt.price(model, str(opt.spec))
+    for p, q in zip(*found, strict=True):
         assert_same_bits(p, q)
 
 
