@@ -168,7 +168,7 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
             if each is None:
                 return None
             low = weight_dtype(model, name, weights) != "float32"
-            if spec.rule in KERNELS and not together and (spec.master == "none" or not low):
+            if spec.rule in KERNELS and not together:
                 tensors, in_kernels = tensors + 1, in_kernels + owned
                 continue
             if low:

@@ -8,12 +8,13 @@ import warnings
 import pytest
 import torch
 from cases import assert_same_bits, live_nbytes
-from test_kernels import HALF_STEP, VARIANTS, as_numbers, assert_close, cases, gradient
+from test_kernels import HALF_STEP, TOLERANCE, VARIANTS, as_numbers, assert_close, cases, gradient
 from torch import Tensor
 
 import memopt
 from memopt import kernels
 from memopt.kernels import loader, triton
+from memopt.masters import MASTERS
 
 pytest.importorskip("triton")
 
@@ -70,6 +71,16 @@ def run(spec, hyper, on, kernel_steps: int, shapes=SHAPES, dtypes=(torch.float32
     return params, [dict(opt.state[p]) for p in params], opt
 
 
+def assert_same_weights(p: Tensor, q: Tensor, a: Tensor, b: Tensor, spec: memopt.OptimSpec) -> None:
+    """What p and its master stand for together. Where the last bit of x differs, what is kept of it is rounded
+    otherwise: by one unit of a longer number of 16 bits."""
+    master = MASTERS[spec.master]
+    x, y = master.read(p.detach(), a).double(), master.read(q.detach(), b).double()
+    off = (x - y).abs() - TOLERANCE * y.abs().max()
+    assert bool((off <= 2.0**-15 * y.abs()).all()), float(off.max())
+    assert int((off > 0).sum()) <= 0.02 * x.numel() + 1
+
+
 def compare(spec, hyper, on, steps=1, **keywords) -> None:
     ours, our_states, opt = run(spec, hyper, on, steps, **keywords)
     theirs, their_states, _ = run(spec, hyper, on, -steps, **keywords)
@@ -81,7 +92,9 @@ def compare(spec, hyper, on, steps=1, **keywords) -> None:
         assert mine.keys() == other.keys()
         for key in mine:
             a, b = mine[key], other[key]
-            if key.endswith(".codes"):
+            if key in ("master", "compensation", "correction"):
+                assert_same_weights(p, q, a, b, memopt.parse(spec))
+            elif key.endswith(".codes"):
                 assert int((as_numbers(a) != as_numbers(b)).sum()) <= ties, f"{tuple(p.shape)} {key}"
             else:
                 assert_close(a, b, 0.0, ties, f"{tuple(p.shape)} {key}")
@@ -97,6 +110,31 @@ def test_shapes_and_dtypes(spec, on) -> None:
     """Two steps of the kernels: without a plan, then with one; rows of whole blocks and others, all three dtypes."""
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     compare(spec, {}, on, steps=2, shapes=[*SHAPES, (16, 512), (2, 33, 130), (65, 64)], dtypes=dtypes)
+
+
+@pytest.mark.parametrize("master", ["fp32", "kahan", "stochastic", "split", "split16"])
+@pytest.mark.parametrize("rule", ["adamw-8bit", "adamw", "adafactor", "came-8bit"])
+def test_masters(rule, master, on) -> None:
+    """Two dtypes and 32 bits; small rates, so that updates are of the size that a master is for."""
+    spec = memopt.parse(rule).replace(master=master)
+    hyper = {"lr": 1e-4} if "adafactor" not in rule else {}
+    compare(spec, hyper, on, steps=2, shapes=[(17, 300), (3, 20, 100), (4500,), (33,)],
+            dtypes=(torch.bfloat16, torch.float16, torch.float32))  # fmt: skip
+
+
+@pytest.mark.parametrize("master", ["fp32", "kahan", "split", "split16"])
+def test_a_weight_that_somebody_else_changed_wins(master, on) -> None:
+    def stepped(yes: bool) -> Tensor:
+        [p] = parameters([(17, 300)], (torch.bfloat16,))
+        opt = memopt.create([p], memopt.parse("adamw").replace(master=master), lr=1e-4)
+        for step in range(3):
+            on(yes)
+            gradients([p], step)
+            opt.step()
+            p.data[::2] = 0.5
+        return p.detach()
+
+    assert_close(stepped(True), stepped(False), HALF_STEP[torch.bfloat16], 0, master)
 
 
 @pytest.mark.parametrize("spec", ["adamw-8bit", "lion-4bit", "came-8bit"])

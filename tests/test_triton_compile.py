@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore")
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from memopt.kernels.triton import codes, elementwise, finite, means, rules, scalars
+from memopt.kernels.triton import codes, elementwise, finite, masters, means, rules, scalars
 
 POINTERS = {"table": "*i64", "gradients": "*i64", "numels": "*i64", "skipped": "*i64", "hyper": "*fp64",
             "steps": "*fp64", "sums": "*fp64", "map": "*i32", "flags": "*i32", "which": "*i32"}
@@ -43,12 +43,15 @@ def build(name, kernel, warps=4, **constants):
     print(name, max(len(made.asm.get("cubin", b"")), 1), len([l for l in assembly.split("\\n") if "ld.global.v4" in l or
           ("ld.global" in l and ".v4." in l) or "global_load_dwordx4" in l or "buffer_load_dwordx4" in l]), flush=True)
 
-def step(rule, fmt, p, align=16, whole=True, M=True, V=True, X=False):
+NONE = {"MASTER": masters.NONE.value, "K_TYPE": tl.int8}
+
+def step(rule, fmt, p, align=16, whole=True, M=True, V=True, X=False, master="none"):
     kind = codes.KINDS[fmt]
     width = 128 if fmt == "4bit" else 256
     build(f"step:{rule}-{fmt}-{p}-{align}", elementwise.step_kernel, RULE=rules.STEPS[rule], P_TYPE=p, G_TYPE=p,
           KIND=kind.value, V=V, M=M, X=X, X_SIGNED=False, WIDTH=width, TILE=1024 // width, ALIGN=align, WHOLE=whole,
-          PRECISE=fmt in ("32bit", "bf16"))
+          PRECISE=fmt in ("32bit", "bf16"), MASTER=masters.KINDS[master].value,
+          K_TYPE=p if master == "kahan" else masters.TYPES[master])
 
 for which in sys.argv[2:]:
     if which == "steps":
@@ -58,23 +61,28 @@ for which in sys.argv[2:]:
         step("adamw", "4bit", tl.bfloat16)
         step("adamw", "fp8", tl.float16)
         step("lion", "bf16", tl.float32, V=False)
+        step("adamw", "8bit", tl.bfloat16, master="split")
+    if which == "masters":
+        for master in masters.KINDS:
+            for p in (tl.bfloat16, tl.float16):
+                step("adamw", "8bit", p, master=master)
     if which == "rules":
         for rule in ("adam", "radam", "sgd", "rmsprop", "adafactor", "came"):
             step(rule, "8bit", tl.float32, V=rule != "sgd", X=rule == "came")
             build(f"prepare:{rule}", scalars.prepare_kernel, 1, RULE=scalars.NUMBER[rule].value)
         build("sums", elementwise.sums_kernel, P_TYPE=tl.bfloat16, G_TYPE=tl.bfloat16, KIND=2, WIDTH=256, TILE=4,
-              ALIGN=16, WHOLE=True, PRECISE=False)
+              ALIGN=16, WHOLE=True, PRECISE=False, **NONE)
         build("totals", scalars.totals_kernel, RULE=scalars.ADAFACTOR.value, SPAN=256)
     if which == "means":
         size = {"WIDTH": 512, "TILE": 4, "ALIGN": 16}
         t = tl.bfloat16
         build("mean", means.mean_kernel, SLOT=0, FLOOR=True, SPAN=256)
         build("gather", means.gather_kernel, SLOT=0, WIDTH=512, SPAN=256)
-        build("renew", means.renew_kernel, 8, RENEW=rules.RENEWALS["adafactor"], P_TYPE=t, G_TYPE=t, **size)
+        build("renew", means.renew_kernel, 8, RENEW=rules.RENEWALS["adafactor"], P_TYPE=t, G_TYPE=t, **NONE, **size)
         build("updates", means.updates_kernel, 8, G_TYPE=t, **size)
         build("residual", means.residual_kernel, 8, G_TYPE=t, **size)
         build("apply", means.apply_kernel, 8, RULE=rules.STEPS["came"], P_TYPE=t, G_TYPE=t, M=True, X=True,
-              INVERSE=True, M_WRITTEN=True, **size)
+              INVERSE=True, M_WRITTEN=True, MASTER=masters.SPLIT8.value, K_TYPE=tl.int8, **size)
     if which == "finite":
         build("finite", finite.finite_kernel, G_TYPE=tl.bfloat16, TILE=2048, ALIGN=16)
 """
@@ -83,9 +91,9 @@ for which in sys.argv[2:]:
 H100, A100, MI300 = ("cuda", 90, 32), ("cuda", 80, 32), ("hip", "gfx942", 64)
 CASES = [
     pytest.param(H100, ["steps", "means", "finite"], id="H100"),
-    pytest.param(H100, ["rules"], id="H100-rules", marks=pytest.mark.slow),
-    pytest.param(A100, ["steps", "rules", "means", "finite"], id="A100", marks=pytest.mark.slow),
-    pytest.param(MI300, ["steps", "rules", "means", "finite"], id="MI300", marks=pytest.mark.slow),
+    pytest.param(H100, ["rules", "masters"], id="H100-rules", marks=pytest.mark.slow),
+    pytest.param(A100, ["steps", "rules", "masters", "means", "finite"], id="A100", marks=pytest.mark.slow),
+    pytest.param(MI300, ["steps", "rules", "masters", "means", "finite"], id="MI300", marks=pytest.mark.slow),
 ]
 
 

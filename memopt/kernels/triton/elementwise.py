@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.codes import FULL, NIBBLES, load_moment, pointer, rounded, store_moment
+from memopt.kernels.triton.codes import FULL, NIBBLES, load_moment, pointer, store_moment
+from memopt.kernels.triton.masters import NONE, SPLIT8, STOCHASTIC, read_master, write_master
 from memopt.kernels.triton.noise import words
 from memopt.kernels.triton.rules import raw_update
 
@@ -37,6 +38,23 @@ def load_geometry(table_row):
         tl.load(table_row + f.NUMEL),
         tl.load(table_row + f.BLOCKS).to(tl.int32),
     )
+
+
+@triton.jit
+def load_parameter(p_at, kept_at, at, mask, MASTER: tl.constexpr, P_TYPE: tl.constexpr):
+    """fp32: the parameter, with what its master keeps."""
+    p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
+    if MASTER != NONE and MASTER != STOCHASTIC:
+        p = read_master(p, tl.load(kept_at + at, mask=mask, other=0), MASTER, P_TYPE)
+    return p
+
+
+@triton.jit
+def store_parameter(p_at, kept_at, at, mask, x, w, MASTER: tl.constexpr, P_TYPE: tl.constexpr):
+    p, kept = write_master(x, w, MASTER, P_TYPE)
+    tl.store(p_at + at, p, mask=mask)
+    if MASTER != NONE and MASTER != STOCHASTIC:
+        tl.store(kept_at + at, kept, mask=mask)
 
 
 @triton.jit
@@ -89,6 +107,8 @@ def step_kernel(
     ALIGN: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISE: tl.constexpr,
+    MASTER: tl.constexpr,
+    K_TYPE: tl.constexpr,
 ):
     program = tl.program_id(0)
     tensor = tl.load(map + program * 2).to(tl.int64)
@@ -100,6 +120,7 @@ def step_kernel(
     step = c[f.T].to(tl.int32)
     first_row = tl.load(row_of + f.FIRST_ROW).to(tl.int32)
     p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
+    kept_at = pointer(tl.load(row_of + f.BESIDE), K_TYPE, ALIGN)
     g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
     v_data = tl.load(row_of + f.DATA0)
     m_data = tl.load(row_of + f.DATA1)
@@ -114,7 +135,7 @@ def step_kernel(
         block = start + tl.arange(0, TILE)
         row, column, at, mask, half_at, half_live, live = place(geometry, block, WIDTH, KIND, ALIGN, WHOLE)
         g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
-        p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
+        p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
         v = g
         m = g
         x = g
@@ -125,9 +146,11 @@ def step_kernel(
         if X:
             x = load_moment(x_data, x_aux, at, half_at, block, live, half_live, mask, KIND, X_SIGNED, ALIGN)
         p, v, m, x = RULE(p, g, v, m, x, c, M, X, False, PRECISE)
-        tl.store(p_at + at, rounded(p, P_TYPE), mask=mask)
         w = block
         row += first_row
+        if MASTER == STOCHASTIC or MASTER == SPLIT8:
+            w = words(tl.load(row_of + f.BESIDE_KEY).to(tl.uint32), step, row, column, WIDTH)
+        store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
         if V:
             if KIND != FULL:
                 w = words(v_key, step, row, column, WIDTH)
@@ -164,6 +187,8 @@ def sums_kernel(
     ALIGN: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISE: tl.constexpr,
+    MASTER: tl.constexpr,
+    K_TYPE: tl.constexpr,
 ):
     """What Adafactor and CAME need to know of a tensor whose second moment is kept element by element."""
     program = tl.program_id(0)
@@ -173,6 +198,7 @@ def sums_kernel(
     c = load_scalars(scalars + tensor * f.SCALARS)
     geometry = load_geometry(row_of)
     p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
+    kept_at = pointer(tl.load(row_of + f.BESIDE), K_TYPE, ALIGN)
     g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
     v_data = tl.load(row_of + f.DATA0)
     v_aux = tl.load(row_of + f.AUX0)
@@ -182,7 +208,7 @@ def sums_kernel(
         block = start + tl.arange(0, TILE)
         _row, _column, at, mask, half_at, half_live, live = place(geometry, block, WIDTH, KIND, ALIGN, WHOLE)
         g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
-        p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
+        p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
         v = load_moment(v_data, v_aux, at, half_at, block, live, half_live, mask, KIND, False, ALIGN)
         u, _v = raw_update(g, v, c, False, PRECISE)
         squares += p * p

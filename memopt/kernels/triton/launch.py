@@ -81,7 +81,8 @@ class Launcher:
             programs = tables.programs(members, blocks, run * bucket.tile)
             constants = {
                 "P_TYPE": tables.TYPES[bucket.p_type], "G_TYPE": tables.TYPES[bucket.g_type],
-                "KIND": codes.KINDS[bucket.format], "WIDTH": bucket.width, "TILE": bucket.tile, "ALIGN": bucket.align,
+                **bucket.master_constants, "KIND": codes.KINDS[bucket.format],
+                "WIDTH": bucket.width, "TILE": bucket.tile, "ALIGN": bucket.align,
                 "WHOLE": bucket.whole, "PRECISE": bucket.format in ("32bit", "bf16"),
                 "num_warps": tables.WARPS, **OPTIONS,
             }  # fmt: skip
@@ -171,7 +172,7 @@ class Launcher:
         find_mean(0, False)
         self.launches.append(lambda workspace: means.renew_kernel[(len(map_),)](
             self.table, self.gradients.tensor, self.scalars, mean, workspace, sums, map_,
-            RENEW=RENEWALS[rule], P_TYPE=p_type, G_TYPE=g_type, **size))  # fmt: skip
+            RENEW=RENEWALS[rule], P_TYPE=p_type, G_TYPE=g_type, **bucket.master_constants, **size))  # fmt: skip
         gather_means(0)
         if clipped:
             self._launch(means.updates_kernel, len(map_), mean, sums, map_, G_TYPE=g_type, **size)
@@ -183,7 +184,7 @@ class Launcher:
             ))  # fmt: skip
             gather_means(2)
         self._launch(means.apply_kernel, len(map_), mean, map_, RULE=STEPS[rule], P_TYPE=p_type, G_TYPE=g_type,
-                     M=m, X=x, INVERSE=clipped, M_WRITTEN=x, **size)  # fmt: skip
+                     M=m, X=x, INVERSE=clipped, M_WRITTEN=x, **bucket.master_constants, **size)  # fmt: skip
 
     def _make_looks(self, made: Sequence[tables.Tensors]) -> list[Callable[[], None]]:
         """One launch for each dtype and alignment of gradients."""

@@ -10,8 +10,10 @@ import triton.language as tl
 
 from memopt.formats.factored import TINY
 from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.codes import pointer, rounded
-from memopt.kernels.triton.elementwise import load_scalars
+from memopt.kernels.triton.codes import pointer
+from memopt.kernels.triton.elementwise import load_parameter, load_scalars, store_parameter
+from memopt.kernels.triton.masters import SPLIT8, STOCHASTIC
+from memopt.kernels.triton.noise import words
 
 #: Rows of one band.
 HEIGHT = tl.constexpr(256)
@@ -69,6 +71,16 @@ def offsets(row_of, matrix, r, live, column, inside, ALIGN: tl.constexpr):
     cols = tl.load(row_of + f.COLS)
     start = tl.multiple_of((matrix * tl.load(row_of + f.HEIGHT) + r) * cols, ALIGN)
     return start[:, None] + column[None, :], live[:, None] & inside[None, :]
+
+
+@triton.jit
+def line_words(row_of, c, matrix, r, column, WIDTH: tl.constexpr):
+    """The dither of a master, whose rows are those of ``memopt/geometry.py``: several lines of the matrices each."""
+    lines = tl.load(row_of + f.LINES)
+    line = matrix * tl.load(row_of + f.HEIGHT) + r
+    row = line // lines + tl.load(row_of + f.FIRST_ROW)
+    first = (line % lines) * tl.load(row_of + f.COLS) + column
+    return words(tl.load(row_of + f.BESIDE_KEY).to(tl.uint32), c[f.T].to(tl.int32), row, first, WIDTH)
 
 
 @triton.jit
@@ -143,6 +155,8 @@ def renew_kernel(
     RENEW: tl.constexpr,
     P_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    K_TYPE: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -153,6 +167,7 @@ def renew_kernel(
     matrix, top, bottom, first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
+    kept_at = pointer(tl.load(row_of + f.BESIDE), K_TYPE, ALIGN)
     g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
     columns = tl.zeros((TILE, WIDTH), tl.float32)
     squares = tl.zeros((TILE, WIDTH), tl.float32)
@@ -161,7 +176,7 @@ def renew_kernel(
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
         g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
-        p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
+        p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
         v = tl.where(mask, RENEW(p, g, rows_of(rows, mean, r, live)[:, None] * col[None, :], c), 0.0)
         keep_rows(row_of, partial, matrix, along, r, live, tl.sum(v, 1))
         columns += v
@@ -232,14 +247,15 @@ def residual_kernel(
 @triton.jit
 def apply_kernel(
     table, gradients, scalars, means, map,
-    RULE: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, M: tl.constexpr, X: tl.constexpr,
+    RULE: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, MASTER: tl.constexpr, K_TYPE: tl.constexpr,
+    M: tl.constexpr, X: tl.constexpr,
     INVERSE: tl.constexpr, M_WRITTEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):  # fmt: skip
     """The parameter, and the first moment unless the pass before wrote it. INVERSE: the rule takes inverse roots."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
-    matrix, top, bottom, _first, _along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    matrix, top, bottom, _first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     x_rows, x_col, x_mean = rows, col, mean
     if X:
@@ -248,6 +264,7 @@ def apply_kernel(
     if INVERSE:
         col = inverse_root(col)
     p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
+    kept_at = pointer(tl.load(row_of + f.BESIDE), K_TYPE, ALIGN)
     g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
     m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
     bottom = tl.where(c[f.RUN] != 0, bottom, top)
@@ -256,7 +273,7 @@ def apply_kernel(
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
         g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
-        p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
+        p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
         m = g
         x = g
         if M:
@@ -267,6 +284,9 @@ def apply_kernel(
         if X:
             x = inverse_root(rows_of(x_rows, x_mean, r, live))[:, None] * x_col[None, :]
         p, _same, m, _written = RULE(p, g, row[:, None] * col[None, :], m, x, c, M, X, True, True)
-        tl.store(p_at + at, rounded(p, P_TYPE), mask=mask)
+        w = r
+        if MASTER == STOCHASTIC or MASTER == SPLIT8:
+            w = line_words(row_of, c, matrix, r, along * WIDTH, WIDTH)
+        store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
         if M and not M_WRITTEN:
             tl.store(m_at + at, m, mask=mask)

@@ -118,7 +118,7 @@ def prepare_kernel(
         scale = -lr / (1.0 - power(beta1, t))
         put(to, f.PLAIN, factor < 0)
         put(to, f.RATE, tl.where(factor < 0, scale, scale * factor * tl.sqrt(1.0 - power(beta2, t))))
-    elif RULE == SGD or RULE == RMSPROP:  # noqa: SIM109
+    elif RULE == SGD or RULE == RMSPROP:
         momentum = tl.load(h + f.MOMENTUM)
         put(to, f.MU, momentum)
         put(to, f.KEPT, tl.where(t == 1.0, 0.0, momentum))

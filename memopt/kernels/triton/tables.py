@@ -14,10 +14,13 @@ from memopt.engines.native import moment_formats
 from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi, describe
 from memopt.kernels.triton import fields as f
-from memopt.kernels.triton import missing
+from memopt.kernels.triton import masters, missing
 from memopt.kernels.triton.codes import KINDS
 from memopt.kernels.triton.means import HEIGHT
 from memopt.kernels.triton.scalars import NUMBER
+from memopt.ledger import dtype_name
+from memopt.masters import master_of
+from memopt.masters.base import ORDER
 from memopt.rules import RULES, Moment
 
 if TYPE_CHECKING:
@@ -50,6 +53,12 @@ class Bucket(NamedTuple):
     align: int
     whole: bool
     width: int
+    master: str
+
+    @property
+    def master_constants(self) -> dict[str, Any]:
+        kept = TYPES[self.p_type] if self.master == "kahan" else masters.TYPES[self.master]
+        return {"MASTER": masters.KINDS[self.master], "K_TYPE": kept}
 
     @property
     def tile(self) -> int:
@@ -70,7 +79,7 @@ def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, world_size:
     held = {fmt.name for _, fmt, _ in moments}
     if spec.rule not in NUMBER or held - {*KINDS, "factored"} or any(m.name not in abi.SLOT for m, _, _ in moments):
         return f"there is no kernel for {spec.rule} in {spec.format}"
-    if p.dtype is not torch.float32 and spec.master != "none":
+    if spec.master not in masters.KINDS:
         return f"there is no Triton kernel for +{spec.master}"
     if world_size > 1 and (not RULES[spec.rule].element_wise or "factored" in held):
         return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
@@ -125,7 +134,14 @@ class Tensors:
             row[f.AUX0.value + slot] = parts[1].data_ptr() if len(parts) > 1 else 0
             row[f.KEY0.value + slot] = noise.key(seed, work.index, order)
             addresses.append(parts[0].data_ptr())
-        width, cols, count = geometry(fmt, rows, p)
+        master = master_of(spec, dtype_name(p))
+        row[f.BESIDE_KEY.value] = noise.key(seed, work.index, ORDER)
+        if master.key in work.state:
+            row[f.BESIDE.value] = work.state[master.key].data_ptr()
+            addresses.append(row[f.BESIDE.value])
+        # Without blocks and random bits it does not matter where rows begin.
+        flat = len(rows.shape) < 2 or (fmt == "32bit" and master.name not in masters.DITHERED)
+        width, cols, count = geometry(fmt, rows, p, flat)
         per_row = max(-(-cols // width), 1)
         numel = p.numel()
         row[f.P.value], row[f.NUMEL.value], row[f.COLS.value] = p.data_ptr(), numel, cols
@@ -133,27 +149,27 @@ class Tensors:
         row[f.MAGIC.value], row[f.SHIFT.value] = division(per_row)
         row[f.FIRST_ROW.value] = rows.first
         row[f.GROUP.value], row[f.STEP.value] = group, counter
-        flat = fmt == "32bit" or len(rows.shape) < 2
         row[f.BLOCKS.value] = -(-numel // width) if flat else count * per_row
         #: Elements by which rows begin, in units of which a vector of the smallest code is still aligned.
         step = VECTOR * 2 if fmt == "4bit" else VECTOR
         aligned = all(a % VECTOR == 0 for a in addresses) and (numel if flat else cols) % step == 0
         if fmt == "factored":
             row[f.HEIGHT.value] = rows.local_shape[-2]
+            row[f.LINES.value] = max(rows.cols // max(cols, 1), 1)
         self.row = row
         self.blocks = row[f.BLOCKS.value]
         whole = (numel if flat else cols) % width == 0
         self.bucket = Bucket(p.dtype, work.g.dtype, fmt, (slots[0], slots[1], slots[2]), x_signed,
-                             VECTOR if aligned else 1, whole and fmt != "factored", width)  # fmt: skip
+                             VECTOR if aligned else 1, whole and fmt != "factored", width, master.name)  # fmt: skip
 
 
-def geometry(fmt: str, rows: Rows, p: Tensor) -> tuple[int, int, int]:
+def geometry(fmt: str, rows: Rows, p: Tensor, flat: bool) -> tuple[int, int, int]:
     """Columns of a block, of a row, and how many rows."""
     if fmt == "factored":
         cols = rows.local_shape[-1]
         return WIDE[0] if cols > NARROW[0] else NARROW[0], cols, p.numel() // max(cols, 1)
     width = 128 if fmt == "4bit" else FLAT_ROW
-    if fmt == "32bit" or len(rows.shape) < 2:
+    if flat:
         return width, FLAT_ROW, -(-p.numel() // FLAT_ROW)
     return width, rows.cols, rows.count
 
