@@ -39,12 +39,6 @@ def _path(value: Any, what: str) -> str:
     return os.path.abspath(os.fsdecode(os.fspath(value)))
 
 
-def _flag(value: Any, what: str) -> bool:
-    if not isinstance(value, bool):
-        raise SpecError(f"{what}={value!r} is not allowed; it is True or False")
-    return value
-
-
 #: The smallest workspace or limit that can be asked for.
 MIN_SIZE = 2**20
 #: Host or device memory that state is streamed through, unless it is said.
@@ -64,7 +58,6 @@ OPTIONS: dict[str, Option] = {
     "directory": Option(("disk",), None, _path, "where the files are; they survive the process"),
     "workspace": Option(("host", "cpu", "disk"), WORKSPACE, _positive_size, "bytes that state is streamed through"),
     "resident": Option(("paged",), None, _positive_size, "bytes of state that stay in memory after a step"),
-    "offload_gradients": Option(("cpu",), False, _flag, "gradients leave the card as they become ready"),
 }
 
 
