@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from importlib import metadata, util
 from typing import NamedTuple
 
+from memopt.cli import places
+
 SUMMARY = "what this machine offers, and what is missing"
 
 MIN_PYTHON = (3, 10)
@@ -66,10 +68,17 @@ def findings() -> Iterator[Finding]:
         yield package(name)
     yield cuda()
     yield memory()
+    yield place("pinned memory", places.pinned_memory())
+    yield place("unified memory", places.unified_memory())
     yield temporary_files()
+    yield place("disk speed", places.disk_speed())
     yield compiler()
     yield kernels()
     yield gpu_kernels()
+
+
+def place(what: str, found: tuple[bool, str]) -> Finding:
+    return Finding(what, OK if found[0] else NOTE, found[1])
 
 
 def python() -> Finding:
