@@ -5,9 +5,9 @@
 
 Each placement trains in a process of its own, under a memory cgroup where this user may make one (its kernel kills what
 goes over), and a watcher kills it when its resident memory (psutil) goes over the cap. Parameters are bfloat16 and
-step inside backward(), each when its gradient is there. After every step the same process reads and writes as many
-bytes as the state has, straight from and to the same disk with as many threads and as large requests, and does nothing
-else: that is the time that the disk allows.
+step inside backward(), each when its gradient is there. After every step, while the child waits, this process reads and
+writes 1 GiB straight from and to the same disk with as many threads and does nothing else: scaled to the state, that is
+the time that the disk allows.
 
 The second table steps the same fp32 parameters by DeepSpeedCPUAdam and by ``adamw-8bit@cpu`` in turns, in one process.
 """
@@ -112,8 +112,8 @@ def train(spec: str, layers: int, steps: int, options: dict[str, Any]) -> None:
         nbytes = opt.ledger().by("lifetime")["persistent"]
         line = {"step": step, "loss": loss.item(), "step_s": took, "state_bytes": nbytes,
                 "resident_bytes": psutil.Process().memory_info().rss}  # fmt: skip
-        line["disk_s"] = raw_disk(REQUEST * 32) * nbytes / (REQUEST * 32)
         print(json.dumps(line), flush=True)
+        sys.stdin.readline()  # until the disk has been measured
     placed = [row for row in opt.explain().splitlines() if row.startswith("placement")]
     print(json.dumps({"explain": placed}), flush=True)
 
@@ -156,7 +156,7 @@ def capped(arguments: list[str], cap: int) -> dict[str, Any]:
     group = Cgroup(cap)
     command = [sys.executable, __file__, *arguments]
     environment = {**os.environ, "MALLOC_ARENA_MAX": "2", "MALLOC_TRIM_THRESHOLD_": "1048576"}
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     group.add(child.pid)
     process, peak, killed = psutil.Process(child.pid), 0, False
 
@@ -175,7 +175,14 @@ def capped(arguments: list[str], cap: int) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     assert child.stdout is not None
-    lines = [json.loads(line) for line in child.stdout]
+    assert child.stdin is not None
+    lines = []
+    for text in child.stdout:
+        lines.append(json.loads(text))
+        if "step" in lines[-1]:
+            lines[-1]["disk_s"] = raw_disk(GIB) * lines[-1]["state_bytes"] / GIB
+            child.stdin.write("\n")
+            child.stdin.flush()
     code = child.wait()
     watcher.join()
     found = {"lines": lines, "exit_code": code, "killed_by_watcher": killed, "peak_resident_bytes": peak,
@@ -281,9 +288,9 @@ def main() -> None:
         results["capped"] = []
         with tempfile.TemporaryDirectory(prefix="memopt-offload-") as directory:
             for name, spec, options in (
-                ("adamw@disk with a directory", "adamw@disk", {"directory": directory, "workspace": "64MiB"}),
-                ("adamw@disk", "adamw@disk", {"workspace": "64MiB"}),
-                ("adamw@paged", "adamw@paged", {"resident": "64MiB"}),
+                ("adamw@disk with a directory", "adamw@disk", {"directory": directory, "workspace": "32MiB"}),
+                ("adamw@disk", "adamw@disk", {"workspace": "32MiB"}),
+                ("adamw@paged", "adamw@paged", {"resident": "32MiB"}),
             ):
                 job = {"what": "train", "spec": spec, "layers": layers, "steps": steps, "options": options}
                 results["capped"].append(summary(name, capped(["--child", json.dumps(job)], cap), cap))
