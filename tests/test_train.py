@@ -259,11 +259,29 @@ def test_finetune_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     assert example(script, "--until", "6", *checkpoint).splitlines() == ["going on at step 3", whole]
 
 
-def test_ddp_zero1_shares_the_state() -> None:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    printed = example(*launcher, "examples/ddp_zero1.py", "--steps", "3")
-    assert "rank 0 of 2" in printed
-    assert "rank 1 of 2" in printed
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--optim", "adamw-8bit/zero1"],
+        pytest.param(["--optim", "adamw-8bit/zero3"], marks=pytest.mark.slow),
+        pytest.param(["--with", "accelerate"], marks=pytest.mark.slow),
+        pytest.param(["--with", "deepspeed", "--optim", "adamw-8bit/zero2", "--offload"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_one_script_runs_anywhere(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("accelerate", "deepspeed"):
+        if package in arguments:
+            pytest.importorskip(package)
+    monkeypatch.setitem(ENVIRONMENT, "DS_ACCELERATOR", "cpu")
+    alone = example("examples/anywhere.py", "--steps", "3")
+    printed = example(*LAUNCHER, "examples/anywhere.py", "--steps", "3", *arguments)
+    loss = [float(line.split("loss ")[1].split(",")[0]) for line in (alone + printed).splitlines() if "loss" in line]
+    assert len(loss) == 3
+    assert loss[1] == loss[2] == pytest.approx(loss[0], rel=1e-3)
 
 
 def test_model_has_the_size_it_says() -> None:
