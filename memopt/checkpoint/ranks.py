@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from memopt.partitions.world import answered
+
 
 class Ranks:
     """This process among those of ``group`` (all of torch.distributed's by default, or just this one without it).
@@ -31,10 +33,11 @@ class Ranks:
 
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([text.numel()]), group=self._group)
-        longest = max(int(size) for size in sizes)
-        texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
-        dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - text.numel())), group=self._group)
+        with answered("saving or loading"):
+            dist.all_gather(sizes, torch.tensor([text.numel()]), group=self._group)
+            longest = max(int(size) for size in sizes)
+            texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+            dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - text.numel())), group=self._group)
         return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
 
     def agree(self, error: BaseException | None) -> None:

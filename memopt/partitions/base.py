@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.geometry import Rows, Shape
+from memopt.partitions.world import answered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -97,8 +98,9 @@ def sum_over(x: Tensor, groups: Groups) -> Tensor:
     import torch.distributed as dist
 
     x = x.clone()
-    for group in groups:
-        dist.all_reduce(x, group=group)
+    with answered("a step"):
+        for group in groups:
+            dist.all_reduce(x, group=group)
     return x
 
 

@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+@contextmanager
+def answered(what: str) -> Iterator[None]:
+    """Around collectives: a rank that ended or does not answer within the group's timeout becomes one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise RuntimeError(
+            f"another rank has ended or does not answer, in the middle of {what}; what is here is unfinished: end all "
+            f"ranks and load the last checkpoint ({reason})"
+        ) from error
 
 
 def membership(partition: str, group: Any) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from memopt.geometry import Rows, Shape, row_count
 from memopt.partitions.base import Groups, Partition, owned, sum_over
-from memopt.partitions.world import membership
+from memopt.partitions.world import answered, membership
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -111,11 +111,13 @@ class _Bucket:
         # Renamed in torch 2.13.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         self._sent = send  # alive until it has been sent
-        self._work = gather(self._received, send, group=partition.group, async_op=True)
+        with answered("a step"):
+            self._work = gather(self._received, send, group=partition.group, async_op=True)
 
     def arrive(self) -> None:
         """Wait, and put every rank's rows where they belong."""
-        self._work.wait()
+        with answered("a step"):
+            self._work.wait()
         for r, rank in enumerate(self._shards):
             if r == self._rank:
                 continue
