@@ -89,7 +89,7 @@ def _deepspeed(
     from estimators import deepspeed
 
     def sizes(given: str | None) -> dict[str, float]:
-        return {n: _itemsize(weight_dtype(model, n, given), n) for n, _ in model.shapes}
+        return {n: _itemsize(weight_dtype(model, n, given)) for n, _ in model.shapes}
 
     itemsize = sizes(weights)
     trained = [size for n, size in itemsize.items() if n not in model.frozen]
@@ -130,26 +130,33 @@ def _whole_at_work(model: Model, spec: "OptimSpec", weights: str | None, gradien
 
 def _by_dtype(model: Model, given: str | None, *, all_: bool) -> list[tuple[str, int]]:
     """Bytes by dtype: of all parameters, or of those that train."""
-    totals: dict[str, int] = {}
+    count: dict[tuple[str, Shape], int] = {}
     for name, shape in model.shapes:
         if all_ or name not in model.frozen:
-            kind, n = _nbytes(model, name, shape, given)
-            totals[kind] = totals.get(kind, 0) + n
+            key = (weight_dtype(model, name, given), shape)
+            count[key] = count.get(key, 0) + 1
+    totals: dict[str, int] = {}
+    for (kind, shape), times in count.items():
+        totals[kind] = totals.get(kind, 0) + times * _sized(kind, shape)
     return list(totals.items())
 
 
 def _nbytes(model: Model, name: str, shape: Shape, given: str | None) -> tuple[str, int]:
     """dtype and bytes of one parameter, or of its gradient."""
     kind = weight_dtype(model, name, given)
-    return kind, -int(-prod(shape) * _itemsize(kind, name) // 1)
+    return kind, _sized(kind, shape)
 
 
-def _itemsize(kind: str, name: str) -> float:
+def _sized(kind: str, shape: Shape) -> int:
+    return -int(-prod(shape) * _itemsize(kind) // 1)
+
+
+def _itemsize(kind: str) -> float:
     """Bytes of one element, the scales of 4-bit weights included."""
     from memopt.ledger import ITEMSIZE
 
     if kind in NF4:
         return NF4[kind]
     if kind not in ITEMSIZE:
-        raise InputError(f"{name} has the dtype {kind}; known are {', '.join(ITEMSIZE)}")
+        raise InputError(f"a parameter has the dtype {kind}; known are {', '.join(ITEMSIZE)}")
     return ITEMSIZE[kind]

@@ -85,6 +85,11 @@ def _from_text(text: str) -> Model:
     name = plain_name(text)
     if name in KNOWN:
         return _known(name)
+    if "/" in text:
+        from estimators.hub import from_hub, is_id
+
+        if is_id(text):
+            return from_hub(text, _unknown(text, name))
     raise InputError(_unknown(text, name))
 
 

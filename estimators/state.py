@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from estimators.lora import NF4
-from estimators.model import Model
+from estimators.model import Model, Shape
 from estimators.rows import GPU, HOST, PAGEABLE
 
 if TYPE_CHECKING:
@@ -58,17 +58,16 @@ def state_nbytes(
     """
     from memopt.ledger import TensorSpec
 
-    trainable = [
-        (name, TensorSpec(weight_dtype(model, name, weights), shape))
-        for name, shape in model.shapes
-        if name not in model.frozen
-    ]
     count: dict[str, int] = {}
-    first: dict[TensorSpec, str] = {}
-    for name, tensor in trainable:
-        one = name if spec.overrides else first.setdefault(tensor, name)
-        count[one] = count.get(one, 0) + 1
-    chosen = [(name, tensor) for name, tensor in trainable if name in count]
+    first: dict[tuple[str, Shape], str] = {}
+    chosen: list[tuple[str, TensorSpec]] = []
+    for name, shape in model.shapes:
+        if name not in model.frozen:
+            dtype = weight_dtype(model, name, weights)
+            one = name if spec.overrides else first.setdefault((dtype, shape), name)
+            count[one] = count.get(one, 0) + 1
+            if one == name:
+                chosen.append((name, TensorSpec(dtype, shape)))
     ranks = candidate_ranks(world_size) if spec.partition != "none" else [0]
     return max((_priced(chosen, count, spec, world_size, rank) for rank in ranks), key=lambda t: sum(t.values()))
 

@@ -49,3 +49,58 @@ def test_bitsandbytes_8bit():
     nbytes, model = live(lambda p: bnb.optim.AdamW8bit(p, lr=1e-3), torch.float32)
     steps = 4 * len(list(model.parameters()))  # Python numbers there
     assert memopt.price(model, "adamw-8bit", engine="bitsandbytes").nbytes - steps == nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "kind"), [("AdamW8bit", "8bit"), ("AdamW4bit", "4bit"), ("AdamWFp8", "fp8")])
+def test_torchao(name, kind, dtype, monkeypatch):
+    """Codes, scales and maps of torchao's tensor subclasses, one by one."""
+    theirs = pytest.importorskip("torchao.optim")
+    from estimators.foreign import torchao_nbytes
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.Linear(512, 300), torch.nn.Linear(300, 7)).to(dtype)
+    optimizer = getattr(theirs, name)(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # its step, eagerly: the same state
+    optimizer.step()
+    nbytes = 0
+    for state in optimizer.state.values():
+        for value in state.values():
+            parts = value.__tensor_flatten__()[0] if hasattr(value, "__tensor_flatten__") else []
+            nbytes += sum(getattr(value, part).nbytes for part in parts) if parts else value.nbytes
+    assert torchao_nbytes([tuple(p.shape) for p in model.parameters()], kind, dtype.itemsize) == nbytes
+
+
+CONFIG = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_size": 99}
+
+
+class TestHub:
+    """Ids of the Hub, without the network."""
+
+    def test_an_id_is_its_configuration(self, monkeypatch):
+        from estimators import resolve
+
+        transformers = pytest.importorskip("transformers", minversion="5.0")
+        asked = []
+        monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict",
+                            lambda name: (asked.append(name), (CONFIG, {}))[1])  # fmt: skip
+        assert resolve("nobody/something").shapes == resolve(CONFIG).shapes
+        assert resolve("openai-community/gpt2").name == "gpt2"  # built in: nobody is asked
+        assert asked == ["nobody/something"]
+
+    def test_a_failure_is_one_sentence(self, monkeypatch):
+        from estimators import InputError, resolve
+
+        transformers = pytest.importorskip("transformers", minversion="5.0")
+
+        def nowhere(name):
+            raise OSError("We couldn't connect\nto the Hub")
+
+        monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", nowhere)
+        with pytest.raises(InputError, match="did not help: OSError: We couldn't connect to the Hub"):
+            resolve("nobody/lama-3-8b")
+        monkeypatch.setitem(__import__("sys").modules, "transformers", None)
+        with pytest.raises(InputError, match="pip install transformers"):
+            resolve("nobody/lama-3-8b")
