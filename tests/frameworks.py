@@ -107,8 +107,8 @@ def under_accelerate(kind: str, spec: str, path: str) -> dict[str, Any]:
     return {"losses": losses, "resumed": steps(SAVED_AT), "explain": optimizer.explain()}
 
 
-def under_deepspeed(path: str) -> dict[str, Any]:
-    """Every stage, with offload, saved and loaded; and specs that cannot be."""
+def under_deepspeed(path: str, cases: list[tuple[str, int, bool]]) -> dict[str, Any]:
+    """Each (spec, stage, offload), saved and loaded; and a spec that cannot be."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=os.environ["RANK"], LOCAL_SIZE=os.environ["WORLD_SIZE"])
     import deepspeed
 
@@ -134,7 +134,7 @@ def under_deepspeed(path: str) -> dict[str, Any]:
         return losses
 
     found: dict[str, Any] = {}
-    for spec, stage, offload in (("adamw", 1, False), ("adamw-8bit", 2, True), ("adamw-8bit", 3, False)):
+    for spec, stage, offload in cases:
         losses = steps(started(spec, stage, offload), 0)
         again = started(spec, stage, offload)
         again.load_checkpoint(path, tag="at0")

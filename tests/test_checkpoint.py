@@ -308,9 +308,7 @@ def test_a_state_dict_of_another_spec_names_what_converts_it():
     model, opt = build("adamw-8bit", {})
     train(model, opt, 0, 1)
     _, other = build("adamw", {})
-    with pytest.raises(
-        ValueError, match=r"saved by 'adamw-8bit', this is 'adamw': .* opt.convert_\('adamw'\), or"
-    ):
+    with pytest.raises(ValueError, match=r"saved by 'adamw-8bit', this is 'adamw': .* opt.convert_\('adamw'\), or"):
         other.load_state_dict(opt.state_dict())
     with pytest.raises(ValueError, match=r"is of an optimizer of memopt's: .* opt.convert_"):
         memopt.load(opt.state_dict(), optimizer=other)
