@@ -165,10 +165,27 @@ def test_saving_in_the_background_keeps_what_was_there_when_it_began(tmp_path):
         assert_same_bits(value, expected[name])
 
 
+@pytest.mark.parametrize("victim", ["model.safetensors", "state-00000-of-00001.safetensors"])
+def test_a_file_that_the_disk_does_not_take_in_the_end_is_named(tmp_path, monkeypatch, victim):
+    """Errors of a disk often come with the fsync, when the next file is being written already."""
+    model, opt = build("adamw", {})
+    opt.init_state()
+    memopt.save(tmp_path, model=model, optimizer=opt)
+
+    def broken(handle):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith(victim):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match=rf"{victim} could not be written \(Input/output error\)"):
+        memopt.save(tmp_path, model=model, optimizer=opt)
+    assert os.listdir(tmp_path) == ["00000001-step0"]
+
+
 def test_what_went_wrong_in_the_background_is_raised_at_the_next_save(tmp_path, monkeypatch):
     _, opt = build("adamw", {})
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:

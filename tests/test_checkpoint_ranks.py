@@ -63,7 +63,7 @@ def fail_on_rank_1(directory):
     whole = module.write_file
     if dist.get_rank() == 1:
 
-        def full(*_):
+        def full(*_, **__):
             raise OSError(28, "No space left on device")
 
         module.write_file = full

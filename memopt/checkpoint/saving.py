@@ -16,7 +16,7 @@ from memopt.checkpoint import contents, folder, manifest, plain
 from memopt.checkpoint import rng as random_state
 from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.tensorfile import FileInfo, spec_of
-from memopt.checkpoint.writing import file_order, write_file
+from memopt.checkpoint.writing import Syncing, file_order, write_file
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -72,15 +72,19 @@ class _Job:
             raise
 
     def _write(self) -> dict[str, FileInfo]:
-        infos = {}
-        for name, tensors in self.files.items():
-            path = self.temporary / name
-            try:
-                specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
-                infos[name] = write_file(path, specs, ((key, tensors[key]) for key in file_order(specs)))
-            except OSError as error:
-                raise OSError(error.errno, f"{path} could not be written ({error.strerror}); earlier checkpoints are "
-                                           "as they were") from error  # fmt: skip
+        """The disk takes one file while the next is written."""
+        infos, path = {}, self.temporary
+        try:
+            with Syncing() as syncing:
+                for name, tensors in self.files.items():
+                    path = self.temporary / name
+                    specs = {key: spec_of(tensor) for key, tensor in tensors.items()}
+                    in_order = ((key, tensors[key]) for key in file_order(specs))
+                    infos[name] = write_file(path, specs, in_order, syncing=syncing)
+                syncing.wait()
+        except OSError as error:
+            raise OSError(error.errno, f"{error.filename or path} could not be written ({error.strerror}); earlier "
+                                       "checkpoints are as they were") from error  # fmt: skip
         return infos
 
     def _commit(self, everyone: list[dict[str, list[Any]]]) -> None:

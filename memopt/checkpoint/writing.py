@@ -6,7 +6,7 @@ import json
 import os
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -44,11 +44,13 @@ def write_file(
     specs: dict[str, TensorSpec],
     tensors: Iterable[tuple[str, Tensor]],
     progress: Progress = lambda nbytes: None,
+    *,
+    syncing: Syncing | None = None,
 ) -> FileInfo:
-    """Write tensors and make them durable. Every name of ``specs`` must come once, in any order; in that of
-    :func:`file_order` the file need not be read again for its checksums."""
+    """Write tensors and make them durable, or leave that to ``syncing``. Every name of ``specs`` must come once, in any
+    order; in that of :func:`file_order` the file need not be read again for its checksums."""
     text, offsets, nbytes = _header(specs)
-    with open(path, "wb", buffering=0) as file, _Pipeline(file) as pipeline:
+    with Syncing() as own, open(path, "wb", buffering=0) as file, _Pipeline(path, file, syncing or own) as pipeline:
         pipeline.write(memoryview(text), 0)
         for name, tensor in tensors:
             assert spec_of(tensor) == specs[name], f"{name}: {spec_of(tensor)} where {specs[name]} was announced"
@@ -59,6 +61,7 @@ def write_file(
                 progress(len(piece))
         assert not offsets, f"{path}: {next(iter(offsets))} was announced and did not come"
         sums = pipeline.finish()
+        own.wait()
     return FileInfo(nbytes, list(checksums(path)) if sums is None else sums)
 
 
@@ -90,12 +93,48 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
         yield bytes_view(flat[start : start + BUFFER_NBYTES].cpu())
 
 
+class Syncing:
+    """Files that the disk still has to take: while it does, the next file is written."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._waiting: list[tuple[Path, Future[None]]] = []
+
+    def __enter__(self) -> Syncing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def begin(self, path: Path, handle: int, sync: Callable[[int], None] = os.fdatasync) -> Future[None]:
+        """Tell the disk to take what has been written so far; :meth:`wait` says whether it did. The file may be closed
+        meanwhile."""
+        self._waiting.append((path, self._pool.submit(_sync, os.dup(handle), sync)))
+        return self._waiting[-1][1]
+
+    def wait(self) -> None:
+        """Until all files are durable. Raises OSError with the file that is not."""
+        for path, done in self._waiting:
+            try:
+                done.result()
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+        self._waiting = []
+
+
+def _sync(handle: int, sync: Callable[[int], None]) -> None:
+    try:
+        sync(handle)
+    finally:
+        os.close(handle)
+
+
 class _Pipeline:
     """Bytes go to the file here, while one thread takes checksums and another tells the disk to begin."""
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._adding, self._syncing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+    def __init__(self, path: Path, file: Any, syncing: Syncing) -> None:
+        self._path, self._file = path, file
+        self._adding, self._syncing = ThreadPoolExecutor(1), syncing
         self._sums: list[str] = []
         self._crc = self._filled = 0
         self._pending: deque[Future[None]] = deque()
@@ -108,7 +147,6 @@ class _Pipeline:
 
     def __exit__(self, *_: object) -> None:
         self._adding.shutdown()
-        self._syncing.shutdown()
 
     def write(self, piece: memoryview, offset: int) -> None:
         if offset != self._file.tell():
@@ -121,9 +159,7 @@ class _Pipeline:
             rest = rest[self._file.write(rest) :]
         self._end += len(piece)
         if self._end - self._synced >= SYNC_NBYTES and (self._sync is None or self._sync.done()):
-            if self._sync is not None:
-                self._sync.result()
-            self._sync, self._synced = self._syncing.submit(os.fdatasync, self._file.fileno()), self._end
+            self._sync, self._synced = self._syncing.begin(self._path, self._file.fileno()), self._end
         while len(self._pending) > PENDING:
             self._pending.popleft().result()
 
@@ -137,10 +173,8 @@ class _Pipeline:
                 self._crc = self._filled = 0
 
     def finish(self) -> list[str] | None:
-        """Wait for the disk. The checksums, or None where the file was not written in order."""
-        os.fsync(self._file.fileno())
-        if self._sync is not None:
-            self._sync.result()
+        """The checksums, or None where the file was not written in order."""
+        self._syncing.begin(self._path, self._file.fileno(), os.fsync)
         for pending in self._pending:
             pending.result()
         if self._filled:
