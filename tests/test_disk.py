@@ -391,3 +391,27 @@ def test_a_named_directory_is_not_copied(tmp_path):
     opt = memopt.create(odd_model(), "adamw@disk", directory=tmp_path)
     with pytest.raises(TypeError, match="an optimizer with a directory cannot be pickled or copied"):
         copy.deepcopy(opt)
+
+
+@pytest.mark.parametrize(
+    ("spec", "options"), [("adamw@disk", {"workspace": "8MiB"}), ("adamw@paged", {"resident": "16MiB"})]
+)
+def test_memory_does_not_grow_with_the_state(spec, options):
+    """A small version of benchmarks/offload.py: 128 MiB of state through a few."""
+    import psutil
+
+    params = [nn.Parameter(torch.randn(1024, 2048).bfloat16()) for _ in range(8)]
+    for p in params:
+        p.grad = torch.randn(p.shape).bfloat16()
+    opt = memopt.create(params, spec, nonfinite="propagate", **options)
+    process = psutil.Process()
+    opt.step()
+    before = process.memory_info().rss
+    for _ in range(3):
+        opt.step()
+    assert opt.ledger().by("lifetime")["persistent"] > 128 * 2**20
+    assert process.memory_info().rss - before < 8 * 2**20
+    total = sum(float(s["exp_avg"].abs().sum()) for s in opt.state.values())  # reads all of it, as a checkpoint does
+    assert total > 0
+    opt.step()
+    assert process.memory_info().rss - before < 24 * 2**20

@@ -12,6 +12,8 @@ from memopt.rules import RULES
 STEPS = 6
 ZERO1 = [s for s in SPECS if s.endswith("/zero1") and "@" not in s] + [
     "adamw-8bit@paged/zero1",
+    "adamw-8bit@disk/zero1",
+    "adafactor-8bit@disk/zero1",
     "lookahead(adamw)-8bit/zero1",
 ]
 ZERO1 += [s for s in MASTERED if s.endswith("/zero1")]
