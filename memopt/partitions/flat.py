@@ -82,7 +82,6 @@ def check_replaced(optimizer: Optimizer) -> None:
 
 
 def needs_shapes(spec: OptimSpec) -> str | None:
-    """Why this spec cannot step vectors made of many parameters, or None."""
     """Why a spec cannot step flat vectors in place of the parameters; None where it can."""
     if spec.partition != "none":
         return f"shards by itself: DeepSpeed's stage takes the place of /{spec.partition}"
