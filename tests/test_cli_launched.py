@@ -279,3 +279,33 @@ def test_hostile_options_are_one_sentence(run, write):
                     {"model": "gpt2", "seq": {}}, {"model": "gpt2", "deepspeed": "perhaps"}):  # fmt: skip
         code, out, err = run("estimate", "--from", write({"memopt": {"estimate": options}}))
         assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_no_file_is_a_traceback():
+    """2,000 configurations with values of every kind in places of every kind."""
+    import random
+
+    from memopt.cli.launched import accelerate, deepspeed
+
+    chance = random.Random(0)
+    values = [None, True, False, 0, 1, 2, 3, -1, 5e8, float("nan"), float("inf"), 10**40, "auto", "cpu", "none", "bf16",
+              "FSDP", "DEEPSPEED", "MULTI_GPU", "FULL_SHARD", "", "x" * 99, [], [1], {}, {"type": "AdamW"},
+              {"device": "cpu"}, {"device": []}, {"enabled": True}, {"enabled": 7}, {"stage": 2}, {"stage": "2"},
+              {"deepspeed_config_file": "/nowhere"}, {"zero_stage": [3]}]  # fmt: skip
+    theirs = ("optimizer", "zero_optimization", "bf16", "fp16", "train_batch_size", "train_micro_batch_size_per_gpu",
+              "gradient_accumulation_steps", "memopt")  # fmt: skip
+    inner = ("stage", "offload_optimizer", "offload_param", "overlap_comm", "reduce_bucket_size")
+    asked = ("distributed_type", "num_processes", "mixed_precision", "fsdp_config", "deepspeed_config")
+    fsdp = ("fsdp_offload_params", "fsdp_sharding_strategy", "fsdp_reshard_after_forward")
+    read_, refused = 0, 0
+    for i in range(2000):
+        config = {key: chance.choice(values) for key in chance.sample((theirs, asked)[i % 2], chance.randint(0, 3))}
+        part = {key: chance.choice(values) for key in chance.sample((inner, fsdp)[i % 2], chance.randint(0, 2))}
+        if i % 3:
+            config[("zero_optimization", "fsdp_config")[i % 2]] = part
+        try:
+            (deepspeed, accelerate)[i % 2](config, "file")
+            read_ += 1
+        except (InputError, FileNotFoundError):
+            refused += 1
+    assert min(read_, refused) > 50

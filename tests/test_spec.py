@@ -154,3 +154,23 @@ def test_the_first_matching_override_wins_and_an_idle_one_is_an_error():
 def test_torch_is_not_imported(call):
     code = f"import sys; {call}; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_every_axis_names_its_values_as_they_name_themselves():
+    from memopt.engines import ENGINES
+    from memopt.formats import FORMATS, HELD
+    from memopt.masters import MASTERS
+    from memopt.partitions import PARTITIONS
+    from memopt.placements import PLACEMENTS
+    from memopt.rules import RULES
+
+    for axis in (RULES, FORMATS, HELD, MASTERS, PLACEMENTS, PARTITIONS, ENGINES):
+        assert {name: value.name for name, value in axis.items()} == {name: name for name in axis}
+        assert len(axis) == len(list(axis))
+        assert "nothing" not in axis
+    assert all(HELD[name] is FORMATS[name] for name in FORMATS)
+
+
+def test_a_value_is_imported_when_it_is_asked_for():
+    code = "import sys; from memopt import parse; parse('adamw'); print('memopt.rules.lamb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -22,7 +22,8 @@ _MOST = 1_000_000
 _RULES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd": "sgd"}
 _PLACES = {"none": "", "cpu": "@cpu", "nvme": "@disk"}
 #: FSDP's older words for whether gathered weights are given up after the forward pass.
-_STRATEGIES = {"FULL_SHARD": "zero3", "SHARD_GRAD_OP": "zero2", "NO_SHARD": "", "TRUE": "zero3", "FALSE": "zero2"}
+_STRATEGIES = {"FULL_SHARD": "zero3", "SHARD_GRAD_OP": "zero2", "NO_SHARD": "", "TRUE": "zero3", "FALSE": "zero2",
+               "1": "zero3", "2": "zero2", "3": ""}  # fmt: skip
 
 
 def read_into(args: Namespace, path: str) -> None:
@@ -126,7 +127,7 @@ def deepspeed(config: dict[str, Any], path: str) -> dict[str, Any]:
         return dict(own["estimate"])
     zero = _section(config, "zero_optimization", path)
     stage = zero.get("stage", 0)
-    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+    if isinstance(stage, bool) or not isinstance(stage, int) or stage not in (0, 1, 2, 3):
         raise InputError(f"{shown(path)}: ZeRO stage {shown(stage)} is not allowed; it is 0, 1, 2 or 3")
     _refuse(config, zero, path)
     kind = _section(config, "optimizer", path).get("type", "AdamW")
@@ -206,7 +207,6 @@ def _fsdp(config: Mapping[str, Any], path: str) -> dict[str, Any]:
         raise InputError(f"{shown(path)}: fsdp_offload_params is set, and weights on the host are not known to the "
                          "calculator")  # fmt: skip
     how = config.get("fsdp_sharding_strategy", config.get("fsdp_reshard_after_forward", True))
-    how = {1: "FULL_SHARD", 2: "SHARD_GRAD_OP", 3: "NO_SHARD"}.get(how, how) if not isinstance(how, bool) else how
     partition = _choice(how, _STRATEGIES, "fsdp_reshard_after_forward", path)
     options: dict[str, Any] = {"optim": [f"adamw/{partition}" if partition else "adamw"]}
     if _on(config, "fsdp_activation_checkpointing", path):
