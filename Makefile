@@ -42,6 +42,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/offload.py
 	$(BIN)/python benchmarks/watch_cost.py
 	$(BIN)/python benchmarks/masters.py
 	$(BIN)/python benchmarks/masters_step.py

@@ -219,13 +219,9 @@ class Files(Streamed):
         return [*self._host, *self._device]
 
     def explain(self, device: torch.device) -> str:
-        by = (
-            "direct reads and writes (O_DIRECT)"
-            if self.arena.direct
-            else (
-                "reads and writes through the page cache, which is told not to keep them: the file system has no O_DIRECT"
-            )
-        )
+        by = "direct reads and writes (O_DIRECT)"
+        if not self.arena.direct:
+            by = "reads and writes through the page cache, told not to keep them: the file system has no O_DIRECT"
         size = f"{self.buffers.number} buffers of {self.buffers.nbytes:,} bytes"
         if self.directory is None:
             return (f"state is in a file without a name in {self.arena.directory}, which ends with this process "
