@@ -31,7 +31,7 @@ def torchao_nbytes(shapes: Iterable[tuple[int, ...]], kind: str, itemsize: int =
     """Bytes of torchao's AdamW over parameters of these shapes and this itemsize.
 
     >>> torchao_nbytes([(4096, 4096), (4096,)], "8bit")
-    33693704
+    34091144
     """
     if kind not in TORCHAO:
         raise InputError(f"kind={shown(kind)} is not allowed; it is one of {', '.join(TORCHAO)}")
