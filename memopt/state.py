@@ -13,7 +13,7 @@ from memopt.masters import MASTERS
 from memopt.partitions.as_dtensors import has_dtensors, unwrapped
 
 if TYPE_CHECKING:
-    from memopt.optimizer import Optimizer
+    from memopt.keeper import Keeper
 
 #: Keys that torch.optim keeps in a group and that say how it computes, not what.
 TORCH_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
@@ -30,7 +30,7 @@ class LoadPlan(NamedTuple):
         return self.groups[self.group_ids.index(id(group))]
 
 
-def plan_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> LoadPlan:
+def plan_load(optimizer: Keeper, state_dict: Mapping[str, Any]) -> LoadPlan:
     """Match a saved dictionary with the optimizer's parameters. Raises ValueError with what does not fit."""
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
@@ -59,7 +59,7 @@ def plan_load(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> LoadPlan:
     return LoadPlan(states, without, groups, [id(g) for g in optimizer.param_groups], metadata)
 
 
-def _origin(optimizer: Optimizer, metadata: Mapping[str, Any]) -> str:
+def _origin(optimizer: Keeper, metadata: Mapping[str, Any]) -> str:
     """What an error says of a state that is of another spec, and what would convert it."""
     old, new = metadata.get("spec"), str(optimizer.spec)
     if old is None:
@@ -70,7 +70,7 @@ def _origin(optimizer: Optimizer, metadata: Mapping[str, Any]) -> str:
             f"opt.convert_({new!r}), or memopt.save and memopt.load, which convert)")  # fmt: skip
 
 
-def _check_world(optimizer: Optimizer, metadata: Mapping[str, Any]) -> None:
+def _check_world(optimizer: Keeper, metadata: Mapping[str, Any]) -> None:
     saved = metadata.get("rank", 0), metadata.get("world_size", 1)
     if saved != (optimizer.partition.rank, optimizer.partition.world_size):
         raise ValueError(f"this state is rank {metadata.get('rank')} of {metadata.get('world_size')}, and it is loaded "
@@ -78,7 +78,7 @@ def _check_world(optimizer: Optimizer, metadata: Mapping[str, Any]) -> None:
                          "a sharded state loads on the rank and world size that saved it")  # fmt: skip
 
 
-def _plan_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _plan_groups(optimizer: Keeper, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ours = optimizer.param_groups
     counts = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
     if counts[0] != counts[1]:
@@ -96,7 +96,7 @@ def _plan_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> list[dict
 
 
 def _check_state(
-    optimizer: Optimizer, name: str, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], origin: str
+    optimizer: Keeper, name: str, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], origin: str
 ) -> None:
     lines = {line.key: line for line in optimizer._lines(name, p, group)}
     # A master of zeros stands for the weights as they are: state without one needs nothing made up.

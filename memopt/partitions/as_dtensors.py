@@ -14,13 +14,13 @@ from memopt.partitions.dtensor import is_dtensor, like
 from memopt.pricing import state_lines
 
 if TYPE_CHECKING:
-    from memopt.optimizer import Optimizer
+    from memopt.keeper import Keeper
 
 #: What calls ``state_dict()`` on every rank and keeps one rank's answer, or merges them as replicas.
 _HELPERS = ("torch.distributed.checkpoint.state_dict", "accelerate.checkpointing")
 
 
-def wrapped(optimizer: Optimizer, packed: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+def wrapped(optimizer: Keeper, packed: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
     """The state of ``packed`` (by the parameter's number), each part of a DTensor's state as a DTensor of the part's
     global shape: cut as the parameter is, or whole on every rank. Codes and scales as they are; no copies."""
     found: dict[Any, dict[str, Any]] = {}
@@ -35,7 +35,7 @@ def wrapped(optimizer: Optimizer, packed: Mapping[Any, Mapping[str, Any]]) -> di
     return found
 
 
-def _shapes(optimizer: Optimizer, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Shape, bool]]:
+def _shapes(optimizer: Keeper, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Shape, bool]]:
     """key -> global shape of the part, and whether every rank has all of it."""
     here = optimizer._rows(p)
     shape = tuple(p.shape)
@@ -62,7 +62,7 @@ def has_dtensors(state_dict: Mapping[str, Any]) -> bool:
     return any(is_dtensor(x) for parts in state_dict["state"].values() for x in (parts or {}).values())
 
 
-def refuse_helpers(optimizer: Optimizer) -> None:
+def refuse_helpers(optimizer: Keeper) -> None:
     """Raise RuntimeError where torch.distributed.checkpoint or accelerate's save_state asks for rows that no DTensor
     describes: they would take them for replicas, and save one rank's."""
     if optimizer.spec.partition != "zero1" or optimizer.partition.world_size == 1:

@@ -15,7 +15,7 @@ from memopt.rules import RULES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.optimizer import Optimizer
+    from memopt.keeper import Keeper
     from memopt.spec import OptimSpec
 
 
@@ -55,7 +55,7 @@ class Flat(Partition):
         return bad or ["a parameter on another rank"] * bool(found.item())
 
 
-def check_replaced(optimizer: Optimizer) -> None:
+def check_replaced(optimizer: Keeper) -> None:
     """Notice that another tool has put other tensors in the place of the parameters the optimizer was made with.
 
     DTensors of the same shapes (FSDP2, through accelerate) and anything of the same shape go on. Vectors in place of
@@ -94,7 +94,7 @@ def needs_shapes(spec: OptimSpec) -> str | None:
     return f"needs the parameters' shapes: a moment is held as {whole.pop()}" if whole else None
 
 
-def _warn_of_orphans(optimizer: Optimizer, ids: set[int]) -> None:
+def _warn_of_orphans(optimizer: Keeper, ids: set[int]) -> None:
     orphans = sum(1 for p, state in optimizer.state.items() if state and id(p) not in ids)
     if orphans:
         warnings.warn(

@@ -1,0 +1,223 @@
+"""What an optimizer keeps: parameters and groups, their state and where it is, saving and loading."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.engines import Engine
+from memopt.geometry import Rows
+from memopt.groups import check_group
+from memopt.ledger import Ledger, Line, dtype_name
+from memopt.partitions import Partition
+from memopt.partitions.flat import check_replaced
+from memopt.partitions.slab import check_slab
+from memopt.placements.homes import Homes
+from memopt.pricing import state_lines
+from memopt.rules import Rule
+from memopt.spec import OptimSpec
+from memopt.state import LoadPlan, plan_load
+
+
+class Keeper(torch.optim.Optimizer):
+    """State as ``spec`` says, made, priced, saved and loaded; :class:`memopt.Optimizer` adds the step."""
+
+    spec: OptimSpec
+    rule: Rule
+    engine: Engine
+    partition: Partition
+    homes: Homes
+    process_group: Any
+    nonfinite: str
+    seed: int
+    capturable: bool
+    skipped_steps: int
+
+    @abstractmethod
+    def settle(self) -> None:
+        """Take note of what became of the last step, where kernels run beside the host."""
+
+    @abstractmethod
+    def _configure(self, process_group: Any = None) -> None:
+        """Find what the spec names."""
+
+    # Parameters and groups -------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's; a hyperparameter that the rule does not have, or a value that is not allowed,
+        and a parameter that is already there raise an error and leave the optimizer as it was."""
+        group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
+        super().add_param_group(group)
+        self._made_for = [tuple(p.shape) for g in self.param_groups for p in g["params"]]
+        self._seen_ids = [id(p) for g in self.param_groups for p in g["params"]]
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+        """``(name, parameter, group)`` in order; without names, the parameter's number."""
+        index = 0
+        for group in self.param_groups:
+            names = group.get("param_names")
+            if names is None or len(names) != len(group["params"]):  # DeepSpeed's vectors have no names
+                names = [str(index + i) for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                yield name, p, group
+            index += len(group["params"])
+
+    def _rows(self, p: Tensor) -> Rows:
+        return self.partition.held(p)
+
+    # State -----------------------------------------------------------------------------------------------------
+
+    def init_state(self) -> None:
+        """Allocate the state of every parameter that requires a gradient; zeros, as before the first step."""
+        self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
+        self._allocate_missing([entry for entry in self._parameters() if entry[1].requires_grad])
+        self._take_place()
+
+    def _allocate_missing(self, parameters: Iterable[tuple[str, Tensor, dict[str, Any]]]) -> None:
+        """State for those that have none; all of it or, where there is no room, none."""
+        fresh: list[Tensor] = []
+        try:
+            for name, p, group in parameters:
+                if not self.state[p]:
+                    fresh.append(p)
+                    self._allocate(name, p, group)
+        except BaseException:
+            for p in fresh:
+                self.state.pop(p, None)
+            raise
+
+    def _take_place(self) -> None:
+        """State was made or replaced other than by a step: allocate what stepping it needs, and make it survive."""
+        if not self.homes.elsewhere:
+            return
+        held = {name: (self.homes.held(name, group, self._rows(p), dtype_name(p)), p.device)
+                for name, p, group in self._parameters() if self.state.get(p)}  # fmt: skip
+        self.homes.prepare(held)
+        self._commit()
+
+    def _commit(self) -> None:
+        if self.homes.elsewhere:
+            self.homes.commit({name: self.state[p] for name, p, _ in self._parameters() if self.state.get(p)})
+
+    def close(self) -> None:
+        """Give back what other optimizers may want: the directory of ``@disk``, threads. State can still be read."""
+        self.homes.close()
+
+    def _lines(self, name: str, p: Tensor, group: Mapping[str, Any]) -> list[Line]:
+        where = str(p.device)
+        return state_lines(self.spec, group, name, self._rows(p), where, dtype_name(p), self.capturable)
+
+    def _allocate(self, name: str, p: Tensor, group: Mapping[str, Any], *, fresh: bool = False) -> dict[str, Tensor]:
+        """State from the ledger's lines: what an earlier process left unless ``fresh``, else zeros."""
+        check_slab(self.spec, group, name, self._rows(p), p)
+        step, *lines = self._lines(name, p, group)
+        home = self.homes.of(name)
+        tensors, count = (None if fresh else home.survivor(name, lines)) or (home.allocate(name, lines, p.device), 0.0)
+        self.state[p] = {step.key: torch.full((), count, dtype=torch.float32, device=step.location), **tensors}
+        return self.state[p]
+
+    def _to_overwrite(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """State that may be written over, none of its values being wanted any more."""
+        there = self.state[p] if self.homes.of(name).rewritable else None
+        return there or self._allocate(name, p, group, fresh=True)
+
+    def ledger(self) -> Ledger:
+        """What the state costs now, read from the live tensors; parameters that have not stepped have none."""
+        lines = []
+        for name, p, _ in self._parameters():
+            placement = self.homes.of(name).placement
+            for key, tensor in self.state.get(p, {}).items():
+                moment, _, part = key.partition(".")
+                where = str(tensor.device) if key == "step" else placement.location(str(p.device))
+                nbytes = tensor.numel() * tensor.element_size()
+                lines.append(Line(name, moment, part, dtype_name(tensor), tuple(tensor.shape), nbytes, where))
+        return Ledger([*lines, *self.engine.shared_lines(self.spec, lines), *self.homes.workspace()])
+
+    # Saving and loading ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's dictionary (plain tensors, this rank's rows; of sharded parameters DTensors, as
+        torch.distributed.checkpoint takes them), and under ``"memopt"`` what is needed to tell whether it fits: spec,
+        rank, world size and the seed of the stochastic rounding."""
+        from memopt.partitions import as_dtensors
+
+        as_dtensors.refuse_helpers(self)
+        self.settle()
+        packed = super().state_dict()
+        return {
+            **packed,
+            "state": as_dtensors.wrapped(self, packed["state"]),
+            "memopt": {
+                "spec": str(self.spec),
+                "rank": self.partition.rank,
+                "world_size": self.partition.world_size,
+                "seed": self.seed,
+                "skipped_steps": self.skipped_steps,
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or a torch.optim dictionary whose state has the same keys.
+
+        Everything is checked before anything is changed. dtypes stay as saved and state goes where the placement
+        says (torch.optim's own method casts it to the parameter's dtype and device). Raises ValueError with the
+        parameter and the key that do not fit.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        check_replaced(self)
+        plan: LoadPlan = plan_load(self, state_dict)
+        for (name, p, group), saved in plan.states:
+            target = self._to_overwrite(name, p, {**group, **plan.hyper_of(group)})
+            for key, tensor in target.items():
+                tensor.copy_(torch.as_tensor(saved[key])) if key in saved else tensor.zero_()
+        for p in plan.without_state:
+            self.state.pop(p, None)
+        for group, loaded in zip(self.param_groups, plan.groups, strict=True):
+            group.update(loaded)
+        self.seed = plan.metadata.get("seed", self.seed)
+        self.skipped_steps = plan.metadata.get("skipped_steps", self.skipped_steps)
+        self._take_place()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
+        if not self.homes.copyable:
+            raise TypeError("an optimizer with a directory cannot be pickled or copied, two would write there; "
+                            "use state_dict()")  # fmt: skip
+        self.settle()
+        ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "capturable")}
+        ours["_skipped"] = self.skipped_steps
+        # pickle cannot carry torch's 8-bit floats: their bytes travel instead.
+        state = {
+            p: {k: t.view(torch.uint8) if t.is_floating_point() and t.itemsize == 1 else t for k, t in parts.items()}
+            for p, parts in self.state.items()
+        }
+        return {**super().__getstate__(), "state": state, "memopt": ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        for name, value in state.pop("memopt", {}).items():
+            setattr(self, name, value)
+        super().__setstate__(state)
+        self._configure()
+        self._made_for = [tuple(p.shape) for g in self.param_groups for p in g["params"]]
+        self._seen_ids = [id(p) for g in self.param_groups for p in g["params"]]
+        # A copy of a tensor is ordinary memory: put it back where the placement says.
+        copied = dict(self.state)
+        self.state = defaultdict(dict)
+        for name, p, group in self._parameters():
+            if copied.get(p):
+                target = self._allocate(name, p, group, fresh=True)
+                for key, value in copied[p].items():
+                    target[key].copy_(value.view(target[key].dtype))
+        self._take_place()
