@@ -268,3 +268,19 @@ def test_a_class_that_is_known_stands_for_nothing_but_its_values():
     assert [type(x).__mro__[1] for x in found] == [inert.Inert, inert.Inert]
     assert found[0].fqn == "a"
     assert Path(sys.modules[MetadataIndex.__module__].__file__).name == "metadata.py"
+
+
+def test_a_value_of_an_enumeration_as_python_3_11_writes_it():
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+
+    class Value(Evil):
+        def __init__(self, *arguments):
+            self.call = getattr, arguments
+
+    modules = ("torch.distributed.checkpoint.metadata",)
+    found = inert.tree(pickle.dumps(Value(MetadataIndex, "NAME")), modules, "x")
+    assert isinstance(found, inert.Inert)
+    assert found.arguments == ("NAME",)
+    for arguments in (("text", "upper"), (MetadataIndex, "NAME", None)):
+        with pytest.raises(ValueError, match=r"it names builtins\.getattr"):
+            inert.tree(pickle.dumps(Value(*arguments)), modules, "x")

@@ -80,12 +80,21 @@ class _Tree(pickle.Unpickler):
             return getattr(torch, name)
         if (module, name) == ("torch", "Size"):
             return _size
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         if module in self._modules:
             return self._classes.setdefault(f"{module}.{name}", type(name, (Inert,), {}))
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it refers to something outside")
+
+
+def _member(owner: Any, name: Any = None, *more: Any) -> Inert:
+    """A value of an enumeration, which Python 3.11 writes as ``getattr(class, name)``; nothing else is looked up."""
+    if not (isinstance(owner, type) and issubclass(owner, Inert) and isinstance(name, str)) or more:
+        raise pickle.UnpicklingError("it names builtins.getattr")
+    return owner(name)
 
 
 def _size(numbers: Any = ()) -> tuple[Any, ...]:
