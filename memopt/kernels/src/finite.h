@@ -5,22 +5,23 @@
 
 namespace {
 
-// Magnitudes are in order as integers, and Inf and NaN are the largest. Several accumulators hide the latency.
+// Magnitudes are in order as integers, and Inf and NaN are the largest. Four places are read at once: the hardware
+// fetches ahead for each of them.
 template <class Int, Int MASK, Int INF>
 bool finite_integers(const Int* x, int64_t n) {
     typedef Int vector __attribute__((vector_size(4 * W)));
-    constexpr int N = sizeof(vector) / sizeof(Int), UNROLL = 4;
-    vector bad[UNROLL] = {};
-    int64_t i = 0;
-    for (; i + N * UNROLL <= n; i += N * UNROLL)
-        for (int k = 0; k < UNROLL; k++) {
-            const vector magnitude = load<vector>(x + i + N * k) & MASK;
+    constexpr int N = sizeof(vector) / sizeof(Int), PLACES = 4, UNROLL = 2;
+    vector bad[PLACES * UNROLL] = {};
+    const int64_t part = n / (PLACES * UNROLL * N) * UNROLL * N;
+    for (int64_t i = 0; i < part; i += UNROLL * N)
+        for (int k = 0; k < PLACES * UNROLL; k++) {
+            const vector magnitude = load<vector>(x + k / UNROLL * part + k % UNROLL * N + i) & MASK;
             bad[k] = bad[k] > magnitude ? bad[k] : magnitude;
         }
-    for (int k = 0; k < UNROLL; k++)
+    for (int k = 0; k < PLACES * UNROLL; k++)
         for (int lane = 0; lane < N; lane++)
             if (bad[k][lane] >= INF) return false;
-    for (; i < n; i++)
+    for (int64_t i = PLACES * part; i < n; i++)
         if ((x[i] & MASK) >= INF) return false;
     return true;
 }
