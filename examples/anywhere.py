@@ -10,6 +10,7 @@ On a machine without a GPU DeepSpeed needs DS_ACCELERATOR=cpu. All print the sam
 of 8-bit codes.
 """
 
+import gc
 import os
 from argparse import ArgumentParser
 from pydoc_data.topics import topics
@@ -80,4 +81,8 @@ if world_size > 1:
     dist.all_reduce(mean)
 print(f"rank {rank} of {world_size}: loss {mean.item() / world_size:.4f}, {optimizer.ledger().nbytes:,} bytes of state")
 if world_size > 1:
+    # Whoever holds the process group lets go of it first: gloo's threads abort a process that ends with them.
+    del net, model, backward, step, optimizer, loss
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()

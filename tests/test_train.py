@@ -263,13 +263,14 @@ def test_finetune_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
+@pytest.mark.slow  # launches of several processes
 @pytest.mark.parametrize(
     "arguments",
     [
         ["--optim", "adamw-8bit/zero1"],
-        pytest.param(["--optim", "adamw-8bit/zero3"], marks=pytest.mark.slow),
-        pytest.param(["--with", "accelerate"], marks=pytest.mark.slow),
-        pytest.param(["--with", "deepspeed", "--optim", "adamw-8bit/zero2", "--offload"], marks=pytest.mark.slow),
+        ["--optim", "adamw-8bit/zero3"],
+        ["--with", "accelerate"],
+        ["--with", "deepspeed", "--optim", "adamw-8bit/zero2", "--offload"],
     ],
     ids=" ".join,
 )
