@@ -62,6 +62,22 @@ class Master(ABC):
         return {self.key: TensorSpec(kept, rows.local_shape)} if kept else {}
 
 
+class Bare(Master):
+    """Nothing stands beside the parameter: x is p."""
+
+    def kept(self, dtype: str) -> str:
+        return ""
+
+    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
+        return p.float()
+
+    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
+        raise NotImplementedError("nothing is kept")
+
+    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
+        pass
+
+
 def master_of(spec: OptimSpec, dtype: str) -> Master:
     """The master that a parameter of this dtype has under ``spec``: none where it is wide enough itself."""
     from memopt.masters import MASTERS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from memopt.masters.base import Master
+from memopt.masters.base import Bare
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @final
-class Rounded(Master):
+class Rounded(Bare):
     """p <- round(x): no bytes beside the parameter. What torch.optim does with 16-bit parameters.
 
     A bf16 number has 8 bits: an update under 2^-9 of the weight changes nothing. AdamW moves a weight by about the
@@ -22,18 +22,6 @@ class Rounded(Master):
 
     name = "none"
     summary = "the parameter itself is updated, rounded to nearest"
-
-    def kept(self, dtype: str) -> str:
-        return ""
-
-    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
-        return p.float()
-
-    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
-        raise NotImplementedError("nothing is kept")
-
-    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
-        pass
 
     def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
         p.copy_(x)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from memopt.masters.base import Master, words
+from memopt.masters.base import Bare, words
 from memopt.masters.pattern import from_pattern, shift_of, to_pattern
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @final
-class Stochastic(Master):
+class Stochastic(Bare):
     """No bytes beside the parameter::
 
         p <- the neighbour of x below, or above with probability (x - below) / (above - below)
@@ -31,18 +31,6 @@ class Stochastic(Master):
     name = "stochastic"
     summary = "stochastic rounding of the weights, no bytes"
     dithered = True
-
-    def kept(self, dtype: str) -> str:
-        return ""
-
-    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
-        return p.float()
-
-    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
-        raise NotImplementedError("nothing is kept")
-
-    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
-        pass
 
     def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
         shift = shift_of(p.dtype)
