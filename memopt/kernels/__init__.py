@@ -115,8 +115,6 @@ def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: 
     groups: list[abi.Group] = []
     group_of: dict[int, int] = {}
     tensors = (abi.TensorStep * len(works))()
-    kept: list[Tensor] = []  # copies stay alive until the kernels are done
-    back: list[tuple[Tensor, Tensor]] = []
     count = 0
     for work in works:
         moments = moment_formats(spec, work.h, work.name, work.rows)
@@ -126,14 +124,10 @@ def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: 
         if id(work.h) not in group_of:
             group_of[id(work.h)] = len(groups)
             groups.append(describe.describe_group(spec, work.h))
-        p, g = work.p.contiguous(), work.g.contiguous()
-        master = master_of(spec, dtype_name(p))
-        if describe.describe(tensors[count], work, p, g, moments, group_of[id(work.h)], master):
+        master = master_of(spec, dtype_name(work.p))
+        if describe.describe(tensors[count], work, moments, group_of[id(work.h)], master):
             left.append(work)
             continue
-        kept += [p, g]
-        if p is not work.p:
-            back.append((work.p, p))
         count += 1
     if count:
         packed = (abi.Group * len(groups))(*groups)
@@ -142,8 +136,6 @@ def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: 
         )
         if code:
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
-    for original, stepped in back:
-        original.copy_(stepped)
     return left
 
 
@@ -159,7 +151,7 @@ def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> tuple[list[str], list
     mine: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
     for name, g in gradients:
-        readable = g.is_cpu and g.dtype in describe.DTYPES and g.is_contiguous()
+        readable = g.is_cpu and g.dtype in describe.DTYPES and describe.dense(g)
         (mine if readable else others).append((name, g))
     if not mine:
         return [], others

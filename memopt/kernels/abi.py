@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ctypes import Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
+from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
-VERSION = 2
+VERSION = 3
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
 SLOTS = 3
@@ -40,6 +40,7 @@ class TensorStep(Structure):
         ("data", c_void_p * SLOTS),
         ("aux", c_void_p * SLOTS),
         ("kept", c_void_p),
+        ("layout", POINTER(c_int64)),
         ("counter", c_void_p),
         ("step", c_int64),
         ("rows", c_int64),
@@ -53,6 +54,7 @@ class TensorStep(Structure):
         ("format", c_uint8),
         ("p_dtype", c_uint8),
         ("g_dtype", c_uint8),
+        ("dims", c_uint8),
         ("master", c_uint8),
     ]
 
@@ -62,4 +64,4 @@ class Span(Structure):
 
 
 STRUCTS = (Group, TensorStep, Span)
-__all__ = ["STRUCTS", "Group", "Span", "TensorStep"]
+__all__ = ["STRUCTS", "Group", "Span", "TensorStep", "c_int64"]

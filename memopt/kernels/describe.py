@@ -76,6 +76,10 @@ def refuse(
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
     if spec.rule not in abi.RULES or any(f.name not in abi.FORMATS or m.name not in abi.SLOT for m, f, _ in moments):
         return f"there is no kernel for {spec.rule} in {spec.format}"
+    if p.dim() > 255:
+        return f"the kernels take at most 255 dimensions, and it has {p.dim()}"
+    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+        return "several of its elements lie in one place, which torch refuses to write"
     names = {f.name for _, f, _ in moments}
     if master_of(spec, dtype_name(p)).dithered and (rows.flat != FLAT_ROW or ("factored" in names and p.dim() > 2)):
         return f"the random bits of +{spec.master} begin within a row of the kernels' view"
@@ -88,16 +92,17 @@ def refuse(
 def describe(
     target: abi.TensorStep,
     work: Work,
-    p: Tensor,  # contiguous
-    g: Tensor,  # contiguous
     moments: list[tuple[Moment, Format, str]],
     group: int,
     master: Master,
 ) -> str | None:
     """Fill ``target``; returns why the state cannot be used as it lies, or None."""
-    rows = work.rows
+    rows, p, g = work.rows, work.p, work.g
     names = {f.name for _, f, _ in moments}
     fmt = "factored" if "factored" in names else next(iter(names), "32bit")
+    if not (p.is_contiguous() and g.is_contiguous()):
+        numbers = [*p.shape, *p.stride(), *g.stride()]
+        target.layout, target.dims = (abi.c_int64 * len(numbers))(*numbers), p.dim()
     target.p, target.g = p.data_ptr(), g.data_ptr()
     target.step, target.index, target.group = work.step, work.index & 0xFFFFFFFF, group
     target.format, target.p_dtype, target.g_dtype = abi.FORMATS[fmt], DTYPES[p.dtype], DTYPES[g.dtype]
@@ -134,4 +139,17 @@ def describe(
     return None
 
 
-__all__ = ["DTYPES", "describe", "describe_group", "flags", "refuse"]
+def dense(x: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in whatever order: then it can be read from end to end."""
+    if x.is_contiguous():
+        return True
+    filled = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
+
+
+__all__ = ["DTYPES", "dense", "describe", "describe_group", "flags", "refuse"]

@@ -34,6 +34,7 @@ class Entry(NamedTuple):
     grad_dtype: torch.dtype
     address: int
     addresses: list[int]  # of the state
+    strides: tuple[int, ...] | None  # of the gradient and the parameter where it or the parameter is not contiguous
 
 
 class Plan:
@@ -73,16 +74,16 @@ class Plan:
                 return False
             self.hyper[i] = describe.describe_group(self.spec, group)
         all_state = optimizer.state
-        for i, (_, p, state, shape, dtype, address, addresses) in enumerate(self.entries):
+        for i, (_, p, state, shape, dtype, address, addresses, strides) in enumerate(self.entries):
             g = p.grad
             if (
                 type(g) is not Tensor
                 or g.layout is not torch.strided
                 or g.dtype is not dtype
-                or not g.is_contiguous()
+                or (not g.is_contiguous() if strides is None else g.stride() + p.stride() != strides)
                 or p.data_ptr() != address
                 or p.shape != shape
-                or not p.is_contiguous()
+                or (strides is None and not p.is_contiguous())
                 or all_state.get(p) is not state
                 or [t.data_ptr() for t in state.values()] != addresses
             ):
@@ -128,16 +129,17 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
         g, counter = p.grad, work.state["step"]
         placed = optimizer.homes.in_place(name, p.device)
         # Views of a part of the parameter (a rank's rows) would have to be cut again at every step.
-        if g is None or not placed or work.p is not p or not (p.is_contiguous() and g.is_contiguous()):
+        if g is None or not placed or work.p is not p or not describe.dense(g):
             return None
         moments = moment_formats(spec, work.h, name, work.rows)
         if describe.refuse(spec, moments, work.rows, p, g, partition.world_size):
             return None
-        if describe.describe(target, work, p, g, moments, numbers[id(work.h)], master_of(spec, dtype_name(p))):
+        if describe.describe(target, work, moments, numbers[id(work.h)], master_of(spec, dtype_name(p))):
             return None
         if counter.dtype is not torch.float32 or not counter.is_cpu:
             return None
         target.counter = counter.data_ptr()
         addresses = [t.data_ptr() for t in work.state.values()]
-        entries.append(Entry(name, p, work.state, p.shape, g.dtype, p.data_ptr(), addresses))
+        strides = None if p.is_contiguous() and g.is_contiguous() else g.stride() + p.stride()
+        entries.append(Entry(name, p, work.state, p.shape, g.dtype, p.data_ptr(), addresses, strides))
     return Plan(optimizer, entries, tensors)

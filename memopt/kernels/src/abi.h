@@ -5,7 +5,7 @@
 namespace memopt {
 
 // Changed whenever a struct, an enum or the meaning of a field changes; Python refuses a library with another number.
-constexpr int32_t ABI_VERSION = 2;
+constexpr int32_t ABI_VERSION = 3;
 
 enum Dtype : uint8_t { F32, BF16, F16 };
 enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME };
@@ -52,6 +52,9 @@ struct Tensor {
     void* data[SLOTS];    // the moment, its codes, or its row means; null where the rule has none
     void* aux[SLOTS];     // scales, or column means
     void* kept;           // what the master keeps, or null
+    // Of a parameter or gradient that is not contiguous: its sizes, then the parameter's strides, then the gradient's, all
+    // of them `dims` elements long; null where both are contiguous.
+    const int64_t* layout;
     float* counter;       // number of steps taken so far, incremented here; null: `step` is this step's number
     int64_t step;
     int64_t rows, cols, numel;
@@ -61,6 +64,7 @@ struct Tensor {
     uint32_t group;
     uint8_t order[SLOTS]; // the moment's place in the rule's own order, for the random bits
     uint8_t format, p_dtype, g_dtype;
+    uint8_t dims;
     uint8_t master;       // of masters with random bits rows and cols are those of the parameter in every format
 };
 

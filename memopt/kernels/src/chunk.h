@@ -2,6 +2,7 @@
 #pragma once
 #include "masters.h"
 #include "rules.h"
+#include "strided.h"
 
 namespace {
 
@@ -25,10 +26,19 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     Scratch v_scratch, m_scratch, x_scratch;
     alignas(64) float p_buffer[CHUNK];
     alignas(64) float g_buffer[CHUNK];
+    alignas(64) float p_together[CHUNK];
+    alignas(64) float g_together[CHUNK];
+    void* p_lies = element(t.p, at.offset, t.p_dtype);
+    const void* g_lies = element(const_cast<void*>(t.g), at.offset, t.g_dtype);
+    if (__builtin_expect(t.layout != nullptr, 0)) {
+        if (Rule::P) gather(t.p, t, strides_of_p(t), t.p_dtype, at.offset, at.n, p_lies = p_together);
+        if (Rule::G) gather(t.g, t, strides_of_g(t), t.g_dtype, at.offset, at.n, g_together);
+        g_lies = g_together;
+    }
     float* p = p_buffer;
-    if (Rule::P) p = const_cast<float*>(load_weights(t, at, p_buffer));
+    if (Rule::P) p = const_cast<float*>(load_weights(t, p_lies, at, p_buffer));
     const float* g = p;
-    if (Rule::G) g = load_numbers(t.g, at.offset, at.n, t.g_dtype, g_buffer);
+    if (Rule::G) g = load_numbers(g_lies, at.n, t.g_dtype, g_buffer);
     if (Rule::G && __builtin_expect(s.gradient_sign != 0, 0)) g = negated(g, at.n, g_buffer);
     V v(t, 0, at, v_scratch, sums);
     M m(t, 1, at, m_scratch, sums);
@@ -78,7 +88,9 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     if (Rule::W_V) v.close();
     if (Rule::W_M) m.close();
     if (Rule::W_X) x.close();
-    if (Rule::W_P) store_weights(t, at, p);
+    if (Rule::W_P) store_weights(t, p_lies, at, p);
+    if (Rule::W_P && __builtin_expect(t.layout != nullptr, 0))
+        scatter(p_lies, t, strides_of_p(t), t.p_dtype, at.offset, at.n, t.p);
     if (Rule::SUMS) sums.total += sum_lanes(total);
 }
 

@@ -44,11 +44,15 @@ INLINE void store_f16(uint16_t* to, vf x) {
 }
 #endif
 
+INLINE void* element(void* first, int64_t offset, uint8_t dtype) {
+    return static_cast<char*>(first) + offset * (dtype == memopt::F32 ? 4 : 2);
+}
+
 // n numbers, from where they lie or widened into `buffer`; zeros up to a whole vector.
-INLINE const float* load_numbers(const void* from, int64_t offset, int n, uint8_t dtype, float* buffer) {
-    const uint16_t* half = static_cast<const uint16_t*>(from) + offset;
+INLINE const float* load_numbers(const void* from, int n, uint8_t dtype, float* buffer) {
+    const uint16_t* half = static_cast<const uint16_t*>(from);
     if (dtype == memopt::F32) {
-        const float* direct = static_cast<const float*>(from) + offset;
+        const float* direct = static_cast<const float*>(from);
         if (n % W == 0) return direct;
         std::memcpy(buffer, direct, 4 * n);
         for (int i = n; i % W; i++) buffer[i] = 0;
@@ -64,13 +68,13 @@ INLINE const float* load_numbers(const void* from, int64_t offset, int n, uint8_
     return buffer;
 }
 
-INLINE void store_numbers(void* to, int64_t offset, int n, uint8_t dtype, const float* buffer) {
+INLINE void store_numbers(void* to, int n, uint8_t dtype, const float* buffer) {
     if (dtype == memopt::F32) {
-        float* direct = static_cast<float*>(to) + offset;
+        float* direct = static_cast<float*>(to);
         if (direct != buffer) std::memcpy(direct, buffer, 4 * n);
         return;
     }
-    uint16_t* half = static_cast<uint16_t*>(to) + offset;
+    uint16_t* half = static_cast<uint16_t*>(to);
     uint16_t tail[W];
     const int whole = n - n % W;
     for (int i = 0; i < n; i += W) {

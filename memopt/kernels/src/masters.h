@@ -115,8 +115,8 @@ template <class D, class Correction> struct Split {
 
 // Whole vectors where they lie, the last columns of a row in memory of their own.
 template <class M>
-void read_with(const memopt::Tensor& t, const Place& at, float* buffer) {
-    const uint16_t* p = static_cast<const uint16_t*>(t.p) + at.offset;
+void read_with(const memopt::Tensor& t, const void* lies, const Place& at, float* buffer) {
+    const uint16_t* p = static_cast<const uint16_t*>(lies);
     typedef typename M::Beside Beside;
     const Beside* kept = t.kept ? static_cast<const Beside*>(t.kept) + at.offset : nullptr;
     const int whole = at.n - at.n % W;
@@ -131,8 +131,8 @@ void read_with(const memopt::Tensor& t, const Place& at, float* buffer) {
 }
 
 template <class M>
-void write_with(const memopt::Tensor& t, const Place& at, const float* buffer) {
-    uint16_t* p = static_cast<uint16_t*>(t.p) + at.offset;
+void write_with(const memopt::Tensor& t, void* lies, const Place& at, const float* buffer) {
+    uint16_t* p = static_cast<uint16_t*>(lies);
     typedef typename M::Beside Beside;
     Beside* kept = t.kept ? static_cast<Beside*>(t.kept) + at.offset : nullptr;
     Dither dither(at.keys[memopt::SLOTS + 1], at.keys[memopt::SLOTS], at.global_row, at.col);
@@ -148,38 +148,38 @@ void write_with(const memopt::Tensor& t, const Place& at, const float* buffer) {
 }
 
 template <class D>
-__attribute__((noinline)) void read_master(const memopt::Tensor& t, const Place& at, float* buffer) {
+__attribute__((noinline)) void read_master(const memopt::Tensor& t, const void* lies, const Place& at, float* buffer) {
     switch (t.master) {
-        case memopt::FP32_COPY: return read_with<FullCopy<D>>(t, at, buffer);
-        case memopt::KAHAN: return read_with<Kahan<D>>(t, at, buffer);
-        case memopt::STOCHASTIC: return read_with<Stochastic<D>>(t, at, buffer);
-        case memopt::SPLIT: return read_with<Split<D, int8_t>>(t, at, buffer);
-        case memopt::SPLIT16: return read_with<Split<D, int16_t>>(t, at, buffer);
+        case memopt::FP32_COPY: return read_with<FullCopy<D>>(t, lies, at, buffer);
+        case memopt::KAHAN: return read_with<Kahan<D>>(t, lies, at, buffer);
+        case memopt::STOCHASTIC: return read_with<Stochastic<D>>(t, lies, at, buffer);
+        case memopt::SPLIT: return read_with<Split<D, int8_t>>(t, lies, at, buffer);
+        case memopt::SPLIT16: return read_with<Split<D, int16_t>>(t, lies, at, buffer);
     }
 }
 
 template <class D>
-__attribute__((noinline)) void write_master(const memopt::Tensor& t, const Place& at, const float* buffer) {
+__attribute__((noinline)) void write_master(const memopt::Tensor& t, void* lies, const Place& at, const float* buffer) {
     switch (t.master) {
-        case memopt::FP32_COPY: return write_with<FullCopy<D>>(t, at, buffer);
-        case memopt::KAHAN: return write_with<Kahan<D>>(t, at, buffer);
-        case memopt::STOCHASTIC: return write_with<Stochastic<D>>(t, at, buffer);
-        case memopt::SPLIT: return write_with<Split<D, int8_t>>(t, at, buffer);
-        case memopt::SPLIT16: return write_with<Split<D, int16_t>>(t, at, buffer);
+        case memopt::FP32_COPY: return write_with<FullCopy<D>>(t, lies, at, buffer);
+        case memopt::KAHAN: return write_with<Kahan<D>>(t, lies, at, buffer);
+        case memopt::STOCHASTIC: return write_with<Stochastic<D>>(t, lies, at, buffer);
+        case memopt::SPLIT: return write_with<Split<D, int8_t>>(t, lies, at, buffer);
+        case memopt::SPLIT16: return write_with<Split<D, int16_t>>(t, lies, at, buffer);
     }
 }
 
-// n numbers of the parameter, zeros up to a whole vector.
-INLINE const float* load_weights(const memopt::Tensor& t, const Place& at, float* buffer) {
+// n numbers of the parameter, which lie there, zeros up to a whole vector.
+INLINE const float* load_weights(const memopt::Tensor& t, const void* lies, const Place& at, float* buffer) {
     if (__builtin_expect(t.master == memopt::ROUNDED, 1))
-        return load_numbers(t.p, at.offset, at.n, t.p_dtype, buffer);
-    t.p_dtype == memopt::BF16 ? read_master<Bf16>(t, at, buffer) : read_master<F16>(t, at, buffer);
+        return load_numbers(lies, at.n, t.p_dtype, buffer);
+    t.p_dtype == memopt::BF16 ? read_master<Bf16>(t, lies, at, buffer) : read_master<F16>(t, lies, at, buffer);
     return buffer;
 }
-INLINE void store_weights(const memopt::Tensor& t, const Place& at, const float* buffer) {
+INLINE void store_weights(const memopt::Tensor& t, void* lies, const Place& at, const float* buffer) {
     if (__builtin_expect(t.master == memopt::ROUNDED, 1))
-        return store_numbers(t.p, at.offset, at.n, t.p_dtype, buffer);
-    t.p_dtype == memopt::BF16 ? write_master<Bf16>(t, at, buffer) : write_master<F16>(t, at, buffer);
+        return store_numbers(lies, at.n, t.p_dtype, buffer);
+    t.p_dtype == memopt::BF16 ? write_master<Bf16>(t, lies, at, buffer) : write_master<F16>(t, lies, at, buffer);
 }
 
 }  // namespace
