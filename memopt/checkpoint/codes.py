@@ -16,8 +16,8 @@ from memopt.spec import OptimSpec
 #: Every encoding that a checkpoint may hold: its tag in the manifest -> format.
 CODES: dict[str, Format] = {**HELD, "dynamic8": Dynamic8()}
 
-#: Elements that are decoded at a time: about 40 MiB with the temporaries of encoding.
-CHUNK_NUMEL = 1 << 20
+#: Elements that are decoded at a time: about 10 MiB with the temporaries of encoding.
+CHUNK_NUMEL = 1 << 18
 
 MomentCodes = list[tuple[Moment, Format]]
 
@@ -51,11 +51,6 @@ def is_shared(fmt: Format, moment: Moment, shape: Shape, part: str) -> bool:
     return fmt.layout(moment, none)[part].shape == fmt.layout(moment, whole)[part].shape
 
 
-def is_cut_by_rows(fmt: Format, moment: Moment, shape: Shape) -> bool:
-    """Whether rows can be taken out of the parts without decoding."""
-    return not all(is_shared(fmt, moment, shape, part) for part in fmt.layout(moment, Rows.whole(shape)))
-
-
 def span(fmt: Format, moment: Moment, part: str, outer: Rows, inner: Rows) -> tuple[int, int] | None:
     """Where the rows ``inner`` stand along dimension 0 of the part that holds the rows ``outer``; None is all of it.
 
@@ -64,6 +59,8 @@ def span(fmt: Format, moment: Moment, part: str, outer: Rows, inner: Rows) -> tu
     """
     if inner == outer or is_shared(fmt, moment, outer.shape, part):
         return None
+    if isinstance(fmt, Dynamic8):
+        return fmt.span(part, outer, inner)
     start = fmt.layout(moment, outer._replace(stop=inner.first))[part].shape[0]
     return start, start + fmt.layout(moment, inner)[part].shape[0]
 

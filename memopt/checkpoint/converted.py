@@ -76,6 +76,7 @@ class Converted:
             old = self.source.spec, self._old_hyper[slot.name]
             fill_slot(slot, state, record, old, self._fill, self.report)
             yield slot.name, state
+            del state  # before the next is made
 
     def parameters_json(self) -> dict[str, Any]:
         """The manifest's account of every parameter."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, final
 
 from memopt.engines.bitsandbytes import BLOCK, MIN_8BIT_NUMEL
@@ -12,7 +13,6 @@ from memopt.ledger import TensorSpec
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 #: Decades that the code book spans.
@@ -41,9 +41,9 @@ def code_book(signed: bool) -> Tensor:
 class Dynamic8(Format):
     """``codes`` uint8 in the parameter's shape, indices into :func:`code_book`; ``scales`` fp32 [ceil(numel / 256)].
 
-    Blocks run over the flattened tensor and straddle rows, so a shard cannot be cut out without decoding: parts are
-    always those of the whole parameter, and ``read`` cuts the rows asked for out of what it decoded. Rounding is to
-    nearest, as in bitsandbytes.
+    Blocks run over the flattened tensor and straddle rows. The scales of some rows are those of every block with an
+    element in them, so rows can be read one after another; they are written in whole blocks (:meth:`write_blocks`).
+    Rounding is to nearest, as in bitsandbytes.
     """
 
     name = "dynamic8"
@@ -54,35 +54,48 @@ class Dynamic8(Format):
         return f"fewer than {MIN_8BIT_NUMEL} elements" if numel < MIN_8BIT_NUMEL else None
 
     def layout(self, moment: Moment, rows: Rows) -> dict[str, TensorSpec]:
-        numel = Rows.whole(rows.shape).numel
-        return {"codes": TensorSpec("uint8", rows.shape), "scales": TensorSpec("float32", (-(-numel // BLOCK),))}
+        first, stop = _blocks_of(rows)
+        return {"codes": TensorSpec("uint8", rows.local_shape), "scales": TensorSpec("float32", (stop - first,))}
+
+    def span(self, part: str, outer: Rows, inner: Rows) -> tuple[int, int]:
+        """Where the rows ``inner`` stand along dimension 0 of the part that holds the rows ``outer``."""
+        (begin, _), (first, stop) = (outer.bounds, inner.bounds) if part == "codes" else map(_blocks_of, (outer, inner))
+        return first - begin, stop - begin
 
     def read(self, parts: Parts, moment: Moment, shard: Shard) -> Tensor:
-        from memopt.partitions.base import owned
-
+        rows = shard.rows
+        lead = _elements(rows)[0] % BLOCK
         book = code_book(moment.signed).to(parts["codes"].device)
-        values = _blocks(book[parts["codes"].reshape(-1).int()]).mul_(parts["scales"][:, None])
-        shape = shard.rows.shape
-        return owned(values.view(-1)[: Rows.whole(shape).numel].view(shape), shard.rows)
+        values = book[parts["codes"].reshape(-1).int()]
+        scales = parts["scales"].repeat_interleave(BLOCK)[lead : lead + values.numel()]
+        return values.mul_(scales).view(rows.local_shape)
 
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
+        assert shard.rows.is_whole, "rows share blocks: write_blocks"
+        self.write_blocks(x.reshape(-1), parts, moment, 0)
+        return x
+
+    def write_blocks(self, x: Tensor, parts: Parts, moment: Moment, first: int) -> None:
+        """``x`` [some] fp32, the elements from ``first`` on: whole blocks, or up to the last element."""
         import torch
 
         book = code_book(moment.signed).to(x.device)
-        blocks = _blocks(x.reshape(-1))
+        blocks = torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
         scales = blocks.abs().amax(-1)
         y = blocks / scales.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
         codes = torch.bucketize(y, (book[1:] + book[:-1]) / 2, out_int32=True)
-        parts["codes"].copy_(codes.view(-1)[: x.numel()].view(x.shape))
-        parts["scales"].copy_(scales)
-        return x
+        parts["codes"].view(-1)[first : first + x.numel()].copy_(codes.view(-1)[: x.numel()])
+        begin = first // BLOCK
+        parts["scales"][begin : begin + len(scales)].copy_(scales)
 
 
-def _blocks(flat: torch.Tensor) -> torch.Tensor:
-    """A flat tensor as [blocks, 256], the last block padded with zeros; a copy only where it must be padded."""
-    padding = -flat.numel() % BLOCK
-    if padding:
-        import torch
+def _elements(rows: Rows) -> tuple[int, int]:
+    """The range of the flattened tensor that these rows are."""
+    inner = prod(rows.shape[1:])
+    return rows.bounds[0] * inner, rows.bounds[1] * inner
 
-        flat = torch.cat([flat, flat.new_zeros(padding)])
-    return flat.view(-1, BLOCK)
+
+def _blocks_of(rows: Rows) -> tuple[int, int]:
+    """The blocks with an element in these rows."""
+    first, stop = _elements(rows)
+    return (first // BLOCK, -(-stop // BLOCK)) if first < stop else (0, 0)

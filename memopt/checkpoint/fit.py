@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -52,6 +53,15 @@ class Slot(NamedTuple):
         step, *lines = state_lines(self.spec, self.h, self.name, self.rows, where, self.dtype, self.capturable)
         counter = torch.zeros((), dtype=torch.float32, device=step.location)
         return {step.key: counter, **self.homes.of(self.name).allocate(self.name, lines, self.device)}
+
+    def weights(self, rows: Rows) -> Tensor:
+        """These rows of the parameter, fp32 [rows.local_shape]."""
+        assert self.parameter is not None
+        return kept.cut(self.parameter, self.rows, rows).float()
+
+    def filled(self, value: float, rows: Rows) -> Tensor:
+        """One number in the shape of these rows, fp32 [rows.local_shape]."""
+        return torch.full(rows.local_shape, value, device=self.device)
 
     def targets(self, state: Mapping[str, Tensor], step: int) -> dict[str, Target]:
         """The parts of each moment within ``state``."""
@@ -114,15 +124,13 @@ def fill_slot(
     for name, target in slot.targets(state, int(step)).items():
         chosen = plan[name]
         if target.moment.begins and name not in record.moments:
-            assert slot.parameter is not None
-            target.encode(slot.parameter.float(), target.shard.rows)
+            target.encode(slot.weights)
             continue
         if isinstance(chosen, str):
             scale = _scale(slot, name, chosen, record.step, old)
             transfer(record.moments[chosen], target, scale, report.losses.setdefault(name, Loss()))
         elif chosen:
-            rows = target.shard.rows
-            target.encode(torch.full(rows.local_shape, chosen, device=slot.device), rows)
+            target.encode(partial(slot.filled, chosen))
         if name in fill:
             report.filled[name] = fill[name]
     report.dropped += [m for m in record.moments if m not in (*plan.values(), *report.dropped)]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from memopt.checkpoint.codes import chunks, is_cut_by_rows
+from memopt.checkpoint.codes import chunks
 from memopt.checkpoint.stored import Source, Stored
 from memopt.geometry import Rows
 
@@ -61,7 +61,7 @@ def _add(health: Health, parameter: str, stored: Stored) -> None:
             health.scales += spec.numel
             health.zero_scales += int((stored.part(part, rows) == 0).sum())
     before = health.non_finite
-    for piece in chunks(rows) if is_cut_by_rows(stored.format, stored.moment, stored.shape) else [rows]:
+    for piece in chunks(rows):
         size = stored.decode(piece).abs()
         finite = size.isfinite()
         health.non_finite += int((~finite).sum())

@@ -62,7 +62,7 @@ def live(master: Master, dtype: str, rows: Rows, state: Mapping[str, Tensor], p:
     """That of a running optimizer; ``p`` [rows.local_shape] are the parameter's rows."""
     if not master.layout(rows, dtype):
         return None
-    weights = None if p is None else lambda piece: _cut(p, rows, piece)
+    weights = None if p is None else lambda piece: cut(p, rows, piece)
     return kept_of(master.name, dtype, rows.shape, (LivePiece(rows, {"": state[master.key]}),), weights)
 
 
@@ -86,12 +86,12 @@ def move(kept: Kept, master: Master, rows: Rows, p: Tensor | None, target: Tenso
     loss.encoded += 1
     for piece in chunks(rows):
         if p is not None:
-            weight = _cut(p, rows, piece)
+            weight = cut(p, rows, piece)
         else:
             assert kept.weights is not None
             weight = kept.weights(piece)
         x = kept.master.read(weight, kept.stored.part("", piece).to(weight.device))
-        local = _cut(target, rows, piece)
+        local = cut(target, rows, piece)
         beside = local.to(weight.device)
         master.keep(x, weight, beside)
         local.copy_(beside)
@@ -105,7 +105,7 @@ def _measure(x: Tensor, y: Tensor, loss: Loss) -> None:
         loss.squared_error += float(exact.sub_(b.double()).square_().sum())
 
 
-def _cut(x: Tensor, outer: Rows, inner: Rows) -> Tensor:
+def cut(x: Tensor, outer: Rows, inner: Rows) -> Tensor:
     """The rows ``inner`` of a tensor that holds the rows ``outer``, a view."""
     if inner == outer:
         return x

@@ -54,6 +54,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
 def _state(converted: Converted, random: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for parameter, state in converted.states():
         yield from ((f"{parameter}/{key}", tensor) for key, tensor in state.items() if key != "step")
+        del state  # before the next is made
     yield from ((contents.RANDOM + name, tensor) for name, tensor in random.items())
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, final
 
 from torch import Tensor
 
-from memopt.checkpoint.codes import CHUNK_NUMEL, chunks, is_cut_by_rows, span
+from memopt.checkpoint.codes import CHUNK_NUMEL, chunks, span
+from memopt.checkpoint.dynamic import Dynamic8
 from memopt.checkpoint.report import Loss
 from memopt.checkpoint.stored import LivePiece, Stored
+from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats import Format, Shard
 from memopt.formats.base import Parts
 from memopt.geometry import Rows
 from memopt.rules import Moment
+
+#: ``read(rows)``: the values of these rows, fp32 [rows.local_shape]; they are not changed.
+Read = Callable[[Rows], Tensor]
 
 
 class Target(NamedTuple):
@@ -23,14 +29,29 @@ class Target(NamedTuple):
     shard: Shard
     parts: Parts
 
-    def encode(self, x: Tensor, rows: Rows) -> None:
-        """``x`` [rows.local_shape] fp32, into the rows that it is of."""
-        parts = {}
-        for part, tensor in self.parts.items():
-            where = span(self.format, self.moment, part, self.shard.rows, rows)
-            parts[part] = tensor if where is None else tensor[slice(*where)]
-        device = next(iter(parts.values())).device
-        self.format.write(x.to(device), parts, self.moment, self.shard._replace(rows=rows))
+    def encode(self, read: Read) -> None:
+        """All rows, those that ``read`` gives a megabyte at a time."""
+        if isinstance(self.format, Dynamic8):
+            for first, x in _blocks(read, self.shard.rows):
+                self.format.write_blocks(x, self.parts, self.moment, first)
+            return
+        pieces = self._pieces()
+        total = _RunningTotal(self.shard.total, len(pieces))
+        for rows in pieces:
+            parts = {}
+            for part, tensor in self.parts.items():
+                where = span(self.format, self.moment, part, self.shard.rows, rows)
+                parts[part] = tensor if where is None else tensor[slice(*where)]
+            x = read(rows).to(next(iter(parts.values())).device)
+            self.format.write(x, parts, self.moment, self.shard._replace(rows=rows, total=total))
+
+    def _pieces(self) -> list[Rows]:
+        """At least one: a rank without rows takes part in the totals, too. Means of a vector that is cut between any
+        two elements are of the whole vector at once."""
+        rows = self.shard.rows
+        if self.format.name == "rowmean" and rows.flat == 1:
+            return [rows]
+        return list(chunks(rows)) or [rows]
 
     def stored(self) -> Stored:
         """What is there now."""
@@ -38,11 +59,35 @@ class Target(NamedTuple):
         return Stored(self.moment, self.format, self.shard.rows.shape, (piece,))
 
 
-def transfer(source: Stored, target: Target, scale: float, loss: Loss) -> None:
-    """Copy where the encoding stays the same, else decode and encode a megabyte at a time.
+@final
+class _RunningTotal:
+    """:attr:`Shard.total` for a moment that is written in so many pieces: the sum over those before and, with the
+    last, over the ranks."""
 
-    A format that cannot be cut by rows, and factors, which are means over all rows, take the parameter at once. Every
-    rank must call this for every parameter: column means are summed over the ranks.
+    def __init__(self, total: Callable[[Tensor], Tensor], pieces: int) -> None:
+        self._total, self._left = total, pieces
+        self._sum: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._sum = x if self._sum is None else self._sum.add_(x)
+        self._left -= 1
+        return self._sum if self._left else self._total(self._sum)
+
+
+def _blocks(read: Read, rows: Rows) -> Iterator[tuple[int, Tensor]]:
+    """``(first, elements from there on)`` of the flattened parameter in whole blocks, out of the rows around them."""
+    cols = rows.cols
+    size = -(-max(CHUNK_NUMEL, cols) // BLOCK) * BLOCK
+    for first in range(0, rows.numel, size):
+        stop = min(first + size, rows.numel)
+        around = rows._replace(first=first // cols, stop=-(-stop // cols))
+        yield first, read(around).reshape(-1)[first - around.first * cols :][: stop - first]
+
+
+def transfer(source: Stored, target: Target, scale: float, loss: Loss) -> None:
+    """Copy where the encoding stays the same, else decode and encode a megabyte at a time (a row where that is more).
+
+    Every rank must call this for every parameter: column means are summed over the ranks.
     """
     rows = target.shard.rows
     if source.format is target.format and source.moment.signed == target.moment.signed and scale == 1.0:
@@ -50,15 +95,15 @@ def transfer(source: Stored, target: Target, scale: float, loss: Loss) -> None:
         loss.copied += 1
         return
     loss.encoded += 1
-    whole = [f for f, m in ((source.format, source.moment), (target.format, target.moment))
-             if not is_cut_by_rows(f, m, rows.shape)]  # fmt: skip
-    summed = target.format.name == "factored" or (target.format.name == "rowmean" and rows.flat == 1)
-    at_once = bool(whole) or summed
-    for piece in [rows] if at_once else chunks(rows):
+
+    def scaled(piece: Rows) -> Tensor:
         x = source.decode(piece)
-        target.encode(x * scale if scale != 1.0 else x, piece)
-    for piece in [rows] if whole else chunks(rows):
-        _measure(source.decode(piece), target.stored().decode(piece), scale, loss)
+        return x * scale if scale != 1.0 else x
+
+    target.encode(scaled)
+    written = target.stored()
+    for piece in chunks(rows):
+        _measure(source.decode(piece), written.decode(piece), scale, loss)
 
 
 def _measure(x: Tensor, y: Tensor, scale: float, loss: Loss) -> None:

@@ -59,6 +59,7 @@ def write_file(
                 pipeline.write(piece, offset)
                 offset += len(piece)
                 progress(len(piece))
+            del tensor  # the next may be made when it is asked for
         assert not offsets, f"{path}: {next(iter(offsets))} was announced and did not come"
         sums = pipeline.finish()
         own.wait()

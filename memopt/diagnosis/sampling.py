@@ -116,8 +116,7 @@ def _torchs(optimizer: torch.optim.Optimizer, rule: Rule) -> Callable[[Tensor], 
 
 
 def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
-    """Moments decoded, by rows where the format can be cut, else the whole parameter."""
-    from memopt.checkpoint.codes import is_cut_by_rows
+    """Moments decoded, of the rows that are looked at."""
     from memopt.checkpoint.convert import slots
 
     found = {id(p): slot for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)}
@@ -138,10 +137,7 @@ def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
         def moments() -> dict[str, tuple[Tensor, str, bool]]:
             values = {}
             for name, stored in slot.record(optimizer.state[p]).moments.items():
-                if is_cut_by_rows(stored.format, stored.moment, rows.shape):
-                    x = stored.decode(here).reshape(-1)[:NUMEL]
-                else:
-                    x = cut(stored.decode(rows)) if rows.is_whole else stored.decode(rows).reshape(-1)[:0]
+                x = stored.decode(here).reshape(-1)[:NUMEL]
                 values[name] = (
                     x.float().clone(),
                     stored.format.name,
