@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memopt.checkpoint.foreign import bitsandbytes, torch_optim, torchao, transformers_adafactor
+from memopt.checkpoint.foreign import bitsandbytes, flashoptim, torch_optim, torchao, transformers_adafactor
 from memopt.checkpoint.foreign.base import Tool, choose, group_of
-from memopt.checkpoint.stored import Record, Source
+from memopt.checkpoint.stored import Group, Record, Source
 from memopt.spec import OptimSpec
 
-TOOLS = (bitsandbytes.TOOL, transformers_adafactor.TOOL, torchao.TOOL, torch_optim.TOOL)
+TOOLS = (flashoptim.TOOL, bitsandbytes.TOOL, transformers_adafactor.TOOL, torchao.TOOL, torch_optim.TOOL)
 
 
 def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) -> Source:
@@ -47,19 +47,21 @@ def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Sou
     for group in groups:
         names = list(group["param_names"]) if named else [str(index + i) for i in range(len(group["params"]))]
         index += len(names)
-        ours.append(group_of(names, rule, tool.hyper(group, rule), group))
+        known = group_of(names, rule, tool.hyper(group, rule), group)
+        ours.append(Group(names, {k: v for k, v in known.hyper.items() if k not in tool.unsaved}))
         for name, key in zip(names, group["params"], strict=True):
-            records[name] = _record(tool, rule, name, states.get(key) or {}, origin)
+            records[name] = _record(tool, rule, name, group, states.get(key) or {}, origin)
     return Source(OptimSpec(rule=rule), ours, records, origin, named, label=f"{rule} of {tool.name}")
 
 
-def _record(tool: Tool, rule: str, name: str, state: Any, origin: str) -> Record:
+def _record(tool: Tool, rule: str, name: str, group: Any, state: Any, origin: str) -> Record:
     try:
-        moments = tool.moments(state)
+        moments, kept = tool.moments(state), tool.kept(group, state)
     except (ValueError, KeyError, AttributeError) as error:
         raise ValueError(f"{origin}, parameter {name}: {error}") from None
     if not moments:
         return Record(name, (), stepped=False)
     if tool is bitsandbytes.TOOL:
         moments = bitsandbytes.renamed(moments, rule)
-    return Record(name, next(iter(moments.values())).shape, tool.step(state), moments)
+    shape, dtype = next(iter(moments.values())).shape, "" if kept is None else kept.dtype
+    return Record(name, shape, tool.step(state), moments, dtype=dtype, kept=kept)

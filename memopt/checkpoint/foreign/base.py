@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memopt.checkpoint.codes import CODES
-from memopt.checkpoint.stored import Group, LivePiece, Piece, Span, Stored
+from memopt.checkpoint.foreign.gathered import NON_NEGATIVE, gathered
+from memopt.checkpoint.kept import Kept
+from memopt.checkpoint.stored import Group, LivePiece, Stored
 from memopt.geometry import Rows, Shape
 from memopt.rules import RULES, Moment
 
@@ -19,8 +21,9 @@ State = Mapping[str, Any]
 class Tool(NamedTuple):
     """One tool. Its group and state dictionaries tell whether it wrote them; the rest translates.
 
-    ``rules(group, state)`` are the rules it may have been, ``hyper(group, rule)`` our names and values,
-    ``moments(state)`` what is stored: name -> moment. ``step(state)`` is the number of steps taken.
+    ``rules(group, state)`` are the rules it may have been, ``hyper(group, rule)`` our names and values, ``unsaved`` the
+    hyperparameters that it has and does not save, which stay as they are. ``moments(state)`` is what is stored: name ->
+    moment; ``step(state)`` the number of steps taken; ``kept(group, state)`` what stands beside the weight.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Tool(NamedTuple):
     hyper: Callable[[State, str], dict[str, Any]]
     moments: Callable[[State], dict[str, Stored]]
     step: Callable[[State], float] = lambda state: float(state["step"])
+    unsaved: tuple[str, ...] = ()
+    kept: Callable[[State, State], Kept | None] = lambda group, state: None
 
 
 def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None) -> str:
@@ -51,25 +56,6 @@ def group_of(names: list[str], rule: str, hyper: dict[str, Any], theirs: State) 
     return Group(names, {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in h.items()})
 
 
-@final
-class DecodedPiece(Piece):
-    """A moment that another tool's own code decodes, each time it is read."""
-
-    def __init__(self, rows: Rows, decode: Callable[[], Tensor]) -> None:
-        self.rows, self._decode = rows, decode
-
-    def read(self, part: str, span: Span) -> Tensor:
-        whole = self._decode()
-        return whole if span is None else whole[slice(*span)]
-
-    def copy(self, part: str, span: Span, out: Tensor) -> None:
-        out.copy_(self.read(part, span))
-
-
-#: Moments that are never negative, wherever they come from.
-NON_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
-
-
 def stored(name: str, tag: str, shape: Shape, parts: Mapping[str, Tensor], signed: bool | None = None) -> Stored:
     """A moment in an encoding of ours; ``signed`` is its code's sign, by default the moment's."""
     moment = Moment(name, signed=name not in NON_NEGATIVE if signed is None else signed)
@@ -80,13 +66,7 @@ def plain(name: str, value: Tensor) -> Stored:
     """A moment kept as an ordinary tensor."""
     if value.dtype == torch.bfloat16:
         return stored(name, "bf16", tuple(value.shape), {"": value})
-    return decoded(name, tuple(value.shape), lambda: value.float())
-
-
-def decoded(name: str, shape: Shape, decode: Callable[[], Tensor]) -> Stored:
-    """A moment that reads as fp32 through ``decode``."""
-    moment = Moment(name, signed=name not in NON_NEGATIVE)
-    return Stored(moment, CODES["32bit"], shape, (DecodedPiece(Rows.whole(shape), decode),))
+    return gathered(name, tuple(value.shape), lambda first, stop: value.reshape(-1)[first:stop])
 
 
 def factors(row: Tensor, col: Tensor) -> Stored:

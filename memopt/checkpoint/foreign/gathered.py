@@ -1,4 +1,4 @@
-"""Moments that several ranks wrote in parts: read a range at a time, from whichever files have it."""
+"""Moments that are not stored as ours are: in another code, or in parts by several ranks. Read a range at a time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.codes import CODES
-from memopt.checkpoint.foreign.base import NON_NEGATIVE
 from memopt.checkpoint.stored import Piece, Span, Stored
 from memopt.geometry import Rows, Shape
 from memopt.rules import Moment
+
+#: Moments that are never negative, wherever they come from.
+NON_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
 
 #: ``gather(first, stop)``: so many of the flattened parameter's elements, in one dimension.
 Gather = Callable[[int, int], Tensor]
