@@ -5,9 +5,12 @@
 All candidates of a group are interleaved in one process, round after round, and medians are compared, so that the
 ratios hold on a machine that does other things too. Where the system happens to put the pages of a process makes
 the same step up to 1.4 times slower, torch's as well as ours, so the steps with a bar are measured in several processes
-and the median of their ratios is reported, with the smallest and the largest. Bytes moved are what a step must read
-and write once: parameter read and written, gradient read (twice where it is looked at first), state read and written.
-They are divided by the time and by the bandwidth of a large copy measured in the same process.
+and the median of their ratios is reported, with the smallest and the largest: as it comes, where memopt puts what it
+steps on large pages and torch does not; with torch's THP_MEM_ALLOC_ENABLE=1, where everything is on large pages; and
+with MEMOPT_HUGE_PAGES=off, where nothing is. Gradients stay where they are, as with zero_grad(set_to_none=False). Bytes
+moved are what a step must read and write once: parameter read and written, gradient read (twice where it is looked at
+first), state read and written. They are divided by the time and by the bandwidth of a large copy measured in the same
+process.
 """
 
 from __future__ import annotations
@@ -26,14 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step_cpu_table import BARS, SETTINGS, plot, table
 
 import memopt
 from memopt import kernels
 
 RESULTS = Path(__file__).parent / "results"
-#: Bars of the issue, as ratios to torch's fused AdamW.
-BARS = {"adamw-8bit": 0.9, "lion-8bit": 0.8, "adamw-4bit": 1.1, "adamw-bf16": 0.9, "adamw": 1.0, "adafactor": 1.5,
-        "came": 2.0}  # fmt: skip
 HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
 #: Tensors of the parameter's size that a rule reads besides its step: (parameters, gradients or first moments).
 EXTRA_READS = {"adafactor": (1, 2), "came": (0, 3)}
@@ -45,6 +46,10 @@ Build = Callable[[], Step]
 def ours(spec: str, params: list[torch.nn.Parameter], nonfinite: str) -> Step:
     opt = memopt.create(params, spec, nonfinite=nonfinite, **HYPER.get(memopt.parse(spec).rule, {}))
     opt.init_state()
+    for _ in range(500):
+        opt.step()
+        if opt._plan is None or opt._plan.pages is None or opt._plan.pages.settled:
+            break
     return opt.step
 
 
@@ -167,20 +172,35 @@ def compare(numel: int, rounds: int, brief: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def elsewhere(args: argparse.Namespace, environment: dict[str, str]) -> list[dict[str, Any]]:
+    """The steps with a bar in a process of their own."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, __file__, "--numel", str(args.numel), "--rounds", str(args.rounds), "--brief",
+                   "--threads", str(args.threads), "--processes", "1", "--out", out]  # fmt: skip
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                       env={**os.environ, **environment})  # fmt: skip
+        return json.loads((Path(out) / "step_cpu.json").read_text())["rows"]
+
+
 def again(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """The steps with a bar once more in each of the other processes; medians and all ratios go into ``rows``."""
     found = {row["name"]: [row] for row in rows}
     for _ in range(args.processes - 1):
-        with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, __file__, "--numel", str(args.numel), "--rounds", str(args.rounds), "--brief",
-                       "--threads", str(args.threads), "--processes", "1", "--out", out]  # fmt: skip
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            for row in json.loads((Path(out) / "step_cpu.json").read_text())["rows"]:
-                found[row["name"]].append(row)
+        for row in elsewhere(args, {}):
+            found[row["name"]].append(row)
     for row in rows:
         row["ratios"] = [other["ratio"] for other in found[row["name"]]]
         row["ratio"] = statistics.median(row["ratios"])
         row["ms"] = statistics.median(other["ms"] for other in found[row["name"]])
+    if args.processes == 1:
+        return
+    for setting, environment in SETTINGS.items():
+        ratios: dict[str, list[float]] = {}
+        for _ in range(args.processes):
+            for row in elsewhere(args, environment):
+                ratios.setdefault(row["name"], []).append(row["ratio"])
+        for row in rows:
+            row[setting] = ratios.get(row["name"], [])
 
 
 def specs() -> list[str]:
@@ -221,50 +241,6 @@ def scaling(largest: int, rounds: int) -> dict[str, dict[int, float]]:
             curves[name][numel] = statistics.median(times[name]) * 1e3
         print(f"{numel:,} parameters", file=sys.stderr)
     return curves
-
-
-def table(report: dict[str, Any]) -> str:
-    """Markdown."""
-    bandwidth = report["copy_bandwidth"]
-    lines = [
-        f"{report['numel']:,} fp32 parameters, {report['threads']} threads, torch {report['torch']}, {report['cpu']}; "
-        f"copy {bandwidth / 1e9:.0f} GB/s; {report['kernels']}. Load average {report['load_before']:.1f} before and "
-        f"{report['load_after']:.1f} after; ratios are to the fused step of the same rounds.",
-        "",
-        "| step | ms | ratio to fused AdamW | of processes | bar | bytes per parameter | of copy bandwidth |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in report["rows"]:
-        nbytes = row["bytes_per_parameter"]
-        bar = BARS.get(row["name"].removeprefix("memopt ").removesuffix(" (propagate)"), "")
-        share = f"{nbytes * report['numel'] / (row['ms'] / 1e3) / bandwidth:.0%}" if nbytes else ""
-        spread = f"{min(row['ratios']):.2f} … {max(row['ratios']):.2f}" if len(row["ratios"]) > 1 else ""
-        lines.append(f"| {row['name']} | {row['ms']:.1f} | {row['ratio']:.2f} | {spread} | {bar} | "
-                     f"{f'{nbytes:.1f}' if nbytes else ''} | {share} |")  # fmt: skip
-    if "small" in report:
-        base = report["small"]["torch AdamW fused"]
-        lines += ["", "500 tensors of 1000 elements:", "", "| step | ms | ratio |", "|---|---:|---:|"]
-        lines += [f"| {name} | {ms:.2f} | {ms / base:.2f} |" for name, ms in report["small"].items()]
-    if "scaling" in report:
-        sizes = list(next(iter(report["scaling"].values())))
-        head = " | ".join(f"{int(n):,}" for n in sizes)
-        lines += ["", "Milliseconds against parameters:", "", f"| step | {head} |", "|---|" + "---:|" * len(sizes)]
-        lines += [f"| {name} | " + " | ".join(f"{ms:.3g}" for ms in curve.values()) + " |"
-                  for name, curve in report["scaling"].items()]  # fmt: skip
-    return "\n".join(lines) + "\n"
-
-
-def plot(curves: dict[str, dict[int, float]], path: Path) -> None:
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        return
-    for name, curve in curves.items():
-        pyplot.loglog([int(n) for n in curve], list(curve.values()), marker="o", label=name)
-    pyplot.xlabel("parameters")
-    pyplot.ylabel("ms per step")
-    pyplot.legend()
-    pyplot.savefig(path, dpi=120)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

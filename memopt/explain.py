@@ -44,6 +44,9 @@ def explain(optimizer: Optimizer) -> str:
     rows += [("override", f"{pattern!r} -> {value}") for pattern, value in spec.overrides.items()]
     rows += [("stepped by", f"{reason}: {_some(names)}") for reason, names in slow.items()]
     rows += [("in 32 bits", f"{reason}: {_some(moments)}") for reason, moments in kept.items()]
+    pages = optimizer._plan.pages if optimizer._plan is not None else None
+    if pages is not None and pages.wanted:
+        rows.append(("pages", pages.explain()))
     rows += _masters(optimizer)
     if optimizer.release is not None:
         rows.append(("gradients", optimizer.release.explain()))

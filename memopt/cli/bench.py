@@ -8,7 +8,8 @@ All candidates are interleaved in one process and medians are compared. Takes so
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import ModuleType
@@ -22,12 +23,9 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_cpu.py"
 def _script() -> ModuleType:
     if not SCRIPT.exists():
         raise RuntimeError("the benchmark is part of the repository and not of the package; run it in a checkout")
-    spec = importlib.util.spec_from_file_location("step_cpu", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    if str(SCRIPT.parent) not in sys.path:
+        sys.path.append(str(SCRIPT.parent))
+    return importlib.import_module(SCRIPT.stem)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

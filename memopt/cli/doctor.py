@@ -71,6 +71,7 @@ def findings() -> Iterator[Finding]:
     yield place("pinned memory", places.pinned_memory())
     yield place("unified memory", places.unified_memory())
     yield temporary_files()
+    yield place("large pages", places.large_pages())
     yield place("disk speed", places.disk_speed())
     yield compiler()
     yield kernels()

@@ -1,4 +1,5 @@
-"""What ``memopt doctor`` says of the places where state can be: pinned memory, unified memory, a disk and its speed."""
+"""What ``memopt doctor`` says of the places where state can be: pinned and unified memory, large pages, a disk and its
+speed."""
 
 from __future__ import annotations
 
@@ -35,6 +36,20 @@ def unified_memory() -> tuple[bool, str]:
     if util.find_spec("bitsandbytes") is None:
         return False, "@paged on CUDA takes its allocator from bitsandbytes: pip install bitsandbytes"
     return True, "CUDA unified memory by bitsandbytes' allocator"
+
+
+def large_pages() -> tuple[bool, str]:
+    """Whether steps on the CPU can have pages of 2 MiB, and how to have them everywhere."""
+    if not util.find_spec("torch"):
+        return False, "unknown without torch"
+    from memopt.kernels import pages
+
+    if pages.off():
+        return False, f"steps on the CPU take longer: {pages.off()}"
+    if pages.setting() == "always" or os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        return True, "2 MiB, for all of torch's large tensors"
+    return True, ("2 MiB, for what a step on the CPU reads and writes; with THP_MEM_ALLOC_ENABLE=1 in the environment "
+                  "torch asks for them for all its large tensors")  # fmt: skip
 
 
 def disk_speed(directory: str | None = None) -> tuple[bool, str]:

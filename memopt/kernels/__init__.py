@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from memopt.engines.work import Work
     from memopt.geometry import Rows
+    from memopt.kernels.pages import Pages
     from memopt.optimizer import Optimizer
     from memopt.spec import OptimSpec
 
@@ -33,6 +34,8 @@ class Plan(Protocol):
     #: Whether it takes torch.amp.GradScaler's ``grad_scale`` and ``found_inf``.
     takes_scale: bool
 
+    @property
+    def pages(self) -> Pages | None: ...  # large ones, under what it steps on the CPU
     def refresh(self, optimizer: Optimizer) -> bool: ...
     def non_finite(self) -> list[str]: ...
     def step(self, seed: int) -> None: ...

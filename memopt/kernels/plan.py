@@ -9,6 +9,7 @@ goes the long way, and a new plan is made.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from memopt.engines.native import moment_formats
 from memopt.kernels import abi, describe
 from memopt.kernels.loader import library
+from memopt.kernels.pages import SMALLEST, Pages
 from memopt.ledger import dtype_name
 from memopt.masters import master_of
 
@@ -57,6 +59,10 @@ class Plan:
         for span, tensor in zip(self.spans, tensors, strict=True):
             span.numel, span.dtype = tensor.numel, tensor.g_dtype
         self.hyper = (abi.Group * len(self.groups))()
+        large = [i for i, p in enumerate(self.parameters) if p.nbytes >= SMALLEST]
+        lasting = [x for entry in entries for x in (entry.p, *entry.state.values())]
+        self.pages = Pages([(x.data_ptr(), x.nbytes) for x in lasting],
+                           lambda: [(self.spans[i].data, self.parameters[i].nbytes) for i in large])  # fmt: skip
 
     def refresh(self, optimizer: Optimizer) -> bool:
         """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
@@ -104,9 +110,11 @@ class Plan:
         """Step all parameters; the kernels count the steps."""
         found = library()
         assert found is not None
+        start = time.perf_counter()
         if found.handle.memopt_step(ctypes.byref(self.hyper), ctypes.byref(self.tensors), len(self.entries),
                                     seed & 0xFFFFFFFF, torch.get_num_threads(), found.index):  # fmt: skip
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
+        self.pages.after(time.perf_counter() - start)
 
     def settle(self) -> None:
         """Nothing is left to be noted: the kernels are done when a step returns."""

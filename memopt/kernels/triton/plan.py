@@ -22,6 +22,7 @@ from memopt.kernels.triton.upload import Uploaded
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
+    from memopt.kernels.pages import Pages
     from memopt.optimizer import Optimizer
     from memopt.spec import OptimSpec
 
@@ -40,6 +41,7 @@ class Entry(NamedTuple):
 class Plan:
     """The tables of all parameters that had a gradient; made by :func:`make`."""
 
+    pages: Pages | None = None
     takes_scale = True
 
     def __init__(self, optimizer: Optimizer, entries: list[Entry], launcher: Launcher) -> None:
