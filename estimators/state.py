@@ -135,7 +135,7 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     placement = spec.for_parameter(name)[1]
     most, target = {"host": (host.MOST, host.TARGET), "disk": (disk.MOST, disk.TARGET)}[placement]
     workspace = of_placement(spec.options, placement)["workspace"]
-    step = lease_rows(*held(spec, name, spec.resolve(), rows, dtype), target_of(workspace, target, most))
+    step = lease_rows(*held(spec, name, spec.resolve(), rows, dtype)[:3], target_of(workspace, target, most))
     return rows.numel if step is None else min(step, rows.count) * rows.cols
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from memopt.hyper import SpecError
+from memopt.placements.away import Away
 
 #: What torch adds to the norm before it divides.
 EPS = 1e-6
@@ -148,7 +149,7 @@ def _parameters(what: Any) -> Iterable[Any]:
 
 def _cut(g: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     """The mesh and those of its dimensions along which ``g`` is cut; None for one that is whole here."""
-    if type(g) is Tensor:
+    if type(g) is Tensor or isinstance(g, Away):
         return None
     from torch.distributed.tensor import DTensor
 
@@ -161,9 +162,11 @@ def _cut(g: Tensor) -> tuple[Any, tuple[int, ...]] | None:
 
 
 def _local(g: Tensor) -> Tensor:
-    """The part that is here, as a view."""
+    """The part that is here, as a view; of a gradient that is in host memory, that."""
     if type(g) is Tensor:
         return g
+    if isinstance(g, Away):
+        return g.on_host()
     from torch.distributed.tensor import DTensor
 
     return g._local_tensor if isinstance(g, DTensor) else g

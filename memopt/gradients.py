@@ -8,20 +8,22 @@ import torch
 from torch import Tensor
 
 from memopt import kernels
+from memopt.placements.away import on_host
 
 #: What to do with a step whose gradients hold NaN or Inf.
 POLICIES = ("skip", "raise", "propagate")
 
 
 def check_gradient(name: str, p: Tensor) -> Tensor:
-    """The gradient of ``p``. Raises RuntimeError for one that no rule can take; nothing has been changed yet."""
+    """The gradient of ``p``, in host memory if it went there. Raises RuntimeError for one that no rule can take;
+    nothing has been changed yet."""
     g = p.grad
     assert g is not None
     if g.layout is not torch.strided:
         raise RuntimeError(f"{name} has a sparse gradient; memopt takes dense ones (nn.Embedding(sparse=False))")
     if not g.is_floating_point():
         raise RuntimeError(f"{name} has a gradient of dtype {g.dtype}; a gradient must be real floating point")
-    return g
+    return on_host(g)
 
 
 def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> list[str]:

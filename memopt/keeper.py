@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,10 +18,14 @@ from memopt.partitions import Partition
 from memopt.partitions.flat import check_replaced
 from memopt.partitions.slab import check_slab
 from memopt.placements.homes import Homes
+from memopt.placements.leases import Held
 from memopt.pricing import state_lines
 from memopt.rules import Rule
 from memopt.spec import OptimSpec
 from memopt.state import LoadPlan, plan_load
+
+if TYPE_CHECKING:
+    from memopt.release import Release
 
 
 class Keeper(torch.optim.Optimizer):
@@ -37,6 +41,7 @@ class Keeper(torch.optim.Optimizer):
     seed: int
     capturable: bool
     skipped_steps: int
+    release: Release | None
 
     @abstractmethod
     def settle(self) -> None:
@@ -55,6 +60,7 @@ class Keeper(torch.optim.Optimizer):
         super().add_param_group(group)
         self._made_for = [tuple(p.shape) for g in self.param_groups for p in g["params"]]
         self._seen_ids = [id(p) for g in self.param_groups for p in g["params"]]
+        self._watch()
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """``(name, parameter, group)`` in order; without names, the parameter's number."""
@@ -86,6 +92,7 @@ class Keeper(torch.optim.Optimizer):
                 if not self.state[p]:
                     fresh.append(p)
                     self._allocate(name, p, group)
+            self._prepare(fresh)
         except BaseException:
             for p in fresh:
                 self.state.pop(p, None)
@@ -95,10 +102,26 @@ class Keeper(torch.optim.Optimizer):
         """State was made or replaced other than by a step: allocate what stepping it needs, and make it survive."""
         if not self.homes.elsewhere:
             return
-        held = {name: (self.homes.held(name, group, self._rows(p), dtype_name(p)), p.device)
-                for name, p, group in self._parameters() if self.state.get(p)}  # fmt: skip
-        self.homes.prepare(held)
+        self._prepare()
         self._commit()
+
+    def _prepare(self, fresh: Iterable[Tensor] | None = None) -> None:
+        """Allocate what stepping parameters that have state needs; with ``fresh``, for these besides the others."""
+        if self.homes.elsewhere and fresh != []:
+            known = None if fresh is None else {id(p) for p in fresh}
+            held = {name: (self._held(name, p, group), p.device) for name, p, group in self._parameters()
+                    if self.state.get(p) and (known is None or id(p) in known)}  # fmt: skip
+            self.homes.prepare(held, also=fresh is not None)
+
+    def _held(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Held:
+        return self.homes.held(name, group, self._rows(p), dtype_name(p))
+
+    def _watch(self) -> None:
+        """Tell the homes of parameters and groups as they are now, and whose gradients may go elsewhere."""
+        if self.spec.options.get("offload_gradients"):
+            released = self.release.covers if self.release is not None else lambda p: False
+            self.homes.watch((name, p, self._held(name, p, group), not released(p))
+                             for name, p, group in self._parameters())  # fmt: skip
 
     def _commit(self) -> None:
         if self.homes.elsewhere:
@@ -220,4 +243,5 @@ class Keeper(torch.optim.Optimizer):
                 target = self._allocate(name, p, group, fresh=True)
                 for key, value in copied[p].items():
                     target[key].copy_(value.view(target[key].dtype))
+        self._watch()
         self._take_place()

@@ -108,6 +108,10 @@ class Optimizer(Keeper):
         check_replaced(self)
         ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
+        if self.spec.options.get("offload_gradients") and self.release is None:
+            self.homes.settle()
+            for _, name, p, _ in ready:
+                self.homes.of(name).bring(name, p)
         gradients = [(name, self._local_gradient(name, p)) for _, name, p, _ in ready]
         if self.capturable:
             kernels.check_capturable(self, ready)
@@ -216,6 +220,7 @@ class Optimizer(Keeper):
         if self.release is not None:
             self.release.remove()
         self.release = Release(self, model, max_norm)
+        self._watch()
         return self.release
 
     # Another spec ----------------------------------------------------------------------------------------------

@@ -58,12 +58,19 @@ class Release:
         self._hooks.clear()
         if self._optimizer.release is self:
             self._optimizer.release = None
+            self._optimizer._watch()
+            self._optimizer.homes.settle()
 
     def covers(self, p: Tensor) -> bool:
         return p in self._hooks
 
     def finish(self) -> None:
         """The end of a step; called by ``optimizer.step()``."""
+        try:
+            self._optimizer.homes.settle()  # what steps beside backward() has stepped
+        except BaseException:
+            self._begin()
+            raise
         once = [self._entries[i][1] for i, count in self._passes.items() if self.max_norm is not None and count == 1]
         skipped = self._skipped
         self._begin()
@@ -119,13 +126,20 @@ class Release:
                 return
             if isfinite(self.norm):
                 p.grad.mul_(min(1.0, self.max_norm / (self.norm + EPS)))
-        gradient = optimizer._local_gradient(name, p)
+        index, name, group = self._entries[id(p)]
+        entry = index, name, p, group
+        if not optimizer.homes.of(name).aside(name, p, lambda gradient: self._step_on(entry, gradient)):
+            self._step_on(entry, optimizer._local_gradient(name, p))
+
+    @torch.no_grad()
+    def _step_on(self, entry: tuple[int, str, Tensor, dict[str, Any]], gradient: Tensor) -> None:
+        """Perhaps in another thread, and later than ``_step``."""
+        optimizer, (_, name, p, _) = self._optimizer, entry
         looks = self.max_norm is None and optimizer.nonfinite != "propagate"
         if looks and optimizer.partition.agree(non_finite([(name, gradient)]), [p]):
             self._stop(name, "it and what comes after it in this backward pass is as it was; others have stepped")
             return
-        index, name, group = self._entries[id(p)]
-        optimizer._step_some([(index, name, p, group)], [gradient])
+        optimizer._step_some([entry], [gradient])
 
     def _stop(self, name: str, what: str) -> None:
         if self._optimizer.nonfinite == "raise":

@@ -110,7 +110,8 @@ class OptimSpec:
             _known(axis, getattr(self, axis), values)
         set_(self, "overrides", MappingProxyType(dict(self.overrides)))
         set_(self, "hyper", MappingProxyType(dict(self.hyper)))
-        set_(self, "options", MappingProxyType(checked(self.options, self.placements) if self.options else {}))
+        options = checked(self.options, self.placements, self.partition) if self.options else {}
+        set_(self, "options", MappingProxyType(options))
         rule.resolve(self.hyper)
         if self.format == "factored" and not any(m.factorable for m in self._all_moments()):
             nearest = f"{self.rule}, {self.rule}-8bit"

@@ -7,43 +7,76 @@ schedule that lets a buffer be overwritten too early therefore gives wrong numbe
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from memopt.placements.threads import Threads
 
-class Op(NamedTuple):
-    lane: str
-    begin: float
-    end: float
-    number: int  # in the order in which they were given
-    run: Callable[[], None]
+
+class Op:
+    def __init__(self, lanes: Lanes, lane: str, begin: float, end: float, run: Callable[[], None] | None) -> None:
+        self.lanes, self.lane, self.begin, self.end, self.run = lanes, lane, begin, end, run
+        self.number = len(lanes.trace)  # in the order in which they were given
+        self.error: BaseException | None = None
+
+    def result(self) -> None:
+        """Whoever asks has waited until then."""
+        self.lanes.wait_for([self])
+        if self.error is not None:
+            raise self.error
 
 
 class Lanes:
-    """``costs``: lane -> (seconds, seconds per byte)."""
+    """``costs``: lane -> (seconds, seconds per byte). ``now`` is the time of the thread that submits: nothing that it
+    submits begins earlier."""
 
     def __init__(self, costs: dict[str, tuple[float, float]]) -> None:
         self.costs = costs
         self.free: dict[str, float] = {}
         self.queue: list[Op] = []
         self.trace: list[Op] = []
+        self.now = 0.0
 
     def submit(self, lane: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
         fixed, per_byte = self.costs.get(lane, (1.0, 0.0))
-        begin = max([self.free.get(lane, 0.0), *(op.end for op in after)])
-        op = Op(lane, begin, begin + fixed + per_byte * nbytes, len(self.trace), run)
+        begin = max([self.now, self.free.get(lane, 0.0), *(op.end for op in after)])
+        op = Op(self, lane, begin, begin + fixed + per_byte * nbytes, run)
         self.free[lane] = op.end
         self.queue.append(op)
         self.trace.append(op)
         return op
 
+    def submit_thread(self, lane: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
+        """An operation that may submit operations itself, and ends when those have that it waits for."""
+        outer = self.now
+        op = self.submit(lane, lambda: None, after, nbytes)
+        self.wait_for([*after, op])
+        self.now = op.begin
+        try:
+            run()
+        except BaseException as error:  # it is the thread's until somebody asks
+            op.error = error
+        op.end = self.free[lane] = max(op.end, self.now)
+        self.now = outer
+        return op
+
+    def wait_for(self, ops: Sequence[Op]) -> None:
+        """The submitting thread waits; what begins until then takes effect."""
+        last = max((op.begin for op in ops), default=-1.0)
+        due = sorted((op for op in self.queue if op.begin <= last), key=lambda op: (op.begin, op.number))
+        self.queue = [op for op in self.queue if op.begin > last]
+        for op in due:
+            run, op.run = op.run, None  # what it held may be freed
+            assert run is not None
+            run()
+        self.now = max([self.now, *(op.end for op in ops)])
+
     def finish(self) -> None:
-        queue, self.queue = self.queue, []
-        for op in sorted(queue, key=lambda op: (op.begin, op.number)):
-            op.run()
+        self.wait_for(list(self.queue))
 
     def of(self, lane: str) -> list[Op]:
         return [op for op in self.trace if op.lane == lane]
@@ -66,19 +99,133 @@ class Lanes:
         return "\n".join(rows)
 
 
-class Bus:
-    """The memory of the simulated device is ordinary memory, filled with rubbish where it is fresh."""
+class Part:
+    """Some lanes of a clock that is shared: ``finish`` waits for what was submitted here."""
 
-    def __init__(self, device: torch.device, costs: dict[str, tuple[float, float]] | None = None) -> None:
+    def __init__(self, clock: Lanes, floor: float, thread: bool = False) -> None:
+        self.clock, self.floor, self.ops = clock, floor, []
+        self._submit = clock.submit_thread if thread else clock.submit
+
+    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
+        before = Op(self.clock, "", 0.0, self.floor, None)
+        self.ops.append(self._submit(lane, run, [*after, before], nbytes))
+        return self.ops[-1]
+
+    def finish(self) -> None:
+        ops, self.ops = self.ops, []
+        self.clock.wait_for(ops)
+        for op in ops:
+            op.result()
+
+
+class Bus:
+    """The memory of the simulated device is ordinary memory, filled with rubbish where it is fresh. Each call of
+    ``lanes`` begins a clock of its own, unless ``clock`` is given: then the device computes on its lane ``backward``,
+    which whoever drives it submits, and everything is on one time line."""
+
+    def __init__(
+        self, device: torch.device, costs: dict[str, tuple[float, float]] | None = None, clock: Lanes | None = None
+    ) -> None:
         self.runs: list[Lanes] = []
+        self.clock = clock
         self._costs = costs or {}
+        self._inside = False  # the thread beside the caller's is what submits
+        self.pinned = 0
 
     def host(self, nbytes: int) -> Tensor:
+        self.pinned += nbytes
         return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
 
     def device(self, nbytes: int) -> Tensor:
         return torch.full((nbytes,), 171, dtype=torch.uint8)
 
-    def lanes(self) -> Lanes:
+    def lanes(self):
+        if self.clock is not None:
+            return Part(self.clock, 0.0 if self._inside else self.clock.free.get("backward", 0.0))
         self.runs.append(Lanes(self._costs))
         return self.runs[-1]
+
+    def arrivals(self):
+        if self.clock is None:
+            self.clock = Lanes(self._costs)
+        return Part(self.clock, self.clock.free.get("backward", 0.0))
+
+    def apart(self):
+        assert self.clock is not None
+        bus, part = self, Part(self.clock, 0.0, thread=True)
+
+        class Thread:
+            def submit(self, lane, run, after, nbytes):
+                def inside() -> None:
+                    bus._inside = True
+                    try:
+                        run()
+                    finally:
+                        bus._inside = False
+
+                return part.submit(lane, inside, after, nbytes)
+
+            def finish(self):
+                part.finish()
+
+        return Thread()
+
+
+class ThreadedBus:
+    """Memory of the CPU as a device's, and threads that copy, slowly: what a schedule does not wait for is missing."""
+
+    def __init__(self, beside: float = 0.0) -> None:
+        self.beside = beside  # seconds by which what runs beside the caller is late
+        self._copiers = {name: Threads({name: 1}) for name in ("up", "down", "arriving")}
+
+    def host(self, nbytes: int) -> Tensor:
+        return torch.full((max(nbytes, 1),), 171, dtype=torch.uint8)[:nbytes]
+
+    def device(self, nbytes: int) -> Tensor:
+        return torch.full((nbytes,), 171, dtype=torch.uint8)
+
+    def lanes(self):
+        return Copying(self._copiers)
+
+    def arrivals(self):
+        return Copying({"down": self._copiers["arriving"]})
+
+    def apart(self):
+        threads, submit = Threads({"apart": 1}), Threads.submit
+
+        def late(lane: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
+            def inside() -> None:
+                time.sleep(self.beside)
+                run()
+
+            return submit(threads, lane, inside, after, nbytes)
+
+        threads.submit = late  # type: ignore[method-assign]
+        return threads
+
+
+class Copying:
+    """Lanes whose operations are made by a thread each, and else by the caller."""
+
+    def __init__(self, threads: dict[str, Threads]) -> None:
+        self.threads, self.own = threads, Threads({})
+        self.pending: list[Any] = []
+
+    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
+        if lane not in self.threads:
+            return self.own.submit(lane, run, after, nbytes)
+
+        @torch.no_grad()
+        def late() -> None:
+            time.sleep(0.001)
+            run()
+
+        before = list(after)
+        name = next(iter(self.threads[lane]._pools))
+        self.pending.append(self.threads[lane].submit(name, late, before, nbytes))
+        return self.pending[-1]
+
+    def finish(self) -> None:
+        pending, self.pending = self.pending, []
+        for event in pending:
+            event.result()

@@ -163,7 +163,7 @@ def test_nan_skips_a_step_and_changes_nothing():
 def test_pieces_are_the_whole_without_overlap_or_gap(spec, shape):
     parsed = memopt.parse(spec)
     one = held(parsed, "w", parsed.resolve(HYPER.get(parsed.rule)), Rows.whole(shape), "float32")
-    found = leases.pieces("w", *one, target=40_000)
+    found = leases.pieces("w", *one[:3], target=40_000)
     assert [p.rows.first for p in found[1:]] == [p.rows.stop for p in found[:-1]]
     ends: dict[str, int] = {}
     for p in found:
@@ -171,7 +171,7 @@ def test_pieces_are_the_whole_without_overlap_or_gap(spec, shape):
             assert part.offset == ends.get(part.key, 0)
             ends[part.key] = part.offset + part.nbytes
     assert ends == {line.key: line.nbytes for line in one.layout(one.rows)}
-    size = leases.extent(*one, target=40_000)
+    size = leases.extent(*one[:3], target=40_000)
     assert size == (max(p.nbytes for p in found), sum(p.nbytes for p in found))
     if len(found) > 1:
         assert size.largest <= 40_000 or found[0].rows.count == 1

@@ -90,6 +90,7 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
 def _move(optimizer: Optimizer, homes: Homes) -> None:
     """State is in these homes now."""
     optimizer.homes, left = homes, optimizer.homes
+    optimizer._watch()
     optimizer._take_place()
     left.replaced_by(homes)
 

@@ -76,8 +76,24 @@ class Home:
         """Bring the state of these works to where they are stepped, ``run`` them, write it back."""
         run(works)
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device) -> None:
-        """These parameters on ``device`` have state: allocate what their step will need besides."""
+    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
+        """These parameters on ``device`` have state (``also``: besides those of before): allocate what their step will
+        need besides."""
+
+    def watch(self, parameters: Mapping[str, tuple[Tensor, Held, bool]]) -> None:
+        """These are the parameters, with what their state will be; those with True want their gradients taken in
+        ``backward()``, where the placement does that."""
+
+    def bring(self, name: str, p: Tensor) -> None:
+        """Begin to bring the gradient to where the step will read it, if it is not there."""
+
+    def aside(self, name: str, p: Tensor, step: Callable[[Tensor], None]) -> bool:
+        """Have ``step`` called, beside ``backward()``, with the gradient of ``p`` when it is where the step reads it.
+        False where nothing runs beside it: then nothing was done."""
+        return False
+
+    def settle(self) -> None:
+        """Wait for all that :meth:`aside` began; raise the first error there was."""
 
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Everything that is to survive now: parameter -> state."""

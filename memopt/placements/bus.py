@@ -25,6 +25,13 @@ class Bus(Protocol):
     def lanes(self) -> Lanes:
         """For one step: whatever the device was given before is done before them."""
 
+    def arrivals(self) -> Lanes:
+        """A lane ``down`` of its own, for what the device was given before; nobody calls ``finish``."""
+
+    def apart(self) -> Lanes:
+        """A lane ``apart``: a thread beside the caller's, whose operations may use :meth:`lanes` themselves. What the
+        device is given meanwhile is none of theirs: they wait for the events they are told of."""
+
 
 def bus_of(device: torch.device) -> Bus | None:
     """None for a device that steps on host memory as it is."""

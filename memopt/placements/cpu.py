@@ -9,7 +9,7 @@ from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec
 from memopt.placements.base import Home, Placement
 from memopt.placements.disk import buffer_lines
-from memopt.placements.leases import Held, Layout, Setting, buffers, divisible, extents, target_of
+from memopt.placements.leases import Held, Setting, buffers, divisible, extents, target_of
 
 #: Bytes of a lease and the number of its buffers: one comes down, one is stepped, one goes up.
 TARGET, MOST = 64 * 2**20, 4
@@ -20,6 +20,9 @@ class Cpu(Placement):
     """State in host memory and the step on the host's processor: the card needs room for neither. Parameters and
     gradients on a card pass through pinned buffers, ``workspace`` at most (written for CUDA, not yet run on a GPU).
     Parameters in host memory are stepped where they are, as with ``device``.
+
+    ``offload_gradients``: gradients go down in ``backward()``, each when it is ready, and leave the card. They have
+    room of their own in pinned memory, as much as they take on the card.
 
     Source: Ren et al., "ZeRO-Offload", USENIX ATC 2021.
     """
@@ -39,16 +42,24 @@ class Cpu(Placement):
         if device == "cpu":
             return []
         target = target_of(options["workspace"], TARGET, MOST)
-        pairs = {id(h): Held(h.rows, pair_layout(h.rows), h.whole or not divisible(h.rows, h.layout)) for h in held}
-        wanted = buffers(extents([pairs[id(h)] for h in held], target), target, options["workspace"], MOST)
-        return buffer_lines(wanted, "pinned", "cpu")
+        kept = options["offload_gradients"]
+        staged = {id(h): staging(h, kept) for h in held}
+        wanted = buffers(extents([staged[id(h)] for h in held], target), target, options["workspace"], MOST)
+        nbytes = sum(TensorSpec(h.dtype, h.rows.local_shape).nbytes for h in held)
+        return [*buffer_lines(wanted, "pinned", "cpu"), *(gradient_line(nbytes) if kept else [])]
 
 
-def pair_layout(rows: Rows) -> Layout:
-    """A parameter and its gradient as lines, each with room for 32 bits."""
+def staging(held: Held, gradient_is_there: bool) -> Held:
+    """How a parameter and its gradient, unless that is in host memory, are cut: each with room for 32 bits."""
+    what = ("p",) if gradient_is_there else ("p", "g")
 
     def layout(some: Rows) -> list[Line]:
         tensor = TensorSpec("float32", some.local_shape)
-        return [Line("", what, "", tensor.dtype, tensor.shape, tensor.nbytes, "") for what in ("p", "g")]
+        return [Line("", one, "", tensor.dtype, tensor.shape, tensor.nbytes, "") for one in what]
 
-    return layout
+    return Held(held.rows, layout, held.whole or not divisible(held.rows, held.layout), held.dtype)
+
+
+def gradient_line(nbytes: int) -> list[Line]:
+    """Gradients in host memory, where they are kept there."""
+    return [Line("", "gradients", "", "uint8", (nbytes,), nbytes, "pinned", "workspace")] if nbytes else []

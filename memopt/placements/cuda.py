@@ -67,23 +67,47 @@ class CudaLanes:
 
 
 @final
+class CudaApart:
+    """A thread with a current stream of its own, on which nothing is ever queued that :meth:`CudaBus.lanes` would wait
+    for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._thread = Threads({"apart": 1})
+
+    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
+        def inside() -> None:
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                run()
+
+        return self._thread.submit("apart", inside, after, nbytes)
+
+    def finish(self) -> None:
+        self._thread.finish()
+
+
+@final
 class CudaBus:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
             self._sides = {"up": torch.cuda.Stream(device), "down": torch.cuda.Stream(device)}
+            self._arriving = {"down": torch.cuda.Stream(device)}
         self._threads = Threads(WORKERS)
 
     def host(self, nbytes: int) -> Tensor:
         """torch's own pinned memory comes in powers of two, up to twice what is asked for; this is to the page."""
-        memory = mmap.mmap(-1, max(nbytes, 1))
+        try:
+            memory = mmap.mmap(-1, max(nbytes, 1))
+        except OSError as error:
+            raise _cannot_pin(nbytes, str(error)) from error
         tensor = torch.frombuffer(memory, dtype=torch.uint8, count=max(nbytes, 1))[:nbytes]
         runtime = torch.cuda.cudart()
         with torch.cuda.device(self._device):
             code = runtime.cudaHostRegister(tensor.data_ptr(), max(nbytes, 1), 0)
         if int(code):
-            raise RuntimeError(f"cannot pin {nbytes:,} bytes of host memory (CUDA error {int(code)}); `memopt doctor` "
-                               "says what limits it, and @cpu needs little of it")  # fmt: skip
+            raise _cannot_pin(nbytes, f"CUDA error {int(code)}")
         weakref.finalize(memory, runtime.cudaHostUnregister, tensor.data_ptr()).atexit = False
         return tensor
 
@@ -92,6 +116,18 @@ class CudaBus:
 
     def lanes(self) -> Lanes:
         return CudaLanes(self._device, self._sides, self._threads)
+
+    def arrivals(self) -> Lanes:
+        return CudaLanes(self._device, self._arriving, self._threads)
+
+    def apart(self) -> Lanes:
+        return CudaApart(self._device)
+
+
+def _cannot_pin(nbytes: int, why: str) -> RuntimeError:
+    return RuntimeError(f"cannot pin {nbytes:,} bytes of host memory ({why}), and nothing was changed; `memopt doctor` "
+                        "says what limits it. A smaller workspace=, or @cpu without offload_gradients, needs less of "
+                        "it; @disk and @device need little or none")  # fmt: skip
 
 
 @lru_cache

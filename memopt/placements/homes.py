@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memopt.geometry import Rows
@@ -28,7 +28,7 @@ def held(spec: OptimSpec, name: str, h: Mapping[str, Any], rows: Rows, dtype: st
     def layout(some: Rows) -> list[Line]:
         return state_lines(spec, h, name, some, "", dtype)[1:]
 
-    return Held(rows, layout, not RULES[spec.rule].element_wise)
+    return Held(rows, layout, not RULES[spec.rule].element_wise, dtype)
 
 
 class Homes:
@@ -91,14 +91,26 @@ class Homes:
     def held(self, name: str, h: Mapping[str, Any], rows: Rows, dtype: str) -> Held:
         return held(self.spec, name, h, rows, dtype)
 
-    def prepare(self, states: Mapping[str, tuple[Held, torch.device]]) -> None:
-        """These are the parameters that have state."""
+    def prepare(self, states: Mapping[str, tuple[Held, torch.device]], also: bool = False) -> None:
+        """These are the parameters that have state; ``also``: besides those of before."""
         by_home: dict[tuple[int, torch.device], tuple[Home, dict[str, Held]]] = {}
         for name, (one, device) in states.items():
             home = self.of(name)
             by_home.setdefault((id(home), device), (home, {}))[1][name] = one
         for (_, device), (home, mine) in by_home.items():
-            home.prepare(mine, device)
+            home.prepare(mine, device, also)
+
+    def watch(self, parameters: Iterable[tuple[str, Tensor, Held, bool]]) -> None:
+        """These are the parameters; those with True may give their gradients away in ``backward()``."""
+        by_home: dict[str, dict[str, tuple[Tensor, Held, bool]]] = {placement: {} for placement in self._homes}
+        for name, *rest in parameters:
+            by_home[self.spec.for_parameter(name)[1]][name] = tuple(rest)  # type: ignore[assignment]
+        for placement, home in self._homes.items():
+            home.watch(by_home[placement])
+
+    def settle(self) -> None:
+        for home in self._homes.values():
+            home.settle()
 
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Make what survives this process complete: all states, by parameter."""

@@ -47,6 +47,7 @@ class Held(NamedTuple):
     rows: Rows
     layout: Layout
     whole: bool  # leased at once, whatever the layout
+    dtype: str = "float32"  # of the parameter
 
 
 class Setting(NamedTuple):
@@ -137,7 +138,7 @@ def extent(rows: Rows, layout: Layout, whole: bool, target: int) -> Extent:
 
 def extents(found: Sequence[Held], target: int) -> list[Extent]:
     """The extent of each; the same object is looked at once."""
-    known = {id(one): extent(*one, target) for one in {id(one): one for one in found}.values()}
+    known = {id(one): extent(*one[:3], target) for one in {id(one): one for one in found}.values()}
     return [known[id(one)] for one in found]
 
 

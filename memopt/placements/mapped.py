@@ -72,9 +72,9 @@ class Mapped(Home):
             run(staying)
         self._files.step([work for work in works if work.name not in hot], run, held)
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device) -> None:
+    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
         if self._files is not None:
-            self._files.prepare(held, device)
+            self._files.prepare(held, device, also)
 
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         if self._files is not None:

@@ -2,7 +2,8 @@
 
 Parameters in host memory are stepped where they are. For those on a device, parameter and gradient come down a few
 megabytes at a time into pinned buffers, are stepped there by the CPU kernels, and the parameter goes up again in its
-own dtype; copies down, steps and copies up of different rows happen at once.
+own dtype; copies down, steps and copies up of different rows happen at once. With ``offload_gradients`` the gradients
+are down already (:mod:`memopt.placements.arrivals`), and where they are released the step runs beside ``backward()``.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from memopt.geometry import Rows
 from memopt.ledger import Line
+from memopt.placements.arrivals import Arrivals
 from memopt.placements.base import Home, Placement, Run
 from memopt.placements.bus import Bus, bus_of
-from memopt.placements.cpu import MOST, TARGET, pair_layout
+from memopt.placements.cpu import MOST, TARGET, gradient_line, staging
 from memopt.placements.disk import buffer_lines
-from memopt.placements.leases import Buffers, Held, Piece, Setting, divisible, piece
+from memopt.placements.leases import Buffers, Held, Piece, Setting, piece
 from memopt.placements.pipeline import Lanes, Operation
 from memopt.placements.streamed import Loan, Streamed, bases, bytes_of
 
@@ -27,9 +29,14 @@ if TYPE_CHECKING:
     from memopt.engines.work import Work
 
 
+#: What is said of the option for parameters in host memory.
+IDLE = "offload_gradients has nothing to do"
+
+
 @final
 class Offloaded(Streamed):
-    """The pieces are of parameter and gradient; ``_parts`` are those of the state of the same rows."""
+    """The pieces are of the parameter and of the gradient if it is on the device; ``_parts`` are those of the state of
+    the same rows."""
 
     target, most = TARGET, MOST
 
@@ -38,12 +45,55 @@ class Offloaded(Streamed):
         self._host: list[Tensor] = []
         self._where = "cpu"
         self._parts: dict[tuple[str, Rows], Piece] = {}
+        keeps = setting.options["offload_gradients"]
+        self._arrivals = Arrivals(self._buffers_ready, self.nbytes) if keeps else None
+        self._watched: dict[str, tuple[Tensor, Held, bool]] = {}
 
     def in_place(self, device: torch.device) -> bool:
         return bus_of(device) is None
 
     def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
         return Home.allocate(self, name, lines, torch.device("cpu"))
+
+    # Gradients ---------------------------------------------------------------------------------------------------
+
+    def watch(self, parameters: Mapping[str, tuple[Tensor, Held, bool]]) -> None:
+        if self._arrivals is None:
+            return
+        self._watched = dict(parameters)
+        self._arrivals.hook({name: p for name, (p, _, wanted) in parameters.items() if wanted})
+        for name in [n for n in self._arrivals.slots if n not in parameters]:
+            self._arrivals.slots.pop(name).give_back()
+
+    def bring(self, name: str, p: Tensor) -> None:
+        if self._arrivals is not None:
+            self._arrivals.take_new(name, p)
+
+    def aside(self, name: str, p: Tensor, step: Callable[[Tensor], None]) -> bool:
+        if self._arrivals is None or bus_of(p.device) is None:
+            return False
+        self._arrivals.aside(name, p, step)
+        return True
+
+    def settle(self) -> None:
+        if self._arrivals is not None:
+            self._arrivals.settle()
+
+    def _buffers_ready(self) -> Sequence[Tensor]:
+        """Gradients are coming: what they and the step need is allocated, as it is priced."""
+        if not self._host:
+            self._prepare_watched()
+        return self._host
+
+    def _prepare_watched(self) -> None:
+        by_device: dict[torch.device, dict[str, Held]] = {}
+        for name, (p, held, _) in self._watched.items():
+            if p.requires_grad:
+                by_device.setdefault(p.device, {})[name] = held
+        for device, mine in by_device.items():
+            self.prepare(mine, device, also=True)
+
+    # The step ----------------------------------------------------------------------------------------------------
 
     def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
         here = [work for work in works if bus_of(work.p.device) is None]
@@ -53,41 +103,48 @@ class Offloaded(Streamed):
         for work in there:
             if max(work.p.itemsize, work.g.itemsize) > 4:
                 raise RuntimeError(f"cpu: {work.name} is {work.p.dtype} on {work.p.device}; buffers are for 32 bits")
+        if self._arrivals is not None:
+            self._arrivals.free_buffers()
 
-        def pairs(work: Work) -> Held:
-            state = held(work)
-            whole = state.whole or not divisible(state.rows, state.layout)
-            return Held(state.rows, pair_layout(state.rows), whole)
+        def staged(work: Work) -> Held:
+            return staging(held(work), self._arrivals is not None)
 
         for work in there:
             state = held(work)
-            for part in self._cut(work, pairs):
+            for part in self._cut(work, staged):
                 self._parts[work.name, part.rows] = piece(work.name, state.rows, part.rows, state.layout)
-        super().step(there, run, pairs)
+        super().step(there, run, staged)
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device) -> None:
-        if bus_of(device) is not None:
-            pairs = {name: Held(h.rows, pair_layout(h.rows), h.whole or not divisible(h.rows, h.layout))
-                     for name, h in held.items()}  # fmt: skip
-            super().prepare(pairs, device)
+    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
+        bus = bus_of(device)
+        if bus is None:
+            return
+        if self._arrivals is not None:
+            for name, one in held.items():
+                self._arrivals.allocate(name, getattr(torch, one.dtype), torch.Size(one.rows.local_shape), bus)
+        super().prepare({n: staging(h, self._arrivals is not None) for n, h in held.items()}, device, also)
 
     def chain(self, lease: Sequence[Loan], run: Run, device: torch.device) -> list[Operation]:
         loans = [(loan, loan.on({}), at) for loan, at in bases(lease)]
-        down_nbytes = sum(work.p.nbytes + work.g.nbytes for _, work, _ in loans)
+        down_nbytes = sum(work.p.nbytes + (0 if self._arrivals else work.g.nbytes) for _, work, _ in loans)
 
-        def staged(i: int, loan: Loan, work: Work, at: int) -> tuple[Tensor, Tensor]:
-            """Parameter and gradient in the buffer, as wide as they are."""
-            p, g = loan.piece.parts
-            return tuple(self._host[i][at + part.at : at + part.at + x.nbytes].view(x.dtype).view(x.shape)
-                         for part, x in ((p, work.p), (g, work.g)))  # type: ignore[return-value]  # fmt: skip
+        def staged(i: int, loan: Loan, work: Work, at: int) -> list[Tensor]:
+            """The parameter in the buffer, and the gradient behind it unless that is in host memory: as wide as they
+            are."""
+            return [self._host[i][at + part.at : at + part.at + x.nbytes].view(x.dtype).view(x.shape)
+                    for part, x in zip(loan.piece.parts, (work.p, work.g), strict=False)]  # fmt: skip
 
         def down(i: int) -> None:
             for loan, work, at in loans:
-                for here, there in zip(staged(i, loan, work, at), (work.p, work.g), strict=True):
+                for here, there in zip(staged(i, loan, work, at), (work.p, work.g), strict=False):
                     here.copy_(there, non_blocking=True)
 
         def step(i: int) -> None:
-            run([self._on_host(loan, work, *staged(i, loan, work, at)) for loan, work, at in loans])
+            def on_host(loan: Loan, work: Work, at: int) -> Work:
+                p, *g = staged(i, loan, work, at)
+                return self._on_host(loan, work, p, g[0] if g else work.g)
+
+            run([on_host(*one) for one in loans])
 
         def up(i: int) -> None:
             for loan, work, at in loans:
@@ -105,8 +162,10 @@ class Offloaded(Streamed):
         return work._replace(p=p, g=g, state={"step": whole["step"], **state})
 
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
+        if self._arrivals is not None:
+            self._arrivals.free_buffers()
         bus = self._bus(device)
-        self._where = str(device)
+        self._where, self._host = str(device), []
         self._host = [bus.host(wanted.nbytes) for _ in range(wanted.number)]
 
     def lanes(self, device: torch.device) -> Lanes:
@@ -118,14 +177,24 @@ class Offloaded(Streamed):
         assert bus is not None
         return bus
 
+    # Looking -----------------------------------------------------------------------------------------------------
+
     def workspace(self) -> list[Line]:
-        return buffer_lines(self.buffers, "pinned", "cpu")
+        slots = self._arrivals.slots.values() if self._arrivals is not None else ()
+        return [*buffer_lines(self.buffers, "pinned", "cpu"), *gradient_line(sum(slot.host.nbytes for slot in slots))]
 
     def tensors(self) -> list[Tensor]:
-        return self._host
+        return [*self._host, *([slot.memory for slot in self._arrivals.slots.values()] if self._arrivals else [])]
 
     def explain(self, device: torch.device) -> str:
         if bus_of(device) is None:
-            return f"state and step are on the {device}, where the parameters are: nothing is copied"
-        return (f"state and step are on the host; parameters and gradients of {device} come and go through "
-                f"{self.buffers.number} pinned buffers of {self.buffers.nbytes:,} bytes")  # fmt: skip
+            return (f"state and step are on the {device}, where the parameters are: nothing is copied"
+                    + (f"; gradients too: {IDLE}" if self._arrivals else ""))  # fmt: skip
+        what = "parameters" if self._arrivals else "parameters and gradients"
+        gradients = "; gradients go to pinned memory in backward(), and leave the device" if self._arrivals else ""
+        return (f"state and step are on the host; {what} of {device} come and go through "
+                f"{self.buffers.number} pinned buffers of {self.buffers.nbytes:,} bytes{gradients}")  # fmt: skip
+
+    def close(self, empty: bool = False) -> None:
+        if self._arrivals is not None:
+            self._arrivals.close()

@@ -53,9 +53,9 @@ class Pinned(Streamed):
             run(on_host)
         super().step([work for work in works if bus_of(work.p.device) is not None], run, held)
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device) -> None:
+    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
         if bus_of(device) is not None:
-            super().prepare(held, device)
+            super().prepare(held, device, also)
 
     def chain(self, lease: Sequence[Loan], run: Run, device: torch.device) -> list[Operation]:
         nbytes = sum(part.nbytes for loan in lease for part in loan.piece.parts)

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-#: What a lane returns for an operation it was given; only lanes look inside.
+#: What a lane returns for an operation it was given; its ``result()`` waits, and raises what the operation raised.
 Event = Any
 
 

@@ -117,8 +117,9 @@ class Streamed(Home):
         if chains:
             stream(chains, self.lanes(device), self.buffers.number)
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device) -> None:
-        self._extents = {name: extent(*one, self._target) for name, one in held.items()}
+    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
+        found = {name: extent(*one[:3], self._target) for name, one in held.items()}
+        self._extents = {**self._extents, **found} if also else found
         self._fit(device)
 
     @property
@@ -128,6 +129,7 @@ class Streamed(Home):
     def _fit(self, device: torch.device) -> None:
         wanted = buffers(list(self._extents.values()), self._target, self.nbytes, self.most)
         if wanted != self.buffers:
+            self.buffers = Buffers(0, 0)  # until they are there
             self.reserve(wanted, device)
             self.buffers = wanted
 
@@ -136,6 +138,6 @@ class Streamed(Home):
         key = (work.rows, *((k, t.dtype, t.shape) for k, t in work.state.items()))
         if self._known.get(work.name, ((), []))[0] != key:
             one = held(work)
-            self._known[work.name] = key, pieces(work.name, *one, self._target)
-            self._extents[work.name] = extent(*one, self._target)
+            self._known[work.name] = key, pieces(work.name, *one[:3], self._target)
+            self._extents[work.name] = extent(*one[:3], self._target)
         return self._known[work.name][1]

@@ -1,0 +1,245 @@
+"""Gradients that go to the host as they become ready, for the home of ``@cpu`` with ``offload_gradients=True``.
+
+A hook on each parameter hands its gradient to the bus in the middle of ``backward()``, which goes on meanwhile; the
+gradient's memory is the device's again when the copy has been made. What stands in ``p.grad`` then says so
+(:mod:`memopt.placements.away`). A further backward pass adds: its gradient comes down through the buffers that steps
+use, a piece at a time, and a thread adds the pieces to what is there, in the order and with the rounding with which
+autograd would have on the device.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+from torch import Tensor
+
+from memopt.gradients import check_gradient
+from memopt.placements.away import Away
+from memopt.placements.bus import Bus, bus_of
+from memopt.placements.pipeline import Event
+
+if TYPE_CHECKING:
+    from memopt.placements.pipeline import Lanes
+
+
+@final
+class Arrival:
+    """Room for one parameter's gradient in pinned host memory, and what was last done to it."""
+
+    def __init__(self, arrivals: Arrivals, name: str, memory: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+        self.name = name
+        self.memory = memory  # uint8 [bytes]
+        self.host = memory.view(dtype).view(shape)
+        self.last: Event | None = None
+        self.reader: Event | None = None  # a step beside backward(), until it is settled
+        # Weak, for no collector sees through p.grad: p -> what stands there -> this -> p would never be garbage.
+        self._p: weakref.ref[Tensor] | None = None
+        self._stands: weakref.ref[Away] | None = None
+        self._arrivals = weakref.ref(arrivals)
+
+    def stand_in(self, p: Tensor, g: Tensor) -> None:
+        """Replace ``p.grad``, which is ``g``."""
+        away = Away(self, g)
+        self._p, self._stands = weakref.ref(p), weakref.ref(away)
+        p.grad = away
+
+    def give_back(self) -> None:
+        """Put the gradient where it was, if that is still waited for."""
+        p = self._p() if self._p is not None else None
+        if p is not None and isinstance(p.grad, Away) and p.grad.gradient is self:
+            p.grad = self.here(p.grad).to(p.device, copy=True)
+
+    def wait(self) -> Tensor:
+        """The gradient, when it has come and been added up."""
+        last, self.last = self.last, None
+        if last is not None:
+            last.result()
+        return self.host
+
+    def here(self, asked: Away) -> Tensor:
+        self._check(asked)
+        return self.wait()
+
+    def _check(self, asked: Away) -> None:
+        if self._stands is None or asked is not self._stands():
+            raise RuntimeError(f"this gradient of {self.name} is gone: a later backward pass has taken its place")
+
+    def add(self, asked: Away, more: Tensor) -> None:
+        self._check(asked)
+        arrivals = self._arrivals()
+        if arrivals is not None and bus_of(more.device) is not None:
+            arrivals.add(self, more)
+        else:  # the optimizer is gone
+            self.wait().add_(more.cpu())
+
+
+@final
+class Arrivals:
+    """``buffers`` returns the pinned buffers of the home, uint8 [n] each, after allocating what is missing; ``bound``
+    is how many bytes of gradients may be on their way at once: the device holds no more of them."""
+
+    def __init__(self, buffers: Callable[[], Sequence[Tensor]], bound: int) -> None:
+        self.slots: dict[str, Arrival] = {}
+        self._buffers = buffers
+        self._bound = bound
+        self._hooks: dict[str, tuple[Tensor, Any]] = {}
+        self._on_way: deque[tuple[Event, int]] = deque()
+        self._ends: list[Event] = []  # of the uses of buffers; the last of buffer i at the last i modulo their number
+        self._apart: dict[torch.device, Lanes] = {}
+        self._lock = threading.RLock()  # autograd runs the hooks of several devices in several threads
+
+    # Which parameters --------------------------------------------------------------------------------------------
+
+    def hook(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take the gradients of these parameters from now on, and of no others."""
+        for name in [n for n, (p, _) in self._hooks.items() if parameters.get(n) is not p]:
+            self._hooks.pop(name)[1].remove()
+        for name, p in parameters.items():
+            if name not in self._hooks and p.requires_grad:
+                self._hooks[name] = p, p.register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
+
+    def take_new(self, name: str, p: Tensor) -> None:
+        """Send the gradient of ``p`` down unless it is there, or in host memory as ``p`` is."""
+        if bus_of(p.device) is not None and p.grad is not None and not isinstance(p.grad, Away):
+            self.take(name, p)
+
+    def allocate(self, name: str, dtype: torch.dtype, shape: torch.Size, bus: Bus) -> Arrival:
+        """Room for this gradient, what is there being kept where it fits."""
+        old = self.slots.get(name)
+        if old is None or old.host.dtype != dtype or old.host.shape != shape:
+            nbytes = shape.numel() * dtype.itemsize
+            self.slots[name] = Arrival(self, name, bus.host(nbytes), dtype, shape)
+        return self.slots[name]
+
+    # On their way ------------------------------------------------------------------------------------------------
+
+    def take(self, name: str, p: Tensor) -> Arrival:
+        """Send the gradient of ``p`` down, and put what stands for it in its place."""
+        _refuse_replica(name, p)
+        g, bus = check_gradient(name, p), bus_of(p.device)
+        assert bus is not None
+        with self._lock:
+            self._buffers()
+            slot = self.allocate(name, g.dtype, g.shape, bus)
+            self._make_way(g.nbytes)
+            before = [slot.last] if slot.last is not None else []
+
+            def down() -> None:
+                slot.host.copy_(g, non_blocking=True)
+                _leave(g)
+
+            slot.last = bus.arrivals().submit("down", down, before, g.nbytes)
+            self._on_way.append((slot.last, g.nbytes))
+            slot.stand_in(p, g)
+        return slot
+
+    def add(self, slot: Arrival, more: Tensor) -> None:
+        """Add the gradient of a further backward pass to one that is here or on its way."""
+        bus = bus_of(more.device)
+        assert bus is not None
+        with self._lock:
+            buffers = self._buffers()
+            self._make_way(more.nbytes)
+            lanes, apart = bus.arrivals(), self.apart(more.device)
+            new, old = more.reshape(-1), slot.host.view(-1)
+            size = buffers[0].numel() // new.itemsize if len(new) else 1
+            for start in range(0, len(new), size):
+                count = min(size, len(new) - start)
+                self._piece(slot, new[start : start + count], old[start : start + count], buffers, lanes, apart)
+            if slot.last is not None:
+                self._on_way.append((slot.last, more.nbytes))
+
+    def _piece(
+        self, slot: Arrival, new: Tensor, old: Tensor, buffers: Sequence[Tensor], lanes: Lanes, apart: Lanes
+    ) -> None:
+        room = buffers[len(self._ends) % len(buffers)][: new.nbytes].view(new.dtype)
+
+        def down() -> None:
+            room.copy_(new, non_blocking=True)
+            _leave(new)
+
+        free = self._ends[-len(buffers) :][:1] if len(self._ends) >= len(buffers) else []
+        came = lanes.submit("down", down, free, new.nbytes)
+        waits = [came] if slot.last is None else [came, slot.last]
+        slot.last = apart.submit("apart", lambda: _sum(old, room), waits, new.nbytes)
+        self._ends.append(slot.last)
+
+    def aside(self, name: str, p: Tensor, step: Callable[[Tensor], None]) -> None:
+        """Send the gradient down, and have ``step`` called with it beside backward()."""
+        known = self.slots.get(name)
+        if known is not None and known.reader is not None:
+            self.settle()  # a backward pass that was given up
+        slot = self.take(name, p)
+        came, slot.last = slot.last, None
+        slot.reader = self.apart(p.device).submit("apart", lambda: step(slot.host), [came], slot.host.nbytes)
+
+    def _make_way(self, nbytes: int) -> None:
+        """Wait until what is under way leaves room for so many bytes more."""
+        while self._on_way and sum(n for _, n in self._on_way) + nbytes > self._bound:
+            self._on_way.popleft()[0].result()
+
+    def apart(self, device: torch.device) -> Lanes:
+        """The thread beside backward() for this device."""
+        if device not in self._apart:
+            bus = bus_of(device)
+            assert bus is not None
+            self._apart[device] = bus.apart()
+        return self._apart[device]
+
+    def free_buffers(self) -> None:
+        """Wait until no gradient uses a buffer."""
+        ends, self._ends = self._ends, []
+        for end in ends:
+            end.result()
+
+    def settle(self) -> None:
+        """Wait for all that was begun beside backward(); raise the first error there was."""
+        self._on_way.clear()
+        try:
+            for lanes in self._apart.values():
+                lanes.finish()
+        finally:
+            for slot in self.slots.values():
+                slot.reader = None
+
+    def close(self) -> None:
+        """Take the hooks away, and give gradients back to the device."""
+        self.hook({})
+        for slot in self.slots.values():
+            slot.give_back()
+        self.slots.clear()
+
+
+def _hook(of: weakref.ref[Arrivals], name: str) -> Callable[[Tensor], None]:
+    """Weak for the same reason: the hook is kept by the parameter, which the optimizer keeps."""
+
+    def arrived(p: Tensor) -> None:
+        arrivals = of()
+        if arrivals is not None:
+            with torch.no_grad():
+                arrivals.take_new(name, p)
+
+    return arrived
+
+
+@torch.no_grad()
+def _sum(old: Tensor, new: Tensor) -> None:
+    old.add_(new)
+
+
+def _leave(g: Tensor) -> None:
+    """Its memory may be used again when this stream, which has just been given the copy, has come so far."""
+    if g.is_cuda:
+        g.record_stream(torch.cuda.current_stream(g.device))
+
+
+def _refuse_replica(name: str, p: Tensor) -> None:
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise RuntimeError(f"{name} is trained by {dist.get_world_size()} ranks, and its gradient is this rank's alone "
+                           "when it is ready: offload_gradients=True is for one process")  # fmt: skip

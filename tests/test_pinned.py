@@ -1,0 +1,143 @@
+"""Pinned memory that cannot be had: a clear error, and nothing is lost."""
+
+import contextlib
+import types
+
+import pytest
+import simulated
+import torch
+from cases import assert_same_bits, odd_model, train
+from test_placements import assert_same, drive
+
+import memopt
+from memopt.placements import bus, cuda
+
+PINNED = [("host", {}), ("cpu", {}), ("cpu", {"offload_gradients": True}), ("disk", {})]
+
+
+class Scarce(simulated.Bus):
+    """Pins ``left`` pieces of memory, and then fails as CUDA does."""
+
+    left = 10**9
+
+    def host(self, nbytes):
+        if self.left <= 0:
+            raise cuda._cannot_pin(nbytes, "CUDA error 2")
+        self.left -= 1
+        return super().host(nbytes)
+
+
+@pytest.fixture
+def scarce(monkeypatch):
+    made = Scarce(torch.device("cpu"))
+    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    return made
+
+
+@pytest.mark.parametrize(("place", "options"), PINNED)
+@pytest.mark.parametrize("left", [0, 1, 2, 3, 7])
+def test_the_first_step_says_so_changes_nothing_and_can_be_made_again(scarce, place, options, left):
+    model, twin = odd_model(), odd_model()
+    opt = memopt.create(model, f"adamw-8bit@{place}", workspace="1MiB", **options)
+    reference = memopt.create(twin, "adamw-8bit")
+    before = [p.detach().clone() for p in model.parameters()]
+    scarce.left = left
+    for _ in range(2):  # a second attempt changes nothing either
+        try:
+            drive(model, opt, 0, 1)
+        except RuntimeError:
+            for p, old in zip(model.parameters(), before, strict=True):
+                assert_same_bits(p, old)
+            assert not any(opt.state.values())
+        else:
+            break
+    assert left or not any(opt.state.values())
+    scarce.left = 10**9
+    stepped = int(bool(any(opt.state.values())))
+    drive(model, opt, stepped, 3 - stepped)
+    drive(twin, reference, 0, 3)
+    assert_same((model, opt), (twin, reference))
+
+
+@pytest.mark.parametrize(("place", "options"), PINNED)
+def test_a_parameter_that_comes_later(scarce, place, options):
+    """State of the others is there and has stepped; it neither steps nor counts a step."""
+    model, twin = odd_model(), odd_model()
+    opt = memopt.create(model, f"adamw@{place}", workspace="64MiB", **options)
+    reference = memopt.create(twin, "adamw")
+    for m, o in ((model, opt), (twin, reference)):
+        drive(m, o, 0, 2)
+        o.add_param_group({"params": [("more", torch.nn.Parameter(torch.ones(600, 600)))]})
+        o.param_groups[1]["params"][0].grad = torch.ones(600, 600)
+    counts = [float(opt.state[p]["step"]) for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    scarce.left = 0
+    with pytest.raises(RuntimeError, match=r"cannot pin [0-9,]+ bytes .*nothing was changed; `memopt doctor`"):
+        drive(model, opt, 2, 1)
+    assert [float(opt.state[p]["step"]) for p in model.parameters()] == counts
+    for p, old in zip(model.parameters(), before, strict=True):
+        assert_same_bits(p, old)
+    scarce.left = 10**9
+    for m, o in ((model, opt), (twin, reference)):
+        drive(m, o, 2, 2)
+    assert_same((model, opt), (twin, reference))
+    assert_same_bits(opt.param_groups[1]["params"][0], reference.param_groups[1]["params"][0])
+
+
+@pytest.mark.parametrize(("place", "options"), PINNED)
+def test_moving_there_leaves_an_optimizer_that_goes_on(scarce, place, options):
+    model, twin = odd_model(), odd_model()
+    opt, reference = memopt.create(model, "adamw-8bit"), memopt.create(twin, "adamw-8bit")
+    drive(model, opt, 0, 2)
+    scarce.left = 0
+    with pytest.raises(RuntimeError, match="cannot pin"):
+        opt.convert_(f"adamw-8bit@{place}", workspace="1MiB", **options)
+    scarce.left = 10**9
+    drive(model, opt, 2, 2)
+    drive(twin, reference, 0, 4)
+    assert_same((model, opt), (twin, reference))
+
+
+def test_in_the_middle_of_backward_the_gradient_stays(scarce):
+    model, twin = odd_model(), odd_model()
+    opt = memopt.create(model, "adamw@cpu", offload_gradients=True)
+    reference = memopt.create(twin, "adamw")
+    scarce.left = 1
+    with pytest.raises(RuntimeError, match="cannot pin"):
+        model(0).backward()
+    scarce.left = 10**9
+    train(model, opt, 0, 2)
+    train(twin, reference, 0, 2)
+    assert_same((model, opt), (twin, reference))
+
+
+def test_what_cuda_says_of_pinned_memory(monkeypatch):
+    """The call that registers memory with the driver, answered as without room (2) and as with it."""
+    registered, code = {}, 2
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address, nbytes, flags):
+            if not code:
+                registered[address] = nbytes
+            return code
+
+        @staticmethod
+        def cudaHostUnregister(address):
+            registered.pop(address)
+            return 0
+
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda d: types.SimpleNamespace())
+    made = cuda.CudaBus(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match=r"cannot pin 5,000 bytes of host memory \(CUDA error 2\), and nothing was"):
+        made.host(5000)
+    code = 0
+    tensor = made.host(5000)
+    assert registered == {tensor.data_ptr(): 5000}
+    assert tensor.tolist() == [0] * 5000
+    del tensor
+    assert not registered
+    with pytest.raises(RuntimeError, match=r"cannot pin 4,611,686,018,427,387,904 bytes .*Cannot allocate memory"):
+        made.host(2**62)
