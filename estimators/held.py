@@ -53,10 +53,13 @@ def rows_of(
                          "measured constant", 0, n) for kind, n in by_dtype]  # fmt: skip
     if model.buffers:
         held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, model.provenance))
+    few = one_gradient(name, by_dtype, known) if training.release_gradients else None
+    if spec.options.get("offload_gradients") and training.device != "cpu" and not training.deepspeed:
+        few = _offloaded(model, spec, gradients, training.release_gradients, known)
     if ran:
-        held += rows(name, model, training, ran, by_dtype, known)
-    elif training.release_gradients:
-        held += one_gradient(name, by_dtype, known)
+        held += rows(name, model, training, ran, by_dtype, known, few)
+    elif few is not None:
+        held += few
     else:
         held += [Row(name, "gradients", kind, n, GPU, ("backward", "step"), known) for kind, n in by_dtype]
     if not training.deepspeed:
@@ -69,6 +72,24 @@ def rows_of(
                             "measured constant", 0, tmp))  # fmt: skip
         held += runtime(name, held, world_size)
     return held
+
+
+def _offloaded(model: Model, spec: "OptimSpec", gradients: str | None, releases: bool, known: str) -> list[Row]:
+    """Gradients that go to the host in the backward pass: on their way are as many as ``workspace`` or one of them,
+    while the next is made. Those of parameters that are not ``@cpu`` stay, unless they are released."""
+    from memopt.placements.options import of_placement
+
+    away = {n for n, _ in model.shapes if spec.for_parameter(n)[1] == "cpu"} - set(model.frozen)
+    each = [_nbytes(model, n, shape, gradients)[1] for n, shape in model.shapes if n in away]
+    largest = max(each, default=0)
+    way = min(sum(each), max(of_placement(spec.options, "cpu")["workspace"], largest) + largest)
+    found = [Row(str(spec), "gradients", "on their way to the host", way, GPU, ("backward",), "formula", largest, way)]
+    rest = model._replace(frozen=frozenset({*model.frozen, *away}))
+    if releases:
+        left = released(rest, rest, lambda n, shape: _nbytes(model, n, shape, gradients))
+        return [*found, *one_gradient(str(spec), left, known)]
+    stay = _by_dtype(rest, gradients, all_=False)
+    return [*found, *(Row(str(spec), "gradients", kind, n, GPU, ("backward", "step"), known) for kind, n in stay)]
 
 
 def step_temporaries(

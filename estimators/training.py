@@ -108,17 +108,18 @@ def run(model: Model, training: Training, item: int, sharded: bool = False) -> "
 
 
 def rows(
-    name: str, model: Model, training: Training, ran: "Activations", gradients: list[tuple[str, int]], known: str
-) -> list[Row]:
-    """Activations and gradients by phase."""
+    name: str, model: Model, training: Training, ran: "Activations", gradients: list[tuple[str, int]], known: str,
+    few: list[Row] | None,
+) -> list[Row]:  # fmt: skip
+    """Activations and gradients by phase; ``few`` are the rows of gradients that do not stay."""
     forward, loss = ran.forward.activations - ran.body_copies, ran.loss.activations - ran.copies
     held = [Row(name, "weights", "autocast's copies", n, GPU, (phase,), "formula")
             for phase, n in (("forward", ran.body_copies), ("loss", ran.copies)) if n]  # fmt: skip
     held += [Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
             Row(name, "activations", "saved, and the loss", loss, GPU, ("loss",), "formula")]  # fmt: skip
-    if training.release_gradients:
+    if few is not None:
         alive = ran.accumulated.activations  # the moment that has most, whatever gradients there are
-        held += one_gradient(name, gradients, known)
+        held += few
     elif training.accumulate > 1:
         alive = ran.accumulated.activations
         held += [Row(name, "gradients", kind, n, GPU, PHASES[1:], known) for kind, n in gradients]

@@ -5,6 +5,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from test_placements import assert_same
 from torch import nn
 
 import memopt
+from estimators import estimate
 from memopt.hyper import SpecError
 from memopt.placements import bus
 from memopt.placements.arrivals import Arrival
@@ -350,6 +352,28 @@ def test_optimizers_and_models_that_nobody_refers_to_are_gone(device):
     gc.collect()
     assert gone[0]() is None
     assert gone[1]() is None
+
+
+@pytest.mark.parametrize("overrides", [{}, {"embed*": "@device"}])
+def test_the_estimate_is_the_ledger_and_the_device_keeps_few(device, overrides):
+    (model, opt), _ = twins("adamw@cpu", overrides=overrides)
+    train(model, opt, 0, 1)
+    rows = estimate(model, "adamw@cpu", overrides=overrides, **OPTIONS).rows
+    held = Counter()
+    for row in rows:
+        if row.what == "state":
+            held[row.detail] += row.nbytes  # in each tier
+    assert held == opt.ledger().by("moment")
+    sizes = {name: 4 * p.numel() for name, p in model.named_parameters()}
+    stays = sizes["embedding.weight"] if overrides else 0
+    assert held["gradients"] == sum(sizes.values()) - stays
+    there = {row.detail: (row.nbytes, row.phases) for row in rows if row.what == "gradients"}
+    assert there.pop("on their way to the host") == (held["gradients"], ("backward",))  # less than the workspace
+    assert there == ({"float32": (stays, ("backward", "step"))} if stays else {})
+    large = estimate("llama-3.1-8b", "adamw@cpu", offload_gradients=True, seq=512).rows
+    (way,) = (row for row in large if row.what == "gradients")
+    largest = 2 * 128_256 * 4096  # the table, larger than a workspace of 256 MiB
+    assert (way.nbytes, way.low, way.phases) == (2 * largest, largest, ("backward",))
 
 
 # What overlaps, and what is freed -------------------------------------------------------------------------------
