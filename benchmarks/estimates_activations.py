@@ -60,17 +60,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bert": _BERT,
     "bloom": {},
     "distilbert": {"attention_dropout": 0.0},
+    "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
     "gpt_bigcode": _GPT,
     "gptj": {**_GPT, "rotary_dim": 8},
     "deepseek_v2": _MLA,
     "deepseek_v3": {**_MLA, "first_k_dense_replace": 1},
     "roberta": _BERT,
     "vit": _VIT,
+    "whisper": {"max_source_positions": 96, "max_target_positions": 512, "num_mel_bins": 20},
     "mixtral": _MOE,
     "olmoe": _MOE,
     "qwen2_moe": {**_MOE, "shared_expert_intermediate_size": 160},
     "qwen3_moe": _MOE,
 }
+#: Families that are measured with adapters too.
+ADAPTED = ("llama", "qwen3", "gemma", "phi3", "mistral", "gpt_neox", "phi", "bert", "starcoder2")
 #: (configuration, sequences, tokens of each)
 SIZES = ((_SMALL, 4, 64), (_LARGE, 2, 256))
 #: Families whose modules compute attention in one way only.
@@ -92,17 +96,67 @@ def config(family: str, size: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in base.items() if k not in _SMALL or k in ("vocab_size", "hidden_size")}
     if family == "opt":
         base |= {"ffn_dim": size["intermediate_size"], "word_embed_proj_dim": size["hidden_size"]}
-    if family in ("gpt_neox", "bert", "roberta", "vit", "opt"):
+    if family == "whisper":
+        width, ffn, layers, heads, vocab, pad = (size[k] for k in (
+            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "pad_token_id"))  # fmt: skip
+        sides = {f"{side}_{k}": v for side in ("encoder", "decoder")
+                 for k, v in (("layers", layers), ("attention_heads", heads), ("ffn_dim", ffn))}  # fmt: skip
+        return {"model_type": family, "d_model": width, "vocab_size": vocab, "pad_token_id": pad, "bos_token_id": 1,
+                "eos_token_id": 2, "decoder_start_token_id": 1, **sides, **FAMILIES[family]}  # fmt: skip
+    if family in ("gpt_neox", "bert", "roberta", "vit", "opt", "falcon"):
         base.pop("num_key_value_heads")
     return base
 
 
-def build(cfg: dict[str, Any], dtype: torch.dtype, attention: str, checkpointed: bool, rank: int = 0) -> Any:
+#: What selective checkpointing keeps: results of matrix products and of fused attention.
+_ATEN = torch.ops.aten
+PRODUCTS = {
+    _ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN._grouped_mm.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default, _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default, _ATEN._scaled_dot_product_cudnn_attention.default,
+}  # fmt: skip
+
+
+class Selective:
+    """``context_fn`` of torch.utils.checkpoint, which notes what its contexts keep: no hook sees that."""
+
+    def __init__(self) -> None:
+        self.stores: list[Any] = []
+
+    def __call__(self) -> Any:
+        from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+        def policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            return CheckpointPolicy.MUST_SAVE if op in PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+        first, second = create_selective_checkpoint_contexts(policy)
+        self.stores.append(first.storage)
+        return first, second
+
+    def kept(self) -> list[torch.Tensor]:
+        from torch.utils._pytree import tree_leaves
+
+        entries = [entry for store in self.stores for calls in store.values() for entry in calls.values()]
+        found = [getattr(leaf, "val", None) for entry in entries for leaf in tree_leaves(entry)]
+        return [t for t in found if isinstance(t, torch.Tensor)]
+
+
+def checkpoint(model: Any, how: str) -> Selective:
+    """``full``, ``selective`` or ``every-K``, as transformers and torch do them."""
+    selective = Selective()
+    arguments = {"use_reentrant": False, **({"context_fn": selective} if how == "selective" else {})}
+    every = int(how.removeprefix("every-")) if how.startswith("every-") else 1
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments, every_n_layers=every)
+    return selective
+
+
+def build(cfg: dict[str, Any], dtype: torch.dtype, attention: str, rank: int = 0) -> Any:
     import transformers
 
     auto = {"bert": transformers.AutoModelForMaskedLM, "roberta": transformers.AutoModelForMaskedLM,
             "distilbert": transformers.AutoModelForMaskedLM,
-            "vit": transformers.AutoModelForImageClassification}  # fmt: skip
+            "vit": transformers.AutoModelForImageClassification, "whisper": transformers.AutoModelForSpeechSeq2Seq,
+            "t5": transformers.AutoModelForSeq2SeqLM}  # fmt: skip
     made = transformers.AutoConfig.for_model(**cfg)
     made.use_cache = False
     model = auto.get(cfg["model_type"], transformers.AutoModelForCausalLM).from_config(
@@ -110,10 +164,6 @@ def build(cfg: dict[str, Any], dtype: torch.dtype, attention: str, checkpointed:
     )
     if rank:
         adapt(model, rank)
-    if checkpointed:
-        model.gradient_checkpointing_enable()
-        if rank:
-            model.enable_input_require_grads()
     return model.train()
 
 
@@ -146,16 +196,20 @@ def inputs(cfg: dict[str, Any], batch: int, seq: int, dtype: torch.dtype) -> dic
         side = cfg["image_size"]
         return {"pixel_values": torch.randn(batch, 3, side, side, dtype=dtype), "labels": torch.arange(batch)}
     ids = torch.randint(3, cfg["vocab_size"], (batch, seq))
+    if cfg["model_type"] == "whisper":
+        heard = torch.randn(batch, cfg["num_mel_bins"], 2 * cfg["max_source_positions"], dtype=dtype)
+        return {"input_features": heard, "labels": ids}
     return {"input_ids": ids, "labels": ids}
 
 
-def measure(family: str, size: int, dtype: str, attention: str, checkpointed: bool, lora: bool,
+def measure(family: str, size: int, dtype: str, attention: str, checkpointing: str, lora: bool,
             mixed: bool = False) -> dict[str, Any]:  # fmt: skip
     """One case: predicted and real bytes. ``mixed``: fp32 weights under torch.autocast in bf16."""
     dims, batch, seq = SIZES[size]
     cfg, kind, rank = config(family, dims), getattr(torch, dtype), RANK * lora
     torch.manual_seed(0)
-    model = build(dict(cfg), kind, attention, checkpointed, rank)
+    model = build(dict(cfg), kind, attention, rank)
+    selective = checkpoint(model, checkpointing) if checkpointing != "none" else Selective()
     given = inputs(cfg, batch, seq, kind)
     optimizer = memopt.create([p for p in model.parameters() if p.requires_grad], SPEC, lr=1e-4)
     box: dict[str, torch.Tensor] = {}
@@ -171,18 +225,18 @@ def measure(family: str, size: int, dtype: str, attention: str, checkpointed: bo
         box.pop("loss").backward()
 
     forward(), backward(), optimizer.step(), optimizer.zero_grad()
-    kept = saved(model, run).nbytes
+    selective.stores.clear()
+    kept = saved(model, run, selective.kept).nbytes
     curve = traced(("forward", forward), ("backward", backward), ("step", optimizer.step))
     own = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     held = sum(own.values()) + sum(t.nbytes for s in optimizer.state.values() for t in s.values())
     e = estimate(cfg, SPEC, weights=dtype, batch=batch, seq=seq, attention=attention, lora=rank, device="cpu",
-                 mixed="bf16" if mixed else "",
-                 checkpointing="full" if checkpointed else "none")  # fmt: skip
+                 mixed="bf16" if mixed else "", checkpointing=checkpointing)  # fmt: skip
     if e.activations is None:
         raise SystemExit(f"{family}: {e.without}")
     predicted = max(sum(r.nbytes for r in e.rows if phase in r.phases) for phase in PHASES)
     return {
-        "family": family, "size": size, "dtype": dtype, "attention": attention, "checkpointing": checkpointed,
+        "family": family, "size": size, "dtype": dtype, "attention": attention, "checkpointing": checkpointing,
         "lora": rank, "mixed": mixed, "saved_nbytes": kept, "saved_predicted": e.activations.saved,
         "saved_error": round(e.activations.saved / kept - 1, 6),
         "peak_nbytes": held + curve.peak, "peak_predicted": predicted,
@@ -193,22 +247,23 @@ def measure(family: str, size: int, dtype: str, attention: str, checkpointed: bo
 
 
 def cases() -> list[tuple[Any, ...]]:
-    """Every family at both sizes and dtypes, with checkpointing and without; eager attention, adapters and autocast for
-    some."""
+    """Every family at both sizes and dtypes, without checkpointing and with each kind of it; eager attention, adapters
+    and autocast for some."""
     from estimators.activations import MIXED
 
+    both, hows = (0, 1), ("none", "full")
     listed: list[tuple[Any, ...]] = []
     for family in FAMILIES:
         attention = "eager" if family in ONLY_EAGER else "sdpa"
-        for size in range(len(SIZES)):
-            for dtype in ("bfloat16", "float32"):
-                for checkpointed in (False, True):
-                    listed.append((family, size, dtype, attention, checkpointed, False))
+        listed += [(family, size, dtype, attention, how, False)
+                   for size in both for dtype in ("bfloat16", "float32") for how in hows]  # fmt: skip
+        listed += [(family, size, "bfloat16", attention, how, False) for size in both for how in ("selective", "every-2")]
+        if family in ADAPTED:
+            listed += [(family, size, "bfloat16", attention, how, True) for size in both for how in hows]
+        if family in MIXED:
+            listed += [(family, 0, "float32", attention, how, False, True) for how in hows]
     for family in ("llama", "qwen2", "gpt_neox", "mistral"):
-        listed += [(family, size, "bfloat16", "eager", c, False) for size in (0, 1) for c in (False, True)]
-    for family in ("llama", "qwen3", "gemma", "phi3", "mistral", "gpt_neox", "phi", "bert", "starcoder2"):
-        listed += [(family, size, "bfloat16", "sdpa", c, True) for size in (0, 1) for c in (False, True)]
-    listed += [(f, 0, "float32", "sdpa", c, False, True) for f in FAMILIES if f in MIXED for c in (False, True)]
+        listed += [(family, size, "bfloat16", "eager", how, False) for size in both for how in hows]
     return listed
 
 
@@ -245,7 +300,7 @@ def table(results: list[dict[str, Any]], header: dict[str, Any]) -> str:
     ]
     for r in results:
         lines.append(f"| {r['family']} | {r['size']} | {r['dtype']} | {r['attention']} | "
-                     f"{'full' if r['checkpointing'] else 'none'} | {r['lora'] or ''} | "
+                     f"{r['checkpointing']} | {r['lora'] or ''} | "
                      f"{'bf16' if r['mixed'] else ''} | {r['saved_nbytes']:,} | "
                      f"{r['saved_error']:+.2%} | {r['peak_nbytes']:,} | {r['peak_error']:+.2%} | "
                      f"{r['moving_error']:+.2%} |")  # fmt: skip

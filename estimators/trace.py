@@ -18,9 +18,12 @@ class Saved(NamedTuple):
         return sum(nbytes for *_, nbytes in self.entries)
 
 
-def saved(module: torch.nn.Module, run: Callable[[], Any]) -> Saved:
+def saved(
+    module: torch.nn.Module, run: Callable[[], Any], others: Callable[[], list[torch.Tensor]] | None = None
+) -> Saved:
     """The storages that ``run()`` saves for its backward pass, each once; those of parameters and buffers are not
-    activations. ``run`` is a forward pass that returns what keeps its graph alive."""
+    activations. ``run`` is a forward pass that returns what keeps its graph alive, ``others`` gives tensors that no hook
+    sees, as selective checkpointing keeps them."""
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -32,6 +35,8 @@ def saved(module: torch.nn.Module, run: Callable[[], Any]) -> Saved:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
+        for tensor in others() if others else ():
+            pack(tensor)
     entries = tuple(
         (tuple(t.shape), str(t.dtype).removeprefix("torch."), t.untyped_storage().nbytes()) for t in kept.values()
     )

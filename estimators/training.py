@@ -13,7 +13,10 @@ from estimators.rows import GPU, PHASES, Row
 if TYPE_CHECKING:
     from estimators.activations import Activations
 
-CHECKPOINTINGS = ("none", "full")
+#: ``selective`` keeps the results of matrix products and of fused attention (torch's
+#: create_selective_checkpoint_contexts with those as policy); ``every-K`` checkpoints the first layer and every K-th
+#: after it (transformers' ``every_n_layers``).
+CHECKPOINTINGS = ("none", "full", "selective", *(f"every-{k}" for k in range(2, 65)))
 ATTENTIONS = ("sdpa", "flash", "eager")
 _MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16, "bucket": 2**40}
 #: DeepSpeed's default reduce_bucket_size, elements.
@@ -61,8 +64,9 @@ class Training(NamedTuple):
                               ("mixed", ("", "bf16", "fp16")),
                               ("device", ("cuda", "cpu"))):  # fmt: skip
             if getattr(self, name) not in allowed:
+                listed = allowed if len(allowed) < 9 else (*allowed[:4], "…", allowed[-1])
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is one of "
-                                 f"{', '.join(filter(None, allowed))}")  # fmt: skip
+                                 f"{', '.join(filter(None, listed))}")  # fmt: skip
         for name in ("release_gradients", "deepspeed"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is true or false")

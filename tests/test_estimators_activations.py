@@ -47,6 +47,20 @@ class TestKnownFormulas:
         plain = activations({**LLAMA, "num_hidden_layers": 8}, "", step)
         assert few.accumulated.activations < plain.saved / 2
 
+    def test_selective_checkpointing_keeps_what_products_and_attention_return(self):
+        b, s = 2, 1024
+        h, ffn, n = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["num_attention_heads"]
+        one, two = (activations({**LLAMA, "num_hidden_layers": k}, "", Step(b, s, "sdpa", 2), "selective").saved for k in (1, 2))
+        # The input; q, k, v, attention's result and one fp32 number per query; o, gate, up and down.
+        assert two - one == b * s * (2 * h + 2 * 4 * h + 4 * n + 2 * (2 * h + 2 * ffn))
+
+    def test_every_second_layer_keeps_half_the_layers(self):
+        step = Step(1, 512, "sdpa", 2)
+        none, full, half = (activations({**LLAMA, "num_hidden_layers": 8}, "", step, how).saved
+                            for how in ("none", "full", "every-2"))  # fmt: skip
+        tables = 2 * 512 * 128 * 2  # which layers that are not checkpointed keep
+        assert half - tables == (none - tables + full) / 2
+
     def test_the_loss_takes_ten_bytes_forward_and_twelve_backward(self):
         config = {**LLAMA, "num_hidden_layers": 0, "vocab_size": 2**20}
         ran = activations(config, "", Step(1, 256, "sdpa", 2))
@@ -73,15 +87,21 @@ def benchmark():
     return module
 
 
+BF16 = ("llama", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt", "falcon", "whisper")
+FP32 = ("llama", "qwen2", "gemma", "bert", "phi", "mixtral", "vit", "whisper")
 CHECKED = [
-    *((f, 0, "bfloat16", "sdpa", False, False) for f in ("llama", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "opt")),
-    *((f, 0, "float32", "sdpa", True, False) for f in ("llama", "qwen2", "gemma", "bert", "phi", "mixtral", "vit")),
-    *((f, 1, "bfloat16", "sdpa", c, False) for f in ("llama", "gpt2", "qwen3_moe", "bert") for c in (False, True)),
-    *((f, 0, "bfloat16", "sdpa", c, True) for f in ("llama", "gpt_neox") for c in (False, True)),
-    *((f, 0, "bfloat16", "eager", False, False) for f in ("llama", "bloom", "gptj")),
-    *((f, 0, "float32", "sdpa", False, False) for f in ("deepseek_v2", "deepseek_v3", "distilbert", "gpt_bigcode")),
-    *((f, 0, "float32", "sdpa", c, False, True) for f in ("llama", "gpt2", "vit") for c in (False, True)),
-    ("gemma2", 0, "float32", "eager", False, False),
+    *((f, 0, "bfloat16", "sdpa", "none", False) for f in BF16),
+    *((f, 0, "float32", "sdpa", "full", False) for f in FP32),
+    *((f, 1, "bfloat16", "sdpa", c, False) for f in ("llama", "gpt2", "qwen3_moe", "bert") for c in ("none", "full")),
+    *((f, 0, "bfloat16", "sdpa", c, True) for f in ("llama", "gpt_neox") for c in ("none", "full")),
+    *((f, 0, "bfloat16", "eager", "none", False) for f in ("llama", "bloom", "gptj")),
+    *((f, 0, "float32", "sdpa", "none", False) for f in ("deepseek_v2", "deepseek_v3", "distilbert", "gpt_bigcode")),
+    *((f, 0, "float32", "sdpa", c, False, True) for f in ("llama", "gpt2", "vit") for c in ("none", "full")),
+    *((f, 0, "bfloat16", "sdpa", "selective", False) for f in ("llama", "gpt2", "qwen3_moe", "falcon", "whisper")),
+    *((f, 0, "bfloat16", "sdpa", "every-2", False) for f in ("llama", "whisper")),
+    ("llama", 0, "bfloat16", "eager", "selective", False),
+    ("gemma2", 0, "float32", "eager", "none", False),
+    ("qwen3_moe", 0, "bfloat16", "sdpa", "full", False),
 ]
 
 
@@ -219,7 +239,8 @@ class TestEstimates:
             ({"seq": 128, "batch": True}, "batch=True"),
             ({"batch": 2}, "need seq"),
             ({"checkpointing": "full"}, "need seq"),
-            ({"seq": 128, "checkpointing": "some"}, "none, full"),
+            ({"seq": 128, "checkpointing": "some"}, "none, full, selective, every-2, …, every-64"),
+            ({"seq": 128, "checkpointing": "every-1"}, "every-2"),
             ({"seq": 128, "attention": "flex"}, "sdpa, flash, eager"),
             ({"quantised": "nf4"}, "needs adapters"),
             ({"lora": 4, "quantised": "int3"}, "nf4-double"),

@@ -32,17 +32,20 @@ Layer = Callable[[Tape, Tensor], Tensor]
 
 class Network(NamedTuple):
     """A model as segments: ``embed(tape)``, layers by kind in their order, ``head(tape, x)`` down to the loss.
-    ``tables`` are bytes made once that every layer reads and keeps."""
+    ``tables`` are bytes made once that every layer reads and keeps, ``masks`` those that none keeps. An ``encoder`` runs first; its head's result is the
+    shared tensor ``memory``."""
 
     embed: Callable[[Tape], Tensor]
     layers: tuple[tuple[str, Layer], ...]
     head: Layer
     tables: int = 0
+    encoder: "Network | None" = None
+    masks: int = 0
 
 
-def alike(layer: Layer, count: int) -> tuple[tuple[str, Layer], ...]:
+def alike(layer: Layer, count: int, kind: str = "layer") -> tuple[tuple[str, Layer], ...]:
     """The same layer ``count`` times."""
-    return (("layer", layer),) * count
+    return ((kind, layer),) * count
 
 
 # Norms ---------------------------------------------------------------------------------------------------------
@@ -107,30 +110,38 @@ def rotated(t: Tape, x: Tensor, item: int = 0) -> Tensor:
 
 
 def attend(
-    t: Tape, step: Step, q: Tensor, k: Tensor, v: Tensor, a: Heads, *, softcap: bool = False, relaid: bool = False
-) -> Tensor:
-    """Attention over one sequence with itself, unpadded; the result is laid out as the output projection reads it.
+    t: Tape, step: Step, q: Tensor, k: Tensor, v: Tensor, a: Heads, *, softcap: bool = False, relaid: bool = False,
+    mask: int = 0, over: int = 0, plain: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention over one sequence with itself, or with ``over`` tokens of another one, unpadded; the result is laid out
+    as the output projection reads it.
     Fused kernels lay it out as the queries are: ``relaid`` says that those are head by head, so that a copy is made.
 
-    Fused kernels (``sdpa`` without a mask, ``flash``) save what they read, their result and one fp32 number per query.
+    Fused kernels (``sdpa``, ``flash``) save what they read, their result and one fp32 number per query; a boolean mask
+    (``mask``: its elements, 0 for none) is converted to the weights' dtype for each call, and saved.
     ``eager`` saves the probabilities, in fp32 and in the weights' dtype, and copies of q, k and v laid out for a
-    batched product, keys and values repeated for every query head.
+    batched product, keys and values repeated for every query head. ``plain``: the softmax is computed in the scores'
+    dtype, and q, k and v are laid out already.
     """
     size = step.tokens * a.n * a.dim
     if step.attention != "eager":
         q, k, v = (t.cast(x, t.mm) for x in (q, k, v))
-        result = t.tensor(step.tokens * a.n, FP32)
-        out = t.op([q, k, v], size, t.mm, saves=[q, k, v, result], saves_out=True)
+        result, added = t.tensor(step.tokens * a.n, FP32), [t.tensor(mask, t.mm)] if mask else []
+        out = t.op([q, k, v], size, t.mm, saves=[q, k, v, *added, result], saves_out=True, product=True, beside=[result])
         return t.copy(out) if relaid else out
+    numel = step.batch * a.n * step.seq * (over or step.seq)
+    if plain:
+        probabilities = t.root(t.copy(t.op([q, k], numel, saves=[q, k], product=True)))
+        return t.copy(t.op([probabilities, v], size, saves=[probabilities, v], product=True))
     q, k, v = (t.copy(x, size) for x in (q, k, v))
-    scores = t.copy(t.op([q, k], step.batch * a.n * step.seq**2, t.item, saves=[q, k]))
+    scores = t.copy(t.op([q, k], numel, t.item, saves=[q, k], product=True))
     if softcap:
         scores = t.copy(t.root(t.copy(scores)))
     scores = t.copy(scores)  # plus the mask
     wider = scores.numel * (FP32 - scores.item)  # both passes of the softmax are computed in fp32
     softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider)
     probabilities = t.cast(softmax, t.item)
-    return t.copy(t.op([probabilities, v], size, t.item, saves=[probabilities, v]))
+    return t.copy(t.op([probabilities, v], size, t.item, saves=[probabilities, v], product=True))
 
 
 def attention(

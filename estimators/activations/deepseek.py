@@ -37,8 +37,8 @@ def _latent(f: Fields, step: Step, turned: Layer) -> Layer:
     def latent_attend(t: Tape, query: Tensor, key: Tensor, both: Tensor) -> Tensor:
         """The values are a view of what the keys come from. The result is laid out head by head, as the queries are,
         and copied for the output projection."""
-        result = t.tensor(tokens * n, FP32)
-        return t.copy(t.op([query, key, both], tokens * n * v, saves=[query, key, both, result], saves_out=True))
+        result, read = t.tensor(tokens * n, FP32), [query, key, both]
+        return t.copy(t.op(read, tokens * n * v, saves=[*read, result], saves_out=True, product=True, beside=[result]))
 
     return attended
 
@@ -118,4 +118,5 @@ def _logits(t: Tape, x: Tensor, width: int, count: int) -> Tensor:
     x = t.cast(x, FP32)
     copies = [t.tensor(count * width, FP32)] if t.item != FP32 else []
     saves = [*([x] if t.trains else []), *copies]
-    return t.op([x], x.numel // width * count, FP32, saves=saves, gradients=count * width * t.item * t.trains)
+    return t.op([x], x.numel // width * count, FP32, saves=saves, gradients=count * width * t.item * t.trains,
+                product=True)  # fmt: skip

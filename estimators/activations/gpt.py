@@ -74,9 +74,9 @@ def gptj(f: Fields, step: Step) -> Network:
         y = layer_norm(t, x, width)
         q, k, v = (t.linear(y, width, width) for _ in range(3))
         k, q = (t.copy(t.cast(turned(t, z), FP32)) for z in (k, q))
-        scores = t.copy(t.copy(t.op([q, k], scores_size, FP32, saves=[q, k])))  # scaled, and with the mask
+        scores = t.copy(t.copy(t.op([q, k], scores_size, FP32, saves=[q, k], product=True)))  # scaled, and with the mask
         probabilities, v = t.cast(t.root(scores), t.item), t.copy(v)
-        attended = t.copy(t.op([probabilities, v], size, saves=[probabilities, v], item=t.item))
+        attended = t.copy(t.op([probabilities, v], size, saves=[probabilities, v], product=True, item=t.item))
         attended = t.dropout(t.linear(attended, width, width), p)
         return t.add(t.add(attended, t.dropout(mlp(t, y, width, ffn, act), p)), x)
 
@@ -107,11 +107,11 @@ def bloom(f: Fields, step: Step) -> Network:
         y = layer_norm(t, x, width)
         qkv = t.linear(y, width, 3 * width, bias=True)
         q, k, v = (t.op([qkv], size) for _ in range(3))
-        scores = t.copy(t.op([q, k], scores_size, saves=[q, k]))
+        scores = t.copy(t.op([q, k], scores_size, saves=[q, k], product=True))
         wider = scores.numel * (FP32 - scores.item)
         softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider)
         probabilities = t.cast(softmax, t.item)
-        attended = t.copy(t.op([probabilities, v], size, saves=[probabilities, v]))
+        attended = t.copy(t.op([probabilities, v], size, saves=[probabilities, v], product=True))
         x = t.add(t.dropout(t.linear(attended, width, width, bias=True), p), y if after else x)
         y = layer_norm(t, x, width)
         z = t.linear(gelu(t, t.linear(y, width, 4 * width, bias=True)), 4 * width, width, bias=True)

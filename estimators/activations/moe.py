@@ -13,10 +13,13 @@ from estimators.fields import Fields
 _INT32 = 4
 
 
-def experts(t: Tape, x: Tensor, width: int, inner: int, count: int, top: int, normalised: bool = True) -> Tensor:
+def experts(
+    t: Tape, x: Tensor, width: int, inner: int, count: int, top: int, normalised: bool = True, cast: bool = True
+) -> Tensor:
     """``top`` of ``count`` gated MLPs per token. Every token takes ``top`` rows, so the sum over experts does not
-    depend on how evenly they are chosen."""
-    return grouped(t, x, _router(t, x, width, count, top, normalised), width, inner, count, top)
+    depend on how evenly they are chosen. ``cast``: the chosen ones' weights go back to the dtype of the logits."""
+    weights = _router(t, x, width, count, top, normalised)
+    return grouped(t, x, t.cast(weights, t.mm) if cast else weights, width, inner, count, top)
 
 
 def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: int, top: int) -> Tensor:
@@ -28,12 +31,14 @@ def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: 
     chosen = t.op([x], rows * width, saves=[source])
     weights = t.op([weights], saves=[order])
     up = 3 * count * inner * width * t.item * t.trains
-    both = t.op([chosen], rows * 2 * inner, saves=[*([chosen] if t.trains else []), offsets], gradients=2 * up // 3)
+    both = t.op([chosen], rows * 2 * inner, saves=[*([chosen] if t.trains else []), offsets], gradients=2 * up // 3,
+                product=True)  # fmt: skip
     activated = t.op([both], rows * inner, saves=[both])
     product = t.op([both, activated], rows * inner, saves=[both, activated])
-    result = t.op([product], rows * width, saves=[*([product] if t.trains else []), offsets], gradients=up // 3)
+    result = t.op([product], rows * width, saves=[*([product] if t.trains else []), offsets], gradients=up // 3,
+                  product=True)  # fmt: skip
     weighted = t.op([t.mul(result, weights)], saves=[back])
-    return t.cast(t.op([weighted], tokens * width), x.item)
+    return t.cast(t.sum(weighted, tokens * width), x.item)
 
 
 def _router(t: Tape, x: Tensor, width: int, count: int, top: int, normalised: bool) -> Tensor:
@@ -74,7 +79,7 @@ def _decoder(
 def mixtral(f: Fields, step: Step) -> Network:
     width, ffn, count = f.integer("hidden_size"), f.integer("intermediate_size"), f.experts("num_local_experts")
     top = f.integer("num_experts_per_tok", 2)
-    return _decoder(f, step, heads(f, kv=8), lambda t, x: experts(t, x, width, ffn, count, top))
+    return _decoder(f, step, heads(f, kv=8), lambda t, x: experts(t, x, width, ffn, count, top, cast=False))
 
 
 def olmoe(f: Fields, step: Step) -> Network:

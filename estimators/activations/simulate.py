@@ -8,13 +8,21 @@ from estimators.activations.tape import Op, Tape, Tensor
 
 
 class Forward(NamedTuple):
-    """``peak``: the most that is alive, the segment's input not counted. ``saved``: what stays for the backward pass,
-    input and output not counted. ``saves_input``, ``saves_output``: whether those stay too."""
+    """``peak``: the most that is alive, the segment's input not counted. ``kept``: what stays for the backward pass;
+    input, output and shared tensors are not counted. ``keeps``: which of those stay too, by ``id``."""
 
     peak: int
-    saved: int
-    saves_input: bool
-    saves_output: bool
+    kept: int
+    keeps: frozenset[int]
+
+
+class Again(NamedTuple):
+    """A forward pass under checkpointing, run again in the backward pass. ``peak``: the most that is alive beside the
+    input and what the first run kept. ``left``: bytes that the first run kept and nobody asked for again, which stay
+    until the segment's backward pass is over."""
+
+    peak: int
+    left: int
 
 
 class Backward(NamedTuple):
@@ -31,28 +39,60 @@ class Backward(NamedTuple):
     most: int
 
 
-def forward(tape: Tape, *, saving: bool = True) -> Forward:
-    """Tensors go when their last reader is done, unless they are saved or held. ``saving=False`` is a forward pass
-    under checkpointing."""
-    kept: set[int] = {id(t) for t in tape.held}
-    if saving:
-        kept.update(id(t) for op in tape.ops for t in op.saved)
-    last_read = {id(t): i for i, op in enumerate(tape.ops) for t in op.ins}
-    boundary = {id(tape.x), id(tape.out)}
+def forward(tape: Tape, keeping: str = "saved") -> Forward:
+    """Tensors go when their last reader is done, unless they are kept or held. ``keeping``: what autograd saves
+    (``saved``), ``nothing`` under full checkpointing, results of matrix products and fused attention (``products``)
+    under selective checkpointing."""
+    kept = {"saved": _saved, "nothing": lambda _: {}, "products": _products}[keeping](tape)
+    stay = {id(t) for t in tape.held} | kept.keys() | tape.boundary
+    last_read = _last_reads(tape)
     made: dict[int, int] = {}
     live = peak = 0
     for i, op in enumerate(tape.ops):
-        for tensor in (op.out, *(op.saved if saving else ())):
-            if id(tensor) not in made and id(tensor) != id(tape.x):
+        for tensor in (op.out, *(t for t in op.made if id(t) in kept)):
+            if id(tensor) not in made and id(tensor) not in tape.given:
                 made[id(tensor)] = tensor.nbytes
                 live += tensor.nbytes
         peak = max(peak, live + op.forward_tmp)
-        for tensor in {id(t): t for t in op.ins}.values():
-            if last_read[id(tensor)] == i and id(tensor) in made and id(tensor) not in kept | boundary:
-                live -= made.pop(id(tensor))
-    saved = {id(t): t.nbytes for op in tape.ops for t in op.saved} if saving else {}
-    inner = sum(nbytes for key, nbytes in saved.items() if key not in boundary)
-    return Forward(peak, inner, id(tape.x) in saved, id(tape.out) in saved and tape.out is not tape.x)
+        for key in {id(t) for t in op.ins}:
+            if last_read[key] == i and key in made and key not in stay:
+                live -= made.pop(key)
+    inner = sum(tensor.nbytes for key, tensor in kept.items() if key not in tape.boundary)
+    return Forward(peak, inner, frozenset(kept.keys() & tape.boundary))
+
+
+def again(tape: Tape, keeping: str = "nothing") -> Again:
+    """The second run stops where the last tensor is saved: before that operation, unless it is its result. Products
+    that were kept are taken, not computed, and go as everything else does when they are read and not saved."""
+    saved, kept = _saved(tape), _products(tape) if keeping == "products" else {}
+    stop = max((i for i, op in enumerate(tape.ops) if op.saved), default=-1)
+    last_read = _last_reads(tape)
+    there: dict[int, int] = {}
+    live = peak = 0
+    for i, op in enumerate(tape.ops[: stop + 1]):
+        computed = i < stop or id(op.out) in {id(t) for t in op.saved}
+        for tensor in (*op.made, *([op.out] if computed else [])):
+            if id(tensor) not in there and id(tensor) not in tape.given:
+                there[id(tensor)] = tensor.nbytes
+                live += tensor.nbytes * (id(tensor) not in kept)
+        peak = max(peak, live + op.forward_tmp * (computed and id(op.out) not in kept))
+        for key in {id(t) for t in op.ins}:
+            if last_read[key] == i and key in there and key not in saved and key not in tape.boundary:
+                live -= there.pop(key)
+    rest = [t for op in tape.ops[stop:] for t in op.products if id(t) in kept and id(t) not in there]
+    return Again(peak, sum(t.nbytes for t in rest))
+
+
+def _saved(tape: Tape) -> dict[int, Tensor]:
+    return {id(t): t for op in tape.ops for t in op.saved}
+
+
+def _products(tape: Tape) -> dict[int, Tensor]:
+    return {id(t): t for op in tape.ops for t in op.products}
+
+
+def _last_reads(tape: Tape) -> dict[int, int]:
+    return {id(t): i for i, op in enumerate(tape.ops) for t in op.ins}
 
 
 class _Gradient:
@@ -71,7 +111,7 @@ class _Pass:
     __slots__ = ("gradients", "live", "made", "most", "peak", "saved", "savers")
 
     def __init__(self, tape: Tape) -> None:
-        tensors = {id(t): t.nbytes for op in tape.ops for t in op.saved}
+        tensors = {key: t.nbytes * (key not in tape.elsewhere) for key, t in _saved(tape).items()}
         self.saved = tensors
         self.savers: dict[int, int] = {}
         for op in tape.ops:
@@ -87,6 +127,12 @@ class _Pass:
         self.most = max(self.most, self.live + extra)
         if self.live + extra + self.made > sum(self.peak):
             self.peak = (self.live + extra, self.made)
+
+    def start(self, tensor: Tensor, nbytes: int) -> None:
+        """A gradient that is there from the start."""
+        self.gradients[id(tensor)] = gradient = _Gradient(nbytes)
+        gradient.holders = 1
+        self.live += nbytes
 
     def give(self, tensor: Tensor, gradient: _Gradient) -> None:
         """The engine's input buffer: the first gradient is taken as it is, the next is added in place, or into a new
@@ -114,7 +160,7 @@ class _Pass:
         needed = {id(t): t for t in op.ins if t.requires}.values()
         outgoing = []
         for tensor in needed:
-            if op.alias and tensor.nbytes == incoming.nbytes:
+            if op.alias and (op.expands or tensor.nbytes == incoming.nbytes):
                 outgoing.append((tensor, incoming))
             else:
                 outgoing.append((tensor, _Gradient(tensor.nbytes)))
@@ -131,16 +177,18 @@ class _Pass:
                 self.live -= self.saved[key]
 
 
-def backward(tape: Tape, *, gradient: bool = True) -> Backward:
+def backward(tape: Tape, *, gradient: bool = True, waited: frozenset[str] = frozenset()) -> Backward:
     """In reverse order, as autograd runs; an operation frees what it saved when it is done. ``gradient`` says whether
-    one for the output comes in; a loss has none of weight."""
+    one for the output comes in; a loss has none of weight. ``waited``: names of shared tensors that have a gradient
+    already, to which this segment adds: bytes of its caller's account, unless the tensor was made here."""
     state = _Pass(tape)
-    start = _Gradient(tape.out.nbytes if gradient else 0)
-    start.holders = 1
-    state.live += start.nbytes
-    state.gradients[id(tape.out)] = start
+    everything = state.live
+    for tensor, nbytes in ((tape.out, tape.out.nbytes * gradient),
+                           *((tape.shared[name], 0) for name in waited if name in tape.shared),
+                           *((t, t.nbytes) for name, t in tape.shares.items() if name in waited)):  # fmt: skip
+        if id(tensor) not in state.gradients:  # a shared tensor may be the output
+            state.start(tensor, nbytes)
     state.note()
-    everything = state.live - start.nbytes
     waiting: int | None = None
     for op in reversed(tape.ops):
         if id(op.out) in state.gradients:

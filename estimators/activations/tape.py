@@ -32,10 +32,12 @@ class Op:
     """One operation: what it reads, makes and saves.
 
     ``gradients`` are the bytes of parameter gradients that its backward makes, ``forward_tmp`` and ``backward_tmp``
-    what it allocates and frees inside. ``alias``: the gradient of the result is, without a copy, that of the inputs.
+    what it allocates and frees inside. ``alias``: the gradient of the result is, without a copy, that of inputs of its
+    size, and with ``expands`` of larger ones too. ``products`` are what selective checkpointing keeps of it: the result
+    of a matrix product, and the statistics that fused attention makes beside it.
     """
 
-    __slots__ = ("alias", "backward_tmp", "forward_tmp", "gradients", "ins", "out", "saved")
+    __slots__ = ("alias", "backward_tmp", "expands", "forward_tmp", "gradients", "ins", "out", "products", "saved")
 
     def __init__(
         self,
@@ -46,6 +48,8 @@ class Op:
         forward_tmp: int,
         backward_tmp: int,
         alias: bool,
+        expands: bool,
+        products: Sequence[Tensor],
     ) -> None:
         self.ins = ins
         self.out = out
@@ -54,6 +58,14 @@ class Op:
         self.forward_tmp = forward_tmp
         self.backward_tmp = backward_tmp
         self.alias = alias
+        self.expands = expands
+        self.products = products
+
+    @property
+    def made(self) -> Sequence[Tensor]:
+        """Tensors that come into being with it, besides its result: masks, indices, statistics, converted weights."""
+        read = {id(t) for t in self.ins}
+        return [t for t in (*self.saved, *self.products) if id(t) not in read and t is not self.out]
 
 
 class Tape:
@@ -65,7 +77,8 @@ class Tape:
     element of matrix products under torch.autocast, whose copies of weights are ``cached`` bytes; 0 without.
     """
 
-    __slots__ = ("cached", "cpu", "held", "input_gradients", "item", "mm", "ops", "out", "rank", "trains", "x")
+    __slots__ = ("cached", "cpu", "held", "input_gradients", "item", "mm", "ops", "out", "rank", "shared", "shares",
+                 "trains", "x")  # fmt: skip
 
     def __init__(self, item: int, rank: int, x: Tensor, cpu: bool = False, mixed: int = 0) -> None:
         self.cpu = cpu
@@ -81,6 +94,24 @@ class Tape:
         self.held: list[Tensor] = []
         self.x = x
         self.out = x
+        #: Tensors of earlier segments that this one may read, and those that it makes for later ones, by name.
+        self.shared: dict[str, Tensor] = {}
+        self.shares: dict[str, Tensor] = {}
+
+    @property
+    def elsewhere(self) -> set[int]:
+        """Shared tensors, by ``id``: they outlive the segment, so its caller counts them."""
+        return {id(t) for t in (*self.shared.values(), *self.shares.values())}
+
+    @property
+    def given(self) -> set[int]:
+        """What is there before the first operation, by ``id``."""
+        return {id(self.x), *(id(t) for t in self.shared.values())}
+
+    @property
+    def boundary(self) -> set[int]:
+        """What other segments see, by ``id``."""
+        return {id(self.x), id(self.out)} | self.elsewhere
 
     def tensor(self, numel: int, item: int | None = None) -> Tensor:
         """A tensor that needs no gradient and is there already: a mask, a table."""
@@ -98,13 +129,18 @@ class Tape:
         forward_tmp: int = 0,
         backward_tmp: int = 0,
         alias: bool = False,
+        expands: bool = False,
+        product: bool = False,
+        beside: Sequence[Tensor] = (),
     ) -> Tensor:
-        """An operation whose result is, unless said otherwise, like its first input."""
+        """An operation whose result is, unless said otherwise, like its first input. ``product``: a matrix product, or
+        fused attention, which makes ``beside`` its result too."""
         requires = bool(gradients) or any(t.requires for t in ins)
         first = ins[0] if ins else self.x
         out = Tensor(first.numel if numel is None else numel, item or first.item, requires)
         saved = [*saves, *([out] if saves_out else [])] if requires else []
-        self.ops.append(Op(ins, out, saved, gradients, forward_tmp, backward_tmp, alias))
+        self.ops.append(Op(ins, out, saved, gradients, forward_tmp, backward_tmp, alias, expands,
+                           (out, *beside) if product else ()))  # fmt: skip
         return out
 
     # Arithmetic ------------------------------------------------------------------------------------------------
@@ -144,6 +180,10 @@ class Tape:
         """``x.pow(2)``; backward computes ``grad * (2 * x)``."""
         return self.op([x], saves=[x], backward_tmp=x.nbytes)
 
+    def sum(self, x: Tensor, numel: int) -> Tensor:
+        """Down to ``numel`` elements; backward expands the gradient, which allocates nothing."""
+        return self.op([x], numel, alias=True, expands=True)
+
     def mean(self, x: Tensor, width: int) -> Tensor:
         """Over the last dimension."""
         return self.op([x], x.numel // width)
@@ -167,7 +207,7 @@ class Tape:
             x = self.cast(x, self.mm)
             copies = [self.tensor(cols * rows, self.mm)] if x.requires else []
             self.cached += (cols + bias) * rows * self.mm
-        y = self.op([x], tokens * rows, self.mm, saves=[*([x] if train else []), *copies],
+        y = self.op([x], tokens * rows, self.mm, product=True, saves=[*([x] if train else []), *copies],
                     gradients=(cols * rows + bias * rows) * self.item * train,
                     backward_tmp=cols * rows * self.mm * bool(copies))  # fmt: skip
         return self._adapter(x, y, tokens, cols, rows) if self.rank and adapted else y
@@ -175,8 +215,8 @@ class Tape:
     def _adapter(self, x: Tensor, y: Tensor, tokens: int, cols: int, rows: int) -> Tensor:
         """``y + B(A(x)) * scaling`` in the adapters' fp32, then back: PEFT's LoraLayer without dropout."""
         inner = self.cast(x, FP32)
-        low = self.op([inner], tokens * self.rank, FP32, saves=[inner], gradients=cols * self.rank * FP32)
-        up = self.op([low], tokens * rows, FP32, saves=[low], gradients=rows * self.rank * FP32)
+        low = self.op([inner], tokens * self.rank, FP32, saves=[inner], gradients=cols * self.rank * FP32, product=True)
+        up = self.op([low], tokens * rows, FP32, saves=[low], gradients=rows * self.rank * FP32, product=True)
         return self.cast(self.add(y, self.copy(up)), y.item)
 
     def embedding(self, tokens: int, rows: int, width: int, *, tied: bool = False) -> Tensor:
