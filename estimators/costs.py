@@ -159,9 +159,10 @@ def estimate(
     ``world_size`` is the number of data-parallel ranks; figures are those of the fullest one.
 
     ``seq`` is tokens per sequence and ``batch`` sequences per micro-batch; without ``seq`` only weights, gradients and
-    state are counted. ``checkpointing`` is ``none`` or ``full``, ``attention`` is ``sdpa``, ``flash`` or ``eager``,
-    ``lora`` the rank of adapters on all linear layers (0: none), ``quantised`` the storage of the adapted weights
-    (``nf4``, ``nf4-double``), ``accumulate`` micro-batches per step, ``device`` is ``cuda`` or ``cpu``;
+    state are counted. ``checkpointing`` is ``none``, ``full``, ``selective`` or ``every-K``, ``attention`` is ``sdpa``,
+    ``flash`` or ``eager``, ``lora`` the rank of adapters on all linear layers (0: none), ``quantised`` the storage of
+    the adapted weights (``nf4``, ``nf4-double``), ``accumulate`` micro-batches per step, ``device`` is ``cuda`` or
+    ``cpu``;
     ``release_gradients`` is :meth:`memopt.Optimizer.release_gradients`. With ``deepspeed`` DeepSpeed runs the step, at
     the stage that the spec's partition names, with a ``bucket`` of so many elements. ``mixed`` (``bf16``, ``fp16``):
     weights in fp32, products in this dtype, by FSDP2's policy under ``/zero2`` and ``/zero3``, else by torch.autocast.

@@ -22,8 +22,8 @@ def saved(
     module: torch.nn.Module, run: Callable[[], Any], others: Callable[[], list[torch.Tensor]] | None = None
 ) -> Saved:
     """The storages that ``run()`` saves for its backward pass, each once; those of parameters and buffers are not
-    activations. ``run`` is a forward pass that returns what keeps its graph alive, ``others`` gives tensors that no hook
-    sees, as selective checkpointing keeps them."""
+    activations. ``run`` is a forward pass that returns what keeps its graph alive, ``others`` gives tensors that no
+    hook sees, as selective checkpointing keeps them."""
     own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
     kept: dict[int, torch.Tensor] = {}
 

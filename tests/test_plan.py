@@ -5,6 +5,7 @@ import json
 import pytest
 
 from estimators import InputError, estimate
+from estimators.known import KNOWN
 from estimators.plan import METHODS, plans
 from memopt.cli import main
 
@@ -95,7 +96,11 @@ def test_nothing_fits():
 
 @pytest.mark.parametrize(
     ("model", "sentence"),
-    [("8B", "only shapes are known"), ("gpt-oss-20b", "no formula for gpt_oss"), ("lama", "neither")],
+    [
+        ("8B", "only shapes are known"),
+        ({**KNOWN["gpt2"], "activation_function": "mish"}, "no formula for 'mish'"),
+        ("lama", "neither"),
+    ],
 )
 def test_refusals(model, sentence):
     with pytest.raises(InputError, match=sentence):

@@ -32,8 +32,8 @@ Layer = Callable[[Tape, Tensor], Tensor]
 
 class Network(NamedTuple):
     """A model as segments: ``embed(tape)``, layers by kind in their order, ``head(tape, x)`` down to the loss.
-    ``tables`` are bytes made once that every layer reads and keeps, ``masks`` those that none keeps. An ``encoder`` runs first; its head's result is the
-    shared tensor ``memory``."""
+    ``tables`` are bytes made once that every layer reads and keeps, ``masks`` those that none keeps. An ``encoder``
+    runs first; its head's result is the shared tensor ``memory``."""
 
     embed: Callable[[Tape], Tensor]
     layers: tuple[tuple[str, Layer], ...]
@@ -127,7 +127,9 @@ def attend(
     if step.attention != "eager":
         q, k, v = (t.cast(x, t.mm) for x in (q, k, v))
         result, added = t.tensor(step.tokens * a.n, FP32), [t.tensor(mask, t.mm)] if mask else []
-        out = t.op([q, k, v], size, t.mm, saves=[q, k, v, *added, result], saves_out=True, product=True, beside=[result])
+        out = t.op(
+            [q, k, v], size, t.mm, saves=[q, k, v, *added, result], saves_out=True, product=True, beside=[result]
+        )
         return t.copy(out) if relaid else out
     numel = step.batch * a.n * step.seq * (over or step.seq)
     if plain:

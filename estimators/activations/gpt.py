@@ -74,7 +74,9 @@ def gptj(f: Fields, step: Step) -> Network:
         y = layer_norm(t, x, width)
         q, k, v = (t.linear(y, width, width) for _ in range(3))
         k, q = (t.copy(t.cast(turned(t, z), FP32)) for z in (k, q))
-        scores = t.copy(t.copy(t.op([q, k], scores_size, FP32, saves=[q, k], product=True)))  # scaled, and with the mask
+        scores = t.copy(
+            t.copy(t.op([q, k], scores_size, FP32, saves=[q, k], product=True))
+        )  # scaled, and with the mask
         probabilities, v = t.cast(t.root(scores), t.item), t.copy(v)
         attended = t.copy(t.op([probabilities, v], size, saves=[probabilities, v], product=True, item=t.item))
         attended = t.dropout(t.linear(attended, width, width), p)

@@ -3,6 +3,8 @@ modeling_olmoe.py, with integrations/moe.py's ``grouped_mm`` experts: tokens sor
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from estimators.activations.blocks import Layer, Network, Step, attention, gated_mlp, rms_norm
 from estimators.activations.llama import network
 from estimators.activations.tape import FP32, INT64, Tape, Tensor
@@ -24,6 +26,20 @@ def experts(
 
 def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: int, top: int) -> Tensor:
     """The experts' part, with the weights of those that were chosen."""
+
+    def gated(t: Tape, both: Tensor) -> Tensor:
+        activated = t.op([both], both.numel // 2, saves=[both])
+        return t.op([both, activated], activated.numel, saves=[both, activated])
+
+    return dispatched(t, x, weights, width, inner, count, top, gated, lambda y, each: y)
+
+
+def dispatched(
+    t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: int, top: int, gated: Layer,
+    biased: Callable[[Tensor, int], Tensor],
+) -> Tensor:  # fmt: skip
+    """Rows sorted by expert, up and gate in one product, ``gated``, down, weighted, back in order and summed.
+    ``biased(y, each)`` adds the biases, ``each`` per expert."""
     tokens = x.numel // width
     rows = tokens * top
     order, source, back = (t.tensor(rows, INT64) for _ in range(3))
@@ -33,11 +49,10 @@ def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: 
     up = 3 * count * inner * width * t.item * t.trains
     both = t.op([chosen], rows * 2 * inner, saves=[*([chosen] if t.trains else []), offsets], gradients=2 * up // 3,
                 product=True)  # fmt: skip
-    activated = t.op([both], rows * inner, saves=[both])
-    product = t.op([both, activated], rows * inner, saves=[both, activated])
+    product = gated(t, biased(both, 2 * inner))
     result = t.op([product], rows * width, saves=[*([product] if t.trains else []), offsets], gradients=up // 3,
                   product=True)  # fmt: skip
-    weighted = t.op([t.mul(result, weights)], saves=[back])
+    weighted = t.op([t.mul(biased(result, width), weights)], saves=[back])
     return t.cast(t.sum(weighted, tokens * width), x.item)
 
 

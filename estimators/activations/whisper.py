@@ -13,16 +13,19 @@ def _attended(t: Tape, step: Step, x: Tensor, memory: Tensor, width: int, n: int
     q = t.copy(t.copy(t.linear(x, width, width, bias=True)))  # scaled, then laid out
     k, v = t.copy(t.linear(memory, width, width)), t.copy(t.linear(memory, width, width, bias=True))
     over = memory.numel // width // step.batch
-    return t.linear(attend(t, step, q, k, v, Heads(n, n, width // n), over=over, relaid=True, plain=True), width, width, bias=True)
+    return t.linear(
+        attend(t, step, q, k, v, Heads(n, n, width // n), over=over, relaid=True, plain=True), width, width, bias=True
+    )
 
 
 def whisper(f: Fields, step: Step) -> Network:
     """The encoder always sees ``max_source_positions`` frames (30 seconds); a sequence is the decoder's."""
     width, vocab, act = f.integer("d_model"), f.integer("vocab_size"), f.text("activation_function", "gelu")
-    frames, positions, mel = f.integer("max_source_positions", 1500), f.integer("max_target_positions", 448), f.integer("num_mel_bins", 80)  # fmt: skip
-    p, inner_p, attention_p = f.share("dropout", 0.0), f.share("activation_dropout", 0.0), f.share("attention_dropout", 0.0)  # fmt: skip
+    frames, mel = f.integer("max_source_positions", 1500), f.integer("num_mel_bins", 80)
+    positions = f.integer("max_target_positions", 448)
+    p, inner_p = f.share("dropout", 0.0), f.share("activation_dropout", 0.0)
     heard = step._replace(seq=frames)
-    if attention_p or f.share("encoder_layerdrop", 0.0) or f.share("decoder_layerdrop", 0.0):
+    if f.share("attention_dropout", 0.0) or f.share("encoder_layerdrop", 0.0) or f.share("decoder_layerdrop", 0.0):
         raise KeyError("attention_dropout or layerdrop")
 
     def convolved(t: Tape, x: Tensor, channels: int, stride: int) -> Tensor:

@@ -11,11 +11,16 @@ from typing import Any
 
 from estimators.costs import Column, Estimate
 from estimators.fields import InputError, shown
+from estimators.training import Training
 
 KINDS = ("accelerate", "deepspeed", "transformers", "python")
 MARK = "# memopt estimate: "
 #: Where accelerate's configuration points for DeepSpeed's.
 _DS_CONFIG = "ds_config.json"
+#: transformers' class for families that are no causal language models.
+_AUTO = {"t5": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq",
+         "vit": "AutoModelForImageClassification",
+         **dict.fromkeys(("bert", "distilbert", "roberta", "xlm-roberta"), "AutoModelForMaskedLM")}  # fmt: skip
 #: Placements that stand for DeepSpeed's offload_optimizer.
 _OFFLOADED = ("cpu", "host")
 
@@ -82,6 +87,9 @@ def _accelerate(e: Estimate, column: Column) -> str:
     # DeepSpeed's own file says the precision, and accelerate refuses both at once.
     precision = "" if e.training.deepspeed else f"mixed_precision: {e.training.mixed or 'no'!r}\n"
     release = ", then optimizer.release_gradients(model)" if e.training.release_gradients else ""
+    # FSDP's own activation checkpointing is that of every layer.
+    own = kind == "FSDP" and e.training.checkpointing == "full"
+    script = "".join(f"#   {line}\n" for line in ([] if own else _checkpointed(e.training)))
     return (
         "compute_environment: LOCAL_MACHINE\n"
         f"distributed_type: {kind!r}\n"
@@ -90,7 +98,24 @@ def _accelerate(e: Estimate, column: Column) -> str:
         f"{precision}use_cpu: false\n{more}"
         "# In the script: optimizer = memopt.create(model, "
         f'"{_script_spec(e, column)}", lr=...), then accelerator.prepare(model, optimizer){release}.\n'
+        + (f"# Before that:\n{script}" if script else "")
     )
+
+
+def _checkpointed(t: Training) -> list[str]:
+    """Lines of Python that turn checkpointing on, on a transformers model."""
+    if t.checkpointing == "none":
+        return []
+    if t.checkpointing == "full":
+        return ["model.gradient_checkpointing_enable()"]
+    if t.checkpointing == "selective":
+        kept = ", ".join(f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention",
+                                                         "_scaled_dot_product_efficient_attention"))  # fmt: skip
+        return ["aten = torch.ops.aten  # results of these are kept",
+                f"keep = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [{kept}])",
+                'model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep})']  # fmt: skip
+    every = t.checkpointing.removeprefix("every-")
+    return [f"model.activation_checkpointing_enable(every_n_layers={every})"]
 
 
 def _script_spec(e: Estimate, column: Column) -> str:
@@ -124,7 +149,8 @@ def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
 def _script(e: Estimate, column: Column) -> dict[str, str]:
     """What the script says beside a file that cannot hold comments."""
     made = f"memopt.create(model, {_script_spec(e, column)!r}, lr=...)"
-    return {"script": f"deepspeed.initialize(model=model, optimizer={made}, config='{_DS_CONFIG}')"}
+    started = f"deepspeed.initialize(model=model, optimizer={made}, config='{_DS_CONFIG}')"
+    return {"script": "\n".join([*_checkpointed(e.training), started])}
 
 
 def _transformers(e: Estimate, column: Column) -> str:
@@ -135,6 +161,7 @@ def _transformers(e: Estimate, column: Column) -> str:
                          "gradients and steps after them; --emit python does")  # fmt: skip
     mixed = f"    {t.mixed}=True,\n" if t.mixed else ""
     deepspeed = f'    deepspeed="{_DS_CONFIG}",  # --emit deepspeed writes it\n' if t.deepspeed else ""
+    before = [f"# {line}\n" for line in ([] if t.checkpointing == "full" else _checkpointed(t))]
     return (
         "import memopt\nfrom transformers import TrainingArguments\n\n"
         "args = TrainingArguments(\n"
@@ -143,7 +170,7 @@ def _transformers(e: Estimate, column: Column) -> str:
         f"    gradient_accumulation_steps={t.accumulate},\n"
         f"    gradient_checkpointing={t.checkpointing == 'full'},\n"
         f"{mixed}{deepspeed})\n"
-        f"# {_loading(e)}\n"
+        f"# {_loading(e)}\n{''.join(before)}"
         f'optimizer = (memopt.Optimizer, {{"spec": "{_script_spec(e, column)}", "lr": 2e-5}})\n'
         "# trainer = Trainer(model=model, args=args, train_dataset=..., optimizer_cls_and_kwargs=optimizer)\n"
     )
@@ -157,12 +184,16 @@ def _python(e: Estimate, column: Column) -> str:
         after = f"# then deepspeed.initialize(model=model, optimizer=optimizer, config='{_DS_CONFIG}')\n"
     elif _partition(column) in ("zero2", "zero3"):
         shard = f'memopt.shard(model, "{spec}")\n'
-    return (f'import memopt\n\n# {_loading(e)}\n{shard}optimizer = memopt.create(model, "{spec}", lr=2e-5)\n'
+    before = "".join(f"{line}\n" for line in _checkpointed(e.training))
+    imports = "import functools\n\nimport torch\n\n" if e.training.checkpointing == "selective" else ""
+    made = f'optimizer = memopt.create(model, "{spec}", lr=2e-5)\n'
+    return (f"{imports}import memopt\n\n# {_loading(e)}\n{before}{shard}{made}"
             f"{after}{release}")  # fmt: skip
 
 
 def _loading(e: Estimate) -> str:
     dtype = "bfloat16" if e.weights == "mixed" else e.weights
     adapters = f", then PEFT's LoraConfig(r={e.training.lora}, target_modules='all-linear')" if e.training.lora else ""
-    given = f"dtype='{dtype}', attn_implementation='{e.training.attention}'"
-    return f"model = AutoModelForCausalLM.from_pretrained(..., {given}){adapters}"
+    attention = "flash_attention_2" if e.training.attention == "flash" else e.training.attention
+    made = _AUTO.get(str((e.model.config or {}).get("model_type")), "AutoModelForCausalLM")
+    return f"model = {made}.from_pretrained(..., dtype='{dtype}', attn_implementation='{attention}'){adapters}"

@@ -31,7 +31,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seq", metavar="N", help="tokens of each sequence: activations are counted")
     parser.add_argument("--batch", metavar="N", help="sequences of a micro-batch (default 1)")
     parser.add_argument("--accumulate", metavar="N", help="micro-batches per step (default 1)")
-    parser.add_argument("--checkpointing", metavar="HOW", help="none (default) or full")
+    parser.add_argument("--checkpointing", metavar="HOW", help="none (default), full, selective (products are kept) or "
+                        "every-K (layers: every-2 is half of them)")  # fmt: skip
     parser.add_argument("--attention", metavar="KIND", help="sdpa (default), flash or eager")
     parser.add_argument("--lora", metavar="RANK", help="adapters on all linear layers, the weights frozen")
     parser.add_argument("--quantised", metavar="KIND", help="storage of adapted weights: nf4 or nf4-double (QLoRA)")
