@@ -8,6 +8,7 @@ The limit is enforced from outside: the training runs in a child, which is kille
 The model predicts the next byte from hashed n-grams: large tables, as embeddings are, and little arithmetic.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -47,7 +48,7 @@ def train(args) -> None:
     optimizer.init_state()
     step = int(max(state["step"] for state in optimizer.state.values()))
     if step:
-        model.load_state_dict(torch.load(args.directory / f"{step}.pt", mmap=True))
+        memopt.load(args.directory / f"{step}", model=model)
         print(f"going on at step {step}", flush=True)
     optimizer.release_gradients(model)  # each gradient is freed as soon as it has been used
     while step < args.until:
@@ -60,9 +61,8 @@ def train(args) -> None:
         resident = psutil.Process().memory_info().rss / 2**20
         print(f"step {step}: loss {loss.item():.4f}, {resident:.0f} MiB resident", flush=True)
         if options:
-            torch.save(model.state_dict(), args.directory / "new.pt")
-            (args.directory / "new.pt").rename(args.directory / f"{step}.pt")
-            (args.directory / f"{step - 2}.pt").unlink(missing_ok=True)
+            memopt.save(args.directory / f"{step}", model=model)  # the state is in its files already
+            shutil.rmtree(args.directory / f"{step - 2}", ignore_errors=True)
     print(optimizer.ledger())
 
 

@@ -111,6 +111,37 @@ def test_in_the_middle_of_backward_the_gradient_stays(scarce):
     assert_same((model, opt), (twin, reference))
 
 
+def test_unified_memory_is_asked_for_before_it_is_stepped(monkeypatch):
+    """Where CUDA's calls are answered by ordinary memory: which state is fetched, in what order, how much at once."""
+    from memopt.placements import unified
+
+    happened = []
+    library = types.SimpleNamespace(cprefetch=lambda at, n, where: happened.append((at.value, n.value, where.value)))
+    monkeypatch.setattr(unified, "_library", lambda: library)
+    monkeypatch.setattr(unified, "AHEAD", 1000)
+
+    class OnCard:
+        """As much of a CUDA tensor as is looked at."""
+
+        is_cuda, device = True, torch.device("cuda", 1)
+
+        def __init__(self, at, nbytes):
+            self.at, self.nbytes = at, nbytes
+
+        def data_ptr(self):
+            return self.at
+
+    step = types.SimpleNamespace(is_cuda=False, nbytes=4)
+    works = [types.SimpleNamespace(state={"step": step, "m": OnCard(10 + i, n), "v": OnCard(20 + i, n)})
+             for i, n in enumerate((400, 50, 480, 2000, 0, 90))]  # fmt: skip
+    for few in unified.fetched(works):
+        happened.append([works.index(work) for work in few])
+    assert happened == [
+        (10, 400, 1), (20, 400, 1), (11, 50, 1), (21, 50, 1), [0, 1], (12, 480, 1), (22, 480, 1), [2],
+        (13, 2000, 1), (23, 2000, 1), [3], (15, 90, 1), (25, 90, 1), [4, 5],
+    ]  # fmt: skip
+
+
 def test_what_cuda_says_of_pinned_memory(monkeypatch):
     """The call that registers memory with the driver, answered as without room (2) and as with it."""
     registered, code = {}, 2

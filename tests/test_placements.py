@@ -51,6 +51,7 @@ def on_device():
             made[spec] = model, opt
         return made[spec]
 
+    of.cache_clear = made.clear
     return of
 
 
@@ -73,6 +74,30 @@ def test_parameters_and_state_are_those_of_device_after_50_steps(on_device, spec
     predicted = memopt.price(model, where, **HYPER.get(memopt.parse(spec).rule, {}), **SMALL[place])
     assert opt.ledger() == predicted
     assert live_nbytes(opt) == predicted.nbytes
+
+
+def against_device(spec, place, on_device, **options):
+    hyper = HYPER.get(memopt.parse(spec).rule, {})
+    model = odd_model()
+    opt = memopt.create(model, str(memopt.parse(spec).replace(placement=place)), **hyper, **options)
+    drive(model, opt, 0, STEPS)
+    assert_same((model, opt), on_device(spec))
+    opt.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", PLAIN_SPECS)
+def test_every_rule_and_format_in_every_place(monkeypatch, tmp_path, on_device, spec):
+    """All of them, and on the simulated device: with its gradients there and on the host."""
+    for place in ELSEWHERE:
+        against_device(spec, place, on_device, **SMALL[place])
+    against_device(spec, "disk", on_device, directory=tmp_path, workspace="1MiB")
+    device = simulated.Bus(torch.device("cpu"))
+    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: device)
+    for place in ("host", "disk", "cpu"):
+        against_device(spec, place, on_device, workspace="1MiB")
+    against_device(spec, "cpu", on_device, workspace="1MiB", offload_gradients=True)
+    on_device.cache_clear()
 
 
 @pytest.mark.parametrize("place", ELSEWHERE)

@@ -21,7 +21,7 @@ from memopt.placements.base import Home, Placement, Run
 from memopt.placements.entry import Entry
 from memopt.placements.files import Files
 from memopt.placements.leases import Held, Setting
-from memopt.placements.paged import window
+from memopt.placements.paged import AHEAD, window
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
@@ -33,18 +33,20 @@ class Mapped(Home):
         super().__init__(placement)
         self.resident: int | None = setting.options["resident"]
         self._arena: Arena | None = None
+        self._unified: dict[str, int] = {}  # bytes of state in unified memory
         self._files: Files | None = None
         if self.resident is not None:
             options = {"directory": None, "workspace": window(self.resident)}
             self._files = Files(placement, setting._replace(options=options))
 
     def in_place(self, device: torch.device) -> bool:
-        return self._files is None
+        return self._files is None and sum(self._unified.values()) <= AHEAD
 
     def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
         if device.type == "cuda" and self.resident is None:
             from memopt.placements.unified import unified
 
+            self._unified[name] = sum(line.nbytes for line in lines)
             return unified(lines, device)
         if device.type != "cpu":
             known = "resident= is for parameters in host memory" if device.type == "cuda" else "no such memory is known"
@@ -61,7 +63,7 @@ class Mapped(Home):
 
     def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
         if self._files is None or self.resident is None:
-            run(works)
+            self._step_in_place(works, run)
             return
         hot = self._files.first(self.resident - window(self.resident))
         if any(work.groups for work in works):
@@ -71,6 +73,17 @@ class Mapped(Home):
         if staying:
             run(staying)
         self._files.step([work for work in works if work.name not in hot], run, held)
+
+    @staticmethod
+    def _step_in_place(works: Sequence[Work], run: Run) -> None:
+        unified = [work for work in works if work.p.is_cuda]
+        if unified:
+            from memopt.placements.unified import fetched
+
+            for few in fetched(unified):
+                run(few)
+        if len(unified) < len(works):
+            run([work for work in works if not work.p.is_cuda])
 
     def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
         if self._files is not None:
@@ -88,7 +101,10 @@ class Mapped(Home):
 
     def explain(self, device: torch.device) -> str:
         if device.type == "cuda":
-            return f"state is in CUDA unified memory, paged between {device} and the host by the driver"
+            large = sum(self._unified.values()) > AHEAD
+            return (f"state is in CUDA unified memory, paged between {device} and the host by the driver"
+                    + (f", which is asked for {AHEAD:,} bytes of it at a time before they are stepped" if large else "")
+                    )  # fmt: skip
         if self._files is None:
             return (f"state is in a file without a name in {tempfile.gettempdir()}, mapped into memory and paged by "
                     "the system when memory is short")  # fmt: skip

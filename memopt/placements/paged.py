@@ -10,6 +10,10 @@ from memopt.placements.base import Home, Placement
 from memopt.placements.disk import MOST, TARGET, buffer_lines
 from memopt.placements.leases import Held, Setting, buffers, extents, target_of
 
+#: Bytes of state in unified memory that are fetched to the card at once: in bulk, before kernels would fault on them
+#: page by page. With no more state than this nothing is asked for, and the whole step is one launch.
+AHEAD = 256 * 2**20
+
 
 def window(resident: int) -> int:
     """Of so many bytes that may be resident, those of the buffers through which the rest is streamed."""
@@ -22,8 +26,8 @@ class Paged(Placement):
     operating system writes pages back to it when memory is short and reads them again when a step touches them;
     anonymous memory could only go to swap, which most machines do not have. ``resident`` bounds the state's resident
     memory whether or not memory is short. On CUDA: unified memory from bitsandbytes' allocator, which the driver
-    moves to the host when the card is full (written for CUDA, not yet run on a GPU); there the driver decides, and
-    ``resident`` is refused.
+    moves to the host when the card is full, and a prefetch of what is stepped next (written for CUDA, not yet run on a
+    GPU); there the driver decides, and ``resident`` is refused. The allocator frees at the end of the process alone.
 
     All parts are paged, scales included, whatever their size (bitsandbytes pages buffers from 1e5 elements on, and
     never its absmax). Where ``TMPDIR`` is a file system in memory nothing can be written back: that is an error, not

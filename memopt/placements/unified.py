@@ -1,14 +1,22 @@
-"""CUDA unified memory, by bitsandbytes' allocator. Not yet run on a GPU."""
+"""CUDA unified memory, by bitsandbytes' allocator, and its prefetch. Not yet run on a GPU.
+
+The allocator has no counterpart that frees: unified memory is given back when the process ends.
+"""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from memopt.ledger import Line
+from memopt.placements.paged import AHEAD
+
+if TYPE_CHECKING:
+    from memopt.engines.work import Work
 
 
 class _Managed:
@@ -22,11 +30,7 @@ class _Managed:
 
 def unified(lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
     """bitsandbytes' own paged tensors call themselves CPU tensors; these say where they step."""
-    from memopt.engines.bitsandbytes import require
-
-    require()
-    from bitsandbytes.cextension import lib
-
+    lib = _library()
     tensors = {}
     for line in lines:
         dtype = getattr(torch, line.dtype)
@@ -38,3 +42,38 @@ def unified(lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
         else:
             tensors[line.key] = torch.zeros(line.shape, dtype=dtype, device=device)
     return tensors
+
+
+def fetched(works: Sequence[Work]) -> Iterator[list[Work]]:
+    """These works in order, a few at a time, each few after their state was asked to the card (a request on the default
+    stream, before which their kernels do not begin)."""
+    few: list[Work] = []
+    nbytes = 0
+    for work in works:
+        size = sum(t.nbytes for t in work.state.values())
+        if few and nbytes + size > AHEAD:
+            _prefetch(few)
+            yield few
+            few, nbytes = [], 0
+        few.append(work)
+        nbytes += size
+    if few:
+        _prefetch(few)
+        yield few
+
+
+def _prefetch(works: Sequence[Work]) -> None:
+    lib = _library()
+    for work in works:
+        for t in work.state.values():
+            if t.is_cuda and t.nbytes:
+                lib.cprefetch(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(t.nbytes), ctypes.c_int32(t.device.index))
+
+
+def _library() -> Any:
+    from memopt.engines.bitsandbytes import require
+
+    require()
+    from bitsandbytes.cextension import lib
+
+    return lib

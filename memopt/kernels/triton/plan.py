@@ -258,7 +258,8 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     originals = {i: p for i, (_, p, _) in enumerate(optimizer._parameters())}
     moments = [moment_formats(spec, work.h, work.name, work.rows) for work in works]
     for work, held in zip(works, moments, strict=True):
-        placed = optimizer.homes.in_place(work.name, work.p.device)
+        # A CUDA graph steps @paged without asking for its pages beforehand.
+        placed = optimizer.capturable or optimizer.homes.in_place(work.name, work.p.device)
         counted = optimizer.capturable or work.state["step"].device.type == "cpu"
         if not placed or not counted or work.p is not originals[work.index] or refuse_work(spec, work, held, 1):
             return None
