@@ -271,10 +271,11 @@ def test_read_only(tmp_path, monkeypatch):
         memopt.create(odd_model(), "adamw@disk", directory=tmp_path)
 
 
-def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("spec", "named"), [("adamw@disk", True), ("adamw@disk", False), ("adamw@paged", False)])
+def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch, spec, named):
     """Nothing has changed, and when there is room it goes on."""
     model = odd_model()
-    opt = memopt.create(model, "adamw@disk", directory=tmp_path)
+    opt = memopt.create(model, spec, **({"directory": tmp_path} if named else {}))
     real, left = os.posix_fallocate, 10
 
     def fallocate(*args):
@@ -286,7 +287,8 @@ def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
     before = [p.detach().clone() for p in model.parameters()]
-    with pytest.raises(OSError, match=r"cannot reserve [0-9,]+ bytes in .*No space left.*another directory="):
+    remedy = "give another directory=" if named else "set TMPDIR to a directory on a disk with room"
+    with pytest.raises(OSError, match=rf"cannot reserve [0-9,]+ bytes in .*No space left.*{remedy}"):
         drive(model, opt, 0, 1)
     monkeypatch.undo()
     for p, old in zip(model.parameters(), before, strict=True):

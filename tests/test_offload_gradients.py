@@ -312,6 +312,17 @@ def test_where_it_means_nothing_it_is_refused(spec, options, words):
             make(nn.Linear(2, 2), spec, **options)
 
 
+def test_several_ranks_are_refused_in_backward(device, monkeypatch):
+    """The spec does not know of DistributedDataParallel."""
+    (model, _), _ = twins("adamw@cpu")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match=r"is trained by 2 ranks, .*offload_gradients=True is for one process"):
+        model(0).backward()
+    monkeypatch.undo()
+    assert any(type(p.grad) is torch.Tensor for p in model.parameters())
+
+
 def test_parameters_in_host_memory_keep_their_gradients_and_explain_says_so():
     model, twin = odd_model(), odd_model()
     opt, reference = memopt.create(model, "adamw@cpu", offload_gradients=True), memopt.create(twin, "adamw")

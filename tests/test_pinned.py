@@ -10,6 +10,7 @@ from cases import assert_same_bits, odd_model, train
 from test_placements import assert_same, drive
 
 import memopt
+from memopt.cli import doctor, places
 from memopt.placements import bus, cuda
 
 PINNED = [("host", {}), ("cpu", {}), ("cpu", {"offload_gradients": True}), ("disk", {})]
@@ -172,3 +173,32 @@ def test_what_cuda_says_of_pinned_memory(monkeypatch):
     assert not registered
     with pytest.raises(RuntimeError, match=r"cannot pin 4,611,686,018,427,387,904 bytes .*Cannot allocate memory"):
         made.host(2**62)
+
+
+def test_doctor_says_what_limits_each_place(monkeypatch, tmp_path):
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (8 * 2**20, 8 * 2**20))
+    assert places.pinned_memory() == (True, "ulimit -l is 8 MiB; without CUDA nothing is pinned")
+    assert places.unified_memory() == (True, "no CUDA device; @paged is a mapped file here")
+    monkeypatch.setattr(places, "_cuda", lambda: True)
+    assert "ulimit -l is 8 MiB, which the CUDA driver does not count; " in places.pinned_memory()[1]
+    assert "GiB of host memory are free for @host" in places.pinned_memory()[1]
+    monkeypatch.setattr(places.util, "find_spec", lambda name: None)
+    assert places.unified_memory()[0] is False
+    monkeypatch.setattr(places, "PROBE", 2 * places.REQUEST)
+    good, text = places.disk_speed(str(tmp_path))
+    assert good
+    assert float(text.split("writes ")[1].split()[0]) > 0
+    assert float(text.split("reads ")[1].split()[0]) > 0
+    good, text = places.disk_speed(str(tmp_path / "nowhere"))
+    assert not good
+    assert "was not measured" in text
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_doctor_knows_the_container(monkeypatch, tmp_path, version):
+    limits = [tmp_path / "2", tmp_path / "1"]
+    limits[version].write_text(f"{2**28}\n")
+    monkeypatch.setattr(doctor, "_LIMITS", limits)
+    assert doctor.memory().text.endswith("but this process is limited to 0.2 GiB")

@@ -31,9 +31,11 @@ PACKAGES = {
     "rich": (True, "progress bars"),
     "bitsandbytes": (False, "engine='bitsandbytes', and @paged on CUDA"),
     "transformers": (False, "its Trainer and its models"),
-    "deepspeed": (False, "ZeRO with offloading; memopt does not use it yet"),
+    "deepspeed": (False, "memopt.deepspeed_config: ZeRO under its engine"),
 }
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
+#: Where a container's limit of memory stands, in cgroups of version 2 and 1.
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -119,13 +121,13 @@ def memory() -> Finding:
         return Finding("host memory", NOTE, "unknown without psutil")
     m = psutil.virtual_memory()
     text = f"{m.available / 2**30:.1f} GiB free of {m.total / 2**30:.1f} GiB"
-    limit = container_limit()
-    if limit is not None and limit < m.total:
+    limit = min((n for n in map(container_limit, _LIMITS) if n is not None), default=m.total)
+    if limit < m.total:
         return Finding("host memory", NOTE, f"{text}, but this process is limited to {limit / 2**30:.1f} GiB")
     return Finding("host memory", OK, text)
 
 
-def container_limit(path: str = "/sys/fs/cgroup/memory.max") -> int | None:
+def container_limit(path: str) -> int | None:
     """Bytes that a container allows, or None where nothing limits them."""
     try:
         with open(path) as file:
