@@ -55,12 +55,14 @@ class Shadow:
         self.sizes = [len(next(iter(s.values()))[0]) for s in stored]
 
     def gather(self) -> tuple[Tensor, Tensor] | None:
-        """(weights, gradients) of all samples before a step, flat fp32; None where a gradient is missing."""
+        """(weights, gradients) of all samples before a step, flat fp32, where their state is; None where a gradient is
+        missing."""
         grads = [s.p.grad for s in self.samples]
         if any(g is None for g in grads):
             return None
-        p = torch.cat([s.cut(s.p.detach()) for s in self.samples]).float()
-        g = torch.cat([s.cut(g) for s, g in zip(self.samples, grads, strict=True) if g is not None]).float()
+        device = next(iter(self.state.tensors.values())).device
+        p = torch.cat([s.cut(s.p.detach()) for s in self.samples]).to(device).float()
+        g = torch.cat([s.cut(g) for s, g in zip(self.samples, grads, strict=True) if g is not None]).to(device).float()
         return p, -g if self.group.get("maximize") else g
 
     def advance(self, p: Tensor, g: Tensor) -> None:

@@ -166,7 +166,9 @@ def _spread(group: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     stepped = [p for p in group["params"] if p.grad is not None and _local(p).numel()]
     if not stepped:
         return None
-    return torch.cat([_strided(p.detach()) for p in stepped]), torch.cat([_strided(p.grad) for p in stepped])
+    return torch.cat([_strided(p.detach()) for p in stepped]), torch.cat(
+        [_strided(p.grad).to(p.device) for p in stepped]  # from host memory, where it was offloaded
+    )
 
 
 def _strided(x: Tensor) -> Tensor:
