@@ -2,8 +2,9 @@
 
 The stage is the spec's partition. DeepSpeed hands the optimizer one flat fp32 tensor of this rank's share of all
 parameters, and keeps that share itself beside weights in 16 bits. Source: runtime/zero/stage_1_and_2.py and stage3.py
-of DeepSpeed 0.19, and its estimate_zero2_model_states_mem_needs (2N + 18N/w with Adam in 16 bits), which the rows add
-up to without the buffers.
+of DeepSpeed 0.19. With Adam in 16 bits, without buckets and gathered weights, the rows of stage 2 add up to its
+estimate_zero2_model_states_mem_needs (2N + 18N/w; offloaded 2N on the GPU), those of stage 3 to its
+estimate_zero3_model_states_mem_needs (18N/w, which leaves out this rank's 16-bit gradients, 2N/w; offloaded 2N/w).
 """
 
 from __future__ import annotations
@@ -81,6 +82,11 @@ def gradients(model: Model, spec: OptimSpec, world_size: int, itemsize: dict[str
     return [("whole" if not cut else "this rank's share", -int(-total // (world_size if cut else 1)))]
 
 
+def offloads(spec: OptimSpec) -> bool:
+    """Whether gradients go to the host as they are reduced: to DeepSpeed's fp32 copy there (offload_optimizer)."""
+    return stage(spec) >= 2 and spec.placement in ("cpu", "host", "disk")
+
+
 def rest(
     model: Model, spec: OptimSpec, world_size: int, bucket: int, itemsize: int, phases: tuple[str, ...]
 ) -> list[Row]:
@@ -96,7 +102,8 @@ def rest(
         tier = next((tier for (moment, tier), _ in state.items() if moment != "step"), GPU)
         rows.append(Row(name, "state", "DeepSpeed's fp32 copy", _FP32 * numel, tier, PHASES, "formula"))
         at_once = min(numel, LIVE) if stage(spec) == 3 else numel
-        rows.append(Row(name, "gradients", "fp32, of the copy", _FP32 * at_once, tier, ("step",), "formula"))
+        rows.append(Row(name, "gradients", "fp32, of the copy", _FP32 * at_once, tier,
+                        ("backward", "step") if offloads(spec) else ("step",), "formula"))  # fmt: skip
     if stage(spec):
         rows.append(Row(name, "temporaries", "bucket of gradients to reduce", bucket * itemsize, GPU, ("backward",),
                         "formula"))  # fmt: skip

@@ -56,6 +56,8 @@ def rows_of(
     few = one_gradient(name, by_dtype, known) if training.release_gradients else None
     if spec.options.get("offload_gradients") and training.device != "cpu" and not training.deepspeed:
         few = _offloaded(model, spec, gradients, training.release_gradients, known)
+    if training.deepspeed and _deepspeed_offloads(spec):
+        few = []
     if ran:
         held += rows(name, model, training, ran, by_dtype, known, few)
     elif few is not None:
@@ -90,6 +92,12 @@ def _offloaded(model: Model, spec: "OptimSpec", gradients: str | None, releases:
         return [*found, *one_gradient(str(spec), left, known)]
     stay = _by_dtype(rest, gradients, all_=False)
     return [*found, *(Row(str(spec), "gradients", kind, n, GPU, ("backward", "step"), known) for kind, n in stay)]
+
+
+def _deepspeed_offloads(spec: "OptimSpec") -> bool:
+    from estimators.deepspeed import offloads
+
+    return offloads(spec)
 
 
 def step_temporaries(

@@ -42,7 +42,15 @@ METHODS = (
 SHARDINGS = {
     "": "",
     "zero1": "state is sharded, and updated rows are gathered after the step",
+    "zero2": "weights, gradients and state are sharded (FSDP2): weights are gathered once in every pass, and held",
     "zero3": "weights, gradients and state are sharded (FSDP2): weights are gathered twice in every pass",
+}
+
+#: Checkpointing -> what it costs, from the least on.
+CHECKPOINTINGS = {
+    "none": "",
+    "selective": "selective checkpointing keeps results of matrix products and attention and computes the rest twice",
+    "full": "checkpointing computes every layer's forward pass twice, about a third more time",
 }
 
 
@@ -66,13 +74,16 @@ class Plan(NamedTuple):
         parts = [part for part in (self.method.why, SHARDINGS[self.sharding]) if part]
         if self.accumulate > 1:
             parts.append(f"{self.accumulate} micro-batches give the same gradient in {self.accumulate} passes")
-        if self.checkpointing == "full":
-            parts.append("checkpointing computes every layer's forward pass twice, about a third more time")
-        return "; ".join(parts)
+        return "; ".join([*parts, *filter(None, [CHECKPOINTINGS[self.checkpointing]])])
 
     @property
     def cost(self) -> tuple[int, int, int, int]:
-        return self.level, list(SHARDINGS).index(self.sharding), self.accumulate, int(self.checkpointing != "none")
+        return (
+            self.level,
+            list(SHARDINGS).index(self.sharding),
+            self.accumulate,
+            list(CHECKPOINTINGS).index(self.checkpointing),
+        )
 
 
 class Plans(NamedTuple):
@@ -148,10 +159,12 @@ def _search(model: Model, gpu: int, seq: int, batch: int, gpus: int) -> tuple[Pl
     fitting: list[Plan] = []
     for level, method in enumerate(METHODS):
         for sharding in _shardings(method, gpus):
-            for checkpointing in ("none", "full"):
+            for checkpointing in CHECKPOINTINGS:
                 # The largest micro-batch that fits is the only one that is not beaten.
                 for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
                     e = _run(model, gpu, method, seq, micro, batch // micro, checkpointing, gpus, sharding)
+                    if e.activations is None and checkpointing == "selective":
+                        break  # torch refuses it for this family
                     if _fits(e):
                         fitting.append(Plan(level, method, micro, batch // micro, checkpointing, e, sharding))
                         break
@@ -161,7 +174,7 @@ def _search(model: Model, gpu: int, seq: int, batch: int, gpus: int) -> tuple[Pl
 
 def _shardings(method: Method, gpus: int) -> tuple[str, ...]:
     """FSDP2 does not cut 4-bit weights by rows."""
-    return ("",) if gpus == 1 else tuple(s for s in SHARDINGS if s != "zero3" or not method.quantised)
+    return ("",) if gpus == 1 else tuple(s for s in SHARDINGS if s in ("", "zero1") or not method.quantised)
 
 
 def _beats(q: Plan, p: Plan) -> bool:
@@ -215,5 +228,6 @@ def _more(model: Model, gpu: int, seq: int, batch: int, gpus: int, now: tuple[Pl
 def title(plan: Plan) -> str:
     """A configuration in a few words."""
     kind = "QLoRA, " if plan.method.quantised else "LoRA, " if plan.method.lora else ""
-    checkpointing = ", checkpointing" if plan.checkpointing == "full" else ""
+    kinds = {"none": "", "selective": ", selective checkpointing", "full": ", checkpointing"}
+    checkpointing = kinds[plan.checkpointing]
     return f"{kind}{plan.spec}, {plan.micro_batch} x {plan.accumulate}{checkpointing}"

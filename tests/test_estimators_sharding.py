@@ -46,6 +46,30 @@ def test_deepspeeds_own_function_for_stage_2(monkeypatch):
     assert zero(2, n, 64, (2, 2, 16)) == theirs
 
 
+@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("offload", [False, True])
+def test_rows_add_up_to_deepspeeds_own_functions(monkeypatch, ranks, offload):
+    """Buckets and gathered weights aside. At stage 3 theirs leaves this rank's 16-bit gradients out, and counts
+    parameters that stay whole (norms, up to 1e5 elements) as cut."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    two, three = (pytest.importorskip(f"deepspeed.runtime.zero.{m}") for m in ("stage_1_and_2", "stage3"))
+    where = "@cpu" if offload else ""
+
+    def kept(spec):
+        e = estimate("llama-3.2-1b", spec, world_size=ranks, deepspeed=True)
+        rows = [r for r in e.rows if r.tier == "GPU" and "step" in r.phases]
+        assert {r.provenance for r in e.rows} == {"formula"}
+        return e.parameters, sum(r.nbytes for r in rows)
+
+    given = {"num_gpus_per_node": 8, "num_nodes": ranks // 8, "cpu_offload": offload}
+    n, ours = kept(f"adamw{where}/zero2")
+    assert ours == pytest.approx(two.estimate_zero2_model_states_mem_needs(n, **given)[1], abs=64)
+    n, ours = kept(f"adamw{where}/zero3")
+    theirs = three.estimate_zero3_model_states_mem_needs(n, 0, cpu_offload_params=False, **given)[1]
+    gradients = 0 if offload else 2 * n // ranks
+    assert ours - gradients == pytest.approx(theirs, abs=64 + 2 * 33 * 2048)
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_an_estimate_of_sharded_parameters(stage):
     """Weights, gradients and state of the first rank; what is gathered beside them in the passes only."""

@@ -87,6 +87,11 @@ def test_deepspeeds_configuration_refuses_what_flat_vectors_cannot_hold():
     for spec in ("adafactor/zero1", "lamb/zero3", "adamw-factored/zero2", "adammini/zero2"):
         with pytest.raises(memopt.SpecError, match="needs the parameters' shapes"):
             memopt.deepspeed_config(spec)
+    momentum = memopt.deepspeed_config("sgd-bf16/zero2", hyper={"momentum": 0.9})
+    assert momentum["zero_optimization"] == {"stage": 2}
+    assert "momentum" not in momentum
+    with pytest.raises(memopt.SpecError, match="keeps no state"):
+        memopt.deepspeed_config("sgd-bf16/zero2")
     with pytest.raises(memopt.SpecError, match="offload=True needs a stage"):
         memopt.deepspeed_config("adamw", offload=True)
 

@@ -68,7 +68,7 @@ def test_the_least_number_of_ranks_with_everything_sharded():
 def test_several_cards():
     one, four = (plans("llama-3.2-3b", 24 * GIB, seq=512, batch=2, gpus=n) for n in (1, 4))
     assert {p.sharding for p in one.found} == {""}
-    assert "zero3" in {p.sharding for p in four.found}
+    assert {p.sharding for p in four.found} & {"zero2", "zero3"}
     assert four.found[0].level < one.found[0].level  # gentler
     for p in four.found:
         e = estimate("llama-3.2-3b", p.spec, gpu=24 * GIB, seq=512, batch=p.micro_batch, accumulate=p.accumulate,

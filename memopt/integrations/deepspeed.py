@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from memopt.hyper import SpecError
@@ -13,7 +14,7 @@ _STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
 def deepspeed_config(
     spec: str | OptimSpec, *, micro_batch: int = 1, accumulate: int = 1, offload: bool = False,
-    max_norm: float = 0.0, **more: Any,
+    max_norm: float = 0.0, hyper: Mapping[str, Any] | None = None, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """The ``config`` of ``deepspeed.initialize`` for a spec; its partition is the stage.
 
@@ -24,11 +25,12 @@ def deepspeed_config(
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
     ``offload`` keeps state and step on the host. ``max_norm`` is ``gradient_clipping``, written even where it is 0:
-    DeepSpeed's own default is 1. ``more`` are further keys. DeepSpeed replaces an optimizer that it does not know by
-    its own where there is offload, and refuses it without: two keys here say otherwise. Raises SpecError for a spec
-    that needs the shapes of parameters, which DeepSpeed flattens.
+    DeepSpeed's own default is 1. ``hyper`` are hyperparameters without which the spec has no meaning
+    (``deepspeed_config("sgd-bf16/zero2", hyper={"momentum": 0.9})``); ``more`` are further keys. DeepSpeed replaces an
+    optimizer that it does not know by its own where there is offload, and refuses it without: two keys here say
+    otherwise. Raises SpecError for a spec that needs the shapes of parameters, which DeepSpeed flattens.
     """
-    parsed = parse(spec)
+    parsed = parse(spec, hyper=dict(hyper)) if hyper else parse(spec)
     reason = needs_shapes(parsed.replace(partition="none"))
     if reason and parsed.partition != "none":
         raise SpecError(f"'{parsed}' under DeepSpeed {reason}; FSDP2 keeps the shapes: memopt.shard")
