@@ -164,6 +164,64 @@ def test_exported_state_loads_into_bitsandbytes(tool):
         assert torch.equal(p, q)
 
 
+@pytest.mark.parametrize("beta1", [None, 0.9])
+def test_exported_state_loads_into_transformers(beta1):
+    hyper = {"beta1": beta1, "lr": LR, "relative_step": False}
+    a, b = model(), model()
+    ours = memopt.create(a, "adafactor", convention="transformers", **hyper)
+    drive(a, ours, 0, 5)
+    b.load_state_dict(a.state_dict())
+    theirs = transformers_tool(**hyper)(b.parameters())
+    theirs.load_state_dict(export(source_of(ours), "transformers"))
+    drive(a, ours, 5, 5)
+    drive(b, theirs, 5, 5)
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=EXACT)
+    with pytest.raises(ValueError, match=r"torch.optim has no adafactor with these hyperparameters"):
+        export(source_of(ours), "torch")
+
+
+def test_exported_state_loads_into_torchao():
+    a, b = model(), model()
+    ours = memopt.create(a, "adamw-8bit", lr=LR, weight_decay=0.1)
+    drive(a, ours, 0, 5)
+    b.load_state_dict(a.state_dict())
+    theirs = torchao_tool("AdamW8bit")(b.parameters())
+    theirs.load_state_dict(export(source_of(ours), "torchao"))
+    assert type(theirs.state[b[0].weight]["exp_avg"]).__name__ == "OptimState8bit"
+    assert type(theirs.state[b[0].bias]["exp_avg"]) is torch.Tensor
+    again = memopt.create(b, "adamw", lr=LR)
+    memopt.load(theirs.state_dict(), optimizer=again, rule="adamw")
+    ours.convert_("adamw-8bit", engine="bitsandbytes")  # the same code
+    ours.convert_("adamw", engine="native")
+    assert again.param_groups[0]["weight_decay"] == 0.1
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        for key, value in ours.state[p].items():
+            assert torch.equal(value, again.state[q][key]), key
+    drive(b, theirs, 5, 5)
+    drive(a, ours, 5, 5)
+    distance = torch.cat(
+        [(p - q).detach().abs().flatten() for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+    )
+    assert distance.mean() / LR < MEAN_DISTANCE["8bit"]
+
+
+def test_a_bigger_file_of_torchao_is_decoded_in_pieces():
+    pytest.importorskip("torchao.optim")
+    from memopt.checkpoint.codes import CHUNK_NUMEL
+
+    for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8"):
+        p = nn.Parameter(torch.randn(CHUNK_NUMEL // 512 + 3, 1024))
+        theirs = torchao_tool(name)([p])
+        p.grad = torch.randn_like(p)
+        theirs.step()
+        ours = memopt.create([p], "adamw")
+        memopt.load(theirs.state_dict(), optimizer=ours, rule="adamw")
+        for moment in ("exp_avg", "exp_avg_sq"):
+            exact = theirs.state[p][moment].dequantize()
+            assert torch.equal(ours.state[p][moment], exact), (name, moment)
+
+
 def test_the_code_book_is_bitsandbytes_own():
     functional = pytest.importorskip("bitsandbytes.functional")
     from memopt.checkpoint.dynamic import code_book

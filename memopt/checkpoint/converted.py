@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from memopt.checkpoint.fit import Slot, fill_slot
 from memopt.checkpoint.plan import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Group, Record, Source
-from memopt.geometry import Rows
+from memopt.geometry import Rows, Shape
 from memopt.ledger import TensorSpec
 from memopt.masters import master_of
 from memopt.placements.homes import Homes
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
+
+#: ``zeros(dtype, shape)``: a tensor of zeros.
+Zeros = Callable[[str, Shape], Tensor]
 
 
 class Converted:
@@ -69,10 +72,12 @@ class Converted:
                 found[f"{slot.name}/{key}"] = tensor
         return found
 
-    def states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """``(parameter, state)``, converted as they are asked for."""
+    def states(self, zeros: Zeros | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """``(parameter, state)``, converted as they are asked for; ``zeros`` may make the tensors elsewhere."""
         for slot, record in self._slots():
-            state = slot.allocate()
+            state = (
+                slot.allocate() if zeros is None else {line.key: zeros(line.dtype, line.shape) for line in slot.lines()}
+            )
             old = self.source.spec, self._old_hyper[slot.name]
             fill_slot(slot, state, record, old, self._fill, self.report)
             yield slot.name, state

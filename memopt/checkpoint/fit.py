@@ -20,6 +20,7 @@ from memopt.checkpoint.transfer import Target, transfer
 from memopt.formats import Shard
 from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
+from memopt.ledger import Line
 from memopt.masters import master_of
 from memopt.placements.homes import Homes
 from memopt.pricing import state_lines
@@ -47,10 +48,14 @@ class Slot(NamedTuple):
     def shape(self) -> Shape:
         return self.rows.shape
 
+    def lines(self) -> list[Line]:
+        """The tensors of the state, the step first."""
+        where = str(self.device)
+        return state_lines(self.spec, self.h, self.name, self.rows, where, self.dtype, self.capturable)
+
     def allocate(self) -> dict[str, Tensor]:
         """Zeroed state where the placement says."""
-        where = str(self.device)
-        step, *lines = state_lines(self.spec, self.h, self.name, self.rows, where, self.dtype, self.capturable)
+        step, *lines = self.lines()
         counter = torch.zeros((), dtype=torch.float32, device=step.location)
         return {step.key: counter, **self.homes.of(self.name).allocate(self.name, lines, self.device)}
 

@@ -9,6 +9,11 @@ from memopt.placements.options import OPTIONS
 from memopt.spec import OptimSpec
 
 
+def exactly(name: str) -> str:
+    """The pattern of an override that matches this name alone."""
+    return re.sub(r"([*?[])", r"[\1]", name)
+
+
 def mixture(old: OptimSpec, new: OptimSpec, done: Iterable[str], names: Iterable[str]) -> OptimSpec:
     """``old`` with overrides that say of the parameters ``done`` what ``new`` says of them; ``names`` are all.
 
@@ -21,7 +26,7 @@ def mixture(old: OptimSpec, new: OptimSpec, done: Iterable[str], names: Iterable
     for name in sorted(done):
         fmt, placement, _ = new.for_parameter(name)
         if (fmt, placement) != old.for_parameter(name)[:2]:
-            overrides[re.sub(r"([*?[])", r"[\1]", name)] = f"{fmt}@{placement}"
+            overrides[exactly(name)] = f"{fmt}@{placement}"
         else:
             left.append(name)
     used = {old.for_parameter(name)[2] for name in left}

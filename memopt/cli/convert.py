@@ -3,8 +3,8 @@
 IN is a checkpoint of memopt.save (or a folder of them), a file that torch.save wrote with the state_dict() of
 torch.optim, transformers' Adafactor, bitsandbytes or torchao, or a checkpoint folder of DeepSpeed (ZeRO 1 to 3,
 universal) or torch.distributed.checkpoint (FSDP). OUT is a folder in which a checkpoint is committed; for
---to torch, bitsandbytes or bitsandbytes-32bit it is a file for that tool's load_state_dict. The exit code is 0 when it
-is done, 2 if the input cannot be used.
+--to torch, transformers, bitsandbytes, bitsandbytes-32bit or torchao it is a file for that tool's load_state_dict. The
+exit code is 0 when it is done, 2 if the input cannot be used.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SUMMARY = "optimizer state of a checkpoint or of another tool under another spec
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a checkpoint, a folder of them, or another tool's file or folder")
     parser.add_argument("out", metavar="OUT", help="a folder of checkpoints; for another tool, a file")
-    parser.add_argument("--to", metavar="SPEC", required=True, help="a spec (memopt list), or torch, bitsandbytes, "
-                        "bitsandbytes-32bit")  # fmt: skip
+    parser.add_argument("--to", metavar="SPEC", required=True, help="a spec (memopt list), or torch, "
+                        "transformers, bitsandbytes, bitsandbytes-32bit, torchao")  # fmt: skip
     parser.add_argument("--from", metavar="RULE", dest="rule", help="the rule, where the file does not say it")
     parser.add_argument("--engine", metavar="ENGINE", default="native", help="native (default) or bitsandbytes")
     parser.add_argument("--fill", metavar="MOMENT=VALUE", action="append", default=[],
@@ -76,16 +76,32 @@ def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
 
 
 def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
-    """The whole dictionary is in memory: the file is the other tool's, and torch.save writes it at once."""
+    """torch.save wants all tensors at once: until then they are in a file beside OUT, not in memory."""
+    import os
+
     import torch
 
-    from memopt.checkpoint.exporting import export
+    from memopt.checkpoint.exporting import Exported
+    from memopt.checkpoint.scratch import Scratch
 
-    state = export(source, args.to, fill)
-    print(f"{source.origin}: {len(state['state'])} parameters for {args.to}")
-    if not args.dry_run:
-        torch.save(state, args.out)
-        print(f"written: {args.out}")
+    exported = Exported(source, args.to, fill)
+    print(f"{source.origin}: {len(source.records)} parameters for {args.to}, {exported.nbytes:,} bytes of state")
+    if args.dry_run:
+        return 0
+    out = Path(args.out)
+    with bar("exporting", exported.nbytes) as progress, Scratch(out.parent) as scratch:
+
+        def zeros(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+            x = scratch.zeros(dtype, shape)
+            progress(x.nbytes)
+            return x
+
+        state = exported.state_dict(zeros)
+        unfinished = out.with_name(f".writing-{out.name}")
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+    os.replace(unfinished, out)
+    print(f"written: {out}")
     return 0
 
 
