@@ -25,6 +25,11 @@ from memopt.spec import OptimSpec
 from memopt.state import LoadPlan, plan_load
 
 if TYPE_CHECKING:
+    from memopt.checkpoint.changing import Work
+
+    pass
+
+if TYPE_CHECKING:
     from memopt.release import Release
 
 
@@ -42,6 +47,12 @@ class Keeper(torch.optim.Optimizer):
     capturable: bool
     skipped_steps: int
     release: Release | None
+    #: A conversion that was stopped where the parameters done and the others are of two rules.
+    unfinished: Work | None = None
+
+    def _check_finished(self) -> None:
+        if self.unfinished is not None:
+            raise RuntimeError(str(self.unfinished))
 
     @abstractmethod
     def settle(self) -> None:
@@ -196,6 +207,7 @@ class Keeper(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         check_replaced(self)
+        self._check_finished()
         plan: LoadPlan = plan_load(self, state_dict)
         for (name, p, group), saved in plan.states:
             target = self._to_overwrite(name, p, {**group, **plan.hyper_of(group)})

@@ -132,6 +132,7 @@ class Optimizer(Keeper):
         self, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
     ) -> list[Work]:
         """Step these ``(place among all, name, parameter, group)`` with what is here of their gradients."""
+        self._check_finished()
         self.homes.check()
         self._allocate_missing([entry[1:] for entry in ready])
         works = [self._work(*entry, g) for entry, g in zip(ready, gradients, strict=True)]
@@ -170,6 +171,7 @@ class Optimizer(Keeper):
 
     def settle(self) -> None:
         """Take note of what became of the last step, where kernels run beside the host."""
+        self._check_finished()
         if self._plan is not None:
             self._plan.settle()
 
@@ -232,7 +234,8 @@ class Optimizer(Keeper):
         overrides and hyperparameters stay unless ``fields`` says otherwise; a full :class:`OptimSpec` means what it
         says. ``fill`` says what stands in for a moment that was not kept: ``{"exp_avg": 0}``, or the name of another
         moment. Returns the relative error of every moment. Raises SpecError before anything changes, and RuntimeError
-        where memory or disk gives out: then some parameters may be as the new spec says, and overrides say which.
+        where memory or disk gives out: then some parameters may be as the new spec says. Overrides say which where
+        formats and places change; else the same call goes on with the rest, and the optimizer does nothing before.
         """
         from memopt.checkpoint.convert import convert_
 
@@ -244,6 +247,7 @@ class Optimizer(Keeper):
         """What runs and where, and every place where that is not literally what the spec asked for."""
         from memopt.explain import explain
 
+        self._check_finished()
         return explain(self)
 
     def __repr__(self) -> str:

@@ -109,14 +109,14 @@ def change_partition():
     return found
 
 
-def stop_on_rank_1():
-    """One rank has no memory for the third parameter: no rank converts it."""
-    from memopt.checkpoint import convert
+def stop_on_rank_1(after):
+    """One rank has no memory for the third parameter: no rank converts it. Returns what was said and the optimizer."""
+    from memopt.checkpoint import changing
 
     model = odd_model()
     opt = memopt.create(model, "adamw/zero1")
     drive(model, opt, 0, 1)
-    fill, left = convert.fill_slot, [2]
+    fill, left = changing.fill_slot, [2]
 
     def failing(*arguments):
         left[0] -= 1
@@ -124,15 +124,33 @@ def stop_on_rank_1():
             raise MemoryError("no memory")
         fill(*arguments)
 
-    convert.fill_slot = failing
+    changing.fill_slot = failing
     try:
-        opt.convert_("adamw-8bit/zero1")
+        opt.convert_(after)
     except RuntimeError as error:
-        drive(model, opt, 1, 1)
-        return str(error), dict(opt.spec.overrides)
+        return str(error), model, opt
     finally:
-        convert.fill_slot = fill
-    return None
+        changing.fill_slot = fill
+    return None, model, opt
+
+
+def stop_between_formats():
+    said, model, opt = stop_on_rank_1("adamw-8bit/zero1")
+    drive(model, opt, 1, 1)
+    return said, dict(opt.spec.overrides)
+
+
+def stop_between_rules():
+    """Of rules and partitions at once; the same call goes on."""
+    said, model, opt = stop_on_rank_1("lion")
+    opt.convert_("lion")
+    done = state_of(model, opt)
+    straight_model = odd_model()
+    straight = memopt.create(straight_model, "adamw/zero1")
+    drive(straight_model, straight, 0, 1)
+    straight.convert_("lion")
+    drive(model, opt, 1, 1)
+    return said, done, state_of(straight_model, straight)
 
 
 def everything(directory):
@@ -143,7 +161,8 @@ def everything(directory):
         "failed": fail_on_rank_1(f"{directory}/failing"),
         "converted": convert_each(),
         "regrouped": change_partition(),
-        "stopped": stop_on_rank_1(),
+        "stopped": stop_between_formats(),
+        "stopped between rules": stop_between_rules(),
     }
 
 
@@ -245,6 +264,17 @@ def test_the_partition_changes_in_place(session, spec):
             assert_same_bits(value, first[key], key)
             assert_same_bits(value, second[key], key)
     assert_rows_are(whole, [mine, theirs])
+
+
+def test_one_rank_that_cannot_change_the_rule_stops_all_and_all_go_on(session):
+    (a, *states), (b, *others) = (rank["stopped between rules"] for rank in session[1])
+    assert "rank 1: no memory. 2 of" in a
+    assert "no memory. 2 of" in b
+    for done, straight in (states, others):
+        for x, y in zip(done, straight, strict=True):
+            assert x.keys() == y.keys()
+            for key, value in x.items():
+                assert_same_bits(value, y[key], key)
 
 
 def test_one_rank_that_cannot_convert_stops_all_at_the_same_parameter(session):

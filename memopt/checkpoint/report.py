@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import nan, sqrt
 from typing import Any
 
@@ -43,6 +43,15 @@ class Conversion:
     dropped: list[str] = field(default_factory=list)
     filled: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def add(self, other: Conversion) -> None:
+        """What became of more parameters."""
+        for moment, loss in other.losses.items():
+            mine = self.losses.setdefault(moment, Loss())
+            for field_ in fields(Loss):
+                setattr(mine, field_.name, getattr(mine, field_.name) + getattr(loss, field_.name))
+        self.dropped += [moment for moment in other.dropped if moment not in self.dropped]
+        self.filled.update(other.filled)
 
     @property
     def relative_error(self) -> dict[str, float]:
