@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import HYPER, odd_model
 from torch import Tensor
 
 import memopt
 from memopt import kernels
-from memopt.kernels import abi
 from memopt.kernels.loader import Missing
 from memopt.masters import MASTERS
 
@@ -24,11 +24,23 @@ VARIANTS: dict[str, list[dict[str, object]]] = {
     "radam": [{"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}],
     "adafactor": [{}, {"beta1": 0.9, "weight_decay": 0.1}, {"convention": "transformers", "weight_decay": 0.1}],
     "came": [{"weight_decay": 0.1}],
+    "adabound": [{}, {"weight_decay": 0.1, "lr": 0.02, "gamma": 0.5, "maximize": True}],
+    "lamb": [{"weight_decay": 0.1}],
+    "ademamix": [{"weight_decay": 0.1}, {"t_alpha": 3, "t_beta3": 3, "maximize": True}],
+    "adammini": [{"weight_decay": 0.1}],
+    "stableadamw": [{"weight_decay": 0.1}],
 }
+#: Wrapped rules of one pass, of several, with row means and factors; slow weights begin, follow and are returned to.
+WRAPPED: list[tuple[str, dict[str, object]]] = [
+    ("lookahead(adamw)-8bit", {"lookahead_steps": 2}),
+    ("lookahead(adafactor)", {"lookahead_steps": 1, "lookahead_rate": 0.8}),
+    ("lookahead(adammini)-4bit", {"lookahead_steps": 2}),
+    ("lookahead(sgd)", {"lookahead_steps": 3}),
+]
 #: Rows of many lengths, flat tensors, a batch of matrices, one element, none; 4096 elements and rows of 64 are encoded.
 SHAPES = [(40, 300), (70, 129), (4, 40, 100), (4500,), (33,), (16, 8, 3, 3), (1,), (), (0, 3)]
 PLAIN = ("none", "device", "none")
-SPECS = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == PLAIN and s.rule in abi.RULES]
+SPECS = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == PLAIN]
 STEPS = 2
 
 #: Sums are added in another order and divisions by constants are multiplications: a few units of the last place.
@@ -41,7 +53,7 @@ HALF_STEP = {torch.float32: 0.0, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-1
 
 
 def cases() -> list[tuple[str, dict[str, object]]]:
-    found = []
+    found = list(WRAPPED)
     for spec in SPECS:
         for hyper in VARIANTS[memopt.parse(spec).rule]:
             try:
@@ -105,7 +117,8 @@ MASTERED = [
     for master in MASTERS
     if master != "none"
     for rule, hyper in (("adamw", {}), ("adamw-8bit", {}), ("sgd", {}), ("lion-4bit", {}), ("adafactor", {}),
-                        ("rmsprop-bf16", {"weight_decay": 0.1}), ("came-8bit", {}))
+                        ("rmsprop-bf16", {"weight_decay": 0.1}), ("came-8bit", {}), ("lamb-8bit", {}), ("adammini", {}),
+                        ("lookahead(adamw)-8bit", {"lookahead_steps": 2}))
 ]  # fmt: skip
 
 
@@ -186,6 +199,21 @@ def test_agrees_with_the_plain_path(spec, hyper, dtype, plain) -> None:
                 assert int((a != b).sum()) <= ties, key
             else:
                 assert_close(a, b, 0.0, ties, f"{tuple(p.shape)} {key}")
+
+
+@pytest.mark.parametrize("spec", [*SPECS, "lookahead(lamb)-8bit", "lookahead(adammini)"])
+def test_nothing_is_left_to_the_plain_path(spec) -> None:
+    opt = memopt.create(odd_model(), spec, **HYPER.get(memopt.parse(spec).rule, {}))
+    assert "stepped by" not in opt.explain()
+
+
+def test_row_means_of_rows_longer_than_one_thread_takes(plain) -> None:
+    shapes = [(3, 140_001), (2, 3, 70_000), (9, 60_000)]
+    ours, our_states = stepped("adammini", {}, shapes, torch.float32)
+    theirs, their_states = plain(stepped, "adammini", {}, shapes, torch.float32)
+    for p, q, mine, other in zip(ours, theirs, our_states, their_states, strict=True):
+        assert_close(p.detach(), q.detach(), 0.0, 0, f"{tuple(p.shape)}")
+        assert_close(mine["exp_avg_sq"], other["exp_avg_sq"], 0.0, 0, f"{tuple(p.shape)}")
 
 
 @pytest.mark.parametrize("spec", ["adamw-8bit", "adamw-fp8", "adamw-4bit", "lion-8bit"])

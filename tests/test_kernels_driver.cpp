@@ -49,9 +49,9 @@ void fill(void* to, int64_t n, uint8_t dtype, uint32_t seed) {
     }
 }
 
-struct Shape { int64_t rows, cols, numel, height; };
+struct Shape { int64_t rows, cols, numel, height, span; };
 
-Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, uint32_t index, Master master) {
+Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, uint32_t index, Master master, int rule) {
     Tensor t{};
     const int64_t n = shape.numel, size = dtype == F32 ? 4 : 2;
     t.p = memory.make(n * size);
@@ -59,8 +59,9 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
     fill(t.p, n, dtype, index);
     fill(g, n, dtype, index + 100);
     t.g = g;
-    t.rows = shape.rows, t.cols = shape.cols, t.numel = n, t.height = shape.height, t.step = 3, t.index = index;
-    t.format = format, t.p_dtype = t.g_dtype = dtype;
+    t.rows = shape.rows, t.cols = shape.cols, t.numel = n, t.height = shape.height, t.index = index;
+    t.format = format, t.p_dtype = t.g_dtype = dtype, t.span = shape.span, t.stacked = shape.height != shape.rows;
+    t.slow = static_cast<float*>(memory.make(4 * n));
     const int beside[] = {0, 4, 2, 0, 1, 2};  // bytes of one element of what each master keeps
     t.master = dtype == F32 ? ROUNDED : master;
     if (beside[t.master]) t.kept = memory.make(n * beside[t.master]);
@@ -69,7 +70,8 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
         const int64_t block = format == FMT_4BIT ? 128 : 256;
         const bool flat = shape.cols == 256 && n % 256;
         const int64_t blocks = flat ? (n + block - 1) / block : shape.rows * ((shape.cols + block - 1) / block);
-        if (format == FMT_32BIT || (format == FMT_FACTORED && slot == 1)) t.data[slot] = memory.make(4 * n);
+        if (rule == ADAMMINI && slot == 0) t.data[slot] = memory.make(4 * ((n + shape.span - 1) / shape.span));
+        else if (format == FMT_32BIT || (format == FMT_FACTORED && (slot == 1 || (slot == 2 && rule == ADEMAMIX)))) t.data[slot] = memory.make(4 * n);
         else if (format == FMT_BF16) t.data[slot] = memory.make(2 * n);
         else if (format == FMT_FACTORED) t.data[slot] = memory.make(4 * shape.rows), t.aux[slot] = memory.make(4 * shape.rows / shape.height * shape.cols);
         else {
@@ -80,17 +82,20 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
     return t;
 }
 
-std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int threads, int isa, Master master = ROUNDED) {
+std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int threads, int isa, Master master = ROUNDED, bool looks_ahead = false) {
     // The last two are stepped by all threads together where a rule needs sums: one tall, one wide.
-    const Shape shapes[] = {{7, 70, 490, 7}, {5, 1030, 5150, 5}, {12, 65, 780, 4}, {1, 1, 1, 1}, {0, 9, 0, 1}, {900, 600, 540000, 900}, {40, 13200, 528000, 40}};
-    const Shape flat[] = {{20, 256, 5000, 20}, {1, 256, 3, 1}};
+    const Shape shapes[] = {{7, 70, 490, 7, 70}, {5, 1030, 5150, 5, 1030}, {12, 65, 780, 4, 13}, {1, 1, 1, 1, 1}, {0, 9, 0, 1, 9},
+                            {900, 600, 540000, 900, 600}, {40, 13200, 528000, 40, 132000}};
+    const Shape flat[] = {{20, 256, 5000, 20, 256}, {1, 256, 3, 1, 256}};
     Memory memory;
     std::vector<Tensor> tensors;
     uint32_t index = 1;
-    for (const Shape& shape : shapes) tensors.push_back(make(memory, shape, format, index % 3, index, master)), index++;
+    for (const Shape& shape : shapes) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
     if (format != FMT_FACTORED)
-        for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master)), index++;
-    Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0};
+        for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
+    Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0, 0.1, 0, 1e-3, 5, 9, 9};
+    if (looks_ahead) group.slow_steps = 1, group.slow_rate = 0.5;
+    for (Tensor& t : tensors) t.step = looks_ahead ? 1 : 3;
     if (rule == ADAFACTOR) group.beta2 = -0.8;
     std::vector<Span> spans;
     for (Tensor& t : tensors) spans.push_back({t.g, t.numel, t.g_dtype, 0});
@@ -105,19 +110,20 @@ bool all(int isa) {
     const struct { int rule; uint32_t flags; } rules[] = {
         {ADAM, DECOUPLED}, {ADAM, AMSGRAD}, {LION, 0}, {SGD, 0}, {SGD, MOMENTUM}, {RMSPROP, 0}, {RMSPROP, MOMENTUM},
         {RMSPROP, CENTERED | MOMENTUM}, {RADAM, 0}, {ADAFACTOR, SCALE_PARAMETER}, {ADAFACTOR, MOMENTUM | TRANSFORMERS}, {CAME, 0},
+        {ADABOUND, 0}, {ADEMAMIX, DECOUPLED}, {ADAMMINI, DECOUPLED}, {LAMB, DECOUPLED}, {STABLEADAMW, DECOUPLED},
     };
     for (auto [rule, flags] : rules)
         for (int f = 0; f < FORMATS; f++) {
-            if ((flags & CENTERED && f != FMT_32BIT) || (f == FMT_FACTORED && (rule == LION || rule == SGD || flags & AMSGRAD))) continue;
+            if ((flags & CENTERED && f != FMT_32BIT) || (f == FMT_FACTORED && (rule == LION || rule == SGD || rule == ADAMMINI || flags & AMSGRAD))) continue;
             const auto one = run(rule, flags, static_cast<Format>(f), 1, isa), four = run(rule, flags, static_cast<Format>(f), 4, isa);
             if (one != four) std::printf("rule %d flags %u format %d isa %d: threads change the result\n", rule, flags, f, isa), same = false;
         }
     for (int m = FP32_COPY; m <= SPLIT16; m++)
-        for (int rule : {ADAM, SGD, ADAFACTOR})
+        for (int rule : {ADAM, SGD, ADAFACTOR, LAMB})
             for (Format f : {FMT_32BIT, FMT_8BIT, FMT_FACTORED}) {
                 if (rule == SGD && f == FMT_FACTORED) continue;
                 const auto master = static_cast<Master>(m);
-                const auto one = run(rule, 0, f, 1, isa, master), four = run(rule, 0, f, 4, isa, master);
+                const auto one = run(rule, 0, f, 1, isa, master, true), four = run(rule, 0, f, 4, isa, master, true);
                 if (one != four) std::printf("master %d rule %d format %d isa %d: threads change the result\n", m, rule, f, isa), same = false;
             }
     return same;

@@ -13,7 +13,6 @@ from torch import nn
 import memopt
 from memopt.geometry import Rows
 from memopt.hyper import SpecError
-from memopt.kernels.abi import RULES as KERNELS
 from memopt.placements import PLACEMENTS, bus, leases
 from memopt.placements.homes import held
 from memopt.placements.pipeline import Operation, stream
@@ -22,11 +21,9 @@ STEPS = 50
 ELSEWHERE = [name for name in PLACEMENTS if name != "device"]
 #: Small enough that the odd model's matrices are cut into several leases.
 SMALL = {"disk": {"workspace": 2**20}, "paged": {"resident": 2**20}, "host": {"workspace": 2**20}, "cpu": {}}
-#: Rules that have a kernel in every format, the others, which take long, in one; each with one placement, in turn. And
-#: a few with all of them.
-QUICK = [s for s in PLAIN_SPECS if memopt.parse(s).rule in KERNELS or memopt.parse(s).format == "8bit"]
-CASES = [(spec, ELSEWHERE[i % len(ELSEWHERE)]) for i, spec in enumerate(QUICK)]
-CASES += [(s, at) for s in ("adamw", "adamw-8bit", "adafactor") for at in ELSEWHERE if (s, at) not in CASES]
+#: Every rule in every format, each with one placement, in turn. And a few with all of them.
+CASES = [(spec, ELSEWHERE[i % len(ELSEWHERE)]) for i, spec in enumerate(PLAIN_SPECS)]
+CASES += [(s, at) for s in ("adamw", "adamw-8bit", "adam-factored", "adafactor") for at in ELSEWHERE if (s, at) not in CASES]
 
 
 def drive(model, opt, first, steps):
@@ -184,7 +181,7 @@ def test_nan_skips_a_step_and_changes_nothing():
 
 
 @pytest.mark.parametrize("shape", [(700, 801), (5, 129, 65), (10_000,), (4097, 64), (3, 5), ()])
-@pytest.mark.parametrize("spec", QUICK)
+@pytest.mark.parametrize("spec", PLAIN_SPECS)
 def test_pieces_are_the_whole_without_overlap_or_gap(spec, shape):
     parsed = memopt.parse(spec)
     one = held(parsed, "w", parsed.resolve(HYPER.get(parsed.rule)), Rows.whole(shape), "float32")

@@ -195,8 +195,9 @@ def test_parameters_and_state_are_those_of_one_process(session, spec):
     model, opt = sharded.reference(spec)
     sharded.drive(model, opt, 0, STEPS)
     parsed = memopt.parse(spec)
-    exact = RULES[parsed.rule].element_wise and parsed.format != "factored"
+    apart = RULES[parsed.rule].element_wise and parsed.format != "factored"
     for i, (name, p) in enumerate(model.named_parameters()):
+        exact = apart and (p.dim() > 1 or parsed.rule != "adammini")  # its means of a vector are summed over ranks
         for rank in session:
             if exact:
                 assert_same_bits(rank["specs"][spec]["model"][i], p, name)

@@ -18,6 +18,11 @@ def _over_last(shape: Shape) -> bool:
     return len(shape) == 2 or shape[-1] >= MIN_COLS
 
 
+def span(rows: Rows) -> int:
+    """Elements of a row: every so many of the flattened tensor share one number."""
+    return rows.shape[-1] if len(rows.shape) > 1 and _over_last(rows.shape) else rows.cols
+
+
 @final
 class RowMean(Format):
     """fp32 means, 4 bytes per row: over the last dimension of a matrix and of a stack of matrices, over all but the

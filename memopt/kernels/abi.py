@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
-VERSION = 3
+VERSION = 4
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
 SLOTS = 3
 
 #: Enumerators of abi.h.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
-RULES = {"adam": 0, "adamw": 0, "lion": 1, "sgd": 2, "rmsprop": 3, "radam": 4, "adafactor": 5, "came": 6}
+RULES = {
+    "adam": 0, "adamw": 0, "lion": 1, "sgd": 2, "rmsprop": 3, "radam": 4, "adafactor": 5, "came": 6, "adabound": 7,
+    "ademamix": 8, "adammini": 9, "lamb": 10, "stableadamw": 11,
+}  # fmt: skip
 MASTERS = {"none": 0, "fp32": 1, "kahan": 2, "stochastic": 3, "split": 4, "split16": 5}
 FORMATS = {"32bit": 0, "bf16": 1, "8bit": 2, "fp8": 3, "4bit": 4, "factored": 5}
 
@@ -22,15 +25,16 @@ MOMENTUM, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT = 32, 64, 12
 SLOT = {
     "exp_avg_sq": 0, "square_avg": 0,
     "exp_avg": 1, "momentum_buffer": 1,
-    "max_exp_avg_sq": 2, "exp_avg_res": 2, "grad_avg": 2,
+    "max_exp_avg_sq": 2, "exp_avg_res": 2, "grad_avg": 2, "exp_avg_slow": 2,
 }  # fmt: skip
 
 
 class Group(Structure):
     _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [
         (name, c_double)
-        for name in ("lr", "weight_decay", "beta1", "beta2", "beta3", "eps", "eps2", "d", "momentum", "dampening")
-    ]
+        for name in ("lr", "weight_decay", "beta1", "beta2", "beta3", "eps", "eps2", "d", "momentum", "dampening",
+                     "final_lr", "peak", "gamma", "alpha", "alpha_steps", "beta3_steps", "slow_steps", "slow_rate")
+    ]  # fmt: skip
 
 
 class TensorStep(Structure):
@@ -41,6 +45,7 @@ class TensorStep(Structure):
         ("aux", c_void_p * SLOTS),
         ("kept", c_void_p),
         ("layout", POINTER(c_int64)),
+        ("slow", c_void_p),
         ("counter", c_void_p),
         ("step", c_int64),
         ("rows", c_int64),
@@ -48,6 +53,7 @@ class TensorStep(Structure):
         ("numel", c_int64),
         ("first_row", c_int64),
         ("height", c_int64),
+        ("span", c_int64),
         ("index", c_uint32),
         ("group", c_uint32),
         ("order", c_uint8 * SLOTS),
@@ -55,6 +61,7 @@ class TensorStep(Structure):
         ("p_dtype", c_uint8),
         ("g_dtype", c_uint8),
         ("dims", c_uint8),
+        ("stacked", c_uint8),
         ("master", c_uint8),
     ]
 

@@ -27,7 +27,7 @@ FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
     "-fno-exceptions", "-fno-rtti", "-w",
 )  # fmt: skip
-COMMON = ("api", "step", "whole", "means", "finite", "pool")
+COMMON = ("api", "step", "whole", "means", "row_means", "finite", "pool")
 #: Flags of the tables that ``api.cpp`` chooses from.
 TABLES_X86 = {
     "baseline": (),

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memopt.formats.rowmean import span
 from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi
 from memopt.ledger import dtype_name
 from memopt.masters import master_of
 from memopt.rules import RULES, Moment
 from memopt.rules.adafactor import FP32_EPS
+from memopt.rules.lookahead import SLOW
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,12 +25,16 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 DTYPES = {getattr(torch, name): code for name, code in abi.DTYPES.items()}
+#: Rules whose weight decay multiplies the parameter.
+DECOUPLED = ("adamw", "lion", "came", "ademamix", "adammini", "lamb", "stableadamw")
+Moments = list[tuple[Moment, "Format", str]]
 
 
 def describe_group(spec: OptimSpec, h: Mapping[str, Any]) -> abi.Group:
     """The hyperparameters of a group, as Python floats have them."""
     g = abi.Group()
-    g.rule = abi.RULES[spec.rule]
+    rule = RULES.parts(spec.rule)[1]
+    g.rule = abi.RULES[rule]
     g.flags = flags(spec, h)
     g.lr = 0.0 if h["lr"] is None else float(h["lr"])
     g.weight_decay = h["weight_decay"]
@@ -37,10 +43,15 @@ def describe_group(spec: OptimSpec, h: Mapping[str, Any]) -> abi.Group:
     g.dampening = h.get("dampening", 0.0)
     betas = h.get("betas", ())
     g.beta1, g.beta2, g.beta3 = (*betas, 0.0, 0.0, 0.0)[:3]
-    if spec.rule == "adafactor":
+    if rule == "adafactor":
         g.beta1, g.beta2 = h["beta1"] or 0.0, h["beta2_decay"]
-    elif spec.rule == "rmsprop":
+    elif rule == "rmsprop":
         g.beta1 = g.beta2 = h["alpha"]
+    elif rule == "adabound":
+        g.final_lr, g.gamma, g.peak = h["final_lr"], h["gamma"], float(h.get("initial_lr", 0.0))
+    elif rule == "ademamix":
+        g.alpha, g.alpha_steps, g.beta3_steps = h["alpha"], h["t_alpha"] or 0, h["t_beta3"] or 0
+    g.slow_steps, g.slow_rate = h.get("lookahead_steps", 0), h.get("lookahead_rate", 0.0)
     eps = h.get("eps", 0.0)
     first, second = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
     g.eps, g.eps2 = FP32_EPS if first is None else first, second
@@ -48,8 +59,8 @@ def describe_group(spec: OptimSpec, h: Mapping[str, Any]) -> abi.Group:
 
 
 def flags(spec: OptimSpec, h: Mapping[str, Any]) -> int:
-    rule = spec.rule
-    decoupled = rule == "adamw" or (rule == "radam" and h["decoupled_weight_decay"])
+    rule = RULES.parts(spec.rule)[1]
+    decoupled = rule in DECOUPLED or (rule == "radam" and h["decoupled_weight_decay"])
     momentum = h.get("momentum") or (rule == "adafactor" and h["beta1"] is not None)
     chosen = {
         abi.MAXIMIZE: h["maximize"],
@@ -66,40 +77,52 @@ def flags(spec: OptimSpec, h: Mapping[str, Any]) -> int:
     return sum(flag for flag, on in chosen.items() if on)
 
 
-def refuse(
-    spec: OptimSpec, moments: list[tuple[Moment, Format, str]], rows: Rows, p: Tensor, g: Tensor, world_size: int
-) -> str | None:
+def format_of(moments: Moments) -> str:
+    """The one format that the kernels are told: that of the moments which the rule does not hold in another."""
+    names = {f.name for m, f, _ in moments if not m.held}
+    return "factored" if "factored" in names else next(iter(names), "32bit")
+
+
+def needs_ranks(spec: OptimSpec, moments: Moments, rows: Rows, world_size: int) -> str | None:
+    """Which sums the ranks that share a parameter would have to exchange within a step, or None."""
+    if world_size == 1:
+        return None
+    cut = rows.flat != FLAT_ROW and any(f.name == "rowmean" for _, f, _ in moments)
+    if cut or not RULES[spec.rule].element_wise or format_of(moments) == "factored":
+        return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
+    return None
+
+
+def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, g: Tensor, world_size: int) -> str | None:
     """Why this parameter is stepped by the plain torch path, or None."""
     if not (p.is_cpu and g.is_cpu):
         return f"the kernels are for the CPU, and it is on {p.device}"
     if p.dtype not in DTYPES or g.dtype not in DTYPES:
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
-    if spec.rule not in abi.RULES or any(f.name not in abi.FORMATS or m.name not in abi.SLOT for m, f, _ in moments):
+    wrapper, rule = RULES.parts(spec.rule)
+    fmt = format_of(moments)
+    known = wrapper in ("", "lookahead") and rule in abi.RULES and fmt in abi.FORMATS
+    if not known or any(m.name not in (*abi.SLOT, SLOW.name) for m, _, _ in moments):
         return f"there is no kernel for {spec.rule} in {spec.format}"
     if p.dim() > 255:
         return f"the kernels take at most 255 dimensions, and it has {p.dim()}"
     if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
         return "several of its elements lie in one place, which torch refuses to write"
-    names = {f.name for _, f, _ in moments}
-    if master_of(spec, dtype_name(p)).dithered and (rows.flat != FLAT_ROW or ("factored" in names and p.dim() > 2)):
+    if master_of(spec, dtype_name(p)).dithered and (rows.flat != FLAT_ROW or (fmt == "factored" and p.dim() > 2)):
         return f"the random bits of +{spec.master} begin within a row of the kernels' view"
-    whole = not RULES[spec.rule].element_wise or "factored" in names
-    if whole and world_size > 1:
-        return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
-    return None
+    return needs_ranks(spec, moments, rows, world_size)
 
 
 def describe(
     target: abi.TensorStep,
     work: Work,
-    moments: list[tuple[Moment, Format, str]],
+    moments: Moments,
     group: int,
     master: Master,
 ) -> str | None:
     """Fill ``target``; returns why the state cannot be used as it lies, or None."""
     rows, p, g = work.rows, work.p, work.g
-    names = {f.name for _, f, _ in moments}
-    fmt = "factored" if "factored" in names else next(iter(names), "32bit")
+    fmt = format_of(moments)
     if not (p.is_contiguous() and g.is_contiguous()):
         numbers = [*p.shape, *p.stride(), *g.stride()]
         target.layout, target.dims = (abi.c_int64 * len(numbers))(*numbers), p.dim()
@@ -113,6 +136,7 @@ def describe(
         target.cols = shape[-1]
         target.rows = p.numel() // max(shape[-1], 1)
         target.height = shape[-2]
+        target.stacked = len(shape) > 2
     elif len(rows.shape) < 2 or (fmt == "32bit" and not master.dithered):
         # Without blocks and random bits it does not matter where rows begin.
         target.cols = FLAT_ROW if fmt != "32bit" or master.dithered else abi.CHUNK
@@ -127,13 +151,18 @@ def describe(
             return f"its {master.key} is not a contiguous tensor in host memory"
         target.kept = kept.data_ptr()
     for order, (moment, held, _) in enumerate(moments):
-        slot = abi.SLOT[moment.name]
-        target.order[slot] = order
         parts = list(held.layout(moment, rows))
         tensors = [work.state[f"{moment.name}.{part}" if part else moment.name] for part in parts]
         for part in tensors:
             if not (part.is_cpu and part.is_contiguous()):
                 return f"its {moment.name} is not a contiguous tensor in host memory"
+        if moment is SLOW:
+            target.slow = tensors[0].data_ptr()
+            continue
+        if held.name == "rowmean":
+            target.span = span(rows)
+        slot = abi.SLOT[moment.name]
+        target.order[slot] = order
         target.data[slot] = tensors[0].data_ptr()
         target.aux[slot] = tensors[1].data_ptr() if len(tensors) > 1 else None
     return None

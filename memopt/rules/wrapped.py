@@ -23,6 +23,10 @@ class Rules(Axis[Rule]):
         known = match is not None and match[1] in self.wrappers and match[2] in self._places
         return (match[1], match[2]) if match is not None and known else None
 
+    def parts(self, name: str) -> tuple[str, str]:
+        """(wrapper, rule within it); of a plain rule ("", its own name)."""
+        return self._parts(name) or ("", name)
+
     def __contains__(self, name: object) -> bool:
         return name in self._places or self._parts(name) is not None
 

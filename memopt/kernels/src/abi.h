@@ -5,10 +5,10 @@
 namespace memopt {
 
 // Changed whenever a struct, an enum or the meaning of a field changes; Python refuses a library with another number.
-constexpr int32_t ABI_VERSION = 3;
+constexpr int32_t ABI_VERSION = 4;
 
 enum Dtype : uint8_t { F32, BF16, F16 };
-enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME };
+enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME, ADABOUND, ADEMAMIX, ADAMMINI, LAMB, STABLEADAMW };
 // How the moments of one tensor are kept. FACTORED: the non-negative ones as row and column means, the others in fp32.
 enum Format : uint8_t { FMT_32BIT, FMT_BF16, FMT_8BIT, FMT_FP8, FMT_4BIT, FMT_FACTORED, FORMATS };
 
@@ -33,10 +33,13 @@ struct Group {
     int32_t rule;
     uint32_t flags;
     double lr, weight_decay, beta1, beta2, beta3, eps, eps2, d, momentum, dampening;
+    double final_lr, peak, gamma;             // AdaBound; peak: the rate that final_lr belongs to, 0: this one
+    double alpha, alpha_steps, beta3_steps;   // AdEMAMix; 0 steps: from the first on
+    double slow_steps, slow_rate;             // of a rule inside lookahead(); 0 steps: it is not
 };
 
 // Moments have fixed places: 0 the second moment, 1 the signed moment, 2 what else is not negative (the largest
-// second moment, CAME's residual) or RMSprop's centre, which is only ever kept in fp32.
+// second moment, CAME's residual), RMSprop's centre, which is only ever kept in fp32, or AdEMAMix's slow mean.
 constexpr int SLOTS = 3;
 
 // Columns that are decoded, stepped and encoded at a time, and the unit in which work is shared out: a multiple of
@@ -55,16 +58,19 @@ struct Tensor {
     // Of a parameter or gradient that is not contiguous: its sizes, then the parameter's strides, then the gradient's, all
     // of them `dims` elements long; null where both are contiguous.
     const int64_t* layout;
+    float* slow;          // the slow weights of a rule inside lookahead(), or null
     float* counter;       // number of steps taken so far, incremented here; null: `step` is this step's number
     int64_t step;
     int64_t rows, cols, numel;
     int64_t first_row;    // of the whole parameter, for the random bits
     int64_t height;       // FACTORED: rows of one matrix
+    int64_t span;         // ADAMMINI: elements that share one number of its second moment
     uint32_t index;       // of the parameter, for the random bits
     uint32_t group;
     uint8_t order[SLOTS]; // the moment's place in the rule's own order, for the random bits
     uint8_t format, p_dtype, g_dtype;
     uint8_t dims;
+    uint8_t stacked;      // FACTORED: matrices of a stack, even where one of them is held here
     uint8_t master;       // of masters with random bits rows and cols are those of the parameter in every format
 };
 

@@ -12,6 +12,19 @@ template <class Kind, bool ROOT, class Root> struct Pick<false, Kind, ROOT, Root
 
 constexpr int smallest(int a, int b) { return a < b ? a : b; }
 
+// The slow weights of lookahead() follow the parameter, which then becomes them.
+__attribute__((noinline)) void look_ahead(float* slow, float* p, int n, const Lerp& weight) {
+    for (int i = 0; i < n; i += W) {
+        alignas(64) float tail[W] = {};
+        const int left = smallest(n - i, W);
+        std::memcpy(tail, slow + i, 4 * left);
+        const vf x = lerp(loadf(tail), loadf(p + i), weight);
+        store(p + i, x);
+        store(tail, x);
+        std::memcpy(slow + i, tail, 4 * left);
+    }
+}
+
 INLINE const float* negated(const float* from, int n, float* buffer) {
     for (int i = 0; i < n; i++) buffer[i] = -from[i];
     return buffer;
@@ -21,7 +34,9 @@ template <class Rule, class Format>
 INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Sums& sums) {
     typedef typename Pick<Rule::V, typename Format::U, Rule::ROOT_V, typename Format::R>::type V;
     typedef typename Pick<Rule::M, typename Format::S>::type M;
-    typedef typename Pick<Rule::X, typename Format::U, Rule::ROOT_X, typename Format::R>::type X;
+    typedef typename Pick<Rule::X_SIGNED, typename Format::S>::type Signed;
+    typedef typename Pick<Rule::X, typename Format::U, Rule::X_SIGNED || Rule::ROOT_X,
+                          typename Pick<true, typename Format::R, Rule::X_SIGNED, Signed>::type>::type X;
     constexpr int BLOCK = smallest(smallest(V::BLOCK, M::BLOCK), X::BLOCK);
     Scratch v_scratch, m_scratch, x_scratch;
     alignas(64) float p_buffer[CHUNK];
@@ -43,11 +58,13 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     V v(t, 0, at, v_scratch, sums);
     M m(t, 1, at, m_scratch, sums);
     X x(t, 2, at, x_scratch, sums);
-    vf total{};
+    vf total{}, squares{};
+    if (Rule::W_P && __builtin_expect(s.begins, 0)) std::memcpy(t.slow + at.offset, p, 4 * at.n);
     const auto step = [&](int i, int stop) __attribute__((always_inline)) {
         vf pi = Rule::P ? loadf(p + i) : vf{};
         const vf gi = Rule::G ? loadf(g + i) : vf{};
         vf v_i = v.get(i), m_i = m.get(i), x_i = x.get(i);
+        if (Rule::SQUARES) squares += pi * pi;  // zeros past the end
         vf term = Rule::apply(pi, gi, v_i, m_i, x_i, s);
         if (__builtin_expect(stop - i < W, 0)) {  // lanes past the end of the row count for nothing
             const vi live = (vi)iota() < (stop - i);
@@ -88,10 +105,12 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     if (Rule::W_V) v.close();
     if (Rule::W_M) m.close();
     if (Rule::W_X) x.close();
+    if (Rule::W_P && __builtin_expect(s.returns, 0)) look_ahead(t.slow + at.offset, p, at.n, s.slow);
     if (Rule::W_P) store_weights(t, p_lies, at, p);
     if (Rule::W_P && __builtin_expect(t.layout != nullptr, 0))
         scatter(p_lies, t, strides_of_p(t), t.p_dtype, at.offset, at.n, t.p);
     if (Rule::SUMS) sums.total += sum_lanes(total);
+    if (Rule::SQUARES) sums.squares += sum_lanes(squares);
 }
 
 // Chunks first ... last - 1 of a tensor, counted along its rows.

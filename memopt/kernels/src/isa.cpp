@@ -19,6 +19,14 @@ void fill(memopt::Run* row) {
     row[memopt::FMT_FACTORED] = run<Rule<true>, InFactors>;
 }
 
+void fill_adammini(memopt::Run* row) {
+    row[memopt::FMT_32BIT] = run<Adam<true, false>, BesideRowMeans<In32>>;
+    row[memopt::FMT_BF16] = run<Adam<true, false>, BesideRowMeans<InHalf>>;
+    row[memopt::FMT_8BIT] = run<Adam<true, false>, BesideRowMeans<In8>>;
+    row[memopt::FMT_FP8] = run<Adam<true, false>, BesideRowMeans<InFp8>>;
+    row[memopt::FMT_4BIT] = run<Adam<true, false>, BesideRowMeans<In4>>;
+}
+
 void inverse_roots(const float* x, float* out, int64_t n) {
     for (int64_t i = 0; i < n; i++) out[i] = 1.0f / __builtin_sqrtf(x[i]);
 }
@@ -52,7 +60,12 @@ void MEMOPT_TABLE(memopt::Table& t) {
     fill<AdafactorMomentum>(t.run[STEP_ADAFACTOR_MOMENTUM]);
     fill<CameStep>(t.run[STEP_CAME]);
     fill<CameVector>(t.run[STEP_CAME_VECTOR]);
+    fill<Adabound>(t.run[STEP_ADABOUND]);
+    fill<Ademamix>(t.run[STEP_ADEMAMIX]);
+    fill_adammini(t.run[STEP_ADAMMINI]);
     fill<SumUpdate>(t.run[SUM_UPDATE]);
+    fill<SumLamb>(t.run[SUM_LAMB]);
+    fill<SumSurprise>(t.run[SUM_SURPRISE]);
     t.run[STEP_RMSPROP_CENTERED][FMT_32BIT] = run<Rmsprop<false, false, true>, In32>;
     t.run[STEP_RMSPROP_CENTERED_MOMENTUM][FMT_32BIT] = run<Rmsprop<false, true, true>, In32>;
     t.run[MEANS_ADAM][FMT_FACTORED] = run<MeansAdam, InFactors>;
@@ -62,5 +75,6 @@ void MEMOPT_TABLE(memopt::Table& t) {
     for (int f = 0; f < FORMATS; f++) {  // without moments the format does not matter
         t.run[STEP_SGD][f] = run<Sgd<false, false>, In32>;
         t.run[SUM_PARAMETER][f] = run<SumParameter, In32>;
+        t.run[SUM_GRADIENT][f] = run<SumGradient, In32>;
     }
 }

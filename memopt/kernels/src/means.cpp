@@ -17,10 +17,9 @@ constexpr int64_t PARTIAL_SUMS = 1 << 16;  // doubles kept across the cut: half 
 constexpr int64_t FEW_COLS = PARTIAL_SUMS / MAX_BANDS;
 
 float mean_of(const Tensor& t, int slot, int64_t matrix, float floor) {
-    // Of a single matrix the mean of the column means, of a batch that of the row means, as factored.py has it.
-    const bool single = t.height == t.rows;
-    const float* x = static_cast<const float*>(single ? t.aux[slot] : t.data[slot]) + (single ? 0 : matrix * t.height);
-    const int64_t n = single ? t.cols : t.height;
+    // Of a matrix the mean of the column means, of one of a stack that of the row means, as factored.py has it.
+    const float* x = static_cast<const float*>(t.stacked ? t.data[slot] : t.aux[slot]) + matrix * t.height;
+    const int64_t n = t.stacked ? t.height : t.cols;
     double sum = 0;
     for (int64_t i = 0; i < n; i++) sum += x[i];
     const float mean = static_cast<float>(sum / static_cast<double>(n));

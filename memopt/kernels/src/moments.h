@@ -254,6 +254,29 @@ class FactoredRoot {
     INLINE_METHOD void close() {}
 };
 
+// One number for each run of `span` elements, which an earlier pass has written.
+class RowMean {
+    const float* const value;
+
+  public:
+    static constexpr int BLOCK = CHUNK;
+    INLINE_METHOD RowMean(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums&)
+        : value(scratch.value) {
+        const float* mean = static_cast<const float*>(t.data[slot]) + place.offset / t.span;
+        int64_t stop = t.span - place.offset % t.span;  // from here on the next one's
+        for (int i = 0; i < place.n; stop += t.span, mean++)
+            for (const int end = stop < place.n ? stop : place.n; i < end; i++) scratch.value[i] = *mean;
+        for (int i = place.n; i % W; i++) scratch.value[i] = 0;
+    }
+    INLINE_METHOD void begin(int) {}
+    INLINE_METHOD vf get(int i) const { return loadf(value + i); }
+    INLINE_METHOD void put(int, vf) {}
+    INLINE_METHOD void end(int) {}
+    INLINE_METHOD void turn(int) {}
+    INLINE_METHOD void code(int) {}
+    INLINE_METHOD void close() {}
+};
+
 // The six formats: what holds the second moment and other non-negative ones (U), what holds the signed one (S), and
 // what reads the inverse root of a U where a pass wants that.
 struct In32 { typedef Full U, S, R; };
@@ -274,5 +297,6 @@ struct In4 {
     typedef U R;
 };
 struct InFactors { typedef Factored U; typedef Full S; typedef FactoredRoot R; };
+template <class F> struct BesideRowMeans { typedef RowMean U, R; typedef typename F::S S; };
 
 }  // namespace

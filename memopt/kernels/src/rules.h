@@ -1,6 +1,8 @@
 // The rules of memopt/rules, one vector of elements at a time. Each struct is one pass over a tensor:
 //   V, M, X          which of the three moments it reads; W_V, W_M, W_X which it writes; P, W_P the same of p
-//   G                whether it reads the gradient; SUMS whether `apply` returns what is summed over the tensor
+//   G                whether it reads the gradient; SUMS whether `apply` returns what is summed over the tensor;
+//   SQUARES          whether the squares of p, as it is before `apply`, are
+//   X_SIGNED         whether the third moment may be negative
 // FACTORED: the second moment read is the reconstruction from new means, so it is not updated here.
 #pragma once
 #include "table.h"
@@ -22,12 +24,13 @@ INLINE vf inverse_root(vf x) { return 1.0f / root(x); }
 //   ROOT_V, ROOT_X   of a factored moment it reads 1 / sqrt(x) instead of x: a product, where every element of a
 //                    reconstruction would need a root and a division
 struct Reads {
-    static constexpr bool ROOT_V = false, ROOT_X = false;
-    static constexpr bool G = true, SUMS = false, P = true, W_P = true;
+    static constexpr bool ROOT_V = false, ROOT_X = false, X_SIGNED = false;
+    static constexpr bool G = true, SUMS = false, SQUARES = false, P = true, W_P = true;
     static constexpr bool V = false, M = false, X = false, W_V = false, W_M = false, W_X = false;
 };
 
-// AdamW, Adam and RAdam. MAX: amsgrad's largest second moment.
+// AdamW, Adam and RAdam; LAMB and StableAdamW, whose decay and rate are found first; Adam-mini, whose second moment was
+// written before as a FACTORED one's is. MAX: amsgrad's largest second moment.
 template <bool FACTORED, bool MAX>
 struct Adam : Reads {
     static constexpr bool V = true, M = true, X = MAX, W_V = !FACTORED, W_M = true, W_X = MAX;
@@ -41,6 +44,33 @@ struct Adam : Reads {
         // Not fused into one: torch rounds the decayed parameter, and is followed to 1e-6 over a hundred steps.
         const vf update = m * s.rate;
         p = p + (s.plain ? update : update / fma(root(largest), splat(s.inverse_bias), splat(s.eps)));
+        return vf{};
+    }
+};
+
+template <bool FACTORED>
+struct Adabound : Reads {
+    static constexpr bool V = true, M = true, W_V = !FACTORED, W_M = true;
+    INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf&, const Scalars& s) {
+        g = with_decay(g, p, s);
+        m = lerp(m, g, s.first);
+        if (!FACTORED) v = second_moment(v, g, s);
+        const vf rate = s.rate / (root(v) + s.eps);
+        p = p - at_most(at_least(rate, s.lowest), s.highest) * m;
+        return vf{};
+    }
+};
+
+template <bool FACTORED>
+struct Ademamix : Reads {
+    static constexpr bool V = true, M = true, X = true, X_SIGNED = true, W_V = !FACTORED, W_M = true, W_X = true;
+    INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
+        p = p * s.decay;
+        m = lerp(m, g, s.first);
+        x = lerp(x, g, s.third);
+        if (!FACTORED) v = second_moment(v, g, s);
+        const vf mean = fma(x, splat(s.mixed), m * s.first_bias);
+        p = p + mean * s.rate / fma(root(v), splat(s.inverse_bias), splat(s.eps));
         return vf{};
     }
 };
@@ -132,8 +162,37 @@ struct Came : Reads {
 };
 
 struct SumParameter : Reads {
-    static constexpr bool G = false, SUMS = true, W_P = false;
-    INLINE vf apply(vf& p, vf, vf&, vf&, vf&, const Scalars&) { return p * p; }
+    static constexpr bool G = false, SQUARES = true, W_P = false;
+    INLINE vf apply(vf&, vf, vf&, vf&, vf&, const Scalars&) { return vf{}; }
+};
+
+struct SumGradient : Reads {
+    static constexpr bool SUMS = true, P = false, W_P = false;
+    INLINE vf apply(vf&, vf g, vf&, vf&, vf&, const Scalars&) { return g * g; }
+};
+
+// LAMB's update, for its size and the parameter's.
+template <bool FACTORED>
+struct SumLamb : Reads {
+    static constexpr bool SUMS = true, SQUARES = true, W_P = false, V = true, M = true;
+    INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf&, const Scalars& s) {
+        m = lerp(m, g, s.first);
+        if (!FACTORED) v = second_moment(v, g, s);
+        const vf u = m * s.rate / fma(root(v), splat(s.inverse_bias), splat(s.eps));
+        p = fma(p, splat(s.shrink), u);
+        return p * p;
+    }
+};
+
+// What StableAdamW clips by: the gradient as a multiple of what the second moment says.
+template <bool FACTORED>
+struct SumSurprise : Reads {
+    static constexpr bool SUMS = true, P = false, W_P = false, V = true;
+    INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars& s) {
+        if (!FACTORED) v = second_moment(v, g, s);
+        const vf x = g / at_least(root(v) * s.inverse_bias, s.eps);
+        return x * x;
+    }
 };
 
 template <bool FACTORED>

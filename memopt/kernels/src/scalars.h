@@ -20,6 +20,13 @@ inline double radam_factor(double t, double beta2) {
     return std::sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho));
 }
 
+// AdEMAMix's b3, whose half-life rises in a line from that of b1.
+inline double slow_beta(const Group& h, double t) {
+    if (!(h.beta3_steps > 0) || !(h.beta3 > 0)) return h.beta3;
+    const double x = std::fmin(t / h.beta3_steps, 1), ratio = h.beta1 > 0 ? std::log(h.beta3) / std::log(h.beta1) : 0;
+    return std::fmin(std::exp(std::log(h.beta3) / ((1 - x) * ratio + x)), h.beta3);
+}
+
 inline double adafactor_rate(const Group& h, double t) {
     const double relative = 1 / std::sqrt(t);
     if (!(h.flags & TRANSFORMERS)) return std::fmin(h.lr, relative);
@@ -37,8 +44,7 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
     s.mean_floor = TINY;
     s.floor = -1;
     s.ceiling = INFINITY;
-    const bool decoupled = (h.flags & DECOUPLED) || h.rule == LION || h.rule == CAME;
-    if (decoupled) s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
+    if (h.flags & DECOUPLED) s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
     else if (h.rule != ADAFACTOR) s.l2 = static_cast<float>(h.weight_decay);
     s.first = make_lerp(1 - h.beta1);
     s.second = make_lerp(1 - h.beta2);
@@ -47,8 +53,15 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
     s.one_minus_beta2 = static_cast<float>(1 - h.beta2);
     s.eps = static_cast<float>(h.eps);
     s.momentum = s.kept = static_cast<float>(h.momentum);
+    if (h.slow_steps > 0) {
+        s.begins = step == 1;
+        s.returns = step % static_cast<int64_t>(h.slow_steps) == 0;
+        s.slow = make_lerp(h.slow_rate);
+    }
     switch (h.rule) {
         case ADAM:
+        case ADAMMINI:
+        case STABLEADAMW:
             s.inverse_bias = static_cast<float>(1 / std::sqrt(1 - std::pow(h.beta2, t)));
             s.rate = static_cast<float>(-h.lr / (1 - std::pow(h.beta1, t)));
             break;
@@ -80,6 +93,26 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
         case CAME:
             s.eps_added = s.eps;
             s.eps_residual = static_cast<float>(h.eps2);
+            break;
+        case LAMB:
+            s.inverse_bias = static_cast<float>(1 / std::sqrt(1 - std::pow(h.beta2, t)));
+            s.rate = static_cast<float>(1 / (1 - std::pow(h.beta1, t)));
+            s.shrink = static_cast<float>(h.weight_decay);
+            break;
+        case ADABOUND: {
+            const double size = h.lr * std::sqrt(1 - std::pow(h.beta2, t)) / (1 - std::pow(h.beta1, t));
+            const double last = h.final_lr * (h.peak > 0 ? h.lr / h.peak : 1);
+            s.rate = static_cast<float>(size);
+            s.lowest = static_cast<float>(last * (1 - 1 / (h.gamma * t + 1)));
+            s.highest = static_cast<float>(last * (1 + 1 / (h.gamma * t)));
+            break;
+        }
+        case ADEMAMIX:
+            s.inverse_bias = static_cast<float>(1 / std::sqrt(1 - std::pow(h.beta2, t)));
+            s.first_bias = static_cast<float>(1 / (1 - std::pow(h.beta1, t)));
+            s.mixed = static_cast<float>(h.alpha * (h.alpha_steps > 0 ? std::fmin(t / h.alpha_steps, 1) : 1));
+            s.third = make_lerp(1 - slow_beta(h, t));
+            s.rate = static_cast<float>(-h.lr);
             break;
         default:
             break;

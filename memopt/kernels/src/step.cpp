@@ -34,6 +34,10 @@ int single_pass(const Group& h, const Tensor& t) {
             if (t.format == FMT_FACTORED) return -1;
             if (h.flags & CENTERED) return h.flags & MOMENTUM ? STEP_RMSPROP_CENTERED_MOMENTUM : STEP_RMSPROP_CENTERED;
             return h.flags & MOMENTUM ? STEP_RMSPROP_MOMENTUM : STEP_RMSPROP;
+        case ADABOUND:
+            return t.format == FMT_FACTORED ? -1 : STEP_ADABOUND;
+        case ADEMAMIX:
+            return t.format == FMT_FACTORED ? -1 : STEP_ADEMAMIX;
         default:
             return -1;
     }

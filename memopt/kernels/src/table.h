@@ -20,14 +20,19 @@ struct Scalars {
     float momentum, kept, dampening;  // kept: what SGD keeps of its buffer, 0 at the first step
     bool nesterov, plain;    // plain: RAdam's step without its second moment
     float eps_added, eps_residual, floor, ceiling;  // ceiling: 1 / sqrt(floor)
-    float shrink;            // p -= p * shrink: a decay too small to be taken from 1
+    float shrink;            // p -= p * shrink: a decay too small to be taken from 1; LAMB: the decay in its update
     float update_scale;      // known after the sum of squared updates
+    float lowest, highest;   // AdaBound's rates
+    float first_bias, mixed; // AdEMAMix: 1 / (1 - b1^t), and how much of the slow mean is taken
+    bool begins, returns;    // lookahead(): slow weights become the parameter, or it becomes them
+    Lerp slow;
     double mean_floor;       // what a factored moment's mean is at least, where it is used
 };
 
 // Sums that a pass collects over chunks, and the means that a factored moment is divided by.
 struct Sums {
     double total;       // of what the rule adds
+    double squares;     // of the parameter's squares
     double row;         // of a factored moment, over the chunks of this call
     float* column;      // of a factored moment, per column from first_col on, padded to a whole chunk
     int64_t first_col;
@@ -38,8 +43,8 @@ struct Sums {
 enum Pass {
     STEP_ADAM, STEP_ADAM_MAX, STEP_LION, STEP_SGD, STEP_SGD_MOMENTUM,
     STEP_RMSPROP, STEP_RMSPROP_MOMENTUM, STEP_RMSPROP_CENTERED, STEP_RMSPROP_CENTERED_MOMENTUM,
-    STEP_ADAFACTOR, STEP_ADAFACTOR_MOMENTUM, STEP_CAME, STEP_CAME_VECTOR,
-    SUM_PARAMETER, SUM_UPDATE,                         // of squares
+    STEP_ADAFACTOR, STEP_ADAFACTOR_MOMENTUM, STEP_CAME, STEP_CAME_VECTOR, STEP_ADABOUND, STEP_ADEMAMIX, STEP_ADAMMINI,
+    SUM_PARAMETER, SUM_UPDATE, SUM_GRADIENT, SUM_LAMB, SUM_SURPRISE,  // of squares
     MEANS_ADAM, MEANS_RMSPROP, MEANS_ADAFACTOR, MEANS_RESIDUAL,  // of a factored moment
     PASSES
 };

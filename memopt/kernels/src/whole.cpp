@@ -1,4 +1,4 @@
-// The passes of Adafactor, CAME and of every rule with a factored moment. What is summed is summed over pieces that
+// The passes of Adafactor, CAME, LAMB, StableAdamW, Adam-mini and of every rule with a factored moment. What is summed is summed over pieces that
 // depend on the shape only and the pieces are added in order, so that the bits do not depend on the number of threads.
 #include "whole.h"
 
@@ -17,6 +17,10 @@ namespace {
 // a thread keeps for a piece of a factored moment is bounded by that, however wide the tensor.
 constexpr int64_t PIECE = 64, BLOCK = 16, FEWEST_ROWS = 16;
 
+struct Totals {
+    double rule, squares;
+};
+
 struct Sweep {
     const Table& table;
     const Tensor& t;
@@ -26,7 +30,7 @@ struct Sweep {
     Means means;
     bool backward;
     int64_t per_row, wide, height, across, pieces;  // of a tensor: chunks per row; of a piece: chunks, rows; pieces per row
-    double* totals;                                 // per piece; null where nothing is summed
+    Totals* totals;                                 // per piece; null where nothing is summed
 };
 
 void sweep_piece(void* context, int64_t task) {
@@ -49,23 +53,24 @@ void sweep_piece(void* context, int64_t task) {
         else
             for (int64_t r = row; r < stop; r++) run(t, w.s, w.keys, r * w.per_row + k0, r * w.per_row + k1, sums);
     }
-    if (w.totals) w.totals[piece] = sums.total;
+    if (w.totals) w.totals[piece] = {sums.total, sums.squares};
 }
 
-// Returns the sum of what the pass adds, 0 if it adds nothing.
-double sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, const Means& means,
+// Returns the sums of what the pass adds, 0 if it adds nothing.
+Totals sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, const Means& means,
              bool summed, bool backward, int threads) {
     Sweep job{table, t, s, keys, pass, means, backward, chunks_of(t.cols), 0, 0, 0, 0, nullptr};
     job.wide = job.per_row < BLOCK ? job.per_row : BLOCK;
     job.height = PIECE / job.wide < FEWEST_ROWS ? FEWEST_ROWS : PIECE / job.wide;
     job.across = (job.per_row + job.wide - 1) / job.wide;
     job.pieces = job.across * ((t.rows + job.height - 1) / job.height);
-    double few[16];
-    if (summed) job.totals = job.pieces <= 16 ? few : static_cast<double*>(std::malloc(job.pieces * sizeof(double)));
-    if (summed && !job.totals) std::abort();  // 8 bytes per 65536 elements
+    Totals few[16];
+    if (summed) job.totals = job.pieces <= 16 ? few : static_cast<Totals*>(std::malloc(job.pieces * sizeof(Totals)));
+    if (summed && !job.totals) std::abort();  // 16 bytes per 65536 elements
     parallel(threads, job.pieces, sweep_piece, &job);
-    double total = 0;
-    for (int64_t i = 0; summed && i < job.pieces; i++) total += job.totals[i];
+    Totals total{};
+    for (int64_t i = 0; summed && i < job.pieces; i++)
+        total.rule += job.totals[i].rule, total.squares += job.totals[i].squares;
     if (job.totals != few) std::free(job.totals);
     return total;
 }
@@ -97,8 +102,8 @@ void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         means.floor[slot] = static_cast<float>(floor);
         means.prepare(t, slot);
     };
-    const auto clip = [&] {
-        const double rms = root_mean_square(pass(SUM_UPDATE, true), t);
+    const auto clip = [&](Pass which) {
+        const double rms = root_mean_square(pass(which, true).rule, t);
         return rms / h.d < 1 ? 1.0 : rms / h.d;  // a NaN stays
     };
     switch (h.rule) {
@@ -114,20 +119,49 @@ void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         case ADAFACTOR: {
             double rate = adafactor_rate(h, static_cast<double>(ready.step));
             if (h.flags & SCALE_PARAMETER) {
-                const double rms = root_mean_square(pass(SUM_PARAMETER, true), t);
+                const double rms = root_mean_square(pass(SUM_PARAMETER, true).squares, t);
                 rate *= rms < h.eps2 ? h.eps2 : rms;
             }
             if (factored) renew(MEANS_ADAFACTOR, 0, s.mean_floor);
-            s.update_scale = static_cast<float>(rate / clip());
+            s.update_scale = static_cast<float>(rate / clip(SUM_UPDATE));
             if (h.flags & TRANSFORMERS) s.shrink = static_cast<float>(h.weight_decay * rate);
             pass(h.flags & MOMENTUM ? STEP_ADAFACTOR_MOMENTUM : STEP_ADAFACTOR);
             break;
         }
         case CAME: {
             if (factored) renew(MEANS_ADAFACTOR, 0, TINY);
-            s.update_scale = static_cast<float>(1 / clip());
+            s.update_scale = static_cast<float>(1 / clip(SUM_UPDATE));
             if (factored) renew(MEANS_RESIDUAL, 2, TINY);
             pass(t.data[2] ? STEP_CAME : STEP_CAME_VECTOR);
+            break;
+        }
+        case ADABOUND:
+        case ADEMAMIX:
+            renew(MEANS_ADAM, 0, TINY);
+            pass(h.rule == ADABOUND ? STEP_ADABOUND : STEP_ADEMAMIX);
+            break;
+        case ADAMMINI:
+            renew_row_means(table, t, h.beta2, s, threads);
+            backward = false;
+            pass(STEP_ADAMMINI);
+            break;
+        case LAMB: {
+            if (factored) renew(MEANS_ADAM, 0, TINY);
+            const double rate = -h.lr * s.rate;
+            const Totals sums = pass(SUM_LAMB, true);
+            const double size = root_mean_square(sums.squares, t), step = root_mean_square(sums.rule, t);
+            const double trust = size > 0 && step > 0 ? size / step : 1;
+            s.rate = static_cast<float>(rate * trust);
+            s.decay = static_cast<float>(1 - h.lr * trust * h.weight_decay);
+            pass(STEP_ADAM);
+            break;
+        }
+        case STABLEADAMW: {
+            if (factored) renew(MEANS_ADAM, 0, TINY);
+            const double clipped = clip(SUM_SURPRISE);
+            s.rate = static_cast<float>(s.rate / clipped);
+            s.decay = static_cast<float>(1 - h.lr / clipped * h.weight_decay);
+            pass(STEP_ADAM);
             break;
         }
         default:

@@ -1,4 +1,4 @@
-// Rules that need statistics of the whole tensor: factored moments and clipped updates.
+// Rules that need statistics of the whole tensor or of its rows: factored moments, row means and clipped updates.
 #pragma once
 #include "table.h"
 
@@ -13,6 +13,9 @@ struct Prepared {
     uint32_t keys[SLOTS + 2];  // of each moment, what the step adds, of the master
     int pass;  // of an element-wise rule, else -1
 };
+
+// Adam-mini's second moment at this step.
+void renew_row_means(const Table&, const Tensor&, double beta2, const Scalars&, int threads);
 
 void whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads);
 

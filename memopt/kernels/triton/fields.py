@@ -12,11 +12,12 @@ def _columns(count: int) -> list[tl.constexpr]:
 #: steps where that is on the device, else 0; HEIGHT: rows of one matrix of a factored moment; ROWS_AT, COLS_AT,
 #: MEANS_AT: where its sums and means are kept meanwhile; SUMS_AT, SUMS: sums over the tensor, the first and how many;
 #: BESIDE, BESIDE_KEY: what a master keeps beside the parameter, and its dither; LINES: lines of a factored moment's
-#: matrices in one row of ``memopt/geometry.py``.
+#: matrices in one row of ``memopt/geometry.py``; STACKED: whether they are of a stack, even where one is held here.
 (
     P, DATA0, DATA1, DATA2, AUX0, AUX1, AUX2, NUMEL, COLS, BLOCKS, PER_ROW, MAGIC, SHIFT, FIRST_ROW,
     KEY0, KEY1, KEY2, STEP, GROUP, HEIGHT, ROWS_AT, COLS_AT, MEANS_AT, SUMS_AT, SUMS, BESIDE, BESIDE_KEY, LINES,
-) = _columns(28)  # fmt: skip
+    STACKED,
+) = _columns(29)  # fmt: skip
 FIELDS = tl.constexpr(32)
 
 #: fp64: the hyperparameters of one param group, before any are combined with the step.

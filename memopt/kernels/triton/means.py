@@ -100,12 +100,12 @@ def keep_rows(row_of, partial, matrix, along, r, live, sums):
 
 @triton.jit
 def mean_kernel(table, scalars, means, map, SLOT: tl.constexpr, FLOOR: tl.constexpr, SPAN: tl.constexpr):
-    """What a reconstruction divides by, one program per matrix: of a single matrix the mean of its columns' means, of
-    a batch that of its rows' means, as ``memopt/formats/factored.py`` has it; FLOOR bounds it as the rule says."""
+    """What a reconstruction divides by, one program per matrix: of a matrix the mean of its columns' means, of one of
+    a stack that of its rows' means, as ``memopt/formats/factored.py`` has it; FLOOR bounds it as the rule says."""
     tensor, row_of, matrix = find(table, map)
     height = tl.load(row_of + f.HEIGHT)
     cols = tl.load(row_of + f.COLS)
-    single = height * cols == tl.load(row_of + f.NUMEL)
+    single = tl.load(row_of + f.STACKED) == 0
     column = tl.load(row_of + f.AUX0 + SLOT)
     row = tl.load(row_of + f.DATA0 + SLOT)
     count = tl.where(single, cols, height)

@@ -155,6 +155,7 @@ class Tensors:
         aligned = all(a % VECTOR == 0 for a in addresses) and (numel if flat else cols) % step == 0
         if fmt == "factored":
             row[f.HEIGHT.value] = rows.local_shape[-2]
+            row[f.STACKED.value] = len(rows.shape) > 2
             row[f.LINES.value] = max(rows.cols // max(cols, 1), 1)
         self.row = row
         self.blocks = row[f.BLOCKS.value]
