@@ -36,8 +36,10 @@ from memopt import kernels
 
 RESULTS = Path(__file__).parent / "results"
 HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
-#: Tensors of the parameter's size that a rule reads besides its step: (parameters, gradients or first moments).
-EXTRA_READS = {"adafactor": (1, 2), "came": (0, 3)}
+#: Tensors of the parameter's size that a rule reads besides its step: (parameters, gradients or first moments); and
+#: moments that it decodes once more.
+EXTRA_READS = {"adafactor": (1, 2), "came": (0, 3), "lamb": (1, 1), "stableadamw": (0, 1), "adammini": (0, 1)}
+DECODED_TWICE = {"lamb": ("exp_avg", "exp_avg_sq"), "stableadamw": ("exp_avg_sq",)}
 
 Step = Callable[[], Any]
 Build = Callable[[], Step]
@@ -55,10 +57,11 @@ def ours(spec: str, params: list[torch.nn.Parameter], nonfinite: str) -> Step:
 
 def moved(spec: str, numel: int, nonfinite: str) -> float:
     """Bytes that a step must read and write, for each of its parameters."""
-    reads = EXTRA_READS.get(memopt.parse(spec).rule, (0, 0))
-    passes = 3 + sum(reads) + (nonfinite != "propagate")
-    state = memopt.price({"p": shape(numel)}, spec, **HYPER.get(memopt.parse(spec).rule, {})).nbytes
-    return 4 * passes + 2 * state / numel
+    rule = memopt.parse(spec).rule
+    passes = 3 + sum(EXTRA_READS.get(rule, (0, 0))) + (nonfinite != "propagate")
+    state = memopt.price({"p": shape(numel)}, spec, **HYPER.get(rule, {}))
+    again = sum(line.nbytes for line in state if line.moment in DECODED_TWICE.get(rule, ()))
+    return 4 * passes + (2 * state.nbytes + again) / numel
 
 
 def others(params: Callable[[], list[torch.nn.Parameter]]) -> dict[str, Step]:
@@ -204,11 +207,9 @@ def again(args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def specs() -> list[str]:
-    """What the kernels step: the plain rules in every format, on the device, not sharded, without a master."""
-    from memopt.kernels.abi import RULES
-
+    """Every plain rule in every format, on the device, not sharded, without a master."""
     plain = [s for s in memopt.specs() if (s.placement, s.partition, s.master) == ("device", "none", "none")]
-    return [str(s) for s in plain if s.rule in RULES and (s.rule, s.format) != ("sgd", "factored")]
+    return [str(s) for s in plain]
 
 
 def small(count: int, numel: int, rounds: int) -> dict[str, float]:

@@ -32,9 +32,12 @@ PLAIN_PATH: dict[str, dict[str, int]] = {
     "sgd": {**_SIGN, "32bit": 0},
     "rmsprop": {"32bit": 4, "bf16": 20, "8bit": 24, "fp8": 29, "4bit": 28, "factored": 8},
     "radam": {**_ADAM, "32bit": 0, "factored": 8},
+    "adabound": {**_ADAM, "32bit": 4, "factored": 8},
+    "lamb": {**_ADAM, "32bit": 12, "factored": 16},
+    "ademamix": {**_ADAM, "bf16": 28, "8bit": 32, "fp8": 37, "4bit": 36},
+    "adammini": {"32bit": 12, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24},
+    "stableadamw": {**_ADAM, "32bit": 12, "factored": 16},
 }
-#: Rules that Triton kernels step on a GPU, in every format.
-KERNELS = ("adamw", "adam", "lion", "sgd", "rmsprop", "radam", "adafactor", "came")
 #: What the kernels allocate: tables of each tensor, and for each program that a step launches its tensor and place
 #: (8 bytes; a program takes 8192 elements or, with many, so many more that there are at most 2^17), once for the step
 #: and once for the look at the gradients; for rules with sums 16 bytes of each program; for factored moments sums of
@@ -140,11 +143,10 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
 
 
 def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | None) -> int | None:
-    """What a step on a GPU allocates: tables of the kernels, and what the largest piece needs where the plain path
-    steps a parameter. None where that was never measured (another engine, another rule)."""
+    """What a step on a GPU allocates: tables of the kernels, and where rules need sums over ranks what the plain path
+    needs. None where that was never measured (another engine, another rule)."""
     if spec.engine != "native" or spec.master not in MASTER or spec.rule not in PLAIN_PATH:
         return None
-    from memopt.engines.pieces import rows_of_piece
     from memopt.partitions import PARTITIONS
     from memopt.partitions.base import NUMEL_TOGETHER
     from memopt.rules import RULES
@@ -167,24 +169,23 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
             if each is None:
                 return None
             low = weight_dtype(model, name, weights) != "float32"
-            if spec.rule in KERNELS and not together:
+            if not together:
                 tensors, in_kernels = tensors + 1, in_kernels + owned
                 continue
             if low:
                 each = max(each + COPIES, MASTER[spec.master])
             # Updates that need sums over ranks are under way together, up to so many elements.
-            cols = rows(shape, 0, 1).cols
-            piece = owned if whole else min(owned, rows_of_piece(cols) * cols)
-            most = max(most, piece * each, min(total, NUMEL_TOGETHER) * each if together else 0)
-    return most + kernel_tables(tensors, in_kernels, whole)
+            most = max(most, max(owned, min(total, NUMEL_TOGETHER)) * each)
+    return most + kernel_tables(tensors, in_kernels, whole, spec.rule == "adammini")
 
 
-def kernel_tables(tensors: int, numel: int, whole: bool) -> int:
-    """Bytes that the Triton kernels allocate for so many tensors and elements; ``whole``: for a rule with sums.
+def kernel_tables(tensors: int, numel: int, whole: bool, rows: bool = False) -> int:
+    """Bytes that the Triton kernels allocate for so many tensors and elements; ``whole``: for a rule with sums;
+    ``rows``: with a mean of each row.
 
     >>> kernel_tables(146, 1_235_814_400, False) / 2**20 < 4
     True
     """
     programs = min(numel // PROGRAM, PROGRAMS) + tensors
     sums = programs * 16 + min(numel * (4 / 256 + 4 / 512), WORKSPACE) if whole else 0
-    return tensors * TABLES + programs * 16 + int(sums)
+    return tensors * TABLES + programs * (24 if rows else 16) + int(sums)

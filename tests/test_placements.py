@@ -23,7 +23,8 @@ ELSEWHERE = [name for name in PLACEMENTS if name != "device"]
 SMALL = {"disk": {"workspace": 2**20}, "paged": {"resident": 2**20}, "host": {"workspace": 2**20}, "cpu": {}}
 #: Every rule in every format, each with one placement, in turn. And a few with all of them.
 CASES = [(spec, ELSEWHERE[i % len(ELSEWHERE)]) for i, spec in enumerate(PLAIN_SPECS)]
-CASES += [(s, at) for s in ("adamw", "adamw-8bit", "adam-factored", "adafactor") for at in ELSEWHERE if (s, at) not in CASES]
+FEW = ("adamw", "adamw-8bit", "adam-factored", "adafactor")
+CASES += [(s, at) for s in FEW for at in ELSEWHERE if (s, at) not in CASES]
 
 
 def drive(model, opt, first, steps):

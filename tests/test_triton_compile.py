@@ -20,7 +20,7 @@ warnings.filterwarnings("ignore")
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from memopt.kernels.triton import codes, elementwise, finite, masters, means, rules, scalars
+from memopt.kernels.triton import codes, elementwise, finite, masters, means, row_means, rules, scalars
 
 POINTERS = {"table": "*i64", "gradients": "*i64", "numels": "*i64", "skipped": "*i64", "hyper": "*fp64",
             "steps": "*fp64", "sums": "*fp64", "map": "*i32", "flags": "*i32", "which": "*i32"}
@@ -45,11 +45,12 @@ def build(name, kernel, warps=4, **constants):
 
 NONE = {"MASTER": masters.NONE.value, "K_TYPE": tl.int8}
 
-def step(rule, fmt, p, align=16, whole=True, M=True, V=True, X=False, master="none"):
+def step(rule, fmt, p, align=16, whole=True, M=True, V=True, X=False, master="none", rows=row_means.NONE, ahead=False):
     kind = codes.KINDS[fmt]
     width = 128 if fmt == "4bit" else 256
     build(f"step:{rule}-{fmt}-{p}-{align}", elementwise.step_kernel, RULE=rules.STEPS[rule], P_TYPE=p, G_TYPE=p,
-          KIND=kind.value, V=V, M=M, X=X, X_SIGNED=False, WIDTH=width, TILE=1024 // width, ALIGN=align, WHOLE=whole,
+          KIND=kind.value, V=V, M=M, X=X, X_SIGNED=rule == "ademamix",
+          ROW_MEANS=rows.value, LOOKAHEAD=ahead, WIDTH=width, TILE=1024 // width, ALIGN=align, WHOLE=whole,
           PRECISE=fmt in ("32bit", "bf16"), MASTER=masters.KINDS[master].value,
           K_TYPE=p if master == "kahan" else masters.TYPES[master])
 
@@ -62,27 +63,33 @@ for which in sys.argv[2:]:
         step("adamw", "fp8", tl.float16)
         step("lion", "bf16", tl.float32, V=False)
         step("adamw", "8bit", tl.bfloat16, master="split")
+        step("ademamix", "8bit", tl.bfloat16, X=True)
+        step("adammini", "8bit", tl.bfloat16, V=False, rows=row_means.ONE, ahead=True)
     if which == "masters":
         for master in masters.KINDS:
             for p in (tl.bfloat16, tl.float16):
                 step("adamw", "8bit", p, master=master)
     if which == "rules":
-        for rule in ("adam", "radam", "sgd", "rmsprop", "adafactor", "came"):
-            step(rule, "8bit", tl.float32, V=rule != "sgd", X=rule == "came")
+        for rule in ("adam", "radam", "sgd", "rmsprop", "adafactor", "came", "adabound", "ademamix", "lamb"):
+            step(rule, "8bit", tl.float32, V=rule != "sgd", X=rule in ("came", "ademamix"))
             build(f"prepare:{rule}", scalars.prepare_kernel, 1, RULE=scalars.NUMBER[rule].value)
-        build("sums", elementwise.sums_kernel, P_TYPE=tl.bfloat16, G_TYPE=tl.bfloat16, KIND=2, WIDTH=256, TILE=4,
-              ALIGN=16, WHOLE=True, PRECISE=False, **NONE)
-        build("totals", scalars.totals_kernel, RULE=scalars.ADAFACTOR.value, SPAN=256)
+        step("adammini", "32bit", tl.float32, V=False, rows=row_means.SEVERAL)
+        for rule, (of, takes_m) in rules.SUMS.items():
+            build(f"sums:{rule}", elementwise.sums_kernel, SUM=of, M=takes_m, P_TYPE=tl.bfloat16, G_TYPE=tl.bfloat16,
+                  KIND=2, WIDTH=256, TILE=4, ALIGN=16, WHOLE=True, PRECISE=False, **NONE)
+            build(f"totals:{rule}", scalars.totals_kernel, RULE=scalars.NUMBER[rule].value, SPAN=256)
+        build("row means", row_means.row_means_kernel, KIND=row_means.ONE.value, G_TYPE=tl.bfloat16, ALIGN=16)
     if which == "means":
         size = {"WIDTH": 512, "TILE": 4, "ALIGN": 16}
         t = tl.bfloat16
         build("mean", means.mean_kernel, SLOT=0, FLOOR=True, SPAN=256)
         build("gather", means.gather_kernel, SLOT=0, WIDTH=512, SPAN=256)
         build("renew", means.renew_kernel, 8, RENEW=rules.RENEWALS["adafactor"], P_TYPE=t, G_TYPE=t, **NONE, **size)
-        build("updates", means.updates_kernel, 8, G_TYPE=t, **size)
+        of, takes_m = rules.SUMS["lamb"]
+        build("updates", means.updates_kernel, 8, SUM=of, M=takes_m, P_TYPE=t, G_TYPE=t, INVERSE=False, **NONE, **size)
         build("residual", means.residual_kernel, 8, G_TYPE=t, **size)
         build("apply", means.apply_kernel, 8, RULE=rules.STEPS["came"], P_TYPE=t, G_TYPE=t, M=True, X=True,
-              INVERSE=True, M_WRITTEN=True, MASTER=masters.SPLIT8.value, K_TYPE=tl.int8, **size)
+              LOOKAHEAD=False, INVERSE=True, RESIDUAL=True, MASTER=masters.SPLIT8.value, K_TYPE=tl.int8, **size)
     if which == "finite":
         build("finite", finite.finite_kernel, G_TYPE=tl.bfloat16, TILE=2048, ALIGN=16)
 """

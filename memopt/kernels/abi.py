@@ -29,12 +29,17 @@ SLOT = {
 }  # fmt: skip
 
 
+#: The numbers of a param group, in order.
+HYPER = (
+    "lr", "weight_decay", "beta1", "beta2", "beta3", "eps", "eps2", "d", "momentum", "dampening", "final_lr", "peak",
+    "gamma", "alpha", "alpha_steps", "beta3_steps", "slow_steps", "slow_rate",
+)  # fmt: skip
+
+
 class Group(Structure):
     _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [
-        (name, c_double)
-        for name in ("lr", "weight_decay", "beta1", "beta2", "beta3", "eps", "eps2", "d", "momentum", "dampening",
-                     "final_lr", "peak", "gamma", "alpha", "alpha_steps", "beta3_steps", "slow_steps", "slow_rate")
-    ]  # fmt: skip
+        (name, c_double) for name in HYPER
+    ]
 
 
 class TensorStep(Structure):

@@ -9,22 +9,23 @@ import triton
 import triton.language as tl
 
 from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.codes import FULL, NIBBLES, load_moment, pointer, store_moment
-from memopt.kernels.triton.masters import NONE, SPLIT8, STOCHASTIC, read_master, write_master
+from memopt.kernels.triton import row_means
+from memopt.kernels.triton.codes import FULL, NIBBLES, load_moment, store_moment
+from memopt.kernels.triton.masters import SPLIT8, STOCHASTIC
 from memopt.kernels.triton.noise import words
-from memopt.kernels.triton.rules import raw_update
+from memopt.kernels.triton.row_means import load_row_means
+from memopt.kernels.triton.tile import (
+    find,
+    gradient_of,
+    load_gradient,
+    load_parameter,
+    load_scalars,
+    look_ahead,
+    parameter_of,
+    store_parameter,
+)
 
-
-@triton.jit
-def load_scalars(at):
-    """The row of ``scalars`` as a tuple; what a rule does not use is not loaded."""
-    return (
-        tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), tl.load(at + 4), tl.load(at + 5),
-        tl.load(at + 6), tl.load(at + 7), tl.load(at + 8), tl.load(at + 9), tl.load(at + 10), tl.load(at + 11),
-        tl.load(at + 12), tl.load(at + 13), tl.load(at + 14), tl.load(at + 15), tl.load(at + 16), tl.load(at + 17),
-        tl.load(at + 18), tl.load(at + 19), tl.load(at + 20), tl.load(at + 21), tl.load(at + 22), tl.load(at + 23),
-        tl.load(at + 24), tl.load(at + 25), tl.load(at + 26), tl.load(at + 27), tl.load(at + 28),
-    )  # fmt: skip
+_NO_MEANS = row_means.NONE
 
 
 @triton.jit
@@ -38,23 +39,6 @@ def load_geometry(table_row):
         tl.load(table_row + f.NUMEL),
         tl.load(table_row + f.BLOCKS).to(tl.int32),
     )
-
-
-@triton.jit
-def load_parameter(p_at, kept_at, at, mask, MASTER: tl.constexpr, P_TYPE: tl.constexpr):
-    """fp32: the parameter, with what its master keeps."""
-    p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
-    if MASTER != NONE and MASTER != STOCHASTIC:
-        p = read_master(p, tl.load(kept_at + at, mask=mask, other=0), MASTER, P_TYPE)
-    return p
-
-
-@triton.jit
-def store_parameter(p_at, kept_at, at, mask, x, w, MASTER: tl.constexpr, P_TYPE: tl.constexpr):
-    p, kept = write_master(x, w, MASTER, P_TYPE)
-    tl.store(p_at + at, p, mask=mask)
-    if MASTER != NONE and MASTER != STOCHASTIC:
-        tl.store(kept_at + at, kept, mask=mask)
 
 
 @triton.jit
@@ -87,6 +71,20 @@ def place(geometry, block, WIDTH: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.co
     return row, column, at, mask, half_at, half_live, live
 
 
+@triton.jit
+def keep_moment(
+    data, aux, key, step, row, column, at, half_at, block, live, half_live, mask, x,
+    KIND: tl.constexpr, SIGNED: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """A moment's tile, rounded with the dither of its key where its format rounds."""
+    w = block
+    if KIND != FULL:
+        w = words(tl.load(key).to(tl.uint32), step, row, column, WIDTH)
+    if not WHOLE:
+        x = tl.where(mask, x, 0.0)
+    store_moment(data, aux, at, half_at, block, live, half_live, mask, x, w, KIND, SIGNED, ALIGN)
+
+
 @triton.jit(do_not_specialize=["run"])
 def step_kernel(
     table,  # int64 [tensors, FIELDS]
@@ -102,6 +100,8 @@ def step_kernel(
     M: tl.constexpr,
     X: tl.constexpr,
     X_SIGNED: tl.constexpr,
+    ROW_MEANS: tl.constexpr,  # whether the second moment is one number for each row, and already that of this step
+    LOOKAHEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -110,65 +110,54 @@ def step_kernel(
     MASTER: tl.constexpr,
     K_TYPE: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    tensor = tl.load(map + program * 2).to(tl.int64)
-    first = tl.load(map + program * 2 + 1)
-    row_of = table + tensor * f.FIELDS
+    tensor, row_of, first = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
     geometry = load_geometry(row_of)
     last = tl.where(c[f.RUN] != 0, tl.minimum(first + run * TILE, geometry[5]), first)
     step = c[f.T].to(tl.int32)
     first_row = tl.load(row_of + f.FIRST_ROW).to(tl.int32)
-    p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
-    kept_at = pointer(tl.load(row_of + f.BESIDE), K_TYPE, ALIGN)
-    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     v_data = tl.load(row_of + f.DATA0)
     m_data = tl.load(row_of + f.DATA1)
     x_data = tl.load(row_of + f.DATA2)
     v_aux = tl.load(row_of + f.AUX0)
     m_aux = tl.load(row_of + f.AUX1)
     x_aux = tl.load(row_of + f.AUX2)
-    v_key = tl.load(row_of + f.KEY0).to(tl.uint32)
-    m_key = tl.load(row_of + f.KEY1).to(tl.uint32)
-    x_key = tl.load(row_of + f.KEY2).to(tl.uint32)
     for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
         row, column, at, mask, half_at, half_live, live = place(geometry, block, WIDTH, KIND, ALIGN, WHOLE)
-        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        g = load_gradient(g_at, at, mask, c)
         p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
+        before = p
         v = g
         m = g
         x = g
         if V:
             v = load_moment(v_data, v_aux, at, half_at, block, live, half_live, mask, KIND, False, ALIGN)
+        if ROW_MEANS != _NO_MEANS:
+            v = load_row_means(row_of, row, column, live, mask, WIDTH, ROW_MEANS)
         if M:
             m = load_moment(m_data, m_aux, at, half_at, block, live, half_live, mask, KIND, True, ALIGN)
         if X:
             x = load_moment(x_data, x_aux, at, half_at, block, live, half_live, mask, KIND, X_SIGNED, ALIGN)
-        p, v, m, x = RULE(p, g, v, m, x, c, M, X, False, PRECISE)
+        p, v, m, x = RULE(p, g, v, m, x, c, M, X, ROW_MEANS != _NO_MEANS, PRECISE)
+        if LOOKAHEAD:
+            p = look_ahead(row_of, at, mask, before, p, c, ALIGN)
         w = block
         row += first_row
         if MASTER == STOCHASTIC or MASTER == SPLIT8:
             w = words(tl.load(row_of + f.BESIDE_KEY).to(tl.uint32), step, row, column, WIDTH)
         store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
         if V:
-            if KIND != FULL:
-                w = words(v_key, step, row, column, WIDTH)
-            if not WHOLE:
-                v = tl.where(mask, v, 0.0)
-            store_moment(v_data, v_aux, at, half_at, block, live, half_live, mask, v, w, KIND, False, ALIGN)
+            keep_moment(v_data, v_aux, row_of + f.KEY0, step, row, column, at, half_at, block, live, half_live, mask, v,
+                        KIND, False, WIDTH, ALIGN, WHOLE)  # fmt: skip
         if M:
-            if KIND != FULL:
-                w = words(m_key, step, row, column, WIDTH)
-            if not WHOLE:
-                m = tl.where(mask, m, 0.0)
-            store_moment(m_data, m_aux, at, half_at, block, live, half_live, mask, m, w, KIND, True, ALIGN)
+            keep_moment(m_data, m_aux, row_of + f.KEY1, step, row, column, at, half_at, block, live, half_live, mask, m,
+                        KIND, True, WIDTH, ALIGN, WHOLE)  # fmt: skip
         if X:
-            if KIND != FULL:
-                w = words(x_key, step, row, column, WIDTH)
-            if not WHOLE:
-                x = tl.where(mask, x, 0.0)
-            store_moment(x_data, x_aux, at, half_at, block, live, half_live, mask, x, w, KIND, X_SIGNED, ALIGN)
+            keep_moment(x_data, x_aux, row_of + f.KEY2, step, row, column, at, half_at, block, live, half_live, mask, x,
+                        KIND, X_SIGNED, WIDTH, ALIGN, WHOLE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["run"])
@@ -178,7 +167,9 @@ def sums_kernel(
     scalars,  # fp32 [tensors, SCALARS]
     map,  # int32 [programs, 2]: tensor, first block
     run,  # tiles of one program
-    sums,  # out: fp64 [programs, 2]: of p² and of the squared updates
+    sums,  # out: fp64 [programs, 2]: of p² and of the squares of SUM
+    SUM: tl.constexpr,
+    M: tl.constexpr,  # whether SUM takes the signed moment
     P_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
     KIND: tl.constexpr,
@@ -190,28 +181,29 @@ def sums_kernel(
     MASTER: tl.constexpr,
     K_TYPE: tl.constexpr,
 ):
-    """What Adafactor and CAME need to know of a tensor whose second moment is kept element by element."""
-    program = tl.program_id(0)
-    tensor = tl.load(map + program * 2).to(tl.int64)
-    first = tl.load(map + program * 2 + 1)
-    row_of = table + tensor * f.FIELDS
+    """What a rule needs to know of a tensor whose second moment is kept element by element."""
+    tensor, row_of, first = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
     geometry = load_geometry(row_of)
-    p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
-    kept_at = pointer(tl.load(row_of + f.BESIDE), K_TYPE, ALIGN)
-    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     v_data = tl.load(row_of + f.DATA0)
     v_aux = tl.load(row_of + f.AUX0)
+    m_data = tl.load(row_of + f.DATA1)
+    m_aux = tl.load(row_of + f.AUX1)
     squares = tl.zeros((TILE, WIDTH), tl.float32)
-    updates = tl.zeros((TILE, WIDTH), tl.float32)
+    terms = tl.zeros((TILE, WIDTH), tl.float32)
     for start in range(first, tl.minimum(first + run * TILE, geometry[5]), TILE):
         block = start + tl.arange(0, TILE)
         _row, _column, at, mask, half_at, half_live, live = place(geometry, block, WIDTH, KIND, ALIGN, WHOLE)
-        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        g = load_gradient(g_at, at, mask, c)
         p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
         v = load_moment(v_data, v_aux, at, half_at, block, live, half_live, mask, KIND, False, ALIGN)
-        u, _v = raw_update(g, v, c, False, PRECISE)
+        m = g
+        if M:
+            m = load_moment(m_data, m_aux, at, half_at, block, live, half_live, mask, KIND, True, ALIGN)
+        u = SUM(p, g, v, m, c, False, PRECISE)
         squares += p * p
-        updates += tl.where(mask, u * u, 0.0)
-    tl.store(sums + program * 2, tl.sum(tl.sum(squares, 1), 0).to(tl.float64))
-    tl.store(sums + program * 2 + 1, tl.sum(tl.sum(updates, 1), 0).to(tl.float64))
+        terms += tl.where(mask, u * u, 0.0)
+    tl.store(sums + tl.program_id(0) * 2, tl.sum(tl.sum(squares, 1), 0).to(tl.float64))
+    tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(tl.sum(terms, 1), 0).to(tl.float64))

@@ -12,28 +12,34 @@ def _columns(count: int) -> list[tl.constexpr]:
 #: steps where that is on the device, else 0; HEIGHT: rows of one matrix of a factored moment; ROWS_AT, COLS_AT,
 #: MEANS_AT: where its sums and means are kept meanwhile; SUMS_AT, SUMS: sums over the tensor, the first and how many;
 #: BESIDE, BESIDE_KEY: what a master keeps beside the parameter, and its dither; LINES: lines of a factored moment's
-#: matrices in one row of ``memopt/geometry.py``; STACKED: whether they are of a stack, even where one is held here.
+#: matrices in one row of ``memopt/geometry.py``; STACKED: whether they are of a stack, even where one is held here;
+#: ROW_SPAN, ROW_GROUP: elements that share one of Adam-mini's second moments, and how many of these a program renews;
+#: SLOW: the slow weights of a rule inside lookahead().
 (
     P, DATA0, DATA1, DATA2, AUX0, AUX1, AUX2, NUMEL, COLS, BLOCKS, PER_ROW, MAGIC, SHIFT, FIRST_ROW,
     KEY0, KEY1, KEY2, STEP, GROUP, HEIGHT, ROWS_AT, COLS_AT, MEANS_AT, SUMS_AT, SUMS, BESIDE, BESIDE_KEY, LINES,
-    STACKED,
-) = _columns(29)  # fmt: skip
+    STACKED, ROW_SPAN, ROW_GROUP, SLOW,
+) = _columns(32)  # fmt: skip
 FIELDS = tl.constexpr(32)
 
 #: fp64: the hyperparameters of one param group, before any are combined with the step.
 (
     LR, WEIGHT_DECAY, BETA1, BETA2, BETA3, EPS1, EPS2, CLIP, MOMENTUM, DAMPENING,
+    FINAL_LR, PEAK, GAMMA, ALPHA, ALPHA_STEPS, BETA3_STEPS, SLOW_STEPS, SLOW_RATE,
     MAXIMIZE, DECOUPLED, NESTEROV, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT,
-) = _columns(17)  # fmt: skip
-HYPER = tl.constexpr(20)
+) = _columns(25)  # fmt: skip
+HYPER = tl.constexpr(28)
 
 #: fp32: the numbers of one step of one tensor, rounded where torch rounds them. RUN: 0 where this step does not
 #: happen; SIGN: what the gradient is multiplied by; FIRST … THIRD: weights of interpolations, and whether they count
 #: from the far end (torch.lerp does from 1/2 on); KEPT: what SGD keeps of its buffer, 0 at the first step; PLAIN:
-#: RAdam's step without its second moment; FLOOR, CEILING: bounds of a second moment and of its inverse root.
+#: RAdam's step without its second moment; FLOOR, CEILING: bounds of a second moment and of its inverse root, or of
+#: AdaBound's rates; SHRINK: a decay too small to be taken from 1, or LAMB's within its update; FIRST_BIAS:
+#: 1 / (1 - b1^t); MIXED: how much of AdEMAMix's slow mean is taken; BEGINS, RETURNS: whether lookahead()'s slow weights
+#: become the parameter, and the parameter them.
 (
     RUN, T, SIGN, DECAY, L2, FIRST, FIRST_END, SECOND, SECOND_END, THIRD, THIRD_END, B2, REST2, INVERSE_BIAS, EPS, RATE,
     PLAIN, RATE_LR, MU, KEPT, DAMP, LOOK_AHEAD, EPS_ADDED, EPS_RESIDUAL, FLOOR, CEILING, SHRINK, UPDATE_SCALE,
-    MEAN_FLOOR,
-) = _columns(29)  # fmt: skip
-SCALARS = tl.constexpr(32)
+    MEAN_FLOOR, FIRST_BIAS, MIXED, SLOW_WEIGHT, SLOW_END, BEGINS, RETURNS,
+) = _columns(35)  # fmt: skip
+SCALARS = tl.constexpr(40)

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.triton import codes, elementwise, means, scalars, tables
+from memopt.kernels.triton import codes, elementwise, means, row_means, scalars, tables
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton.finite import finite_kernel
-from memopt.kernels.triton.rules import RENEWALS, STEPS
+from memopt.kernels.triton.rules import RENEWALS, STEPS, SUMS
 from memopt.kernels.triton.upload import Uploaded
 from memopt.rules import RULES
 
@@ -37,7 +37,10 @@ class Launcher:
     ) -> None:
         self.spec = spec
         self.device = device
-        self.rule = scalars.NUMBER[spec.rule]
+        wrapper, self.name = RULES.parts(spec.rule)
+        self.rule = scalars.NUMBER[self.name]
+        self.step = {"RULE": STEPS[self.name], "LOOKAHEAD": wrapper == "lookahead"}
+        self.summed = dict(zip(("SUM", "M"), SUMS.get(self.name, ()), strict=False))
         self.launches: list[Callable[[Tensor], None]] = []
         self.workspace = 0  # fp32 numbers
         self.buckets = [t.bucket for t in made]
@@ -72,7 +75,6 @@ class Launcher:
         return found
 
     def _element_wise(self, made: Sequence[tables.Tensors]) -> None:
-        whole = not RULES[self.spec.rule].element_wise
         planned = []
         offset = 0
         for bucket, members in self._by_bucket(made, False).items():
@@ -87,17 +89,26 @@ class Launcher:
                 "num_warps": tables.WARPS, **OPTIONS,
             }  # fmt: skip
             planned.append((bucket, self._on_device(programs), run, offset, constants))
-            if whole:
+            if self.name in SUMS:
                 offset = self._place_sums(made, members, programs, offset)
+            if bucket.row_means:
+                self._row_means(made, bucket, members)
         sums = torch.empty((offset, 2), dtype=torch.float64, device=self.device)
-        if whole and planned:
+        if self.name in SUMS and planned:
             for _, map_, run, first, constants in planned:
-                self._launch(elementwise.sums_kernel, len(map_), map_, run, sums[first:], **constants)
+                self._launch(elementwise.sums_kernel, len(map_), map_, run, sums[first:], **self.summed, **constants)
             self._launch_totals(sums, [i for i, t in enumerate(made) if t.row[f.SUMS.value]])
         for bucket, map_, run, _, constants in planned:
             v, m, x = bucket.slots
-            self._launch(elementwise.step_kernel, len(map_), map_, run, RULE=STEPS[self.spec.rule], V=v, M=m, X=x,
-                         X_SIGNED=bucket.x_signed, **constants)  # fmt: skip
+            self._launch(elementwise.step_kernel, len(map_), map_, run, V=v, M=m, X=x, X_SIGNED=bucket.x_signed,
+                         ROW_MEANS=bucket.row_means, **self.step, **constants)  # fmt: skip
+
+    def _row_means(self, made: Sequence[tables.Tensors], bucket: tables.Bucket, members: list[int]) -> None:
+        rows = [-(-made[i].row[f.NUMEL.value] // made[i].row[f.ROW_SPAN.value]) for i in members]
+        parts = [-(-count // made[i].row[f.ROW_GROUP.value]) for i, count in zip(members, rows, strict=True)]
+        map_ = self._on_device(tables.programs(members, parts, 1))
+        constants = {"KIND": bucket.row_means, "G_TYPE": tables.TYPES[bucket.g_type], "ALIGN": bucket.align}
+        self._launch(row_means.row_means_kernel, len(map_), map_, num_warps=tables.WARPS, **constants, **OPTIONS)
 
     @staticmethod
     def _place_sums(made: Sequence[tables.Tensors], members: list[int], programs: Tensor, offset: int) -> int:
@@ -155,9 +166,10 @@ class Launcher:
         mean = torch.ones(matrices * 2, dtype=torch.float32, device=self.device)
         p_type, g_type = tables.TYPES[bucket.p_type], tables.TYPES[bucket.g_type]
         size = {"WIDTH": bucket.width, "TILE": bucket.tile, "ALIGN": bucket.align, "num_warps": 8, **OPTIONS}
-        rule = self.spec.rule
-        clipped = rule in ("adafactor", "came")
+        dtypes = {"P_TYPE": p_type, "G_TYPE": g_type, **bucket.master_constants}
+        inverse = self.name in ("adafactor", "came")
         m, x = bucket.slots[1:]
+        residual = x and self.name == "came"
 
         def find_mean(slot: int, floor: bool) -> None:
             self.launches.append(lambda _: means.mean_kernel[(len(each),)](
@@ -172,19 +184,20 @@ class Launcher:
         find_mean(0, False)
         self.launches.append(lambda workspace: means.renew_kernel[(len(map_),)](
             self.table, self.gradients.tensor, self.scalars, mean, workspace, sums, map_,
-            RENEW=RENEWALS[rule], P_TYPE=p_type, G_TYPE=g_type, **bucket.master_constants, **size))  # fmt: skip
+            RENEW=RENEWALS[self.name], **dtypes, **size))  # fmt: skip
         gather_means(0)
-        if clipped:
-            self._launch(means.updates_kernel, len(map_), mean, sums, map_, G_TYPE=g_type, **size)
+        if self.name in SUMS:
+            self._launch(means.updates_kernel, len(map_), mean, sums, map_, INVERSE=inverse, **self.summed, **dtypes,
+                         **size)  # fmt: skip
             self._launch_totals(sums, batch)
-        if x:
+        if residual:
             find_mean(2, False)
             self.launches.append(lambda workspace: means.residual_kernel[(len(map_),)](
                 self.table, self.gradients.tensor, self.scalars, mean, workspace, map_, G_TYPE=g_type, **size
             ))  # fmt: skip
             gather_means(2)
-        self._launch(means.apply_kernel, len(map_), mean, map_, RULE=STEPS[rule], P_TYPE=p_type, G_TYPE=g_type,
-                     M=m, X=x, INVERSE=clipped, M_WRITTEN=x, **bucket.master_constants, **size)  # fmt: skip
+        self._launch(means.apply_kernel, len(map_), mean, map_, M=m, X=x, INVERSE=inverse, RESIDUAL=residual,
+                     **self.step, **dtypes, **size)  # fmt: skip
 
     def _make_looks(self, made: Sequence[tables.Tensors]) -> list[Callable[[], None]]:
         """One launch for each dtype and alignment of gradients."""

@@ -11,21 +11,23 @@ import triton.language as tl
 from memopt.formats.factored import TINY
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton.codes import pointer
-from memopt.kernels.triton.elementwise import load_parameter, load_scalars, store_parameter
 from memopt.kernels.triton.masters import SPLIT8, STOCHASTIC
 from memopt.kernels.triton.noise import words
+from memopt.kernels.triton.rules import lerp, raw_update
+from memopt.kernels.triton.tile import (
+    find,
+    gradient_of,
+    load_gradient,
+    load_parameter,
+    load_scalars,
+    look_ahead,
+    parameter_of,
+    store_parameter,
+)
 
 #: Rows of one band.
 HEIGHT = tl.constexpr(256)
 _TINY = tl.constexpr(TINY)
-
-
-@triton.jit
-def find(table, map):
-    """The tensor of this program, its row of the table, and its number within the tensor."""
-    program = tl.program_id(0)
-    tensor = tl.load(map + program * 2).to(tl.int64)
-    return tensor, table + tensor * f.FIELDS, tl.load(map + program * 2 + 1)
 
 
 @triton.jit
@@ -55,14 +57,15 @@ def vectors(row_of, means, matrix, column, inside, SLOT: tl.constexpr):
 
 
 @triton.jit
-def rows_of(rows, mean, r, live):
-    """row / mean [TILE]"""
-    return tl.div_rn(tl.load(rows + r, mask=live, other=0.0), mean)
+def inverse_root(x):
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
 
 
 @triton.jit
-def inverse_root(x):
-    return tl.div_rn(1.0, tl.sqrt_rn(x))
+def rows_of(rows, mean, r, live, INVERSE: tl.constexpr):
+    """row / mean [TILE], or 1 over its root"""
+    row = tl.div_rn(tl.load(rows + r, mask=live, other=0.0), mean)
+    return inverse_root(row) if INVERSE else row
 
 
 @triton.jit
@@ -166,18 +169,17 @@ def renew_kernel(
     c = load_scalars(scalars + tensor * f.SCALARS)
     matrix, top, bottom, first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
-    p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
-    kept_at = pointer(tl.load(row_of + f.BESIDE), K_TYPE, ALIGN)
-    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     columns = tl.zeros((TILE, WIDTH), tl.float32)
     squares = tl.zeros((TILE, WIDTH), tl.float32)
     for start in range(top, bottom, TILE):
         r = start + tl.arange(0, TILE)
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
-        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        g = load_gradient(g_at, at, mask, c)
         p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
-        v = tl.where(mask, RENEW(p, g, rows_of(rows, mean, r, live)[:, None] * col[None, :], c), 0.0)
+        v = tl.where(mask, RENEW(p, g, rows_of(rows, mean, r, live, False)[:, None] * col[None, :], c), 0.0)
         keep_rows(row_of, partial, matrix, along, r, live, tl.sum(v, 1))
         columns += v
         squares += p * p
@@ -187,26 +189,35 @@ def renew_kernel(
 
 @triton.jit
 def updates_kernel(
-    table, gradients, scalars, means, sums, map, G_TYPE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    table, gradients, scalars, means, sums, map,
+    SUM: tl.constexpr, M: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, MASTER: tl.constexpr,
+    K_TYPE: tl.constexpr, INVERSE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """The squared updates of Adafactor and CAME before they are clipped, summed: ``sums`` [programs, 1]."""
+    """What a rule needs to know of a tensor: the squares of SUM, summed: ``sums`` [programs, 1]. M: whether that takes
+    the signed moment, and the parameter. INVERSE: SUM takes inverse roots."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
     matrix, top, bottom, _first, _along, column, inside = band(row_of, tile, WIDTH, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
-    col = inverse_root(col)
-    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
-    updates = tl.zeros((TILE, WIDTH), tl.float32)
+    if INVERSE:
+        col = inverse_root(col)
+    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
+    m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
+    terms = tl.zeros((TILE, WIDTH), tl.float32)
     for start in range(top, bottom, TILE):
         r = start + tl.arange(0, TILE)
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
-        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
-        v = inverse_root(rows_of(rows, mean, r, live))[:, None] * col[None, :]
-        u = g * tl.where(v > c[f.CEILING], c[f.CEILING], v)
-        updates += tl.where(mask, u * u, 0.0)
-    tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(tl.sum(updates, 1), 0).to(tl.float64))
+        g = load_gradient(g_at, at, mask, c)
+        p = g
+        m = g
+        if M:
+            p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
+            m = tl.load(m_at + at, mask=mask, other=0.0)
+        u = SUM(p, g, rows_of(rows, mean, r, live, INVERSE)[:, None] * col[None, :], m, c, True, True)
+        terms += tl.where(mask, u * u, 0.0)
+    tl.store(sums + tl.program_id(0) * 2 + 1, tl.sum(tl.sum(terms, 1), 0).to(tl.float64))
 
 
 @triton.jit
@@ -221,7 +232,7 @@ def residual_kernel(
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     x_rows, x_col, x_mean = vectors(row_of, means, matrix, column, inside, 2)
     col = inverse_root(col)
-    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
     columns = tl.zeros((TILE, WIDTH), tl.float32)
     bottom = tl.where(c[f.RUN] != 0, bottom, top)
@@ -229,15 +240,15 @@ def residual_kernel(
         r = start + tl.arange(0, TILE)
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
-        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        g = load_gradient(g_at, at, mask, c)
         m = tl.load(m_at + at, mask=mask, other=0.0)
-        v = inverse_root(rows_of(rows, mean, r, live))[:, None] * col[None, :]
-        u = g * tl.where(v > c[f.CEILING], c[f.CEILING], v) * c[f.UPDATE_SCALE]
-        m = tl.fma(u - m, c[f.FIRST], tl.where(c[f.FIRST_END] != 0, u, m))
+        v = rows_of(rows, mean, r, live, True)[:, None] * col[None, :]
+        u, _same = raw_update(g, v, c, True, True)
+        u = u * c[f.UPDATE_SCALE]
+        m = lerp(m, u, c, f.FIRST)
         tl.store(m_at + at, m, mask=mask)
-        x = rows_of(x_rows, x_mean, r, live)[:, None] * x_col[None, :]
-        fresh = (u - m) * (u - m) + c[f.EPS_RESIDUAL]
-        x = tl.fma(fresh - x, c[f.THIRD], tl.where(c[f.THIRD_END] != 0, fresh, x))
+        x = rows_of(x_rows, x_mean, r, live, False)[:, None] * x_col[None, :]
+        x = lerp(x, (u - m) * (u - m) + c[f.EPS_RESIDUAL], c, f.THIRD)
         x = tl.where(mask, x, 0.0)
         keep_rows(row_of, partial, matrix, along, r, live, tl.sum(x, 1))
         columns += x
@@ -248,45 +259,50 @@ def residual_kernel(
 def apply_kernel(
     table, gradients, scalars, means, map,
     RULE: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, MASTER: tl.constexpr, K_TYPE: tl.constexpr,
-    M: tl.constexpr, X: tl.constexpr,
-    INVERSE: tl.constexpr, M_WRITTEN: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    M: tl.constexpr, X: tl.constexpr, LOOKAHEAD: tl.constexpr, INVERSE: tl.constexpr, RESIDUAL: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    """The parameter, and the first moment unless the pass before wrote it. INVERSE: the rule takes inverse roots."""
+    """The parameter, and moments in fp32. INVERSE: the rule takes inverse roots. RESIDUAL: the third moment is CAME's,
+    factored too, and the pass before wrote it and the first one."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
     matrix, top, bottom, _first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     x_rows, x_col, x_mean = rows, col, mean
-    if X:
+    if RESIDUAL:
         x_rows, x_col, x_mean = vectors(row_of, means, matrix, column, inside, 2)
         x_col = inverse_root(x_col)
     if INVERSE:
         col = inverse_root(col)
-    p_at = pointer(tl.load(row_of + f.P), P_TYPE, ALIGN)
-    kept_at = pointer(tl.load(row_of + f.BESIDE), K_TYPE, ALIGN)
-    g_at = pointer(tl.load(gradients + tensor), G_TYPE, ALIGN)
+    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
+    x_at = pointer(tl.load(row_of + f.DATA2), tl.float32, ALIGN)
     bottom = tl.where(c[f.RUN] != 0, bottom, top)
     for start in range(top, bottom, TILE):
         r = start + tl.arange(0, TILE)
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
-        g = tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+        g = load_gradient(g_at, at, mask, c)
         p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
+        before = p
         m = g
         x = g
         if M:
             m = tl.load(m_at + at, mask=mask, other=0.0)
-        row = rows_of(rows, mean, r, live)
-        if INVERSE:
-            row = inverse_root(row)
-        if X:
-            x = inverse_root(rows_of(x_rows, x_mean, r, live))[:, None] * x_col[None, :]
-        p, _same, m, _written = RULE(p, g, row[:, None] * col[None, :], m, x, c, M, X, True, True)
+        if RESIDUAL:
+            x = rows_of(x_rows, x_mean, r, live, True)[:, None] * x_col[None, :]
+        elif X:
+            x = tl.load(x_at + at, mask=mask, other=0.0)
+        v = rows_of(rows, mean, r, live, INVERSE)[:, None] * col[None, :]
+        p, _same, m, x = RULE(p, g, v, m, x, c, M, X, True, True)
+        if LOOKAHEAD:
+            p = look_ahead(row_of, at, mask, before, p, c, ALIGN)
         w = r
         if MASTER == STOCHASTIC or MASTER == SPLIT8:
             w = line_words(row_of, c, matrix, r, along * WIDTH, WIDTH)
         store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
-        if M and not M_WRITTEN:
+        if M and not RESIDUAL:
             tl.store(m_at + at, m, mask=mask)
+        if X and not RESIDUAL:
+            tl.store(x_at + at, x, mask=mask)

@@ -107,8 +107,8 @@ class Plan:
             numbers += tables.hyper_row(self.spec, group)
         self.launcher.numbers.set(numbers)
         for i, group in enumerate(self.groups):
-            if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
-                self.launcher.hyper[i * f.HYPER.value + f.LR.value].copy_(group["lr"])
+            for key in tables.rates_on_device(group):
+                self.launcher.hyper[i * f.HYPER.value + tables.RATES[key]].copy_(group[key])
         self.found_inf = getattr(optimizer, "found_inf", None)
         self.grad_scale = getattr(optimizer, "grad_scale", None)
         return True

@@ -3,8 +3,9 @@
     rule(p, g, v, m, x, c, M, X, FACTORED, PRECISE) -> p, v, m, x
 
 v is the second moment, m the signed moment, x what else there is (the largest second moment, CAME's residual,
-RMSprop's centre); M and X say whether the rule keeps them. c are the numbers of this step (``fields.py``). FACTORED: v
-is what the new means say, so it is not updated here; Adafactor and CAME then take 1 / sqrt(v), and of x likewise.
+RMSprop's centre, AdEMAMix's slow mean); M and X say whether the rule keeps them. c are the numbers of this step
+(``fields.py``). FACTORED: v is what the new means say, so it is not updated here; Adafactor and CAME then take
+1 / sqrt(v), and of x likewise.
 """
 
 from typing import Any
@@ -145,6 +146,55 @@ def came(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.conste
 
 
 @triton.jit
+def adabound(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    g = with_decay(g, p, c)
+    m = lerp(m, g, c, f.FIRST)
+    if not FACTORED:
+        v = second_moment(v, g, c)
+    rate = over(c[f.RATE], root(v, PRECISE) + c[f.EPS], PRECISE)
+    rate = tl.where(rate < c[f.FLOOR], c[f.FLOOR], rate)
+    rate = tl.where(rate > c[f.CEILING], c[f.CEILING], rate)
+    return p - rate * m, v, m, x
+
+
+@triton.jit
+def ademamix(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    m = lerp(m, g, c, f.FIRST)
+    x = lerp(x, g, c, f.THIRD)
+    if not FACTORED:
+        v = second_moment(v, g, c)
+    mean = tl.fma(x, c[f.MIXED], m * c[f.FIRST_BIAS])
+    denominator = tl.fma(root(v, PRECISE), c[f.INVERSE_BIAS], c[f.EPS])
+    return tl.fma(p, c[f.DECAY], over(mean * c[f.RATE], denominator, PRECISE)), v, m, x
+
+
+@triton.jit
+def sum_clipped(p, g, v, m, c, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    """What is squared and summed over a tensor before its step. Here the update before it is clipped."""
+    u, _v = raw_update(g, v, c, FACTORED, PRECISE)
+    return u
+
+
+@triton.jit
+def sum_lamb(p, g, v, m, c, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    """LAMB's update, whose size and the parameter's are compared."""
+    m = lerp(m, g, c, f.FIRST)
+    if not FACTORED:
+        v = second_moment(v, g, c)
+    denominator = tl.fma(root(v, PRECISE), c[f.INVERSE_BIAS], c[f.EPS])
+    return tl.fma(p, c[f.SHRINK], over(m * c[f.FIRST_BIAS], denominator, PRECISE))
+
+
+@triton.jit
+def sum_surprise(p, g, v, m, c, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
+    """What StableAdamW clips by: the gradient as a multiple of what the second moment says."""
+    if not FACTORED:
+        v = second_moment(v, g, c)
+    expected = root(v, PRECISE) * c[f.INVERSE_BIAS]
+    return over(g, tl.where(expected < c[f.EPS], c[f.EPS], expected), PRECISE)
+
+
+@triton.jit
 def renew_adam(p, g, v, c):
     """What a factored second moment becomes, element by element; its means are kept. One for each rule that has it."""
     return second_moment(v, with_decay(g, p * c[f.DECAY], c), c)
@@ -155,12 +205,20 @@ def renew_adafactor(p, g, v, c):
     return lerp(v, g * g + c[f.EPS_ADDED], c, f.SECOND)
 
 
-#: rule -> its function, and how a factored second moment is renewed.
+#: rule -> its function, and how a factored second moment is renewed. LAMB's and StableAdamW's step is AdamW's, with the
+#: decay and the rate that follow from sums; so is Adam-mini's, with row means that were renewed before.
 STEPS: dict[str, Any] = {
     "adam": adam, "adamw": adamw, "radam": radam, "lion": lion, "sgd": sgd, "rmsprop": rmsprop,
-    "adafactor": adafactor, "came": came,
+    "adafactor": adafactor, "came": came, "adabound": adabound, "ademamix": ademamix, "adammini": adamw, "lamb": adamw,
+    "stableadamw": adamw,
+}  # fmt: skip
+#: rule -> what it sums over a tensor first, and whether that takes the signed moment.
+SUMS: dict[str, tuple[Any, bool]] = {
+    "adafactor": (sum_clipped, False), "came": (sum_clipped, False), "lamb": (sum_lamb, True),
+    "stableadamw": (sum_surprise, False),
 }  # fmt: skip
 RENEWALS: dict[str, Any] = {
     "adam": renew_adam, "adamw": renew_adam, "radam": renew_adam, "rmsprop": renew_adam,
-    "adafactor": renew_adafactor, "came": renew_adafactor,
+    "adafactor": renew_adafactor, "came": renew_adafactor, "adabound": renew_adam, "ademamix": renew_adam,
+    "lamb": renew_adam, "stableadamw": renew_adam,
 }  # fmt: skip

@@ -8,11 +8,14 @@ import triton.language as tl
 from memopt.formats.factored import TINY
 from memopt.kernels.triton import fields as f
 
-#: The rules by number; ``adam`` is AdamW's too.
-ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME = (tl.constexpr(i) for i in range(7))
+#: The rules by number; ``adam`` is AdamW's and Adam-mini's too.
+(
+    ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME, ADABOUND, ADEMAMIX, LAMB, STABLEADAMW,
+) = (tl.constexpr(i) for i in range(11))  # fmt: skip
 NUMBER = {
-    "adam": ADAM, "adamw": ADAM, "lion": LION, "sgd": SGD, "rmsprop": RMSPROP, "radam": RADAM,
-    "adafactor": ADAFACTOR, "came": CAME,
+    "adam": ADAM, "adamw": ADAM, "adammini": ADAM, "lion": LION, "sgd": SGD, "rmsprop": RMSPROP, "radam": RADAM,
+    "adafactor": ADAFACTOR, "came": CAME, "adabound": ADABOUND, "ademamix": ADEMAMIX, "lamb": LAMB,
+    "stableadamw": STABLEADAMW,
 }  # fmt: skip
 
 _TINY = tl.constexpr(TINY)
@@ -56,6 +59,19 @@ def radam_factor(t, beta2):
     rho = infinite - 2.0 * t * kept / (1.0 - kept)
     square = (rho - 4.0) * (rho - 2.0) * infinite / ((infinite - 4.0) * (infinite - 2.0) * rho)
     return tl.where(rho <= 5.0, -1.0, tl.sqrt(tl.where(rho <= 5.0, 1.0, square)))
+
+
+@triton.jit
+def slow_beta(h, t):
+    """AdEMAMix's b3, whose half-life rises in a line from that of b1."""
+    beta1 = tl.load(h + f.BETA1)
+    beta3 = tl.load(h + f.BETA3)
+    steps = tl.load(h + f.BETA3_STEPS)
+    rises = (steps > 0) & (beta3 > 0)
+    x = tl.minimum(t / tl.where(rises, steps, 1.0), 1.0)
+    far = tl.log(tl.where(rises, beta3, 0.5))
+    ratio = tl.where(beta1 > 0, far / tl.log(tl.where(beta1 > 0, beta1, 0.5)), 0.0)
+    return tl.where(rises, tl.minimum(tl.exp(far / ((1.0 - x) * ratio + x)), beta3), beta3)
 
 
 @triton.jit(do_not_specialize=["last"])
@@ -110,9 +126,32 @@ def prepare_kernel(
     put(to, f.REST2, 1.0 - beta2)
     put(to, f.EPS, eps)
     put(to, f.MEAN_FLOOR, t * 0.0 + _TINY)
-    if RULE == ADAM:
+    slow_steps = tl.load(h + f.SLOW_STEPS)
+    looks_ahead = slow_steps > 0
+    put_lerp(to, f.SLOW_WEIGHT, tl.load(h + f.SLOW_RATE))
+    put(to, f.BEGINS, looks_ahead & (t == 1.0))
+    turns = t / tl.where(looks_ahead, slow_steps, 1.0)
+    put(to, f.RETURNS, looks_ahead & (turns == tl.floor(turns)))
+    if RULE == ADAM or RULE == LAMB or RULE == STABLEADAMW:
         put(to, f.INVERSE_BIAS, 1.0 / tl.sqrt(1.0 - power(beta2, t)))
         put(to, f.RATE, -lr / (1.0 - power(beta1, t)))
+        put(to, f.FIRST_BIAS, 1.0 / (1.0 - power(beta1, t)))
+        put(to, f.SHRINK, weight_decay)
+    elif RULE == ADABOUND:
+        peak = tl.load(h + f.PEAK)
+        final = tl.load(h + f.FINAL_LR) * tl.where(peak > 0, lr / tl.where(peak > 0, peak, 1.0), 1.0)
+        gamma = tl.load(h + f.GAMMA)
+        put(to, f.RATE, lr * tl.sqrt(1.0 - power(beta2, t)) / (1.0 - power(beta1, t)))
+        put(to, f.FLOOR, final * (1.0 - 1.0 / (gamma * t + 1.0)))
+        put(to, f.CEILING, final * (1.0 + 1.0 / (gamma * t)))
+    elif RULE == ADEMAMIX:
+        steps = tl.load(h + f.ALPHA_STEPS)
+        risen = tl.where(steps > 0, tl.minimum(t / tl.where(steps > 0, steps, 1.0), 1.0), 1.0)
+        put(to, f.MIXED, tl.load(h + f.ALPHA) * risen)
+        put_lerp(to, f.THIRD, 1.0 - slow_beta(h, t))
+        put(to, f.INVERSE_BIAS, 1.0 / tl.sqrt(1.0 - power(beta2, t)))
+        put(to, f.FIRST_BIAS, 1.0 / (1.0 - power(beta1, t)))
+        put(to, f.RATE, -lr)
     elif RULE == RADAM:
         factor = radam_factor(t, beta2)
         scale = -lr / (1.0 - power(beta1, t))
@@ -148,7 +187,7 @@ def totals_kernel(
     RULE: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """From the sums over a tensor to the factor of its clipped update; one program per tensor. The sums are added in
+    """From the sums over a tensor to the size of its update; one program per tensor. The sums are added in
     order, so the result is the same in every run."""
     i = tl.load(which + tl.program_id(0)).to(tl.int64)
     row = table + i * f.FIELDS
@@ -163,14 +202,21 @@ def totals_kernel(
         parameter += tl.load(sums + (first + at) * 2, mask=at < count, other=0.0)
         update += tl.load(sums + (first + at) * 2 + 1, mask=at < count, other=0.0)
     numel = tl.maximum(tl.load(row + f.NUMEL), 1).to(tl.float64)
-    rms = tl.sqrt(tl.sum(update) / numel) / tl.load(h + f.CLIP)
+    step = tl.sqrt(tl.sum(update) / numel)
+    size = tl.sqrt(tl.sum(parameter) / numel)
+    rms = step / tl.load(h + f.CLIP)
     clip = tl.where(rms < 1.0, 1.0, rms)  # a NaN stays
     if RULE == ADAFACTOR:
         rate = relative_rate(h, tl.load(to + f.T).to(tl.float64))
-        size = tl.sqrt(tl.sum(parameter) / numel)
         size = tl.where(size < tl.load(h + f.EPS2), tl.load(h + f.EPS2), size)
         rate = tl.where(tl.load(h + f.SCALE_PARAMETER) != 0, rate * size, rate)
         put(to, f.UPDATE_SCALE, rate / clip)
         put(to, f.SHRINK, tl.where(tl.load(h + f.TRANSFORMERS) != 0, tl.load(h + f.WEIGHT_DECAY) * rate, 0.0))
-    else:
+    elif RULE == CAME:
         put(to, f.UPDATE_SCALE, 1.0 / clip)
+    else:
+        # AdamW's step follows, with this decay and this rate.
+        some = (size > 0) & (step > 0)
+        trust = tl.where(some, size / tl.where(some, step, 1.0), 1.0) if RULE == LAMB else 1.0 / clip
+        put(to, f.RATE, tl.load(to + f.RATE).to(tl.float64) * trust)
+        put(to, f.DECAY, 1.0 - tl.load(h + f.LR) * trust * tl.load(h + f.WEIGHT_DECAY))

@@ -11,21 +11,22 @@ from torch import Tensor
 
 from memopt import noise
 from memopt.engines.native import moment_formats
+from memopt.formats.rowmean import span
 from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi, describe
 from memopt.kernels.triton import fields as f
-from memopt.kernels.triton import masters, missing
+from memopt.kernels.triton import masters, missing, row_means
 from memopt.kernels.triton.codes import KINDS
 from memopt.kernels.triton.means import HEIGHT
 from memopt.kernels.triton.scalars import NUMBER
 from memopt.ledger import dtype_name
 from memopt.masters import master_of
 from memopt.masters.base import ORDER
-from memopt.rules import RULES, Moment
+from memopt.rules import RULES
+from memopt.rules.lookahead import SLOW
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
-    from memopt.formats import Format
     from memopt.spec import OptimSpec
 
 #: dtype -> Triton's name of it.
@@ -39,7 +40,9 @@ WARPS = 4
 WIDE, NARROW = (512, 4), (64, 32)
 #: Bytes of the sums of bands that are kept at a time.
 WORKSPACE = 32 * 2**20
-Moments = list[tuple[Moment, "Format", str]]
+#: Rates that may be tensors on the device, and their columns of ``hyper``.
+RATES = {"lr": f.LR.value, "initial_lr": f.PEAK.value}
+Moments = describe.Moments
 
 
 class Bucket(NamedTuple):
@@ -50,6 +53,7 @@ class Bucket(NamedTuple):
     format: str
     slots: tuple[bool, bool, bool]  # V, M, X
     x_signed: bool
+    row_means: int  # a kind of row_means.py
     align: int
     whole: bool
     width: int
@@ -76,30 +80,29 @@ def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, world_size:
         return reason
     if p.dtype not in TYPES:
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
-    held = {fmt.name for _, fmt, _ in moments}
-    if spec.rule not in NUMBER or held - {*KINDS, "factored"} or any(m.name not in abi.SLOT for m, _, _ in moments):
+    wrapper, rule = RULES.parts(spec.rule)
+    known = wrapper in ("", "lookahead") and rule in NUMBER and describe.format_of(moments) in (*KINDS, "factored")
+    if not known or any(m.name not in (*abi.SLOT, SLOW.name) for m, _, _ in moments):
         return f"there is no kernel for {spec.rule} in {spec.format}"
     if spec.master not in masters.KINDS:
         return f"there is no Triton kernel for +{spec.master}"
-    if world_size > 1 and (not RULES[spec.rule].element_wise or "factored" in held):
-        return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
     if not p.is_contiguous():
         return "it is not contiguous"
-    return None
+    return describe.needs_ranks(spec, moments, rows, world_size)
+
+
+def rates_on_device(h: Mapping[str, Any]) -> list[str]:
+    """The rates of a param group that the host does not know."""
+    return [key for key in RATES if isinstance(h.get(key), Tensor) and h[key].device.type != "cpu"]
 
 
 def hyper_row(spec: OptimSpec, h: Mapping[str, Any]) -> list[float]:
-    """A row of ``hyper``; a rate on the device is 0 here and copied there."""
-    on_device = isinstance(h["lr"], Tensor) and h["lr"].device.type != "cpu"
-    group = describe.describe_group(spec, {**h, "lr": 0.0} if on_device else h)
+    """A row of ``hyper``; rates on the device are 0 here and copied there."""
+    group = describe.describe_group(spec, {**h, **dict.fromkeys(rates_on_device(h), 0.0)})
     flags = group.flags
-    decoupled = flags & abi.DECOUPLED or spec.rule in ("lion", "came")
-    decoupled = decoupled or (spec.rule == "adafactor" and not flags & abi.TRANSFORMERS)
-    row = [
-        group.lr, group.weight_decay, group.beta1, group.beta2, group.beta3, group.eps, group.eps2, group.d,
-        group.momentum, group.dampening,
-    ]  # fmt: skip
-    row += [float(bool(flags & abi.MAXIMIZE)), float(bool(decoupled))]
+    torch_adafactor = RULES.parts(spec.rule)[1] == "adafactor" and not flags & abi.TRANSFORMERS
+    row = [getattr(group, name) for name in abi.HYPER]
+    row += [float(bool(flags & abi.MAXIMIZE)), float(bool(flags & abi.DECOUPLED or torch_adafactor))]
     for flag in (abi.NESTEROV, abi.TRANSFORMERS, abi.SCALE_PARAMETER, abi.RELATIVE_STEP, abi.WARMUP_INIT):
         row.append(float(bool(flags & flag)))
     return row + [0.0] * (f.HYPER.value - len(row))
@@ -121,13 +124,21 @@ class Tensors:
 
     def __init__(self, spec: OptimSpec, work: Work, moments: Moments, seed: int, group: int, counter: int) -> None:
         p, rows = work.p, work.rows
-        held = {fmt.name for _, fmt, _ in moments}
-        fmt = "factored" if "factored" in held else next(iter(held), "32bit")
+        fmt = describe.format_of(moments)
         row = [0] * f.FIELDS.value
         slots, x_signed, addresses = [False] * abi.SLOTS, False, [p.data_ptr(), work.g.data_ptr()]
+        means = row_means.NONE.value
         for order, (moment, kept, _) in enumerate(moments):
-            slot = abi.SLOT[moment.name]
             parts = [work.state[f"{moment.name}.{part}" if part else moment.name] for part in kept.layout(moment, rows)]
+            if moment is SLOW:
+                row[f.SLOW.value] = parts[0].data_ptr()
+                addresses.append(row[f.SLOW.value])
+                continue
+            slot = abi.SLOT[moment.name]
+            if kept.name == "rowmean":
+                row[f.DATA0.value] = parts[0].data_ptr()
+                means = (row_means.ONE if span(rows) == rows.cols else row_means.SEVERAL).value
+                continue
             slots[slot] = True
             x_signed = x_signed or (slot == 2 and moment.signed)
             row[f.DATA0.value + slot] = parts[0].data_ptr()
@@ -140,7 +151,8 @@ class Tensors:
             row[f.BESIDE.value] = work.state[master.key].data_ptr()
             addresses.append(row[f.BESIDE.value])
         # Without blocks and random bits it does not matter where rows begin.
-        flat = len(rows.shape) < 2 or (fmt == "32bit" and master.name not in masters.DITHERED)
+        anywhere = fmt == "32bit" and master.name not in masters.DITHERED and means == row_means.NONE.value
+        flat = len(rows.shape) < 2 or anywhere
         width, cols, count = geometry(fmt, rows, p, flat)
         per_row = max(-(-cols // width), 1)
         numel = p.numel()
@@ -153,6 +165,9 @@ class Tensors:
         #: Elements by which rows begin, in units of which a vector of the smallest code is still aligned.
         step = VECTOR * 2 if fmt == "4bit" else VECTOR
         aligned = all(a % VECTOR == 0 for a in addresses) and (numel if flat else cols) % step == 0
+        if means != row_means.NONE.value:
+            row[f.ROW_SPAN.value] = max(span(rows), 1)
+            row[f.ROW_GROUP.value] = rows_together(numel, row[f.ROW_SPAN.value])
         if fmt == "factored":
             row[f.HEIGHT.value] = rows.local_shape[-2]
             row[f.STACKED.value] = len(rows.shape) > 2
@@ -160,7 +175,7 @@ class Tensors:
         self.row = row
         self.blocks = row[f.BLOCKS.value]
         whole = (numel if flat else cols) % width == 0
-        self.bucket = Bucket(p.dtype, work.g.dtype, fmt, (slots[0], slots[1], slots[2]), x_signed,
+        self.bucket = Bucket(p.dtype, work.g.dtype, fmt, (slots[0], slots[1], slots[2]), x_signed, means,
                              VECTOR if aligned else 1, whole and fmt != "factored", width, master.name)  # fmt: skip
 
 
@@ -190,6 +205,14 @@ def pieces_of_programs(total: int, tile: int, width: int) -> int:
     while total > PROGRAMS * run * tile:
         run *= 2
     return run
+
+
+def rows_together(numel: int, span: int) -> int:
+    """Row means that one program renews."""
+    group = max(PROGRAM // span, 1)
+    while numel > PROGRAMS * group * span:
+        group *= 2
+    return group
 
 
 def bands(row: Sequence[int], width: int) -> tuple[int, int, int]:

@@ -1,0 +1,63 @@
+"""Adam-mini's second moment: one number for each row, renewed by the mean of its squared gradients."""
+
+import triton
+import triton.language as tl
+
+from memopt.kernels.triton import fields as f
+from memopt.kernels.triton.tile import find, gradient_of, load_gradient, load_scalars
+
+#: What a step kernel meets: no row means, one in each row of its view, several in a row (of a stack of matrices).
+NONE, ONE, SEVERAL = (tl.constexpr(i) for i in range(3))
+#: Rows and columns of a tile.
+ROWS, COLS = tl.constexpr(4), tl.constexpr(256)
+
+
+@triton.jit
+def row_means_kernel(
+    table,  # int64 [tensors, FIELDS]
+    gradients,  # int64 [tensors]: addresses
+    scalars,  # fp32 [tensors, SCALARS]
+    map,  # int32 [programs, 2]: tensor, number of the program in it
+    KIND: tl.constexpr,  # ONE or SEVERAL
+    G_TYPE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    tensor, row_of, number = find(table, map)
+    c = load_scalars(scalars + tensor * f.SCALARS)
+    span = tl.load(row_of + f.ROW_SPAN)
+    numel = tl.load(row_of + f.NUMEL)
+    group = tl.load(row_of + f.ROW_GROUP).to(tl.int32)
+    first = number * group
+    last = tl.minimum(first + group, tl.cdiv(numel, span).to(tl.int32))
+    v_at = tl.load(row_of + f.DATA0).to(tl.pointer_type(tl.float32))
+    g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
+    for start in range(first, tl.where(c[f.RUN] != 0, last, first), ROWS):
+        r = start + tl.arange(0, ROWS)
+        live = r < last
+        begin = r.to(tl.int64) * span
+        if KIND == ONE:
+            begin = tl.multiple_of(begin, ALIGN)
+        size = tl.minimum(numel - begin, span)  # the last row of a vector may be shorter
+        squares = tl.zeros((ROWS, COLS), tl.float32)
+        for column in range(0, span, COLS):
+            lane = column + tl.arange(0, COLS)
+            mask = live[:, None] & (lane[None, :] < size[:, None])
+            g = load_gradient(g_at, begin[:, None] + lane[None, :], mask, c)
+            squares += g * g
+        mean = tl.sum(squares, 1) / size.to(tl.float32)
+        v = tl.load(v_at + r, mask=live, other=0.0)
+        tl.store(v_at + r, tl.fma(mean, c[f.REST2], v * c[f.B2]), mask=live)
+
+
+@triton.jit
+def load_row_means(row_of, row, column, live, mask, WIDTH: tl.constexpr, KIND: tl.constexpr):
+    """fp32 [blocks, 1], or [blocks, WIDTH] where numbers change within a row; ``row`` of the rows held here."""
+    at = tl.load(row_of + f.DATA0).to(tl.pointer_type(tl.float32))
+    if KIND == ONE:
+        v = tl.load(at + row, mask=live, other=0.0)[:, None]
+    else:
+        span = tl.load(row_of + f.ROW_SPAN).to(tl.int32)
+        first = row.to(tl.int64) * (tl.load(row_of + f.COLS) // span)
+        within = (column[:, None] + tl.arange(0, WIDTH)[None, :]) // span
+        v = tl.load(at + first[:, None] + within, mask=mask, other=0.0)
+    return v
