@@ -100,7 +100,8 @@ def main() -> None:
     results = []
     for case in cases():
         results.append(measure(*case))
-        gc.collect()  # models are in cycles with their hooks
+        gc.collect()  # a model is in cycles with its hooks
+        print(len(results), *case, flush=True)
     worst = {
         key: max((abs(r[key]) for r in results), default=0.0) for key in ("saved_error", "peak_error", "moving_error")
     }

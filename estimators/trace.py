@@ -31,7 +31,7 @@ def saved(
         pointer = tensor.untyped_storage().data_ptr()
         if pointer not in own:
             kept.setdefault(pointer, tensor.detach())  # alive until the end, or its address could be used again
-        return tensor
+        return tensor.detach()  # the tensor itself may be a result, which would keep its own graph and so itself
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = run()
