@@ -13,7 +13,7 @@ from estimators.held import SHARDS_ALSO, rows_of, step_temporaries
 from estimators.lora import with_adapters
 from estimators.model import Model, resolve
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
-from estimators.training import BUCKET, Training, run
+from estimators.training import BUCKET, Training, notes, run
 from estimators.units import dtype
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ def estimate(
     specs = _parsed(spec, fields)
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
     described = resolve(model)
+    described = described._replace(notes=(*described.notes, *notes(described.config, training)))
     if lora:
         described = with_adapters(described, lora, quantised)
     weight_dtype = None if weights is None else dtype(weights, "weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from estimators.costs import PAGEABLE, PHASES, Column, Estimate
+from estimators.costs import GPU, PAGEABLE, PHASES, Column, Estimate
 from estimators.training import describe
 from estimators.units import gib
 
@@ -105,18 +105,24 @@ def _table(e: Estimate, colour: bool) -> list[str]:
 
 
 def _cells(column: Column, e: Estimate) -> list[str]:
-    pageable = "*" if column.nbytes("state", PAGEABLE) else ""
-    marked = any(c.nbytes("state", PAGEABLE) for c in e.columns)
+    mark, marked = _mark(column), any(_mark(c) for c in e.columns)
     state = column.nbytes("state")
     return [
         column.spec,
         gib(column.nbytes("weights") + column.nbytes("buffers")),
         gib(column.nbytes("gradients")),
-        gib(state) + (pageable or (" " if marked else "")),
+        gib(state) + (mark or (" " if marked else "")),
         *([gib(column.nbytes("activations"))] if e.activations else []),
         gib(column.peak.nbytes),
         f"{state / max(1, e.trainable):.3f} bytes" if e.gpu is None else verdict(column, e.gpu),
     ]
+
+
+def _mark(column: Column) -> str:
+    """``*`` for state that the driver pages, ``^`` for state of which most is elsewhere (step counters always are)."""
+    if column.nbytes("state", PAGEABLE):
+        return "*"
+    return "^" if 2 * column.nbytes("state", GPU) < column.nbytes("state") else ""
 
 
 def verdict(column: Column, gpu: int) -> str:
@@ -155,7 +161,7 @@ def first_change(column: Column, e: Estimate) -> str:
     kinds = ("weights", "gradients", "state", "activations", "temporaries")
     largest = max(kinds, key=column.at_peak)
     size = gib(column.at_peak(largest))
-    if largest == "activations" and e.training.checkpointing == "none":
+    if largest == "activations" and e.training.checkpointing != "full":
         return f"--checkpointing full (activations are {size} of the peak)"
     if largest == "activations":
         return f"a shorter --seq or a smaller --batch (activations are {size} of the peak)"
@@ -174,6 +180,9 @@ def _footer(e: Estimate) -> list[str]:
     lines = []
     if any(column.peak.pageable for column in e.columns):
         lines.append("* pageable: moves to host memory while the GPU is full; not in the GPU peak.")
+    away = [f"{c.spec} {gib(c.nbytes('state') - c.nbytes('state', GPU))}" for c in e.columns if _mark(c) == "^"]
+    if away:
+        lines.append(f"^ on the host or on disk, not in the GPU peak: {_listed(away)}.")
     phases = ", ".join(dict.fromkeys(column.peak.phase for column in e.columns))
     without = f", without {_listed(e.without)}" if e.without else ""
     lines.append(f"GPU peak: the most of {_listed(PHASES)} (here: {phases}){without}.")

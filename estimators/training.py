@@ -216,10 +216,35 @@ def describe(training: Training) -> str:
     return ", ".join(parts)
 
 
+#: Families with a table of learned positions -> the field with its length (and what it is in transformers, if not
+#: given). ``--seq`` beyond it does not run.
+_LEARNED = {"gpt2": ("n_positions", 1024), "gpt_bigcode": ("n_positions", 1024),
+            "bert": ("max_position_embeddings", 512), "distilbert": ("max_position_embeddings", 512),
+            "opt": ("max_position_embeddings", 2048),
+            "whisper": ("max_target_positions", 448)}  # fmt: skip
+_READS = {"whisper": "the encoder hears 30 seconds whatever --seq says, which is the decoder's length",
+          "vit": "a sequence is the patches of an image, whatever --seq says",
+          "t5": "source and target are both as long as --seq says"}  # fmt: skip
+
+
+def notes(config: Any, training: Training) -> tuple[str, ...]:
+    """What a sequence means for this model where that is not plain, and whether the model can take one so long."""
+    if not training.seq or config is None:
+        return ()
+    family, found = str(config.get("model_type")), []
+    if family in _READS:
+        found.append(_READS[family])
+    field, default = _LEARNED.get(family, ("", 0))
+    positions = config.get(field, default)
+    if field and isinstance(positions, int) and training.seq > positions:
+        found.append(f"--seq {training.seq:,} does not run: the model has {positions:,} positions ({field})")
+    return tuple(found)
+
+
 def default_seq(config: Any) -> int:
     """2048 tokens, or as many as the model has positions for where that is fewer; 0 without a configuration."""
     if config is None:
         return 0
-    limits = (config.get(k) for k in ("max_position_embeddings", "n_positions"))
+    limits = (config.get(k) for k in ("max_position_embeddings", "n_positions", "max_target_positions"))
     known = [n for n in limits if isinstance(n, int) and not isinstance(n, bool) and n > 0]
     return min([2048, *known])

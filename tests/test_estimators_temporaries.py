@@ -1,0 +1,44 @@
+"""The constants of the plain path, measured again."""
+
+import pytest
+
+
+class TestTemporaries:
+    """The constants of the plain path, measured again."""
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_the_plain_step(self, dtype, monkeypatch):
+        torch = pytest.importorskip("torch")
+        import memopt
+        from estimators.state import COPIES, MASTER, PLAIN_PATH
+        from estimators.trace import traced
+
+        for module in ("memopt.kernels", "memopt.kernels.plan"):
+            monkeypatch.setattr(f"{module}.library", lambda: None)
+        n = 256
+        checked = 0
+        masters = [("adamw-32bit", m, 8) for m in MASTER] + [("sgd-32bit", m, 0) for m in MASTER if m != "none"]
+        masters += [("lion-8bit", m, 24) for m in MASTER if m != "none"]
+        for spec, master, per_element in masters if dtype == "bfloat16" else []:
+            weight = torch.nn.Parameter(torch.randn(n, n, dtype=torch.bfloat16))
+            hyper = {"momentum": 0.9} if spec.startswith("sgd") else {}
+            optimizer = memopt.create([weight], memopt.parse(spec).replace(master=master), lr=1e-3, **hyper)
+            for _ in range(2):
+                weight.grad = torch.randn_like(weight)
+                optimizer.step()
+            peak = traced(("step", optimizer.step)).peak
+            want = n * n * max(per_element + COPIES, MASTER[master])
+            assert want <= peak + 16 <= want * 1.05 + 2**16, (spec, master, peak / n / n)
+        for rule, formats in PLAIN_PATH.items():
+            for fmt, per_element in formats.items():
+                weight = torch.nn.Parameter(torch.randn(n, n, dtype=getattr(torch, dtype)))
+                hyper = {"momentum": 0.9} if rule == "sgd" else {}
+                optimizer = memopt.create([weight], f"{rule}-{fmt}", lr=1e-3, **hyper)
+                for _ in range(2):
+                    weight.grad = torch.randn_like(weight)
+                    optimizer.step()
+                peak = traced(("step", optimizer.step)).peak
+                want = n * n * (per_element + (COPIES if dtype == "bfloat16" else 0))
+                assert want <= peak + 16 <= want * 1.05 + 2**16, (rule, fmt, peak / n / n)
+                checked += 1
+        assert checked > 40
