@@ -23,6 +23,7 @@ from torch import nn
 
 import memopt
 from memopt.checkpoint.report import Conversion
+from memopt.masters import MASTERS
 
 #: Largest relative error of one encoding, root mean square over a moment, of signed and of non-negative moments: half a
 #: step of the code and some (8 bits: steps of at most 1.6 % at the top of a block signed, 6.25 % unsigned; 4 bits: 14 %
@@ -40,7 +41,10 @@ SIGNED = ("exp_avg", "exp_avg_slow", "momentum_buffer", "grad_avg", "slow")
 HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9}, "adafactor": {"beta1": 0.9}, "rmsprop": {"momentum": 0.9},
 }  # fmt: skip
-WRAPPED = ("lookahead(adamw)",)
+WRAPPED = {"lookahead(adamw)": "adamw", "lookahead(adafactor)": "adafactor", "lookahead(sgd)": "sgd"}
+HYPER |= {wrapped: HYPER[inner] for wrapped, inner in WRAPPED.items() if inner in HYPER}
+#: Significant bits that weight and master hold together, of a bf16 weight; none where nothing is kept.
+BITS = {"none": 8, "stochastic": 8, "fp32": 24, "kahan": 17, "split": 16, "split16": 24}
 
 
 INTRODUCTION = [
@@ -52,6 +56,10 @@ RULES = [
     "", "From the rule of the row to that of the column: what is carried, and behind a plus what `fill=` must say.",
     "m `exp_avg`, v `exp_avg_sq`, others by name; what a rule does not keep is dropped. Slow weights begin as the",
     "parameters.", "",
+]  # fmt: skip
+KEPT = [
+    "", "Masters beside weights of bf16, from `adamw-8bit` to `adamw-4bit`: relative error of what weight and master",
+    "stand for. The weights keep their bits; a master that begins stands for the weights as they are.", "",
 ]  # fmt: skip
 
 
@@ -70,22 +78,25 @@ def rules() -> dict[str, list[str]]:
     for spec in memopt.specs():
         if (spec.master, spec.placement, spec.partition) == ("none", "device", "none"):
             found[spec.rule].append(spec.format)
-    for wrapped in WRAPPED:
-        found[wrapped] = list(found["adamw"])
+    for wrapped, inner in WRAPPED.items():
+        found[wrapped] = list(found[inner])
     return dict(found)
 
 
-def build(rule: str, fmt: str, steps: int = 10) -> memopt.Optimizer:
+def build(
+    rule: str, fmt: str, steps: int = 10, *, master: str = "none", dtype: torch.dtype = torch.float32
+) -> memopt.Optimizer:
     """State of a matrix, a wide one, a convolution, a long and a short vector; columns and rows of different sizes."""
     torch.manual_seed(0)
     shapes = [(96, 160), (65, 700), (64, 32, 3), (5000,), (70,)]
-    model = nn.ParameterList([torch.randn(s) / 10 for s in shapes])
-    spec = memopt.OptimSpec(rule=rule, format=fmt)
+    model = nn.ParameterList([(torch.randn(s) / 10).to(dtype) for s in shapes])
+    spec = memopt.OptimSpec(rule=rule, format=fmt, master=master)
     opt = memopt.create(model, spec, **HYPER.get(rule, {}))
     for _ in range(steps):
         for p in model:
             scale = torch.rand(p.shape[-1:]).mul(6).sub(3).exp2()
-            p.grad = torch.randn_like(p) * scale * torch.rand_like(p).mul(4).sub(3).exp()
+            grad = torch.randn(p.shape) * scale * torch.rand(p.shape).mul(4).sub(3).exp()
+            p.grad = grad.to(dtype)
         opt.step()
     return opt
 
@@ -125,7 +136,24 @@ def across(before: str, after: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(rows: list[dict[str, Any]], crossed: list[dict[str, Any]]) -> str:
+def masters(before: str, after: str) -> dict[str, Any]:
+    """The relative error of what weights of bf16 and master stand for, and whether the weights keep their bits."""
+    opt = build("adamw", "8bit", master=before, dtype=torch.bfloat16)
+    weights = [p.detach().clone() for group in opt.param_groups for p in group["params"]]
+    report = opt.convert_(memopt.OptimSpec(rule="adamw", format="4bit", master=after))
+    same = all(torch.equal(p, w) for p, w in zip(opt.param_groups[0]["params"], weights, strict=True))
+    require(same, f"+{before} to +{after}: the weights changed")
+    key, old = MASTERS[after].key, MASTERS[before].key
+    row: dict[str, Any] = {"from": before, "to": after, "error": None}
+    if key and old:
+        row |= {"error": report.losses[key].relative_error, "bound": 2.0 ** -min(BITS[after], BITS[before])}
+        require(row["error"] <= row["bound"], f"+{before} to +{after}: {row['error']} is over {row['bound']}")
+    else:
+        require((old in report.dropped) == bool(old), f"+{before} to +{after}: the report does not say what is dropped")
+    return row
+
+
+def table(rows: list[dict[str, Any]], crossed: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
     formats = list(BOUND)
     lines = [*INTRODUCTION, "| from | " + " | ".join(formats) + " |", "|---|" + "---:|" * len(formats)]
     for before in formats:
@@ -150,7 +178,17 @@ def table(rows: list[dict[str, Any]], crossed: list[dict[str, Any]]) -> str:
             carried, filled = ([short.get(m, m) for m in found[k]] if found else [] for k in ("carried", "filled"))
             cells.append(" ".join(carried) + (" +" + " +".join(filled) if filled else ""))
         lines.append(f"| {before} | " + " | ".join(cells) + " |")
+    lines += [*KEPT, "| from | " + " | ".join(f"`+{m}`" for m in BITS) + " |", "|---|" + "---:|" * len(BITS)]
+    for before in BITS:
+        cells = [_cell(before, after, kept) for after in BITS]
+        lines.append(f"| `+{before}` | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(before: str, after: str, kept: list[dict[str, Any]]) -> str:
+    if MASTERS[before].key and MASTERS[after].key:
+        return next(f"{row['error']:.1g}" for row in kept if (row["from"], row["to"]) == (before, after))
+    return "dropped" if MASTERS[before].key else "begins" if MASTERS[after].key else ""
 
 
 def main() -> int:
@@ -161,11 +199,13 @@ def main() -> int:
     found = rules()
     rows = [row for rule, formats in found.items() for row in within(rule, formats)]
     crossed = [across(a, b) for a, b in itertools.permutations(found, 2)]
-    text = table(rows, crossed)
+    kept = [masters(a, b) for a, b in itertools.product(BITS, BITS) if a != b or MASTERS[a].key]
+    text = table(rows, crossed, kept)
     print(text)
     if args.out:
         args.out.write_text(
-            json.dumps({"torch": torch.__version__, "within": rows, "across": crossed}, indent=1) + "\n"
+            json.dumps({"torch": torch.__version__, "within": rows, "across": crossed, "masters": kept}, indent=1)
+            + "\n"
         )
         args.out.with_suffix(".md").write_text(text)
     return 0

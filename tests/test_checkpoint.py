@@ -1,6 +1,7 @@
 """Save and load: bit-exact, whole or not there, and damage is named."""
 
 import errno
+import io
 import json
 import os
 import random
@@ -402,3 +403,23 @@ def test_the_command_line_converts_and_inspects(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "sick")]) == 1
     assert "not finite in: vector" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch):
+    from memopt.cli.convert import bar
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with bar("converting", 2000) as progress:
+        progress(1000)
+        progress(1000)
+    assert "converting" in sys.stderr.getvalue()
+    assert "2.0/2.0 kB" in sys.stderr.getvalue()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with bar("converting", 2000) as progress:
+        progress(2000)
+    assert not sys.stderr.getvalue()

@@ -153,6 +153,21 @@ def stop_between_rules():
     return said, done, state_of(straight_model, straight)
 
 
+def sharded_in_place():
+    """What cannot be: how a model is sharded was decided before."""
+    model = odd_model()
+    opt = memopt.create(model, "adamw-8bit/zero1")
+    drive(model, opt, 0, 1)
+    said = []
+    for spec in ("adamw-8bit/zero2", "adamw/zero3"):
+        try:
+            opt.convert_(spec)
+        except ValueError as error:
+            said.append(str(error))
+    drive(model, opt, 1, 1)
+    return said, str(opt.spec)
+
+
 def everything(directory):
     """All that two ranks are asked to do: starting them is what takes time."""
     return {
@@ -162,6 +177,7 @@ def everything(directory):
         "converted": convert_each(),
         "regrouped": change_partition(),
         "stopped": stop_between_formats(),
+        "sharded": sharded_in_place(),
         "stopped between rules": stop_between_rules(),
     }
 
@@ -264,6 +280,14 @@ def test_the_partition_changes_in_place(session, spec):
             assert_same_bits(value, first[key], key)
             assert_same_bits(value, second[key], key)
     assert_rows_are(whole, [mine, theirs])
+
+
+def test_sharding_in_place_is_refused_with_a_sentence(session):
+    for rank in session[1]:
+        said, spec = rank["sharded"]
+        assert len(said) == 2
+        assert all("how parameters are sharded is decided before training; save and load" in words for words in said)
+        assert spec == "adamw-8bit/zero1"
 
 
 def test_one_rank_that_cannot_change_the_rule_stops_all_and_all_go_on(session):

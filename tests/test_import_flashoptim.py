@@ -131,6 +131,10 @@ def test_corrections_need_the_weights_beside_them(card, tmp_path, capsys):
     assert main([*arguments, "adamw-8bit"]) == 0
     assert "correction: not kept by the new spec, dropped" in capsys.readouterr().out
     assert main(["inspect", str(path), "--from", "adamw"]) == 0
+    numel = sum(p.numel() for p in model(torch.bfloat16).parameters())
+    assert (
+        f"exp_avg (flashoptim 8bit): {numel:,} elements in 6 tensors; bytes: codes {numel:,}" in capsys.readouterr().out
+    )
 
 
 def test_what_is_exported_for_torch_loads_into_flashoptim(card):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from memopt.checkpoint.codes import chunks
 from memopt.checkpoint.stored import Source, Stored
@@ -42,8 +43,8 @@ def examine(source: Source) -> list[Health]:
     found: dict[tuple[str, str], Health] = {}
     for record in source.records.values():
         for name, stored in record.moments.items():
-            health = found.setdefault((name, stored.format.name), Health(name, stored.format.name))
-            _add(health, record.name, stored)
+            code = stored.code or stored.format.name
+            _add(found.setdefault((name, code), Health(name, code)), record.name, stored)
         if record.kept is not None:
             stored = record.kept.stored
             name = stored.moment.name
@@ -55,11 +56,11 @@ def _add(health: Health, parameter: str, stored: Stored) -> None:
     rows = Rows.whole(stored.shape)
     health.tensors += 1
     health.numel += rows.numel
-    for part, spec in stored.format.layout(stored.moment, rows).items():
-        health.nbytes[part] = health.nbytes.get(part, 0) + spec.nbytes
-        if part == "scales":
-            health.scales += spec.numel
-            health.zero_scales += int((stored.part(part, rows) == 0).sum())
+    for part, (nbytes, scales) in _parts(stored, rows).items():
+        health.nbytes[part] = health.nbytes.get(part, 0) + nbytes
+        if scales is not None:
+            health.scales += scales.numel()
+            health.zero_scales += int((scales == 0).sum())
     before = health.non_finite
     for piece in chunks(rows):
         size = stored.decode(piece).abs()
@@ -71,3 +72,13 @@ def _add(health: Health, parameter: str, stored: Stored) -> None:
         health.decades = [a + b for a, b in zip(health.decades, counts.tolist(), strict=True)]
     if health.non_finite > before:
         health.worst.append(parameter)
+
+
+def _parts(stored: Stored, rows: Rows) -> dict[str, tuple[int, Tensor | None]]:
+    """part -> its bytes, and the tensor where that is of scales."""
+    if stored.held is not None:
+        return {part: (t.nbytes, t if part == "scales" else None) for part, t in stored.held.items()}
+    return {
+        part: (spec.nbytes, stored.part(part, rows) if part == "scales" else None)
+        for part, spec in stored.format.layout(stored.moment, rows).items()
+    }

@@ -90,7 +90,8 @@ def transfer(source: Stored, target: Target, scale: float, loss: Loss) -> None:
     Every rank must call this for every parameter: column means are summed over the ranks.
     """
     rows = target.shard.rows
-    if source.format is target.format and source.moment.signed == target.moment.signed and scale == 1.0:
+    same = source.format is target.format and source.moment.signed == target.moment.signed and not source.code
+    if same and scale == 1.0:
         source.copy(rows, target.parts)
         loss.copied += 1
         return

@@ -89,6 +89,8 @@ def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
     if args.dry_run:
         return 0
     out = Path(args.out)
+    if not out.parent.is_dir():
+        raise ValueError(f"{out.parent} is not a folder")
     with bar("exporting", exported.nbytes) as progress, Scratch(out.parent) as scratch:
 
         def zeros(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -66,7 +66,8 @@ def plain(name: str, value: Tensor) -> Stored:
     """A moment kept as an ordinary tensor."""
     if value.dtype == torch.bfloat16:
         return stored(name, "bf16", tuple(value.shape), {"": value})
-    return gathered(name, tuple(value.shape), lambda first, stop: value.reshape(-1)[first:stop])
+    code = "" if value.dtype == torch.float32 else str(value.dtype).removeprefix("torch.")
+    return gathered(name, tuple(value.shape), lambda first, stop: value.reshape(-1)[first:stop], code, {"": value})
 
 
 def factors(row: Tensor, col: Tensor) -> Stored:

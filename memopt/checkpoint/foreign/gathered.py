@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import final
 
@@ -38,10 +38,12 @@ class GatheredPiece(Piece):
         out.copy_(self.read(part, span))
 
 
-def gathered(name: str, shape: Shape, gather: Gather) -> Stored:
-    """A moment that reads as fp32."""
+def gathered(
+    name: str, shape: Shape, gather: Gather, code: str = "", held: Mapping[str, Tensor] | None = None
+) -> Stored:
+    """A moment that reads as fp32; ``code`` names what it is decoded from, ``held`` are the tensors of that."""
     moment = Moment(name, signed=name not in NON_NEGATIVE)
-    return Stored(moment, CODES["32bit"], shape, (GatheredPiece(shape, gather),))
+    return Stored(moment, CODES["32bit"], shape, (GatheredPiece(shape, gather),), code, held)
 
 
 def from_fragments(fragments: list[Tensor]) -> Gather:

@@ -43,7 +43,7 @@ def _moment(name: str, value: Any) -> Stored:
         x: Tensor = _CLASSES[kind](value, begin, end).dequantize().reshape(-1)
         return x[first - begin * block : stop - begin * block]
 
-    return gathered(name, tuple(value.shape), decode)
+    return gathered(name, tuple(value.shape), decode, kind, {"codes": value.codes, "scales": value.scale})
 
 
 TOOL = Tool(
