@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
 
 
+#: Place among all parameters, name, parameter, group.
+Entry = tuple[int, str, Tensor, dict[str, Any]]
+
+
 class Release:
     """The hooks of :meth:`memopt.Optimizer.release_gradients`; :meth:`remove` takes them away.
 
@@ -128,18 +132,21 @@ class Release:
                 p.grad.mul_(min(1.0, self.max_norm / (self.norm + EPS)))
         index, name, group = self._entries[id(p)]
         entry = index, name, p, group
-        if not optimizer.homes.of(name).aside(name, p, lambda gradient: self._step_on(entry, gradient)):
-            self._step_on(entry, optimizer._local_gradient(name, p))
+        if not optimizer.homes.of(name).aside(name, p, entry, self._step_those):
+            self._step_those([(entry, optimizer._local_gradient(name, p))])
 
     @torch.no_grad()
-    def _step_on(self, entry: tuple[int, str, Tensor, dict[str, Any]], gradient: Tensor) -> None:
-        """Perhaps in another thread, and later than ``_step``."""
-        optimizer, (_, name, p, _) = self._optimizer, entry
-        looks = self.max_norm is None and optimizer.nonfinite != "propagate"
-        if looks and optimizer.partition.agree(non_finite([(name, gradient)]), [p]):
-            self._stop(name, "it and what comes after it in this backward pass is as it was; others have stepped")
-            return
-        optimizer._step_some([entry], [gradient])
+    def _step_those(self, ready: list[tuple[Entry, Tensor]]) -> None:
+        """Step parameters with these gradients: one, or in another thread and later than ``_step`` perhaps several."""
+        optimizer = self._optimizer
+        if self.max_norm is None and optimizer.nonfinite != "propagate":
+            found = non_finite([(entry[1], gradient) for entry, gradient in ready])
+            bad = set(optimizer.partition.agree(found, [entry[2] for entry, _ in ready]))
+            for name in sorted(bad):
+                self._stop(name, "it and what comes after it in this backward pass is as it was; others have stepped")
+            ready = [(entry, gradient) for entry, gradient in ready if entry[1] not in bad]
+        if ready:
+            optimizer._step_some([entry for entry, _ in ready], [gradient for _, gradient in ready])
 
     def _stop(self, name: str, what: str) -> None:
         if self._optimizer.nonfinite == "raise":

@@ -29,6 +29,9 @@ class Op:
         if self.error is not None:
             raise self.error
 
+    def done(self) -> bool:
+        return self.end <= self.lanes.now
+
 
 class Lanes:
     """``costs``: lane -> (seconds, seconds per byte). ``now`` is the time of the thread that submits: nothing that it

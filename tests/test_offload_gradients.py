@@ -4,6 +4,7 @@ device, and everything that is done with gradients gives what it gives on the de
 import copy
 import gc
 import pickle
+import warnings
 import weakref
 from collections import Counter
 from itertools import pairwise
@@ -314,7 +315,8 @@ def test_where_it_means_nothing_it_is_refused(spec, options, words):
 
 def test_several_ranks_are_refused_in_backward(device, monkeypatch):
     """The spec does not know of DistributedDataParallel."""
-    (model, _), _ = twins("adamw@cpu")
+    made = twins("adamw@cpu")  # an optimizer that nobody refers to leaves gradients alone
+    model = made[0][0]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match=r"is trained by 2 ranks, .*offload_gradients=True is for one process"):
@@ -411,7 +413,8 @@ def test_copies_overlap_backward_and_wait_for_it(device):
 
 
 def test_copies_of_a_further_pass_are_added_beside_it(device):
-    (model, _), _ = twins("adamw@cpu", narrow)
+    made = twins("adamw@cpu", narrow)  # an optimizer that nobody refers to leaves gradients alone
+    model = made[0][0]
     on_clock(device, model)
     model(0).backward()
     model(1).backward()
@@ -465,7 +468,8 @@ def test_a_slow_bus_holds_backward_up_instead_of_filling_the_device(monkeypatch)
     costs = {**EVEN, "down": (3.0, 0.0)}
     made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(costs))
     monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
-    (model, _), _ = twins("adamw@cpu", Deep)
+    pairs = twins("adamw@cpu", Deep)  # an optimizer that nobody refers to leaves gradients alone
+    model = pairs[0][0]
     on_clock(made, model)
     model(0).backward()
     down = made.clock.of("down")
@@ -511,6 +515,29 @@ def test_released_steps_beside_backward_are_those_of_device(either):
     for pair in ((model, opt), twin):
         train(*pair, 0, 5)
     assert_same((model, opt), twin)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_released_those_that_have_come_are_stepped_together(monkeypatch, poisoned):
+    """The thread beside backward() is late: when it steps, others have come."""
+    made = simulated.ThreadedBus(beside=0.02)
+    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    (model, opt), twin = twins("adamw-8bit@cpu", Deep, workspace="8MiB")
+    steps, real = [], opt._step_some
+    monkeypatch.setattr(opt, "_step_some", lambda some, g: (steps.append(len(some)), real(some, g))[1])
+    bad = [m.layers[3].weight for m in (model, twin[0])] if poisoned else []
+    opt.release_gradients(model)
+    twin[1].release_gradients(twin[0])
+    for m, o in ((model, opt), twin):
+        for p in bad:
+            p.register_hook(lambda g: g * float("nan"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(m, o, 0, 3)
+    assert_same((model, opt), twin)
+    assert opt.skipped_steps == twin[1].skipped_steps == (3 if poisoned else 0)
+    assert sum(steps) == 3 * (7 if poisoned else 8)
+    assert max(steps) > 1
 
 
 def test_released_with_a_norm_and_not_any_more(either):

@@ -91,6 +91,7 @@ class Arrivals:
         self._on_way: deque[tuple[Event, int]] = deque()
         self._ends: list[Event] = []  # of the uses of buffers; the last of buffer i at the last i modulo their number
         self._apart: dict[torch.device, Lanes] = {}
+        self._queues: dict[torch.device, deque[tuple[Event, Any, Tensor]]] = {}  # for the steps beside backward()
         self._lock = threading.RLock()  # autograd runs the hooks of several devices in several threads
 
     # Which parameters --------------------------------------------------------------------------------------------
@@ -169,14 +170,17 @@ class Arrivals:
         slot.last = apart.submit("apart", lambda: _sum(old, room), waits, new.nbytes)
         self._ends.append(slot.last)
 
-    def aside(self, name: str, p: Tensor, step: Callable[[Tensor], None]) -> None:
-        """Send the gradient down, and have ``step`` called with it beside backward()."""
+    def aside(self, name: str, p: Tensor, entry: Any, step: Callable[[list[tuple[Any, Tensor]]], None]) -> None:
+        """Send the gradient down, and have ``step`` called beside backward() with it and all that have come by then:
+        the more there are, the better do their copies and steps overlap."""
         known = self.slots.get(name)
         if known is not None and known.reader is not None:
             self.settle()  # a backward pass that was given up
         slot = self.take(name, p)
         came, slot.last = slot.last, None
-        slot.reader = self.apart(p.device).submit("apart", lambda: step(slot.host), [came], slot.host.nbytes)
+        queue = self._queues.setdefault(p.device, deque())
+        queue.append((came, entry, slot.host))
+        slot.reader = self.apart(p.device).submit("apart", lambda: _step_arrived(queue, step), [came], slot.host.nbytes)
 
     def _make_way(self, nbytes: int) -> None:
         """Wait until what is under way leaves room for so many bytes more."""
@@ -204,6 +208,7 @@ class Arrivals:
             for lanes in self._apart.values():
                 lanes.finish()
         finally:
+            self._queues.clear()
             for slot in self.slots.values():
                 slot.reader = None
 
@@ -225,6 +230,15 @@ def _hook(of: weakref.ref[Arrivals], name: str) -> Callable[[Tensor], None]:
                 arrivals.take_new(name, p)
 
     return arrived
+
+
+def _step_arrived(queue: deque[tuple[Event, Any, Tensor]], step: Callable[[list[tuple[Any, Tensor]]], None]) -> None:
+    ready = []
+    while queue and queue[0][0].done():
+        _, entry, gradient = queue.popleft()
+        ready.append((entry, gradient))
+    if ready:  # else a call before this one took it
+        step(ready)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from memopt.ledger import Line
 from memopt.placements.leases import Held, Setting
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 #: ``run(works)`` executes the step of these works, whose state lies where the parameter is (for ``cpu``: on the host).
 Run = Callable[[Sequence["Work"]], None]
+E = TypeVar("E")
 #: Of one parameter: its state without ``step``, and how often it has stepped.
 Survivor = tuple[dict[str, "Tensor"], float]
 
@@ -87,9 +88,10 @@ class Home:
     def bring(self, name: str, p: Tensor) -> None:
         """Begin to bring the gradient to where the step will read it, if it is not there."""
 
-    def aside(self, name: str, p: Tensor, step: Callable[[Tensor], None]) -> bool:
-        """Have ``step`` called, beside ``backward()``, with the gradient of ``p`` when it is where the step reads it.
-        False where nothing runs beside it: then nothing was done."""
+    def aside(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
+        """Have ``step`` called, beside ``backward()``, with the gradient of ``p`` when it is where the step reads it:
+        with ``entry`` and the gradient, and with those that have come meanwhile. False where nothing runs beside it:
+        then nothing was done."""
         return False
 
     def settle(self) -> None:

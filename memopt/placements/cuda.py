@@ -19,13 +19,16 @@ WORKERS = {"read": 2, "write": 2}
 
 
 class _Done:
-    """A CUDA event with the method of a Future."""
+    """A CUDA event with the methods of a Future."""
 
     def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
 
     def result(self) -> None:
         self.event.synchronize()
+
+    def done(self) -> bool:
+        return self.event.query()
 
 
 @final

@@ -17,7 +17,7 @@ from torch import Tensor
 from memopt.geometry import Rows
 from memopt.ledger import Line
 from memopt.placements.arrivals import Arrivals
-from memopt.placements.base import Home, Placement, Run
+from memopt.placements.base import E, Home, Placement, Run
 from memopt.placements.bus import Bus, bus_of
 from memopt.placements.cpu import MOST, TARGET, gradient_line, staging
 from memopt.placements.disk import buffer_lines
@@ -69,10 +69,10 @@ class Offloaded(Streamed):
         if self._arrivals is not None:
             self._arrivals.take_new(name, p)
 
-    def aside(self, name: str, p: Tensor, step: Callable[[Tensor], None]) -> bool:
+    def aside(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
         if self._arrivals is None or bus_of(p.device) is None:
             return False
-        self._arrivals.aside(name, p, step)
+        self._arrivals.aside(name, p, entry, step)
         return True
 
     def settle(self) -> None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
-#: What a lane returns for an operation it was given; its ``result()`` waits, and raises what the operation raised.
+#: What a lane returns for an operation it was given: ``result()`` waits, and raises what the operation raised;
+#: ``done()`` says whether it has happened.
 Event = Any
 
 
