@@ -37,9 +37,7 @@ HYPER = (
 
 
 class Group(Structure):
-    _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [
-        (name, c_double) for name in HYPER
-    ]
+    _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [(name, c_double) for name in HYPER]
 
 
 class TensorStep(Structure):

@@ -1,9 +1,6 @@
-"""A whole optimizer's step, prepared once and repeated while nothing but the gradients changes.
+"""A whole optimizer's step on the CPU, prepared once and repeated while nothing but the gradients changes.
 
-Describing a parameter to the kernels costs some ten microseconds of Python, more than stepping a small one. A plan
-keeps the descriptors; before each step it looks whether parameters, groups, state and their memory are those that it
-knows and takes the new gradients' addresses. If anything is different it says so, the step
-goes the long way, and a new plan is made.
+If anything else does, the step goes the long way, and a new plan is made.
 """
 
 from __future__ import annotations
@@ -11,13 +8,13 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from memopt.engines.native import moment_formats
 from memopt.kernels import abi, describe
+from memopt.kernels.known import Entry, Known
 from memopt.kernels.loader import library
 from memopt.kernels.pages import SMALLEST, Pages
 from memopt.ledger import dtype_name
@@ -28,32 +25,13 @@ if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
 
 
-class Entry(NamedTuple):
-    name: str
-    p: Tensor
-    state: dict[str, Tensor]
-    shape: torch.Size
-    grad_dtype: torch.dtype
-    address: int
-    addresses: list[int]  # of the state
-    strides: tuple[int, ...] | None  # of the gradient and the parameter where it or the parameter is not contiguous
-
-
-class Plan:
+class Plan(Known):
     """The descriptors of all parameters that had a gradient; made by :func:`make`."""
 
     takes_scale = False
 
     def __init__(self, optimizer: Optimizer, entries: list[Entry], tensors: ctypes.Array[abi.TensorStep]) -> None:
-        self.spec = optimizer.spec
-        self.partition = optimizer.partition
-        self.groups = list(optimizer.param_groups)
-        self.flags = [describe.flags(self.spec, group) for group in self.groups]
-        self.all = [p for group in self.groups for p in group["params"]]
-        self.entries = entries
-        self.parameters = [entry.p for entry in entries]
-        stepped = set(map(id, self.parameters))
-        self.idle = [p for p in self.all if id(p) not in stepped]
+        super().__init__(optimizer, entries)
         self.tensors = tensors
         self.spans = (abi.Span * len(entries))()
         for span, tensor in zip(self.spans, tensors, strict=True):
@@ -66,35 +44,15 @@ class Plan:
 
     def refresh(self, optimizer: Optimizer) -> bool:
         """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
-        groups = optimizer.param_groups
-        same = optimizer.spec is self.spec and optimizer.partition is self.partition
-        if not same or len(groups) != len(self.groups):
+        if not self.same(optimizer):
             return False
-        now = [p for group in groups for p in group["params"]]
-        if len(now) != len(self.all) or any(a is not b for a, b in zip(now, self.all, strict=True)):
-            return False
-        if any(p.grad is not None for p in self.idle):
-            return False
-        for i, group in enumerate(groups):
-            if group is not self.groups[i] or describe.flags(self.spec, group) != self.flags[i]:
-                return False
+        for i, group in enumerate(self.groups):
             self.hyper[i] = describe.describe_group(self.spec, group)
-        all_state = optimizer.state
-        for i, (_, p, state, shape, dtype, address, addresses, strides) in enumerate(self.entries):
-            g = p.grad
-            if (
-                type(g) is not Tensor
-                or g.layout is not torch.strided
-                or g.dtype is not dtype
-                or (not g.is_contiguous() if strides is None else g.stride() + p.stride() != strides)
-                or p.data_ptr() != address
-                or p.shape != shape
-                or (strides is None and not p.is_contiguous())
-                or all_state.get(p) is not state
-                or [t.data_ptr() for t in state.values()] != addresses
-            ):
-                return False
-            self.tensors[i].g = self.spans[i].data = g.data_ptr()
+        addresses = self.gradients(optimizer)
+        if addresses is None:
+            return False
+        for tensor, span, address in zip(self.tensors, self.spans, addresses, strict=True):
+            tensor.g = span.data = address
         return True
 
     def non_finite(self) -> list[str]:
@@ -147,7 +105,5 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
         if counter.dtype is not torch.float32 or not counter.is_cpu:
             return None
         target.counter = counter.data_ptr()
-        addresses = [t.data_ptr() for t in work.state.values()]
-        strides = None if p.is_contiguous() and g.is_contiguous() else g.stride() + p.stride()
-        entries.append(Entry(name, p, work.state, p.shape, g.dtype, p.data_ptr(), addresses, strides))
+        entries.append(Entry.of(work))
     return Plan(optimizer, entries, tensors)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from memopt.engines.native import moment_formats
-from memopt.kernels import describe
+from memopt.kernels.known import Entry, Known
 from memopt.kernels.triton import capturing, tables
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton.launch import Launcher
@@ -27,34 +27,19 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 
-class Entry(NamedTuple):
-    name: str
-    p: Tensor
-    state: dict[str, Tensor]
-    shape: torch.Size
-    grad_dtype: torch.dtype
-    address: int
-    addresses: list[int]  # of the state
-    aligned: bool  # whether the kernels count on the gradient's alignment
-
-
-class Plan:
+class Plan(Known):
     """The tables of all parameters that had a gradient; made by :func:`make`."""
 
     pages: Pages | None = None
     takes_scale = True
 
     def __init__(self, optimizer: Optimizer, entries: list[Entry], launcher: Launcher) -> None:
+        super().__init__(optimizer, entries)
         self.optimizer = optimizer
-        self.spec, self.partition, self.seed = optimizer.spec, optimizer.partition, optimizer.seed
         self.capturable = optimizer.capturable
-        self.groups = list(optimizer.param_groups)
-        self.flags = [describe.flags(self.spec, group) for group in self.groups]
-        self.all = [p for group in self.groups for p in group["params"]]
-        self.entries, self.launcher = entries, launcher
-        self.parameters = [entry.p for entry in entries]
-        stepped = set(map(id, self.parameters))
-        self.idle = [p for p in self.all if id(p) not in stepped]
+        self.launcher = launcher
+        # Whether the kernels count on a gradient's alignment.
+        self.aligned = [bucket.align > 1 for bucket in launcher.buckets]
         self.counters = [entry.state["step"] for entry in entries]
         self.pending: tuple[Tensor, Any] | None = None  # flags on their way to the host, and when they are there
         self.kept: list[Uploaded] = []  # tables that CUDA graphs read
@@ -70,28 +55,9 @@ class Plan:
         if recording and not self.capturable:
             raise RuntimeError("a step inside a CUDA graph counts on the device: memopt.create(..., capturable=True)")
         self.settle()
-        if not self._same(optimizer):
+        addresses = self.gradients(optimizer) if self.same(optimizer) else None
+        if addresses is None or any(a % tables.VECTOR for a, yes in zip(addresses, self.aligned, strict=True) if yes):
             return False
-        addresses = []
-        all_state = optimizer.state
-        for entry in self.entries:
-            g = entry.p.grad
-            if (
-                type(g) is not Tensor
-                or g.layout is not torch.strided
-                or g.dtype is not entry.grad_dtype
-                or not g.is_contiguous()
-                or entry.p.data_ptr() != entry.address
-                or entry.p.shape != entry.shape
-                or not entry.p.is_contiguous()
-                or all_state.get(entry.p) is not entry.state
-                or [t.data_ptr() for t in entry.state.values()] != entry.addresses
-            ):
-                return False
-            address = g.data_ptr()
-            if entry.aligned and address % tables.VECTOR:
-                return False
-            addresses.append(address)
         launcher = self.launcher
         if recording:
             # The graph reads these addresses whenever it runs: no other step may change them.
@@ -112,21 +78,6 @@ class Plan:
         self.found_inf = getattr(optimizer, "found_inf", None)
         self.grad_scale = getattr(optimizer, "grad_scale", None)
         return True
-
-    def _same(self, optimizer: Optimizer) -> bool:
-        groups = optimizer.param_groups
-        same = optimizer.spec is self.spec and optimizer.partition is self.partition and optimizer.seed == self.seed
-        if not same or len(groups) != len(self.groups):
-            return False
-        now = [p for group in groups for p in group["params"]]
-        if len(now) != len(self.all) or any(a is not b for a, b in zip(now, self.all, strict=True)):
-            return False
-        if any(p.grad is not None for p in self.idle):
-            return False
-        return all(
-            group is mine and describe.flags(self.spec, group) == flags
-            for group, mine, flags in zip(groups, self.groups, self.flags, strict=True)
-        )
 
     def non_finite(self) -> list[str]:
         """Look at the gradients on the device. The kernels heed what they find themselves; only ``"raise"`` waits."""
@@ -268,9 +219,4 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     launcher = Launcher(spec, made, works[0].p.device, len(groups))
     if isinstance(optimizer._plan, Plan) and optimizer._plan.launcher.device == launcher.device:
         launcher.skipped = optimizer._plan.launcher.skipped
-    entries = []
-    for work, bucket in zip(works, launcher.buckets, strict=True):
-        p, addresses = work.p, [t.data_ptr() for t in work.state.values()]
-        entries.append(Entry(work.name, p, work.state, p.shape, work.g.dtype, p.data_ptr(), addresses,
-                             bucket.align > 1))  # fmt: skip
-    return Plan(optimizer, entries, launcher)
+    return Plan(optimizer, [Entry.of(work) for work in works], launcher)
