@@ -182,7 +182,7 @@ def _footer(e: Estimate) -> list[str]:
         lines.append("* pageable: moves to host memory while the GPU is full; not in the GPU peak.")
     away = [f"{c.spec} {gib(c.nbytes('state') - c.nbytes('state', GPU))}" for c in e.columns if _mark(c) == "^"]
     if away:
-        lines.append(f"^ on the host or on disk, not in the GPU peak: {_listed(away)}.")
+        lines.append(f"^ on the host or on disk, not in the GPU peak: {_listed(tuple(away))}.")
     phases = ", ".join(dict.fromkeys(column.peak.phase for column in e.columns))
     without = f", without {_listed(e.without)}" if e.without else ""
     lines.append(f"GPU peak: the most of {_listed(PHASES)} (here: {phases}){without}.")
