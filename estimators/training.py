@@ -82,10 +82,10 @@ class Training(NamedTuple):
             raise InputError(f"mixed={self.mixed!r} does not go with {other}: the weights it is for are in float32")
         if self.deepspeed and self.release_gradients:
             raise InputError("release_gradients does not go with deepspeed, which reduces gradients by buckets")
-        if not self.seq and (self.batch > 1 or self.checkpointing != "none"):
-            raise InputError(
-                "batch and checkpointing have an effect on activations, which need seq: tokens per sequence"
-            )
+        given = self.batch, self.checkpointing, self.accumulate, self.attention
+        if not self.seq and given != (1, "none", 1, "sdpa"):
+            raise InputError("batch, checkpointing, accumulate and attention have an effect on activations, which need "
+                             "seq: tokens per sequence")  # fmt: skip
         return self
 
 
@@ -95,10 +95,13 @@ def run(model: Model, training: Training, item: int, sharded: bool = False) -> "
         return None, "activations (say --seq)"
     if model.config is None:
         return None, "activations (only shapes are known; name an architecture or a config.json)"
-    from estimators.activations import MIXED, Step, activations, written
+    from estimators.activations import MIXED, NOT_SELECTIVE, Step, activations, written
 
     if not written(str(model.config.get("model_type"))):
         return None, f"activations (there is no formula for {model.config.get('model_type')} yet)"
+    refused = NOT_SELECTIVE.get(str(model.config["model_type"])) if training.checkpointing == "selective" else None
+    if refused:
+        return None, f"activations (torch refuses selective checkpointing of this model: {refused})"
     autocast = bool(training.mixed) and not sharded
     if autocast and (model.config.get("model_type") not in MIXED or training.lora or training.attention == "eager"):
         what = "adapters" if training.lora else "eager attention" if training.attention == "eager" else "it"

@@ -176,9 +176,7 @@ class TestStep:
     def test_state_that_is_elsewhere_is_marked(self, run):
         _, out, _ = run("estimate", "gpt2", "--gpu", "24GiB", "--optim", "adamw", "adamw@cpu", "adamw@disk")
         assert [line.split()[0] for line in out.splitlines() if "iB^" in line] == ["adamw@cpu", "adamw@disk"]
-        assert "^ on the host or on disk, not in the GPU peak: adamw@cpu 1." in " ".join(
-            out.split()
-        )
+        assert "^ on the host or on disk, not in the GPU peak: adamw@cpu 1." in " ".join(out.split())
 
     def test_what_a_sequence_means_is_said(self, run):
         _, out, _ = run("estimate", "whisper-tiny", "--seq", "449")
@@ -229,6 +227,9 @@ class TestStep:
             (("gpt2", "--batch", "2"), ("seq",)),
             (("gpt2", "--seq", "64", "--checkpointing", "some"), ("none, full",)),
             (("8B", "--lora", "8"), ("a parameter count has none",)),
+            (("gpt2", "--emit", "python", "--json"), ("both print",)),
+            (("gpt2", "--attention", "eager"), ("need seq",)),
+            (("gpt2", "--accumulate", "4"), ("need seq",)),
             (("gpt2", "--emit", "lightning"), ("accelerate, deepspeed, transformers, python",)),
             (("gpt2", "--from", "/no/such/file"), ("/no/such/file",)),
         ],

@@ -77,8 +77,5 @@ def written(model_type: str) -> bool:
 def activations(config: Mapping[str, Any], source: str, step: Step, checkpointing: str = "none") -> Activations:
     """Of one micro-batch. Raises KeyError for a family or a nonlinearity without a formula."""
     module, name = WRITTEN[config["model_type"]]
-    if checkpointing == "selective" and config["model_type"] in NOT_SELECTIVE:
-        raise KeyError(f"selective checkpointing of {config['model_type']}, which torch refuses: "
-                       f"{NOT_SELECTIVE[config['model_type']]}")  # fmt: skip
     function: Callable[[Fields, Step], Network] = getattr(import_module(f"estimators.activations.{module}"), name)
     return composed(function(Fields(config, source), step), step, checkpointing)

@@ -66,6 +66,8 @@ def run(args: Namespace) -> int:
     if args.model is None:
         raise InputError("which model? a parameter count such as 8B, an architecture (--models lists them), a "
                          "config.json or a folder")  # fmt: skip
+    if args.json and args.emit:
+        raise InputError("--json and --emit both print; one of them")
     world = whole(args.world, "--world")
     if args.emit == "deepspeed":
         args.deepspeed = True
