@@ -203,10 +203,10 @@ def main() -> int:
     text = table(rows, crossed, kept)
     print(text)
     if args.out:
-        args.out.write_text(
-            json.dumps({"torch": torch.__version__, "within": rows, "across": crossed, "masters": kept}, indent=1)
-            + "\n"
-        )
+        short = [[*list(row.values())[:4], round(row["error"], 5)] for row in rows]
+        results = {"torch": torch.__version__, "within": short, "across": crossed, "masters": kept}
+        lines = [f'"{key}": {json.dumps(value)}' for key, value in results.items()]
+        args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         args.out.with_suffix(".md").write_text(text)
     return 0
 

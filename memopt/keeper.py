@@ -67,6 +67,7 @@ class Keeper(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; a hyperparameter that the rule does not have, or a value that is not allowed,
         and a parameter that is already there raise an error and leave the optimizer as it was."""
+        self._check_finished()
         group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
         super().add_param_group(group)
         self._made_for = [tuple(p.shape) for g in self.param_groups for p in g["params"]]
@@ -91,6 +92,7 @@ class Keeper(torch.optim.Optimizer):
 
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires a gradient; zeros, as before the first step."""
+        self._check_finished()
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
         self._allocate_missing([entry for entry in self._parameters() if entry[1].requires_grad])
         self._take_place()
