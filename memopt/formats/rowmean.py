@@ -20,7 +20,9 @@ def _over_last(shape: Shape) -> bool:
 
 def span(rows: Rows) -> int:
     """Elements of a row: every so many of the flattened tensor share one number."""
-    return rows.shape[-1] if len(rows.shape) > 1 and _over_last(rows.shape) else rows.cols
+    if len(rows.shape) < 2:
+        return FLAT_ROW  # whatever the unit in which a vector is cut
+    return rows.shape[-1] if _over_last(rows.shape) else rows.cols
 
 
 @final

@@ -137,7 +137,7 @@ class Tensors:
             slot = abi.SLOT[moment.name]
             if kept.name == "rowmean":
                 row[f.DATA0.value] = parts[0].data_ptr()
-                means = (row_means.ONE if span(rows) == rows.cols else row_means.SEVERAL).value
+                means = (row_means.ONE if span(rows) == rows.in_units(FLAT_ROW).cols else row_means.SEVERAL).value
                 continue
             slots[slot] = True
             x_signed = x_signed or (slot == 2 and moment.signed)
