@@ -4,8 +4,11 @@ loaded by b processes, for all a and b.
     python benchmarks/sharding_matrix.py            writes benchmarks/results/sharding_matrix.json and .md
 
 The model has rows that nothing divides (255, 257), fewer rows than processes, vectors and a stack of matrices. Steps
-are on random gradients that do not depend on the parameters. The bars: parameters within 1e-6 of the largest element,
-codes and scales identical for element-wise rules, bytes of every rank those of memopt.price.
+are on random gradients that do not depend on the parameters. Rules and formats that need sums over ranks take the plain
+torch path on several processes, so they have two references: that path in one process, and its kernels. The bars:
+every bit of parameters and state that of the same path in one process; parameters within 1e-6 of the largest element
+of what kernels in one process give; bytes of every rank those of memopt.price. References are computed once; each
+number of processes is started twice, for the matrix and for what the others have saved.
 """
 
 from __future__ import annotations
@@ -13,16 +16,24 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from argparse import ArgumentParser
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import memopt
+from memopt.engines.native import moment_formats
+from memopt.geometry import Rows
+from memopt.kernels import describe, loader
 from memopt.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -34,14 +45,16 @@ WORLDS = (1, 2, 3, 4)
 FORMATS = ("32bit", "8bit", "4bit", "factored")
 PARTITIONS = ("zero1", "zero2", "zero3")
 RTOL = 1e-6
-#: A code at the edge of its rounding may fall to the other side where the update differs in the last bit (whole-tensor
-#: rules): one element's step changes by a share of the rate.
-RTOL_CODES = 1e-2
-RESHARDED = ("adamw/zero3", "adamw-8bit/zero3", "adamw-4bit/zero3", "lion-8bit/zero2", "adafactor/zero3")
+#: Where a moment is coded that itself depends on sums (CAME's exp_avg and exp_avg_res), a code at the edge of its
+#: rounding, one in some hundred thousand, is another in kernels than in torch: a share of the rate.
+CODED_UPDATES, RTOL_CODED = ("came-8bit", "came-4bit"), 1e-2
+#: Steps before a checkpoint, and after it has been loaded.
+BEFORE, AFTER = 3, 3
+#: What is saved and loaded under every partition; with torch.distributed.checkpoint and memopt.save.
+MOVED = ("adamw", "adamw-8bit", "adamw-4bit", "adamw-factored", "adafactor", "lion-8bit", "came-8bit", "adammini-4bit")
 
 
 def specs() -> list[str]:
-    """By partition, so that references are shared."""
     return [
         str(spec)
         for spec in memopt.specs()
@@ -50,66 +63,153 @@ def specs() -> list[str]:
     ]  # fmt: skip
 
 
-def one(spec: str, steps: int) -> dict[str, Any]:
-    """The largest relative error of a parameter and the number of parts of state with other bits, on this rank."""
-    hyper = HYPER.get(memopt.parse(spec).rule, {})
-    reference, alone = sharded.reference(spec)
-    sharded.drive(reference, alone, 0, steps)
+def summed(spec: str) -> bool:
+    """Whether the plain path steps some of it on several ranks: kernels take no sums over them."""
+    parsed = memopt.parse(spec)
+    vectors = parsed.rule == "adammini" and parsed.partition != "zero1"  # whose means are of blocks that are cut
+    return not RULES[parsed.rule].element_wise or parsed.format == "factored" or vectors
+
+
+def on_torch(spec: str, off: bool = True) -> AbstractContextManager[object]:
+    """Without kernels, where several ranks have none."""
+    return patch.object(loader, "_loaded", loader.Missing("turned off")) if off and summed(spec) else nullcontext()
+
+
+# One process ---------------------------------------------------------------------------------------------------------
+
+
+def alone(spec: str) -> str:
+    """The file of a reference: ``/zero2`` and ``/zero3`` have the same one."""
+    parsed = memopt.parse(spec)
+    return f"{parsed.replace(partition='none')}{'' if parsed.partition == 'zero1' else ' cut'}"
+
+
+def write_references(chosen: list[str], steps: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    for spec in {alone(spec): spec for spec in chosen}.values():
+        for kernels in (True, False) if summed(spec) else (True,):
+            with on_torch(spec, not kernels):
+                model, opt = sharded.reference(spec)
+                sharded.drive(model, opt, 0, steps)
+                state = {name: (p.detach(), dict(opt.state[p])) for name, p in model.named_parameters()}
+                torch.save(state, f"{folder}/{alone(spec)} {kernels} {steps}")
+
+
+def reference(spec: str, steps: int, folder: str, kernels: bool) -> dict[str, tuple[Tensor, dict[str, Tensor]]]:
+    found: dict[str, Any] = torch.load(f"{folder}/{alone(spec)} {kernels} {steps}", mmap=True)
+    return found
+
+
+# Several -------------------------------------------------------------------------------------------------------------
+
+
+def one(spec: str, steps: int, folder: str) -> dict[str, Any]:
+    """On this rank: how it differs from the same path in one process, the error against kernels in one process, and
+    whether bytes are as predicted."""
     model, opt = sharded.build(spec)
     sharded.drive(model, opt, 0, steps)
-    error, other = 0.0, 0
-    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-        error = max(error, float((sharded.whole(p) - q.detach()).abs().max() / q.detach().abs().max()))
-        rows = opt.partition.held(p)
-        start, stop = rows.bounds
-        for key, mine in opt.state[p].items():
-            theirs = alone.state[q][key]
-            cut = theirs if mine.shape == theirs.shape else theirs[_span(mine, theirs, start, stop, rows)]
-            other += not torch.equal(mine, cut)
+    hyper = HYPER.get(opt.spec.rule, {})
     priced = memopt.price(sharded.uneven_model(), spec, world_size=dist.get_world_size(), rank=dist.get_rank(), **hyper)
-    return {"error": error, "other_bits": other, "priced": priced == opt.ledger()}
+    usual = reference(spec, steps, folder, kernels=True)
+    same = usual
+    if summed(spec) and dist.get_world_size() > 1:
+        plain = reference(spec, steps, folder, kernels=False)
+        same = {name: (plain if has_sums(opt, name, p, group) else usual)[name] for name, p, group in opt._parameters()}
+    kernels = compare(model, opt, usual)["error"]
+    return {**compare(model, opt, same), "kernels": kernels, "priced": priced == opt.ledger()}
 
 
-def _span(mine: torch.Tensor, theirs: torch.Tensor, start: int, stop: int, rows: Any) -> slice:
-    """Where this rank's part stands along dimension 0 of the whole part."""
-    if len(rows.shape) >= 2:
-        return slice(rows.first, rows.stop)
-    ratio = rows.shape[0] / theirs.shape[0]  # elements per entry: 1, 2 for packed codes, the block for scales
-    first = round(start / ratio) if ratio < 3 else start // (128 if ratio < 200 else 256)
-    return slice(first, first + mine.shape[0])
+def has_sums(opt: memopt.Optimizer, name: str, p: Tensor, group: dict[str, Any]) -> bool:
+    """Whether this parameter's update takes sums over ranks."""
+    rows = opt.partition.held(p)
+    moments = moment_formats(opt.spec, group, name, rows)
+    return describe.needs_ranks(opt.spec, moments, rows, dist.get_world_size()) is not None
 
 
-def matrix(chosen: list[str], steps: int, folder: str) -> dict[str, Any]:
-    found = {spec: one(spec, steps) for spec in chosen}
-    for spec in RESHARDED:
-        model, opt = sharded.build(spec)
-        sharded.drive(model, opt, 0, 3)
-        parameters, state = get_state_dict(model, opt)
-        name = f"{folder}/{spec.replace('/', '_')}-{dist.get_world_size()}"
-        dcp.save({"model": parameters, "optimizer": state}, checkpoint_id=name)
-    return found
+def compare(model: nn.Module, opt: memopt.Optimizer, expected: dict[str, Any]) -> dict[str, Any]:
+    """The largest error of a parameter over its largest element, and how many numbers of the state are others."""
+    error, other = 0.0, 0
+    for name, p, group in opt._parameters():
+        whole, state = expected[name]
+        error = max(error, float((sharded.whole(p) - whole).abs().max() / whole.abs().max()))
+        for key, start in starts(opt, name, p, group).items():
+            mine = opt.state[p][key]
+            theirs = state[key] if mine.shape == state[key].shape else state[key][start : start + mine.shape[0]]
+            other += int((mine != theirs).sum())
+    return {"error": error, "other": other}
 
 
-def reshard(folder: str) -> dict[str, bool]:
-    """Whether training goes on bit for bit (to RTOL for whole-tensor rules) from what every number of ranks saved."""
-    found = {}
-    for spec in RESHARDED:
-        reference, alone = sharded.reference(spec)
-        sharded.drive(reference, alone, 0, 6)
-        for saved_by in WORLDS:
+def starts(opt: memopt.Optimizer, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, int]:
+    """Where this rank's part of each tensor of the state begins along dimension 0 of the whole."""
+    rows = opt.partition.held(p)
+    before = Rows(rows.shape, 0, rows.first, rows.flat)
+    return {
+        f"{moment.name}.{part}" if part else moment.name: tensor.shape[0]
+        for moment, fmt, _ in moment_formats(opt.spec, group, name, rows)
+        for part, tensor in fmt.layout(moment, before).items()
+    }
+
+
+def matrix(chosen: list[str], moved: list[str], steps: int, folder: str) -> dict[str, Any]:
+    found = {spec: one(spec, steps, folder) for spec in chosen}
+    for spec in moved:
+        for save, _ in ways(spec).values():
             model, opt = sharded.build(spec)
-            parameters, state = get_state_dict(model, opt)
-            saved = {"model": parameters, "optimizer": state}
-            dcp.load(saved, checkpoint_id=f"{folder}/{spec.replace('/', '_')}-{saved_by}")
-            set_state_dict(model, opt, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-            sharded.drive(model, opt, 3, 3)
-            pairs = list(zip(map(sharded.whole, model.parameters()), reference.parameters(), strict=True))
-            if RULES[memopt.parse(spec).rule].element_wise:
-                same = all(torch.equal(a, b) for a, b in pairs)
-            else:
-                same = all((a - b).abs().max() <= RTOL * b.abs().max() for a, b in pairs)
-            found[f"{spec} saved by {saved_by}"] = bool(same)
+            with on_torch(spec):
+                sharded.drive(model, opt, 0, BEFORE)
+            save(model, opt, saved(folder, spec, dist.get_world_size()))
     return found
+
+
+def saved(folder: str, spec: str, world: int) -> str:
+    return f"{folder}/{spec.replace('/', '_')} by {world}"
+
+
+def ways(spec: str) -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
+    """``(save, load)`` by name. torch.distributed.checkpoint knows nothing of rows of replicated parameters."""
+    found = {"memopt": (_save, _load)}
+    return found if spec.endswith("/zero1") else {**found, "DCP": (_save_dcp, _load_dcp)}
+
+
+def _save(model: nn.Module, opt: memopt.Optimizer, path: str) -> None:
+    memopt.save(path, model=model, optimizer=opt)
+
+
+def _load(model: nn.Module, opt: memopt.Optimizer, path: str) -> None:
+    memopt.load(path, model=model, optimizer=opt, rng=False)
+
+
+def _save_dcp(model: nn.Module, opt: memopt.Optimizer, path: str) -> None:
+    parameters, state = get_state_dict(model, opt)
+    dcp.save({"model": parameters, "optimizer": state}, checkpoint_id=f"{path} dcp")
+
+
+def _load_dcp(model: nn.Module, opt: memopt.Optimizer, path: str) -> None:
+    parameters, state = get_state_dict(model, opt)
+    found = {"model": parameters, "optimizer": state}
+    dcp.load(found, checkpoint_id=f"{path} dcp")
+    set_state_dict(model, opt, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+
+
+def reshard(moved: list[str], folder: str) -> dict[tuple[str, str, int], dict[str, Any]]:
+    """How training goes on from what every number of ranks saved, against one process that never stopped."""
+    found = {}
+    for spec in moved:
+        expected = reference(spec, BEFORE + AFTER, folder, kernels=not summed(spec))
+        for way, (_, load) in ways(spec).items():
+            for world in WORLDS:
+                model, opt = sharded.build(spec)
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.zero_()
+                load(model, opt, saved(folder, spec, world))
+                with on_torch(spec):
+                    sharded.drive(model, opt, BEFORE, AFTER)
+                found[spec, way, world] = compare(model, opt, expected)
+    return found
+
+
+# All -----------------------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
@@ -118,56 +218,73 @@ def main() -> int:
     parser.add_argument("--only", default="", help="specs that contain this")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
+    started = time.monotonic()
     chosen = [spec for spec in specs() if args.only in spec]
+    moved = [spec for rule in MOVED for p in PARTITIONS if args.only in (spec := f"{rule}/{p}")]
     with tempfile.TemporaryDirectory() as folder:
-        by_world = {world: ranks.run(matrix, world, chosen, args.steps, folder) for world in WORLDS}
-        moved = {world: ranks.run(reshard, world, folder) for world in WORLDS}
-    rows, wrong = [], []
-    for spec in chosen:
-        parsed = memopt.parse(spec)
-        exact = RULES[parsed.rule].element_wise and parsed.format != "factored"
-        bar = 0.0 if exact else RTOL if parsed.format in ("32bit", "factored") else RTOL_CODES
-        row: dict[str, Any] = {"spec": spec, "exact": exact}
-        for world in WORLDS:
-            results = [rank[spec] for rank in by_world[world]]
-            row[f"error_{world}"] = max(r["error"] for r in results)
-            row[f"other_bits_{world}"] = sum(r["other_bits"] for r in results)
-            if (
-                row[f"error_{world}"] > bar
-                or (exact and row[f"other_bits_{world}"])
-                or not all(r["priced"] for r in results)
-            ):
-                wrong.append(f"{spec} on {world}: {results}")
-        rows.append(row)
-    grid = {
-        f"{key}, loaded by {world}": all(rank[key] for rank in moved[world])
-        for world in WORLDS
-        for key in moved[world][0]
-    }
-    wrong += [key for key, same in grid.items() if not same]
-    record = {"steps": args.steps, "torch": torch.__version__, "rows": rows, "resharded": grid, "wrong": wrong}
+        write_references(chosen, args.steps, folder)
+        write_references(moved, BEFORE + AFTER, folder)
+        by_world = {world: ranks.run(matrix, world, chosen, moved, args.steps, folder) for world in WORLDS}
+        loaded = {world: ranks.run(reshard, world, moved, folder) for world in WORLDS}
+    rows = [cell(spec, {world: [rank[spec] for rank in by_world[world]] for world in WORLDS}) for spec in chosen]
+    grid = [
+        {"spec": spec, "way": way, "saved_by": a, "loaded_by": b,
+         **cell(spec, {b: [rank[spec, way, a] for rank in loaded[b]]})}
+        for b in WORLDS for spec, way, a in loaded[b][0]
+    ]  # fmt: skip
+    record = {
+        "steps": args.steps, "before": BEFORE, "after": AFTER, "seconds": round(time.monotonic() - started),
+        "torch": torch.__version__, "only": args.only, "rows": rows, "resharded": grid,
+    }  # fmt: skip
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sharding_matrix.json").write_text(json.dumps(record, indent=1) + "\n")
     (args.out / "sharding_matrix.md").write_text(page(record))
     print(page(record))
-    return 1 if wrong else 0
+    return 1 if any(row["outside"] for row in rows + grid) else 0
+
+
+def cell(spec: str, by_world: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The worst of all ranks by number of processes, and what is outside the bars."""
+    coded = any(spec.startswith(name) for name in CODED_UPDATES)
+    bars = {"error": 0.0, "other": 0, "kernels": RTOL_CODED if coded else RTOL}
+    worst = {key: {world: max(rank.get(key, 0) for rank in ranks) for world, ranks in by_world.items()} for key in bars}
+    wrong = [f"{key} on {w}: {x:g}" for key, bar in bars.items() for w, x in worst[key].items() if x > bar]
+    wrong += [f"bytes on {w}" for w, ranks in by_world.items() if not all(rank.get("priced", True) for rank in ranks)]
+    return {"spec": spec, **worst, "outside": wrong}
 
 
 def page(record: dict[str, Any]) -> str:
+    part = f"A part of the matrix (`--only {record['only']}`).\n\n" * bool(record["only"])
+    rows, grid = record["rows"], record["resharded"]
+    same = sum(not any(any(row[key].values()) for key in ("error", "other")) for row in rows)
     lines = [
         "# Sharded state against one process", "",
-        f"{record['steps']} steps; the largest error of a parameter over its largest element, on 1, 2, 3 and 4 gloo "
-        "processes. `0` is the same bits, of parameters, codes and scales. Written by `benchmarks/sharding_matrix.py`.",
+        f"{part}{record['steps']} steps on 1, 2, 3 and 4 gloo processes; {len(rows)} specs. Of {same} every bit of "
+        "parameters, codes and scales is, on any number of processes, that of one process on the same path. The table: "
+        "the largest error of a parameter over its largest element against kernels in one process; `0` is the same "
+        "bits. Rules and formats that need sums over ranks take torch's operations on several processes, which round "
+        "otherwise than kernels. Written by `benchmarks/sharding_matrix.py`.",
         "", "| spec | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|",
     ]  # fmt: skip
-    for row in record["rows"]:
-        cells = ["0" if not row[f"error_{w}"] else f"{row[f'error_{w}']:.0e}" for w in WORLDS]
+    for row in rows:
+        cells = [f"{row['kernels'][w]:.0e}" if row["kernels"][w] else "0" for w in WORLDS]
         lines.append(f"| `{row['spec']}` | " + " | ".join(cells) + " |")
-    same = sum(record["resharded"].values())
-    lines += ["", f"Checkpoints saved by a and loaded by b processes, a and b from 1 to 4, specs "
-              f"{', '.join(f'`{s}`' for s in RESHARDED)}: {same} of {len(record['resharded'])} went on bit for bit "
-              "(`adafactor`: to 1e-6).", ""]  # fmt: skip
-    lines += [f"Outside the bars: {text}" for text in record["wrong"]] or ["All within the bars."]
+    moved = sorted({f"`{row['spec']}`" for row in grid})
+    same = sum(not any(any(row[key].values()) for key in ("error", "other")) for row in grid)
+    lines += [
+        "", f"{', '.join(CODED_UPDATES)}: a moment is coded that depends on a sum, and of some hundred thousand codes "
+        f"one is another in kernels than in torch (the bar: {RTOL_CODED:g}).",
+        "", f"Checkpoints saved by a and loaded by b processes, a and b from 1 to 4, with memopt.save and, of sharded "
+        f"parameters, torch.distributed.checkpoint; {record['before']} steps before, {record['after']} after, against "
+        f"one process that never stopped: {same} of {len(grid)} went on bit for bit. Specs: {', '.join(moved)}.", "",
+    ]  # fmt: skip
+    wrong = [f"* `{row['spec']}`: {', '.join(row['outside'])}" for row in record["rows"] if row["outside"]]
+    wrong += [
+        f"* `{row['spec']}` ({row['way']}) saved by {row['saved_by']}: {', '.join(row['outside'])}"
+        for row in grid
+        if row["outside"]
+    ]
+    lines += ["Outside the bars:", "", *wrong] if wrong else ["All within the bars."]
     return "\n".join(lines) + "\n"
 
 

@@ -4,80 +4,35 @@ from pathlib import Path
 
 import frameworks
 import pytest
-import ranks
 
 import memopt
 from memopt.integrations.deepspeed import check_engine
 
-#: Two ranks sum gradients in another order than one; 8-bit codes may round to the other side; DeepSpeed's flat vectors
-#: have other blocks.
-RTOL, RTOL_8BIT, RTOL_FLAT = 1e-4, 2e-2, 5e-2
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
-
-
-#: What is run under accelerate: (its kind of process group, spec, what becomes of save_state and load_state).
-ACCELERATE = [
-    ("ddp", "adamw-8bit", "bit for bit"),
-    ("ddp", "adamw-8bit/zero1", "refused with the reason: memopt.save"),
-    ("fsdp2", "adamw-8bit/zero3", "bit for bit"),
-    ("fsdp2", "adafactor/zero3", "bit for bit"),
-]
-#: Under DeepSpeed: (spec, stage, offload to the host).
-DEEPSPEED = [("adamw", 1, False), ("adamw-8bit", 2, True), ("adamw-8bit", 3, False)]
-
-
-def table():
-    """The rows of docs/compatibility.md: exactly what the tests of this file run."""
-    rows = ["| framework | spec | losses of the bare script | save and load in mid-training |", "|---|---|---|---|"]
-    rows += [f"| accelerate, {kind} | `{spec}` | yes | {saved} |" for kind, spec, saved in ACCELERATE]
-    for spec, stage, offload in DEEPSPEED:
-        name = f"DeepSpeed stage {stage}" + ", offload to the host" * offload
-        rows.append(f"| {name} | `{spec}` | yes | bit for bit |")
-    rows.append("| DeepSpeed | `adafactor` and all that needs shapes | refused with the reason | |")
-    return "\n".join(rows) + "\n"
+NEEDS = {"under_accelerate": "accelerate", "under_trainer": "transformers", "under_lightning": "lightning",
+         "under_deepspeed": "deepspeed"}  # fmt: skip
 
 
 def test_the_table_in_the_docs_is_what_is_run():
-    """To write it anew: python -c "import test_frameworks as t; print(t.table())" in this directory."""
-    assert table() in TABLE.read_text()
-
-
-def averaged(results, key):
-    return [sum(each) / len(results) for each in zip(*(rank[key] for rank in results), strict=True)]
+    """To write it anew: python -c "import frameworks; print(frameworks.table())" in this directory."""
+    assert frameworks.table() in TABLE.read_text()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "spec"), [case[:2] for case in ACCELERATE if case[2] == "bit for bit"])
-def test_accelerate(kind, spec, tmp_path):
-    pytest.importorskip("accelerate")
-    results = ranks.run(frameworks.under_accelerate, 2, kind, spec, str(tmp_path / "saved"))
-    losses = averaged(results, "losses")
-    assert losses == pytest.approx(frameworks.bare(spec.partition("/")[0]), rel=RTOL_8BIT)
-    for rank in results:
-        assert rank["resumed"] == rank["losses"][frameworks.SAVED_AT :]
-
-
-@pytest.mark.slow
-def test_accelerate_does_not_save_one_ranks_rows_for_all(tmp_path):
-    pytest.importorskip("accelerate")
-    spec = "adamw-8bit/zero1"
-    results = ranks.run(frameworks.under_accelerate, 2, "ddp", spec, str(tmp_path / "saved"))
-    assert averaged(results, "losses") == pytest.approx(frameworks.bare("adamw-8bit"), rel=RTOL_8BIT)
-    assert all("save with memopt.save" in rank["refused"] for rank in results)
-
-
-@pytest.mark.slow
-def test_deepspeed(tmp_path):
-    pytest.importorskip("deepspeed")
-    results = ranks.run(frameworks.under_deepspeed, 2, str(tmp_path), DEEPSPEED)
-    for spec, stage, offload in DEEPSPEED:
-        key = f"{spec} {stage}{' offload' * offload}"
-        losses = [sum(each) / 2 for each in zip(*(rank[key][0] for rank in results), strict=True)]
-        expected = frameworks.bare(key.split()[0], clip=False, accumulate=1)
-        assert losses == pytest.approx(expected, rel=RTOL if key == "adamw 1" else RTOL_FLAT)
-        for rank in results:
-            assert rank[key][1] == rank[key][0][frameworks.SAVED_AT :]
-    assert all("use an element-wise rule such as adamw-8bit" in rank["adafactor"] for rank in results)
+@pytest.mark.parametrize("case", frameworks.CASES, ids=lambda case: f"{case.framework} {case.ranks} {case.spec}")
+def test_the_losses_of_the_bare_script_and_on_from_a_checkpoint(case, tmp_path):
+    pytest.importorskip(NEEDS[case.function.__name__])
+    if "deepspeed" in case.arguments:
+        pytest.importorskip("deepspeed")
+    found = case.run(str(tmp_path))
+    assert all(case.refused in reason for reason in found["refused"][:1])
+    if "difference" in found:
+        assert found["difference"] <= case.rtol
+    if case.refused:
+        assert found["refused"][0]
+    else:
+        assert not any(found["refused"])
+        assert found["resumed"]
 
 
 def test_deepspeeds_configuration_refuses_what_flat_vectors_cannot_hold():

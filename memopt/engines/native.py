@@ -78,9 +78,13 @@ class ParameterState:
         return fmt.write(value.float(), parts, moment, shard, floor).to(self._dtype)
 
     def rms(self, x: Tensor) -> Tensor:
-        """Root mean square over the whole parameter, fp32 or fp64 []."""
+        """Root mean square over the whole parameter, in ``x``'s dtype []. Summed in fp64, where the order of a sum, and
+        so the number of ranks, hardly ever shows in the result."""
+        import torch
+
         rows = next(iter(self._shard.values())).rows
-        return (self._total(x.square().sum()) / max(Rows.whole(rows.shape).numel, 1)).sqrt()
+        total = self._total(x.square().sum(dtype=torch.float64))
+        return (total / max(Rows.whole(rows.shape).numel, 1)).sqrt().to(x.dtype)
 
 
 @final

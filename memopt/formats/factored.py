@@ -49,11 +49,13 @@ class Factored(Format):
         return self._product(parts, shard, TINY)
 
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
+        import torch
+
         if shard.rows.cols:
-            parts["row"].copy_(x.mean(-1, keepdim=True))
+            parts["row"].copy_(x.mean(-1, keepdim=True, dtype=torch.float64))
         height = shard.rows.shape[-2]
         if height:
-            column = x.sum(-2, keepdim=True)
+            column = x.sum(-2, keepdim=True, dtype=torch.float64)
             parts["col"].copy_((shard.total(column) if x.dim() == 2 else column) / height)
         return self._product(parts, shard, max(floor, TINY))
 

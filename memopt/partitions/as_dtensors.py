@@ -16,8 +16,15 @@ from memopt.pricing import state_lines
 if TYPE_CHECKING:
     from memopt.keeper import Keeper
 
-#: What calls ``state_dict()`` on every rank and keeps one rank's answer, or merges them as replicas.
-_HELPERS = ("torch.distributed.checkpoint.state_dict", "accelerate.checkpointing")
+#: What calls ``state_dict()`` and keeps one rank's answer, or merges all as replicas: module -> function, where only
+#: one of its functions does.
+_HELPERS = {
+    "torch.distributed.checkpoint.state_dict": "",
+    "accelerate.checkpointing": "",
+    "transformers.trainer": "_save_optimizer_and_scheduler",
+    "lightning.pytorch.strategies.strategy": "optimizer_state",
+    "pytorch_lightning.strategies.strategy": "optimizer_state",
+}
 
 
 def wrapped(optimizer: Keeper, packed: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
@@ -63,15 +70,16 @@ def has_dtensors(state_dict: Mapping[str, Any]) -> bool:
 
 
 def refuse_helpers(optimizer: Keeper) -> None:
-    """Raise RuntimeError where torch.distributed.checkpoint or accelerate's save_state asks for rows that no DTensor
-    describes: they would take them for replicas, and save one rank's."""
+    """Raise RuntimeError where torch.distributed.checkpoint, accelerate's save_state, Trainer or Lightning asks for
+    rows that no DTensor describes: they would take them for replicas, and save one rank's."""
     if optimizer.spec.partition != "zero1" or optimizer.partition.world_size == 1:
         return
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_globals.get("__name__") in _HELPERS:
+        module = frame.f_globals.get("__name__", "")
+        if module in _HELPERS and _HELPERS[module] in ("", frame.f_code.co_name):
             raise RuntimeError(
-                f"'{optimizer.spec}' keeps rows of replicated parameters, which {frame.f_globals['__name__']} would "
+                f"'{optimizer.spec}' keeps rows of replicated parameters, which {module} would "
                 "take for replicas of one another; save with memopt.save, or shard with '/zero2'"
             )

@@ -36,7 +36,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     square = g.square().add_(eps1)
     exp_avg_sq = state.write("exp_avg_sq", state.read("exp_avg_sq").lerp_(square, 1 - beta2))
     u = exp_avg_sq.rsqrt().mul_(g)
-    u.div_((state.rms(u) / h["d"]).clamp_(min=1.0))
+    u.mul_((state.rms(u) / h["d"]).clamp_(min=1.0).reciprocal_())
     exp_avg = state.write("exp_avg", state.read("exp_avg").lerp_(u, 1 - beta1))
     step = exp_avg
     if p.dim() >= 2:

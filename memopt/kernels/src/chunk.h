@@ -58,13 +58,13 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     V v(t, 0, at, v_scratch, sums);
     M m(t, 1, at, m_scratch, sums);
     X x(t, 2, at, x_scratch, sums);
-    vf total{}, squares{};
+    vd total{}, squares{};  // of many terms in another order the same fp32 number, nearly always
     if (Rule::W_P && __builtin_expect(s.begins, 0)) std::memcpy(t.slow + at.offset, p, 4 * at.n);
     const auto step = [&](int i, int stop) __attribute__((always_inline)) {
         vf pi = Rule::P ? loadf(p + i) : vf{};
         const vf gi = Rule::G ? loadf(g + i) : vf{};
         vf v_i = v.get(i), m_i = m.get(i), x_i = x.get(i);
-        if (Rule::SQUARES) squares += pi * pi;  // zeros past the end
+        if (Rule::SQUARES) squares += __builtin_convertvector(pi * pi, vd);  // zeros past the end
         vf term = Rule::apply(pi, gi, v_i, m_i, x_i, s);
         if (__builtin_expect(stop - i < W, 0)) {  // lanes past the end of the row count for nothing
             const vi live = (vi)iota() < (stop - i);
@@ -73,7 +73,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
             m_i = live ? m_i : vf{};
             x_i = live ? x_i : vf{};
         }
-        if (Rule::SUMS) total += term;
+        if (Rule::SUMS) total += __builtin_convertvector(term, vd);
         if (Rule::W_P) store(p + i, pi);
         if (Rule::W_V) v.put(i, v_i);
         if (Rule::W_M) m.put(i, m_i);

@@ -226,7 +226,7 @@ class Factored {
     INLINE_METHOD void end(int) {}
     INLINE_METHOD void turn(int) {}
     INLINE_METHOD void code(int) {}
-    INLINE_METHOD void close() { sums.row += sum_lanes(across); }
+    INLINE_METHOD void close() { sums.row += sum_lanes(__builtin_convertvector(across, vd)); }
 };
 
 // The same moment, read as 1 / sqrt(x).

@@ -31,6 +31,7 @@ constexpr int W = 4;
 #endif
 
 typedef float vf __attribute__((vector_size(4 * W)));
+typedef double vd __attribute__((vector_size(8 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 typedef uint32_t vu __attribute__((vector_size(4 * W)));
 
@@ -153,12 +154,10 @@ INLINE uint32_t largest_lane(vu x) {
 #endif
 }
 
-INLINE float sum_lanes(vf x) {
-    float lanes[W];
-    store(lanes, x);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+INLINE double sum_lanes(vd x) {
+    double sum = 0;
+    for (int i = 0; i < W; i++) sum += x[i];
+    return sum;
 }
 
 // Lanes of 8 and 16 bits, widened and narrowed. Narrowing keeps the low bits.
