@@ -112,7 +112,7 @@ def one(spec: str, steps: int, folder: str) -> dict[str, Any]:
     priced = memopt.price(sharded.uneven_model(), spec, world_size=dist.get_world_size(), rank=dist.get_rank(), **hyper)
     usual = reference(spec, steps, folder, kernels=True)
     same = usual
-    if summed(spec) and dist.get_world_size() > 1:
+    if summed(spec):
         plain = reference(spec, steps, folder, kernels=False)
         same = {name: (plain if has_sums(opt, name, p, group) else usual)[name] for name, p, group in opt._parameters()}
     kernels = compare(model, opt, usual)["error"]
@@ -120,7 +120,7 @@ def one(spec: str, steps: int, folder: str) -> dict[str, Any]:
 
 
 def has_sums(opt: memopt.Optimizer, name: str, p: Tensor, group: dict[str, Any]) -> bool:
-    """Whether this parameter's update takes sums over ranks."""
+    """Whether this parameter's update takes sums over ranks, or may."""
     rows = opt.partition.held(p)
     moments = moment_formats(opt.spec, group, name, rows)
     return describe.needs_ranks(opt.spec, moments, rows, dist.get_world_size()) is not None

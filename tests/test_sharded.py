@@ -204,7 +204,8 @@ def test_parameters_and_state_are_those_of_one_process(session, spec, monkeypatc
     rule = RULES[memopt.parse(spec).rule]
 
     def sums(p):  # adammini: the means of a vector that is cut between any two elements
-        return not rule.element_wise or ("factored" in spec and p.dim() > 1) or (rule.name == "adammini" and p.dim() < 2)
+        factored, means = "factored" in spec and p.dim() > 1, rule.name == "adammini" and p.dim() < 2
+        return not rule.element_wise or factored or means
 
     if any(sums(p) for p, _ in expected.values()):
         for whole, (p, _) in zip(session[0]["specs"][spec]["model"], expected.values(), strict=True):
@@ -298,3 +299,16 @@ def test_one_process_without_a_group_is_the_same_path():
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
         assert_same_bits(a, b)
     assert opt.ledger() == memopt.price(model, "adamw-8bit/zero3")
+
+
+def test_means_of_a_vector_that_may_be_cut_are_not_for_kernels(monkeypatch):
+    """Their rows are of one element: kernels would keep a mean of each."""
+    model, opt = sharded.build("adammini/zero3")
+    sharded.drive(model, opt, 0, 2)
+    assert "means of 256 elements of a vector that may be cut between any two" in opt.explain()
+    monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
+    other, plain = sharded.build("adammini/zero3")
+    sharded.drive(other, plain, 0, 2)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert (a - b).abs().max() <= RTOL * b.abs().max()
+    assert opt.ledger() == memopt.price(other, "adammini/zero3")

@@ -85,10 +85,11 @@ def format_of(moments: Moments) -> str:
 
 def needs_ranks(spec: OptimSpec, moments: Moments, rows: Rows, world_size: int) -> str | None:
     """Which sums the ranks that share a parameter would have to exchange within a step, or None."""
+    if rows.flat != FLAT_ROW and any(f.name == "rowmean" for _, f, _ in moments):  # one process alone has such rows too
+        return f"{spec.rule} takes means of {FLAT_ROW} elements of a vector that may be cut between any two"
     if world_size == 1:
         return None
-    cut = rows.flat != FLAT_ROW and any(f.name == "rowmean" for _, f, _ in moments)
-    if cut or not RULES[spec.rule].element_wise or format_of(moments) == "factored":
+    if not RULES[spec.rule].element_wise or format_of(moments) == "factored":
         return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
     return None
 
