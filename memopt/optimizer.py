@@ -121,7 +121,7 @@ class Optimizer(Keeper):
             bad = self.partition.agree(non_finite(gradients), [p for _, _, p, _ in ready])
             if self._stopped_by(bad):
                 return loss
-        works = self._step_some(ready, [g for _, g in gradients])
+        works = self._step_some(ready, [self._own(entry[2], g) for entry, (_, g) in zip(ready, gradients, strict=True)])
         self._plan = kernels.make_plan(self, works)
         if self.release is not None:
             self.release.finish()
@@ -131,7 +131,8 @@ class Optimizer(Keeper):
     def _step_some(
         self, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
     ) -> list[Work]:
-        """Step these ``(place among all, name, parameter, group)`` with what is here of their gradients."""
+        """Step these ``(place among all, name, parameter, group)`` with what is stepped here of their gradients.
+        ``p.grad`` is not looked at: it is another thread's where gradients are released."""
         self._check_finished()
         self.homes.check()
         self._allocate_missing([entry[1:] for entry in ready])
@@ -152,12 +153,15 @@ class Optimizer(Keeper):
         g = check_gradient(name, p)
         return g if type(g) is Tensor else self.partition.local(p, self._rows(p), g)
 
+    def _own(self, p: Tensor, g: Tensor) -> Tensor:
+        """Of a gradient from :meth:`_local_gradient`, the rows that are stepped here."""
+        return self.partition.local(p, self._rows(p), g) if g is p.grad else g
+
     def _work(self, index: int, name: str, p: Tensor, group: dict[str, Any], g: Tensor) -> Work:
         state = self.state[p]
         state["step"] += 1
         rows, local, groups = self._rows(p), self.partition.local, self.partition.groups(p)
-        mine = local(p, rows, g) if g is p.grad else g
-        return Work(name, index, rows, local(p, rows, p), mine, state, int(state["step"]), group, groups)
+        return Work(name, index, rows, local(p, rows, p), g, state, int(state["step"]), group, groups)
 
     @property
     def skipped_steps(self) -> int:

@@ -133,7 +133,7 @@ class Release:
         index, name, group = self._entries[id(p)]
         entry = index, name, p, group
         if not optimizer.homes.of(name).aside(name, p, entry, self._step_those):
-            self._step_those([(entry, optimizer._local_gradient(name, p))])
+            self._step_those([(entry, optimizer._own(p, optimizer._local_gradient(name, p)))])
 
     @torch.no_grad()
     def _step_those(self, ready: list[tuple[Entry, Tensor]]) -> None:

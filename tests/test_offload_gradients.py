@@ -4,6 +4,7 @@ device, and everything that is done with gradients gives what it gives on the de
 import copy
 import gc
 import pickle
+import threading
 import warnings
 import weakref
 from collections import Counter
@@ -515,6 +516,39 @@ def test_released_steps_beside_backward_are_those_of_device(either):
     for pair in ((model, opt), twin):
         train(*pair, 0, 5)
     assert_same((model, opt), twin)
+
+
+class OfOneThread(nn.Parameter):
+    """Its gradient is backward()'s thread's: torch does not guard it against another."""
+
+    @property
+    def grad(self):
+        assert threading.current_thread() is threading.main_thread()
+        return torch.Tensor.grad.__get__(self)
+
+    @grad.setter
+    def grad(self, g):
+        assert threading.current_thread() is threading.main_thread()
+        torch.Tensor.grad.__set__(self, g)
+
+
+def test_the_thread_beside_backward_leaves_gradients_of_parameters_alone(monkeypatch):
+    made = simulated.ThreadedBus()
+    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    model, twin = Deep(), Deep()
+    twin.load_state_dict(model.state_dict())
+    for layer in model.layers:
+        layer.weight = OfOneThread(layer.weight.detach())
+    opt, reference = memopt.create(model, "adamw@cpu", **OPTIONS), memopt.create(twin, "adamw")
+    for seed in range(4):
+        if seed == 2:
+            opt.release_gradients(model)
+        for m, o in ((model, opt), (twin, reference)):
+            for part in range(2 if seed < 2 else 1):
+                m(10 * seed + part).backward()
+            o.step()
+            o.zero_grad()
+    assert_same((model, opt), (twin, reference))
 
 
 @pytest.mark.parametrize("poisoned", [False, True])

@@ -91,7 +91,7 @@ class Home:
     def aside(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
         """Have ``step`` called, beside ``backward()``, with the gradient of ``p`` when it is where the step reads it:
         with ``entry`` and the gradient, and with those that have come meanwhile. False where nothing runs beside it:
-        then nothing was done."""
+        then nothing was done. ``step`` runs in another thread, where ``p.grad`` must not be looked at."""
         return False
 
     def settle(self) -> None:
