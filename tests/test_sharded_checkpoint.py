@@ -177,6 +177,8 @@ def test_memopt_saves_and_loads_sharded_models(session, i):
             for (name, p), a in zip(model.named_parameters(), weights, strict=True):
                 if name == "long" and "bit" in after and "zero1" in before + after:
                     assert (a - p).abs().max() < 1e-3  # one step
+                elif "adammini" in after and p.dim() < 2:  # means of vectors: torch's on several ranks, kernels' here
+                    torch.testing.assert_close(a, p.detach(), rtol=1e-6, atol=1e-6)
                 else:
                     assert_same_bits(a, p, name)
 
