@@ -1,20 +1,25 @@
-"""This calculator's peak, accelerate's and the bytes of a real step on the CPU, side by side.
+"""This calculator's peak, accelerate's, DeepSpeed's and the bytes of a real step on the CPU, side by side.
 
     python benchmarks/estimates_compared.py
 
-fp32 weights, AdamW; accelerate's figure is what its ``estimate-memory`` prints for training with Adam in fp32. Writes
+fp32 weights, AdamW; accelerate's figure is what its ``estimate-memory`` prints for training with Adam in fp32,
+DeepSpeed's what its estimate_zero2_model_states_mem_needs says for one GPU without offload (weights in 16 bits). Writes
 ``benchmarks/results/estimates_compared.json``.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import estimates_activations as real
 import torch
 from accelerate.commands.estimate import estimate_training_usage
 from accelerate.utils import calculate_maximum_sizes
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as deepspeeds
 
 CASES = [("llama", 1, "none"), ("llama", 1, "full"), ("gpt2", 1, "none"), ("bert", 1, "none"), ("mixtral", 1, "none")]
 
@@ -27,9 +32,11 @@ def main() -> None:
         r = real.measure(family, size, "float32", "sdpa", how, False)
         model = real.build(real.config(family, real.SIZES[size][0]), torch.float32, "sdpa")
         usage = estimate_training_usage(calculate_maximum_sizes(model)[0], "float32")
+        parameters = sum(p.numel() for p in model.parameters())
         results.append({"family": family, "checkpointing": how, "measured_nbytes": r["peak_nbytes"],
                         "memopt_nbytes": r["peak_predicted"],
-                        "accelerate_nbytes": int(max(usage.values()))})  # fmt: skip
+                        "accelerate_nbytes": int(max(usage.values())),
+                        "deepspeed_nbytes": deepspeeds(parameters, 1, 1, cpu_offload=False)[1]})  # fmt: skip
     for r in results:
         print(r, f"{r['memopt_nbytes'] / r['measured_nbytes']:.3f} {r['accelerate_nbytes'] / r['measured_nbytes']:.3f}")
     path = Path(__file__).parent / "results" / "estimates_compared.json"
