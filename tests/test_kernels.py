@@ -207,6 +207,21 @@ def test_nothing_is_left_to_the_plain_path(spec) -> None:
     assert "stepped by" not in opt.explain()
 
 
+def test_the_bounds_of_adabound_follow_a_schedule(plain) -> None:
+    def run() -> Tensor:
+        torch.manual_seed(0)
+        p = torch.nn.Parameter(torch.randn(40, 300))
+        opt = memopt.create([p], "adabound", lr=0.1, gamma=0.5)
+        rates = torch.optim.lr_scheduler.ExponentialLR(opt, 0.3)
+        for _ in range(3):
+            p.grad = gradient((40, 300), torch.float32)
+            opt.step()
+            rates.step()
+        return p.detach()
+
+    assert_close(run(), plain(run), 0.0, 0, "adabound")
+
+
 def test_row_means_of_rows_longer_than_one_thread_takes(plain) -> None:
     shapes = [(3, 140_001), (2, 3, 70_000), (9, 60_000)]
     ours, our_states = stepped("adammini", {}, shapes, torch.float32)

@@ -78,7 +78,7 @@ for which in sys.argv[2:]:
             build(f"sums:{rule}", elementwise.sums_kernel, SUM=of, M=takes_m, P_TYPE=tl.bfloat16, G_TYPE=tl.bfloat16,
                   KIND=2, WIDTH=256, TILE=4, ALIGN=16, WHOLE=True, PRECISE=False, **NONE)
             build(f"totals:{rule}", scalars.totals_kernel, RULE=scalars.NUMBER[rule].value, SPAN=256)
-        build("row means", row_means.row_means_kernel, KIND=row_means.ONE.value, G_TYPE=tl.bfloat16, ALIGN=16)
+        build("row means", row_means.row_means_kernel, KIND=row_means.ONE.value, ROWS=4, G_TYPE=tl.bfloat16, ALIGN=16)
     if which == "means":
         size = {"WIDTH": 512, "TILE": 4, "ALIGN": 16}
         t = tl.bfloat16

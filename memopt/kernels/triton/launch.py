@@ -107,8 +107,9 @@ class Launcher:
         rows = [-(-made[i].row[f.NUMEL.value] // made[i].row[f.ROW_SPAN.value]) for i in members]
         parts = [-(-count // made[i].row[f.ROW_GROUP.value]) for i, count in zip(members, rows, strict=True)]
         map_ = self._on_device(tables.programs(members, parts, 1))
-        constants = {"KIND": bucket.row_means, "G_TYPE": tables.TYPES[bucket.g_type], "ALIGN": bucket.align}
-        self._launch(row_means.row_means_kernel, len(map_), map_, num_warps=tables.WARPS, **constants, **OPTIONS)
+        self._launch(row_means.row_means_kernel, len(map_), map_, KIND=bucket.row_means, ROWS=tables.WARPS,
+                     G_TYPE=tables.TYPES[bucket.g_type], ALIGN=bucket.align, num_warps=tables.WARPS,
+                     **OPTIONS)  # fmt: skip
 
     @staticmethod
     def _place_sums(made: Sequence[tables.Tensors], members: list[int], programs: Tensor, offset: int) -> int:

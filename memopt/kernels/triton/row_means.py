@@ -8,8 +8,8 @@ from memopt.kernels.triton.tile import find, gradient_of, load_gradient, load_sc
 
 #: What a step kernel meets: no row means, one in each row of its view, several in a row (of a stack of matrices).
 NONE, ONE, SEVERAL = (tl.constexpr(i) for i in range(3))
-#: Rows and columns of a tile.
-ROWS, COLS = tl.constexpr(4), tl.constexpr(256)
+#: Columns of a tile.
+COLS = tl.constexpr(256)
 
 
 @triton.jit
@@ -19,6 +19,7 @@ def row_means_kernel(
     scalars,  # fp32 [tensors, SCALARS]
     map,  # int32 [programs, 2]: tensor, number of the program in it
     KIND: tl.constexpr,  # ONE or SEVERAL
+    ROWS: tl.constexpr,  # of a tile
     G_TYPE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
