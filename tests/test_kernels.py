@@ -242,7 +242,7 @@ def test_ties_are_rare(spec, plain) -> None:
 
 
 def test_means_of_a_vector_are_over_its_rows_whatever_cuts_it():
-    """/zero3 counts single elements of a vector; in one process the kernels step it all the same."""
+    """/zero3 counts single elements of a vector, which torch steps; its means are those of the kernels' rows."""
     states = []
     for spec in ("adammini", "adammini/zero3"):
         model = odd_model()
@@ -250,4 +250,5 @@ def test_means_of_a_vector_are_over_its_rows_whatever_cuts_it():
         train(model, opt, 0, 2)
         states.append([model.vector.detach().clone(), *opt.state[model.vector].values()])
     for x, y in zip(*states, strict=True):
-        assert torch.equal(x, y)
+        assert x.shape == y.shape
+        assert_close(x, y, 0.0, 0, "vector")

@@ -38,6 +38,6 @@ def test_clean_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
                             capture_output=True, text=True)  # fmt: skip
     if linked.returncode:
         pytest.skip(f"this compiler has no {sanitizer} sanitizer")
-    done = subprocess.run([str(program)], capture_output=True, text=True, env={**os.environ, **OPTIONS}, timeout=500)
+    done = subprocess.run([str(program)], capture_output=True, text=True, env={**os.environ, **OPTIONS}, timeout=1500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert done.stdout.strip() == "same"
