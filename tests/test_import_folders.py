@@ -222,6 +222,52 @@ def test_the_command_line_converts_and_inspects_a_folder(fsdp, tmp_path, capsys)
     assert all(state["step"] == STEPS for state in opt.state.values())
 
 
+def go_on_under_fsdp(folder, begin):
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    module = model()
+    module.load_state_dict(begin)
+    fully_shard(module, mesh=init_device_mesh("cpu", (WORLD,)))
+    opt = torch.optim.AdamW(groups(module), lr=1.0)
+    state = {"optimizer": get_optimizer_state_dict(module, opt)}
+    dcp.load(state, checkpoint_id=folder)
+    set_optimizer_state_dict(module, opt, state["optimizer"])
+    assert [(g["lr"], g["weight_decay"]) for g in opt.param_groups] == [(LR, 0.1), (LR, 0.0)]
+    _fsdp_steps(module, opt, STEPS, MORE)
+    return {name: p.full_tensor().detach().clone() for name, p in module.named_parameters()}
+
+
+def test_what_is_written_for_dcp_goes_on_under_fsdp(tmp_path, capsys):
+    from memopt.cli import main
+
+    module = model()
+    decay = [(n, p) for n, p in module.named_parameters() if p.dim() > 1]
+    rest = [(n, p) for n, p in module.named_parameters() if p.dim() == 1]
+    named = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    opt = memopt.create(named, "adamw", lr=LR)
+    for step in range(STEPS + MORE):
+        if step == STEPS:
+            memopt.save(tmp_path / "ours", optimizer=opt)
+            begin = {name: p.detach().clone() for name, p in module.state_dict().items()}
+        losses(module, step).backward()
+        opt.step()
+        opt.zero_grad()
+    out = str(tmp_path / "theirs")
+    assert main(["convert", str(tmp_path / "ours"), out, "--to", "dcp"]) == 0
+    end = dict(module.named_parameters())
+    for theirs in ranks.run(go_on_under_fsdp, WORLD, out, begin):
+        assert distance(end, theirs).max() < EXACT
+    assert main(["convert", out, str(tmp_path / "back"), "--to", "adamw"]) == 0
+    back = memopt.create(named, "adamw")
+    memopt.load(tmp_path / "back", optimizer=back, rng=False)
+    assert all(state["step"] == STEPS for state in back.state.values())
+    assert main(["convert", str(tmp_path / "ours"), out, "--to", "dcp"]) == 2
+    assert f"{out} exists" in capsys.readouterr().err
+
+
 def test_a_damaged_folder_is_named(fsdp, tmp_path):
     shutil.copytree(fsdp[0] / "flat", tmp_path / "flat")
     file = tmp_path / "flat" / "__1_0.distcp"

@@ -37,9 +37,9 @@ Plan = tuple[OptimSpec, Callable[[State], State], Callable[[State], State]]
 class Exported:
     """``source`` as ``tool`` would save it. Raises ValueError for what the tool cannot hold; nothing is computed yet.
 
-    ``tool`` is ``torch``, ``transformers`` (Adafactor), ``bitsandbytes`` (8 bits), ``bitsandbytes-32bit`` or
-    ``torchao`` (8 bits). Moments become what it keeps: fp32 for torch, factors for Adafactor, the dynamic code book
-    for bitsandbytes and torchao.
+    ``tool`` is ``torch``, ``dcp`` (the same for torch.distributed.checkpoint, with parameters by name),
+    ``transformers`` (Adafactor), ``bitsandbytes`` (8 bits), ``bitsandbytes-32bit`` or ``torchao`` (8 bits). Moments
+    become what it keeps: fp32 for torch, factors for Adafactor, the dynamic code book for bitsandbytes and torchao.
     """
 
     def __init__(self, source: Source, tool: str, fill: Fill | None = None) -> None:
@@ -47,6 +47,7 @@ class Exported:
             raise ValueError(f"state can be exported to {', '.join(_TOOLS)}, not to {tool!r}")
         spec, self._state, self._group = _TOOLS[tool](source)
         self._converted = Converted(source, spec, fill or {})
+        self._named = tool in FOLDERS
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +57,8 @@ class Exported:
     def state_dict(self, zeros: Zeros | None = None) -> dict[str, Any]:
         """For the tool's ``load_state_dict``; ``zeros`` may make the tensors elsewhere."""
         groups = self._converted.groups
-        numbers = {name: i for i, name in enumerate(name for group in groups for name in group.names)}
+        names = [name for group in groups for name in group.names]
+        numbers: dict[str, Any] = {name: name if self._named else i for i, name in enumerate(names)}
         state = {numbers[name]: self._state(parts) for name, parts in self._converted.states(zeros)}
         members = [{**self._group(group.hyper), "params": [numbers[name] for name in group.names]} for group in groups]
         return {"state": state, "param_groups": members}
@@ -81,6 +83,14 @@ def _torch(source: Source) -> Plan:
 
     fmt = "factored" if rule == "adafactor" else "32bit"
     return OptimSpec(rule=rule, format=fmt), state, group
+
+
+def _dcp(source: Source) -> Plan:
+    """``get_optimizer_state_dict`` has every key of torch's group, and ``dcp.load`` asks for every key."""
+    spec, state, group = _torch(source)
+    own = next(kind for name, kind in vars(torch.optim).items() if name.lower() == spec.rule)
+    defaults = own([torch.zeros(1)], lr=0.0).defaults
+    return spec, state, lambda h: {**defaults, **group(h)}
 
 
 def _is_torchs(group: Group) -> bool:
@@ -169,9 +179,12 @@ def _group(rule: str, h: Mapping[str, Any]) -> State:
 
 _TOOLS: dict[str, Callable[[Source], Plan]] = {
     "torch": _torch,
+    "dcp": _dcp,
     "transformers": _transformers,
     "bitsandbytes": _bitsandbytes("8bit"),
     "bitsandbytes-32bit": _bitsandbytes("32bit"),
     "torchao": _torchao,
 }
 TOOLS = tuple(_TOOLS)
+#: Those whose state is a folder.
+FOLDERS = ("dcp",)

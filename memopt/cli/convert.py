@@ -3,8 +3,9 @@
 IN is a checkpoint of memopt.save (or a folder of them), a file that torch.save wrote with the state_dict() of
 torch.optim, transformers' Adafactor, bitsandbytes or torchao, or a checkpoint folder of DeepSpeed (ZeRO 1 to 3,
 universal) or torch.distributed.checkpoint (FSDP). OUT is a folder in which a checkpoint is committed; for
---to torch, transformers, bitsandbytes, bitsandbytes-32bit or torchao it is a file for that tool's load_state_dict. The
-exit code is 0 when it is done, 2 if the input cannot be used.
+--to torch, transformers, bitsandbytes, bitsandbytes-32bit or torchao it is a file for that tool's load_state_dict, for
+--to dcp a folder from which torch.distributed.checkpoint loads "optimizer" (FSDP). The exit code is 0 when it is done,
+2 if the input cannot be used.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ SUMMARY = "optimizer state of a checkpoint or of another tool under another spec
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a checkpoint, a folder of them, or another tool's file or folder")
-    parser.add_argument("out", metavar="OUT", help="a folder of checkpoints; for another tool, a file")
+    parser.add_argument("out", metavar="OUT", help="a folder of checkpoints; for another tool, a file (dcp: a folder)")
     parser.add_argument("--to", metavar="SPEC", required=True, help="a spec (memopt list), or torch, "
-                        "transformers, bitsandbytes, bitsandbytes-32bit, torchao")  # fmt: skip
+                        "dcp, transformers, bitsandbytes, bitsandbytes-32bit, torchao")  # fmt: skip
     parser.add_argument("--from", metavar="RULE", dest="rule", help="the rule, where the file does not say it")
     parser.add_argument("--engine", metavar="ENGINE", default="native", help="native (default) or bitsandbytes")
     parser.add_argument("--fill", metavar="MOMENT=VALUE", action="append", default=[],
@@ -81,7 +82,7 @@ def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
 
     import torch
 
-    from memopt.checkpoint.exporting import Exported
+    from memopt.checkpoint.exporting import FOLDERS, Exported
     from memopt.checkpoint.scratch import Scratch
 
     exported = Exported(source, args.to, fill)
@@ -91,6 +92,8 @@ def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
     out = Path(args.out)
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is not a folder")
+    if args.to in FOLDERS and out.exists():
+        raise ValueError(f"{out} exists; name a folder that does not")
     with bar("exporting", exported.nbytes) as progress, Scratch(out.parent) as scratch:
 
         def zeros(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -100,11 +103,26 @@ def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
 
         state = exported.state_dict(zeros)
         unfinished = out.with_name(f".writing-{out.name}")
-        with open(unfinished, "wb") as file:
-            torch.save(state, file)
+        if args.to in FOLDERS:
+            _save_folder(state, unfinished)
+        else:
+            with open(unfinished, "wb") as file:
+                torch.save(state, file)
     os.replace(unfinished, out)
     print(f"written: {out}")
     return 0
+
+
+def _save_folder(state: dict[str, Any], path: Path) -> None:
+    import shutil
+    import warnings
+
+    import torch.distributed.checkpoint as dcp
+
+    shutil.rmtree(path, ignore_errors=True)  # of an export that was stopped
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is what is meant
+        dcp.save({"optimizer": state}, checkpoint_id=path, no_dist=True)
 
 
 def _fill(text: str) -> tuple[str, Any]:

@@ -93,7 +93,7 @@ def cached() -> Path:
     library = directory / NAME
     if library.exists():
         return library
-    print("memopt: compiling its CPU kernels, once, in about half a minute", file=sys.stderr, flush=True)
+    print("memopt: compiling its CPU kernels, once, in about a minute", file=sys.stderr, flush=True)
     try:
         return build(directory)
     except OSError as error:
