@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import mmap
 import tempfile
+import weakref
 
 import pytest
 import torch
@@ -124,6 +126,18 @@ def test_only_memory_of_this_process_alone() -> None:
             assert begin % PAGE == end % PAGE == 0
             assert address["private"] < begin < end < address["private"] + size
             assert pages.own([(address["private"], PAGE - 1)]) == []
+
+
+def test_everything_is_freed_with_the_last_reference() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        p, opt = stepped(2)
+        gone = [weakref.ref(p), weakref.ref(opt), *map(weakref.ref, opt.state[p].values())]
+        del p, opt
+        assert not any(ref() is not None for ref in gone)
+    finally:
+        gc.enable()
 
 
 def test_no_memory_is_added() -> None:

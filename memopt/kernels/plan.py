@@ -37,10 +37,13 @@ class Plan(Known):
         for span, tensor in zip(self.spans, tensors, strict=True):
             span.numel, span.dtype = tensor.numel, tensor.g_dtype
         self.hyper = (abi.Group * len(self.groups))()
-        large = [i for i, p in enumerate(self.parameters) if p.nbytes >= SMALLEST]
+        # What looks at the gradients refers to their descriptors and not to the plan: memory is freed with the last
+        # reference to the optimizer, without waiting for the garbage collector.
+        spans = self.spans
+        large = [(i, p.nbytes) for i, p in enumerate(self.parameters) if p.nbytes >= SMALLEST]
         lasting = [x for entry in entries for x in (entry.p, *entry.state.values())]
         self.pages = Pages([(x.data_ptr(), x.nbytes) for x in lasting],
-                           lambda: [(self.spans[i].data, self.parameters[i].nbytes) for i in large])  # fmt: skip
+                           lambda: [(spans[i].data, nbytes) for i, nbytes in large])  # fmt: skip
 
     def refresh(self, optimizer: Optimizer) -> bool:
         """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
