@@ -114,7 +114,8 @@ def train(spec: str, layers: int, steps: int, options: dict[str, Any]) -> None:
                 "resident_bytes": psutil.Process().memory_info().rss}  # fmt: skip
         print(json.dumps(line), flush=True)
         sys.stdin.readline()  # until the disk has been measured
-    placed = [row for row in opt.explain().splitlines() if row.startswith("placement")]
+    here = tempfile.gettempdir()
+    placed = [row.replace(here, "TMPDIR") for row in opt.explain().splitlines() if row.startswith("placement")]
     print(json.dumps({"explain": placed}), flush=True)
 
 
