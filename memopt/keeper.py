@@ -26,10 +26,6 @@ from memopt.state import LoadPlan, plan_load
 
 if TYPE_CHECKING:
     from memopt.checkpoint.changing import Work
-
-    pass
-
-if TYPE_CHECKING:
     from memopt.release import Release
 
 

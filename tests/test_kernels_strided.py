@@ -91,6 +91,23 @@ def test_a_plan_is_kept_and_sees_another_layout() -> None:
     assert p.isfinite().all()
 
 
+def test_a_parameter_that_is_given_up_leaves_nothing_to_the_next() -> None:
+    """State that is not contiguous goes to torch; what had been described of its parameter is not the next one's."""
+    torch.manual_seed(0)
+    given_up, p, alone = (torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 80), (40, 30), (40, 30)))
+    given_up.data = transposed(given_up.data)
+    opt, other = memopt.create([given_up, p], "adamw"), memopt.create([alone], "adamw")
+    opt.init_state()
+    opt.state[given_up]["exp_avg_sq"] = transposed(torch.zeros(64, 80))
+    for _ in range(2):
+        given_up.grad, p.grad = torch.randn(64, 80), torch.randn(40, 30)
+        alone.grad = p.grad.clone()
+        opt.step()
+        other.step()
+    assert torch.equal(p, alone)
+    assert (given_up != 1).all()
+
+
 def test_an_expanded_gradient() -> None:
     """What ``p.sum().backward()`` leaves: one number, seen from everywhere."""
     p, q = (torch.nn.Parameter(torch.ones(30, 300)) for _ in range(2))

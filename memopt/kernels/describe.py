@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,7 @@ def describe(
     """Fill ``target``; returns why the state cannot be used as it lies, or None."""
     rows, p, g = work.rows, work.p, work.g
     fmt = format_of(moments)
+    ctypes.memset(ctypes.byref(target), 0, ctypes.sizeof(target))  # of another work, that was given up half-way
     if not (p.is_contiguous() and g.is_contiguous()):
         numbers = [*p.shape, *p.stride(), *g.stride()]
         target.layout, target.dims = (abi.c_int64 * len(numbers))(*numbers), p.dim()

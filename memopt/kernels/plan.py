@@ -90,17 +90,16 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     if library() is None or spec.engine != "native" or partition.world_size > 1 or not works:
         return None
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    names = {i: (name, p) for i, (name, p, _) in enumerate(optimizer._parameters())}
+    originals = {i: p for i, (_, p, _) in enumerate(optimizer._parameters())}
     tensors = (abi.TensorStep * len(works))()
     entries = []
     for target, work in zip(tensors, works, strict=True):
-        name, p = names[work.index]
-        g, counter = p.grad, work.state["step"]
-        placed = optimizer.homes.in_place(name, p.device)
+        p, counter = originals[work.index], work.state["step"]
+        g, placed = p.grad, optimizer.homes.in_place(work.name, p.device)
         # Views of a part of the parameter (a rank's rows) would have to be cut again at every step.
         if g is None or not placed or work.p is not p or not describe.dense(g):
             return None
-        moments = moment_formats(spec, work.h, name, work.rows)
+        moments = moment_formats(spec, work.h, work.name, work.rows)
         if describe.refuse(spec, moments, work.rows, p, g, partition.world_size):
             return None
         if describe.describe(target, work, moments, numbers[id(work.h)], master_of(spec, dtype_name(p))):
