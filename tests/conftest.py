@@ -24,3 +24,19 @@ def _one_thread_and_a_seed():
     """The tensors are small: a second thread only waits for a core that another test uses."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run(capsys):
+    """The command line: ``run("estimate", "8B")`` is (exit code, what it printed, what it said on stderr)."""
+    from memopt.cli import main
+
+    def call(*argv):
+        try:
+            code = main(list(argv))
+        except SystemExit as exit_:  # argparse's own errors
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call

@@ -10,22 +10,8 @@ import pytest
 
 import estimators
 import memopt
-from memopt.cli import main
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        try:
-            code = main(list(argv))
-        except SystemExit as exit_:  # argparse's own errors
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 class TestEstimate:

@@ -6,20 +6,9 @@ from argparse import Namespace
 import pytest
 
 from estimators import InputError, estimate
-from memopt.cli import main
 from memopt.cli.launched import read, read_into
 
 STEP = ("llama-3.2-1b", "--seq", "512", "--batch", "2", "--checkpointing", "full")
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        code = main(list(argv))
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 @pytest.fixture

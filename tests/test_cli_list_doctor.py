@@ -7,22 +7,9 @@ from pathlib import Path
 import pytest
 
 import memopt
-from memopt.cli import doctor, main
+from memopt.cli import doctor
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*argv):
-        try:
-            code = main(list(argv))
-        except SystemExit as exit_:  # argparse's own errors
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
 
 
 class TestList:

@@ -268,6 +268,25 @@ def test_what_is_written_for_dcp_goes_on_under_fsdp(tmp_path, capsys):
     assert f"{out} exists" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["Adam", "AdamW", "RAdam", "SGD", "RMSprop", "Adafactor"])
+def test_what_is_written_for_dcp_has_every_key_that_is_asked_for(kind):
+    from memopt.checkpoint.exporting import export
+    from memopt.checkpoint.foreign import read_state_dict
+
+    module = model()
+    more = {"momentum": 0.9} if kind == "SGD" else {}
+    theirs = getattr(torch.optim, kind)(module.named_parameters(), lr=LR, **more)
+    losses(module, 0).backward()
+    theirs.step()
+    saved = theirs.state_dict()
+    written = export(read_state_dict(saved, "theirs"), "dcp")
+    names = [name for name, _ in module.named_parameters()]
+    assert list(written["state"]) == written["param_groups"][0]["params"] == names
+    assert set(written["param_groups"][0]) >= set(saved["param_groups"][0]) - {"param_names"}
+    for name, state in zip(names, saved["state"].values(), strict=True):
+        assert set(written["state"][name]) == set(state)
+
+
 def test_a_damaged_folder_is_named(fsdp, tmp_path):
     shutil.copytree(fsdp[0] / "flat", tmp_path / "flat")
     file = tmp_path / "flat" / "__1_0.distcp"

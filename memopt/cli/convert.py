@@ -108,6 +108,7 @@ def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
         else:
             with open(unfinished, "wb") as file:
                 torch.save(state, file)
+                os.fsync(file.fileno())
     os.replace(unfinished, out)
     print(f"written: {out}")
     return 0
