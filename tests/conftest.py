@@ -40,3 +40,30 @@ def run(capsys):
         return code, out, err
 
     return call
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Memory of the CPU counts as a device's, whose backward pass takes a second for each gradient."""
+    import simulated
+    from offloading import EVEN
+
+    from memopt.placements import bus
+
+    made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
+    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    return made
+
+
+@pytest.fixture(params=["clock", "threads"])
+def either(monkeypatch, request):
+    """The same, or a device whose copies are made by threads, as late as they like."""
+    import simulated
+    from offloading import EVEN
+
+    from memopt.placements import bus
+
+    made = (simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN)) if request.param == "clock"
+            else simulated.ThreadedBus())  # fmt: skip
+    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    return made

@@ -1,0 +1,100 @@
+"""What overlaps when gradients go to the host in backward(), and what is freed, by a simulated device's trace."""
+
+import weakref
+from itertools import pairwise
+
+import simulated
+import torch
+from cases import train
+from offloading import EVEN, Deep, narrow, on_clock, twins
+from test_placements import assert_same
+
+import memopt
+from memopt.placements import bus
+from memopt.placements.arrivals import Arrival
+
+
+def overlap(ops, others):
+    """How many of these operations have one of the others beside them."""
+    return sum(any(o.begin < op.end and op.begin < o.end for o in others) for op in ops)
+
+
+def test_copies_overlap_backward_and_wait_for_it(device):
+    (model, opt), _ = twins("adamw@cpu", narrow)
+    on_clock(device, model)
+    model(0).backward()
+    clock = device.clock
+    assert clock.timeline() == (
+        "backward|01234567 |\n"
+        "down  | 01234567|"
+    )  # fmt: skip
+    for made, came in zip(clock.of("backward"), clock.of("down"), strict=True):
+        assert came.begin >= made.end
+    opt.step()
+    assert clock.of("host")[0].begin >= clock.of("down")[7].end
+
+
+def test_copies_of_a_further_pass_are_added_beside_it(device):
+    made = twins("adamw@cpu", narrow)  # an optimizer that nobody refers to leaves gradients alone
+    model = made[0][0]
+    on_clock(device, model)
+    model(0).backward()
+    model(1).backward()
+    assert device.clock.timeline() == (
+        "backward|0123456789012345  |\n"
+        "down  | 0123456789012345 |\n"
+        "apart |          01234567|"
+    )  # fmt: skip
+
+
+def test_released_the_step_overlaps_backward_too(device):
+    (model, opt), twin = twins("adamw@cpu", narrow)
+    opt.release_gradients(model)
+    on_clock(device, model)
+    for m, o in ((model, opt), twin):
+        train(m, o, 0, 3)
+    assert_same((model, opt), twin)
+    assert all(p.grad is None for p in model.parameters())
+    clock = device.clock
+    backward, steps, ups = clock.of("backward"), clock.of("host"), clock.of("up")
+    assert len(backward) == len(steps) == len(ups) == 3 * 8
+    assert overlap(steps, backward) >= 3 * 2, clock.timeline()  # of which the last is under way when backward() ends
+    assert overlap(ups, backward) >= 3 * 2, clock.timeline()
+    gradients = [op for op in clock.of("down") if any(op.begin == made.end for made in backward)]
+    assert len(gradients) >= 3 * 4, clock.timeline()  # at once; the others wait for a parameter that goes down
+    for i, (made, step) in enumerate(zip(backward, steps, strict=True)):
+        assert step.begin >= made.end, i
+    assert opt.ledger() == memopt.price(model, opt.spec, device="cuda")
+
+
+def test_gradients_leave_the_device_and_no_more_than_the_workspace_is_on_the_way(device, monkeypatch):
+    """The device's memory is what is referred to; a copy that has not been made refers to what it copies."""
+    (model, opt), _ = twins("adamw@cpu", Deep)  # a workspace of 1 MiB; each gradient takes 400 KiB
+    alive, numbers, real = weakref.WeakSet(), [], Arrival.stand_in
+
+    def stand_in(self, p, g):
+        alive.add(g)
+        numbers.append(len(alive))
+        real(self, p, g)
+
+    monkeypatch.setattr(Arrival, "stand_in", stand_in)
+    on_clock(device, model)
+    for seed in range(2):
+        model(seed).backward()
+        assert 2 <= max(numbers) <= 3, numbers
+        memopt.clip_grad_norm_(opt, 1.0)  # waits for all
+        assert not list(alive), "every gradient is on the host"
+
+
+def test_a_slow_bus_holds_backward_up_instead_of_filling_the_device(monkeypatch):
+    costs = {**EVEN, "down": (3.0, 0.0)}
+    made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(costs))
+    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    pairs = twins("adamw@cpu", Deep)  # an optimizer that nobody refers to leaves gradients alone
+    model = pairs[0][0]
+    on_clock(made, model)
+    model(0).backward()
+    down = made.clock.of("down")
+    assert all(later.begin == earlier.end for earlier, later in pairwise(down)), made.clock.timeline()
+    waiting = [sum(d.begin > b.end for d in down[: i + 1]) for i, b in enumerate(made.clock.of("backward"))]
+    assert max(waiting) <= 2, made.clock.timeline()
