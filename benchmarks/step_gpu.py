@@ -5,12 +5,15 @@
 
 In a checkout where memopt is not installed: PYTHONPATH=. before it.
 
-Correctness first: each spec takes two steps in the kernels and two on the plain torch path, and must agree, before
-anything is timed. The parameters have the shapes of Llama-3.2-1B, or of Llama-3.1-8B with as many layers as fit. Times
-are medians of CUDA events around a step, after warm-up, candidates one after the other (each owns the memory alone).
-Bytes moved are what a step must read and write once: parameter read and written, gradient read (once more where it is
-looked at first), state read and written, and what a rule reads besides. Their rate is divided by that of a large copy
-in the same process. Peak memory is above parameters, gradients and state, during one step.
+Correctness first: before a spec is timed it takes three steps in the kernels and three on the plain torch path, which
+must agree. The parameters have the shapes of Llama-3.2-1B, or of Llama-3.1-8B with as many layers as fit. Times are
+medians of CUDA events around a step, after warm-up, candidates one after the other (each owns the memory alone). Bytes
+moved are what a step must read and write once: parameter read and written, gradient read (once more where it is looked
+at first), state read and written, and what a rule reads besides. Their rate is divided by that of a large copy in the
+same process. Peak memory is above parameters, gradients and state, during one step.
+
+A candidate that fails (no memory, say) is left out with the reason, and what was measured is written after each one;
+when the device itself has failed nothing more can be, and the run ends there.
 
 Not yet run on a GPU: there are no results.
 """
@@ -24,10 +27,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from step_gpu_peers import Build, Step, others, said
+from step_gpu_table import table
 
 import memopt
 
@@ -44,8 +50,13 @@ MAIN = ("adamw", "adamw-8bit", "adamw-4bit", "adafactor")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 #: Parameters agree with the plain path to this, of their largest; 16-bit ones to one step of theirs.
 TOLERANCE, STEP = 5e-6, {torch.float32: 0.0, torch.bfloat16: 2.0**-7}
+#: Rows of whole blocks and not, aligned and not, vectors, a stack: whatever the timed shapes are compiled for is here.
+CHECKED = [(512, 1024), (300, 770), (5000,), (2048,), (3, 128, 256)]
+DEVICE = "cuda"
 
-Step = Callable[[], Any]
+
+class Failed(Exception):
+    """The device has; every call to it from now on would."""
 
 
 def llama(numel: int) -> list[tuple[int, ...]]:
@@ -62,16 +73,16 @@ def llama(numel: int) -> list[tuple[int, ...]]:
 
 def parameters(shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[torch.nn.Parameter]:
     """Parameters with gradients of many magnitudes; the same for the same arguments."""
-    g = torch.Generator(device="cuda").manual_seed(0)
+    g = torch.Generator(device=DEVICE).manual_seed(0)
     params = []
     for shape in shapes:
-        p = torch.nn.Parameter(torch.randn(shape, device="cuda", dtype=dtype, generator=g).mul_(0.02))
-        p.grad = torch.randn(shape, device="cuda", dtype=dtype, generator=g).mul_(1e-3)
+        p = torch.nn.Parameter(torch.randn(shape, device=DEVICE, dtype=dtype, generator=g).mul_(0.02))
+        p.grad = torch.randn(shape, device=DEVICE, dtype=dtype, generator=g).mul_(1e-3)
         params.append(p)
     return params
 
 
-def ours(spec: str, params: list[torch.nn.Parameter], nonfinite: str) -> Step:
+def ours(spec: str, nonfinite: str, params: list[torch.nn.Parameter]) -> Step:
     hyper = HYPER.get(memopt.parse(spec).rule, {})
     opt = memopt.create(params, spec, nonfinite=nonfinite, capturable=nonfinite == "skip", **hyper)
     opt.init_state()
@@ -89,19 +100,15 @@ def moved(spec: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, nonfinit
     return dtype.itemsize * (3 + p + g + looked) + 4 * m + (2 * state.nbytes + again) / numel
 
 
-# Correctness ---------------------------------------------------------------------------------------------------------
-
-
 def check(spec: str, dtype: torch.dtype) -> str:
-    """Empty where kernels and plain path agree after two steps each, else what differs."""
+    """Empty where kernels and plain path agree after three steps each, else what differs."""
     from memopt.kernels import triton
 
-    shapes = [(512, 1024), (300, 770), (5000,), (64,), (3, 128, 256)]
     results = []
-    for devices in ({"cuda"}, set()):
+    for devices in ({DEVICE}, set()):
         kept, triton.DEVICES = triton.DEVICES, devices
         try:
-            params = parameters(shapes, dtype)
+            params = parameters(CHECKED, dtype)
             opt = memopt.create(params, spec, **HYPER.get(memopt.parse(spec).rule, {}))
             for _ in range(3):
                 opt.step()
@@ -110,15 +117,12 @@ def check(spec: str, dtype: torch.dtype) -> str:
                 return f"the kernels did not step it: {opt.explain()}"
         finally:
             triton.DEVICES = kept
-    for shape, a, b in zip(shapes, *results, strict=True):
+    for shape, a, b in zip(CHECKED, *results, strict=True):
         off = int(((a - b).abs() > TOLERANCE * b.abs().max() + STEP[dtype] * b.abs()).sum())
         # Codes that were ties are one step off, a few in a million.
         if off > 1e-4 * a.numel() + 2 or not bool(a.isfinite().all()):
             return f"{shape}: {off} of {a.numel()} parameters differ, at most by {float((a - b).abs().max()):.2e}"
     return ""
-
-
-# Timing --------------------------------------------------------------------------------------------------------------
 
 
 def timed(step: Step, rounds: int, budget: float) -> float:
@@ -138,8 +142,9 @@ def timed(step: Step, rounds: int, budget: float) -> float:
     return statistics.median(times)
 
 
-def measure(build: Callable[[list[torch.nn.Parameter]], Step], shapes: list[tuple[int, ...]], dtype: torch.dtype,
-            args: argparse.Namespace) -> dict[str, Any]:  # fmt: skip
+def measure(
+    build: Build, shapes: list[tuple[int, ...]], dtype: torch.dtype, rounds: int, budget: float
+) -> dict[str, Any]:
     """Time and peak memory of one candidate, alone on the card."""
     gc.collect()
     torch.cuda.empty_cache()
@@ -152,116 +157,102 @@ def measure(build: Callable[[list[torch.nn.Parameter]], Step], shapes: list[tupl
     step()
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - resident
-    return {"ms": timed(step, args.rounds, args.seconds), "peak_above_state": peak}
+    return {"ms": timed(step, rounds, budget), "peak_above_state": peak}
 
 
 def copy_bandwidth(numel: int) -> float:
     """Bytes per second, read and written, of a copy too large for the caches."""
-    x, y = torch.randn(numel, device="cuda"), torch.empty(numel, device="cuda")
+    x, y = torch.ones(numel, device=DEVICE), torch.empty(numel, device=DEVICE)
     return 8 * numel / (timed(lambda: y.copy_(x), 30, 5.0) / 1e3)
 
 
-def others() -> dict[str, Callable[[list[torch.nn.Parameter]], Step]]:
-    """Steps of the libraries that are installed."""
-    found: dict[str, Callable[[list[torch.nn.Parameter]], Step]] = {
-        "torch AdamW fused": lambda p: torch.optim.AdamW(p, fused=True).step,
-        "torch AdamW foreach": lambda p: torch.optim.AdamW(p, foreach=True).step,
-        "torch Adafactor foreach": lambda p: torch.optim.Adafactor(p, foreach=True).step,
-    }
-    try:
-        import bitsandbytes as bnb
-
-        for name in ("AdamW32bit", "AdamW8bit", "Lion8bit"):
-            found[f"bitsandbytes {name}"] = lambda p, name=name: getattr(bnb.optim, name)(p).step
-        found["memopt adamw-8bit, engine bitsandbytes"] = lambda p: memopt.create(
-            p, "adamw-8bit", engine="bitsandbytes", nonfinite="propagate").step  # fmt: skip
-    except Exception as error:
-        print(f"left out: bitsandbytes: {error}", file=sys.stderr)
-    try:
-        from torchao import optim as ao
-
-        for name in ("AdamW8bit", "AdamW4bit"):
-            found[f"torchao {name}"] = lambda p, name=name: getattr(ao, name)(p).step
-    except Exception as error:
-        print(f"left out: torchao: {error}", file=sys.stderr)
-    try:
-        import flashoptim
-
-        found["flashoptim FlashAdamW"] = lambda p: flashoptim.FlashAdamW(p).step
-    except Exception as error:
-        print(f"left out: flashoptim: {error}", file=sys.stderr)
-    return found
-
-
-def specs(brief: bool) -> list[str]:
-    """The main ones, then every other rule × format."""
+def specs() -> list[str]:
     every = [s for s in memopt.specs() if (s.placement, s.partition, s.master) == ("device", "none", "none")]
-    names = [str(s) for s in every]
-    return [*MAIN, *(s for s in names if s not in MAIN and not brief)]
+    return [str(s) for s in every if str(s) not in MAIN]
 
 
-def compare(args: argparse.Namespace, shapes: list[tuple[int, ...]], deadline: float) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+class Comparison:
+    """Rows of the report, each written as soon as it is there."""
 
-    def add(name: str, dtype: str, build: Callable[[list[torch.nn.Parameter]], Step], nbytes: float | None) -> None:
-        if time.monotonic() > deadline:
-            rows.append({"name": name, "dtype": dtype, "left_out": "no time was left"})
-            return
-        try:
-            found = measure(build, shapes, DTYPES[dtype], args)
-        except Exception as error:
-            rows.append({"name": name, "dtype": dtype, "left_out": f"{type(error).__name__}: {str(error)[:160]}"})
+    def __init__(self, report: dict[str, Any], args: argparse.Namespace, deadline: float) -> None:
+        self.report, self.args, self.deadline = report, args, deadline
+        self.shapes = llama(int(min(args.numel, room())))
+        report["numel"] = sum(torch.Size(s).numel() for s in self.shapes)
+        report["tensors"], report["rows"] = len(self.shapes), []
+        self._wrong: dict[tuple[str, str], str] = {}
+
+    def run(self) -> None:
+        self.report["copy_bandwidth"] = copy_bandwidth(self.args.copied)
+        for dtype in DTYPES:
+            for spec in MAIN:
+                for policy in ("propagate", "skip"):
+                    self.add_ours(spec, dtype, policy)
+            for name, build in others():
+                self.add(name, dtype, partial(self._measured, build, dtype))
+        for spec in [] if self.args.brief else specs():
+            for dtype in DTYPES:
+                self.add_ours(spec, dtype, "skip")
+
+    def add_ours(self, spec: str, dtype: str, policy: str) -> None:
+        def found() -> dict[str, Any]:
+            if (spec, dtype) not in self._wrong:
+                self._wrong[spec, dtype] = check(spec, DTYPES[dtype])
+            if self._wrong[spec, dtype]:
+                return {"agrees": False, "left_out": f"WRONG: {self._wrong[spec, dtype]}"}
+            nbytes = moved(spec, self.shapes, DTYPES[dtype], policy)
+            return {**self._measured(partial(ours, spec, policy), dtype), "agrees": True, "bytes_per_parameter": nbytes}
+
+        self.add(f"memopt {spec}" + (" (propagate)" if policy == "propagate" else ""), dtype, found)
+
+    def _measured(self, build: Build | str, dtype: str) -> dict[str, Any]:
+        if isinstance(build, str):
+            return {"left_out": build}
+        found = measure(build, self.shapes, DTYPES[dtype], self.args.rounds, self.args.seconds)
+        return {**found, "bytes_per_parameter": None}
+
+    def add(self, name: str, dtype: str, found: Callable[[], dict[str, Any]]) -> None:
+        failed: str | None = None
+        if time.monotonic() > self.deadline:
+            row = {"left_out": "left out: no time was left"}
         else:
-            rows.append({"name": name, "dtype": dtype, **found, "bytes_per_parameter": nbytes})
-        print(rows[-1], file=sys.stderr, flush=True)
+            try:
+                row = found()
+            except Exception as error:
+                row = {"left_out": said(error)}
+            try:
+                torch.cuda.synchronize()
+            except Exception as error:
+                failed = said(error)
+                row = {"left_out": failed}
+        self.report["rows"].append({"name": name, "dtype": dtype, **row})
+        print(self.report["rows"][-1], file=sys.stderr, flush=True)
+        if failed is not None:
+            self.report["stopped"] = f"the device failed at {name} on {dtype}"
+        self.write()
+        if failed is not None:
+            raise Failed(self.report["stopped"])
 
-    def add_ours(spec: str, dtype: str, policy: str) -> None:
-        label = f"memopt {spec}" + (" (propagate)" if policy == "propagate" else "")
-        nbytes = moved(spec, shapes, DTYPES[dtype], policy)
-        add(label, dtype, lambda p: ours(spec, p, policy), nbytes)
-
-    for dtype in DTYPES:
-        for spec in MAIN:
-            for policy in ("propagate", "skip"):
-                add_ours(spec, dtype, policy)
-        for name, build in others().items():
-            add(name, dtype, build, None)
-    for dtype in DTYPES:
-        for spec in specs(args.brief)[len(MAIN) :]:
-            add_ours(spec, dtype, "skip")
-    return rows
-
-
-def table(report: dict[str, Any]) -> str:
-    """Markdown."""
-    bandwidth, numel = report["copy_bandwidth"], report["numel"]
-    lines = [
-        f"{report['device']}, torch {report['torch']}, Triton {report['triton']}; {numel:,} parameters in "
-        f"{report['tensors']} tensors; copy {bandwidth / 1e9:,.0f} GB/s.",
-        "",
-        "| step | parameters | ms | bytes per parameter | of copy bandwidth | peak above state |",
-        "|---|---|---:|---:|---:|---:|",
-    ]
-    for row in report["rows"]:
-        if "left_out" in row:
-            lines.append(f"| {row['name']} | {row['dtype']} | left out: {row['left_out']} | | | |")
-            continue
-        nbytes = row["bytes_per_parameter"]
-        share = f"{nbytes * numel / (row['ms'] / 1e3) / bandwidth:.0%}" if nbytes else ""
-        lines.append(f"| {row['name']} | {row['dtype']} | {row['ms']:.2f} | {f'{nbytes:.1f}' if nbytes else ''} | "
-                     f"{share} | {row['peak_above_state'] / 2**20:,.1f} MiB |")  # fmt: skip
-    return "\n".join(lines) + "\n"
+    def write(self) -> None:
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        (self.args.out / "step_gpu.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        (self.args.out / "step_gpu.md").write_text(table(self.report))
 
 
-def main() -> int:
+def room() -> float:
+    """Parameters for which there is memory: fp32, gradient and fp32 state of three moments, with a tenth to spare."""
+    return torch.cuda.mem_get_info()[0] * 0.9 / 20
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--numel", type=int, default=1_236_000_000, help="parameters, about (default those of 1B)")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each candidate, fewer where they are slow")
-    parser.add_argument("--seconds", type=float, default=1.5, help="of timing for each candidate")
-    parser.add_argument("--minutes", type=float, default=7.5, help="after which what is left is left out")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each candidate")
+    parser.add_argument("--minutes", type=float, default=7.0, help="after which what is left is left out")
+    parser.add_argument("--copied", type=int, default=1 << 28, help="fp32 numbers of the copy that measures bandwidth")
     parser.add_argument("--brief", action="store_true", help="only the main specs and the other libraries")
     parser.add_argument("--out", type=Path, default=RESULTS, help="where step_gpu.json and step_gpu.md are written")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     deadline = time.monotonic() + args.minutes * 60
     if not torch.cuda.is_available():
         print("step_gpu.py needs a CUDA device, and torch sees none here.", file=sys.stderr)
@@ -272,29 +263,16 @@ def main() -> int:
     if reason:
         print(f"step_gpu.py needs the Triton kernels: {reason}.", file=sys.stderr)
         return 1
-    wrong = {}
-    for dtype in DTYPES.values():
-        for spec in specs(args.brief):
-            if time.monotonic() < deadline - 0.6 * args.minutes * 60 or spec in MAIN:
-                wrong[spec, str(dtype)] = check(spec, dtype)
-    failures = {f"{spec} on {dtype}": text for (spec, dtype), text in wrong.items() if text}
-    print(f"{len(wrong) - len(failures)} of {len(wrong)} specs agree with the plain path", file=sys.stderr)
-    for name, text in failures.items():
-        print(f"WRONG {name}: {text}", file=sys.stderr)
-    # Parameter, gradient and fp32 state of three moments in fp32, with a tenth to spare.
-    room = torch.cuda.mem_get_info()[0] * 0.9 / 20
-    shapes = llama(int(min(args.numel, room)))
     report: dict[str, Any] = {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.version(),
-        "numel": sum(torch.Size(s).numel() for s in shapes), "tensors": len(shapes),
-        "copy_bandwidth": copy_bandwidth(1 << 28), "checked": len(wrong), "failures": failures,
     }  # fmt: skip
-    report["rows"] = compare(args, shapes, deadline)
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "step_gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    (args.out / "step_gpu.md").write_text(table(report))
+    try:
+        Comparison(report, args, deadline).run()
+    except Failed as failed:
+        print(f"step_gpu.py stops: {failed}", file=sys.stderr)
     print(table(report))
-    return 1 if failures else 0
+    wrong = [row for row in report["rows"] if row.get("agrees") is False]
+    return 1 if wrong or "stopped" in report else 0
 
 
 if __name__ == "__main__":

@@ -24,5 +24,6 @@ def stopped_by_scaler(optimizer: Optimizer, gradients: Sequence[tuple[str, Tenso
         return True
     if grad_scale is not None and gradients:
         inverse = grad_scale.double().reciprocal().float()
-        torch._foreach_mul_([g for _, g in gradients], inverse)
+        for device in {g.device for _, g in gradients}:
+            torch._foreach_mul_([g for _, g in gradients if g.device == device], inverse.to(device))
     return False

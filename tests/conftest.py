@@ -1,5 +1,6 @@
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,35 @@ def run(capsys):
         return code, out, err
 
     return call
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """On the CPU these tests mean Triton's interpreter, not the C++ kernels. Larger tiles: it is slow per tile."""
+    from interpreting import DEVICE
+
+    from memopt.kernels import loader
+
+    monkeypatch.setattr(loader, "_loaded", loader.Missing("a test of the Triton kernels"))
+    if DEVICE == "cpu":
+        from memopt.kernels.triton import tables
+
+        monkeypatch.setattr(tables, "WARPS", 64)
+        monkeypatch.setattr(tables, "WIDE", (512, 128))
+        monkeypatch.setattr(tables, "NARROW", (64, 128))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="triton")
+        yield
+
+
+@pytest.fixture
+def on(monkeypatch, interpreted):
+    """``on(True)`` turns the Triton kernels on for the device of these tests, ``on(False)`` off."""
+    from interpreting import DEVICE
+
+    from memopt.kernels import triton
+
+    return lambda yes: monkeypatch.setattr(triton, "DEVICES", {DEVICE} if yes else set())
 
 
 @pytest.fixture

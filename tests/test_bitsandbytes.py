@@ -115,3 +115,44 @@ def test_explain_names_the_engine_and_its_version():
 def test_a_parameter_that_it_cannot_count_is_refused():
     with pytest.raises(SpecError, match="2,147,483,648 elements, and bitsandbytes counts them in 32 bits"):
         memopt.price({"experts": (2**16, 2**15)}, "adamw-8bit", engine="bitsandbytes")
+
+
+def test_in_32_bits_on_cuda_two_rules_step_bf16_as_fp32():
+    """Its kernels read parameter and gradient as one dtype, and two of them have no bf16."""
+    from types import SimpleNamespace
+
+    from memopt.engines.bitsandbytes import _stepped_as
+
+    p = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert _stepped_as("momentum", False, p) == _stepped_as("rmsprop", False, p) == torch.float32
+    assert _stepped_as("momentum", True, p) == _stepped_as("adam", False, p) == torch.bfloat16
+    assert _stepped_as("momentum", False, SimpleNamespace(is_cuda=True, dtype=torch.float16)) == torch.float16
+    assert _stepped_as("momentum", False, SimpleNamespace(is_cuda=False, dtype=torch.bfloat16)) == torch.bfloat16
+
+
+def test_on_cuda_the_current_stream_and_that_of_its_kernels_wait_for_each_other(monkeypatch):
+    from memopt.engines.bitsandbytes import _in_order
+
+    said = []
+
+    class Stream:
+        def __init__(self, name):
+            self.name = name
+
+        def wait_stream(self, other):
+            said.append(f"{self.name} waits for {other.name}")
+
+    side, default = Stream("side"), Stream("default")
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: default)
+    for current, expected in (
+        (side, ["default waits for side", "step", "side waits for default"]),
+        (default, ["step"]),
+    ):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device, current=current: current)
+        with _in_order([torch.device("cuda:1")]):
+            said.append("step")
+        assert said == expected
+        said.clear()
+    with _in_order([torch.device("cpu")]):
+        pass
+    assert not said

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
 from memopt.engines.base import Engine
@@ -113,6 +114,10 @@ class BitsAndBytes(Engine):
         return [(m.name, f"fewer than {MIN_8BIT_NUMEL} elements") for m in RULES[spec.rule].moments(h, rows.shape)]
 
     def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
+        with _in_order({work.p.device for work in works}):
+            self._step(spec, works)
+
+    def _step(self, spec: OptimSpec, works: Sequence[Work]) -> None:
         functional = require().functional
         kernel = KERNELS[spec.rule]
         for work in works:
@@ -125,13 +130,14 @@ class BitsAndBytes(Engine):
                 continue
             if h["maximize"]:
                 work = work._replace(g=work.g.neg())
-            target = work.p if work.p.is_contiguous() else work.p.contiguous()
             first, second = (*(m.name for m in moments), None)[:2]
             state1, state2 = _tensors(work, first), _tensors(work, second)
             beta1, beta2 = _betas(spec.rule, h)
             common = {"weight_decay": h["weight_decay"], "eps": h.get("eps", 0.0), "step": work.step,
                       "lr": float(h["lr"]), "beta1": beta1, "beta2": beta2}  # fmt: skip
-            grad = work.g.contiguous()
+            # Its kernels read parameter and gradient as one dtype, the gradient's.
+            dtype = _stepped_as(kernel, state1[1] is not None, work.p)
+            target, grad = work.p.to(dtype).contiguous(), work.g.to(dtype).contiguous()
             if state1[1] is None:
                 functional.optimizer_update_32bit(kernel, grad, target, state1[0], state2=state2[0], **common)
             else:
@@ -151,6 +157,29 @@ class BitsAndBytes(Engine):
 
     def explain(self) -> str:
         return f"bitsandbytes {require().__version__}, one call per parameter"
+
+
+@contextmanager
+def _in_order(devices: Iterable[Any]) -> Iterator[None]:
+    """On CUDA its kernels go to the default stream: what the current one was given comes before, and after."""
+    import torch
+
+    streams = [(torch.cuda.current_stream(d), torch.cuda.default_stream(d)) for d in devices if d.type == "cuda"]
+    others = [(current, default) for current, default in streams if current != default]
+    for current, default in others:
+        default.wait_stream(current)
+    yield
+    for current, default in others:
+        current.wait_stream(default)
+
+
+def _stepped_as(kernel: str, coded: bool, p: Tensor) -> Any:
+    """dtype in which this parameter is stepped: on CUDA these two have no bf16 in 32 bits, which in 8 bits too are
+    those of small parameters."""
+    import torch
+
+    lacking = kernel in ("momentum", "rmsprop") and not coded and p.is_cuda and p.dtype == torch.bfloat16
+    return torch.float32 if lacking else p.dtype
 
 
 def _tensors(work: Work, moment: str | None) -> tuple[Any, Any]:

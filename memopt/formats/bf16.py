@@ -41,6 +41,7 @@ class BF16(Format):
         cols = rows.cols if len(rows.shape) >= 2 else FLAT_ROW
         words = noise.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device)
         low = (words.view(-1)[: x.numel()].view(x.shape) >> 16) & 0xFFFF
-        rounded = x.contiguous().view(torch.int32) + low
-        parts[""].copy_((rounded & -0x10000).view(torch.float32))
+        rounded = (x.contiguous().view(torch.int32) + low) & -0x10000
+        # A card's NaN has all bits set: with anything added it would be -0.
+        parts[""].copy_(torch.where(x.isnan(), x, rounded.view(torch.float32)))
         return x

@@ -85,6 +85,9 @@ def check_capturable(optimizer: Optimizer, ready: Sequence[tuple[int, str, Tenso
 
     if optimizer.partition.world_size > 1:
         raise RuntimeError("capturable=True is for state that is not sharded: ranks agree on a step on the host")
+    devices = sorted({str(p.device) for _, _, p, _ in ready})
+    if len(devices) > 1:
+        raise RuntimeError(f"capturable=True is for parameters on one device, and these are on {', '.join(devices)}")
     for _, name, p, group in ready:
         rows = optimizer._rows(p)
         moments = moment_formats(optimizer.spec, group, name, rows)

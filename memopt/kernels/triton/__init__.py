@@ -34,12 +34,30 @@ def missing(device_type: str) -> str | None:
         return "MEMOPT_KERNELS=off turned them off; unset it to use them"
     if not _installed():
         return "Triton is not installed: pip install triton"
-    return None
+    return None if device_type == "cpu" else _not_starting()
 
 
 @lru_cache
 def _installed() -> bool:
     return util.find_spec("triton") is not None
+
+
+@lru_cache
+def _not_starting() -> str | None:
+    """Triton builds a small module in C before its first launch, and many an image has no compiler: better to know
+    before a step has begun."""
+    import torch
+
+    if not torch.accelerator.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:
+        first = (str(error).strip() or repr(error)).splitlines()[0]
+        return f"Triton does not start here: {first} (it needs a C compiler and Python's header files)"
+    return None
 
 
 @lru_cache

@@ -167,8 +167,9 @@ def store_moment(
     if KIND == FULL:
         tl.store(pointer(data, tl.float32, ALIGN) + at, x, mask=mask)
     elif KIND == HALF:
-        rounded = (bits(x).to(tl.uint32) + (w >> 16)) >> 16
-        tl.store(pointer(data, tl.int16, ALIGN) + at, rounded.to(tl.int16), mask=mask)
+        # A card's NaN has all bits set: with anything added it would be -0.
+        upper = tl.where(x == x, (bits(x).to(tl.uint32) + (w >> 16)) >> 16, 0x7FC0)
+        tl.store(pointer(data, tl.int16, ALIGN) + at, upper.to(tl.int16), mask=mask)
     else:
         scale = largest(x)
         if KIND == NIBBLES:

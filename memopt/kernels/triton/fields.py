@@ -28,7 +28,7 @@ FIELDS = tl.constexpr(32)
     FINAL_LR, PEAK, GAMMA, ALPHA, ALPHA_STEPS, BETA3_STEPS, SLOW_STEPS, SLOW_RATE,
     MAXIMIZE, DECOUPLED, NESTEROV, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT,
 ) = _columns(25)  # fmt: skip
-HYPER = tl.constexpr(28)
+HYPER = tl.constexpr(28)  # even: rows begin at multiples of 16 bytes
 
 #: fp32: the numbers of one step of one tensor, rounded where torch rounds them. RUN: 0 where this step does not
 #: happen; SIGN: what the gradient is multiplied by; FIRST … THIRD: weights of interpolations, and whether they count

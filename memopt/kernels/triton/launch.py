@@ -43,12 +43,14 @@ class Launcher:
         self.summed = dict(zip(("SUM", "M"), SUMS.get(self.name, ()), strict=False))
         self.launches: list[Callable[[Tensor], None]] = []
         self.workspace = 0  # fp32 numbers
+        self.nbytes = 0  # on the device, about: of the tables
         self.buckets = [t.bucket for t in made]
         n = len(made)
         # Addresses and the steps' numbers are changed from the host; what the kernels say goes into the rest.
-        self.gradients = Uploaded(torch.int64, n, self.device)
-        self.numbers = Uploaded(torch.float64, n + groups * f.HYPER.value, self.device)
-        self.steps, self.hyper = self.numbers.tensor[:n], self.numbers.tensor[n:]
+        self.gradients = Uploaded(torch.int64, n, device)
+        # Hyperparameters before steps: both begin at multiples of 16 bytes, which Triton looks at when it compiles.
+        self.numbers = Uploaded(torch.float64, groups * f.HYPER.value + n, device)
+        self.hyper, self.steps = self.numbers.tensor.split((groups * f.HYPER.value, n))
         self.scalars = torch.zeros(n * f.SCALARS.value, dtype=torch.float32, device=self.device)
         self.flags = torch.zeros(n + 2, dtype=torch.int32, device=self.device)
         self.skipped = torch.zeros(1, dtype=torch.int64, device=self.device)
@@ -58,12 +60,18 @@ class Launcher:
         self._factored(made)
         self.table = self._on_device(torch.tensor([t.row for t in made], dtype=torch.int64))
         self._looks = self._make_looks(made)
+        # Of tables that need a few bytes each the allocator takes 512 of.
+        self.nbytes += 8 * 512 + sum(x.nbytes for x in (self.gradients.tensor, self.numbers.tensor, self.scalars))
 
     def _on_device(self, x: Tensor) -> Tensor:
+        self.nbytes += x.nbytes
         return x.to(self.device)
 
     def guard(self) -> AbstractContextManager[Any]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        """Triton launches on the current device, which need not be that of the parameters."""
+        if self.device.type == "cpu":
+            return nullcontext()
+        return torch.get_device_module(self.device).device(self.device)
 
     # Making launches -------------------------------------------------------------------------------------------
 
@@ -107,9 +115,9 @@ class Launcher:
         rows = [-(-made[i].row[f.NUMEL.value] // made[i].row[f.ROW_SPAN.value]) for i in members]
         parts = [-(-count // made[i].row[f.ROW_GROUP.value]) for i, count in zip(members, rows, strict=True)]
         map_ = self._on_device(tables.programs(members, parts, 1))
-        self._launch(row_means.row_means_kernel, len(map_), map_, KIND=bucket.row_means, ROWS=tables.WARPS,
-                     G_TYPE=tables.TYPES[bucket.g_type], ALIGN=bucket.align, num_warps=tables.WARPS,
-                     **OPTIONS)  # fmt: skip
+        align = bucket.align if all(made[i].row[f.ROW_SPAN.value] % tables.VECTOR == 0 for i in members) else 1
+        self._launch(row_means.row_means_kernel, len(map_), map_, ROWS=tables.WARPS, ALIGN=align,
+                     G_TYPE=tables.TYPES[bucket.g_type], num_warps=tables.WARPS, **OPTIONS)  # fmt: skip
 
     @staticmethod
     def _place_sums(made: Sequence[tables.Tensors], members: list[int], programs: Tensor, offset: int) -> int:

@@ -18,7 +18,7 @@ from memopt.kernels.known import Entry, Known
 from memopt.kernels.triton import capturing, tables
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton.launch import Launcher
-from memopt.kernels.triton.upload import Uploaded
+from memopt.kernels.triton.upload import write_by_value
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
@@ -42,7 +42,6 @@ class Plan(Known):
         self.aligned = [bucket.align > 1 for bucket in launcher.buckets]
         self.counters = [entry.state["step"] for entry in entries]
         self.pending: tuple[Tensor, Any] | None = None  # flags on their way to the host, and when they are there
-        self.kept: list[Uploaded] = []  # tables that CUDA graphs read
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
         self.steps = [0.0] * len(entries)
@@ -59,19 +58,13 @@ class Plan(Known):
         if addresses is None or any(a % tables.VECTOR for a, yes in zip(addresses, self.aligned, strict=True) if yes):
             return False
         launcher = self.launcher
-        if recording:
-            # The graph reads these addresses whenever it runs: no other step may change them.
-            launcher.gradients = Uploaded(torch.int64, len(addresses), launcher.device)
-            self.kept.append(launcher.gradients)
-            if self not in optimizer._captured:
-                optimizer._captured.append(self)
+        if recording and self not in optimizer._captured:
+            optimizer._captured.append(self)
         launcher.gradients.set(addresses)
         if not self.capturable:
             self.steps = (torch.stack(self.counters) + 1).tolist() if self.counters else []
-        numbers = list(self.steps)
-        for group in self.groups:
-            numbers += tables.hyper_row(self.spec, group)
-        self.launcher.numbers.set(numbers)
+        numbers = [number for group in self.groups for number in tables.hyper_row(self.spec, group)]
+        self.launcher.numbers.set([*numbers, *self.steps])
         for i, group in enumerate(self.groups):
             for key in tables.rates_on_device(group):
                 self.launcher.hyper[i * f.HYPER.value + tables.RATES[key]].copy_(group[key])
@@ -89,13 +82,27 @@ class Plan(Known):
         found = flags.tolist()
         return [entry.name for entry, bad in zip(self.entries, found, strict=False) if bad] if found[-2] else []
 
+    def rehearse(self, optimizer: Optimizer) -> None:
+        """Launch all that the step before did without a plan, and what only a capture does: nothing can be compiled or
+        loaded any more while a CUDA graph is captured."""
+        if self.refresh(optimizer):
+            launcher = self.launcher
+            for table in (launcher.gradients, launcher.numbers):
+                write_by_value(table.tensor, table.values)
+            launcher.look()
+
     # The step --------------------------------------------------------------------------------------------------
 
     def step(self, seed: int) -> None:
         """Step all parameters, unless the kernels find that this step does not happen."""
         if self.optimizer.nonfinite == "propagate":
             self.launcher.flags.zero_()
-        scaled = [None if x is None else x.reshape(1).float() for x in (self.found_inf, self.grad_scale)]
+        # torch.amp.GradScaler's are where the loss is, which is another device in a model cut across several.
+        device = self.launcher.device
+        scaled = [
+            None if x is None else x.reshape(1).to(device, torch.float32, non_blocking=True)
+            for x in (self.found_inf, self.grad_scale)
+        ]
         self.launcher.run(*scaled)
         if not self.capturable:
             torch._foreach_add_(self.counters, 1)
@@ -108,10 +115,11 @@ class Plan(Known):
         if flags.device.type != "cuda":
             self.pending = flags.clone(), None
             return
-        host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
-        host.copy_(flags, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        with self.launcher.guard():  # an event is of the current device's stream
+            host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
+            host.copy_(flags, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
         self.pending = host, arrived
 
     def settle(self) -> None:
@@ -159,19 +167,28 @@ def describe_all(
     ]
 
 
-#: Launchers of steps without a plan, where the same tensors are met again: parameters of a sharded model, or those
-#: that step one by one inside ``backward()``. The key is all that a launcher is made from.
-_LAUNCHERS: OrderedDict[Any, Launcher] = OrderedDict()
-_KEPT = 4096
+class Launchers:
+    """Launchers of steps without a plan, where the same tensors are met again: parameters of a sharded model, or those
+    that step one by one inside ``backward()``. The key is all that a launcher is made from; those met last are kept, up
+    to so many bytes on the device."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._kept: OrderedDict[Any, Launcher] = OrderedDict()
+        self._left = nbytes
+
+    def find(self, spec: OptimSpec, made: Sequence[tables.Tensors], device: torch.device, groups: int) -> Launcher:
+        key = spec.rule, device, groups, tuple((t.bucket, *t.row) for t in made)
+        found = self._kept.pop(key, None)
+        if found is None:
+            found = Launcher(spec, made, device, groups)
+            self._left -= found.nbytes
+        self._kept[key] = found
+        while self._left < 0 and len(self._kept) > 1:
+            self._left += self._kept.popitem(last=False)[1].nbytes
+        return found
 
 
-def launcher_for(spec: OptimSpec, made: Sequence[tables.Tensors], device: torch.device, groups: int) -> Launcher:
-    key = spec.rule, device, groups, tuple((t.bucket, *t.row) for t in made)
-    found = _LAUNCHERS.pop(key, None) or Launcher(spec, made, device, groups)
-    _LAUNCHERS[key] = found
-    if len(_LAUNCHERS) > _KEPT:
-        _LAUNCHERS.popitem(last=False)
-    return found
+_LAUNCHERS = Launchers(32 * 2**20)
 
 
 def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
@@ -190,12 +207,11 @@ def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> 
         for work in chosen:
             if not any(work.h is group for group in groups):
                 groups.append(work.h)
-        launcher = launcher_for(spec, describe_all(spec, pairs, seed, groups, False), device, len(groups))
+        launcher = _LAUNCHERS.find(spec, describe_all(spec, pairs, seed, groups, False), device, len(groups))
         launcher.gradients.set([work.g.data_ptr() for work in chosen])
-        numbers = [float(work.step) for work in chosen]
-        for group in groups:
-            numbers += tables.hyper_row(spec, {**group, "lr": None if group["lr"] is None else float(group["lr"])})
-        launcher.numbers.set(numbers)
+        known = [{**group, **{key: float(group[key]) for key in tables.rates_on_device(group)}} for group in groups]
+        numbers = [number for group in known for number in tables.hyper_row(spec, group)]
+        launcher.numbers.set([*numbers, *(float(work.step) for work in chosen)])
         launcher.run()
     return left
 
@@ -219,4 +235,7 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     launcher = Launcher(spec, made, works[0].p.device, len(groups))
     if isinstance(optimizer._plan, Plan) and optimizer._plan.launcher.device == launcher.device:
         launcher.skipped = optimizer._plan.launcher.skipped
-    return Plan(optimizer, [Entry.of(work) for work in works], launcher)
+    plan = Plan(optimizer, [Entry.of(work) for work in works], launcher)
+    if optimizer.capturable:
+        plan.rehearse(optimizer)
+    return plan

@@ -18,10 +18,9 @@ def row_means_kernel(
     gradients,  # int64 [tensors]: addresses
     scalars,  # fp32 [tensors, SCALARS]
     map,  # int32 [programs, 2]: tensor, number of the program in it
-    KIND: tl.constexpr,  # ONE or SEVERAL
     ROWS: tl.constexpr,  # of a tile
     G_TYPE: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ALIGN: tl.constexpr,  # of a row, in elements
 ):
     tensor, row_of, number = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
@@ -35,17 +34,15 @@ def row_means_kernel(
     for start in range(first, tl.where(c[f.RUN] != 0, last, first), ROWS):
         r = start + tl.arange(0, ROWS)
         live = r < last
-        begin = r.to(tl.int64) * span
-        if KIND == ONE:
-            begin = tl.multiple_of(begin, ALIGN)
-        size = tl.minimum(numel - begin, span)  # the last row of a vector may be shorter
+        begin = tl.multiple_of(r.to(tl.int64) * span, ALIGN)
+        size = tl.multiple_of(tl.minimum(numel - begin, span), ALIGN)  # the last row of a vector may be shorter
         squares = tl.zeros((ROWS, COLS), tl.float32)
         for column in range(0, span, COLS):
             lane = column + tl.arange(0, COLS)
             mask = live[:, None] & (lane[None, :] < size[:, None])
             g = load_gradient(g_at, begin[:, None] + lane[None, :], mask, c)
             squares += g * g
-        mean = tl.sum(squares, 1) / size.to(tl.float32)
+        mean = tl.div_rn(tl.sum(squares, 1), size.to(tl.float32))
         v = tl.load(v_at + r, mask=live, other=0.0)
         tl.store(v_at + r, tl.fma(mean, c[f.REST2], v * c[f.B2]), mask=live)
 

@@ -26,7 +26,7 @@ def over(a, b, PRECISE: tl.constexpr):
     """a / b for b >= 0; where that is not to be correctly rounded, in three instructions instead of seven."""
     if PRECISE:
         return tl.div_rn(a, b)
-    b = tl.maximum(b, 1e-19, propagate_nan=tl.PropagateNan.ALL)  # its square is still a normal number
+    b = tl.maximum(b, 2.0**-63, propagate_nan=tl.PropagateNan.ALL)  # its square is still a normal number
     return a * tl.rsqrt(b * b)
 
 

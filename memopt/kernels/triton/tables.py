@@ -16,8 +16,8 @@ from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi, describe
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton import masters, missing, row_means
+from memopt.kernels.triton.bands import HEIGHT
 from memopt.kernels.triton.codes import KINDS
-from memopt.kernels.triton.means import HEIGHT
 from memopt.kernels.triton.scalars import NUMBER
 from memopt.ledger import dtype_name
 from memopt.masters import master_of
@@ -88,6 +88,8 @@ def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, world_size:
         return f"there is no Triton kernel for +{spec.master}"
     if not p.is_contiguous():
         return "it is not contiguous"
+    if rows.flat != FLAT_ROW and master_of(spec, dtype_name(p)).name in masters.DITHERED:
+        return f"the random bits of +{spec.master} begin within a row of the kernels' view"
     return describe.needs_ranks(spec, moments, rows, world_size)
 
 

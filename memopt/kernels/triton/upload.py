@@ -16,15 +16,17 @@ class Uploaded:
 
     def __init__(self, dtype: torch.dtype, count: int, device: torch.device) -> None:
         self.tensor = torch.zeros(count, dtype=dtype, device=device)
-        self.values: list[Any] | None = [0] * count
+        self.values: list[Any] = [0] * count
+        self.captured = False
 
     def set(self, values: list[Any]) -> None:
-        if values == self.values:
-            return
         if capturing(self.tensor.device):
             # A copy from the host would be read again whenever the graph runs, from memory that may be gone by then.
+            # Numbers that are there already are written too: a graph steps with those of its capture.
             write_by_value(self.tensor, values)
-            self.values = None  # every replay writes these numbers, after whatever is sent meanwhile
+            self.captured = True
+            return
+        if values == self.values and not self.captured:  # a graph may have run since, and written its own
             return
         staged = torch.tensor(values, dtype=self.tensor.dtype, pin_memory=self.tensor.device.type == "cuda")
         self.tensor.copy_(staged, non_blocking=True)

@@ -1,0 +1,97 @@
+"""The tables that the Triton kernels read, and what they cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreting import DEVICE, stepped
+
+import memopt
+from memopt.geometry import Rows
+
+pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("interpreted")
+
+
+def test_division_by_multiplication() -> None:
+    from memopt.kernels.triton.tables import division
+
+    for divisor in [1, 2, 3, 5, 7, 16, 56, 57, 224, 1000, 65535, 2**20 + 1, 2**31 - 1]:
+        magic, shift = division(divisor)
+        assert magic < 2**32
+        for n in {0, 1, divisor - 1, divisor, 2 * divisor - 1, 12345678, 2**31 - 1, 2**31 - 1 - divisor}:
+            if 0 <= n < 2**31:
+                assert (2 * n * magic >> 32) >> shift == n // divisor
+
+
+def test_programs_cover_every_block_once() -> None:
+    from memopt.kernels.triton.tables import PROGRAMS, pieces_of_programs, programs
+
+    found = programs([3, 5, 7], [5, 0, 4], 2).tolist()
+    assert found == [[3, 0], [3, 2], [3, 4], [7, 0], [7, 2]]
+    blocks = 70_000_000_000 // 256
+    run = pieces_of_programs(blocks, 4, 256)
+    assert blocks / (run * 4) <= PROGRAMS
+
+
+def test_launchers_without_a_plan_are_found_again_and_bounded(on) -> None:
+    from memopt.kernels.triton import plan
+
+    on(True)
+    spec, device = memopt.parse("adamw-8bit"), torch.device(DEVICE)
+    described = []
+    for shape in [(17, 300), (33,), (5, 70)]:
+        [p], _, opt = stepped(spec, {}, on, 1, [shape], plain_steps=0)
+        p.grad = torch.zeros_like(p)
+        work = opt._work(0, "0", p, opt.param_groups[0], p.grad)
+        held = plan.moment_formats(spec, work.h, work.name, work.rows)
+        described.append(plan.describe_all(spec, [(work, held)], 0, opt.param_groups, False))
+    size = plan.Launcher(spec, described[0], device, 1).nbytes
+    kept = plan.Launchers(2 * size + size // 2)
+    first, second = (kept.find(spec, made, device, 1) for made in described[:2])
+    assert kept.find(spec, described[0], device, 1) is first
+    kept.find(spec, described[2], device, 1)  # takes the place of the one met longest ago
+    assert kept.find(spec, described[0], device, 1) is first
+    assert kept.find(spec, described[1], device, 1) is not second
+
+
+def test_vectors_that_are_cut_anywhere_and_dithered_take_the_plain_path(on) -> None:
+    from memopt.engines.native import moment_formats
+    from memopt.kernels.triton import tables
+
+    on(True)
+    rows, hyper = Rows((600,), 0, 600, 1), {"betas": (0.9, 0.999), "amsgrad": False}
+    for master, refused in (("split", True), ("stochastic", True), ("kahan", False)):
+        spec = memopt.parse("adamw").replace(master=master)
+        p = torch.zeros(600, dtype=torch.bfloat16, device=DEVICE)
+        reason = tables.refuse(spec, moment_formats(spec, hyper, "p", rows), rows, p, 1)
+        assert (reason is not None) == refused, (master, reason)
+
+
+@pytest.mark.parametrize("spec", ["adamw-8bit", "adafactor", "adammini"])
+def test_the_tables_cost_what_the_estimate_says(spec, on) -> None:
+    """What a step allocates beside the state, against the closed form of ``memopt estimate``."""
+    from estimators.state import kernel_tables
+
+    on(True)
+    shapes = [(300, 256), (17, 300), (33,)]
+    _, _, opt = stepped(spec, {}, on, 2, shapes, plain_steps=0)
+    launcher = opt._plan.launcher
+    seen: dict[int, int] = {}
+
+    def count(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+
+    for value in vars(launcher).values():
+        count(value)
+    count(launcher.gradients.tensor)
+    count(launcher.numbers.tensor)
+    for launch in [*launcher.launches, *launcher._looks]:
+        for cell in launch.__closure__ or ():
+            for value in cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,):
+                count(value)
+    used = sum(seen.values()) + launcher.workspace * 4
+    claimed = kernel_tables(len(shapes), sum(torch.Size(s).numel() for s in shapes), spec == "adafactor",
+                            spec == "adammini")  # fmt: skip
+    assert used <= claimed
