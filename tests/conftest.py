@@ -28,6 +28,12 @@ def _one_thread_and_a_seed():
 
 
 @pytest.fixture
+def uncompiled(monkeypatch):
+    """torchao compiles its step; the plain function computes the same."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture
 def run(capsys):
     """The command line: ``run("estimate", "8B")`` is (exit code, what it printed, what it said on stderr)."""
     from memopt.cli import main

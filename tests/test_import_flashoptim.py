@@ -14,6 +14,8 @@ flashoptim = pytest.importorskip("flashoptim")
 LR = 1e-3
 #: Mean distance after three steps in other codes, as a share of the rate (measured: 0.003 to 0.007).
 MEAN_DISTANCE = 0.04
+#: Relative error of one encoding: signed moments, second moments.
+ENCODED = (0.01, 0.01)
 
 
 @pytest.fixture
@@ -135,6 +137,116 @@ def test_corrections_need_the_weights_beside_them(card, tmp_path, capsys):
     assert (
         f"exp_avg (flashoptim 8bit): {numel:,} elements in 6 tensors; bytes: codes {numel:,}" in capsys.readouterr().out
     )
+
+
+EXPORTS = [
+    ("FlashAdamW", "adamw-8bit+split", torch.bfloat16, 24, {"weight_decay": 0.1}),
+    ("FlashAdamW", "adamw+split16", torch.bfloat16, 32, {}),
+    ("FlashAdamW", "adamw-8bit+fp32", torch.float16, 32, {}),
+    ("FlashAdamW", "adamw+kahan", torch.bfloat16, 32, {}),
+    ("FlashAdam", "adam-4bit", torch.float32, None, {"weight_decay": 0.1}),
+    ("FlashLion", "lion-8bit+split", torch.bfloat16, 24, {"weight_decay": 0.1}),
+    ("FlashSGD", "sgd", torch.float32, None, {"momentum": 0.9, "weight_decay": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("name", "spec", "dtype", "bits", "keywords"), EXPORTS)
+def test_what_is_exported_for_flashoptim_goes_on_in_it(card, tmp_path, run, name, spec, dtype, bits, keywords):
+    """Its own codes: loaded, decoded and stepped by flashoptim, read back with the same bits."""
+    module, twin = model(dtype), model(dtype)
+    ours = memopt.create(module, spec, lr=LR, **keywords)
+    drive(module, ours, 0, 3)
+    twin.load_state_dict(module.state_dict())
+    memopt.save(tmp_path / "ours", model=module, optimizer=ours)
+    code, out, _ = run("convert", str(tmp_path / "ours"), str(tmp_path / "theirs.pt"), "--to", "flashoptim")
+    assert code == 0
+    assert "tensors encoded anew, relative error" in out
+    written = torch.load(tmp_path / "theirs.pt")  # weights_only
+    full = memopt.parse(spec).replace(format="32bit", hyper=keywords)
+    ours.convert_(full)
+    with card():
+        theirs = getattr(flashoptim, name)(twin.parameters(), lr=1.0, fused=False, master_weight_bits=bits, **keywords)
+        theirs.load_state_dict(torch.load(tmp_path / "theirs.pt"))
+        assert theirs.param_groups[0]["lr"] == LR
+        for p, q in zip(module.parameters(), twin.parameters(), strict=True):
+            if bits is not None:
+                weight = flashoptim.reconstruct_fp32_param(q.detach(), theirs.state[q]["error_bits"])
+                unit = torch.finfo(dtype).eps / 2 / (126 if bits == 24 else 32766)
+                torch.testing.assert_close(weight, ours_weight(ours, p), rtol=unit, atol=1e-8)
+            for moment in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+                if moment in theirs.state[q]:
+                    x, exact = theirs.state[q][moment].materialize(), ours.state[p][moment]
+                    assert (x - exact).norm() < ENCODED[moment == "exp_avg_sq"] * exact.norm(), moment
+                    assert torch.equal(x != 0, exact != 0) or moment != "exp_avg_sq"
+        for mine, again in zip(written["state"].values(), theirs.state_dict()["state"].values(), strict=True):
+            assert mine.keys() == again.keys()
+            for key, value in mine.items():
+                assert value.dtype == again[key].dtype
+                assert torch.equal(as_bytes(value), as_bytes(again[key])), key
+        back = memopt.create(model(dtype), memopt.OptimSpec(rule=full.rule), **keywords)
+        memopt.load(tmp_path / "theirs.pt", optimizer=back, rule=full.rule)
+        for p, q in zip(back.param_groups[0]["params"], twin.parameters(), strict=True):
+            for moment in back.state[p].keys() - {"step"}:
+                decoded = theirs.state[q][moment].materialize()
+                torch.testing.assert_close(back.state[p][moment], decoded, rtol=1e-6, atol=1e-30)
+        drive(twin, theirs, 3, 3)
+    drive(module, ours, 3, 3)
+    pairs = zip(module.parameters(), twin.parameters(), strict=True)
+    far = torch.cat([(a.float() - b.float()).detach().abs().flatten() for a, b in pairs]) / LR
+    assert far.mean() < MEAN_DISTANCE
+
+
+def as_bytes(x):
+    """Bits of corrections under a float's name may spell NaN."""
+    return x.reshape(-1).view(torch.uint8)
+
+
+def test_scales_are_rounded_up_and_no_second_moment_is_lost():
+    from memopt.checkpoint.companded import Companded
+    from memopt.formats import Shard
+    from memopt.geometry import Rows
+    from memopt.rules import Moment
+
+    fmt, rows = Companded(32), Rows.whole((64, 32))
+    for moment in (Moment("exp_avg"), Moment("exp_avg_sq", signed=False)):
+        x = torch.rand(64, 32) * 10 ** torch.linspace(-14, 3, 64)[:, None]
+        x = x if moment.signed else x.square()
+        x[5] = 0
+        parts = {part: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for part, s in
+                 fmt.layout(moment, rows).items()}  # fmt: skip
+        fmt.write(x, parts, moment, Shard(rows))
+        top = (x if moment.signed else x.sqrt()).amax(-1)
+        assert (parts["scales"].float() >= top).all()
+        assert (parts["scales"].float() <= top * (1 + 2**-10) + 6e-8).all()
+        y = fmt.read(parts, moment, Shard(rows))
+        if not moment.signed:
+            assert torch.equal(y != 0, x != 0)
+        large = top > 1e-4
+        assert (y - x)[large].norm() < 0.01 * x[large].norm()
+
+
+@pytest.mark.parametrize(
+    ("spec", "hyper", "message"),
+    [
+        ("adafactor", {}, "flashoptim has no adafactor; it has adam, adamw, lion, sgd"),
+        ("adamw", {"amsgrad": True}, "neither amsgrad nor maximize"),
+        ("sgd", {}, "no state of SGD without momentum"),
+    ],
+)
+def test_what_flashoptim_cannot_hold_is_refused(spec, hyper, message):
+    ours = memopt.create(model(torch.float32), spec, **hyper)
+    with pytest.raises(ValueError, match=message):
+        export(source_of(ours), "flashoptim")
+
+
+def test_a_dtype_that_is_not_known_is_refused():
+    from memopt.checkpoint.foreign import read_state_dict
+
+    module = model(torch.bfloat16)
+    theirs = torch.optim.AdamW(module.parameters())
+    drive(module, theirs, 0, 1)
+    with pytest.raises(ValueError, match="does not say of which dtype the weight 0 is"):
+        export(read_state_dict(theirs.state_dict(), "theirs"), "flashoptim")
 
 
 def test_what_is_exported_for_torch_loads_into_flashoptim(card):

@@ -1,58 +1,24 @@
-"""State of the real tools: read, continued, and given back to them."""
+"""State of the real tools: read, and continued."""
 
 import pytest
 import torch
+from tools import (
+    EXACT,
+    LR,
+    MEAN_DISTANCE,
+    bnb_tool,
+    distance,
+    drive,
+    model,
+    torch_tool,
+    torchao_tool,
+    transformers_tool,
+)
 from torch import nn
 
 import memopt
-from memopt.checkpoint import export, source_of
 
-#: Exact formats: other order of operations only; a hundredth of a step.
-EXACT = 1e-5
-#: Mean distance after five steps in other codes, as a share of the rate (measured: 0.021, 0.052 and 0.32).
-MEAN_DISTANCE = {"8bit": 0.04, "fp8": 0.1, "4bit": 0.5}
-LR = 1e-3
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(128, 64), nn.LayerNorm(64), nn.Linear(64, 80))
-
-
-def drive(module, opt, first, steps):
-    for step in range(first, first + steps):
-        g = torch.Generator().manual_seed(step)
-        for p in module.parameters():
-            p.grad = torch.randn(p.shape, generator=g)
-        opt.step()
-
-
-def torch_tool(name, **keywords):
-    return lambda params: getattr(torch.optim, name)(params, **keywords)
-
-
-def bnb_tool(name, **keywords):
-    def build(params):
-        bnb = pytest.importorskip("bitsandbytes")
-        return getattr(bnb.optim, name)(params, **keywords)
-
-    return build
-
-
-def torchao_tool(name):
-    def build(params):
-        module = pytest.importorskip("torchao.optim")
-        return getattr(module, name)(params, lr=LR, weight_decay=0.1)
-
-    return build
-
-
-def transformers_tool(**keywords):
-    def build(params):
-        return pytest.importorskip("transformers.optimization").Adafactor(params, **keywords)
-
-    return build
-
+pytestmark = pytest.mark.usefixtures("uncompiled")
 
 #: id -> (what builds the tool, our spec, rule= where it must be said, hyperparameters and fields of ours)
 EXACT_TOOLS = {
@@ -88,12 +54,6 @@ LOSSY_TOOLS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_compiler(monkeypatch):
-    """torchao compiles its step; the plain function computes the same."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
-
-
 def continued(build, spec, rule, keywords, tmp_path):
     """The distance of parameters, as a share of the rate, between going on in the tool and going on in ours."""
     theirs_model, ours_model = model(), model()
@@ -105,8 +65,7 @@ def continued(build, spec, rule, keywords, tmp_path):
     memopt.load(tmp_path / "theirs.pt", optimizer=ours, rule=rule)
     drive(theirs_model, theirs, 5, 5)
     drive(ours_model, ours, 5, 5)
-    pairs = zip(theirs_model.parameters(), ours_model.parameters(), strict=True)
-    return torch.cat([(a - b).detach().abs().flatten() for a, b in pairs]) / LR
+    return distance(theirs_model, ours_model)
 
 
 @pytest.mark.parametrize("name", EXACT_TOOLS)
@@ -118,92 +77,7 @@ def test_going_on_is_going_on_in_the_tool(name, tmp_path):
 @pytest.mark.parametrize("name", LOSSY_TOOLS)
 def test_low_bit_state_goes_on_within_its_codes(name, tmp_path):
     build, spec, rule = LOSSY_TOOLS[name]
-    distance = continued(build, spec, rule, {}, tmp_path)
-    assert distance.mean() < MEAN_DISTANCE[memopt.parse(spec).format]
-
-
-@pytest.mark.parametrize(
-    ("spec", "keywords", "build"),
-    [
-        ("adamw-8bit", {}, torch_tool("AdamW", lr=LR)),
-        ("adam-bf16", {}, torch_tool("Adam", lr=LR)),
-        ("radam", {}, torch_tool("RAdam", lr=LR)),
-        ("sgd-8bit", {"momentum": 0.9}, torch_tool("SGD", lr=LR, momentum=0.9)),
-        ("rmsprop-fp8", {}, torch_tool("RMSprop", lr=LR)),
-        ("adafactor", {}, torch_tool("Adafactor", lr=LR)),
-    ],
-)
-def test_exported_state_loads_into_torch(spec, keywords, build):
-    a, b = model(), model()
-    ours = memopt.create(a, spec, lr=LR, **keywords)
-    drive(a, ours, 0, 5)
-    b.load_state_dict(a.state_dict())
-    theirs = build(b.parameters())
-    theirs.load_state_dict(export(source_of(ours), "torch"))
-    exact = memopt.parse(spec).format if spec != "adafactor" else "factored"
-    ours.convert_(memopt.parse(spec).replace(format="factored" if exact == "factored" else "32bit", hyper=keywords))
-    drive(a, ours, 5, 5)
-    drive(b, theirs, 5, 5)
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=EXACT)
-
-
-@pytest.mark.parametrize("tool", ["bitsandbytes", "bitsandbytes-32bit"])
-def test_exported_state_loads_into_bitsandbytes(tool):
-    bnb = pytest.importorskip("bitsandbytes")
-    a, b = model(), model()
-    ours = memopt.create(a, "adamw-8bit", lr=LR)
-    drive(a, ours, 0, 5)
-    b.load_state_dict(a.state_dict())
-    theirs = (bnb.optim.AdamW8bit if tool == "bitsandbytes" else bnb.optim.AdamW32bit)(b.parameters())
-    theirs.load_state_dict(export(source_of(ours), tool))
-    ours.convert_("adamw-8bit" if tool == "bitsandbytes" else "adamw", engine="bitsandbytes")
-    drive(a, ours, 5, 5)
-    drive(b, theirs, 5, 5)
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("beta1", [None, 0.9])
-def test_exported_state_loads_into_transformers(beta1):
-    hyper = {"beta1": beta1, "lr": LR, "relative_step": False}
-    a, b = model(), model()
-    ours = memopt.create(a, "adafactor", convention="transformers", **hyper)
-    drive(a, ours, 0, 5)
-    b.load_state_dict(a.state_dict())
-    theirs = transformers_tool(**hyper)(b.parameters())
-    theirs.load_state_dict(export(source_of(ours), "transformers"))
-    drive(a, ours, 5, 5)
-    drive(b, theirs, 5, 5)
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=EXACT)
-    with pytest.raises(ValueError, match=r"torch.optim has no adafactor with these hyperparameters"):
-        export(source_of(ours), "torch")
-
-
-def test_exported_state_loads_into_torchao():
-    a, b = model(), model()
-    ours = memopt.create(a, "adamw-8bit", lr=LR, weight_decay=0.1)
-    drive(a, ours, 0, 5)
-    b.load_state_dict(a.state_dict())
-    theirs = torchao_tool("AdamW8bit")(b.parameters())
-    theirs.load_state_dict(export(source_of(ours), "torchao"))
-    assert type(theirs.state[b[0].weight]["exp_avg"]).__name__ == "OptimState8bit"
-    assert type(theirs.state[b[0].bias]["exp_avg"]) is torch.Tensor
-    again = memopt.create(b, "adamw", lr=LR)
-    memopt.load(theirs.state_dict(), optimizer=again, rule="adamw")
-    ours.convert_("adamw-8bit", engine="bitsandbytes")  # the same code
-    ours.convert_("adamw", engine="native")
-    assert again.param_groups[0]["weight_decay"] == 0.1
-    for p, q in zip(a.parameters(), b.parameters(), strict=True):
-        for key, value in ours.state[p].items():
-            assert torch.equal(value, again.state[q][key]), key
-    drive(b, theirs, 5, 5)
-    drive(a, ours, 5, 5)
-    distance = torch.cat(
-        [(p - q).detach().abs().flatten() for p, q in zip(a.parameters(), b.parameters(), strict=True)]
-    )
-    assert distance.mean() / LR < MEAN_DISTANCE["8bit"]
+    assert continued(build, spec, rule, {}, tmp_path).mean() < MEAN_DISTANCE[memopt.parse(spec).format]
 
 
 def test_a_bigger_file_of_torchao_is_decoded_in_pieces():
@@ -251,14 +125,3 @@ def test_an_ambiguous_rule_must_be_said():
     drive(m, theirs, 0, 1)
     with pytest.raises(ValueError, match="does not say which of lion, rmsprop, sgd it was"):
         memopt.load(theirs.state_dict(), optimizer=memopt.create(m, "lion-8bit"))
-
-
-class Evil:
-    def __reduce__(self):
-        return exec, ("raise SystemExit('executed')",)
-
-
-def test_pickles_are_not_executed(tmp_path):
-    torch.save({"state": Evil(), "param_groups": []}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="without executing"):
-        memopt.load(tmp_path / "evil.pt", optimizer=memopt.create(model(), "adamw"))

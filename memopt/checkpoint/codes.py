@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from memopt.checkpoint.dynamic import Dynamic8
-from memopt.engines.bitsandbytes import SECOND_MOMENT
+from memopt.checkpoint.dynamic import dynamic8
+from memopt.checkpoint.flat import FlatBlocks
+from memopt.engines.bitsandbytes import BLOCK, SECOND_MOMENT
 from memopt.engines.native import moment_formats
 from memopt.formats import HELD, Format
 from memopt.geometry import FLAT_ROW, Rows, Shape
@@ -14,7 +15,7 @@ from memopt.rules import RULES, Moment
 from memopt.spec import OptimSpec
 
 #: Every encoding that a checkpoint may hold: its tag in the manifest -> format.
-CODES: dict[str, Format] = {**HELD, "dynamic8": Dynamic8()}
+CODES: dict[str, Format] = {**HELD, "dynamic8": dynamic8(BLOCK)}
 
 #: Elements that are decoded at a time: about 10 MiB with the temporaries of encoding.
 CHUNK_NUMEL = 1 << 18
@@ -59,7 +60,7 @@ def span(fmt: Format, moment: Moment, part: str, outer: Rows, inner: Rows) -> tu
     """
     if inner == outer or is_shared(fmt, moment, outer.shape, part):
         return None
-    if isinstance(fmt, Dynamic8):
+    if isinstance(fmt, FlatBlocks):
         return fmt.span(part, outer, inner)
     start = fmt.layout(moment, outer._replace(stop=inner.first))[part].shape[0]
     return start, start + fmt.layout(moment, inner)[part].shape[0]

@@ -8,14 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.codes import moment_codes
-from memopt.checkpoint.fit import Slot, fill_slot
+from memopt.checkpoint.fit import OURS, Encoding, Slot, fill_slot
 from memopt.checkpoint.plan import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Group, Record, Source
 from memopt.geometry import Rows, Shape
 from memopt.ledger import TensorSpec
-from memopt.masters import master_of
 from memopt.placements.homes import Homes
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
@@ -24,14 +22,18 @@ from memopt.spec import OptimSpec
 Zeros = Callable[[str, Shape], Tensor]
 
 
+def in_memory(dtype: str, shape: Shape) -> Tensor:
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
 class Converted:
     """``source`` as ``spec`` would hold it, whole, in host memory. Everything that can be refused is refused here.
 
     ``report`` is complete when :meth:`states` is exhausted.
     """
 
-    def __init__(self, source: Source, spec: OptimSpec, fill: Fill) -> None:
-        self.source, self.spec, self._fill = source, spec, fill
+    def __init__(self, source: Source, spec: OptimSpec, fill: Fill, encoding: Encoding = OURS) -> None:
+        self.source, self.spec, self._fill, self._encoding = source, spec, fill, encoding
         self.report = Conversion(source.label or spelled(source.spec), spelled(spec))
         check_fill(fill, spec.rule)
         spec.check_overrides([name for group in source.groups for name in group.names])
@@ -39,7 +41,7 @@ class Converted:
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
         kept: set[str] = set()
         for slot, record in self._slots():
-            kept |= {m.name for m, _ in moment_codes(slot.spec, slot.h, slot.name, slot.shape)}
+            kept |= {m.name for m, _ in slot.codes}
             slot.check(record, source.spec.rule, fill)
         unused_fill(fill, kept)
 
@@ -57,27 +59,24 @@ class Converted:
                 if record.stepped:
                     rows = Rows.whole(record.shape)
                     seed, cpu = self.source.seed or 0, torch.device("cpu")
-                    slot = Slot(self.spec, group.hyper, name, index, rows, cpu, seed, lambda x: x, record.dtype, homes)
+                    slot = Slot(self.spec, group.hyper, name, index, rows, cpu, seed, lambda x: x, record.dtype, homes,
+                                encoding=self._encoding)  # fmt: skip
                     yield slot, record
                 index += 1
 
+    def steps(self) -> dict[str, float]:
+        """parameter -> the steps it has taken, of those that have state."""
+        return {slot.name: float(self._fill.get("step", record.step)) for slot, record in self._slots()}
+
     def layout(self) -> dict[str, TensorSpec]:
         """``parameter/moment.part`` -> tensor, before anything is computed."""
-        found = {}
-        for slot, _ in self._slots():
-            for moment, fmt in moment_codes(slot.spec, slot.h, slot.name, slot.shape):
-                for part, tensor in fmt.layout(moment, slot.rows).items():
-                    found[f"{slot.name}/{moment.name}" + (f".{part}" if part else "")] = tensor
-            for key, tensor in master_of(slot.spec, slot.dtype).layout(slot.rows, slot.dtype).items():
-                found[f"{slot.name}/{key}"] = tensor
-        return found
+        return {f"{slot.name}/{key}": spec for slot, _ in self._slots() for key, spec in slot.layout().items()}
 
-    def states(self, zeros: Zeros | None = None) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def states(self, zeros: Zeros = in_memory) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """``(parameter, state)``, converted as they are asked for; ``zeros`` may make the tensors elsewhere."""
         for slot, record in self._slots():
-            state = (
-                slot.allocate() if zeros is None else {line.key: zeros(line.dtype, line.shape) for line in slot.lines()}
-            )
+            state = {"step": zeros("float32", ())}
+            state |= {key: zeros(spec.dtype, spec.shape) for key, spec in slot.layout().items()}
             old = self.source.spec, self._old_hyper[slot.name]
             fill_slot(slot, state, record, old, self._fill, self.report)
             yield slot.name, state
@@ -89,11 +88,11 @@ class Converted:
             name: {"shape": list(r.shape), **({"dtype": r.dtype} if r.dtype else {})}
             for name, r in self.source.records.items()
         }
-        for slot, record in self._slots():
-            codes = moment_codes(slot.spec, slot.h, slot.name, slot.shape)
+        steps = self.steps()
+        for slot, _ in self._slots():
             found[slot.name] |= {
-                "step": float(self._fill.get("step", record.step)),
-                "moments": {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in codes},
-                **({"master": self.spec.master} if master_of(slot.spec, slot.dtype).kept(slot.dtype) else {}),
+                "step": steps[slot.name],
+                "moments": {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in slot.codes},
+                **({"master": self.spec.master} if slot.master.kept(slot.dtype) else {}),
             }
         return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memopt import noise
 from memopt.checkpoint import kept
-from memopt.checkpoint.codes import moment_codes
+from memopt.checkpoint.codes import MomentCodes, moment_codes
 from memopt.checkpoint.meaning import share
 from memopt.checkpoint.plan import Fill, feeds
 from memopt.checkpoint.report import Conversion, Loss
@@ -20,12 +20,24 @@ from memopt.checkpoint.transfer import Target, transfer
 from memopt.formats import Shard
 from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
-from memopt.ledger import Line
-from memopt.masters import master_of
+from memopt.ledger import Line, TensorSpec
+from memopt.masters import Master, master_of
 from memopt.placements.homes import Homes
 from memopt.pricing import state_lines
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
+
+
+class Encoding(NamedTuple):
+    """How a place holds state: ``codes(spec, h, name, shape)`` are the moments of a parameter with their formats,
+    ``master(spec, dtype)`` is what stands beside the weight."""
+
+    codes: Callable[[OptimSpec, Mapping[str, Any], str, Shape], MomentCodes] = moment_codes
+    master: Callable[[OptimSpec, str], Master] = master_of
+
+
+#: That of our own optimizers; other tools have others.
+OURS = Encoding()
 
 
 class Slot(NamedTuple):
@@ -43,10 +55,28 @@ class Slot(NamedTuple):
     homes: Homes
     parameter: Tensor | None = None  # these rows of it, where it is at hand
     capturable: bool = False  # the optimizer's: its number of steps is on the device
+    encoding: Encoding = OURS
 
     @property
     def shape(self) -> Shape:
         return self.rows.shape
+
+    @property
+    def codes(self) -> MomentCodes:
+        return self.encoding.codes(self.spec, self.h, self.name, self.shape)
+
+    @property
+    def master(self) -> Master:
+        return self.encoding.master(self.spec, self.dtype)
+
+    def layout(self) -> dict[str, TensorSpec]:
+        """The tensors of the state but the step: key -> dtype and shape."""
+        found = {
+            f"{moment.name}.{part}" if part else moment.name: tensor
+            for moment, fmt in self.codes
+            for part, tensor in fmt.layout(moment, self.rows).items()
+        }
+        return found | self.master.layout(self.rows, self.dtype)
 
     def lines(self) -> list[Line]:
         """The tensors of the state, the step first."""
@@ -71,7 +101,7 @@ class Slot(NamedTuple):
     def targets(self, state: Mapping[str, Tensor], step: int) -> dict[str, Target]:
         """The parts of each moment within ``state``."""
         found = {}
-        for j, (moment, fmt) in enumerate(moment_codes(self.spec, self.h, self.name, self.shape)):
+        for j, (moment, fmt) in enumerate(self.codes):
             shard = Shard(self.rows, noise.key(self.seed, self.index, j), step, self.total)
             keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
             found[moment.name] = Target(moment, fmt, shard, {part: state[key] for part, key in keys.items()})
@@ -80,21 +110,26 @@ class Slot(NamedTuple):
     def record(self, state: Mapping[str, Tensor]) -> Record:
         """The live state as a record."""
         if not state:
-            return Record(self.name, self.shape, stepped=False, dtype=self.dtype)
+            return Record(self.name, self.shape, stepped=False, dtype=self.dtype, weights=self._parameter())
         moments = {}
-        for moment, fmt in moment_codes(self.spec, self.h, self.name, self.shape):
+        for moment, fmt in self.codes:
             keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
             piece = LivePiece(self.rows, {part: state[key] for part, key in keys.items()})
             moments[moment.name] = Stored(moment, fmt, self.shape, (piece,))
-        beside = kept.live(master_of(self.spec, self.dtype), self.dtype, self.rows, state, self.parameter)
-        return Record(self.name, self.shape, float(state["step"]), moments, dtype=self.dtype, kept=beside)
+        beside = kept.live(self.master, self.dtype, self.rows, state, self.parameter)
+        return Record(self.name, self.shape, float(state["step"]), moments, dtype=self.dtype, kept=beside,
+                      weights=self._parameter())  # fmt: skip
+
+    def _parameter(self) -> Callable[[Rows], Tensor] | None:
+        p = self.parameter
+        return None if p is None else lambda rows: kept.cut(p, self.rows, rows)
 
     def check(self, record: Record, rule: str, fill: Fill) -> dict[str, str | float]:
         """What feeds each moment: the name of a stored one, or a number. Raises ValueError for what does not fit."""
         if record.shape != self.shape:
             raise ValueError(f"{self.name}: the saved state is of shape {record.shape}, the parameter of {self.shape}")
         plan: dict[str, str | float] = {}
-        for moment, _ in moment_codes(self.spec, self.h, self.name, self.shape):
+        for moment, _ in self.codes:
             if moment.begins and moment.name not in record.moments:
                 self._check_begins(moment, fill)
                 plan[moment.name] = 0.0
@@ -104,7 +139,7 @@ class Slot(NamedTuple):
             if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
                 raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
         if record.kept is not None:
-            reason = kept.refuse(record.kept, master_of(self.spec, self.dtype), self.parameter)
+            reason = kept.refuse(record.kept, self.master, self.parameter)
             if reason:
                 raise ValueError(f"{self.name}: {reason}")
         return plan
@@ -145,7 +180,7 @@ def fill_slot(
 
 def _fill_kept(slot: Slot, state: dict[str, Tensor], before: kept.Kept, report: Conversion) -> None:
     """Zeros, which stand for the weights as they are, are right where there was no master before."""
-    master = master_of(slot.spec, slot.dtype)
+    master = slot.master
     if master.key in state and before.dtype == slot.dtype:
         loss = report.losses.setdefault(master.key, Loss())
         kept.move(before, master, slot.rows, slot.parameter, state[master.key], loss)

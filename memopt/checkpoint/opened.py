@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from memopt.checkpoint import contents, folder, manifest, plain
@@ -66,13 +68,13 @@ class Checkpoint:
     def model(self) -> TensorFile | None:
         return self._files.get(contents.MODEL_FILE)
 
-    @property
+    @cached_property
     def sharded_model(self) -> dict[str, TensorSpec]:
         """Tensors of the model whose rows are in the ranks' files, whole."""
         sharded = self.body.get("model", {}).get("sharded", {})
         return {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in sharded.items()}
 
-    @property
+    @cached_property
     def model_specs(self) -> dict[str, TensorSpec]:
         """All tensors of the model, whole."""
         return {**(self.model.specs if self.model is not None else {}), **self.sharded_model}
@@ -125,7 +127,8 @@ class Checkpoint:
         }
         dtype = entry.get("dtype", "")
         kept = self._kept(name, entry["master"], dtype, shape, saved) if "master" in entry else None
-        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry, dtype, kept)
+        weights = self._weights(name, dtype, shape)
+        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry, dtype, kept, weights)
 
     def _kept(self, name: str, master: str, dtype: str, shape: Shape, saved: dict[str, Any]) -> Kept:
         if master not in MASTERS:
@@ -136,13 +139,19 @@ class Checkpoint:
 
     def _weights(self, name: str, dtype: str, shape: Shape) -> Callable[[Rows], Tensor] | None:
         """The parameter itself, if the checkpoint has a model with it."""
+        there = self.body.get("model", {}).get("tied", {}).get(name, name)
+        if self.model_specs.get(there) != TensorSpec(dtype, shape):
+            return None
         file = self.model
-        if file is None:
-            return None
-        there = self.body["model"]["tied"].get(name, name)
-        if file.specs.get(there) != TensorSpec(dtype, shape):
-            return None
-        return lambda rows: file.read(there, rows.bounds if shape else None)
+        if file is not None and there not in self.sharded_model:
+            return lambda rows: file.read(there, rows.bounds if shape else None)
+
+        def gathered(rows: Rows) -> Tensor:
+            out = torch.empty(rows.local_shape, dtype=getattr(torch, dtype))
+            self.read_model(there, rows, out)
+            return out
+
+        return gathered
 
     def _stored(self, name: str, moment: Moment, tag: str, shape: Shape, saved: dict[str, Any]) -> Stored:
         if tag not in CODES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -109,7 +109,8 @@ class Stored(NamedTuple):
 @dataclass
 class Record:
     """The state of one parameter; no moments where it has never been stepped. ``dtype`` is the parameter's, empty where
-    that was not saved; ``kept`` is what its master keeps beside it."""
+    that was not saved; ``kept`` is what its master keeps beside it; ``weights(rows)`` is the parameter itself, where it
+    is at hand."""
 
     name: str
     shape: Shape
@@ -118,6 +119,7 @@ class Record:
     stepped: bool = True
     dtype: str = ""
     kept: Kept | None = None
+    weights: Callable[[Rows], Tensor] | None = None
 
 
 @dataclass

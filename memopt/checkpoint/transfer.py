@@ -8,10 +8,9 @@ from typing import NamedTuple, final
 from torch import Tensor
 
 from memopt.checkpoint.codes import CHUNK_NUMEL, chunks, span
-from memopt.checkpoint.dynamic import Dynamic8
+from memopt.checkpoint.flat import FlatBlocks
 from memopt.checkpoint.report import Loss
 from memopt.checkpoint.stored import LivePiece, Stored
-from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats import Format, Shard
 from memopt.formats.base import Parts
 from memopt.geometry import Rows
@@ -31,8 +30,8 @@ class Target(NamedTuple):
 
     def encode(self, read: Read) -> None:
         """All rows, those that ``read`` gives a megabyte at a time."""
-        if isinstance(self.format, Dynamic8):
-            for first, x in _blocks(read, self.shard.rows):
+        if isinstance(self.format, FlatBlocks):
+            for first, x in _blocks(read, self.shard.rows, self.format.block):
                 self.format.write_blocks(x, self.parts, self.moment, first)
             return
         pieces = self._pieces()
@@ -74,10 +73,10 @@ class _RunningTotal:
         return self._sum if self._left else self._total(self._sum)
 
 
-def _blocks(read: Read, rows: Rows) -> Iterator[tuple[int, Tensor]]:
+def _blocks(read: Read, rows: Rows, block: int) -> Iterator[tuple[int, Tensor]]:
     """``(first, elements from there on)`` of the flattened parameter in whole blocks, out of the rows around them."""
     cols = rows.cols
-    size = -(-max(CHUNK_NUMEL, cols) // BLOCK) * BLOCK
+    size = -(-max(CHUNK_NUMEL, cols) // block) * block
     for first in range(0, rows.numel, size):
         stop = min(first + size, rows.numel)
         around = rows._replace(first=first // cols, stop=-(-stop // cols))

@@ -1,11 +1,11 @@
 """Optimizer state under another spec, or for another tool, without a model.
 
 IN is a checkpoint of memopt.save (or a folder of them), a file that torch.save wrote with the state_dict() of
-torch.optim, transformers' Adafactor, bitsandbytes or torchao, or a checkpoint folder of DeepSpeed (ZeRO 1 to 3,
-universal) or torch.distributed.checkpoint (FSDP). OUT is a folder in which a checkpoint is committed; for
---to torch, transformers, bitsandbytes, bitsandbytes-32bit or torchao it is a file for that tool's load_state_dict, for
---to dcp a folder from which torch.distributed.checkpoint loads "optimizer" (FSDP). The exit code is 0 when it is done,
-2 if the input cannot be used.
+torch.optim, transformers' Adafactor, bitsandbytes, torchao or flashoptim, or a checkpoint folder of DeepSpeed (ZeRO 1
+to 3, universal) or torch.distributed.checkpoint (FSDP). OUT is a folder in which a checkpoint is committed; for another
+tool it is a file for its load_state_dict, and a folder for --to dcp, from which torch.distributed.checkpoint loads
+"optimizer" (FSDP), and --to deepspeed, a universal checkpoint for engines of ZeRO 1 to 3. The exit code is 0 when it is
+done, 2 if the input cannot be used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ SUMMARY = "optimizer state of a checkpoint or of another tool under another spec
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a checkpoint, a folder of them, or another tool's file or folder")
-    parser.add_argument("out", metavar="OUT", help="a folder of checkpoints; for another tool, a file (dcp: a folder)")
-    parser.add_argument("--to", metavar="SPEC", required=True, help="a spec (memopt list), or torch, "
-                        "dcp, transformers, bitsandbytes, bitsandbytes-32bit, torchao")  # fmt: skip
+    parser.add_argument("out", metavar="OUT",
+                        help="a folder of checkpoints; for another tool a file (dcp, deepspeed: a folder)")  # fmt: skip
+    parser.add_argument("--to", metavar="SPEC", required=True, help="a spec (memopt list), or torch, dcp, deepspeed, "
+                        "transformers, bitsandbytes, bitsandbytes-32bit, torchao, torchao-4bit, torchao-fp8, flashoptim"
+                        )  # fmt: skip
     parser.add_argument("--from", metavar="RULE", dest="rule", help="the rule, where the file does not say it")
     parser.add_argument("--engine", metavar="ENGINE", default="native", help="native (default) or bitsandbytes")
     parser.add_argument("--fill", metavar="MOMENT=VALUE", action="append", default=[],
@@ -41,7 +43,7 @@ def run(args: Namespace) -> int:
     fill = dict(map(_fill, args.fill))
     source, checkpoint = open_source(Path(args.source), args.rule)
     if args.to in TOOLS:
-        return _export(source, args, fill)
+        return _export(source, checkpoint, args, fill)
     from memopt.checkpoint.converted import Converted
     from memopt.checkpoint.rewrite import rewrite
     from memopt.checkpoint.tensorfile import nbytes_of
@@ -76,54 +78,18 @@ def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
     return source, checkpoint
 
 
-def _export(source: Any, args: Namespace, fill: dict[str, Any]) -> int:
-    """torch.save wants all tensors at once: until then they are in a file beside OUT, not in memory."""
-    import os
+def _export(source: Any, checkpoint: Any, args: Namespace, fill: dict[str, Any]) -> int:
+    from memopt.checkpoint.exporting import exported, write
 
-    import torch
-
-    from memopt.checkpoint.exporting import FOLDERS, Exported
-    from memopt.checkpoint.scratch import Scratch
-
-    exported = Exported(source, args.to, fill)
-    print(f"{source.origin}: {len(source.records)} parameters for {args.to}, {exported.nbytes:,} bytes of state")
+    found = exported(source, args.to, fill)
+    print(f"{source.origin}: {len(source.records)} parameters for {args.to}, {found.nbytes:,} bytes of state")
     if args.dry_run:
         return 0
     out = Path(args.out)
-    if not out.parent.is_dir():
-        raise ValueError(f"{out.parent} is not a folder")
-    if args.to in FOLDERS and out.exists():
-        raise ValueError(f"{out} exists; name a folder that does not")
-    with bar("exporting", exported.nbytes) as progress, Scratch(out.parent) as scratch:
-
-        def zeros(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-            x = scratch.zeros(dtype, shape)
-            progress(x.nbytes)
-            return x
-
-        state = exported.state_dict(zeros)
-        unfinished = out.with_name(f".writing-{out.name}")
-        if args.to in FOLDERS:
-            _save_folder(state, unfinished)
-        else:
-            with open(unfinished, "wb") as file:
-                torch.save(state, file)
-                os.fsync(file.fileno())
-    os.replace(unfinished, out)
-    print(f"written: {out}")
+    with bar("exporting", found.nbytes) as progress:
+        write(found, args.to, out, checkpoint, progress)
+    print(f"{found.report}\nwritten: {out}")
     return 0
-
-
-def _save_folder(state: dict[str, Any], path: Path) -> None:
-    import shutil
-    import warnings
-
-    import torch.distributed.checkpoint as dcp
-
-    shutil.rmtree(path, ignore_errors=True)  # of an export that was stopped
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is what is meant
-        dcp.save({"optimizer": state}, checkpoint_id=path, no_dist=True)
 
 
 def _fill(text: str) -> tuple[str, Any]:

@@ -12,6 +12,7 @@ from memopt.checkpoint.codes import CODES
 from memopt.checkpoint.foreign.gathered import NON_NEGATIVE, gathered
 from memopt.checkpoint.kept import Kept
 from memopt.checkpoint.stored import Group, LivePiece, Stored
+from memopt.formats import Format
 from memopt.geometry import Rows, Shape
 from memopt.rules import RULES, Moment
 
@@ -57,9 +58,14 @@ def group_of(names: list[str], rule: str, hyper: dict[str, Any], theirs: State) 
 
 
 def stored(name: str, tag: str, shape: Shape, parts: Mapping[str, Tensor], signed: bool | None = None) -> Stored:
-    """A moment in an encoding of ours; ``signed`` is its code's sign, by default the moment's."""
+    """A moment in an encoding that a checkpoint may hold, by its tag."""
+    return encoded(name, CODES[tag], tuple(shape), parts, signed)
+
+
+def encoded(name: str, fmt: Format, shape: Shape, parts: Mapping[str, Tensor], signed: bool | None = None) -> Stored:
+    """A moment in an encoding; ``signed`` is its code's sign, by default the moment's."""
     moment = Moment(name, signed=name not in NON_NEGATIVE if signed is None else signed)
-    return Stored(moment, CODES[tag], tuple(shape), (LivePiece(Rows.whole(tuple(shape)), parts),))
+    return Stored(moment, fmt, shape, (LivePiece(Rows.whole(shape), parts),))
 
 
 def plain(name: str, value: Tensor) -> Stored:

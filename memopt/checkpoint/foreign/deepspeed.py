@@ -149,7 +149,8 @@ def _universal(
 ) -> tuple[list[dict[str, Any]], Fragments, list[float]]:  # fmt: skip
     state = inert.load(folder / "optimizer_state.pt")
     base = state.get("optimizer_state_dict", state)
-    groups, fragments, steps = base["param_groups"], {}, []
+    # For stage 3 the nested groups are those of one rank's file, or what all groups have in common.
+    groups, fragments, steps = state.get("param_groups", base["param_groups"]), {}, []
     for i, group in enumerate(shapes):
         counted = base.get("state", {}).get(i, {})
         for name in group:

@@ -1,9 +1,7 @@
 """flashoptim's Adam, AdamW, SGD and Lion: companded 8-bit codes, and weights of 24 or 32 bits in two parts.
 
-Blocks of 32 run over the flattened tensor; a block has an fp16 scale s, the largest magnitude in it. A signed moment
-of code q is y / (2 - |y|) s with y = q / 127, a second moment (q s / 255)²: the code is of its square root. Beside a
-16-bit weight p stands a correction c of 8 or 16 bits: the weight is p + c u, u being half a unit in the last place of
-p over 127 or 32767.
+Moments are :class:`~memopt.checkpoint.companded.Companded`. Beside a 16-bit weight p stands a correction c of 8 or 16
+bits: the weight is p + c u, u being half a unit in the last place of p over 127 or 32767.
 
 torch casts the tensors of a state_dict to the parameter's dtype: fp16 scales beside bf16 weights and corrections of 16
 bits are the same bytes under the parameter's dtype; corrections of 8 bits are numbers in it. Uncompressed dictionaries
@@ -17,8 +15,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.foreign.base import State, Tool, plain
-from memopt.checkpoint.foreign.gathered import NON_NEGATIVE, gathered
+from memopt.checkpoint.companded import BLOCK, Companded
+from memopt.checkpoint.foreign.base import State, Tool, encoded, plain
 from memopt.checkpoint.kept import Kept, Raw
 from memopt.checkpoint.stored import LivePiece, Stored
 from memopt.formats.base import Shard
@@ -26,9 +24,9 @@ from memopt.geometry import Rows
 from memopt.masters import Master
 from memopt.rules import Moment
 
-BLOCK = 32
-_CODES, _SCALES = "::quantized", "::scales"
-_CORRECTION = "error_bits"
+COMPANDED = Companded(BLOCK)
+CODES, SCALES = "::quantized", "::scales"
+CORRECTION = "error_bits"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 #: Of 16-bit floats: bits of the mantissa, and the smallest exponent of a normal number.
 _FLOATS = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
@@ -51,8 +49,8 @@ def hyper(group: State, rule: str) -> dict[str, Any]:
 def moments(state: State) -> dict[str, Stored]:
     found = {}
     for name in _MOMENTS:
-        if name + _CODES in state:
-            found[name] = _companded(name, state[name + _CODES], state[name + _SCALES])
+        if name + CODES in state:
+            found[name] = _companded(name, state[name + CODES], state[name + SCALES])
         elif name in state:
             found[name] = plain(name, state[name])
     return found
@@ -62,22 +60,12 @@ def _companded(name: str, codes: Tensor, scales: Tensor) -> Stored:
     if scales.numel() != -(-codes.numel() // BLOCK):
         raise ValueError(f"this flashoptim state of {name} is not in blocks of {BLOCK}")
     scales = scales.view(torch.float16) if scales.dtype == torch.bfloat16 else scales
-
-    def decode(first: int, stop: int) -> Tensor:
-        begin = first // BLOCK
-        scale = scales[begin : -(-stop // BLOCK)].float().repeat_interleave(BLOCK)[first - begin * BLOCK :]
-        q, scale = codes.reshape(-1)[first:stop].float(), scale[: stop - first]
-        if name in NON_NEGATIVE:
-            return q.div_(255).mul_(scale).square_()
-        y = q.div_(127)
-        return y.div_(2 - y.abs()).mul_(scale)
-
-    return gathered(name, tuple(codes.shape), decode, "flashoptim 8bit", {"codes": codes, "scales": scales})
+    return encoded(name, COMPANDED, tuple(codes.shape), {"codes": codes, "scales": scales})
 
 
 @final
 class _Correction(Master):
-    """The two parts of a weight, as far as reading them goes."""
+    """The two parts of a weight at rest: it is read and kept, and nothing is trained with it."""
 
     name = "flashoptim"
     summary = "flashoptim's correction"
@@ -91,38 +79,45 @@ class _Correction(Master):
 
     def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
         assert kept is not None
-        mantissa, smallest = _FLOATS[p.dtype]
-        weight = p.float()
-        exponent = (torch.frexp(weight)[1] - 1).clamp_(min=smallest)
-        exponent = torch.where(weight == 0, smallest, exponent)
         share = kept.float() if self._nbits == 8 else kept.contiguous().view(torch.int16).float()
         share.div_(2 ** (self._nbits - 1) - 1)
-        return weight + torch.ldexp(share.double(), exponent - mantissa - 1).float()
+        return p.float() + torch.ldexp(share.double(), _half_a_unit(p)).float()
 
     def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
         return torch.zeros_like(p, dtype=torch.bool)
 
     def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
-        raise NotImplementedError("flashoptim's corrections are read")
+        assert kept is not None
+        share = torch.ldexp(x.double() - p.double(), -_half_a_unit(p)).clamp_(-1, 1)
+        whole = share.mul_(2 ** (self._nbits - 1) - 1).round_()
+        kept.copy_(whole.to(torch.int8) if self._nbits == 8 else whole.to(torch.int16).view(p.dtype))
 
     def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
-        raise NotImplementedError("flashoptim's corrections are read")
+        raise NotImplementedError("nothing is trained with flashoptim's corrections here")
 
 
-_CORRECTIONS = {3: _Correction(8), 4: _Correction(16)}
+def _half_a_unit(p: Tensor) -> Tensor:
+    """The exponent of half a unit in the last place of ``p``, int32."""
+    mantissa, smallest = _FLOATS[p.dtype]
+    exponent = (torch.frexp(p.float())[1] - 1).clamp_(min=smallest)
+    return torch.where(p == 0, smallest, exponent) - mantissa - 1
+
+
+#: Bytes of a weight with its correction -> the correction.
+CORRECTIONS = {3: _Correction(8), 4: _Correction(16)}
 
 
 def kept(group: State, state: State) -> Kept | None:
-    correction = state.get(_CORRECTION)
+    correction = state.get(CORRECTION)
     if correction is None:
         return None
     dtype = str(correction.dtype).removeprefix("torch.")
-    if correction.dtype not in _FLOATS or group["master_bytewidth"] not in _CORRECTIONS:
-        raise ValueError(f"this flashoptim state has {_CORRECTION} of {dtype} for weights of "
+    if correction.dtype not in _FLOATS or group["master_bytewidth"] not in CORRECTIONS:
+        raise ValueError(f"this flashoptim state has {CORRECTION} of {dtype} for weights of "
                          f"{group['master_bytewidth']} bytes, which is not known here")  # fmt: skip
     shape = tuple(correction.shape)
     piece = LivePiece(Rows.whole(shape), {"": correction})
-    master = _CORRECTIONS[group["master_bytewidth"]]
+    master = CORRECTIONS[group["master_bytewidth"]]
     return Kept(master, dtype, Stored(Moment(master.key), Raw(dtype), shape, (piece,)))
 
 

@@ -5,25 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from memopt.checkpoint.foreign.base import State, Tool, plain, stored
-from memopt.checkpoint.foreign.gathered import gathered
+from memopt.checkpoint.dynamic import code_book, dynamic8
+from memopt.checkpoint.flat import FlatBlocks
+from memopt.checkpoint.foreign.base import State, Tool, encoded, plain
 from memopt.checkpoint.stored import Stored
+from memopt.checkpoint.torchao_codes import book_of_4_bits, torchao4, torchao_fp8
 
-#: Its classes, and what makes one of the blocks a up to b, flat.
-_CLASSES: dict[str, Callable[[Any, int, int], Any]] = {
-    "OptimState8bit": lambda v, a, b: _cut(v, 1, a, b, v.qmap, v.signed),
-    "OptimState4bit": lambda v, a, b: _cut(v, 2, a, b, v.qmap, v.signed, ((b - a) * v.block_size,)),
-    "OptimStateFp8": lambda v, a, b: _cut(v, 1, a, b),
+#: Its classes, with their encoding and its code book.
+_CLASSES: dict[str, tuple[Callable[[int], FlatBlocks], Callable[[bool], Tensor] | None]] = {
+    "OptimState8bit": (dynamic8, code_book),
+    "OptimState4bit": (torchao4, book_of_4_bits),
+    "OptimStateFp8": (torchao_fp8, None),
 }
-
-
-def _cut(value: Any, packed: int, first: int, stop: int, *rest: Any) -> Any:
-    """Blocks of a state, of which ``packed`` elements share a code."""
-    size = value.block_size // packed
-    codes = value.codes.reshape(-1)[first * size : stop * size]
-    return type(value)(codes, value.scale[first:stop], *rest)
 
 
 def moments(state: State) -> dict[str, Stored]:
@@ -32,18 +28,14 @@ def moments(state: State) -> dict[str, Stored]:
 
 def _moment(name: str, value: Any) -> Stored:
     kind = type(value).__name__
-    if kind == "OptimState8bit" and value.block_size == 256:  # bitsandbytes' code book and blocks
-        return stored(name, "dynamic8", tuple(value.shape), {"codes": value.codes, "scales": value.scale}, value.signed)
     if kind not in _CLASSES:
         return plain(name, value)
-
-    def decode(first: int, stop: int) -> Tensor:
-        block = value.block_size
-        begin, end = first // block, -(-stop // block)
-        x: Tensor = _CLASSES[kind](value, begin, end).dequantize().reshape(-1)
-        return x[first - begin * block : stop - begin * block]
-
-    return gathered(name, tuple(value.shape), decode, kind, {"codes": value.codes, "scales": value.scale})
+    fmt, book = _CLASSES[kind]
+    signed = None if book is None else bool(value.signed)
+    if book is not None and not torch.allclose(value.qmap.cpu(), book(bool(signed)), rtol=0, atol=1e-7):
+        raise ValueError(f"{name} is not in the code book that torchao 0.18 has for {kind}")
+    parts = {"codes": value.codes, "scales": value.scale}
+    return encoded(name, fmt(value.block_size), tuple(value.shape), parts, signed)
 
 
 TOOL = Tool(

@@ -1,0 +1,131 @@
+"""What it takes to give another tool its state."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.codes import CODES, MomentCodes
+from memopt.checkpoint.converted import Converted, Zeros, in_memory
+from memopt.checkpoint.fit import OURS, Encoding
+from memopt.checkpoint.flat import FlatBlocks
+from memopt.checkpoint.plan import Fill
+from memopt.checkpoint.report import Conversion
+from memopt.checkpoint.stored import Record, Source
+from memopt.checkpoint.tensorfile import Progress
+from memopt.geometry import Shape
+from memopt.rules import RULES
+from memopt.spec import OptimSpec
+
+if TYPE_CHECKING:
+    from memopt.checkpoint.opened import Checkpoint
+
+State = dict[str, Any]
+
+
+class Plan(NamedTuple):
+    """``spec`` and ``encoding`` are what the tool can hold; ``state(record, parts)`` and ``group(hyper)`` make its
+    dictionaries of ours; ``check(converted)`` raises ValueError where what would be written cannot be."""
+
+    spec: OptimSpec
+    state: Callable[[Record, State], State]
+    group: Callable[[State], State]
+    encoding: Encoding = OURS
+    check: Callable[[Converted], Any] = lambda converted: None
+
+
+@final
+class Exported:
+    """``source`` as a tool would save it. Nothing is computed yet; ``report`` is complete when it has been."""
+
+    def __init__(self, source: Source, tool: str, plan: Plan, fill: Fill, *, named: bool) -> None:
+        self.converted = Converted(source, plan.spec, fill, plan.encoding)
+        self.converted.report.after = f"{plan.spec.rule} of {tool}"
+        plan.check(self.converted)
+        self.group = plan.group
+        self._plan, self._named = plan, named
+
+    @property
+    def report(self) -> Conversion:
+        return self.converted.report
+
+    @property
+    def nbytes(self) -> int:
+        return sum(spec.nbytes for spec in self.converted.layout().values())
+
+    @torch.no_grad()
+    def state_dict(self, zeros: Zeros = in_memory) -> dict[str, Any]:
+        """For the tool's ``load_state_dict``; ``zeros`` may make the tensors elsewhere."""
+        groups, records = self.converted.groups, self.converted.source.records
+        names = [name for group in groups for name in group.names]
+        numbers: dict[str, Any] = {name: name if self._named else i for i, name in enumerate(names)}
+        state = {numbers[name]: self._plan.state(records[name], parts) for name, parts in self.converted.states(zeros)}
+        members = [{**self.group(group.hyper), "params": [numbers[name] for name in group.names]} for group in groups]
+        return {"state": state, "param_groups": members}
+
+
+#: ``write(exported, path, zeros, checkpoint, progress)``: durable under ``path``, which does not exist. ``zeros`` makes
+#: tensors in a file, for what cannot be in memory at once; ``checkpoint`` is where the state is from, if one of ours.
+Write = Callable[[Exported, Path, Zeros, "Checkpoint | None", Progress], None]
+
+
+def to_file(exported: Exported, path: Path, zeros: Zeros, checkpoint: Checkpoint | None, progress: Progress) -> None:
+    """What ``torch.save`` writes of the dictionary."""
+    save(exported.state_dict(counted(zeros, progress)), path)
+
+
+def counted(zeros: Zeros, progress: Progress) -> Zeros:
+    """The same, and the bytes are told."""
+
+    def telling(dtype: str, shape: Shape) -> Tensor:
+        x = zeros(dtype, shape)
+        progress(x.nbytes)
+        return x
+
+    return telling
+
+
+def save(content: Any, path: Path) -> None:
+    """``torch.save``, durably."""
+    with open(path, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Exporter(NamedTuple):
+    """One tool. ``plan(source)`` raises ValueError for what it cannot hold; ``named`` says that parameters are called
+    by name in its dictionaries, ``folder`` that what it writes is one, ``dictionary`` that it has a ``state_dict``."""
+
+    plan: Callable[[Source], Plan]
+    write: Write = to_file
+    named: bool = False
+    folder: bool = False
+    dictionary: bool = True
+
+
+def in_blocks(fmt: FlatBlocks, *, whole: bool = False) -> Callable[..., MomentCodes]:
+    """Every moment in ``fmt``, or in 32 bits where that declines it (``whole``: or has no whole number of blocks)."""
+
+    def codes(spec: OptimSpec, h: Mapping[str, Any], name: str, shape: Shape) -> MomentCodes:
+        ragged = whole and torch.Size(shape).numel() % fmt.block
+        return [
+            (m, CODES["32bit"] if ragged or fmt.declines(m, shape) else fmt) for m in RULES[spec.rule].moments(h, shape)
+        ]
+
+    return codes
+
+
+def by_moment(parts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """``moment -> part -> tensor`` of a state; a moment of a single part has it under the empty name."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in parts.items():
+        moment, _, part = key.partition(".")
+        if key != "step":
+            found.setdefault(moment, {})[part] = value
+    return found

@@ -1,0 +1,72 @@
+"""torch.optim, in a file or in a folder of torch.distributed.checkpoint."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from memopt.checkpoint.converted import Zeros
+from memopt.checkpoint.exporters.base import Exported, Exporter, Plan, State, counted
+from memopt.checkpoint.folder import sync_directory
+from memopt.checkpoint.stored import Group, Record, Source
+from memopt.checkpoint.tensorfile import Progress
+from memopt.spec import OptimSpec
+
+if TYPE_CHECKING:
+    from memopt.checkpoint.opened import Checkpoint
+
+#: Rules that torch.optim has, with the hyperparameters of ours that it does not have there.
+RULES: dict[str, tuple[str, ...]] = {
+    "adam": (), "adamw": (), "radam": (), "sgd": (), "rmsprop": (),
+    "adafactor": ("beta1", "scale_parameter", "relative_step", "warmup_init", "convention"),
+}  # fmt: skip
+#: What tells torch's Adam and AdamW apart.
+OWN = {"adam": {"decoupled_weight_decay": False}, "adamw": {"decoupled_weight_decay": True}}
+_FACTORS = {"exp_avg_sq.row": "row_var", "exp_avg_sq.col": "col_var", "exp_avg_sq": "variance"}
+
+
+def _plan(source: Source) -> Plan:
+    rule = source.spec.rule
+    if rule not in RULES or (rule == "adafactor" and not all(map(_is_torchs, source.groups))):
+        raise ValueError(f"torch.optim has no {rule} with these hyperparameters; it has {', '.join(RULES)}")
+
+    def state(record: Record, parts: State) -> State:
+        names = _FACTORS if rule == "adafactor" else {}
+        return {names.get(key, key): value for key, value in parts.items() if rule != "sgd" or key != "step"}
+
+    fmt = "factored" if rule == "adafactor" else "32bit"
+    return Plan(OptimSpec(rule=rule, format=fmt), state, lambda h: group(rule, h))
+
+
+def _is_torchs(group: Group) -> bool:
+    h = group.hyper
+    return h["convention"] == "torch" and h["beta1"] is None and bool(h["scale_parameter"])
+
+
+def group(rule: str, h: State) -> State:
+    """torch's param group of our hyperparameters."""
+    return {k: v for k, v in h.items() if k not in RULES[rule]} | OWN.get(rule, {})
+
+
+def _plan_dcp(source: Source) -> Plan:
+    """``get_optimizer_state_dict`` has every key of torch's group, and ``dcp.load`` asks for every key."""
+    plan = _plan(source)
+    own = next(kind for name, kind in vars(torch.optim).items() if name.lower() == plan.spec.rule)
+    defaults = own([torch.zeros(1)], lr=0.0).defaults
+    return plan._replace(group=lambda h: {**defaults, **plan.group(h)})
+
+
+def _write_dcp(exported: Exported, path: Path, zeros: Zeros, checkpoint: Checkpoint | None, progress: Progress) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is what is meant
+        dcp.save({"optimizer": exported.state_dict(counted(zeros, progress))}, checkpoint_id=path, no_dist=True)
+    sync_directory(path)
+
+
+TORCH = Exporter(_plan)
+DCP = Exporter(_plan_dcp, _write_dcp, named=True, folder=True)
