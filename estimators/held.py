@@ -54,7 +54,7 @@ def rows_of(
     if model.buffers:
         held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, model.provenance))
     few = one_gradient(name, by_dtype, known) if training.release_gradients else None
-    if spec.options.get("offload_gradients") and training.device != "cpu" and not training.deepspeed:
+    if spec.options.get("offload_gradients") is True and training.device != "cpu" and not training.deepspeed:
         few = _offloaded(model, spec, gradients, training.release_gradients, known)
     if training.deepspeed and _deepspeed_offloads(spec):
         few = []

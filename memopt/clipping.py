@@ -15,6 +15,7 @@ from torch import Tensor
 
 from memopt.hyper import SpecError
 from memopt.placements.away import Away
+from memopt.placements.early import scaled
 
 #: What torch adds to the norm before it divides.
 EPS = 1e-6
@@ -44,6 +45,7 @@ def clip_grad_norm_(what: Any, max_norm: float, norm_type: float = 2.0) -> Tenso
     scale = scale.where(norm.isfinite(), 1.0).float()
     for device, tensors in _by_device(map(_local, gradients)).items():
         torch._foreach_mul_(tensors, scale.to(device))
+    scaled(gradients)
     return norm
 
 

@@ -127,7 +127,7 @@ class Keeper(torch.optim.Optimizer):
 
     def _watch(self) -> None:
         """Tell the homes of parameters and groups as they are now, and whose gradients may go elsewhere."""
-        if self.spec.options.get("offload_gradients"):
+        if self.homes.watches:
             released = self.release.covers if self.release is not None else lambda p: False
             self.homes.watch((name, p, self._held(name, p, group), not released(p))
                              for name, p, group in self._parameters())  # fmt: skip

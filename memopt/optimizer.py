@@ -108,7 +108,7 @@ class Optimizer(Keeper):
         check_replaced(self)
         ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
-        if self.spec.options.get("offload_gradients") and self.release is None:
+        if self.spec.options.get("offload_gradients") is True and self.release is None:
             self.homes.settle()
             for _, name, p, _ in ready:
                 self.homes.of(name).bring(name, p)

@@ -1,5 +1,4 @@
-"""The simulated device of the tests of ``@cpu`` with ``offload_gradients=True``, and models on it."""
-
+"""The simulated device of the tests of ``@cpu``, and models on it."""
 
 import torch
 from cases import HYPER, odd_model
@@ -7,6 +6,7 @@ from torch import nn
 
 import memopt
 
+SPECS = ["adamw@cpu", "adamw-8bit@cpu", "adafactor-8bit@cpu", "lion-4bit@cpu", "sgd@cpu", "lookahead(adamw)-8bit@cpu"]
 OPTIONS = {"offload_gradients": True, "workspace": "1MiB"}
 #: Seconds of an operation: all alike, so that a timeline can be read.
 EVEN = dict.fromkeys(("backward", "down", "host", "up", "apart"), (1.0, 0.0))
@@ -51,3 +51,14 @@ def twins(spec, make=odd_model, **options):
         model = make()
         found.append((model, memopt.create(model, text, **HYPER.get(memopt.parse(spec).rule, {}), **more)))
     return found
+
+
+def early_twins(spec="adamw@cpu", make=narrow, **options):
+    """The same with copies in backward()."""
+    return twins(spec, make, **{"offload_gradients": "early", "workspace": "8MiB", **options})
+
+
+def counts(opt):
+    """Copies that were made before the last step, and that it used."""
+    early = opt.homes.of("")._early
+    return early.made, early.used

@@ -3,10 +3,11 @@
 import weakref
 from itertools import pairwise
 
+import pytest
 import simulated
 import torch
 from cases import train
-from offloading import EVEN, Deep, narrow, on_clock, twins
+from offloading import EVEN, Deep, early_twins, narrow, on_clock, twins
 from test_placements import assert_same
 
 import memopt
@@ -98,3 +99,39 @@ def test_a_slow_bus_holds_backward_up_instead_of_filling_the_device(monkeypatch)
     assert all(later.begin == earlier.end for earlier, later in pairwise(down)), made.clock.timeline()
     waiting = [sum(d.begin > b.end for d in down[: i + 1]) for i, b in enumerate(made.clock.of("backward"))]
     assert max(waiting) <= 2, made.clock.timeline()
+
+
+def test_copies_overlap_backward_and_the_step_begins_at_once(device):
+    (model, opt), _ = early_twins(workspace="1MiB")  # each of four buffers holds one parameter and its gradient
+    train(model, opt, 0, 1)
+    on_clock(device, model)
+    opt.zero_grad()
+    clock = device.clock = simulated.Lanes(EVEN)
+    model(1).backward()
+    assert clock.timeline() == (
+        "backward|01234567|\n"
+        "down  | 0123   |"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("slow", [1.0, 4.0])
+def test_what_came_early_does_not_come_down_again(monkeypatch, slow):
+    """Copies that take as long as what they move: the step is shorter by all the time for which the bus carried
+    gradients while backward() computed others."""
+    ends = {}
+    for how in (False, "early"):
+        costs = {**EVEN, "down": (0.0, slow / 102_400), "up": (0.0, 1 / 102_400), "host": (0.25, 0.0)}
+        made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(costs))
+        monkeypatch.setitem(bus.BUSES, "cpu", lambda where, made=made: made)
+        (model, opt), _ = early_twins(offload_gradients=how)
+        on_clock(made, model)
+        train(model, opt, 0, 1)
+        began = made.clock.now
+        opt.zero_grad()
+        model(1).backward()
+        done = made.clock.of("backward")[-1].end
+        opt.step()
+        ends[how] = made.clock.now - done
+        assert done - began == 8.0  # backward() waits for nothing
+        assert made.clock.of("host")[-1].end <= made.clock.now
+    assert ends[False] - ends["early"] == 7.0, ends

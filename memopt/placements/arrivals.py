@@ -21,6 +21,7 @@ from torch import Tensor
 from memopt.gradients import check_gradient
 from memopt.placements.away import Away
 from memopt.placements.bus import Bus, bus_of
+from memopt.placements.hooks import Hooks, leave, ranks
 from memopt.placements.pipeline import Event
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Arrivals:
         self.slots: dict[str, Arrival] = {}
         self._buffers = buffers
         self._bound = bound
-        self._hooks: dict[str, tuple[Tensor, Any]] = {}
+        self._hooks = Hooks(self)
         self._on_way: deque[tuple[Event, int]] = deque()
         self._ends: list[Event] = []  # of the uses of buffers; the last of buffer i at the last i modulo their number
         self._apart: dict[torch.device, Lanes] = {}
@@ -98,11 +99,7 @@ class Arrivals:
 
     def hook(self, parameters: Mapping[str, Tensor]) -> None:
         """Take the gradients of these parameters from now on, and of no others."""
-        for name in [n for n, (p, _) in self._hooks.items() if parameters.get(n) is not p]:
-            self._hooks.pop(name)[1].remove()
-        for name, p in parameters.items():
-            if name not in self._hooks and p.requires_grad:
-                self._hooks[name] = p, p.register_post_accumulate_grad_hook(_hook(weakref.ref(self), name))
+        self._hooks.on(parameters)
 
     def take_new(self, name: str, p: Tensor) -> None:
         """Send the gradient of ``p`` down unless it is there, or in host memory as ``p`` is."""
@@ -121,7 +118,7 @@ class Arrivals:
 
     def take(self, name: str, p: Tensor) -> Arrival:
         """Send the gradient of ``p`` down, and put what stands for it in its place."""
-        _refuse_replica(name, p)
+        _refuse_replica(name)
         g, bus = check_gradient(name, p), bus_of(p.device)
         assert bus is not None
         with self._lock:
@@ -132,7 +129,7 @@ class Arrivals:
 
             def down() -> None:
                 slot.host.copy_(g, non_blocking=True)
-                _leave(g)
+                leave(g)
 
             slot.last = bus.arrivals().submit("down", down, before, g.nbytes)
             self._on_way.append((slot.last, g.nbytes))
@@ -162,7 +159,7 @@ class Arrivals:
 
         def down() -> None:
             room.copy_(new, non_blocking=True)
-            _leave(new)
+            leave(new)
 
         free = self._ends[-len(buffers) :][:1] if len(self._ends) >= len(buffers) else []
         came = lanes.submit("down", down, free, new.nbytes)
@@ -220,18 +217,6 @@ class Arrivals:
         self.slots.clear()
 
 
-def _hook(of: weakref.ref[Arrivals], name: str) -> Callable[[Tensor], None]:
-    """Weak for the same reason: the hook is kept by the parameter, which the optimizer keeps."""
-
-    def arrived(p: Tensor) -> None:
-        arrivals = of()
-        if arrivals is not None:
-            with torch.no_grad():
-                arrivals.take_new(name, p)
-
-    return arrived
-
-
 def _step_arrived(queue: deque[tuple[Event, Any, Tensor]], step: Callable[[list[tuple[Any, Tensor]]], None]) -> None:
     ready = []
     while queue and queue[0][0].done():
@@ -246,14 +231,7 @@ def _sum(old: Tensor, new: Tensor) -> None:
     old.add_(new)
 
 
-def _leave(g: Tensor) -> None:
-    """Its memory may be used again when this stream, which has just been given the copy, has come so far."""
-    if g.is_cuda:
-        g.record_stream(torch.cuda.current_stream(g.device))
-
-
-def _refuse_replica(name: str, p: Tensor) -> None:
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise RuntimeError(f"{name} is trained by {dist.get_world_size()} ranks, and its gradient is this rank's alone "
+def _refuse_replica(name: str) -> None:
+    if ranks() > 1:
+        raise RuntimeError(f"{name} is trained by {ranks()} ranks, and its gradient is this rank's alone "
                            "when it is ready: offload_gradients=True is for one process")  # fmt: skip

@@ -50,6 +50,9 @@ class Home:
     #: Whether it may be made again from a pickle or a copy of the optimizer.
     copyable = True
 
+    #: Whether :meth:`watch` does anything.
+    watches = False
+
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
 
@@ -82,8 +85,8 @@ class Home:
         need besides."""
 
     def watch(self, parameters: Mapping[str, tuple[Tensor, Held, bool]]) -> None:
-        """These are the parameters, with what their state will be; those with True want their gradients taken in
-        ``backward()``, where the placement does that."""
+        """These are the parameters, with what their state will be; the gradients of those with True stand in ``p.grad``
+        until the step, and may be taken or copied in ``backward()``."""
 
     def bring(self, name: str, p: Tensor) -> None:
         """Begin to bring the gradient to where the step will read it, if it is not there."""

@@ -21,8 +21,10 @@ class Cpu(Placement):
     gradients on a card pass through pinned buffers, ``workspace`` at most (written for CUDA, not yet run on a GPU).
     Parameters in host memory are stepped where they are, as with ``device``.
 
-    ``offload_gradients``: gradients go down in ``backward()``, each when it is ready, and leave the card. They have
-    room of their own in pinned memory, as much as they take on the card.
+    Gradients go down in ``backward()``, each when it is ready. ``offload_gradients="early"``, which needs not be said:
+    as many as the buffers hold are copied into them, and used if nothing has changed them by then. ``True``: they leave
+    the card, and have room of their own in pinned memory, as much as they take on the card. ``False``: they go down
+    in the step alone.
 
     Source: Ren et al., "ZeRO-Offload", USENIX ATC 2021.
     """
@@ -41,12 +43,19 @@ class Cpu(Placement):
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
         if device == "cpu":
             return []
-        target = target_of(options["workspace"], TARGET, MOST)
-        kept = options["offload_gradients"]
+        most = most_of(options["workspace"])
+        target = target_of(options["workspace"], TARGET, most)
+        kept = options["offload_gradients"] is True
         staged = {id(h): staging(h, kept) for h in held}
-        wanted = buffers(extents([staged[id(h)] for h in held], target), target, options["workspace"], MOST)
+        wanted = buffers(extents([staged[id(h)] for h in held], target), target, options["workspace"], most)
         nbytes = sum(TensorSpec(h.dtype, h.rows.local_shape).nbytes for h in held)
         return [*buffer_lines(wanted, "pinned", "cpu"), *(gradient_line(nbytes) if kept else [])]
+
+
+def most_of(workspace: int) -> int:
+    """The number of buffers: what a step needs, or more where there is a workspace for them: they hold gradients that
+    come down before it."""
+    return max(MOST, workspace // TARGET)
 
 
 def staging(held: Held, gradient_is_there: bool) -> Held:

@@ -28,7 +28,7 @@ from memopt.placements.entry import Entry, Sum
 from memopt.placements.leases import PAGE, Buffers, Held, Part, Setting
 from memopt.placements.mapping import bytes_view
 from memopt.placements.pipeline import Lanes, Operation
-from memopt.placements.streamed import Loan, Streamed, bases, tensor_in
+from memopt.placements.streamed import Loan, Placed, Streamed, tensor_in
 from memopt.placements.threads import Threads
 
 if TYPE_CHECKING:
@@ -136,8 +136,8 @@ class Files(Streamed):
             found.add(name)
         return found
 
-    def chain(self, lease: Sequence[Loan], run: Run, device: torch.device) -> list[Operation]:
-        nbytes = sum(part.nbytes for loan in lease for part in loan.piece.parts)
+    def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+        nbytes = sum(part.nbytes for loan, _ in lease for part in loan.piece.parts)
         places = self._places(lease)
 
         def read(i: int) -> None:
@@ -154,7 +154,7 @@ class Files(Streamed):
 
         def step(i: int) -> None:
             memory = self._device if self._bus else self._host
-            run([loan.on(self._state(loan, memory[i], base)) for loan, base in bases(lease)])
+            run([loan.on(self._state(loan, memory[i], base)) for loan, base in lease])
 
         def up(i: int) -> None:
             self._device[i].copy_(self._host[i], non_blocking=True)
@@ -168,11 +168,11 @@ class Files(Streamed):
             return [reading, stepping, writing]
         return [reading, Operation("up", up, nbytes), stepping, Operation("down", down, nbytes), writing]
 
-    def _places(self, lease: Sequence[Loan]) -> list[tuple[Entry, Part, int, int]]:
+    def _places(self, lease: Sequence[Placed]) -> list[tuple[Entry, Part, int, int]]:
         """Where each part of the lease is in the buffer, and in its entry's copy."""
         return [
             (entry, part, base + part.at, entry.offsets[part.key] + part.offset)
-            for loan, base in bases(lease)
+            for loan, base in lease
             for entry in [self.entries[loan.work.name]]
             for part in loan.piece.parts
             if part.nbytes

@@ -62,6 +62,11 @@ class Homes:
         return any(type(home) is not Home for home in self._homes.values())
 
     @property
+    def watches(self) -> bool:
+        """Whether any wants to be told of parameters and gradients."""
+        return any(home.watches for home in self._homes.values())
+
+    @property
     def copyable(self) -> bool:
         return all(home.copyable for home in self._homes.values())
 

@@ -2,8 +2,10 @@
 
 Parameters in host memory are stepped where they are. For those on a device, parameter and gradient come down a few
 megabytes at a time into pinned buffers, are stepped there by the CPU kernels, and the parameter goes up again in its
-own dtype; copies down, steps and copies up of different rows happen at once. With ``offload_gradients`` the gradients
-are down already (:mod:`memopt.placements.arrivals`), and where they are released the step runs beside ``backward()``.
+own dtype; copies down, steps and copies up of different rows happen at once. Gradients come down in ``backward()``, as
+many as the buffers hold (:mod:`memopt.placements.early`). With ``offload_gradients=True`` all of them do, into room of
+their own, and leave the device (:mod:`memopt.placements.arrivals`); where they are released the step runs beside
+``backward()``.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ from memopt.ledger import Line
 from memopt.placements.arrivals import Arrivals
 from memopt.placements.base import E, Home, Placement, Run
 from memopt.placements.bus import Bus, bus_of
-from memopt.placements.cpu import MOST, TARGET, gradient_line, staging
+from memopt.placements.cpu import TARGET, gradient_line, most_of, staging
 from memopt.placements.disk import buffer_lines
+from memopt.placements.early import Early
 from memopt.placements.leases import Buffers, Held, Piece, Setting, piece
+from memopt.placements.options import EARLY
 from memopt.placements.pipeline import Lanes, Operation
-from memopt.placements.streamed import Loan, Streamed, bases, bytes_of
+from memopt.placements.streamed import Loan, Placed, Streamed, bytes_of
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
@@ -38,15 +42,19 @@ class Offloaded(Streamed):
     """The pieces are of the parameter and of the gradient if it is on the device; ``_parts`` are those of the state of
     the same rows."""
 
-    target, most = TARGET, MOST
+    target = TARGET
 
     def __init__(self, placement: Placement, setting: Setting) -> None:
         super().__init__(placement, setting.options["workspace"])
+        self.most = most_of(self.nbytes)
         self._host: list[Tensor] = []
         self._where = "cpu"
         self._parts: dict[tuple[str, Rows], Piece] = {}
-        keeps = setting.options["offload_gradients"]
-        self._arrivals = Arrivals(self._buffers_ready, self.nbytes) if keeps else None
+        gradients = setting.options["offload_gradients"]
+        self._arrivals = Arrivals(self._buffers_ready, self.nbytes) if gradients is True else None
+        self._early = Early(self._known) if gradients == EARLY else None
+        self.watches = gradients is not False
+        self._begun: set[tuple[str, int]] = set()  # parameters and numbers of pieces whose gradient is in its place
         self._watched: dict[str, tuple[Tensor, Held, bool]] = {}
 
     def in_place(self, device: torch.device) -> bool:
@@ -58,9 +66,11 @@ class Offloaded(Streamed):
     # Gradients ---------------------------------------------------------------------------------------------------
 
     def watch(self, parameters: Mapping[str, tuple[Tensor, Held, bool]]) -> None:
+        self._watched = dict(parameters)
+        if self._early is not None:
+            self._early.hook(self._known_to_step())
         if self._arrivals is None:
             return
-        self._watched = dict(parameters)
         self._arrivals.hook({name: p for name, (p, _, wanted) in parameters.items() if wanted})
         for name in [n for n in self._arrivals.slots if n not in parameters]:
             self._arrivals.slots.pop(name).give_back()
@@ -85,6 +95,10 @@ class Offloaded(Streamed):
             self._prepare_watched()
         return self._host
 
+    def _known_to_step(self) -> dict[str, Tensor]:
+        """Parameters on a device that have stepped, and whose gradients stay in ``backward()``."""
+        return {name: p for name, (p, _, wanted) in self._watched.items() if wanted and name in self._known}
+
     def _prepare_watched(self) -> None:
         by_device: dict[torch.device, dict[str, Held]] = {}
         for name, (p, held, _) in self._watched.items():
@@ -103,8 +117,11 @@ class Offloaded(Streamed):
         for work in there:
             if max(work.p.itemsize, work.g.itemsize) > 4:
                 raise RuntimeError(f"cpu: {work.name} is {work.p.dtype} on {work.p.device}; buffers are for 32 bits")
+        self._begun = set()
         if self._arrivals is not None:
             self._arrivals.free_buffers()
+        if self._early is not None and any(work.groups for work in there):
+            self._early.forget()
 
         def staged(work: Work) -> Held:
             return staging(held(work), self._arrivals is not None)
@@ -114,6 +131,18 @@ class Offloaded(Streamed):
             for part in self._cut(work, staged):
                 self._parts[work.name, part.rows] = piece(work.name, state.rows, part.rows, state.layout)
         super().step(there, run, staged)
+        if self._early is not None and there:
+            self._early.ready(there[0].p.device, self._host, self._known_to_step())
+
+    def begun(self, loans: Sequence[Loan], device: torch.device) -> list[list[Placed]]:
+        """Those whose gradients came down in ``backward()``; their buffers are the first of all from now on."""
+        if self._early is None or device != self._early.device:
+            return []
+        leases = self._early.claim(loans)
+        full = [i for i, lease in enumerate(leases) if lease]
+        self._host = [*(self._host[i] for i in full), *(x for i, x in enumerate(self._host) if i not in full)]
+        self._begun = {(loan.work.name, loan.number) for lease in leases for loan, _ in lease}
+        return [leases[i] for i in full]
 
     def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
         bus = bus_of(device)
@@ -124,9 +153,10 @@ class Offloaded(Streamed):
                 self._arrivals.allocate(name, getattr(torch, one.dtype), torch.Size(one.rows.local_shape), bus)
         super().prepare({n: staging(h, self._arrivals is not None) for n, h in held.items()}, device, also)
 
-    def chain(self, lease: Sequence[Loan], run: Run, device: torch.device) -> list[Operation]:
-        loans = [(loan, loan.on({}), at) for loan, at in bases(lease)]
-        down_nbytes = sum(work.p.nbytes + (0 if self._arrivals else work.g.nbytes) for _, work, _ in loans)
+    def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+        loans = [(loan, loan.on({}), at) for loan, at in lease]
+        there = [self._arrivals is not None or (loan.work.name, loan.number) in self._begun for loan, _ in lease]
+        down_nbytes = sum(w.p.nbytes + (0 if t else w.g.nbytes) for (_, w, _), t in zip(loans, there, strict=True))
 
         def staged(i: int, loan: Loan, work: Work, at: int) -> list[Tensor]:
             """The parameter in the buffer, and the gradient behind it unless that is in host memory: as wide as they
@@ -135,9 +165,11 @@ class Offloaded(Streamed):
                     for part, x in zip(loan.piece.parts, (work.p, work.g), strict=False)]  # fmt: skip
 
         def down(i: int) -> None:
-            for loan, work, at in loans:
-                for here, there in zip(staged(i, loan, work, at), (work.p, work.g), strict=False):
-                    here.copy_(there, non_blocking=True)
+            for one, g_is_there in zip(loans, there, strict=True):
+                p, *g = staged(i, *one)
+                p.copy_(one[1].p, non_blocking=True)
+                if not g_is_there:
+                    g[0].copy_(one[1].g, non_blocking=True)
 
         def step(i: int) -> None:
             def on_host(loan: Loan, work: Work, at: int) -> Work:
@@ -164,6 +196,8 @@ class Offloaded(Streamed):
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
         if self._arrivals is not None:
             self._arrivals.free_buffers()
+        if self._early is not None:
+            self._early.forget()
         bus = self._bus(device)
         self._where, self._host = str(device), []
         self._host = [bus.host(wanted.nbytes) for _ in range(wanted.number)]
@@ -191,10 +225,16 @@ class Offloaded(Streamed):
             return (f"state and step are on the {device}, where the parameters are: nothing is copied"
                     + (f"; gradients too: {IDLE}" if self._arrivals else ""))  # fmt: skip
         what = "parameters" if self._arrivals else "parameters and gradients"
-        gradients = "; gradients go to pinned memory in backward(), and leave the device" if self._arrivals else ""
-        return (f"state and step are on the host; {what} of {device} come and go through "
-                f"{self.buffers.number} pinned buffers of {self.buffers.nbytes:,} bytes{gradients}")  # fmt: skip
+        through = f"{self.buffers.number} pinned buffers of {self.buffers.nbytes:,} bytes"
+        return f"state and step are on the host; {what} of {device} come and go through {through}; {self._gradients()}"
+
+    def _gradients(self) -> str:
+        if self._arrivals is not None:
+            return "gradients go to pinned memory in backward(), and leave the device"
+        return self._early.explain() if self._early is not None else "gradients come down in the step"
 
     def close(self, empty: bool = False) -> None:
         if self._arrivals is not None:
             self._arrivals.close()
+        if self._early is not None:
+            self._early.close()

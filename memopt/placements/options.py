@@ -39,12 +39,14 @@ def _path(value: Any, what: str) -> str:
     return os.path.abspath(os.fsdecode(os.fspath(value)))
 
 
-def _flag(value: Any, what: str) -> bool:
-    if not isinstance(value, bool):
-        raise SpecError(f"{what}={value!r} is not allowed; it is True or False")
+def _gradients(value: Any, what: str) -> Any:
+    if not isinstance(value, bool) and value != EARLY:
+        raise SpecError(f"{what}={value!r} is not allowed; it is True, False or {EARLY!r}")
     return value
 
 
+#: Gradients are copied to the host as they become ready, and stay on the device.
+EARLY = "early"
 #: The smallest workspace or limit that can be asked for.
 MIN_SIZE = 2**20
 #: Host or device memory that state is streamed through, unless it is said.
@@ -64,7 +66,7 @@ OPTIONS: dict[str, Option] = {
     "directory": Option(("disk",), None, _path, "where the files are; they survive the process"),
     "workspace": Option(("host", "cpu", "disk"), WORKSPACE, _positive_size, "bytes that state is streamed through"),
     "resident": Option(("paged",), None, _positive_size, "bytes of state that stay in memory after a step"),
-    "offload_gradients": Option(("cpu",), False, _flag, "gradients go to the host in backward() and leave the device"),
+    "offload_gradients": Option(("cpu",), EARLY, _gradients, "whether gradients go to the host in backward()"),
 }
 
 
@@ -81,7 +83,8 @@ def checked(given: Mapping[str, Any], placements: Iterable[str], partition: str)
             raise SpecError(f"{name}={value!r} is for {wanted}; this spec is @{', @'.join(sorted(in_use))}")
         kept[name] = option.check(value, name)
     if kept.get("offload_gradients") and partition != "none":
-        raise SpecError(f"offload_gradients=True is for parameters of one process, and this spec is /{partition}: "
+        raise SpecError(f"offload_gradients={kept['offload_gradients']!r} is for parameters of one process, and this "
+                        f"spec is /{partition}: "
                         "gradients are averaged over the ranks before they may leave; under fully_shard torch's own "
                         "CPUOffloadPolicy takes them to the host")  # fmt: skip
     return kept

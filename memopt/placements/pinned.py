@@ -16,7 +16,7 @@ from memopt.placements.host import MOST, TARGET
 from memopt.placements.leases import Buffers, Held, Part, Setting
 from memopt.placements.mapping import tensors_in
 from memopt.placements.pipeline import Lanes, Operation
-from memopt.placements.streamed import Loan, Streamed, bases, bytes_of, tensor_in
+from memopt.placements.streamed import Placed, Streamed, bytes_of, tensor_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,11 +57,11 @@ class Pinned(Streamed):
         if bus_of(device) is not None:
             super().prepare(held, device, also)
 
-    def chain(self, lease: Sequence[Loan], run: Run, device: torch.device) -> list[Operation]:
-        nbytes = sum(part.nbytes for loan in lease for part in loan.piece.parts)
+    def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+        nbytes = sum(part.nbytes for loan, _ in lease for part in loan.piece.parts)
         pairs = [
             (bytes_of(loan.work.state[part.key], part), at + part.at)
-            for loan, at in bases(lease)
+            for loan, at in lease
             for part in loan.piece.parts
             if part.nbytes
         ]
@@ -73,7 +73,7 @@ class Pinned(Streamed):
         def step(i: int) -> None:
             run([loan.on({part.key: tensor_in(self._device[i], at + part.at, part) if part.nbytes
                           else loan.work.state[part.key] for part in loan.piece.parts})
-                 for loan, at in bases(lease)])  # fmt: skip
+                 for loan, at in lease])  # fmt: skip
 
         def down(i: int) -> None:
             for there, at in pairs:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.geometry import Rows
@@ -57,8 +57,12 @@ def bytes_of(whole: Tensor, part: Part) -> Tensor:
     return whole.view(-1).view(torch.uint8)[part.offset : part.offset + part.nbytes]
 
 
-def bases(lease: Sequence[Loan]) -> list[tuple[Loan, int]]:
-    """Each loan with where it begins in the buffer."""
+#: A loan, and where it begins in the buffer.
+Placed = tuple[Loan, int]
+
+
+def placed(lease: Sequence[Loan]) -> list[Placed]:
+    """One behind the other."""
     found, at = [], 0
     for loan in lease:
         found.append((loan, at))
@@ -84,8 +88,12 @@ class Streamed(Home):
         return False
 
     @abstractmethod
-    def chain(self, lease: Sequence[Loan], run: Run, device: torch.device) -> list[Operation]:
+    def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
         """The operations of one lease, the first of which fetches."""
+
+    def begun(self, loans: Sequence[Loan], device: torch.device) -> list[list[Placed]]:
+        """Leases that have been begun before the step, in the buffers 0, 1, …"""
+        return []
 
     @abstractmethod
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
@@ -104,15 +112,18 @@ class Streamed(Home):
     def _step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held], device: torch.device) -> None:
         loans = [Loan(work, p, i) for work in works for i, p in enumerate(self._cut(work, held))]
         self._fit(device)
-        leases: Iterable[list[Loan]]
+        leases: list[list[Placed]]
         if any(work.groups for work in works):
             # Sums over ranks are taken in the order of the leases, and ranks hold different numbers of rows.
-            leases = [[loan] for loan in loans]
+            leases = [[(loan, 0)] for loan in loans]
         else:
             empty = [loan for loan in loans if not loan.nbytes]
             if empty:
                 run([loan.on(dict(loan.work.state)) for loan in empty])
-            leases = pack((loan for loan in loans if loan.nbytes), self.buffers.nbytes)
+            leases = self.begun(loans, device)
+            there = {(loan.work.name, loan.number) for lease in leases for loan, _ in lease}
+            rest = (loan for loan in loans if loan.nbytes and (loan.work.name, loan.number) not in there)
+            leases += [placed(lease) for lease in pack(rest, self.buffers.nbytes)]
         chains = [self.chain(lease, run, device) for lease in leases]
         if chains:
             stream(chains, self.lanes(device), self.buffers.number)
