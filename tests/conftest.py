@@ -28,6 +28,12 @@ def _one_thread_and_a_seed():
 
 
 @pytest.fixture
+def impatient_disk(monkeypatch):
+    """A process that is killed loses nothing that it has written: waiting for the platters shows nothing here."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
 def uncompiled(monkeypatch):
     """torchao compiles its step; the plain function computes the same."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)

@@ -35,6 +35,13 @@ def losses(module, step):
     return sum(module(batch(step, r).to(dtype)).float().square().mean() for r in range(WORLD)) / WORLD
 
 
+def train(module, opt, first, steps):
+    for step in range(first, first + steps):
+        losses(module, step).backward()
+        opt.step()
+        opt.zero_grad()
+
+
 def ours_after(folder, begin, spec="adamw", **keywords):
     """The parameters when ours goes on from the folder for the rest of the steps."""
     module = model()
@@ -42,10 +49,7 @@ def ours_after(folder, begin, spec="adamw", **keywords):
     opt = memopt.create(memopt.param_groups(module, weight_decay=0.1), spec, lr=1.0)
     memopt.load(folder, optimizer=opt, **keywords)
     assert opt.param_groups[0]["lr"] == LR
-    for step in range(STEPS, STEPS + MORE):
-        losses(module, step).backward()
-        opt.step()
-        opt.zero_grad()
+    train(module, opt, STEPS, MORE)
     return dict(module.named_parameters())
 
 

@@ -6,7 +6,21 @@ import shutil
 import pytest
 import ranks
 import torch
-from folders import EXACT, LR, MEAN_DISTANCE, MORE, STEPS, WORLD, batch, distance, groups, losses, model, ours_after
+from folders import (
+    EXACT,
+    LR,
+    MEAN_DISTANCE,
+    MORE,
+    STEPS,
+    WORLD,
+    batch,
+    distance,
+    groups,
+    losses,
+    model,
+    ours_after,
+    train,
+)
 
 import memopt
 
@@ -88,13 +102,10 @@ def test_what_is_written_for_dcp_goes_on_under_fsdp(tmp_path, capsys):
     rest = [(n, p) for n, p in module.named_parameters() if p.dim() == 1]
     named = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     opt = memopt.create(named, "adamw", lr=LR)
-    for step in range(STEPS + MORE):
-        if step == STEPS:
-            memopt.save(tmp_path / "ours", optimizer=opt)
-            begin = {name: p.detach().clone() for name, p in module.state_dict().items()}
-        losses(module, step).backward()
-        opt.step()
-        opt.zero_grad()
+    train(module, opt, 0, STEPS)
+    memopt.save(tmp_path / "ours", optimizer=opt)
+    begin = {name: p.detach().clone() for name, p in module.state_dict().items()}
+    train(module, opt, STEPS, MORE)
     out = str(tmp_path / "theirs")
     assert main(["convert", str(tmp_path / "ours"), out, "--to", "dcp"]) == 0
     end = dict(module.named_parameters())

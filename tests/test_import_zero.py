@@ -9,7 +9,7 @@ import sys
 import pytest
 import ranks
 import torch
-from folders import EXACT, LR, MEAN_DISTANCE, MORE, STEPS, WORLD, batch, distance, groups, losses, model, ours_after
+from folders import EXACT, LR, MEAN_DISTANCE, MORE, STEPS, WORLD, batch, distance, groups, model, ours_after, train
 
 import memopt
 
@@ -118,24 +118,17 @@ def write_for_deepspeed(folder):
     with torch.no_grad():
         module[0].bias += 1.0  # not what an engine's model begins with
     opt = memopt.create(memopt.param_groups(module, weight_decay=0.1), "adamw", lr=LR)
-    _ours(module, opt, 0, STEPS)
+    train(module, opt, 0, STEPS)
     memopt.save(folder / "ours", model=module, optimizer=opt)
     assert main(["convert", str(folder / "ours"), str(folder / "fp32"), "--to", "deepspeed"]) == 0
-    _ours(module, opt, STEPS, MORE)
+    train(module, opt, STEPS, MORE)
     low = model(torch.bfloat16)
     opt = memopt.create(memopt.param_groups(low, weight_decay=0.1), "adamw-8bit+fp32", lr=LR)
-    _ours(low, opt, 0, STEPS)
+    train(low, opt, 0, STEPS)
     memopt.save(folder / "ours-bf16", model=low, optimizer=opt)
     assert main(["convert", str(folder / "ours-bf16"), str(folder / "bf16"), "--to", "deepspeed"]) == 0
     masters = {name: opt.state[p]["master"] for name, p in low.named_parameters()}
     return {name: p.detach() for name, p in module.named_parameters()}, masters
-
-
-def _ours(module, opt, first, steps):
-    for step in range(first, first + steps):
-        losses(module, step).backward()
-        opt.step()
-        opt.zero_grad()
 
 
 @pytest.fixture(scope="module")
@@ -195,68 +188,6 @@ def test_what_is_written_for_deepspeed_is_read_back(session, run, tmp_path):
         for p in module.parameters():
             for key, value in opt.state[p].items():
                 assert torch.equal(value, again.state[p][key]), key
-
-
-def test_what_has_no_gradient_yet_has_zeros(run, tmp_path):
-    """As in DeepSpeed, which steps all of a flat group."""
-    module = model()
-    opt = memopt.create(module, "adamw", lr=LR)
-    module[2].weight.requires_grad_(False)
-    _ours(module, opt, 0, 1)
-    module[2].weight.requires_grad_(True)
-    memopt.save(tmp_path / "ours", model=module, optimizer=opt)
-    assert run("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "deepspeed")[0] == 0
-    folder = tmp_path / "theirs" / "global_step1" / "zero" / "2.weight"
-    assert torch.equal(torch.load(folder / "fp32.pt")["param"], module[2].weight)
-    assert not torch.load(folder / "exp_avg_sq.pt")["param"].any()
-    _ours(module, opt, 1, 1)
-    memopt.save(tmp_path / "ours", model=module, optimizer=opt)
-    code, _, err = run("convert", str(tmp_path / "ours"), str(tmp_path / "more"), "--to", "deepspeed")
-    assert code == 2
-    assert "DeepSpeed counts the steps of all parameters together, and these differ (2.weight 1, 1.bias 2)" in err
-    assert not (tmp_path / "more").exists()
-    arguments = ["convert", str(tmp_path / "ours"), str(tmp_path / "more"), "--to", "deepspeed", "--fill", "step=2"]
-    assert run(*arguments)[0] == 0
-    assert torch.load(tmp_path / "more" / "global_step2" / "zero" / "2.weight" / "step.pt") == 2
-
-
-@pytest.mark.parametrize(
-    ("spec", "hyper", "message"),
-    [
-        ("lion", {}, "are of adam and adamw without amsgrad; this is lion"),
-        ("adamw", {"amsgrad": True}, "this is adamw with amsgrad"),
-        ("adamw", {}, "does not have the weight 0.weight"),
-    ],
-)
-def test_what_a_universal_checkpoint_cannot_hold_is_refused(run, tmp_path, spec, hyper, message):
-    opt = memopt.create(model(), spec, **hyper)
-    opt.init_state()
-    memopt.save(tmp_path / "ours", optimizer=opt)
-    code, _, err = run("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "deepspeed", "--dry-run")
-    assert code == 2
-    assert message in err
-
-
-def test_an_export_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
-    from memopt.checkpoint.exporters import deepspeed
-
-    module = model()
-    opt = memopt.create(module, "adamw")
-    opt.init_state()
-    memopt.save(tmp_path / "ours", model=module, optimizer=opt)
-    whole, left = deepspeed.save, [6]
-
-    def full(content, path):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError(28, "No space left on device", str(path))
-        whole(content, path)
-
-    monkeypatch.setattr(deepspeed, "save", full)
-    code, _, err = run("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "deepspeed")
-    assert code == 2
-    assert "No space left on device" in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
 
 @pytest.mark.parametrize("stage", ["1", "2", "3"])
