@@ -75,6 +75,8 @@ TORCHAO = {
     "torchao-4bit": ("AdamW4bit", "OptimState4bit"),
     "torchao-fp8": ("AdamWFp8", "OptimStateFp8"),
 }
+#: What ``memopt inspect`` calls the codes.
+INSPECTED = {"torchao": "dynamic8", "torchao-4bit": "torchao 4bit", "torchao-fp8": "torchao fp8"}
 #: Relative error of one encoding of the test model's moments (measured: 0.011, 0.15 and 0.026; 0.006, 0.054 and 0.026).
 ENCODED = {"torchao": (0.02, 0.01), "torchao-4bit": (0.2, 0.08), "torchao-fp8": (0.035, 0.035)}
 
@@ -107,6 +109,9 @@ def test_exported_state_goes_on_in_torchao(tool, tmp_path, run):
     assert code == 0
     assert f"adamw -> adamw of {tool}" in out
     assert "exp_avg_sq: 2 tensors encoded anew, relative error" in out
+    code, out, _ = run("inspect", str(tmp_path / "theirs.pt"), "--from", "adamw")
+    assert code == 0
+    assert f"exp_avg ({INSPECTED[tool]}): 13,312 elements in 2 tensors" in out
     theirs.load_state_dict(torch.load(tmp_path / "theirs.pt"))  # weights_only
     assert type(theirs.state[b[0].bias]["exp_avg"]) is torch.Tensor
     for p, q in zip(a.parameters(), b.parameters(), strict=True):

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 from folders import LR, model, train
 
 import memopt
@@ -68,3 +69,27 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
     assert code == 2
     assert "No space left on device" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A process group of this process."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("spec", ["adamw-8bit/zero3", "adamw+fp32/zero3"])
+def test_weights_of_a_sharded_model_are_written_whole(alone, run, tmp_path, spec):
+    """The model's rows are in the ranks' files; what a master keeps stands beside them."""
+    module = model(torch.bfloat16)
+    memopt.shard(module, spec)
+    opt = memopt.create(module, spec, lr=LR)
+    train(module, opt, 0, 2)
+    memopt.save(tmp_path / "ours", model=module, optimizer=opt)
+    assert run("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "deepspeed")[0] == 0
+    for name, p in module.named_parameters():
+        content = torch.load(tmp_path / "theirs" / "global_step2" / "zero" / name / "fp32.pt")["param"]
+        exact = opt.state[p]["master"] if "+" in spec else p.full_tensor().detach().float()
+        assert torch.equal(content, exact), name
