@@ -2,8 +2,9 @@
 ``test_import_zero.py``."""
 
 import pytest
+import ranks
+import sharded
 import torch
-import torch.distributed as dist
 from folders import LR, model, train
 
 import memopt
@@ -71,25 +72,32 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
 
 
-@pytest.fixture
-def alone(tmp_path):
-    """A process group of this process."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+SHARDED = ["adamw-8bit/zero3", "adamw+fp32/zero3"]
 
 
-@pytest.mark.parametrize("spec", ["adamw-8bit/zero3", "adamw+fp32/zero3"])
-def test_weights_of_a_sharded_model_are_written_whole(alone, run, tmp_path, spec):
+def save_sharded(folder):
+    """The weights in fp32, as they are kept."""
+    found = {}
+    for i, spec in enumerate(SHARDED):
+        module = model(torch.bfloat16)
+        memopt.shard(module, spec)
+        opt = memopt.create(module, spec, lr=LR)
+        train(module, opt, 0, 2)
+        memopt.save(f"{folder}/{i}", model=module, optimizer=opt)
+        states = opt.state_dict()["state"].values()
+        found[spec] = {
+            name: sharded.whole(state["master"]) if "+" in spec else sharded.whole(p).float()
+            for (name, p), state in zip(module.named_parameters(), states, strict=True)
+        }
+    return found
+
+
+def test_weights_of_a_sharded_model_are_written_whole(run, tmp_path):
     """The model's rows are in the ranks' files; what a master keeps stands beside them."""
-    module = model(torch.bfloat16)
-    memopt.shard(module, spec)
-    opt = memopt.create(module, spec, lr=LR)
-    train(module, opt, 0, 2)
-    memopt.save(tmp_path / "ours", model=module, optimizer=opt)
-    assert run("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "deepspeed")[0] == 0
-    for name, p in module.named_parameters():
-        content = torch.load(tmp_path / "theirs" / "global_step2" / "zero" / name / "fp32.pt")["param"]
-        exact = opt.state[p]["master"] if "+" in spec else p.full_tensor().detach().float()
-        assert torch.equal(content, exact), name
+    found = ranks.run(save_sharded, 2, str(tmp_path))[0]
+    for i, spec in enumerate(SHARDED):
+        out = tmp_path / f"theirs{i}"
+        assert run("convert", str(tmp_path / str(i)), str(out), "--to", "deepspeed")[0] == 0
+        for name, exact in found[spec].items():
+            content = torch.load(out / "global_step2" / "zero" / name / "fp32.pt")["param"]
+            assert torch.equal(content, exact), name
