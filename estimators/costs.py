@@ -3,7 +3,7 @@
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
 # takes a millisecond per class, and the calculator has to answer at once.
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +28,15 @@ _MAX_WORLD_SIZE = 10**6
 
 
 class Column:
-    """The estimate for one spec. ``low`` and ``high`` are the peak's GPU bytes at the bounds of its rows."""
+    """The estimate for one spec. ``low`` and ``high`` are the peak's GPU bytes at the bounds of its rows; ``options``
+    is what its placement was told."""
 
-    __slots__ = ("high", "low", "peak", "rows", "spec")
+    __slots__ = ("high", "low", "options", "peak", "rows", "spec")
 
-    def __init__(self, spec: str, rows: Sequence[Row]) -> None:
+    def __init__(self, spec: str, rows: Sequence[Row], options: "Mapping[str, Any] | None" = None) -> None:
         self.spec = spec
         self.rows = tuple(rows)
+        self.options = dict(options or {})
         self.peak = peak(spec, self.rows)
         self.low = peak(spec, self.rows, "low").nbytes
         self.high = peak(spec, self.rows, "high").nbytes
@@ -201,7 +203,7 @@ def estimate(
     for one in specs:
         held = rows_of(described, one, weight_dtype, gradient_dtype, world_size, training,
                      runs[_own_precision(one, training)][0])  # fmt: skip
-        columns.append(Column(str(one), held))
+        columns.append(Column(str(one), held, one.options))
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
     if training.seq and any(
         step_temporaries(described, one, world_size, weight_dtype, training) is None for one in specs

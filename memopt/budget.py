@@ -8,7 +8,7 @@ from typing import Any
 from memopt.hyper import SpecError
 from memopt.ledger import TensorSpec
 from memopt.placements.options import size
-from memopt.pricing import named_tensors, price
+from memopt.pricing import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse
 
 #: Formats, the gentlest first. A rung that would not save anything for a parameter is passed over: factored AdamW keeps
@@ -36,7 +36,7 @@ def fit(model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw"
     OptimSpec('adamw-8bit', overrides={'embed.weight': '32bit'})
     """
     limit = size(budget, "budget")
-    base = parse(spec, **fields)
+    base = parse(spec, **spec_fields(fields))
     if base.overrides:
         raise SpecError("fit chooses the overrides itself; give a spec without any")
     base = base.replace(format=LADDER[0])

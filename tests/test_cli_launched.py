@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 
 from estimators import InputError, estimate
-from memopt.cli.launched import read, read_into
+from memopt.cli.launched import _OPTIONS, read, read_into
 
 STEP = ("llama-3.2-1b", "--seq", "512", "--batch", "2", "--checkpointing", "full")
 
@@ -255,9 +255,7 @@ class TestAccelerate:
 
 
 def test_the_command_line_wins(write):
-    names = ("model", "optim", "gpu", "weights", "gradients", "checkpointing", "attention", "quantised", "seq", "batch",
-             "release_gradients", "deepspeed", "mixed", "accumulate", "lora", "bucket")  # fmt: skip
-    args = Namespace(**dict.fromkeys(names), world="1")
+    args = Namespace(**{**dict.fromkeys(_OPTIONS), "world": "1"})
     args.model, args.optim = "gpt2", ["lion"]
     read_into(args, write({"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 3}))
     assert (args.model, args.optim, args.batch, args.deepspeed) == ("gpt2", ["lion"], "3", True)

@@ -50,6 +50,7 @@ def _options(e: Estimate, column: Column) -> dict[str, Any]:
     options: dict[str, Any] = {"model": model, "optim": [column.spec], "world": e.world_size}
     if e.gpu is not None:
         options["gpu"] = e.gpu
+    options |= column.options
     if not t.lora and not t.mixed:
         options |= {name: getattr(e, name) for name in ("weights", "gradients") if getattr(e, name) != "mixed"}
     for name in ("lora", "quantised", "release_gradients", "mixed", "deepspeed"):
@@ -97,7 +98,7 @@ def _accelerate(e: Estimate, column: Column) -> str:
         "num_machines: 1\nmachine_rank: 0\n"
         f"{precision}use_cpu: false\n{more}"
         "# In the script: optimizer = memopt.create(model, "
-        f'"{_script_spec(e, column)}", lr=...), then accelerator.prepare(model, optimizer){release}.\n'
+        f'"{_script_spec(e, column)}", lr=...{_told(column)}), then accelerator.prepare(model, optimizer){release}.\n'
         + (f"# Before that:\n{script}" if script else "")
     )
 
@@ -127,6 +128,11 @@ def _script_spec(e: Estimate, column: Column) -> str:
     spec = parse(column.spec)
     placement = "device" if spec.placement in _OFFLOADED else spec.placement  # DeepSpeed offloads
     return str(spec.replace(partition="none", master="none", placement=placement))
+
+
+def _told(column: Column, in_dict: bool = False) -> str:
+    """What the placement is told, as further keywords or entries."""
+    return "".join(f', "{k}": {v!r}' if in_dict else f", {k}={v!r}" for k, v in column.options.items())
 
 
 def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
@@ -171,7 +177,7 @@ def _transformers(e: Estimate, column: Column) -> str:
         f"    gradient_checkpointing={t.checkpointing == 'full'},\n"
         f"{mixed}{deepspeed})\n"
         f"# {_loading(e)}\n{''.join(before)}"
-        f'optimizer = (memopt.Optimizer, {{"spec": "{_script_spec(e, column)}", "lr": 2e-5}})\n'
+        f'optimizer = (memopt.Optimizer, {{"spec": "{_script_spec(e, column)}", "lr": 2e-5{_told(column, True)}}})\n'
         "# trainer = Trainer(model=model, args=args, train_dataset=..., optimizer_cls_and_kwargs=optimizer)\n"
     )
 
@@ -186,7 +192,7 @@ def _python(e: Estimate, column: Column) -> str:
         shard = f'memopt.shard(model, "{spec}")\n'
     before = "".join(f"{line}\n" for line in _checkpointed(e.training))
     imports = "import functools\n\nimport torch\n\n" if e.training.checkpointing == "selective" else ""
-    made = f'optimizer = memopt.create(model, "{spec}", lr=2e-5)\n'
+    made = f'optimizer = memopt.create(model, "{spec}", lr=2e-5{_told(column)})\n'
     return (f"{imports}import memopt\n\n# {_loading(e)}\n{before}{shard}{made}"
             f"{after}{release}")  # fmt: skip
 

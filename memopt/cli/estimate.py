@@ -12,6 +12,8 @@ import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from memopt.cli import placing
+
 SUMMARY = "what a model and its optimizer state will cost, before anything is allocated"
 
 #: What is compared when no spec is asked for; the second list is added when there are several ranks.
@@ -42,6 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--deepspeed", action="store_true", default=None,
                         help="DeepSpeed runs the step; the spec's /zero1, /zero2 or /zero3 is its stage")  # fmt: skip
     parser.add_argument("--bucket", metavar="N", help="elements of DeepSpeed's reduce bucket (default 500000000)")
+    placing.add_arguments(parser)
     parser.add_argument("--from", dest="source", metavar="FILE",
                         help="options from what --emit wrote, a ds_config.json or accelerate's YAML")  # fmt: skip
     parser.add_argument("--emit", metavar="KIND", help="print a configuration: accelerate, deepspeed, transformers "
@@ -72,9 +75,12 @@ def run(args: Namespace) -> int:
     if args.emit == "deepspeed":
         args.deepspeed = True
     defaults = DEEPSPEED_SPECS if args.deepspeed else (*DEFAULT_SPECS, *(SHARDED_SPECS if world > 1 else ()))
+    options = placing.told(args)
+    if options and args.deepspeed:
+        raise InputError(f"{placing.flag(min(options))} does not go with DeepSpeed, which offloads by its own settings")
     result = estimate(
         args.model,
-        args.optim or defaults,
+        placing.placed(args.optim or defaults, options),
         gpu=args.gpu,
         weights=args.weights,
         gradients=args.gradients,

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from estimators.fields import InputError, shown
+from memopt.cli import placing
 from memopt.cli.emit import MARK
 
 #: Options that are numbers on the command line and text in a Namespace.
 _NUMBERS = ("seq", "batch", "accumulate", "lora", "world", "bucket")
 _OPTIONS = ("model", "optim", "gpu", "weights", "gradients", "checkpointing", "attention", "quantised",
-            "release_gradients", "deepspeed", "mixed", *_NUMBERS)  # fmt: skip
+            "release_gradients", "deepspeed", "mixed", *placing.FLAGS, *_NUMBERS)  # fmt: skip
 _MOST = 1_000_000
 _RULES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd": "sgd"}
 _PLACES = {"none": "", "cpu": "@cpu", "nvme": "@disk"}
