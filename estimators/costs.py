@@ -200,15 +200,14 @@ def estimate(
     runs = {own: run(described, training, item, own) for own in {_own_precision(s, training) for s in specs}}
     ran, missing = runs[_own_precision(specs[0], training)]
     columns = []
-    for one in specs:
-        held = rows_of(described, one, weight_dtype, gradient_dtype, world_size, training,
-                     runs[_own_precision(one, training)][0])  # fmt: skip
-        columns.append(Column(str(one), held, one.options))
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
-    if training.seq and any(
-        step_temporaries(described, one, world_size, weight_dtype, training) is None for one in specs
-    ):
-        without = (*without, "temporaries of the step")
+    for one in specs:
+        of_the_step = step_temporaries(described, one, world_size, weight_dtype, training) if training.seq else 0
+        if of_the_step is None and "temporaries of the step" not in without:
+            without = (*without, "temporaries of the step")
+        held = rows_of(described, one, weight_dtype, gradient_dtype, world_size, training,
+                       runs[_own_precision(one, training)][0], of_the_step)  # fmt: skip
+        columns.append(Column(str(one), held, one.options))
     return Estimate(described, columns, nbytes, weight_dtype or _one(described, all_=True),
                     gradient_dtype or _one(described, all_=False), world_size, training, ran, without)  # fmt: skip
 

@@ -25,8 +25,9 @@ SHARDS_ALSO: dict[str, tuple[bool, bool]] = {
 
 def rows_of(
     model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None, world_size: int, training: Training,
-    ran: "Activations | None",
+    ran: "Activations | None", of_the_step: int | None,
 ) -> list[Row]:  # fmt: skip
+    """``of_the_step``: bytes that it allocates and frees, or None where they are not known."""
     if spec.partition not in SHARDS_ALSO:
         raise InputError(f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
                          f"it knows {', '.join(SHARDS_ALSO)}")  # fmt: skip
@@ -68,10 +69,9 @@ def rows_of(
         held += [Row(name, "state", moment, n, tier, phases, known)
                  for (moment, tier), n in state_nbytes(model, spec, world_size, weights).items()]  # fmt: skip
     if training.seq and training.device != "cpu":
-        tmp = step_temporaries(model, spec, world_size, weights, training)
-        if tmp:
-            held.append(Row(name, "temporaries", "of the step", tmp, GPU, (step_phase,),
-                            "measured constant", 0, tmp))  # fmt: skip
+        if of_the_step:
+            held.append(Row(name, "temporaries", "of the step", of_the_step, GPU, (step_phase,),
+                            "measured constant", 0, of_the_step))  # fmt: skip
         held += runtime(name, held, world_size)
     return held
 
@@ -145,8 +145,7 @@ def _whole_at_work(model: Model, spec: "OptimSpec", weights: str | None, gradien
     from estimators.sharding import gathered, unreduced
 
     def sizes(given: str | None, all_: bool) -> list[tuple[str, int]]:
-        named = [(n, model._replace(shapes=((n, shape),))) for n, shape in model.shapes]
-        return [(n, sum(nbytes for _, nbytes in _by_dtype(one, given, all_=all_))) for n, one in named]
+        return [(n, _nbytes(model, n, shape, given)[1]) for n, shape in model.shapes if all_ or n not in model.frozen]
 
     name, reshard = str(spec), SHARDS_ALSO[spec.partition][1]
     whole, raw = gathered(sizes(weights, True), reshard=reshard), unreduced(sizes(gradients, False))

@@ -115,23 +115,22 @@ def plans(model: Any, gpu: "str | int", *, seq: int = 0, batch: int = 8, gpus: i
         raise InputError("a plan needs activations, and only shapes are known; name an architecture or a config.json")
     if isinstance(gpus, bool) or not isinstance(gpus, int) or not 1 <= gpus <= _MOST_RANKS:
         raise InputError(f"gpus={shown(gpus)} is not allowed; it is from 1 to {_MOST_RANKS}")
-    found = _search(described, nbytes, seq, batch, gpus)
+    run = _Runs(described, nbytes)
+    found = _search(run, nbytes, seq, batch, gpus)
     largest = longest = 0
     if found:
         best = found[0]
 
         def fits(micro: int, tokens: int) -> bool:
-            return _fits(
-                _run(described, nbytes, best.method, tokens, micro, 1, best.checkpointing, gpus, best.sharding)
-            )
+            return _fits(run(best.method, tokens, micro, 1, best.checkpointing, gpus, best.sharding), nbytes)
 
         largest = _largest(lambda n: fits(n, seq), _MOST_BATCH)
         longest = _largest(lambda n: fits(1, n), _MOST_SEQ)
     return Plans(
         described, nbytes, seq, batch, found, largest, longest,
-        _ranks(described, nbytes, seq, "zero1"),
-        _more(described, nbytes, seq, batch, gpus, found),
-        _ranks(described, nbytes, seq, "zero3"),
+        _ranks(run, nbytes, seq, "zero1"),
+        _more(run, nbytes, seq, batch, gpus, found),
+        _ranks(run, nbytes, seq, "zero3"),
         gpus,
     )  # fmt: skip
 
@@ -140,36 +139,67 @@ def _sharded(method: Method, sharding: str) -> str:
     return f"{method.spec}/{sharding}" if sharding else method.spec
 
 
-def _run(model: Model, gpu: int, method: Method, seq: int, micro: int, accumulate: int, checkpointing: str,
-         world: int = 1, sharding: str = "") -> Estimate:  # fmt: skip
-    return estimate(model, _sharded(method, sharding), gpu=gpu, seq=seq, batch=micro, accumulate=accumulate,
-                    checkpointing=checkpointing, lora=method.lora, quantised=method.quantised,
-                    world_size=world)  # fmt: skip
+class _Runs:
+    """Estimates of one model for one card, each made once: what a run needs does not depend on the card."""
+
+    def __init__(self, model: Model, gpu: int) -> None:
+        self._model, self._gpu = model, gpu
+        self._known: dict[tuple[Any, ...], Estimate] = {}
+
+    def __call__(self, method: Method, seq: int, micro: int, accumulate: int, checkpointing: str, world: int,
+                 sharding: str) -> Estimate:  # fmt: skip
+        key = (method, seq, micro, accumulate, checkpointing, world, sharding)
+        if key not in self._known:
+            self._known[key] = estimate(self._model, _sharded(method, sharding), gpu=self._gpu, seq=seq, batch=micro,
+                                        accumulate=accumulate, checkpointing=checkpointing, lora=method.lora,
+                                        quantised=method.quantised, world_size=world)  # fmt: skip
+        return self._known[key]
 
 
-def _fits(e: Estimate) -> bool:
+def _fits(e: Estimate, gpu: int) -> bool:
     if e.activations is None:
         raise InputError(f"a plan needs activations: without {'; '.join(e.without)}")
-    return bool(e.fits)
+    return e.peak.nbytes <= gpu
 
 
-def _search(model: Model, gpu: int, seq: int, batch: int, gpus: int) -> tuple[Plan, ...]:
+def _search(run: _Runs, gpu: int, seq: int, batch: int, gpus: int) -> tuple[Plan, ...]:
     """For each method and sharding every micro-batch that divides the batch, with checkpointing and without; of those
     that fit, the ones that no other beats in method, sharding, passes and checkpointing at once."""
-    fitting: list[Plan] = []
-    for level, method in enumerate(METHODS):
-        for sharding in _shardings(method, gpus):
-            for checkpointing in CHECKPOINTINGS:
-                # The largest micro-batch that fits is the only one that is not beaten.
-                for micro in (n for n in range(batch, 0, -1) if batch % n == 0):
-                    e = _run(model, gpu, method, seq, micro, batch // micro, checkpointing, gpus, sharding)
-                    if e.activations is None and checkpointing == "selective":
-                        break  # torch refuses it for this family
-                    if _fits(e):
-                        fitting.append(Plan(level, method, micro, batch // micro, checkpointing, e, sharding))
-                        break
+    tried = [
+        _largest_micro_batch(run, gpu, seq, batch, gpus, level, sharding, checkpointing)
+        for level, method in enumerate(METHODS)
+        for sharding in _shardings(method, gpus)
+        for checkpointing in CHECKPOINTINGS
+    ]
+    fitting = [p for p in tried if p is not None]
     kept = [p for p in fitting if not any(_beats(q, p) for q in fitting)]
     return tuple(sorted(kept, key=lambda p: p.cost))
+
+
+def _largest_micro_batch(
+    run: _Runs, gpu: int, seq: int, batch: int, gpus: int, level: int, sharding: str, checkpointing: str
+) -> Plan | None:
+    """The plan with the largest micro-batch that fits; one with a smaller is beaten by it."""
+    method = METHODS[level]
+
+    def at(micro: int) -> Estimate:
+        return run(method, seq, micro, batch // micro, checkpointing, gpus, sharding)
+
+    if checkpointing == "selective" and at(1).activations is None:
+        return None  # torch refuses it for this family
+    micro = _largest_divisor(batch, lambda n: _fits(at(n), gpu))
+    return Plan(level, method, micro, batch // micro, checkpointing, at(micro), sharding) if micro else None
+
+
+def _largest_divisor(n: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of n that fits, or 0. Gradients stay between the micro-batches of a step, so the whole may
+    fit where a smaller one does not; of the others a smaller one needs less."""
+    whole, *divisors = (d for d in range(n, 0, -1) if n % d == 0)
+    if fits(whole):
+        return whole
+    if not divisors or not fits(1):
+        return 0
+    return next(d for d in divisors if fits(d))
 
 
 def _shardings(method: Method, gpus: int) -> tuple[str, ...]:
@@ -194,12 +224,12 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _ranks(model: Model, gpu: int, seq: int, sharding: str) -> "int | None":
+def _ranks(run: _Runs, gpu: int, seq: int, sharding: str) -> "int | None":
     """The least number of ranks on which 32-bit AdamW fits sharded so, one sequence each, checkpointed."""
 
     def fits(ranks: int) -> bool:
         cut = sharding if ranks > 1 else ""
-        return _fits(_run(model, gpu, METHODS[0], seq, 1, 1, "full", ranks, cut))
+        return _fits(run(METHODS[0], seq, 1, 1, "full", ranks, cut), gpu)
 
     low, high = 0, 1
     while high <= _MOST_RANKS and not fits(high):
@@ -212,9 +242,9 @@ def _ranks(model: Model, gpu: int, seq: int, sharding: str) -> "int | None":
     return high
 
 
-def _more(model: Model, gpu: int, seq: int, batch: int, gpus: int, now: tuple[Plan, ...]) -> str:
+def _more(run: _Runs, gpu: int, seq: int, batch: int, gpus: int, now: tuple[Plan, ...]) -> str:
     """One sentence about a card with 8 GiB more."""
-    then = _search(model, gpu + _MORE, seq, batch, gpus)
+    then = _search(run, gpu + _MORE, seq, batch, gpus)
     if not then:
         return "nothing that fits either"
     best = then[0]

@@ -72,7 +72,7 @@ def state_nbytes(
             count[one] = count.get(one, 0) + 1
             if one == name:
                 chosen.append((name, TensorSpec(dtype, shape)))
-    ranks = candidate_ranks(world_size) if spec.partition != "none" else [0]
+    ranks = candidate_ranks(world_size) if spec.partition == "zero1" else [0]  # of the others the first is the fullest
     return max((_priced(chosen, count, spec, world_size, rank) for rank in ranks), key=lambda t: sum(t.values()))
 
 
@@ -83,8 +83,8 @@ def weight_dtype(model: Model, name: str, weights: str | None) -> str:
 
 
 def candidate_ranks(world_size: int) -> list[int]:
-    """Ranks among which the fullest is looked for: all, or of many the first (the fullest of ``zero2`` and ``zero3``)
-    and an even selection (``zero1``'s ranks differ by at most one row of each parameter).
+    """Ranks among which the fullest under ``zero1`` is looked for: all, or of many the first and an even selection
+    (they differ by at most one row of each parameter).
 
     >>> candidate_ranks(3), len(candidate_ranks(1000)), candidate_ranks(1000)[-1]
     ([0, 1, 2], 33, 999)
@@ -116,7 +116,7 @@ def _workspace(
     from memopt.pricing import workspace_lines
 
     rows = PARTITIONS[spec.partition].rows
-    owned = [(name, rows(t.shape, rank, world_size), t.dtype) for name, t in chosen for _ in range(count[name])]
+    owned = [one for name, t in chosen for one in [(name, rows(t.shape, rank, world_size), t.dtype)] * count[name]]
     return workspace_lines(spec, spec.resolve(), owned, _DEVICE)
 
 
@@ -156,20 +156,24 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
     whole = spec.format == "factored" or not RULES[spec.rule].element_wise
     together = world_size > 1 and spec.partition != "none" and whole
     most = total = tensors = in_kernels = 0
+    known: dict[tuple[str, str, str, Shape], int] = {}  # elements that are stepped at once
     for name, shape in model.shapes:
         if name not in model.frozen:
-            placement = spec.for_parameter(name)[1]
+            fmt, placement, _ = spec.for_parameter(name)
             if placement == "cpu":
                 continue  # the step is the host's
-            owned = max(rows(shape, r, world_size).numel for r in (0, world_size - 1))
-            if placement in ("host", "disk"):
-                fullest = rows(shape, 0, world_size)
-                owned = min(owned, _leased(spec, name, fullest, weight_dtype(model, name, weights)))
+            dtype = weight_dtype(model, name, weights)
+            key = (fmt, placement, dtype, shape)
+            if key not in known:
+                known[key] = max(rows(shape, r, world_size).numel for r in (0, world_size - 1))
+                if placement in ("host", "disk"):
+                    known[key] = min(known[key], _leased(spec, name, rows(shape, 0, world_size), dtype))
+            owned = known[key]
             total += owned
-            each = PLAIN_PATH[spec.rule].get(spec.for_parameter(name)[0])
+            each = PLAIN_PATH[spec.rule].get(fmt)
             if each is None:
                 return None
-            low = weight_dtype(model, name, weights) != "float32"
+            low = dtype != "float32"
             if not together:
                 tensors, in_kernels = tensors + 1, in_kernels + owned
                 continue

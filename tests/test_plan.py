@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from estimators import InputError, estimate
+from estimators import InputError, estimate, plan
+from estimators.hardware import capacity
 from estimators.known import KNOWN
+from estimators.model import resolve
 from estimators.plan import METHODS, plans
 from memopt.cli import main
 
@@ -118,3 +120,27 @@ def test_the_command_line(capsys):
     assert form["plans"][0]["peak_nbytes"] <= 24 * GIB
     assert main(["plan", "llama-3.2-1b", "--gpu", "24"]) == 2
     assert "24GiB" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("model", "gpu", "gpus"), [("gpt2", "3GiB", 1), ("llama-3.2-1b", "10GiB", 4)])
+def test_the_largest_micro_batch_that_fits_is_found_without_looking_at_all(model, gpu, gpus, monkeypatch):
+    asked = []
+
+    def estimated(*args, **keywords):
+        asked.append(repr((args[1:], sorted(keywords.items()))))
+        return estimate(*args, **keywords)
+
+    monkeypatch.setattr(plan, "estimate", estimated)
+    described = resolve(model)
+    run = plan._Runs(described, capacity(gpu))
+    fitting = set()
+    for level, method in enumerate(plan.METHODS):
+        for sharding in plan._shardings(method, gpus):
+            for checkpointing in plan.CHECKPOINTINGS:
+                found = plan._largest_micro_batch(run, capacity(gpu), 512, 12, gpus, level, sharding, checkpointing)
+                fits = [n for n in (12, 6, 4, 3, 2, 1)
+                        if plan._fits(run(method, 512, n, 12 // n, checkpointing, gpus, sharding), capacity(gpu))]
+                assert (found.micro_batch if found else None) == (fits[0] if fits else None)
+                fitting.add(found.micro_batch if found else 0)
+    assert len(fitting) > 2  # the card is one on which it matters
+    assert len(set(asked)) == len(asked), "something was estimated twice"
