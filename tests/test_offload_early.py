@@ -127,3 +127,11 @@ def test_optimizers_and_models_that_nobody_refers_to_are_gone(device):
     del model
     gc.collect()
     assert gone[2]() is None
+
+
+@pytest.mark.parametrize("partition", ["zero1", "zero2"])
+def test_shards_come_down_in_the_step(partition):
+    """Their gradients are averaged after they are ready."""
+    opt = memopt.create(odd_model(), f"adamw@cpu/{partition}")
+    assert not opt.homes.watches
+    assert opt.homes.of("")._early is None

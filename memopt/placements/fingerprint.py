@@ -50,5 +50,7 @@ def _sums(x: Tensor, constants: Tensor) -> Tensor:
 def _mix(z: Tensor) -> Tensor:
     """In place."""
     z *= M
-    z ^= (z >> 32) & 0xFFFFFFFF  # torch's shift brings the sign along
+    high = z >> 32
+    high &= 0xFFFFFFFF  # torch's shift brings the sign along
+    z ^= high
     return z

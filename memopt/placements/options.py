@@ -90,6 +90,7 @@ def checked(given: Mapping[str, Any], placements: Iterable[str], partition: str)
     return kept
 
 
-def of_placement(given: Mapping[str, Any], placement: str) -> dict[str, Any]:
+def of_placement(given: Mapping[str, Any], placement: str, partition: str = "none") -> dict[str, Any]:
     """Every option of one placement, given or default."""
-    return {name: given.get(name, o.default) for name, o in OPTIONS.items() if placement in o.placements}
+    alone = {} if partition == "none" else {"offload_gradients": False}  # which would be refused
+    return {n: given.get(n, alone.get(n, o.default)) for n, o in OPTIONS.items() if placement in o.placements}
