@@ -22,6 +22,8 @@ import torch
 from torch import nn
 
 import memopt
+from memopt.checkpoint import source_of
+from memopt.checkpoint.exporting import exported
 from memopt.checkpoint.report import Conversion
 from memopt.masters import MASTERS
 
@@ -37,6 +39,12 @@ BOUND = {
     # A matrix of rank one is no approximation with a bound; it is exact where the matrix is of rank one.
     "factored": {True: 0.0, False: 1.0},
 }
+#: The same of other tools' codes: fp32; the dynamic map, half a step of which is 3 % in the top decade and more below;
+#: four bits of which three are decades, or 16 even steps; 8-bit floats (6.25 % at most); 127 and 255 companded steps.
+BOUND_OF_TOOLS = {
+    "torch": (0.0, 0.0), "bitsandbytes": (0.02, 0.01), "torchao": (0.02, 0.01), "torchao-4bit": (0.25, 0.45),
+    "torchao-fp8": (0.04, 0.04), "flashoptim": (0.01, 0.01),
+}  # fmt: skip
 SIGNED = ("exp_avg", "exp_avg_slow", "momentum_buffer", "grad_avg", "slow")
 HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9}, "adafactor": {"beta1": 0.9}, "rmsprop": {"momentum": 0.9},
@@ -56,6 +64,10 @@ RULES = [
     "", "From the rule of the row to that of the column: what is carried, and behind a plus what `fill=` must say.",
     "m `exp_avg`, v `exp_avg_sq`, others by name; what a rule does not keep is dropped. Slow weights begin as the",
     "parameters.", "",
+]  # fmt: skip
+TOOLS = [
+    "", "AdamW's moments from the format of the row to the codes of another tool (`memopt convert --to`): relative",
+    "error, signed / non-negative, of all tensors, those that the tool keeps in 32 bits included.", "",
 ]  # fmt: skip
 KEPT = [
     "", "Masters beside weights of bf16, from `adamw-8bit` to `adamw-4bit`: relative error of what weight and master",
@@ -136,6 +148,19 @@ def across(before: str, after: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def to_tools(before: str) -> list[dict[str, Any]]:
+    """AdamW's state in this format as every tool would keep it."""
+    rows = []
+    for tool, bounds in BOUND_OF_TOOLS.items():
+        found = exported(source_of(build("adamw", before)), tool)
+        found.state_dict()
+        for moment, error in found.report.relative_error.items():
+            limit = bounds[moment not in SIGNED]
+            require(error <= limit, f"{before} to {tool}, {moment}: {error} is over {limit}")
+            rows.append({"from": before, "to": tool, "moment": moment, "bound": limit, "error": error})
+    return rows
+
+
 def masters(before: str, after: str) -> dict[str, Any]:
     """The relative error of what weights of bf16 and master stand for, and whether the weights keep their bits."""
     opt = build("adamw", "8bit", master=before, dtype=torch.bfloat16)
@@ -153,12 +178,12 @@ def masters(before: str, after: str) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, Any]], crossed: list[dict[str, Any]], kept: list[dict[str, Any]]) -> str:
-    formats = list(BOUND)
-    lines = [*INTRODUCTION, "| from | " + " | ".join(formats) + " |", "|---|" + "---:|" * len(formats)]
-    for before in formats:
+def errors_of(rows: list[dict[str, Any]], bounds: dict[str, tuple[float, float]]) -> list[str]:
+    """A table of the largest errors, from every format to what ``bounds`` are of (signed, non-negative)."""
+    lines = ["| from | " + " | ".join(bounds) + " |", "|---|" + "---:|" * len(bounds)]
+    for before in BOUND:
         cells = []
-        for after in formats:
+        for after in bounds:
             errors: dict[bool, float] = {}
             for row in rows:
                 if (row["from"], row["to"]) == (before, after):
@@ -166,8 +191,15 @@ def table(rows: list[dict[str, Any]], crossed: list[dict[str, Any]], kept: list[
                     errors[signed] = max(errors.get(signed, 0.0), row["error"])
             cells.append(" / ".join(f"{errors[s]:.2g}" for s in (True, False) if s in errors) or "")
         lines.append(f"| `{before}` | " + " | ".join(cells) + " |")
-    limits = [f"{BOUND[f][True]:g} / {BOUND[f][False]:g}" for f in formats]
-    lines.append("| *bound* | " + " | ".join(limits) + " |")
+    limits = [f"{signed:g} / {other:g}" for signed, other in bounds.values()]
+    return [*lines, "| *bound* | " + " | ".join(limits) + " |"]
+
+
+def table(
+    rows: list[dict[str, Any]], tools: list[dict[str, Any]], crossed: list[dict[str, Any]], kept: list[dict[str, Any]]
+) -> str:
+    lines = [*INTRODUCTION, *errors_of(rows, {f: (found[True], found[False]) for f, found in BOUND.items()})]
+    lines += [*TOOLS, *errors_of(tools, BOUND_OF_TOOLS)]
     names = list(dict.fromkeys(row["from"] for row in crossed))
     lines += [*RULES, "| from | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
     short = {"exp_avg": "m", "exp_avg_sq": "v", "exp_avg_slow": "slow m", "momentum_buffer": "momentum"}
@@ -200,11 +232,12 @@ def main() -> int:
     rows = [row for rule, formats in found.items() for row in within(rule, formats)]
     crossed = [across(a, b) for a, b in itertools.permutations(found, 2)]
     kept = [masters(a, b) for a, b in itertools.product(BITS, BITS) if a != b or MASTERS[a].key]
-    text = table(rows, crossed, kept)
+    tools = [row for before in BOUND for row in to_tools(before)]
+    text = table(rows, tools, crossed, kept)
     print(text)
     if args.out:
         short = [[*list(row.values())[:4], round(row["error"], 5)] for row in rows]
-        results = {"torch": torch.__version__, "within": short, "across": crossed, "masters": kept}
+        results = {"torch": torch.__version__, "within": short, "tools": tools, "across": crossed, "masters": kept}
         lines = [f'"{key}": {json.dumps(value)}' for key, value in results.items()]
         args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         args.out.with_suffix(".md").write_text(text)

@@ -5,7 +5,8 @@
 A writer saves for ever, its step in every weight. It is killed (SIGKILL) at a random moment; what is in the folder must
 be a whole checkpoint of a step that the writer had begun, and none older than one it had reported as saved. Then bits
 of a checkpoint's files are flipped and files cut short at random places: loading must refuse with one sentence that
-names the file, and leave the model as it was. Last, saves run into a limit on the size of files at random places.
+names the file, and leave the model as it was. Then saves run into a limit on the size of files at random places. Last,
+a writer exports for torch and for DeepSpeed for ever, and is killed: what has the name of an export is a whole one.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import json
 import multiprocessing
 import random
 import resource
+import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,16 @@ from typing import Any
 import torch
 
 import memopt
+from memopt.checkpoint import source_of
+from memopt.checkpoint.exporting import exported, write
 
 WIDTH = 384
 SPEC = "adamw-8bit"
 #: What is cut off is the tail of a save or any moment of several.
 LONGEST_S = 0.06
+
+#: ``write(folder, first step, said)``
+Writer = Callable[[str, int, Connection], None]
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -68,7 +76,38 @@ def read_step(path: Path) -> int:
     return step
 
 
-def kill_sweep(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
+def export_for_ever(path: str, first: int, said: Connection) -> None:
+    """Export step after step, a file that is replaced and a folder that is new; tell of each that both are there."""
+    folder, step = Path(path), first
+    folder.mkdir(exist_ok=True)
+    while True:
+        _, opt = build(step, "adamw")
+        for state in opt.state.values():
+            state["exp_avg"].fill_(step)
+        for tool, out in (("torch", folder / "state.pt"), ("deepspeed", folder / f"universal{step}")):
+            write(exported(source_of(opt), tool), out)
+        said.send(step)
+        shutil.rmtree(folder / f"universal{step - 1}", ignore_errors=True)
+        step += 1
+
+
+def read_export(folder: Path) -> int:
+    """The step of the newest folder. Raises AssertionError if it, or the file beside it, is not whole."""
+    newest = max(folder.glob("universal*"), key=lambda path: int(path.name.removeprefix("universal")))
+    steps = []
+    for path in (newest, folder / "state.pt"):
+        _, opt = build(-1.0, "adamw")
+        memopt.load(path, optimizer=opt, hyper=False)
+        (step,) = {float(x) for state in opt.state.values() for x in state["exp_avg"].unique()}
+        steps.append(int(step))
+    require(steps[0] == int(newest.name.removeprefix("universal")), f"{newest} holds numbers of step {steps[0]}")
+    require(steps[1] in (steps[0], steps[0] + 1), f"step {steps[1]} in the file, {steps[0]} in the folder")
+    return steps[0]
+
+
+def kill_sweep(
+    folder: Path, kills: int, seed: int = 0, write_: Writer = write_for_ever, read: Callable[[Path], int] = read_step
+) -> dict[str, Any]:
     """``outcomes``: how often the checkpoint was that of the last step reported (old) or of the next (new)."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch._dynamo", "memopt.checkpoint", "checkpoint_sweep"])
@@ -76,7 +115,7 @@ def kill_sweep(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
     last = -1
     for _ in range(kills):
         ours, theirs = context.Pipe(duplex=False)
-        writer = context.Process(target=write_for_ever, args=(str(folder), last + 1, theirs))
+        writer = context.Process(target=write_, args=(str(folder), last + 1, theirs))
         writer.start()
         theirs.close()
         if last < 0:  # from now on there is always one
@@ -91,7 +130,7 @@ def kill_sweep(folder: Path, kills: int, seed: int = 0) -> dict[str, Any]:
                 last = ours.recv()
             except EOFError:
                 break
-        found = read_step(folder)
+        found = read(folder)
         assert found in (last, last + 1), f"step {found} after {last} was reported"
         outcomes["new" if found == last + 1 else "old"] += 1
         left += any(p.name.startswith(".") for p in folder.iterdir())
@@ -183,6 +222,7 @@ def main() -> int:
             "kill": kill_sweep(Path(directory, "kill"), args.kills),
             "damage": damage_sweep(Path(directory, "damage"), args.tries),
             "full_disk": full_sweep(Path(directory, "full"), args.full),
+            "kill_export": kill_sweep(Path(directory, "export"), args.kills, 0, export_for_ever, read_export),
         }
     text = json.dumps(results, indent=1)
     print(text)

@@ -22,7 +22,7 @@ from memopt.checkpoint.tensorfile import TensorFile
 pytestmark = pytest.mark.usefixtures("impatient_disk")
 
 #: The full sweeps are run by hand: benchmarks/checkpoint_sweep.py.
-KILLS, FLIPS, FULL = 20, 100, 10
+KILLS, EXPORT_KILLS, FLIPS, FULL = 20, 10, 100, 10
 
 
 @pytest.mark.parametrize("victim", ["model.safetensors", "state-00000-of-00001.safetensors"])
@@ -84,6 +84,11 @@ def test_headers_that_cannot_be_true_are_refused(header, tmp_path):
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
     assert sum(checkpoint_sweep.kill_sweep(tmp_path, KILLS)["outcomes"].values()) == KILLS
+
+
+def test_a_process_killed_while_it_exports_leaves_whole_exports(tmp_path):
+    exports = checkpoint_sweep.export_for_ever, checkpoint_sweep.read_export
+    assert sum(checkpoint_sweep.kill_sweep(tmp_path, EXPORT_KILLS, 0, *exports)["outcomes"].values()) == EXPORT_KILLS
 
 
 def test_a_full_disk_is_said_and_the_old_checkpoint_stays(tmp_path):

@@ -63,7 +63,7 @@ def go_on(deepspeed, exported):
 def _gone_on(deepspeed, exported, stage, own=False):
     engine = _engine(deepspeed, stage, False, lr=1.0, universal=True, own=own)
     engine.load_checkpoint(f"{exported}/fp32")
-    assert engine.global_steps == STEPS
+    assert engine.global_steps == engine.lr_scheduler.last_epoch == STEPS
     optimizer = engine.optimizer.optimizer
     if stage == 3 and not own:  # torch.optim wants a tensor for each, see docs/checkpoints.md
         for state in optimizer.state.values():
@@ -95,7 +95,8 @@ def _engine(deepspeed, stage, bf16, lr=LR, universal=False, own=False):
     }  # fmt: skip
     kind = deepspeed.ops.adam.DeepSpeedCPUAdam if own else torch.optim.AdamW
     opt = kind(groups(module), lr=lr)
-    return deepspeed.initialize(model=module, optimizer=opt, config=config)[0]
+    rates = torch.optim.lr_scheduler.StepLR(opt, 1000) if universal and not bf16 else None
+    return deepspeed.initialize(model=module, optimizer=opt, config=config, lr_scheduler=rates)[0]
 
 
 def _steps(engine, first, steps):
@@ -118,8 +119,11 @@ def write_for_deepspeed(folder):
     with torch.no_grad():
         module[0].bias += 1.0  # not what an engine's model begins with
     opt = memopt.create(memopt.param_groups(module, weight_decay=0.1), "adamw", lr=LR)
+    rates = torch.optim.lr_scheduler.StepLR(opt, 1000)
     train(module, opt, 0, STEPS)
-    memopt.save(folder / "ours", model=module, optimizer=opt)
+    for _ in range(STEPS):
+        rates.step()
+    memopt.save(folder / "ours", model=module, optimizer=opt, scheduler=rates)
     assert main(["convert", str(folder / "ours"), str(folder / "fp32"), "--to", "deepspeed"]) == 0
     train(module, opt, STEPS, MORE)
     low = model(torch.bfloat16)

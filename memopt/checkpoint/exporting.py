@@ -45,12 +45,15 @@ def export(source: Source, tool: str, fill: Fill | None = None) -> dict[str, Any
 
 
 def write(
-    found: Exported, tool: str, out: Path, checkpoint: Checkpoint | None, progress: Progress = lambda nbytes: None
+    found: Exported,
+    out: Path,
+    checkpoint: Checkpoint | None = None,
+    progress: Progress = lambda nbytes: None,
 ) -> None:
     """The file or folder ``out``, durable, or nothing. ``torch.save`` wants all tensors of a file at once: until then
     they are in a file beside ``out``, not in memory. ``checkpoint`` is where the state is from, if it is one of ours.
     """
-    exporter = EXPORTERS[tool]
+    exporter = EXPORTERS[found.tool]
     if not out.parent.is_dir():
         raise ValueError(f"{out.parent} is not a folder")
     if exporter.folder and out.exists():

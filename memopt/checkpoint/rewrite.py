@@ -49,6 +49,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         out = torch.empty(specs[name].shape, dtype=getattr(torch, specs[name].dtype))
         checkpoint.read_model(name, Rows.whole(specs[name].shape), out)
         yield name, out
+        del out  # before the next is made
 
 
 def _state(converted: Converted, random: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

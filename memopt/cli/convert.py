@@ -87,7 +87,7 @@ def _export(source: Any, checkpoint: Any, args: Namespace, fill: dict[str, Any])
         return 0
     out = Path(args.out)
     with bar("exporting", found.nbytes) as progress:
-        write(found, args.to, out, checkpoint, progress)
+        write(found, out, checkpoint, progress)
     print(f"{found.report}\nwritten: {out}")
     return 0
 

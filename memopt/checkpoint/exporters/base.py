@@ -47,7 +47,7 @@ class Exported:
         self.converted = Converted(source, plan.spec, fill, plan.encoding)
         self.converted.report.after = f"{plan.spec.rule} of {tool}"
         plan.check(self.converted)
-        self.group = plan.group
+        self.tool, self.group = tool, plan.group
         self._plan, self._named = plan, named
 
     @property

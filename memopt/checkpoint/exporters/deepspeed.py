@@ -86,6 +86,7 @@ def _write(exported: Exported, path: Path, zeros: Zeros, checkpoint: Checkpoint 
             save({"param": tensor}, zero / name / f"{moment}.pt")
         save(torch.tensor(step), zero / name / "step.pt")
         sync_directory(zero / name)
+        del contents, tensor  # before the next are made
     save(_groups(exported, step), zero / "optimizer_state.pt")
     engine = _engine(converted, step, checkpoint)
     save({"module": _model(converted, zeros, checkpoint), **engine}, folder / "mp_rank_00_model_states.pt")
