@@ -37,6 +37,8 @@ WIDTH = 384
 SPEC = "adamw-8bit"
 #: What is cut off is the tail of a save or any moment of several.
 LONGEST_S = 0.06
+#: Of an export, which is many files.
+LONGEST_EXPORT_S = 0.4
 
 #: ``write(folder, first step, said)``
 Writer = Callable[[str, int, Connection], None]
@@ -106,7 +108,12 @@ def read_export(folder: Path) -> int:
 
 
 def kill_sweep(
-    folder: Path, kills: int, seed: int = 0, write_: Writer = write_for_ever, read: Callable[[Path], int] = read_step
+    folder: Path,
+    kills: int,
+    seed: int = 0,
+    writer_of: Writer = write_for_ever,
+    read: Callable[[Path], int] = read_step,
+    longest_s: float = LONGEST_S,
 ) -> dict[str, Any]:
     """``outcomes``: how often the checkpoint was that of the last step reported (old) or of the next (new)."""
     context = multiprocessing.get_context("forkserver")
@@ -115,14 +122,14 @@ def kill_sweep(
     last = -1
     for _ in range(kills):
         ours, theirs = context.Pipe(duplex=False)
-        writer = context.Process(target=write_, args=(str(folder), last + 1, theirs))
+        writer = context.Process(target=writer_of, args=(str(folder), last + 1, theirs))
         writer.start()
         theirs.close()
         if last < 0:  # from now on there is always one
             last = ours.recv()
         else:
-            ours.poll(30 if draw.random() < 0.5 else LONGEST_S)
-        time.sleep(draw.random() * LONGEST_S)
+            ours.poll(30 if draw.random() < 0.5 else longest_s)
+        time.sleep(draw.random() * longest_s)
         writer.kill()
         writer.join()
         while ours.poll():
@@ -136,6 +143,10 @@ def kill_sweep(
         left += any(p.name.startswith(".") for p in folder.iterdir())
         last = found
     return {"kills": kills, "outcomes": dict(outcomes), "kills_in_the_middle_of_a_save": left}
+
+
+def kill_exports(folder: Path, kills: int) -> dict[str, Any]:
+    return kill_sweep(folder, kills, 0, export_for_ever, read_export, LONGEST_EXPORT_S)
 
 
 def damage_sweep(folder: Path, tries: int, seed: int = 0) -> dict[str, int]:
@@ -222,7 +233,7 @@ def main() -> int:
             "kill": kill_sweep(Path(directory, "kill"), args.kills),
             "damage": damage_sweep(Path(directory, "damage"), args.tries),
             "full_disk": full_sweep(Path(directory, "full"), args.full),
-            "kill_export": kill_sweep(Path(directory, "export"), args.kills, 0, export_for_ever, read_export),
+            "kill_export": kill_exports(Path(directory, "export"), args.kills),
         }
     text = json.dumps(results, indent=1)
     print(text)

@@ -52,6 +52,8 @@ def write(
 ) -> None:
     """The file or folder ``out``, durable, or nothing. ``torch.save`` wants all tensors of a file at once: until then
     they are in a file beside ``out``, not in memory. ``checkpoint`` is where the state is from, if it is one of ours.
+
+    Raises OSError with ``out`` where the disk does not take it; what was there before is there still.
     """
     exporter = EXPORTERS[found.tool]
     if not out.parent.is_dir():
@@ -65,9 +67,20 @@ def write(
             exporter.write(found, unfinished, scratch.zeros, checkpoint, progress)
         os.replace(unfinished, out)
         sync_directory(out.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(unfinished)
-        raise
+        disk = _of_the_disk(error)
+        if disk is None:
+            raise
+        raise OSError(disk.errno, f"{out} could not be written ({disk.strerror}); nothing was changed") from error
+
+
+def _of_the_disk(error: BaseException | None) -> OSError | None:
+    """What the disk said, wherever torch.save and dcp.save have wrapped it."""
+    while error is not None and not isinstance(error, OSError):
+        failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint: rank -> (exception, stack)
+        error = next(iter(failures.values()))[0] if failures else error.__cause__ or error.__context__
+    return error
 
 
 def _remove(path: Path) -> None:
