@@ -29,14 +29,15 @@ _MAX_WORLD_SIZE = 10**6
 
 class Column:
     """The estimate for one spec. ``low`` and ``high`` are the peak's GPU bytes at the bounds of its rows; ``options``
-    is what its placement was told."""
+    is what its placement was told, ``hyper`` the hyperparameters that were given."""
 
-    __slots__ = ("high", "low", "options", "peak", "rows", "spec")
+    __slots__ = ("high", "hyper", "low", "options", "peak", "rows", "spec")
 
-    def __init__(self, spec: str, rows: Sequence[Row], options: "Mapping[str, Any] | None" = None) -> None:
+    def __init__(self, spec: str, rows: Sequence[Row], options: "Mapping[str, Any] | None" = None,
+                 hyper: "Mapping[str, Any] | None" = None) -> None:  # fmt: skip
         self.spec = spec
         self.rows = tuple(rows)
-        self.options = dict(options or {})
+        self.options, self.hyper = dict(options or {}), dict(hyper or {})
         self.peak = peak(spec, self.rows)
         self.low = peak(spec, self.rows, "low").nbytes
         self.high = peak(spec, self.rows, "high").nbytes
@@ -207,7 +208,7 @@ def estimate(
             without = (*without, "temporaries of the step")
         held = rows_of(described, one, weight_dtype, gradient_dtype, world_size, training,
                        runs[_own_precision(one, training)][0], of_the_step)  # fmt: skip
-        columns.append(Column(str(one), held, one.options))
+        columns.append(Column(str(one), held, one.options, one.hyper))
     return Estimate(described, columns, nbytes, weight_dtype or _one(described, all_=True),
                     gradient_dtype or _one(described, all_=False), world_size, training, ran, without)  # fmt: skip
 

@@ -42,6 +42,7 @@ def _column_json(column: Column, gpu: int | None) -> dict[str, Any]:
     return {
         "spec": column.spec,
         "options": column.options,
+        "hyper": column.hyper,
         "fits": None if gpu is None else not column.over(gpu),
         "over_nbytes": None if gpu is None else column.over(gpu),
         "paged_out_nbytes": None if gpu is None else column.paged_out(gpu),

@@ -216,7 +216,8 @@ def _known(axis: str, value: Any, allowed: Mapping[str, Any]) -> None:
 
 
 def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
-    """The spec that a string means; other fields of :class:`OptimSpec` by keyword. ``str(spec)`` is the inverse.
+    """The spec that a string means; other fields of :class:`OptimSpec` by keyword. ``str(spec)`` is the inverse. To an
+    :class:`OptimSpec` hyperparameters and options are added, other fields replace its own.
 
     Names of other tools are understood. Raises :class:`SpecError`.
 
@@ -226,7 +227,8 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     'adamw-8bit@paged'
     """
     if isinstance(text, OptimSpec):
-        return text.replace(**fields) if fields else text
+        added = {name: {**getattr(text, name), **fields[name]} for name in ("hyper", "options") if name in fields}
+        return text.replace(**fields | added) if fields else text
     if not isinstance(text, str):
         raise SpecError(f"a spec is a string or an OptimSpec, not {type(text).__name__}")
     lowered = text.strip().lower()

@@ -174,3 +174,17 @@ def test_every_axis_names_its_values_as_they_name_themselves():
 def test_a_value_is_imported_when_it_is_asked_for():
     code = "import sys; from memopt import parse; parse('adamw'); print('memopt.rules.lamb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
+
+
+def test_keywords_are_added_to_what_a_spec_says():
+    """A spec made with steps=3 has them whatever else is given beside it."""
+    import torch
+
+    ahead = memopt.lookahead("adamw@host", steps=3).replace(options={"workspace": "1MiB"})
+    opt = memopt.create([torch.nn.Parameter(torch.zeros(4))], ahead, lr=0.25, lookahead_rate=0.75)
+    group = opt.param_groups[0]
+    assert (group["lookahead_steps"], group["lookahead_rate"], group["lr"]) == (3, 0.75, 0.25)
+    assert opt.spec.options["workspace"] == 2**20
+    with_momentum = memopt.parse("sgd", hyper={"momentum": 0.9})
+    assert memopt.price([(64, 64)], with_momentum, lr=0.1) == memopt.price([(64, 64)], "sgd", momentum=0.9)
+    assert memopt.parse(with_momentum, hyper={"momentum": 0.0}).hyper["momentum"] == 0.0

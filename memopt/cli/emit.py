@@ -51,6 +51,8 @@ def _options(e: Estimate, column: Column) -> dict[str, Any]:
     if e.gpu is not None:
         options["gpu"] = e.gpu
     options |= column.options
+    if column.hyper:
+        options["hyper"] = [f"{name}={json.dumps(value)}" for name, value in column.hyper.items()]
     if not t.lora and not t.mixed:
         options |= {name: getattr(e, name) for name in ("weights", "gradients") if getattr(e, name) != "mixed"}
     for name in ("lora", "quantised", "release_gradients", "mixed", "deepspeed"):
@@ -97,8 +99,8 @@ def _accelerate(e: Estimate, column: Column) -> str:
         f"num_processes: {e.world_size}\n"
         "num_machines: 1\nmachine_rank: 0\n"
         f"{precision}use_cpu: false\n{more}"
-        "# In the script: optimizer = memopt.create(model, "
-        f'"{_script_spec(e, column)}", lr=...{_told(column)}), then accelerator.prepare(model, optimizer){release}.\n'
+        f'# In the script: optimizer = memopt.create(model, "{_script_spec(e, column)}", '
+        f'{_keywords(column, "...")}), then accelerator.prepare(model, optimizer){release}.\n'
         + (f"# Before that:\n{script}" if script else "")
     )
 
@@ -130,9 +132,10 @@ def _script_spec(e: Estimate, column: Column) -> str:
     return str(spec.replace(partition="none", master="none", placement=placement))
 
 
-def _told(column: Column, in_dict: bool = False) -> str:
-    """What the placement is told, as further keywords or entries."""
-    return "".join(f', "{k}": {v!r}' if in_dict else f", {k}={v!r}" for k, v in column.options.items())
+def _keywords(column: Column, lr: str = "2e-5", in_dict: bool = False) -> str:
+    """The rate, what the placement is told and hyperparameters, as keywords or entries."""
+    told = {"lr": lr, **{name: repr(value) for name, value in {**column.options, **column.hyper}.items()}}
+    return ", ".join(f'"{k}": {v}' if in_dict else f"{k}={v}" for k, v in told.items())
 
 
 def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
@@ -141,7 +144,7 @@ def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
     from memopt.integrations.deepspeed import deepspeed_config
     from memopt.spec import parse
 
-    spec, t = parse(column.spec), e.training
+    spec, t = parse(column.spec, hyper=column.hyper), e.training
     stage(spec)  # refuses what the figures refuse
     config = deepspeed_config(
         spec.replace(master="none", placement="device"), micro_batch=t.batch, accumulate=t.accumulate,
@@ -154,7 +157,7 @@ def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
 
 def _script(e: Estimate, column: Column) -> dict[str, str]:
     """What the script says beside a file that cannot hold comments."""
-    made = f"memopt.create(model, {_script_spec(e, column)!r}, lr=...)"
+    made = f"memopt.create(model, {_script_spec(e, column)!r}, {_keywords(column, '...')})"
     started = f"deepspeed.initialize(model=model, optimizer={made}, config='{_DS_CONFIG}')"
     return {"script": "\n".join([*_checkpointed(e.training), started])}
 
@@ -177,7 +180,7 @@ def _transformers(e: Estimate, column: Column) -> str:
         f"    gradient_checkpointing={t.checkpointing == 'full'},\n"
         f"{mixed}{deepspeed})\n"
         f"# {_loading(e)}\n{''.join(before)}"
-        f'optimizer = (memopt.Optimizer, {{"spec": "{_script_spec(e, column)}", "lr": 2e-5{_told(column, True)}}})\n'
+        f'optimizer = (memopt.Optimizer, {{"spec": "{_script_spec(e, column)}", {_keywords(column, in_dict=True)}}})\n'
         "# trainer = Trainer(model=model, args=args, train_dataset=..., optimizer_cls_and_kwargs=optimizer)\n"
     )
 
@@ -192,7 +195,7 @@ def _python(e: Estimate, column: Column) -> str:
         shard = f'memopt.shard(model, "{spec}")\n'
     before = "".join(f"{line}\n" for line in _checkpointed(e.training))
     imports = "import functools\n\nimport torch\n\n" if e.training.checkpointing == "selective" else ""
-    made = f'optimizer = memopt.create(model, "{spec}", lr=2e-5{_told(column)})\n'
+    made = f'optimizer = memopt.create(model, "{spec}", {_keywords(column)})\n'
     return (f"{imports}import memopt\n\n# {_loading(e)}\n{before}{shard}{made}"
             f"{after}{release}")  # fmt: skip
 

@@ -12,7 +12,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from memopt.cli import placing
+from memopt.cli import hyper, placing
 
 SUMMARY = "what a model and its optimizer state will cost, before anything is allocated"
 
@@ -44,6 +44,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--deepspeed", action="store_true", default=None,
                         help="DeepSpeed runs the step; the spec's /zero1, /zero2 or /zero3 is its stage")  # fmt: skip
     parser.add_argument("--bucket", metavar="N", help="elements of DeepSpeed's reduce bucket (default 500000000)")
+    hyper.add_arguments(parser)
     placing.add_arguments(parser)
     parser.add_argument("--from", dest="source", metavar="FILE",
                         help="options from what --emit wrote, a ds_config.json or accelerate's YAML")  # fmt: skip
@@ -80,7 +81,7 @@ def run(args: Namespace) -> int:
         raise InputError(f"{placing.flag(min(options))} does not go with DeepSpeed, which offloads by its own settings")
     result = estimate(
         args.model,
-        placing.placed(args.optim or defaults, options),
+        placing.placed(hyper.with_hyper(args.optim or defaults, hyper.given(args.hyper)), options),
         gpu=args.gpu,
         weights=args.weights,
         gradients=args.gradients,

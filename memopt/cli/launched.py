@@ -18,7 +18,7 @@ from memopt.cli.emit import MARK
 #: Options that are numbers on the command line and text in a Namespace.
 _NUMBERS = ("seq", "batch", "accumulate", "lora", "world", "bucket")
 _OPTIONS = ("model", "optim", "gpu", "weights", "gradients", "checkpointing", "attention", "quantised",
-            "release_gradients", "deepspeed", "mixed", *placing.FLAGS, *_NUMBERS)  # fmt: skip
+            "release_gradients", "deepspeed", "mixed", "hyper", *placing.FLAGS, *_NUMBERS)  # fmt: skip
 _MOST = 1_000_000
 _RULES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd": "sgd"}
 _PLACES = {"none": "", "cpu": "@cpu", "nvme": "@disk"}
@@ -35,7 +35,7 @@ def read_into(args: Namespace, path: str) -> None:
         given = getattr(args, name)
         if value is None or (given is not None and not (name == "world" and given == "1")):
             continue
-        if name == "optim":
+        if name in ("optim", "hyper"):
             value = value if isinstance(value, list) and all(isinstance(v, str) for v in value) else [str(value)]
         elif name in _NUMBERS:
             value = str(value)

@@ -10,6 +10,8 @@ import json
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
+from memopt.cli import hyper
+
 if TYPE_CHECKING:
     from memopt.diagnosis import RangeTest
 
@@ -18,6 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("path", nargs="?", metavar="PATH", help="text file or folder; without it, Python's language reference")
     add("--optim", default="adamw", metavar="SPEC", help="default adamw")
+    hyper.add_arguments(parser)
     add("--from", type=float, default=1e-5, dest="lowest", metavar="RATE", help="first rate, default %(default)s")
     add("--to", type=float, default=1.0, dest="highest", metavar="RATE", help="last rate, default %(default)s")
     add("--steps", type=int, default=100, metavar="N", help="default %(default)s")
@@ -29,12 +32,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    from memopt.spec import parse
     from memopt.train.job import Job, ModelConfig
     from memopt.train.text import load_text
 
     # A job checks the numbers before torch is loaded.
-    job = Job(spec=args.optim, lr=1.0, path=args.path, steps=args.steps, batch=args.batch, seed=args.seed,
-              model=ModelConfig(context=args.context))  # fmt: skip
+    (spec,) = hyper.with_hyper([parse(args.optim)], hyper.given(args.hyper))
+    job = Job(spec=str(spec), hyper=dict(spec.hyper), lr=1.0, path=args.path, steps=args.steps, batch=args.batch,
+              seed=args.seed, model=ModelConfig(context=args.context))  # fmt: skip
     text = load_text(args.path)
     text.check(args.context)
     import torch
@@ -46,7 +51,7 @@ def run(args: Namespace) -> int:
 
     torch.manual_seed(job.seed)
     model, corpus = LanguageModel(job.model), Corpus(text, args.context)
-    optimizer = memopt.create(model, args.optim, lr=args.lowest)
+    optimizer = memopt.create(model, spec, lr=args.lowest)
     result = range_test(optimizer, lambda step: model(corpus.batch(job.seed, step, job.batch)), lowest=args.lowest,
                         highest=args.highest, steps=args.steps)  # fmt: skip
     if args.plot:

@@ -33,7 +33,7 @@ def told(args: Namespace) -> dict[str, Any]:
     return found
 
 
-def placed(specs: Iterable[str], options: Mapping[str, Any]) -> list[Any]:
+def placed(specs: Iterable[Any], options: Mapping[str, Any]) -> list[Any]:
     """The specs, each with those of the options that its placement has. Raises InputError for one that none has."""
     if not options:
         return list(specs)

@@ -15,8 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from memopt.cli import hyper
 from memopt.hyper import SpecError
-from memopt.spec import parse
+from memopt.spec import OptimSpec, parse
 from memopt.train.job import Job, ModelConfig, Result
 from memopt.train.recipe import learning_rate
 from memopt.train.text import Text, load_text
@@ -31,6 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("path", nargs="?", metavar="PATH", help="text file or folder; without it, Python's language reference")
     add("--optim", nargs="+", action="extend", metavar="SPEC", help=f"default: {' '.join(KINDS)}")
+    hyper.add_arguments(parser)
     add("--steps", type=int, default=200, metavar="N", help="steps of each run, default %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of weights, batches and rounding, default 0")
     add("--batch", type=int, default=16, metavar="N", help="windows in one step, default %(default)s")
@@ -49,7 +51,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    jobs = [_job(spec, args) for spec in args.optim or KINDS]
+    jobs = [_job(spec, args) for spec in _specs(args)]
     text = load_text(args.path)
     text.check(args.context)
     if args.json:
@@ -62,12 +64,18 @@ def run(args: Namespace) -> int:
     return 1 if failures else 0
 
 
-def _job(text: str, args: Namespace) -> Job:
-    try:
-        spec = parse(text)
-    except SpecError as error:
-        hint = f" ({text!r} is a path: write it before --optim)" if os.path.exists(text) else ""
-        raise SpecError(f"{error}{hint}") from None
+def _specs(args: Namespace) -> list[OptimSpec]:
+    specs = []
+    for text in args.optim or KINDS:
+        try:
+            specs.append(parse(text))
+        except SpecError as error:
+            hint = f" ({text!r} is a path: write it before --optim)" if os.path.exists(text) else ""
+            raise SpecError(f"{error}{hint}") from None
+    return hyper.with_hyper(specs, hyper.given(args.hyper))
+
+
+def _job(spec: OptimSpec, args: Namespace) -> Job:
     return Job(
         spec=str(spec),
         lr=learning_rate(spec.rule) if args.lr is None else args.lr,
@@ -79,6 +87,7 @@ def _job(text: str, args: Namespace) -> Job:
         world_size=args.world if spec.partition != "none" else 1,
         timeout=args.timeout,
         model=ModelConfig(context=args.context),
+        hyper=dict(spec.hyper),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from memopt.spec import OptimSpec, parse
 
@@ -38,6 +39,7 @@ class Job:
     world_size: int = 1
     timeout: float = 300.0
     model: ModelConfig = field(default_factory=ModelConfig)
+    hyper: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         threads = 1 if self.threads is None else self.threads
@@ -59,7 +61,7 @@ class Job:
 
     @property
     def parsed(self) -> OptimSpec:
-        return parse(self.spec)
+        return parse(self.spec, hyper=self.hyper)
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def to_json(result: Result) -> dict[str, Any]:
     return {
         "spec": job.spec,
         "lr": job.lr,
+        "hyper": job.hyper,
         "seed": job.seed,
         "steps": job.steps,
         "batch": job.batch,

@@ -34,7 +34,7 @@ def predict(job: Job) -> tuple[int, ...]:
     """Bytes of optimizer state on each rank, before anything exists."""
     model = shapes(job.model)
     return tuple(
-        memopt.price(model, job.spec, world_size=job.world_size, rank=rank).nbytes for rank in range(job.world_size)
+        memopt.price(model, job.parsed, world_size=job.world_size, rank=rank).nbytes for rank in range(job.world_size)
     )
 
 
@@ -50,13 +50,13 @@ def train(job: Job, rank: int, on_step: Callable[[int, float], None]) -> RankRes
     corpus = Corpus(load_text(job.path), job.model.context)
     resident_before = psutil.Process().memory_info().rss
     model = LanguageModel(job.model)
-    sharded = issubclass(PARTITIONS[memopt.parse(job.spec).partition], Sharded)
+    sharded = issubclass(PARTITIONS[job.parsed.partition], Sharded)
     replica: nn.Module = model
     if sharded:
-        memopt.shard(model, job.spec)
+        memopt.shard(model, job.parsed)
     elif job.world_size > 1:
         replica = nn.parallel.DistributedDataParallel(model)
-    optimizer = memopt.create(model, job.spec, lr=job.lr, seed=job.seed)
+    optimizer = memopt.create(model, job.parsed, lr=job.lr, seed=job.seed)
     scheduler = schedule(optimizer, job.steps)
     share = job.batch // job.world_size
 
