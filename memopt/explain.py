@@ -9,6 +9,7 @@ import torch
 from memopt.formats import FORMATS
 from memopt.ledger import dtype_name
 from memopt.masters import LOW_PRECISION, MASTERS, Master
+from memopt.partitions.flat import check_replaced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 def explain(optimizer: Optimizer) -> str:
     """Lines of ``label  text``; parameters kept in 32 bits are listed with the reason."""
+    check_replaced(optimizer)
     spec = optimizer.spec
     rows = [
         ("spec", str(spec)),
@@ -31,7 +33,8 @@ def explain(optimizer: Optimizer) -> str:
     for name, p, group in optimizer._parameters():
         for moment, reason in optimizer.engine.kept_in_32bit(spec, group, name, optimizer._rows(p)):
             kept.setdefault(reason, []).append(f"{name}.{moment}")
-        path = optimizer.engine.slow_path(spec, group, name, optimizer._rows(p), p, optimizer.partition.world_size)
+        ranks = optimizer.partition.world_size if optimizer.partition.groups(p) else 1
+        path = optimizer.engine.slow_path(spec, group, name, optimizer._rows(p), p, ranks)
         if path:
             slow.setdefault(path, []).append(name)
         place = optimizer.homes.of(name).explain(p.device)

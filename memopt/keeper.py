@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from memopt.groups import check_group
 from memopt.ledger import Ledger, Line, dtype_name
 from memopt.partitions import Partition
 from memopt.partitions.flat import check_replaced
+from memopt.partitions.recovering import Made
 from memopt.partitions.slab import check_slab
 from memopt.placements.homes import Homes
 from memopt.placements.leases import Held
@@ -64,22 +66,22 @@ class Keeper(torch.optim.Optimizer):
         """As torch.optim.Optimizer's; a hyperparameter that the rule does not have, or a value that is not allowed,
         and a parameter that is already there raise an error and leave the optimizer as it was."""
         self._check_finished()
+        if self.partition.is_flattened:
+            raise RuntimeError("DeepSpeed has taken the parameters of this optimizer; no group can be added")
         group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
         super().add_param_group(group)
-        self._made_for = [tuple(p.shape) for g in self.param_groups for p in g["params"]]
-        self._seen_ids = [id(p) for g in self.param_groups for p in g["params"]]
+        self._remember()
         self._watch()
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """``(name, parameter, group)`` in order; without names, the parameter's number."""
-        index = 0
-        for group in self.param_groups:
-            names = group.get("param_names")
-            if names is None or len(names) != len(group["params"]):  # DeepSpeed's vectors have no names
-                names = [str(index + i) for i in range(len(group["params"]))]
-            for name, p in zip(names, group["params"], strict=True):
-                yield name, p, group
-            index += len(group["params"])
+        return self.partition.entries(self.param_groups)
+
+    def _remember(self) -> None:
+        """What the optimizer is made with, for another tool may replace it."""
+        entries = list(self._parameters())
+        self._made_for = [Made(name, ref(p), tuple(p.shape), group) for name, p, group in entries]
+        self._seen_ids = [id(p) for _, p, _ in entries]
 
     def _rows(self, p: Tensor) -> Rows:
         return self.partition.held(p)
@@ -89,6 +91,7 @@ class Keeper(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Allocate the state of every parameter that requires a gradient; zeros, as before the first step."""
         self._check_finished()
+        check_replaced(self)
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
         self._allocate_missing([entry for entry in self._parameters() if entry[1].requires_grad])
         self._take_place()
@@ -180,7 +183,9 @@ class Keeper(torch.optim.Optimizer):
 
         as_dtensors.refuse_helpers(self)
         self.settle()
-        packed = super().state_dict()
+        with self.partition.shown(self):
+            packed = super().state_dict()
+        cut = self.partition.cut()
         return {
             **packed,
             "state": as_dtensors.wrapped(self, packed["state"]),
@@ -190,6 +195,7 @@ class Keeper(torch.optim.Optimizer):
                 "world_size": self.partition.world_size,
                 "seed": self.seed,
                 "skipped_steps": self.skipped_steps,
+                **({} if cut is None else {"cut": cut}),
             },
         }
 
@@ -206,7 +212,12 @@ class Keeper(torch.optim.Optimizer):
             state_dict = state_dict if replaced is None else replaced
         check_replaced(self)
         self._check_finished()
-        plan: LoadPlan = plan_load(self, state_dict)
+        with self.partition.shown(self):
+            self._load(plan_load(self, state_dict))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load(self, plan: LoadPlan) -> None:
         for (name, p, group), saved in plan.states:
             target = self._to_overwrite(name, p, {**group, **plan.hyper_of(group)})
             for key, tensor in target.items():
@@ -218,12 +229,13 @@ class Keeper(torch.optim.Optimizer):
         self.seed = plan.metadata.get("seed", self.seed)
         self.skipped_steps = plan.metadata.get("skipped_steps", self.skipped_steps)
         self._take_place()
-        for after in self._optimizer_load_state_dict_post_hooks.values():
-            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
             raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
+        if self.partition.is_flattened:
+            raise TypeError("an optimizer of DeepSpeed's vectors cannot be pickled or copied; use the engine's "
+                            "save_checkpoint")  # fmt: skip
         if not self.homes.copyable:
             raise TypeError("an optimizer with a directory cannot be pickled or copied, two would write there; "
                             "use state_dict()")  # fmt: skip
@@ -243,8 +255,7 @@ class Keeper(torch.optim.Optimizer):
             setattr(self, name, value)
         super().__setstate__(state)
         self._configure()
-        self._made_for = [tuple(p.shape) for g in self.param_groups for p in g["params"]]
-        self._seen_ids = [id(p) for g in self.param_groups for p in g["params"]]
+        self._remember()
         # A copy of a tensor is ordinary memory: put it back where the placement says.
         copied = dict(self.state)
         self.state = defaultdict(dict)

@@ -106,6 +106,12 @@ class Optimizer(Keeper):
                 self._plan.step(self.seed)
             return loss
         check_replaced(self)
+        with self.partition.at_step(self.param_groups):
+            self._step_anew()
+        return loss
+
+    def _step_anew(self) -> None:
+        """A step of whatever has a gradient now, without a plan."""
         ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
         if self.spec.options.get("offload_gradients") is True and self.release is None:
@@ -116,17 +122,16 @@ class Optimizer(Keeper):
         if self.capturable:
             kernels.check_capturable(self, ready)
         if amp.stopped_by_scaler(self, gradients):
-            return loss
+            return
         if self.nonfinite != "propagate":
             bad = self.partition.agree(non_finite(gradients), [p for _, _, p, _ in ready])
             if self._stopped_by(bad):
-                return loss
+                return
         works = self._step_some(ready, [self._own(entry[2], g) for entry, (_, g) in zip(ready, gradients, strict=True)])
-        self._plan = kernels.make_plan(self, works)
+        self._plan = kernels.make_plan(self, works) if self.partition.plannable else None
         if self.release is not None:
             self.release.finish()
         self._commit()
-        return loss
 
     def _step_some(
         self, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
@@ -143,7 +148,7 @@ class Optimizer(Keeper):
             self.engine.step(self.spec, some, self.partition, self.seed)
 
         for first, stop in self.partition.buckets(parameters):  # one travels while the next is stepped
-            self.homes.step(works[first:stop], run)
+            self.homes.step(self.partition.gather(works[first:stop]), run)
             self.partition.publish(parameters[first:stop])
         self.partition.finish()
         return works

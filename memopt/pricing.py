@@ -44,6 +44,7 @@ def price(
     device: str = "cpu",
     dtype: str = "bfloat16",
     capturable: bool = False,
+    deepspeed: int | None = None,
     **fields: Any,
 ) -> Ledger:
     """What the optimizer state will cost on one rank, before anything is allocated.
@@ -52,8 +53,9 @@ def price(
     shape, or an iterable of shapes or of ``(name, shape)`` pairs. Without ``world_size`` a model that is sharded
     already is priced as this rank holds it, and any other for one process. ``device`` is where the parameters will be,
     ``dtype`` what they are where only their shapes are given: it matters to a master alone, which is kept for
-    bfloat16 and float16. ``capturable`` is the optimizer's: the number of steps is on the device then. Other keywords
-    are hyperparameters or fields of :class:`OptimSpec`.
+    bfloat16 and float16. ``capturable`` is the optimizer's: the number of steps is on the device then. ``deepspeed`` is
+    DeepSpeed's stage where it shares the parameters out: 1, 2 or 3, with all of them in one group. Other keywords are
+    hyperparameters or fields of :class:`OptimSpec`.
 
     >>> price({"weight": (1024, 1024), "bias": (1024,)}, "adamw-8bit").nbytes
     2138120
@@ -70,14 +72,19 @@ def price(
     parameters = named_tensors(items, dtype)
     spec.check_overrides([name for name, _ in parameters])
     h = spec.resolve()
-    partition = PARTITIONS[spec.partition]
-    here = held_here(partition, items) if world_size is None else {}
+    if deepspeed is None:
+        partition = PARTITIONS[spec.partition]
+        here = held_here(partition, items) if world_size is None else {}
+        owned = [(name, here[name] if name in here else partition.rows(tensor.shape, rank, size), tensor.dtype)
+                 for name, tensor in parameters]  # fmt: skip
+    else:
+        from memopt.integrations.deepspeed import rows_of_rank
+
+        shapes = {name: tensor.shape for name, tensor in parameters}
+        owned = [(name, rows, "float32") for name, rows in rows_of_rank(spec, shapes, rank, size, deepspeed)]
     lines: list[Line] = []
-    owned: list[tuple[str, Rows, str]] = []
-    for name, tensor in parameters:
-        rows = here[name] if name in here else partition.rows(tensor.shape, rank, size)
-        owned.append((name, rows, tensor.dtype))
-        lines += state_lines(spec, h, name, rows, device, tensor.dtype, capturable)
+    for name, rows, kind in owned:
+        lines += state_lines(spec, h, name, rows, device, kind, capturable)
     shared = ENGINES[spec.engine].shared_lines(spec, lines)
     return Ledger([*lines, *shared, *workspace_lines(spec, h, owned, device)])
 

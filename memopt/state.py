@@ -76,6 +76,9 @@ def _check_world(optimizer: Keeper, metadata: Mapping[str, Any]) -> None:
         raise ValueError(f"this state is rank {metadata.get('rank')} of {metadata.get('world_size')}, and it is loaded "
                          f"on rank {optimizer.partition.rank} of {optimizer.partition.world_size}; "
                          "a sharded state loads on the rank and world size that saved it")  # fmt: skip
+    if metadata and metadata.get("cut") != optimizer.partition.cut():
+        raise ValueError("this state is of parameters that were cut elsewhere; it loads under the DeepSpeed stage and "
+                         "with the param groups that saved it")  # fmt: skip
 
 
 def _plan_groups(optimizer: Keeper, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -88,9 +88,9 @@ def sharded_tensors(tensors: dict[str, Any], rank: int, world_size: int) -> dict
 def check_rows(optimizer: Optimizer) -> None:
     """Raise ValueError for state whose rows are not what the spec's partition gives this rank of all."""
     partition = optimizer.partition
-    if partition.name == "flat":
-        raise ValueError("the optimizer steps DeepSpeed's flat vectors, of which memopt.save does not know the "
-                         "parameters; save with the engine's save_checkpoint")  # fmt: skip
+    if partition.is_flattened:
+        raise ValueError("the optimizer steps DeepSpeed's flat vectors, which memopt.save does not take; save with the "
+                         "engine's save_checkpoint")  # fmt: skip
     for name, p, _ in optimizer._parameters():
         if partition.held(p) != partition.rows(tuple(p.shape), partition.rank, partition.world_size):
             raise ValueError(_OTHER_MESH.format(name))

@@ -98,6 +98,7 @@ def _partition(optimizer: Optimizer, new: OptimSpec) -> Partition:
     """The partition of the new spec. A rank takes some rows of the whole, or collects those of ``/zero1``; sharded
     parameters are sharded by the model, and stay."""
     now, group = optimizer.partition, optimizer.process_group
+    now.refuse_conversion(new)
     if new.partition == optimizer.spec.partition:
         return now
     replicated = {optimizer.spec.partition, new.partition} == {"none", "zero1"}

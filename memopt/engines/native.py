@@ -44,7 +44,7 @@ def moment_formats(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows)
 class ParameterState:
     """The :class:`memopt.rules.base.State` of one parameter in one step: decodes on read, encodes on write."""
 
-    __slots__ = ("_dtype", "_moments", "_shard", "_state", "_total")
+    __slots__ = ("_counted", "_dtype", "_moments", "_rows", "_shard", "_state", "_total")
 
     def __init__(
         self,
@@ -57,9 +57,10 @@ class ParameterState:
         self._state = work.state
         self._dtype = dtype
         self._total = total
+        self._rows, self._counted = work.rows, work.counted
         self._moments = {m.name: (m, fmt) for m, fmt, _ in moments}
         self._shard = {
-            m.name: Shard(work.rows, noise.key(seed, work.index, j), work.step, total)
+            m.name: Shard(work.rows, noise.key(seed, work.index, j), work.step, total, work.counted)
             for j, (m, _, _) in enumerate(moments)
         }
 
@@ -82,8 +83,8 @@ class ParameterState:
         so the number of ranks, hardly ever shows in the result."""
         import torch
 
-        rows = next(iter(self._shard.values())).rows
-        total = self._total(x.square().sum(dtype=torch.float64))
+        rows = self._rows
+        total = self._total(x[self._counted].square().sum(dtype=torch.float64))
         return (total / max(Rows.whole(rows.shape).numel, 1)).sqrt().to(x.dtype)
 
 
@@ -119,11 +120,11 @@ class Native(Engine):
     def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
         from memopt import kernels
 
-        left = kernels.step(spec, works, partition.world_size, seed)
-        if partition.world_size == 1:
-            for work in left:
-                plain_step(spec, work, partition.total, seed)
-        elif left:
+        for work in kernels.step(spec, [w for w in works if not w.groups], 1, seed):
+            plain_step(spec, work, lambda x: x, seed)
+        shared = [w for w in works if w.groups]
+        left = kernels.step(spec, shared, partition.world_size, seed) if shared else []
+        if left:
             from memopt.partitions.together import Update, run_together
 
             def update(work: Work) -> Update:

@@ -23,3 +23,4 @@ class Work(NamedTuple):
     step: int  # from 1
     h: Mapping[str, Any]
     groups: tuple[Any, ...] = ()  # the process groups over which the parameter's rows are cut
+    counted: Any = ...  # of dimension 0 of p, what counts in sums over ranks: not what is stepped on another one too

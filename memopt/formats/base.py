@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from memopt.geometry import FLAT_ROW, Rows, Shape
 from memopt.ledger import TensorSpec
@@ -27,13 +27,14 @@ class Shard(NamedTuple):
 
     ``rows`` are the rows held here; ``key`` (of this parameter's moment) and ``step`` choose the dither of
     :mod:`memopt.noise`; ``total`` adds a tensor up over the ranks that hold the other rows (the identity where the
-    rows are all here).
+    rows are all here), and ``counted`` are the indices of dimension 0 that this rank adds to it.
     """
 
     rows: Rows
     key: int = 0
     step: int = 0
     total: Callable[[Tensor], Tensor] = lambda x: x
+    counted: Any = ...
 
 
 def too_small(shape: Shape) -> str | None:

@@ -55,8 +55,9 @@ class Factored(Format):
             parts["row"].copy_(x.mean(-1, keepdim=True, dtype=torch.float64))
         height = shard.rows.shape[-2]
         if height:
-            column = x.sum(-2, keepdim=True, dtype=torch.float64)
-            parts["col"].copy_((shard.total(column) if x.dim() == 2 else column) / height)
+            matrix = x.dim() == 2  # of a stack, every rank has whole matrices
+            column = (x[shard.counted] if matrix else x).sum(-2, keepdim=True, dtype=torch.float64)
+            parts["col"].copy_((shard.total(column) if matrix else column) / height)
         return self._product(parts, shard, max(floor, TINY))
 
     @staticmethod

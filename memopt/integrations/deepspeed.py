@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
+from memopt.partitions import cuts
 from memopt.partitions.flat import needs_shapes
 from memopt.spec import OptimSpec, parse
 
 _STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
+_FLATTENING = (1, 2, 3)
 
 
 def deepspeed_config(
@@ -28,12 +31,9 @@ def deepspeed_config(
     DeepSpeed's own default is 1. ``hyper`` are hyperparameters without which the spec has no meaning
     (``deepspeed_config("sgd-bf16/zero2", hyper={"momentum": 0.9})``); ``more`` are further keys. DeepSpeed replaces an
     optimizer that it does not know by its own where there is offload, and refuses it without: two keys here say
-    otherwise. Raises SpecError for a spec that needs the shapes of parameters, which DeepSpeed flattens.
+    otherwise.
     """
     parsed = parse(spec, hyper=dict(hyper)) if hyper else parse(spec)
-    reason = needs_shapes(parsed.replace(partition="none"))
-    if reason and parsed.partition != "none":
-        raise SpecError(f"'{parsed}' under DeepSpeed {reason}; FSDP2 keeps the shapes: memopt.shard")
     stage = _STAGES[parsed.partition]
     if offload and not stage:
         raise SpecError("offload=True needs a stage: a spec that ends in /zero1, /zero2 or /zero3")
@@ -51,12 +51,37 @@ def deepspeed_config(
     }
 
 
+def rows_of_rank(
+    spec: OptimSpec, shapes: Mapping[str, Shape], rank: int, world_size: int, stage: int
+) -> list[tuple[str, Rows]]:
+    """What a rank steps of these parameters, all in one group: ``(name, rows)``. Flat vectors, called by their number;
+    of a spec that needs shapes, the rows of the parameters behind them. Raises SpecError for a spec or a stage that
+    flattens nothing."""
+    if stage not in _FLATTENING or isinstance(stage, bool):
+        raise SpecError(f"deepspeed={stage!r} is not allowed; it is DeepSpeed's stage, one of 1, 2, 3")
+    if spec.partition != "none":
+        raise SpecError(f"'{spec}' with deepspeed={stage}: the stage takes the place of /{spec.partition}")
+    if not needs_shapes(spec):
+        found = cuts.vectors(list(shapes.values()), world_size, stage)
+        return [(str(i), Rows.whole((numel,))) for i, numel in enumerate(found)]
+    spans = cuts.spans(list(shapes.values()), world_size, stage)
+    return [
+        (name, of_ranks[rank].rows(shape))
+        for (name, shape), of_ranks in zip(shapes.items(), spans, strict=True)
+        if of_ranks[rank].numel or sum(1 for span in of_ranks if span.numel) > 1
+    ]
+
+
 def check_engine(engine: Any) -> None:
-    """Raise RuntimeError unless a memopt.Optimizer is what a DeepSpeed engine, or accelerate's wrapper of it, steps."""
+    """Raise RuntimeError unless a memopt.Optimizer is what a DeepSpeed engine, or accelerate's wrapper of it, steps, and
+    its checkpoints would have the state: elastic ones cut every tensor as if it were a flat moment."""
     from memopt.optimizer import Optimizer
 
     found: Any = engine.optimizer if hasattr(engine, "optimizer") else engine
     while not isinstance(found, Optimizer) and hasattr(found, "optimizer"):
+        if getattr(found, "elastic_checkpoint", False):
+            raise RuntimeError("DeepSpeed's elastic_checkpoint cuts codes and scales as if they were flat moments; "
+                               "set it to false")  # fmt: skip
         found = found.optimizer
     if not isinstance(found, Optimizer):
         raise RuntimeError(

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.geometry import Rows, Shape
-from memopt.partitions.world import answered
+from memopt.partitions.world import answered, membership
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from memopt.engines.work import Work
+    from memopt.spec import OptimSpec
+
+#: ``(name, parameter, group)``.
+Entry = tuple[str, "Tensor", dict[str, Any]]
 #: The process groups over which a parameter's rows are cut, in the order in which sums are taken; none: all are here.
 Groups = tuple[Any, ...]
 #: Elements on one rank whose updates are under way at once where they need sums over ranks: it bounds temporaries.
@@ -24,6 +30,16 @@ class Partition(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    #: Whether DeepSpeed's vectors are in the place of the parameters.
+    is_flattened: ClassVar[bool] = False
+    #: Whether what is stepped has the same memory at every step.
+    plannable: ClassVar[bool] = True
+    rank: int
+    world_size: int
+
+    def __init__(self, process_group: Any = None) -> None:
+        self.group = process_group
+        self.rank, self.world_size = membership(self.name, process_group)
 
     @staticmethod
     @abstractmethod
@@ -35,13 +51,32 @@ class Partition(ABC):
         """Why a parameter of this *global* shape cannot be cut between blocks and stays in 32 bits, or None."""
         return None
 
-    @property
-    @abstractmethod
-    def rank(self) -> int: ...
+    def entries(self, groups: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+        """What is stepped, of the optimizer's groups: ``(name, parameter, group)`` in order; without names, the
+        parameter's number."""
+        index = 0
+        for group in groups:
+            names = group.get("param_names")
+            if names is None or len(names) != len(group["params"]):  # vectors that were put in their place
+                names = [str(index + i) for i in range(len(group["params"]))]
+            for name, p in zip(names, group["params"], strict=True):
+                yield name, p, group
+            index += len(group["params"])
 
-    @property
-    @abstractmethod
-    def world_size(self) -> int: ...
+    def at_step(self, groups: Sequence[Mapping[str, Any]]) -> AbstractContextManager[object]:
+        """Around a step of these groups."""
+        return nullcontext()
+
+    def shown(self, optimizer: Any) -> AbstractContextManager[object]:
+        """Around saving and loading: the optimizer's groups have what is stepped as their parameters."""
+        return nullcontext()
+
+    def cut(self) -> dict[str, list[int]] | None:
+        """Where parameters are cut, by name, where rank and world size do not say it."""
+        return None
+
+    def refuse_conversion(self, spec: OptimSpec) -> None:  # noqa: B027
+        """Raise SpecError where ``convert_`` cannot go to this spec of the same partition."""
 
     def admit(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
         """Raise RuntimeError for parameters that are not as this partition (the one of ``spec``) takes them. A
@@ -69,7 +104,7 @@ class Partition(ABC):
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the ranks."""
-        return x
+        return sum_over(x, (self.group,)) if self.world_size > 1 else x
 
     def total_of(self, p: Tensor) -> Callable[[Tensor], Tensor]:
         """What adds a tensor up over the ranks that hold the other rows of ``p``."""
@@ -77,12 +112,26 @@ class Partition(ABC):
         return lambda x: sum_over(x, groups)
 
     def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
-        """Names of parameters with a bad gradient, empty only if they are on every rank."""
+        """Names of parameters with a bad gradient, empty only if they are on every rank. ``parameters`` are those with
+        a gradient here."""
         return bad
+
+    def anywhere(self, bad: list[str], device: Any) -> list[str]:
+        """``bad``, or that there are such names on another rank. Every rank must take part."""
+        if self.world_size == 1:
+            return bad
+        import torch
+
+        found = self.total(torch.tensor([float(bool(bad))], device=device))
+        return bad or ["a parameter on another rank"] * bool(found.item())
 
     def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Ranges of the parameters that are stepped and published one after the other."""
         return [(0, len(parameters))]
+
+    def gather(self, works: Sequence[Work]) -> Sequence[Work]:
+        """These works, one of :meth:`buckets`, with what other ranks have of their rows."""
+        return works
 
     def publish(self, parameters: Sequence[Tensor]) -> None:  # noqa: B027  # most have nothing to do
         """Begin to bring every rank's updated rows of these parameters, one of :meth:`buckets`, to all ranks."""
@@ -97,11 +146,12 @@ def sum_over(x: Tensor, groups: Groups) -> Tensor:
         return x
     import torch.distributed as dist
 
-    x = x.clone()
+    # State and its step may be on the host while the group is one of cards alone (NCCL).
+    total = x.to("cuda" if x.is_cpu and dist.get_backend(groups[0]) == "nccl" else x.device, copy=True)
     with answered("a step"):
         for group in groups:
-            dist.all_reduce(x, group=group)
-    return x
+            dist.all_reduce(total, group=group)
+    return total.to(x.device)
 
 
 def owned(p: Tensor, rows: Rows) -> Tensor:

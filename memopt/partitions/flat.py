@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from memopt.engines.native import moment_formats
 from memopt.geometry import Rows, Shape
-from memopt.partitions.base import Partition
-from memopt.partitions.world import membership
+from memopt.hyper import SpecError
+from memopt.partitions.base import Entry, Partition
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
@@ -27,66 +27,86 @@ class Flat(Partition):
 
     name = "flat"
     summary = "flat vectors in place of the parameters, shared out by DeepSpeed"
+    is_flattened = True
 
     def __init__(self) -> None:
-        self._rank, self._world_size = membership(self.name, None)
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._world_size
+        super().__init__()
+        self._seen: list[Tensor] = []  # in the order in which DeepSpeed has shown them
 
     @staticmethod
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
         return Rows.whole(shape)
 
-    def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
-        if self.world_size == 1:
-            return bad
-        import torch
-        import torch.distributed as dist
+    def entries(self, groups: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+        """DeepSpeed steps groups and sub-groups one by one: a vector keeps its number as its name."""
+        for group in groups:
+            for p in group["params"]:
+                known = [i for i, q in enumerate(self._seen) if q is p]
+                if not known:
+                    self._seen.append(p)
+                yield str(known[0] if known else len(self._seen) - 1), p, group
 
-        on = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        found = torch.tensor([float(bool(bad))], device=on)
-        dist.all_reduce(found)
-        return bad or ["a parameter on another rank"] * bool(found.item())
+    def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
+        return self.anywhere(bad, "cpu")
+
+    def refuse_conversion(self, spec: OptimSpec) -> None:
+        reason = needs_shapes(spec)
+        if reason:
+            raise SpecError(f"convert_ cannot go to '{spec}', which {reason}, while the state is of DeepSpeed's flat "
+                            "vectors: make the optimizer with it")  # fmt: skip
 
 
 def check_replaced(optimizer: Keeper) -> None:
     """Notice that another tool has put other tensors in the place of the parameters the optimizer was made with.
 
     DTensors of the same shapes (FSDP2, through accelerate) and anything of the same shape go on. Vectors in place of
-    matrices are DeepSpeed's: the optimizer goes on over :class:`Flat`, or raises RuntimeError where the rule or the
-    format needs the shapes. State that was made for parameters that are gone is said once, in a warning.
+    matrices are DeepSpeed's: the optimizer goes on over :class:`Flat`, or where the rule or the format needs the shapes
+    over :class:`~memopt.partitions.fragments.Fragments`; RuntimeError where these cannot be recovered. State that was
+    made for parameters that are gone is said once, in a warning.
     """
     now: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
     ids, shapes = [id(p) for p in now], [tuple(p.shape) for p in now]
-    if ids == optimizer._seen_ids:
+    if ids == optimizer._seen_ids or optimizer.partition.is_flattened:
         return
-    made_for = optimizer._made_for
+    made = optimizer._made_for
     optimizer._seen_ids = ids
-    if isinstance(optimizer.partition, Flat) or shapes == made_for:
+    from memopt.partitions.recovering import is_flattened
+
+    vectors = bool(shapes) and all(len(shape) == 1 for shape in shapes) and any(len(one.shape) > 1 for one in made)
+    if vectors or is_flattened(made):
+        optimizer.partition = _flattened(optimizer)
+    else:
         _warn_of_orphans(optimizer, set(ids))
-        return
-    if all(len(shape) == 1 for shape in shapes) and any(len(shape) > 1 for shape in made_for):
-        reason = needs_shapes(optimizer.spec)
-        if reason:
-            raise RuntimeError(
-                f"the parameters were replaced by {len(now)} flat vectors (DeepSpeed does so), and '{optimizer.spec}' "
-                f"{reason}; use an element-wise rule such as adamw-8bit, or FSDP2: '/zero3'"
-            )
-        optimizer.partition = Flat()
+
+
+def _flattened(optimizer: Keeper) -> Partition:
+    from memopt.partitions.fragments import Fragments
+    from memopt.partitions.recovering import Unknown, recover
+
+    spec = optimizer.spec
+    if spec.partition != "none":
+        raise RuntimeError(f"'{spec}' shards by itself, and DeepSpeed has put flat vectors in the place of the "
+                           f"parameters: its stage takes the place of /{spec.partition}")  # fmt: skip
+    if spec.options.get("offload_gradients"):
+        raise RuntimeError(f"'{spec}' with offload_gradients takes gradients that DeepSpeed is to reduce; leave it out, "
+                           "and use DeepSpeed's offload_optimizer")  # fmt: skip
+    reason = needs_shapes(spec)
+    if not reason:
+        return Flat()
+    try:
+        return Fragments(recover(optimizer._made_for))
+    except Unknown as unknown:
+        raise RuntimeError(
+            f"the parameters were replaced by flat vectors (DeepSpeed does so), '{spec}' {reason}, and they cannot be "
+            f"recovered: {unknown}; use an element-wise rule such as adamw-8bit, or FSDP2: '/zero3'"
+        ) from unknown
 
 
 def needs_shapes(spec: OptimSpec) -> str | None:
-    """Why a spec cannot step flat vectors in place of the parameters; None where it can."""
-    if spec.partition != "none":
-        return f"shards by itself: DeepSpeed's stage takes the place of /{spec.partition}"
+    """Why a spec cannot step flat vectors in place of the parameters without knowing what is in them; None where it
+    can."""
     if spec.overrides:
-        return "has overrides by name, and the names are gone"
+        return "has overrides by name, and flat vectors have none"
     if not RULES[spec.rule].element_wise:
         return f"needs the parameters' shapes: {spec.rule} takes statistics of whole tensors"
     held = {fmt.name for _, fmt, _ in moment_formats(spec, spec.resolve(), "", Rows.whole((4096, 4096)))}

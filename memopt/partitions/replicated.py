@@ -14,12 +14,11 @@ class Replicated(Partition):
 
     name = "none"
     summary = "whole on every rank"
-    rank = 0
-    world_size = 1
 
     def __init__(self, process_group: object = None) -> None:
         if process_group is not None:
             raise ValueError("process_group is for a sharded spec such as 'adamw/zero1'; this spec is not sharded")
+        self.group, self.rank, self.world_size = None, 0, 1
 
     @staticmethod
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:

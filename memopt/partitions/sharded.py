@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.geometry import Rows, Shape
-from memopt.partitions.base import Groups, Partition, sum_over
+from memopt.partitions.base import Groups, Partition
 from memopt.partitions.dtensor import Held, chunk, held, is_dtensor
-from memopt.partitions.world import membership
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,17 +25,8 @@ class Sharded(Partition):
     reshard_after_forward: ClassVar[bool]
 
     def __init__(self, process_group: Any = None) -> None:
-        self.group = process_group
-        self._rank, self._world_size = membership(self.name, process_group)
+        super().__init__(process_group)
         self._held: dict[Any, Held] = {}
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._world_size
 
     @staticmethod
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
@@ -78,14 +68,5 @@ class Sharded(Partition):
     def groups(self, p: Tensor) -> Groups:
         return self._of(p).groups
 
-    def total(self, x: Tensor) -> Tensor:
-        return sum_over(x, (self.group,)) if self.world_size > 1 else x
-
     def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
-        if self.world_size == 1 or not parameters:
-            return bad
-        import torch
-
-        found = torch.tensor([float(bool(bad))], device=parameters[0].device)
-        anywhere = bool(self.total(found).item())  # every rank must take part, whatever it found
-        return bad or ["a parameter on another rank"] * anywhere
+        return self.anywhere(bad, parameters[0].device) if parameters else bad

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.engines.native import moment_formats
 from memopt.geometry import Rows
+from memopt.partitions.dtensor import is_dtensor
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
@@ -19,10 +20,9 @@ def check_slab(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: 
     """Raise RuntimeError for a parameter that is cut along another dimension than the first (tensor parallelism's
     ``Shard(1)``), unless its update and its state look at single elements: blocks, factors and whole-tensor statistics
     run along rows."""
-    shape = tuple(p.shape)
-    if rows.shape == shape:
+    if not is_dtensor(p) or rows.shape == tuple(p.shape):
         return
-    formats = {fmt.name for _, fmt, _ in moment_formats(spec, h, name, Rows.whole(shape))}
+    formats = {fmt.name for _, fmt, _ in moment_formats(spec, h, name, Rows.whole(tuple(p.shape)))}
     if RULES[spec.rule].element_wise and formats <= {"32bit"}:
         return
     raise RuntimeError(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from memopt.geometry import Rows, Shape, row_count
-from memopt.partitions.base import Groups, Partition, owned, sum_over
-from memopt.partitions.world import answered, membership
+from memopt.partitions.base import Groups, Partition, owned
+from memopt.partitions.world import answered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,17 +34,8 @@ class Zero1(Partition):
     summary = "state cut by rows over the data-parallel ranks"
 
     def __init__(self, process_group: Any = None) -> None:
-        self.group = process_group
-        self._rank, self._world_size = membership(self.name, process_group)
+        super().__init__(process_group)
         self._travelling: list[_Bucket] = []
-
-    @property
-    def rank(self) -> int:
-        return self._rank
-
-    @property
-    def world_size(self) -> int:
-        return self._world_size
 
     @staticmethod
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
@@ -53,9 +44,6 @@ class Zero1(Partition):
 
     def groups(self, p: Tensor) -> Groups:
         return (self.group,) if self.world_size > 1 else ()
-
-    def total(self, x: Tensor) -> Tensor:
-        return sum_over(x, (self.group,)) if self.world_size > 1 else x
 
     def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
         if self.world_size == 1:
