@@ -81,7 +81,7 @@ class Optimizer(Keeper):
         self.rule = RULES[self.spec.rule]
         self.engine = ENGINES[self.spec.engine]
         self.engine.require()
-        self.partition = PARTITIONS[self.spec.partition](process_group)  # type: ignore[call-arg]
+        self.partition = PARTITIONS[self.spec.partition](process_group)
         self.process_group = process_group
         self.homes = Homes(self.spec, self.partition.rank, self.partition.world_size)
         self._plan: kernels.Plan | None = None

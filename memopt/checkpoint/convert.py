@@ -105,7 +105,7 @@ def _partition(optimizer: Optimizer, new: OptimSpec) -> Partition:
     if now.world_size > 1 and not replicated:
         raise SpecError(f"convert_ cannot go from '/{optimizer.spec.partition}' over {now.world_size} ranks to "
                         f"'{new}': how parameters are sharded is decided before training; save and load")  # fmt: skip
-    return PARTITIONS[new.partition](None if new.partition == "none" else group)  # type: ignore[call-arg]
+    return PARTITIONS[new.partition](None if new.partition == "none" else group)
 
 
 def _check(optimizer: Optimizer, before: list[tuple[Tensor, Slot]], after: list[Slot], fill: Fill) -> None:

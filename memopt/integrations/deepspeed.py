@@ -73,8 +73,8 @@ def rows_of_rank(
 
 
 def check_engine(engine: Any) -> None:
-    """Raise RuntimeError unless a memopt.Optimizer is what a DeepSpeed engine, or accelerate's wrapper of it, steps, and
-    its checkpoints would have the state: elastic ones cut every tensor as if it were a flat moment."""
+    """Raise RuntimeError unless a memopt.Optimizer is what a DeepSpeed engine, or accelerate's wrapper of it, steps,
+    and its checkpoints would have the state: elastic ones cut every tensor as if it were a flat moment."""
     from memopt.optimizer import Optimizer
 
     found: Any = engine.optimizer if hasattr(engine, "optimizer") else engine

@@ -1,8 +1,8 @@
 """Parameters that are cut between any two elements, as DeepSpeed cuts them: the rows that a rank steps. Without torch.
 
-A rank has the elements ``[start, stop)`` of a flattened parameter, its span. Blocks, scales and means run along rows, so
-it steps every row of which it has an element. A row that is cut is stepped on each rank that has a part of it, from the
-same numbers and so to the same result; in sums over ranks it counts where it begins.
+A rank has the elements ``[start, stop)`` of a flattened parameter, its span. Blocks, scales and means run along rows,
+so it steps every row of which it has an element. A row that is cut is stepped on each rank that has a part of it, from
+the same numbers and so to the same result; in sums over ranks it counts where it begins.
 """
 
 # Without `from __future__ import annotations`: string annotations on a NamedTuple cost a millisecond of start-up.

@@ -88,8 +88,8 @@ def _flattened(optimizer: Keeper) -> Partition:
         raise RuntimeError(f"'{spec}' shards by itself, and DeepSpeed has put flat vectors in the place of the "
                            f"parameters: its stage takes the place of /{spec.partition}")  # fmt: skip
     if spec.options.get("offload_gradients"):
-        raise RuntimeError(f"'{spec}' with offload_gradients takes gradients that DeepSpeed is to reduce; leave it out, "
-                           "and use DeepSpeed's offload_optimizer")  # fmt: skip
+        raise RuntimeError(f"'{spec}' with offload_gradients takes gradients that DeepSpeed is to reduce; leave it "
+                           "out, and use DeepSpeed's offload_optimizer")  # fmt: skip
     reason = needs_shapes(spec)
     if not reason:
         return Flat()

@@ -175,7 +175,8 @@ class Fragments(Partition):
         return {f.origin.name: [f.span.start, f.span.stop] for f in self.fragments}
 
     def refuse_conversion(self, spec: OptimSpec) -> None:
-        raise SpecError(f"convert_ cannot go to '{spec}' while DeepSpeed has the parameters: make the optimizer with it")
+        raise SpecError(f"convert_ cannot go to '{spec}' while DeepSpeed has the parameters: make the optimizer with "
+                        "it")  # fmt: skip
 
     def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Ends are where a shared parameter would be too many, for the others are not on all ranks."""
