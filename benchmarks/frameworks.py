@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import frameworks
+import loops
 
 PACKAGES = ("torch", "accelerate", "transformers", "lightning", "deepspeed")
 
@@ -46,7 +47,7 @@ def page(record: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {found}" for name, found in record["versions"].items())
     lines = [
         "# Under other people's loops", "",
-        f"{frameworks.STEPS} batches, two to a step, clipped, against the bare script; a checkpoint in the middle. "
+        f"{loops.STEPS} batches, two to a step, clipped, against the bare script; a checkpoint in the middle. "
         f"gloo; {packages}. Written by `benchmarks/frameworks.py`.", "",
         "| framework | processes | spec | largest relative difference of a loss | on from the checkpoint |",
         "|---|---|---|---|---|",

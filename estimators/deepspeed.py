@@ -1,10 +1,11 @@
 """Weights, gradients, buffers and state of one rank when DeepSpeed runs the step (``--deepspeed``).
 
 The stage is the spec's partition. DeepSpeed hands the optimizer one flat fp32 tensor of this rank's share of all
-parameters, and keeps that share itself beside weights in 16 bits. Source: runtime/zero/stage_1_and_2.py and stage3.py
-of DeepSpeed 0.19. With Adam in 16 bits, without buckets and gathered weights, the rows of stage 2 add up to its
-estimate_zero2_model_states_mem_needs (2N + 18N/w; offloaded 2N on the GPU), those of stage 3 to its
-estimate_zero3_model_states_mem_needs (18N/w, which leaves out this rank's 16-bit gradients, 2N/w; offloaded 2N/w).
+parameters (rules that need shapes step the rows behind it), and keeps that share itself beside weights in 16 bits.
+Source: runtime/zero/stage_1_and_2.py and stage3.py of DeepSpeed 0.19. With Adam in 16 bits, without buckets and
+gathered weights, the rows of stage 2 add up to its estimate_zero2_model_states_mem_needs (2N + 18N/w; offloaded 2N on
+the GPU), those of stage 3 to its estimate_zero3_model_states_mem_needs (18N/w, which leaves out this rank's 16-bit
+gradients, 2N/w; offloaded 2N/w).
 """
 
 from __future__ import annotations
@@ -16,38 +17,23 @@ from estimators.fields import InputError
 from estimators.model import Model
 from estimators.rows import GPU, PHASES, Row
 from estimators.sharding import LIVE, PERSISTENT
-from estimators.state import state_nbytes, temporaries
+from estimators.state import DEVICE, candidate_ranks, state_nbytes, temporaries, tier
+from memopt.partitions.cuts import share
 
 if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 _STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 _FP32 = 4
-#: Shares begin at multiples of so many elements per rank (nccl_start_alignment_factor).
-_ALIGNMENT = 2
 
 
 def stage(spec: OptimSpec) -> int:
     """The ZeRO stage of a spec. Raises :class:`InputError` for one that DeepSpeed cannot run."""
-    from memopt.partitions.flat import needs_shapes
-
     if spec.partition not in _STAGES:
         raise InputError(f"'{spec}': DeepSpeed has no stage for {spec.partition}; it has {', '.join(_STAGES)}")
     if spec.master not in ("none", "fp32"):
         raise InputError(f"'{spec}': DeepSpeed keeps an fp32 copy of the weights itself; leave out +{spec.master}")
-    reason = needs_shapes(spec.replace(partition="none"))
-    if reason:
-        raise InputError(f"'{spec}': DeepSpeed flattens parameters, and this spec {reason}; adamw and adamw-8bit go")
     return _STAGES[spec.partition]
-
-
-def share(numel: int, ranks: int) -> int:
-    """Elements of one rank's flat share, padded.
-
-    >>> share(1001, 4)
-    252
-    """
-    return -(-numel // (_ALIGNMENT * ranks)) * _ALIGNMENT
 
 
 def flat(model: Model, spec: OptimSpec, world_size: int) -> Model:
@@ -93,8 +79,7 @@ def rest(
     """The fp32 copy, its gradient, the buckets and the optimizer's own state. ``bucket``: elements."""
     name, seen = str(spec), flat(model, spec, world_size)
     numel = seen.shapes[0][1][0]
-    plain = spec.replace(partition="none", master="none")
-    state = state_nbytes(seen, plain, 1)
+    state = _state(model, seen, spec, world_size)
     mixed = itemsize < _FP32 or stage(spec) > 0
     rows = [Row(name, "state", moment, n, tier, phases, "formula") for (moment, tier), n in state.items()]
     if mixed:
@@ -110,9 +95,35 @@ def rest(
     return rows
 
 
+def _by_rows(spec: OptimSpec) -> bool:
+    from memopt.partitions.flat import needs_shapes
+
+    return stage(spec) > 0 and needs_shapes(spec.replace(partition="none")) is not None
+
+
+def _state(model: Model, seen: Model, spec: OptimSpec, world_size: int) -> dict[tuple[str, str], int]:
+    """(moment, tier) -> bytes on the fullest rank."""
+    plain = spec.replace(partition="none", master="none")
+    if not _by_rows(spec):
+        return state_nbytes(seen, plain, 1)
+    from memopt.pricing import price
+
+    shapes = {name: shape for name, shape in model.shapes if name not in model.frozen}
+    found = []
+    for rank in candidate_ranks(world_size):
+        totals: dict[tuple[str, str], int] = {}
+        for n in price(shapes, plain, world_size=world_size, rank=rank, device=DEVICE, deepspeed=stage(spec)):
+            totals[n.moment, tier(n)] = totals.get((n.moment, tier(n)), 0) + n.nbytes
+        found.append(totals)
+    return max(found, key=lambda totals: sum(totals.values()))
+
+
 def step_temporaries(model: Model, spec: OptimSpec, world_size: int) -> int | None:
     """Of the plain path on the flat share, which is stepped at once; at stage 3 by sub-groups of 1e9 elements."""
     seen = flat(model, spec, world_size)
+    if _by_rows(spec):
+        # Rows with their gradients are copied, as of weights in 16 bits, and stepped together where sums go over ranks.
+        return temporaries(model, spec.replace(partition="zero3", master="none"), world_size, "bfloat16")
     if stage(spec) == 3:
         seen = seen._replace(shapes=(("flat", (min(LIVE, seen.shapes[0][1][0]),)),))
     return temporaries(seen, spec.replace(partition="none", master="none"), 1, None)

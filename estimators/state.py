@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 #: Where the parameters are said to be when state is priced.
-_DEVICE = "cuda"
+DEVICE = "cuda"
 _MAX_RANKS_PRICED = 32
 
 #: rule -> format -> bytes that the plain torch path allocates and frees while it steps one fp32 parameter, per element
@@ -99,7 +99,7 @@ def _priced(
     from memopt.pricing import price
 
     totals: dict[tuple[str, str], int] = {}
-    lines = [n for n in price(chosen, spec, world_size=world_size, rank=rank, device=_DEVICE)
+    lines = [n for n in price(chosen, spec, world_size=world_size, rank=rank, device=DEVICE)
              if n.lifetime != "workspace"]  # fmt: skip
     for line in [*lines, *_workspace(chosen, count, spec, world_size, rank)]:
         key = (line.moment, tier(line))
@@ -117,12 +117,12 @@ def _workspace(
 
     rows = PARTITIONS[spec.partition].rows
     owned = [one for name, t in chosen for one in [(name, rows(t.shape, rank, world_size), t.dtype)] * count[name]]
-    return workspace_lines(spec, spec.resolve(), owned, _DEVICE)
+    return workspace_lines(spec, spec.resolve(), owned, DEVICE)
 
 
 def tier(line: Line) -> str:
     """The tier of a ledger line, from its location."""
-    if line.location == _DEVICE:
+    if line.location == DEVICE:
         return GPU
     if line.location.startswith("paged:"):
         return PAGEABLE

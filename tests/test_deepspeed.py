@@ -1,71 +1,24 @@
 """Under DeepSpeed, rules and formats that need shapes: the numbers and the state of one process, row by row."""
 
-from functools import cache
+from types import SimpleNamespace
+from weakref import ref
 
 import flattened
 import pytest
-import ranks
 import torch
-import torch.distributed as dist
-from cases import HYPER, live_nbytes
+from cases import HYPER
+from flattened import CASES, STEPS, session, whole
 
 import memopt
 from memopt.geometry import Rows
 from memopt.kernels import loader
+from memopt.partitions.recovering import Made, Unknown, recover
 from memopt.pricing import state_lines
 
 pytest.importorskip("deepspeed")
-STEPS = 3
 #: What kernels round otherwise than torch, relative to the largest element.
 RTOL = 1e-6
-#: ranks, and what runs there: spec, stage, offload to the CPU, dtype of the weights, param groups.
-CASES = {
-    1: [("adafactor", 2, True, "float32", 1), ("came-8bit", 3, False, "bfloat16", 1)],
-    2: [("adafactor", 1, False, "float32", 2), ("came-8bit", 2, True, "float32", 1), ("lamb", 3, True, "float32", 2),
-        ("adammini-8bit", 2, False, "float32", 1), ("stableadamw", 1, False, "bfloat16", 2)],
-    3: [("adafactor", 3, False, "float32", 1), ("came-8bit", 3, False, "float32", 1),
-        ("adamw-factored", 2, False, "float32", 2), ("adafactor", 1, False, "bfloat16", 1),
-        ("lamb-8bit", 2, False, "float32", 1)],
-}  # fmt: skip
 ALL = [(world, case) for world, cases in CASES.items() for case in cases]
-
-
-def run_case(spec, stage, offload, dtype, groups):
-    engine, optimizer = flattened.started(spec, stage, offload, getattr(torch, dtype), groups)
-    flattened.drive(engine, 0, STEPS)
-    shapes = {name: flattened.shape_of(p) for name, p in engine.module.named_parameters()}
-    predicted = memopt.price(shapes, spec, world_size=dist.get_world_size(), rank=dist.get_rank(), deepspeed=stage,
-                             **HYPER.get(memopt.parse(spec).rule, {}))  # fmt: skip
-    return {
-        "found": flattened.found(optimizer),
-        "same_ledger": groups > 1 or predicted == optimizer.ledger(),
-        "same_bytes": live_nbytes(optimizer) == optimizer.ledger().nbytes,
-        "explain": optimizer.explain(),
-    }
-
-
-def everything(world):
-    return {case: run_case(*case) for case in CASES[world]}
-
-
-@cache
-def session(world):
-    """What every rank found; the error, where there was one."""
-    try:
-        return ranks.run(everything, world, world)
-    except Exception as error:
-        return error
-
-
-def whole(session, case, name, like):
-    """The parameter from the elements of all ranks, each of which one rank has."""
-    found = torch.full((like.numel(),), float("nan"))
-    for rank in session:
-        if name in rank[case]["found"]:
-            start, stop, values, *_ = rank[case]["found"][name]
-            assert found[start:stop].isnan().all()
-            found[start:stop] = values
-    return found.view(like.shape)
 
 
 def same_bits(a, b):
@@ -100,7 +53,7 @@ def test_parameters_and_state_are_those_of_one_process(world, case, monkeypatch)
     ways.append(flattened.alone(text, STEPS, getattr(torch, dtype), groups))
     h = spec.resolve(HYPER.get(spec.rule, {}))
     for name, p in ways[0][0].items():
-        got = whole(session(world), case, name, p)
+        got = whole(session(world), lambda rank: rank[case]["found"], name, p)
         assert "8bit" in text or (got - p).abs().max() <= RTOL * p.abs().max(), name
         there = [rank[case]["found"][name] for rank in session(world) if name in rank[case]["found"]]
         split = sum(1 for start, stop, *_ in there if stop > start) > 1
@@ -123,3 +76,78 @@ def test_bytes_of_each_rank_are_the_ledgers_and_the_price(world, case):
         assert rank[case]["same_bytes"], r
         assert "rows of the parameters behind DeepSpeed's flat vectors" in rank[case]["explain"]
         assert f"rank {r} of {world}" in rank[case]["explain"]
+
+
+@each
+def test_a_checkpoint_goes_on_bit_for_bit(world, case):
+    for rank in session(world):
+        assert rank[case]["resumed"] == []
+
+
+def test_statistics_of_many_parameters_share_their_collectives():
+    """Six parameters, all of them cut: whether a gradient is bad, cut rows, RMS of the parameter, column sums, RMS of
+    the update."""
+    assert all(rank["others"]["collectives"] == 5 for rank in session(2))
+
+
+@pytest.mark.parametrize(("name", "spec", "keywords"), [
+    ("sub-groups", "adafactor", {}), ("overrides", "adamw-8bit", {"overrides": {"odd": "32bit"}}),
+    ("host", "adafactor-8bit", {}), ("disk", "adamw-factored", {}),
+])  # fmt: skip
+def test_sub_groups_overrides_and_places(name, spec, keywords):
+    """Parameters of one process, to what kernels round otherwise; of codes one in some hundred thousand is another."""
+    expected, _ = flattened.alone(spec, STEPS, **keywords)
+    for key, p in expected.items():
+        got = whole(session(2), lambda rank: rank["others"]["found"][name][0], key, p)
+        assert (got - p).abs().max() <= (1e-4 if "8bit" in spec else RTOL) * p.abs().max()
+    assert ("'odd' -> 32bit" in session(2)[0]["others"]["found"][name][1]) == (name == "overrides")
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("another order", r"'adafactor' needs the parameters' shapes.*cannot be recovered: .*round_robin_gradients.*FSDP2"),
+    ("tensor parallelism", "odd is cut by tensor parallelism"),
+    ("partition", "its stage takes the place of /zero1"),
+    ("convert_", "make the optimizer with it"),
+    ("convert_ vectors", "'adafactor', which needs the parameters' shapes"),
+    ("save", "save with the engine's save_checkpoint"),
+    ("pickle", "use the engine's save_checkpoint"),
+    ("group", "no group can be added"),
+    ("cut elsewhere", "the DeepSpeed stage and with the param groups that saved it"),
+    ("elastic", "elastic_checkpoint cuts codes and scales"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_in_a_sentence(name, words):
+    import re
+
+    for rank in session(2):
+        assert re.search(words, rank["others"]["refused"][name]), rank["others"]["refused"][name]
+
+
+def test_what_carries_no_metadata_or_is_in_files_is_unknown():
+    def made(p):
+        return [Made("w", ref(p), tuple(p.shape), {"params": [p]})]
+
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(Unknown, match="no metadata"):
+        recover(made(p))
+    p._z3_optimizer = SimpleNamespace(swap_optimizer=True)
+    with pytest.raises(Unknown, match="nvme"):
+        recover(made(p))
+    gone = made(torch.nn.Parameter(torch.zeros(4, 4)))
+    with pytest.raises(Unknown, match="w does not exist any more"):
+        recover(gone)
+
+
+def test_vectors_of_several_groups_keep_their_names():
+    for rank in session(2):
+        said, names, same = rank["others"]["flat"]
+        assert said == []
+        assert set(names) == {"0", "1"}
+        assert same
+
+
+def test_a_price_under_deepspeed_is_of_a_stage():
+    for stage in (0, 4, True):
+        with pytest.raises(memopt.SpecError, match="one of 1, 2, 3"):
+            memopt.price({"a": (4, 4)}, "adafactor", world_size=2, deepspeed=stage)
+    with pytest.raises(memopt.SpecError, match="takes the place of /zero2"):
+        memopt.price({"a": (4, 4)}, "adafactor/zero2", world_size=2, deepspeed=2)

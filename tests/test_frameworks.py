@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import frameworks
+import loops
 import pytest
 
 import memopt
@@ -35,13 +36,11 @@ def test_the_losses_of_the_bare_script_and_on_from_a_checkpoint(case, tmp_path):
         assert found["resumed"]
 
 
-def test_deepspeeds_configuration_refuses_what_flat_vectors_cannot_hold():
+def test_deepspeeds_configuration():
     assert memopt.deepspeed_config("adamw-8bit@device/zero2", offload=True)["zero_optimization"] == {
         "stage": 2, "offload_optimizer": {"device": "cpu"},
     }  # fmt: skip
-    for spec in ("adafactor/zero1", "lamb/zero3", "adamw-factored/zero2", "adammini/zero2"):
-        with pytest.raises(memopt.SpecError, match="needs the parameters' shapes"):
-            memopt.deepspeed_config(spec)
+    assert memopt.deepspeed_config("adafactor/zero1")["zero_optimization"] == {"stage": 1}
     momentum = memopt.deepspeed_config("sgd-bf16/zero2", hyper={"momentum": 0.9})
     assert momentum["zero_optimization"] == {"stage": 2}
     assert "momentum" not in momentum
@@ -54,7 +53,7 @@ def test_deepspeeds_configuration_refuses_what_flat_vectors_cannot_hold():
 def test_an_optimizer_that_was_replaced_is_noticed():
     import torch
 
-    model = frameworks.net()
+    model = loops.net()
 
     class Engine:
         optimizer = torch.optim.AdamW(model.parameters())
@@ -68,7 +67,7 @@ def test_an_optimizer_that_was_replaced_is_noticed():
 def test_state_of_parameters_that_are_gone_is_said():
     import torch
 
-    model = frameworks.net()
+    model = loops.net()
     opt = memopt.create(model, "adamw-8bit")
     opt.init_state()
     for group in opt.param_groups:  # what accelerate does under FSDP2

@@ -64,12 +64,8 @@ def rows_of_rank(
     if not needs_shapes(spec):
         found = cuts.vectors(list(shapes.values()), world_size, stage)
         return [(str(i), Rows.whole((numel,))) for i, numel in enumerate(found)]
-    spans = cuts.spans(list(shapes.values()), world_size, stage)
-    return [
-        (name, of_ranks[rank].rows(shape))
-        for (name, shape), of_ranks in zip(shapes.items(), spans, strict=True)
-        if of_ranks[rank].numel or sum(1 for span in of_ranks if span.numel) > 1
-    ]
+    mine = cuts.rows_of_rank(list(shapes.values()), rank, world_size, stage)
+    return [(name, rows) for name, rows in zip(shapes, mine, strict=True) if rows is not None]
 
 
 def check_engine(engine: Any) -> None:

@@ -94,13 +94,24 @@ def share(numel: int, world_size: int) -> int:
     return -(-numel // (ALIGNMENT * world_size)) * ALIGNMENT
 
 
-def spans(shapes: Sequence[Shape], world_size: int, stage: int) -> list[tuple[Span, ...]]:
-    """Of each parameter of one group, the spans of all ranks."""
+def rows_of_rank(shapes: Sequence[Shape], rank: int, world_size: int, stage: int) -> list[Rows | None]:
+    """Of each parameter of one group, the rows that a rank steps: none where other ranks have parts of it, in whose
+    sums it takes part; None where it has nothing to do with it.
+
+    >>> [rows and rows[1:3] for rows in rows_of_rank([(5, 4), (3, 4), (9, 9)], 1, 3, 2)]
+    [None, None, (0, 5)]
+    """
     numels = [prod(shape) for shape in shapes]
-    if stage == 3:
-        return [spans_of_parameter(numel, world_size) for numel in numels]
-    part = share(sum(numels), world_size)
-    return [spans_of_vector(n, sum(numels[:i]), part, world_size) for i, n in enumerate(numels)]
+    found: list[Rows | None] = []
+    at, part = 0, share(sum(numels), world_size)
+    for shape, numel in zip(shapes, numels, strict=True):
+        if stage == 3:
+            at, part = 0, max(-(-numel // world_size), 1)
+        span = Span(*(min(max(r * part - at, 0), numel) for r in (rank, rank + 1)))
+        is_split = numel > 0 and at // part != (at + numel - 1) // part
+        found.append(span.rows(shape) if span.numel or is_split else None)
+        at += numel
+    return found
 
 
 def vectors(shapes: Sequence[Shape], world_size: int, stage: int) -> list[int]:
