@@ -124,7 +124,7 @@ def test_what_cannot_be_is_refused_in_a_sentence(name, words):
 
 def test_what_carries_no_metadata_or_is_in_files_is_unknown():
     def made(p):
-        return [Made("w", ref(p), tuple(p.shape), {"params": [p]})]
+        return [Made("w", ref(p), tuple(p.shape), {})]
 
     p = torch.nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(Unknown, match="no metadata"):
