@@ -31,9 +31,10 @@ def deepspeed_config(
     DeepSpeed's own default is 1. ``hyper`` are hyperparameters without which the spec has no meaning
     (``deepspeed_config("sgd-bf16/zero2", hyper={"momentum": 0.9})``); ``more`` are further keys. DeepSpeed replaces an
     optimizer that it does not know by its own where there is offload, and refuses it without: two keys here say
-    otherwise.
+    otherwise. Raises SpecError for a spec that means nothing.
     """
     parsed = parse(spec, hyper=dict(hyper)) if hyper else parse(spec)
+    parsed.resolve()  # a spec that means nothing is refused here, before anything is launched
     stage = _STAGES[parsed.partition]
     if offload and not stage:
         raise SpecError("offload=True needs a stage: a spec that ends in /zero1, /zero2 or /zero3")
