@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING
 
 from estimators.lora import NF4
@@ -144,24 +145,29 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
 
 
 def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | None) -> int | None:
-    """What a step on a GPU allocates: tables of the kernels, and where rules need sums over ranks what the plain path
-    needs. None where that was never measured (another engine, another rule)."""
+    """What a step on a GPU allocates: tables of the kernels, what the plain path needs where rules need sums over
+    ranks, and what looking at gradients of ``@cpu`` takes. None where that was never measured (another engine or rule).
+    """
     if spec.engine != "native" or spec.master not in MASTER or spec.rule not in PLAIN_PATH:
         return None
     from memopt.partitions import PARTITIONS
     from memopt.partitions.base import NUMEL_TOGETHER
+    from memopt.placements.cpu import looking
+    from memopt.placements.options import of_placement
     from memopt.rules import RULES
 
     rows = PARTITIONS[spec.partition].rows
     whole = spec.format == "factored" or not RULES[spec.rule].element_wise
     together = world_size > 1 and spec.partition != "none" and whole
-    most = total = tensors = in_kernels = 0
+    most = total = tensors = in_kernels = looked = 0
     known: dict[tuple[str, str, str, Shape], int] = {}  # elements that are stepped at once
     for name, shape in model.shapes:
         if name not in model.frozen:
             fmt, placement, _ = spec.for_parameter(name)
-            if placement == "cpu":
-                continue  # the step is the host's
+            if placement == "cpu":  # the step is the host's
+                if world_size == 1:
+                    looked = max(looked, looking(prod(shape), of_placement(spec.options, "cpu", spec.partition)))
+                continue
             dtype = weight_dtype(model, name, weights)
             key = (fmt, placement, dtype, shape)
             if key not in known:
@@ -181,7 +187,7 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
                 each = max(each + COPIES, MASTER[spec.master])
             # Updates that need sums over ranks are under way together, up to so many elements.
             most = max(most, max(owned, min(total, NUMEL_TOGETHER)) * each)
-    return most + kernel_tables(tensors, in_kernels, whole, spec.rule == "adammini")
+    return most + max(looked, kernel_tables(tensors, in_kernels, whole, spec.rule == "adammini"))
 
 
 def kernel_tables(tensors: int, numel: int, whole: bool, rows: bool = False) -> int:

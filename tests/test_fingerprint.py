@@ -4,7 +4,8 @@ import pytest
 import torch
 from cases import assert_same_bits
 
-from memopt.placements.fingerprint import AT_ONCE, WIDTH, fingerprint
+from memopt.placements.cpu import AT_ONCE, WIDTH, looking
+from memopt.placements.fingerprint import fingerprint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8])
@@ -24,6 +25,16 @@ def test_a_fingerprint_tells_apart(dtype, n):
             raw[at] ^= 1 << bit
     assert len(seen) == 1 + 2 * len({0, len(raw) // 2, len(raw) - 1})
     assert int(fingerprint(x)) == int(mark)
+
+
+@pytest.mark.parametrize("n", [1000, WIDTH, AT_ONCE, 3 * AT_ONCE + 17])
+def test_what_it_allocates_is_bounded_and_estimated(n):
+    from estimators.trace import traced
+
+    x = torch.randn(n)
+    expected = looking(n, {"offload_gradients": "early"})
+    assert expected <= traced(("look", lambda: fingerprint(x))).peak <= expected + 1024
+    assert looking(n, {"offload_gradients": True}) == 0
 
 
 def test_fingerprints_of_what_happens_to_gradients():

@@ -10,9 +10,12 @@ from memopt.ledger import Line, TensorSpec
 from memopt.placements.base import Home, Placement
 from memopt.placements.disk import buffer_lines
 from memopt.placements.leases import Held, Setting, buffers, divisible, extents, target_of
+from memopt.placements.options import EARLY
 
 #: Bytes of a lease and the number of its buffers: one comes down, one is stepped, one goes up.
 TARGET, MOST = 64 * 2**20, 4
+#: Elements of a gradient that have a constant each when its bits are looked at, and elements that are at once.
+WIDTH, AT_ONCE = 2**16, 2**20
 
 
 @final
@@ -67,6 +70,11 @@ def staging(held: Held, gradient_is_there: bool) -> Held:
         return [Line("", one, "", tensor.dtype, tensor.shape, tensor.nbytes, "") for one in what]
 
     return Held(held.rows, layout, held.whole or not divisible(held.rows, held.layout), held.dtype)
+
+
+def looking(numel: int, options: Mapping[str, Any]) -> int:
+    """Bytes of the card that it takes for a moment to look at the bits of a gradient of so many elements."""
+    return 16 * min(numel, AT_ONCE) + 8 * min(numel, WIDTH) if options["offload_gradients"] == EARLY else 0
 
 
 def gradient_line(nbytes: int) -> list[Line]:

@@ -5,6 +5,7 @@ Each element's bits, widened to 64, are mixed with a constant of the element's p
 
     z = (bits(x[i]) xor c[i mod WIDTH]) * M;   z = z xor (z >> 32);   sum over i of z
 
+``AT_ONCE`` elements are widened at once, which bounds what this allocates (:func:`memopt.placements.cpu.looking`).
 A single element that differs always shows. Of tensors that differ in several, which are none that were made to
 deceive, about one pair in 2^64 has the same number.
 """
@@ -14,10 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Elements that have a constant each.
-WIDTH = 2**16
-#: Elements that are widened at once: temporary memory of the device is 16 bytes for each.
-AT_ONCE = 2**20
+from memopt.placements.cpu import AT_ONCE, WIDTH
+
 #: Odd, so that to multiply by it loses nothing; as a signed number (Steele, Lea, Flood, "Fast splittable pseudorandom
 #: number generators", OOPSLA 2014).
 M = 0xBF58476D1CE4E5B9 - 2**64
