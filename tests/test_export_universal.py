@@ -2,8 +2,6 @@
 ``test_import_zero.py``."""
 
 import pytest
-import ranks
-import sharded
 import torch
 from folders import LR, model, train
 
@@ -70,34 +68,3 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
     assert code == 2
     assert "theirs could not be written (No space left on device); nothing was changed" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours"]
-
-
-SHARDED = ["adamw-8bit/zero3", "adamw+fp32/zero3"]
-
-
-def save_sharded(folder):
-    """The weights in fp32, as they are kept."""
-    found = {}
-    for i, spec in enumerate(SHARDED):
-        module = model(torch.bfloat16)
-        memopt.shard(module, spec)
-        opt = memopt.create(module, spec, lr=LR)
-        train(module, opt, 0, 2)
-        memopt.save(f"{folder}/{i}", model=module, optimizer=opt)
-        states = opt.state_dict()["state"].values()
-        found[spec] = {
-            name: sharded.whole(state["master"]) if "+" in spec else sharded.whole(p).float()
-            for (name, p), state in zip(module.named_parameters(), states, strict=True)
-        }
-    return found
-
-
-def test_weights_of_a_sharded_model_are_written_whole(run, tmp_path):
-    """The model's rows are in the ranks' files; what a master keeps stands beside them."""
-    found = ranks.run(save_sharded, 2, str(tmp_path))[0]
-    for i, spec in enumerate(SHARDED):
-        out = tmp_path / f"theirs{i}"
-        assert run("convert", str(tmp_path / str(i)), str(out), "--to", "deepspeed")[0] == 0
-        for name, exact in found[spec].items():
-            content = torch.load(out / "global_step2" / "zero" / name / "fp32.pt")["param"]
-            assert torch.equal(content, exact), name

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import ranks
+import sharded
 import torch
 from folders import (
     EXACT,
@@ -41,7 +42,8 @@ def write_with_fsdp(folder):
     flat = get_optimizer_state_dict(module, opt, options=StateDictOptions(flatten_optimizer_state_dict=True))
     dcp.save({"optimizer": flat}, checkpoint_id=f"{folder}/flat")
     _fsdp_steps(module, opt, STEPS, MORE)
-    return begin, {name: p.full_tensor().detach().clone() for name, p in module.named_parameters()}
+    end = {name: p.full_tensor().detach().clone() for name, p in module.named_parameters()}
+    return begin, end, save_sharded(folder)
 
 
 def _fsdp_steps(module, opt, first, steps):
@@ -49,6 +51,26 @@ def _fsdp_steps(module, opt, first, steps):
         module(batch(step, int(os.environ["RANK"]))).square().mean().backward()
         opt.step()
         opt.zero_grad()
+
+
+SHARDED = ["adamw-8bit/zero3", "adamw+fp32/zero3"]
+
+
+def save_sharded(folder):
+    """The weights in fp32, as they are kept."""
+    found = {}
+    for i, spec in enumerate(SHARDED):
+        module = model(torch.bfloat16)
+        memopt.shard(module, spec)
+        opt = memopt.create(module, spec, lr=LR)
+        train(module, opt, 0, 2)
+        memopt.save(f"{folder}/{i}", model=module, optimizer=opt)
+        states = opt.state_dict()["state"].values()
+        found[spec] = {
+            name: sharded.whole(state["master"]) if "+" in spec else sharded.whole(p).float()
+            for (name, p), state in zip(module.named_parameters(), states, strict=True)
+        }
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +81,7 @@ def fsdp(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["nested", "flat"])
 def test_going_on_from_dcp_is_going_on_under_fsdp(fsdp, name):
-    folder, begin, end = fsdp
+    folder, begin, end, _ = fsdp
     assert distance(ours_after(folder / name, begin), end).max() < EXACT
     assert distance(ours_after(folder / name, begin, "adamw-8bit"), end).mean() < MEAN_DISTANCE * LR
 
@@ -149,3 +171,14 @@ def test_a_damaged_folder_is_named(fsdp, tmp_path):
     metadata.write_bytes(metadata.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"\.metadata cannot be read without executing what it says, or is damaged"):
         memopt.load(tmp_path / "flat", optimizer=opt)
+
+
+def test_weights_of_a_sharded_model_are_written_whole_for_deepspeed(fsdp, run, tmp_path):
+    """The model's rows are in the ranks' files; what a master keeps stands beside them."""
+    folder, *_, found = fsdp
+    for i, spec in enumerate(SHARDED):
+        out = tmp_path / f"theirs{i}"
+        assert run("convert", str(folder / str(i)), str(out), "--to", "deepspeed")[0] == 0
+        for name, exact in found[spec].items():
+            content = torch.load(out / "global_step2" / "zero" / name / "fp32.pt")["param"]
+            assert torch.equal(content, exact), name

@@ -29,12 +29,13 @@ State = dict[str, Any]
 
 
 class Plan(NamedTuple):
-    """``spec`` and ``encoding`` are what the tool can hold; ``state(record, parts)`` and ``group(hyper)`` make its
-    dictionaries of ours; ``check(converted)`` raises ValueError where what would be written cannot be."""
+    """``spec`` and ``encoding`` are what the tool can hold; ``group(hyper)`` and ``state(record, parts)`` make its
+    dictionaries of ours (no ``state`` where an optimizer has no dictionary of its own); ``check(converted)`` raises
+    ValueError where what would be written cannot be."""
 
     spec: OptimSpec
-    state: Callable[[Record, State], State]
     group: Callable[[State], State]
+    state: Callable[[Record, State], State] | None = None
     encoding: Encoding = OURS
     check: Callable[[Converted], Any] = lambda converted: None
 
@@ -60,11 +61,16 @@ class Exported:
 
     @torch.no_grad()
     def state_dict(self, zeros: Zeros = in_memory) -> dict[str, Any]:
-        """For the tool's ``load_state_dict``; ``zeros`` may make the tensors elsewhere."""
+        """For the tool's ``load_state_dict``; ``zeros`` may make the tensors elsewhere. Raises ValueError for a tool
+        that has none."""
+        make = self._plan.state
+        if make is None:
+            raise ValueError(f"{self.tool} has no state_dict of an optimizer: memopt convert IN OUT --to {self.tool} "
+                             "writes a folder")  # fmt: skip
         groups, records = self.converted.groups, self.converted.source.records
         names = [name for group in groups for name in group.names]
         numbers: dict[str, Any] = {name: name if self._named else i for i, name in enumerate(names)}
-        state = {numbers[name]: self._plan.state(records[name], parts) for name, parts in self.converted.states(zeros)}
+        state = {numbers[name]: make(records[name], parts) for name, parts in self.converted.states(zeros)}
         members = [{**self.group(group.hyper), "params": [numbers[name] for name in group.names]} for group in groups]
         return {"state": state, "param_groups": members}
 
@@ -100,13 +106,12 @@ def save(content: Any, path: Path) -> None:
 
 class Exporter(NamedTuple):
     """One tool. ``plan(source)`` raises ValueError for what it cannot hold; ``named`` says that parameters are called
-    by name in its dictionaries, ``folder`` that what it writes is one, ``dictionary`` that it has a ``state_dict``."""
+    by name in its dictionaries, ``folder`` that what it writes is one."""
 
     plan: Callable[[Source], Plan]
     write: Write = to_file
     named: bool = False
     folder: bool = False
-    dictionary: bool = True
 
 
 def in_blocks(fmt: FlatBlocks, *, whole: bool = False) -> Callable[..., MomentCodes]:

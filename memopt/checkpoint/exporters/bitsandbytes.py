@@ -15,7 +15,7 @@ def _plan(source: Source, fmt: str) -> Plan:
     rule = source.spec.rule
     if rule not in KERNELS:
         raise ValueError(f"bitsandbytes has no {rule}; it has {', '.join(KERNELS)}")
-    return Plan(OptimSpec(rule=rule, format=fmt, engine="bitsandbytes"), _state, lambda h: _group(rule, h))
+    return Plan(OptimSpec(rule=rule, format=fmt, engine="bitsandbytes"), lambda h: _group(rule, h), _state)
 
 
 def _state(record: Record, parts: State) -> State:

@@ -57,11 +57,7 @@ def _plan(source: Source) -> Plan:
         raise ValueError(f"{source.origin} does not have the weight {without}, which DeepSpeed's universal checkpoints "
                          "have in fp32: save the model with the optimizer, memopt.save(..., model=model)")  # fmt: skip
     spec = OptimSpec(rule=rule, master=source.spec.master)
-    return Plan(spec, _state, lambda h: torch_optim.group(rule, h), check=_step)
-
-
-def _state(record: Record, parts: State) -> State:
-    raise NotImplementedError("a universal checkpoint is a folder")
+    return Plan(spec, lambda h: torch_optim.group(rule, h), check=_step)
 
 
 def _step(converted: Converted) -> float:
@@ -159,4 +155,4 @@ def _model(converted: Converted, zeros: Zeros, checkpoint: Checkpoint | None) ->
     return found | {name: found[kept] for name, kept in checkpoint.body["model"]["tied"].items()}
 
 
-DEEPSPEED = Exporter(_plan, _write, folder=True, dictionary=False)
+DEEPSPEED = Exporter(_plan, _write, folder=True)

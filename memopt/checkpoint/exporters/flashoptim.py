@@ -53,7 +53,7 @@ def _plan(source: Source) -> Plan:
         own = {key: h[key] for key in _HYPER[rule]}
         return {**own, "initial_lr": h.get("initial_lr", h["lr"]), "master_bytewidth": nbytes, "quantize": True}
 
-    return Plan(OptimSpec(rule=rule), state, group, Encoding(in_blocks(COMPANDED), master))
+    return Plan(OptimSpec(rule=rule), group, state, Encoding(in_blocks(COMPANDED), master))
 
 
 def _scales(scales: Tensor, dtype: str) -> Any:

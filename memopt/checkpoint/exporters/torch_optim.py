@@ -38,7 +38,7 @@ def _plan(source: Source) -> Plan:
         return {names.get(key, key): value for key, value in parts.items() if rule != "sgd" or key != "step"}
 
     fmt = "factored" if rule == "adafactor" else "32bit"
-    return Plan(OptimSpec(rule=rule, format=fmt), state, lambda h: group(rule, h))
+    return Plan(OptimSpec(rule=rule, format=fmt), lambda h: group(rule, h), state)
 
 
 def _is_torchs(group: Group) -> bool:

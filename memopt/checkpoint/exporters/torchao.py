@@ -38,7 +38,7 @@ def _plan(source: Source, fmt: FlatBlocks, make: Make) -> Plan:
         made = {name: held[""] if "" in held else make(record, held, name == "exp_avg") for name, held in moments}
         return {"step": parts["step"], **made}
 
-    return Plan(OptimSpec(rule=rule), state, _group, Encoding(in_blocks(fmt, whole=True)))
+    return Plan(OptimSpec(rule=rule), _group, state, Encoding(in_blocks(fmt, whole=True)))
 
 
 def _group(h: State) -> State:

@@ -14,7 +14,7 @@ def _plan(source: Source) -> Plan:
     if source.spec.rule != "adafactor" or any(g.hyper["convention"] != "transformers" for g in source.groups):
         raise ValueError("transformers has Adafactor in its own convention (convention='transformers'), and no other "
                          f"rule of ours; this is {source.spec.rule}")  # fmt: skip
-    return Plan(OptimSpec(rule="adafactor", format="factored"), _state, _group)
+    return Plan(OptimSpec(rule="adafactor", format="factored"), _group, _state)
 
 
 def _state(record: Record, parts: State) -> State:
