@@ -14,6 +14,20 @@ import memopt
 from memopt.placements import bus
 from memopt.placements.arrivals import Arrival
 
+#: ``offload_gradients`` -> what happens beside what in one backward pass and step.
+TIMELINES = {
+    False:
+        "backward|01234567                  |\n"
+        "down  |        0011223344556677  |\n"
+        "host  |          0 1 2 3 4 5 6 7 |\n"
+        "up    |           0 1 2 3 4 5 6 7|",
+    "early":
+        "backward|01234567              |\n"
+        "down  | 0123   456788990011  |\n"
+        "host  |         0123 4 5 6 7 |\n"
+        "up    |          0123 4 5 6 7|",
+}  # fmt: skip
+
 
 def overlap(ops, others):
     """How many of these operations have one of the others beside them."""
@@ -101,17 +115,18 @@ def test_a_slow_bus_holds_backward_up_instead_of_filling_the_device(monkeypatch)
     assert max(waiting) <= 2, made.clock.timeline()
 
 
-def test_copies_overlap_backward_and_the_step_begins_at_once(device):
-    (model, opt), _ = early_twins(workspace="1MiB")  # each of four buffers holds one parameter and its gradient
+@pytest.mark.parametrize("how", TIMELINES)
+def test_copies_overlap_backward_and_the_step_begins_at_once(device, how):
+    """A second for each gradient and each step, and on the bus for each parameter or gradient; each of four buffers
+    holds one parameter and its gradient (docs/placements.md)."""
+    (model, opt), _ = early_twins(workspace="1MiB", offload_gradients=how)
     train(model, opt, 0, 1)
     on_clock(device, model)
     opt.zero_grad()
-    clock = device.clock = simulated.Lanes(EVEN)
+    clock = device.clock = simulated.Lanes({**EVEN, "down": (0.0, 1 / 102_400)})
     model(1).backward()
-    assert clock.timeline() == (
-        "backward|01234567|\n"
-        "down  | 0123   |"
-    )  # fmt: skip
+    opt.step()
+    assert clock.timeline() == TIMELINES[how]
 
 
 @pytest.mark.parametrize("slow", [1.0, 4.0])
