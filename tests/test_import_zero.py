@@ -227,6 +227,30 @@ def test_a_universal_checkpoint_is_the_one_it_was_made_of(zero, stage, tmp_path)
     assert distance(ours_after(tmp_path / "now", begin), end).max() < EXACT
 
 
+@pytest.mark.parametrize(("stage", "spec"), [("1", "adamw"), ("3", "adamw"), ("bf16", "adamw+fp32")])
+def test_what_ranks_wrote_becomes_universal(zero, stage, spec, run, tmp_path):
+    """As ``ds_to_universal`` makes it: moments, masters and counters are the same bits."""
+    folder, found = zero
+    code, out, _ = run("convert", str(folder / stage), str(tmp_path / "universal"), "--to", "deepspeed")
+    assert code == 0
+    assert "dropped" not in out
+    module = model(torch.bfloat16 if "+" in spec else torch.float32)
+    a, b = (memopt.create(memopt.param_groups(module, weight_decay=0.5), spec) for _ in range(2))
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            file = tmp_path / "universal" / f"global_step{STEPS}" / "zero" / name / "fp32.pt"
+            exact = torch.load(file)["param"]
+            assert torch.equal(exact, found[stage][name] if "+" in spec else found[stage][0][name])
+            p.copy_(exact)
+    for where, opt in ((folder / stage, a), (tmp_path / "universal", b)):
+        memopt.load(where, optimizer=opt)
+        assert [g["weight_decay"] for g in opt.param_groups] == [0.1, 0.0]
+    for p in module.parameters():
+        assert a.state[p].keys() == b.state[p].keys()
+        for key, value in a.state[p].items():
+            assert torch.equal(value, b.state[p][key]), key
+
+
 def test_a_rank_that_is_missing_and_a_file_cut_short_are_said(zero, tmp_path):
     shutil.copytree(zero[0] / "1" / "now", tmp_path / "now")
     last = sorted((tmp_path / "now").glob("*optim_states.pt"))[-1]

@@ -56,7 +56,8 @@ def _plan(source: Source) -> Plan:
     if without is not None:
         raise ValueError(f"{source.origin} does not have the weight {without}, which DeepSpeed's universal checkpoints "
                          "have in fp32: save the model with the optimizer, memopt.save(..., model=model)")  # fmt: skip
-    spec = OptimSpec(rule=rule, master=source.spec.master)
+    masters = {record.kept.master.name for record in source.records.values() if record.kept is not None}
+    spec = OptimSpec(rule=rule, master=next(iter(masters), "none"))
     return Plan(spec, lambda h: torch_optim.group(rule, h), check=_step)
 
 

@@ -194,9 +194,11 @@ def _record(path: Path, name: str, shape: Shape, dtype: str, step: float, found:
         if numel != prod(shape):
             raise ValueError(f"{path}: {name} has {prod(shape):,} elements, and {numel:,} of {moment} are there")
     moments = {m: gathered(m, shape, from_fragments(pieces)) for m, pieces in found.items() if m != _WEIGHTS}
+    whole = GatheredPiece(shape, from_fragments(found[_WEIGHTS])) if _WEIGHTS in found else None
+    weights = None if whole is None else lambda rows: whole.read("", rows.bounds if shape else None)
     if not moments:
-        return Record(name, shape, stepped=False, dtype=dtype)
+        return Record(name, shape, stepped=False, dtype=dtype, weights=weights)
     kept = None
-    if dtype in LOW_PRECISION and _WEIGHTS in found and all(p.dtype == torch.float32 for p in found[_WEIGHTS]):
-        kept = kept_of("fp32", dtype, shape, (GatheredPiece(shape, from_fragments(found[_WEIGHTS])),), None)
-    return Record(name, shape, step, moments, dtype=dtype, kept=kept)
+    if dtype in LOW_PRECISION and whole is not None and all(p.dtype == torch.float32 for p in found[_WEIGHTS]):
+        kept = kept_of("fp32", dtype, shape, (whole,), None)
+    return Record(name, shape, step, moments, dtype=dtype, kept=kept, weights=weights)
