@@ -4,6 +4,7 @@ import io
 import json
 import sys
 
+import pytest
 from cases import train
 from saved import assert_same_state, build
 
@@ -55,3 +56,19 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch):
     with bar("converting", 2000) as progress:
         progress(2000)
     assert not sys.stderr.getvalue()
+
+
+def test_what_would_be_ignored_is_refused(tmp_path, run):
+    _, opt = build("adamw", {})
+    opt.init_state()
+    memopt.save(tmp_path / "a", optimizer=opt)
+    arguments = ["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--to"]
+    code, _, err = run(*arguments, "torch", "--engine", "native")
+    assert (code, "--engine native is of a spec of ours; --to torch is a tool" in err) == (2, True)
+    code, _, err = run(*arguments, "adamw-8bit", "--from", "lion")
+    assert (code, "is of adamw, not 'lion'" in err) == (2, True)
+    with pytest.raises(ValueError, match="is of adamw, not 'lion'"):
+        memopt.load(tmp_path / "a", optimizer=opt, rule="lion")
+    with pytest.raises(ValueError, match="are about an optimizer's state; give optimizer="):
+        memopt.load(tmp_path / "a", hyper=False)
+    assert run(*arguments, "adamw-8bit", "--from", "adamw")[0] == 0

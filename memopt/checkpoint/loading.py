@@ -67,13 +67,15 @@ def load(
     """
     if isinstance(path, Mapping) or is_foreign(Path(path)):
         return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler])
+    if optimizer is None and (rule is not None or fill or not hyper):
+        raise ValueError("rule=, fill= and hyper=False are about an optimizer's state; give optimizer=")
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     checkpoint, plans, error = None, [], None
     try:
         checkpoint = Checkpoint(Path(path))
         if model is not None:
             plans.append(plan_model(checkpoint, model))
-        state = Plan(optimizer, _source(checkpoint), hyper, fill or {}) if optimizer is not None else None
+        state = Plan(optimizer, checkpoint.optimizer_of(rule), hyper, fill or {}) if optimizer is not None else None
         saved = _scheduler(checkpoint) if scheduler is not None else None
         generators = checkpoint.random_state(ranks.rank) if rng else {}
     except Exception as failure:
@@ -109,13 +111,6 @@ def _load_foreign(
     plan = Plan(optimizer, source, hyper, fill)
     step = int(max((record.step for record in source.records.values()), default=0))
     return Loaded(where, step, plan.apply())
-
-
-def _source(checkpoint: Checkpoint) -> Any:
-    source = checkpoint.optimizer()
-    if source is None:
-        raise ValueError(f"{checkpoint.path} holds no optimizer")
-    return source
 
 
 def _scheduler(checkpoint: Checkpoint) -> Any:

@@ -106,6 +106,16 @@ class Checkpoint:
         names = [n for n in file.specs if n.startswith(contents.RANDOM)] if file and self.body["random"] else []
         return {name.removeprefix(contents.RANDOM): file.read(name) for name in names} if file else {}
 
+    def optimizer_of(self, rule: str | None = None) -> Source:
+        """The optimizer's state. Raises ValueError where there is none, and for another rule than was said."""
+        source = self.optimizer()
+        if source is None:
+            raise ValueError(f"{self.path} holds no optimizer")
+        if rule not in (None, source.spec.rule):
+            raise ValueError(f"{self.path} is of {source.spec.rule}, not {rule!r}; rule= (--from) is for what other "
+                             "tools wrote and does not say it")  # fmt: skip
+        return source
+
     def optimizer(self) -> Source | None:
         """The optimizer's state, as pieces in the ranks' files."""
         saved = self.body.get("optimizer")

@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser) -> None:
                         "transformers, bitsandbytes, bitsandbytes-32bit, torchao, torchao-4bit, torchao-fp8, flashoptim"
                         )  # fmt: skip
     parser.add_argument("--from", metavar="RULE", dest="rule", help="the rule, where the file does not say it")
-    parser.add_argument("--engine", metavar="ENGINE", default="native", help="native (default) or bitsandbytes")
+    parser.add_argument("--engine", metavar="ENGINE", help="of a spec: native (default) or bitsandbytes")
     parser.add_argument("--fill", metavar="MOMENT=VALUE", action="append", default=[],
                         help="what stands in for a moment that was not kept: a number, or another moment")  # fmt: skip
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
@@ -49,7 +49,7 @@ def run(args: Namespace) -> int:
     from memopt.checkpoint.tensorfile import nbytes_of
     from memopt.spec import parse
 
-    converted = Converted(source, parse(args.to, engine=args.engine), fill)
+    converted = Converted(source, parse(args.to, engine=args.engine or "native"), fill)
     nbytes = sum(nbytes_of(spec) for spec in converted.layout().values())
     print(f"{source.origin}: {converted.report.before} -> {converted.report.after}, {nbytes:,} bytes of state")
     if args.dry_run:
@@ -72,15 +72,14 @@ def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
 
     with bar("verifying", None) as progress:
         checkpoint = Checkpoint(path, progress)
-    source = checkpoint.optimizer()
-    if source is None:
-        raise ValueError(f"{checkpoint.path} holds no optimizer")
-    return source, checkpoint
+    return checkpoint.optimizer_of(rule), checkpoint
 
 
 def _export(source: Any, checkpoint: Any, args: Namespace, fill: dict[str, Any]) -> int:
     from memopt.checkpoint.exporting import exported, write
 
+    if args.engine is not None:
+        raise ValueError(f"--engine {args.engine} is of a spec of ours; --to {args.to} is a tool")
     found = exported(source, args.to, fill)
     print(f"{source.origin}: {len(source.records)} parameters for {args.to}, {found.nbytes:,} bytes of state")
     if args.dry_run:
