@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from functools import cache
 from typing import Any
 
 import pytest
@@ -229,13 +228,10 @@ def everything(world: int) -> dict[Any, Any]:
     return {**{case: run_case(*case) for case in CASES[world]}, **({"others": others()} if world == 2 else {})}
 
 
-@cache
+@ranks.once
 def session(world: int) -> Any:
-    """What every rank found; the error, where there was one, instead of another try for every test."""
-    try:
-        return ranks.run(everything, world, world)
-    except Exception as error:
-        return error
+    """What every rank found."""
+    return ranks.run(everything, world, world)
 
 
 def whole(session: Any, of: Any, name: str, like: Tensor) -> Tensor:

@@ -42,3 +42,20 @@ def run(function: Any, world: int, *arguments: Any) -> list[Any]:
             start_method="spawn",
         )
         return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def once(function: Any) -> Any:
+    """``function``, run once for the same arguments; what it raised is raised again."""
+    done: dict[Any, Any] = {}
+
+    def call(*arguments: Any) -> Any:
+        if arguments not in done:
+            try:
+                done[arguments] = function(*arguments)
+            except Exception as error:
+                done[arguments] = error
+        if isinstance(done[arguments], Exception):
+            raise done[arguments]
+        return done[arguments]
+
+    return call
