@@ -34,7 +34,8 @@ def explain(optimizer: Optimizer) -> str:
         for moment, reason in optimizer.engine.kept_in_32bit(spec, group, name, optimizer._rows(p)):
             kept.setdefault(reason, []).append(f"{name}.{moment}")
         ranks = optimizer.partition.world_size if optimizer.partition.groups(p) else 1
-        path = optimizer.engine.slow_path(spec, group, name, optimizer._rows(p), p, ranks)
+        cut_row = optimizer.partition.cuts_a_row(p)
+        path = optimizer.engine.slow_path(spec, group, name, optimizer._rows(p), p, ranks, cut_row)
         if path:
             slow.setdefault(path, []).append(name)
         place = optimizer.homes.of(name).explain(p.device)

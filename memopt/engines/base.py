@@ -55,9 +55,10 @@ class Engine(ABC):
 
     @abstractmethod
     def slow_path(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, world_size: int
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, ranks: int, cut_row: bool
     ) -> str | None:
-        """Why this parameter is not stepped by the code that :meth:`explain` names, or None."""
+        """Why this parameter is not stepped by the code that :meth:`explain` names, or None. ``ranks`` share it, and
+        with ``cut_row`` one of the rows here."""
 
     @abstractmethod
     def explain(self) -> str:

@@ -151,7 +151,7 @@ class BitsAndBytes(Engine):
                 work.p.copy_(target)
 
     def slow_path(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, world_size: int
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, ranks: int, cut_row: bool
     ) -> str | None:
         return None
 

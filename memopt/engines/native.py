@@ -120,25 +120,29 @@ class Native(Engine):
     def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
         from memopt import kernels
 
-        for work in kernels.step(spec, [w for w in works if not w.groups], 1, seed):
+        ranks = partition.world_size
+        shared = [bool(work.groups) and kernels.needs_ranks(spec, work, ranks) for work in works]
+        for work in kernels.step(spec, [w for w, its in zip(works, shared, strict=True) if not its], 1, seed):
             plain_step(spec, work, lambda x: x, seed)
-        shared = [w for w in works if w.groups]
-        left = kernels.step(spec, shared, partition.world_size, seed) if shared else []
-        if left:
-            from memopt.partitions.together import Update, run_together
+        if any(shared):
+            from memopt.partitions.together import Total, Update, run_together
 
             def update(work: Work) -> Update:
-                numel = -(-Rows.whole(work.rows.shape).numel // partition.world_size)
-                return Update(lambda total: plain_step(spec, work, total, seed), work.groups, numel, work.p.device)
+                def run(total: Total) -> None:
+                    if kernels.step(spec, [work], ranks, seed, total):
+                        plain_step(spec, work, total, seed)
 
-            run_together([update(work) for work in left])
+                numel = -(-Rows.whole(work.rows.shape).numel // ranks)
+                return Update(run, work.groups, numel, work.p.device)
+
+            run_together([update(work) for work, its in zip(works, shared, strict=True) if its])
 
     def slow_path(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, world_size: int
+        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, ranks: int, cut_row: bool
     ) -> str | None:
         from memopt import kernels
 
-        return kernels.slow_path(spec, moment_formats(spec, h, name, rows), rows, p, world_size)
+        return kernels.slow_path(spec, moment_formats(spec, h, name, rows), rows, p, ranks, cut_row)
 
     def explain(self) -> str:
         from memopt import kernels

@@ -8,7 +8,7 @@ environment turns them off, ``MEMOPT_KERNELS=avx2`` or ``baseline`` chooses an i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from memopt.kernels.loader import library, missing
@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.engines.work import Work
+    from memopt.kernels import abi
     from memopt.geometry import Rows
     from memopt.kernels.pages import Pages
     from memopt.optimizer import Optimizer
     from memopt.spec import OptimSpec
 
 __all__ = [
-    "Plan", "check_capturable", "library", "make_plan", "missing", "non_finite", "on_cpu", "slow_path", "status",
-    "step",
+    "Plan", "check_capturable", "library", "make_plan", "missing", "needs_ranks", "non_finite", "on_cpu", "slow_path",
+    "status", "step",
 ]  # fmt: skip
 
 
@@ -74,7 +75,7 @@ def slow_path(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, world_size: 
     if not p.is_cpu:
         reason = triton.refuse(spec, moments, rows, p, world_size)
     else:
-        reason = describe.refuse(spec, moments, rows, p, p, world_size) if library() else None
+        reason = describe.refuse(spec, moments, rows, p, p) if library() else None
     return f"the plain torch path: {reason}" if reason else None
 
 
@@ -99,14 +100,28 @@ def check_capturable(optimizer: Optimizer, ready: Sequence[tuple[int, str, Tenso
                            "take a step or two before capturing")  # fmt: skip
 
 
-def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
-    """Step the parameters that the kernels can step; returns the others."""
+def needs_ranks(spec: OptimSpec, work: Work, world_size: int) -> bool:
+    """Whether the update of a parameter takes sums over the ranks that share it. The same on all of them."""
+    from memopt.engines.native import moment_formats
+    from memopt.kernels import describe
+
+    moments = moment_formats(spec, work.h, work.name, work.rows)
+    return describe.needs_ranks(spec, moments, work.rows, world_size) is not None
+
+
+def step(
+    spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int, total: Callable[[Tensor], Tensor] | None = None
+) -> list[Work]:
+    """Step the parameters that the kernels can step; returns the others. ``total`` adds up over the ranks that share
+    them, in their order; without it nothing that :func:`needs_ranks` may be given."""
     from memopt.kernels import triton
 
-    return _step_on_cpu(spec, triton.step(spec, works, world_size, seed), world_size, seed)
+    return _step_on_cpu(spec, triton.step(spec, works, world_size, seed), seed, total)
 
 
-def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
+def _step_on_cpu(
+    spec: OptimSpec, works: Sequence[Work], seed: int, total: Callable[[Tensor], Tensor] | None
+) -> list[Work]:
     import torch
 
     from memopt.engines.native import moment_formats
@@ -124,7 +139,7 @@ def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: 
     count = 0
     for work in works:
         moments = moment_formats(spec, work.h, work.name, work.rows)
-        if describe.refuse(spec, moments, work.rows, work.p, work.g, world_size):
+        if describe.refuse(spec, moments, work.rows, work.p, work.g):
             left.append(work)
             continue
         if id(work.h) not in group_of:
@@ -137,12 +152,34 @@ def _step_on_cpu(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: 
         count += 1
     if count:
         packed = (abi.Group * len(groups))(*groups)
-        code = found.handle.memopt_step(
-            ctypes.byref(packed), ctypes.byref(tensors), count, seed & 0xFFFFFFFF, torch.get_num_threads(), found.index
-        )
+        over_ranks, failed = (abi.ALONE, []) if total is None else _over_ranks(total)
+        code = found.handle.memopt_step(ctypes.byref(packed), ctypes.byref(tensors), count, seed & 0xFFFFFFFF,
+                                        torch.get_num_threads(), found.index, over_ranks)  # fmt: skip
+        if failed:
+            raise failed[0]
         if code:
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
     return left
+
+
+def _over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[abi.Total, list[BaseException]]:
+    """What the kernels call for a sum, and where an error that it meets is put: none can pass through C."""
+    import torch
+
+    from memopt.kernels import abi
+
+    failed: list[BaseException] = []
+
+    def call(numbers: Any, n: int) -> int:
+        try:
+            here = torch.frombuffer((ctypes.c_double * n).from_address(ctypes.addressof(numbers.contents)),
+                                    dtype=torch.float64)  # fmt: skip
+            here.copy_(total(here))
+        except BaseException as error:
+            failed.append(error)
+        return len(failed)
+
+    return abi.Total(call), failed
 
 
 def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> tuple[list[str], list[tuple[str, Tensor]]]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from ctypes import POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
+from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
-VERSION = 4
+VERSION = 5
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
 SLOTS = 3
@@ -56,6 +56,8 @@ class TensorStep(Structure):
         ("numel", c_int64),
         ("first_row", c_int64),
         ("height", c_int64),
+        ("whole_numel", c_int64),
+        ("whole_height", c_int64),
         ("span", c_int64),
         ("index", c_uint32),
         ("group", c_uint32),
@@ -69,9 +71,15 @@ class TensorStep(Structure):
     ]
 
 
+#: int32_t (*)(double* numbers, int64_t n)
+Total = CFUNCTYPE(c_int32, POINTER(c_double), c_int64)
+#: Where there are no other ranks.
+ALONE = Total()
+
+
 class Span(Structure):
     _fields_ = [("data", c_void_p), ("numel", c_int64), ("dtype", c_uint8), ("bad", c_uint8)]
 
 
 STRUCTS = (Group, TensorStep, Span)
-__all__ = ["STRUCTS", "Group", "Span", "TensorStep", "c_int64"]
+__all__ = ["ALONE", "STRUCTS", "Group", "Span", "TensorStep", "Total", "c_int64"]

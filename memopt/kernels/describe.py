@@ -86,8 +86,8 @@ def format_of(moments: Moments) -> str:
 
 def needs_ranks(spec: OptimSpec, moments: Moments, rows: Rows, world_size: int) -> str | None:
     """Which sums the ranks that share a parameter would have to exchange within a step, or None."""
-    if rows.flat != FLAT_ROW and any(f.name == "rowmean" for _, f, _ in moments):  # one process alone has such rows too
-        return f"{spec.rule} takes means of {FLAT_ROW} elements of a vector that may be cut between any two"
+    if cut := cuts_means(spec, moments, rows):
+        return cut
     if world_size == 1:
         return None
     if not RULES[spec.rule].element_wise or format_of(moments) == "factored":
@@ -95,7 +95,14 @@ def needs_ranks(spec: OptimSpec, moments: Moments, rows: Rows, world_size: int) 
     return None
 
 
-def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, g: Tensor, world_size: int) -> str | None:
+def cuts_means(spec: OptimSpec, moments: Moments, rows: Rows) -> str | None:
+    """Why a mean of some elements may have to be taken on two ranks, or None."""
+    if rows.flat != FLAT_ROW and any(f.name == "rowmean" for _, f, _ in moments):  # one process alone has such rows too
+        return f"{spec.rule} takes means of {FLAT_ROW} elements of a vector that may be cut between any two"
+    return None
+
+
+def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, g: Tensor) -> str | None:
     """Why this parameter is stepped by the plain torch path, or None."""
     if not (p.is_cpu and g.is_cpu):
         return f"the kernels are for the CPU, and it is on {p.device}"
@@ -112,7 +119,7 @@ def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, g: Tensor, 
         return "several of its elements lie in one place, which torch refuses to write"
     if master_of(spec, dtype_name(p)).dithered and (rows.flat != FLAT_ROW or (fmt == "factored" and p.dim() > 2)):
         return f"the random bits of +{spec.master} begin within a row of the kernels' view"
-    return needs_ranks(spec, moments, rows, world_size)
+    return cuts_means(spec, moments, rows)
 
 
 def describe(
@@ -132,7 +139,7 @@ def describe(
     target.p, target.g = p.data_ptr(), g.data_ptr()
     target.step, target.index, target.group = work.step, work.index & 0xFFFFFFFF, group
     target.format, target.p_dtype, target.g_dtype = abi.FORMATS[fmt], DTYPES[p.dtype], DTYPES[g.dtype]
-    target.numel = p.numel()
+    target.numel, target.whole_numel = p.numel(), Rows.whole(rows.shape).numel
     target.first_row = rows.first
     if fmt == "factored":
         shape = rows.local_shape
@@ -140,6 +147,7 @@ def describe(
         target.rows = p.numel() // max(shape[-1], 1)
         target.height = shape[-2]
         target.stacked = len(shape) > 2
+        target.whole_height = rows.shape[-2]
     elif len(rows.shape) < 2 or (fmt == "32bit" and not master.dithered):
         # Without blocks and random bits it does not matter where rows begin.
         target.cols = FLAT_ROW if fmt != "32bit" or master.dithered else abi.CHUNK
@@ -184,4 +192,4 @@ def dense(x: Tensor) -> bool:
     return True
 
 
-__all__ = ["DTYPES", "dense", "describe", "describe_group", "flags", "refuse"]
+__all__ = ["DTYPES", "dense", "describe", "describe_group", "flags", "needs_ranks", "refuse"]

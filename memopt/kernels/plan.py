@@ -73,7 +73,7 @@ class Plan(Known):
         assert found is not None
         start = time.perf_counter()
         if found.handle.memopt_step(ctypes.byref(self.hyper), ctypes.byref(self.tensors), len(self.entries),
-                                    seed & 0xFFFFFFFF, torch.get_num_threads(), found.index):  # fmt: skip
+                                    seed & 0xFFFFFFFF, torch.get_num_threads(), found.index, abi.ALONE):  # fmt: skip
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
         self.pages.after(time.perf_counter() - start)
 
@@ -100,7 +100,7 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
         if g is None or not placed or work.p is not p or not describe.dense(g):
             return None
         moments = moment_formats(spec, work.h, work.name, work.rows)
-        if describe.refuse(spec, moments, work.rows, p, g, partition.world_size):
+        if describe.refuse(spec, moments, work.rows, p, g):
             return None
         if describe.describe(target, work, moments, numbers[id(work.h)], master_of(spec, dtype_name(p))):
             return None

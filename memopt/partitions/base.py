@@ -94,6 +94,10 @@ class Partition(ABC):
         """The rows of this parameter that are stepped here."""
         return self.rows(tuple(p.shape), self.rank, self.world_size)
 
+    def cuts_a_row(self, p: Tensor) -> bool:
+        """Whether another rank has a part of one of these rows and steps it too."""
+        return False
+
     def local(self, p: Tensor, rows: Rows, x: Tensor) -> Tensor:
         """A view of these rows of ``x``, which is the parameter ``p`` or its gradient."""
         return owned(x, rows)

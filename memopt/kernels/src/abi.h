@@ -5,7 +5,7 @@
 namespace memopt {
 
 // Changed whenever a struct, an enum or the meaning of a field changes; Python refuses a library with another number.
-constexpr int32_t ABI_VERSION = 4;
+constexpr int32_t ABI_VERSION = 5;
 
 enum Dtype : uint8_t { F32, BF16, F16 };
 enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME, ADABOUND, ADEMAMIX, ADAMMINI, LAMB, STABLEADAMW };
@@ -64,6 +64,7 @@ struct Tensor {
     int64_t rows, cols, numel;
     int64_t first_row;    // of the whole parameter, for the random bits
     int64_t height;       // FACTORED: rows of one matrix
+    int64_t whole_numel, whole_height;  // of the whole parameter, whose other rows may be on other ranks
     int64_t span;         // ADAMMINI: elements that share one number of its second moment
     uint32_t index;       // of the parameter, for the random bits
     uint32_t group;
@@ -73,6 +74,10 @@ struct Tensor {
     uint8_t stacked;      // FACTORED: matrices of a stack, even where one of them is held here
     uint8_t master;       // of masters with random bits rows and cols are those of the parameter in every format
 };
+
+// Adds n numbers up over the ranks that share the rows of the tensors of a step, in place. Returns 0, or another number
+// where that failed: the step ends there.
+typedef int32_t (*Total)(double* numbers, int64_t n);
 
 // One gradient to be looked at.
 struct Span {

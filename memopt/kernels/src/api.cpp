@@ -44,10 +44,11 @@ API int32_t memopt_struct_size(int32_t which) {
 API int32_t memopt_isa_count() { return table_count; }
 API const char* memopt_isa_name(int32_t isa) { return chosen(isa).name; }
 
-// One step of `count` tensors; isa -1 is the best there is. Returns 0, or 1 if there was no memory and nothing changed.
+// One step of `count` tensors; isa -1 is the best there is; `total` is null where all rows of every tensor are here.
+// Returns 0, 1 if there was no memory and nothing changed, or 2 if `total` failed.
 API int32_t memopt_step(const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int32_t threads,
-                        int32_t isa) {
-    return step(chosen(isa), groups, tensors, count, seed, threads);
+                        int32_t isa, Total total) {
+    return step(chosen(isa), groups, tensors, count, seed, threads, total);
 }
 
 // Sets `bad` of every span that holds a NaN or an Inf; returns whether none does.

@@ -1,6 +1,8 @@
-// New row and column means. A large matrix is cut into bands of rows if it is tall, of columns if it is wide; sums
-// across the cut are kept per band and added in order. Columns are summed over 32 rows in
-// fp32, then in fp64, a chunk of columns at a time, so that what is added to stays in the first-level cache.
+// New row and column means of a factored moment: what is to be averaged, x, is summed over the rows and the columns, and
+// beside it stand the sums of what is kept of the reconstruction row * col / mean, which need no pass. A large matrix
+// is cut into bands of rows if it is tall, of columns if it is wide; sums across the cut are kept per band and added in
+// order. Columns are summed over 32 rows in fp32, then in fp64, a few chunks of columns at a time: what is added to
+// stays in the caches nearby, and rows are read in long stretches.
 #include "means.h"
 
 #include <cstdlib>
@@ -12,103 +14,148 @@
 namespace memopt {
 namespace {
 
-constexpr int64_t FLUSH = 32, MAX_BANDS = 16;
+constexpr int64_t FLUSH = 32, MAX_BANDS = 16, BLOCK = 4;  // BLOCK: chunks of columns
 constexpr int64_t PARTIAL_SUMS = 1 << 16;  // doubles kept across the cut: half a MiB
 constexpr int64_t FEW_COLS = PARTIAL_SUMS / MAX_BANDS;
 
-float mean_of(const Tensor& t, int slot, int64_t matrix, float floor) {
-    // Of a matrix the mean of the column means, of one of a stack that of the row means, as factored.py has it.
-    const float* x = static_cast<const float*>(t.stacked ? t.data[slot] : t.aux[slot]) + matrix * t.height;
-    const int64_t n = t.stacked ? t.height : t.cols;
+double sum_of(const float* x, int64_t n) {
     double sum = 0;
     for (int64_t i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
+const float* rows_of(const Tensor& t, int slot, int64_t matrix) {
+    return static_cast<const float*>(t.data[slot]) + matrix * t.height;
+}
+const float* columns_of(const Tensor& t, int slot, int64_t matrix) {
+    return static_cast<const float*>(t.aux[slot]) + matrix * t.cols;
+}
+
+float mean_of(const Tensor& t, int slot, int64_t matrix, float floor) {
+    // Of a matrix the mean of the column means, of one of a stack that of the row means, as factored.py has it.
+    const int64_t n = t.stacked ? t.height : t.cols;
+    const double sum = sum_of(t.stacked ? rows_of(t, slot, matrix) : columns_of(t, slot, matrix), n);
     const float mean = static_cast<float>(sum / static_cast<double>(n));
     return mean < floor ? floor : mean;
 }
 
+// One matrix, or what is here of one.
 struct Renewal {
     const Table& table;
     const Tensor& t;
     const Scalars& s;
     const uint32_t* keys;
-    Pass pass;
-    int slot;
-    Means means;
-    int64_t per_row, bands, matrix, group;  // group: matrices of one task, where matrices are not cut
-    bool tall;
-    double* partial;  // [bands][cols] of a tall matrix, [bands][height] of a wide one
+    const Change change;
+    const Means means;
+    const int64_t matrix, per_row;
+    float* const row;
+    float* const col;
+    const bool tall;
+    int64_t bands = 1;
+    double* partial = nullptr;  // [bands][cols] of a tall matrix, [bands][height] of a wide one
+    double of_rows, of_cols;    // a row mean, a column mean times this: what is kept, summed along the row or column
+
+    Renewal(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, const Change& change,
+            const Means& all, int64_t matrix, bool tall)
+        : table(table), t(t), s(s), keys(keys), change(change), means(all.of(t, matrix)), matrix(matrix),
+          per_row(chunks_of(t.cols)), row(const_cast<float*>(rows_of(t, change.slot, matrix))),
+          col(const_cast<float*>(columns_of(t, change.slot, matrix))), tall(tall) {
+        const double kept = change.keep / static_cast<double>(means.known[change.slot]);
+        of_rows = kept * sum_of(col, t.cols);
+        of_cols = kept * sum_of(row, t.height);
+    }
+    void put_row(int64_t i, double sum) const {
+        row[i] = static_cast<float>((row[i] * of_rows + change.take * sum) / static_cast<double>(t.cols));
+    }
+    double column(int64_t c, double sum) const { return col[c] * of_cols + change.take * sum; }
 };
 
-// Rows r0 ... r1 - 1 (FLUSH at most) of one chunk's columns. Row sums are added to `rows`, column sums to `cols`.
-void strip(const Renewal& w, int64_t r0, int64_t r1, int64_t k, double* rows, double* cols) {
+int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Rows r0 ... r1 - 1 (FLUSH at most) of chunks k0 ... k1 - 1 (BLOCK at most). Row sums of x are added to `rows`, column
+// sums to `cols`.
+void strip(const Renewal& w, int64_t r0, int64_t r1, int64_t k0, int64_t k1, double* rows, double* cols) {
     const Tensor& t = w.t;
-    const Run run = w.table.run[w.pass][t.format];
-    const int64_t first = k * CHUNK, width = t.cols - first < CHUNK ? t.cols - first : CHUNK;
-    alignas(64) float column[CHUNK], roots[SLOTS * CHUNK];
+    const Run run = w.table.run[w.change.pass][t.format];
+    const int64_t first = k0 * CHUNK, width = smaller_of(k1 * CHUNK, t.cols) - first;
+    alignas(64) float column[BLOCK * CHUNK], roots[SLOTS * BLOCK * CHUNK];
     Sums sums{};
     w.means.set(w.table, t, w.matrix, first, width, sums, roots);
-    std::memset(column, 0, sizeof column);
+    std::memset(column, 0, (k1 - k0) * CHUNK * sizeof(float));
     sums.column = column;
     for (int64_t r = r0; r < r1; r++) {
-        const int64_t chunk = (w.matrix * t.height + r) * w.per_row + k;
+        const int64_t chunk = (w.matrix * t.height + r) * w.per_row;
         sums.row = 0;
-        run(t, w.s, w.keys, chunk, chunk + 1, sums);
+        run(t, w.s, w.keys, chunk + k0, chunk + k1, sums);
         rows[r - r0] += sums.row;
     }
     for (int64_t c = 0; c < width; c++) cols[c] += column[c];
 }
 
-int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
-
 // Rows r0 ... r1 - 1, all columns: row means are final, column sums are added to `cols`.
 void tall_tile(const Renewal& w, int64_t r0, int64_t r1, double* cols) {
-    float* means = static_cast<float*>(w.t.data[w.slot]) + w.matrix * w.t.height;
     for (int64_t r = r0; r < r1; r += FLUSH) {
         const int64_t stop = smaller_of(r + FLUSH, r1);
         double rows[FLUSH] = {};
-        for (int64_t k = 0; k < w.per_row; k++) strip(w, r, stop, k, rows, cols + k * CHUNK);
-        for (int64_t i = r; i < stop; i++) means[i] = static_cast<float>(rows[i - r] / static_cast<double>(w.t.cols));
+        for (int64_t k = 0; k < w.per_row; k += BLOCK)
+            strip(w, r, stop, k, smaller_of(k + BLOCK, w.per_row), rows, cols + k * CHUNK);
+        for (int64_t i = r; i < stop; i++) w.put_row(i, rows[i - r]);
     }
 }
 
 // All rows, chunks k0 ... k1 - 1: column means are final, row sums are added to `rows`.
 void wide_tile(const Renewal& w, int64_t k0, int64_t k1, double* rows) {
-    float* means = static_cast<float*>(w.t.aux[w.slot]) + w.matrix * w.t.cols;
-    for (int64_t k = k0; k < k1; k++) {
-        double cols[CHUNK] = {};
+    for (int64_t k = k0; k < k1; k += BLOCK) {
+        const int64_t stop = smaller_of(k + BLOCK, k1);
+        double cols[BLOCK * CHUNK] = {};
         for (int64_t r = 0; r < w.t.height; r += FLUSH)
-            strip(w, r, smaller_of(r + FLUSH, w.t.height), k, rows + r, cols);
-        const int64_t first = k * CHUNK, end = smaller_of(first + CHUNK, w.t.cols);
+            strip(w, r, smaller_of(r + FLUSH, w.t.height), k, stop, rows + r, cols);
+        const int64_t first = k * CHUNK, end = smaller_of(stop * CHUNK, w.t.cols);
         for (int64_t c = first; c < end; c++)
-            means[c] = static_cast<float>(cols[c - first] / static_cast<double>(w.t.height));
+            w.col[c] = static_cast<float>(w.column(c, cols[c - first]) / static_cast<double>(w.t.height));
     }
 }
 
-// The sums across the cut become means: of the columns of a tall matrix, of the rows of a wide one.
-void finish(const Renewal& w) {
+// The sums across the cut become means: of the columns of a tall matrix, of the rows of a wide one. `total` adds them
+// up over the ranks that hold other rows.
+bool finish(const Renewal& w, Total total) {
     const Tensor& t = w.t;
     const int64_t n = w.tall ? t.cols : t.height;
-    float* means = w.tall ? static_cast<float*>(t.aux[w.slot]) + w.matrix * t.cols
-                          : static_cast<float*>(t.data[w.slot]) + w.matrix * t.height;
-    const double count = static_cast<double>(w.tall ? t.height : t.cols);
-    for (int64_t i = 0; i < n; i++) {
-        double sum = 0;
-        for (int64_t b = 0; b < w.bands; b++) sum += w.partial[b * n + i];
-        means[i] = static_cast<float>(sum / count);
+    double* sums = w.partial;
+    for (int64_t b = 1; b < w.bands; b++)
+        for (int64_t i = 0; i < n; i++) sums[i] += w.partial[b * n + i];
+    if (!w.tall) {
+        for (int64_t i = 0; i < n; i++) w.put_row(i, sums[i]);
+        return true;
     }
+    for (int64_t c = 0; c < n; c++) sums[c] = w.column(c, sums[c]);
+    if (total && total(sums, n)) return false;
+    for (int64_t c = 0; c < n; c++) w.col[c] = static_cast<float>(sums[c] / static_cast<double>(t.whole_height));
+    return true;
 }
 
+struct Matrices {
+    const Table& table;
+    const Tensor& t;
+    const Scalars& s;
+    const uint32_t* keys;
+    const Change& change;
+    const Means& means;
+    int64_t group;  // matrices of one task
+    bool tall;
+};
+
 void whole_matrices(void* context, int64_t task) {
-    const Renewal& w = *static_cast<Renewal*>(context);
-    const int64_t count = w.t.rows / w.t.height, last = smaller_of((task + 1) * w.group, count);
+    const Matrices& all = *static_cast<Matrices*>(context);
+    const int64_t count = all.t.rows / all.t.height, last = smaller_of((task + 1) * all.group, count);
     double across[FEW_COLS];  // under LARGE elements the shorter side is shorter than that
-    for (int64_t matrix = task * w.group; matrix < last; matrix++) {
-        const Renewal one{w.table, w.t, w.s, w.keys, w.pass, w.slot, w.means.of(w.t, matrix), w.per_row, 1, matrix, 1,
-                          w.tall, across};
+    for (int64_t matrix = task * all.group; matrix < last; matrix++) {
+        Renewal one(all.table, all.t, all.s, all.keys, all.change, all.means, matrix, all.tall);
         std::memset(across, 0, sizeof across);
-        if (w.tall) tall_tile(one, 0, w.t.height, across);
-        else wide_tile(one, 0, w.per_row, across);
-        finish(one);
+        one.partial = across;
+        if (one.tall) tall_tile(one, 0, one.t.height, across);
+        else wide_tile(one, 0, one.per_row, across);
+        finish(one, nullptr);
     }
 }
 
@@ -142,35 +189,36 @@ void Means::set(const Table& table, const Tensor& t, int64_t matrix, int64_t fir
     for (int slot = 0; slot < SLOTS; slot++) {
         sums.mean[slot] = used[slot] && !fixed && t.height != t.rows ? mean_of(t, slot, matrix, floor[slot]) : known[slot];
         sums.root[slot] = roots + slot * width;
-        if (used[slot] && slot != renewed)
-            table.inverse_roots(static_cast<const float*>(t.aux[slot]) + matrix * t.cols + first, roots + slot * width,
-                                width);
+        if (used[slot] && slot != renewed) table.inverse_roots(columns_of(t, slot, matrix) + first, roots + slot * width, width);
     }
 }
 
-void renew_means(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, int slot,
-                 const Means& means, int threads) {
-    Renewal w{table, t, s, keys, pass, slot, means, chunks_of(t.cols), 1, 0, 1,
-              t.height >= t.cols || t.cols <= FEW_COLS, nullptr};
-    const int64_t matrices = t.rows / t.height, numel = t.height * t.cols;
-    if (numel < LARGE) {
-        w.group = LARGE / 8 / numel + 1;
-        parallel(threads, (matrices + w.group - 1) / w.group, whole_matrices, &w);
-        return;
+bool renew_means(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, const Change& change,
+                 const Means& means, int threads, Total total) {
+    const bool shared = total && !t.stacked;  // of a stack, every matrix is whole on its rank
+    const bool tall = shared || t.height >= t.cols || t.cols <= FEW_COLS;
+    const int64_t matrices = shared ? 1 : t.height ? t.rows / t.height : 0, numel = t.height * t.cols;
+    if (!shared && numel < LARGE) {
+        if (!numel) return true;
+        Matrices all{table, t, s, keys, change, means, LARGE / 8 / numel + 1, tall};
+        parallel(threads, (matrices + all.group - 1) / all.group, whole_matrices, &all);
+        return true;
     }
-    const int64_t across = w.tall ? t.cols : t.height, along = w.tall ? t.height : w.per_row;
-    w.bands = PARTIAL_SUMS / across;
-    if (w.bands > MAX_BANDS) w.bands = MAX_BANDS;
-    if (w.bands > along) w.bands = along;
-    if (w.bands < 1) w.bands = 1;
-    w.partial = static_cast<double*>(std::malloc(w.bands * across * sizeof(double)));
-    if (!w.partial) std::abort();
-    for (w.matrix = 0; w.matrix < matrices; w.matrix++) {
-        Renewal one{table, t, s, keys, pass, slot, means.of(t, w.matrix), w.per_row, w.bands, w.matrix, 1, w.tall, w.partial};
-        parallel(threads, w.bands, band, &one);
-        finish(one);
+    const int64_t across = tall ? t.cols : t.height, along = tall ? t.height / FLUSH : chunks_of(t.cols);
+    int64_t bands = smaller_of(smaller_of(PARTIAL_SUMS / across, MAX_BANDS), along);
+    if (bands < 1) bands = 1;
+    double* partial = static_cast<double*>(std::malloc(bands * across * sizeof(double)));
+    if (!partial) std::abort();
+    bool done = true;
+    for (int64_t matrix = 0; done && matrix < matrices; matrix++) {
+        Renewal one(table, t, s, keys, change, means, matrix, tall);
+        one.bands = bands;
+        one.partial = partial;
+        parallel(threads, bands, band, &one);
+        done = finish(one, shared ? total : nullptr);
     }
-    std::free(w.partial);
+    std::free(partial);
+    return done;
 }
 
 }  // namespace memopt

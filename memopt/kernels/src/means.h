@@ -24,8 +24,15 @@ struct Means {
              float* roots) const;
 };
 
-// A pass that decodes a factored moment, changes it, and keeps the means of what it became.
-void renew_means(const Table&, const Tensor&, const Scalars&, const uint32_t* keys, Pass, int slot, const Means&,
-                 int threads);
+// A moment becomes keep * moment + take * x; the pass gives x.
+struct Change {
+    Pass pass;
+    int slot;
+    double keep, take;
+};
+
+// The means of what a moment becomes. Returns false where `total` failed, which was given if ranks share the rows.
+bool renew_means(const Table&, const Tensor&, const Scalars&, const uint32_t* keys, const Change&, const Means&,
+                 int threads, Total total);
 
 }  // namespace memopt

@@ -52,6 +52,7 @@ Pool* pool = nullptr;
 typedef void (*Team)(void (*)(void*), void*, unsigned, unsigned);
 Team team = nullptr;
 bool sought = false, forked = false;
+thread_local bool own = false;
 
 void after_fork() {
     new (memory) Pool;
@@ -71,7 +72,7 @@ Team openmp() {
         sought = true;
     }
 #endif
-    return forked ? nullptr : team;
+    return forked || own ? nullptr : team;
 }
 
 void work(Pool& p, Task task, void* context, int64_t tasks) {
@@ -136,6 +137,9 @@ void member(void* argument) {
 }
 
 }  // namespace
+
+OwnThreads::OwnThreads(bool wanted) : before(own) { own = own || wanted; }
+OwnThreads::~OwnThreads() { own = before; }
 
 void parallel(int threads, int64_t tasks, Task task, void* context) {
     int wanted = threads - 1 < MAX_HELPERS ? threads - 1 : MAX_HELPERS;

@@ -204,25 +204,27 @@ struct SumUpdate : Reads {
     }
 };
 
-// Passes over a factored moment: `put` adds the new value to the sums of its row and column.
+// What a factored moment is renewed by: `put` adds it to the sums of its row and column.
 struct MeansAdam : Reads {
     static constexpr bool W_P = false, V = true, W_V = true;
     INLINE vf apply(vf& p, vf g, vf& v, vf&, vf&, const Scalars& s) {
-        v = second_moment(v, with_decay(g, p * s.decay, s), s);
+        g = with_decay(g, p * s.decay, s);
+        v = g * g;
         return vf{};
     }
 };
 struct MeansRmsprop : Reads {
     static constexpr bool W_P = false, V = true, W_V = true;
     INLINE vf apply(vf& p, vf g, vf& v, vf&, vf&, const Scalars& s) {
-        v = second_moment(v, with_decay(g, p, s), s);
+        g = with_decay(g, p, s);
+        v = g * g;
         return vf{};
     }
 };
 struct MeansAdafactor : Reads {
     static constexpr bool P = false, W_P = false, V = true, W_V = true;
     INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars& s) {
-        v = lerp(v, g * g + s.eps_added, s.second);
+        v = g * g + s.eps_added;
         return vf{};
     }
 };
@@ -231,7 +233,7 @@ struct MeansResidual : Reads {
     INLINE vf apply(vf&, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
         const vf u = raw_update<true>(g, v, s) * s.update_scale;
         m = lerp(m, u, s.first);
-        x = lerp(x, (u - m) * (u - m) + s.eps_residual, s.third);
+        x = (u - m) * (u - m) + s.eps_residual;
         return vf{};
     }
 };

@@ -75,7 +75,7 @@ void run_task(void* context, int64_t task) {
     const Job& job = *static_cast<Job*>(context);
     if (task < job.small_count) {
         const int64_t i = job.small[task];
-        whole_step(*job.table, job.groups[job.tensors[i].group], job.tensors[i], job.prepared[i], 1);
+        whole_step(*job.table, job.groups[job.tensors[i].group], job.tensors[i], job.prepared[i], 1, nullptr);
         return;
     }
     const int64_t first = (task - job.small_count) * job.grain;
@@ -91,7 +91,9 @@ struct Shared {
 
 }  // namespace
 
-int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int threads) {
+int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int threads,
+         Total total) {
+    const OwnThreads apart(total != nullptr);  // called from a thread for each parameter (memopt/partitions/together.py)
     Job job{&table, groups, tensors, nullptr, count, 0, 1, 0, nullptr, nullptr};
     job.prepared = static_cast<Prepared*>(std::malloc((count + 1) * sizeof(Prepared)));
     job.small = static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t)));
@@ -120,13 +122,17 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         job.before[i] = job.chunks;
         if (ready.pass >= 0) job.chunks += t.numel ? t.rows * chunks_of(t.cols) : 0;
     }
+    bool going = room;
     if (room) {
         job.before[count] = job.chunks;
-        for (int64_t i = 0; i < count; i++) {
-            if (job.prepared[i].pass >= 0 || !tensors[i].numel) continue;
-            if (tensors[i].numel < LARGE) job.small[job.small_count++] = i;
-            else whole_step(table, groups[tensors[i].group], tensors[i], job.prepared[i], threads);
+        for (int64_t i = 0; going && i < count; i++) {
+            // A rank without rows of a parameter takes part in the sums over its ranks.
+            if (job.prepared[i].pass >= 0 || !(total ? tensors[i].whole_numel : tensors[i].numel)) continue;
+            if (!total && tensors[i].numel < LARGE) job.small[job.small_count++] = i;
+            else going = whole_step(table, groups[tensors[i].group], tensors[i], job.prepared[i], threads, total);
         }
+    }
+    if (going) {
         // Runs short enough for every thread to get several, long enough to stream.
         const int64_t share = job.chunks / (static_cast<int64_t>(threads) * 8);
         job.grain = share < 4 ? 4 : share > 64 ? 64 : share;
@@ -136,7 +142,7 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
     std::free(job.small);
     std::free(job.before);
     std::free(shared);
-    return room ? 0 : 1;
+    return !room ? 1 : going ? 0 : 2;
 }
 
 }  // namespace memopt

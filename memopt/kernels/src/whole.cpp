@@ -75,69 +75,72 @@ Totals sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32
     return total;
 }
 
-double root_mean_square(double squares, const Tensor& t) {
-    return static_cast<float>(std::sqrt(squares / static_cast<double>(t.numel)));
-}
-
 }  // namespace
 
-void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads) {
+bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Total total) {
     Scalars s = *ready.scalars;
     const bool factored = t.format == FMT_FACTORED;
     Means means(TINY);
+    bool going = true;  // until a sum over ranks fails
     // Every pass begins where the one before has ended, whose memory is in the cache.
     bool backward = true;
     const auto pass = [&](Pass which, bool summed = false) {
         backward = !backward;
-        return sweep(table, t, s, ready.keys, which, means, summed, backward, threads);
+        return going ? sweep(table, t, s, ready.keys, which, means, summed, backward, threads) : Totals{};
     };
     // The new means of a factored moment; what reads them afterwards divides by a mean bounded by `floor`.
-    const auto renew = [&](Pass which, int slot, double floor) {
+    const auto renew = [&](Pass which, int slot, double keep, double take, double floor = TINY) {
         means.floor[slot] = static_cast<float>(TINY);
         means.prepare(t, slot);
         means.renewed = slot;
-        renew_means(table, t, s, ready.keys, which, slot, means, threads);
+        const Change change{which, slot, keep, take};
+        going = going && renew_means(table, t, s, ready.keys, change, means, threads, total);
         means.renewed = -1;
         backward = false;
         means.floor[slot] = static_cast<float>(floor);
         means.prepare(t, slot);
     };
+    const auto renew_adam = [&](Pass which = MEANS_ADAM) { renew(which, 0, s.beta2, s.one_minus_beta2); };
+    const auto root_mean_square = [&](double squares) {
+        if (total && going) going = total(&squares, 1) == 0;
+        return static_cast<double>(static_cast<float>(std::sqrt(squares / static_cast<double>(t.whole_numel))));
+    };
     const auto clip = [&](Pass which) {
-        const double rms = root_mean_square(pass(which, true).rule, t);
+        const double rms = root_mean_square(pass(which, true).rule);
         return rms / h.d < 1 ? 1.0 : rms / h.d;  // a NaN stays
     };
     switch (h.rule) {
         case ADAM:
         case RADAM:
-            renew(MEANS_ADAM, 0, TINY);
+            renew_adam();
             pass(STEP_ADAM);
             break;
         case RMSPROP:
-            renew(MEANS_RMSPROP, 0, TINY);
+            renew_adam(MEANS_RMSPROP);
             pass(h.flags & MOMENTUM ? STEP_RMSPROP_MOMENTUM : STEP_RMSPROP);
             break;
         case ADAFACTOR: {
             double rate = adafactor_rate(h, static_cast<double>(ready.step));
             if (h.flags & SCALE_PARAMETER) {
-                const double rms = root_mean_square(pass(SUM_PARAMETER, true).squares, t);
+                const double rms = root_mean_square(pass(SUM_PARAMETER, true).squares);
                 rate *= rms < h.eps2 ? h.eps2 : rms;
             }
-            if (factored) renew(MEANS_ADAFACTOR, 0, s.mean_floor);
+            if (factored) renew(MEANS_ADAFACTOR, 0, 1.0 - s.second.weight, s.second.weight, s.mean_floor);
             s.update_scale = static_cast<float>(rate / clip(SUM_UPDATE));
             if (h.flags & TRANSFORMERS) s.shrink = static_cast<float>(h.weight_decay * rate);
             pass(h.flags & MOMENTUM ? STEP_ADAFACTOR_MOMENTUM : STEP_ADAFACTOR);
             break;
         }
         case CAME: {
-            if (factored) renew(MEANS_ADAFACTOR, 0, TINY);
+            if (factored) renew(MEANS_ADAFACTOR, 0, 1.0 - s.second.weight, s.second.weight);
             s.update_scale = static_cast<float>(1 / clip(SUM_UPDATE));
-            if (factored) renew(MEANS_RESIDUAL, 2, TINY);
+            if (factored) renew(MEANS_RESIDUAL, 2, 1.0 - s.third.weight, s.third.weight);
             pass(t.data[2] ? STEP_CAME : STEP_CAME_VECTOR);
             break;
         }
         case ADABOUND:
         case ADEMAMIX:
-            renew(MEANS_ADAM, 0, TINY);
+            renew_adam();
             pass(h.rule == ADABOUND ? STEP_ADABOUND : STEP_ADEMAMIX);
             break;
         case ADAMMINI:
@@ -146,10 +149,10 @@ void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
             pass(STEP_ADAMMINI);
             break;
         case LAMB: {
-            if (factored) renew(MEANS_ADAM, 0, TINY);
+            if (factored) renew_adam();
             const double rate = -h.lr * s.rate;
             const Totals sums = pass(SUM_LAMB, true);
-            const double size = root_mean_square(sums.squares, t), step = root_mean_square(sums.rule, t);
+            const double size = root_mean_square(sums.squares), step = root_mean_square(sums.rule);
             const double trust = size > 0 && step > 0 ? size / step : 1;
             s.rate = static_cast<float>(rate * trust);
             s.decay = static_cast<float>(1 - h.lr * trust * h.weight_decay);
@@ -157,7 +160,7 @@ void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
             break;
         }
         case STABLEADAMW: {
-            if (factored) renew(MEANS_ADAM, 0, TINY);
+            if (factored) renew_adam();
             const double clipped = clip(SUM_SURPRISE);
             s.rate = static_cast<float>(s.rate / clipped);
             s.decay = static_cast<float>(1 - h.lr / clipped * h.weight_decay);
@@ -167,6 +170,7 @@ void whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         default:
             break;
     }
+    return going;
 }
 
 }  // namespace memopt

@@ -17,9 +17,11 @@ struct Prepared {
 // Adam-mini's second moment at this step.
 void renew_row_means(const Table&, const Tensor&, double beta2, const Scalars&, int threads);
 
-void whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads);
+// Returns false where `total` failed. Sums over ranks are taken one after the other, in the order and of the size in
+// which the rule in memopt/rules takes them, so that ranks may step the same parameter in different ways.
+bool whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Total total);
 
-int step(const Table&, const Group*, Tensor*, int64_t count, uint32_t seed, int threads);
+int step(const Table&, const Group*, Tensor*, int64_t count, uint32_t seed, int threads, Total total);
 bool finite(const Table&, Span*, int64_t count, int threads);
 
 }  // namespace memopt
