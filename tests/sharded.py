@@ -38,11 +38,12 @@ def build(spec: str, model: nn.Module | None = None, **keywords: Any) -> tuple[n
     return model, memopt.create(model, spec, **HYPER.get(parsed.rule, {}), **keywords)
 
 
-def reference(spec: str) -> tuple[nn.Module, memopt.Optimizer]:
-    """One process without a partition; vectors stay in 32 bits where the partition cuts within their blocks."""
+def reference(spec: str, partition: str = "none") -> tuple[nn.Module, memopt.Optimizer]:
+    """One process; vectors stay in 32 bits where the partition of ``spec`` cuts within their blocks. With
+    ``partition="zero1"`` sums are taken as several ranks take them."""
     parsed = memopt.parse(spec)
     cuts = parsed.partition in ("zero2", "zero3") and parsed.format != "32bit"
-    return build(str(parsed.replace(partition="none")), overrides={"long": "32bit"} if cuts else {})
+    return build(str(parsed.replace(partition=partition)), overrides={"long": "32bit"} if cuts else {})
 
 
 def drive(model: nn.Module, optimizer: memopt.Optimizer, first: int, steps: int) -> None:

@@ -20,7 +20,8 @@ STEPS = 20
 #: A sample; benchmarks/sharding_matrix.py runs every rule × format × partition on 1 to 4 ranks.
 SPECS = ["adamw/zero2", "adamw/zero3", "adamw-8bit/zero3", "lion-4bit/zero2", "rmsprop-fp8/zero3", "sgd-bf16/zero3",
          "adafactor/zero2", "adafactor-32bit/zero3", "came/zero3", "adamw-factored/zero3", "adamw-8bit@paged/zero3",
-         "adafactor/zero1", "adammini-8bit/zero3", "adamw-8bit+stochastic/zero3", "lamb/zero3"]  # fmt: skip
+         "adafactor/zero1", "adammini-8bit/zero3", "adamw-8bit+stochastic/zero3", "lamb/zero3",
+         "lamb-8bit/zero1", "came-8bit/zero3", "came-4bit/zero1", "stableadamw-8bit/zero2"]  # fmt: skip
 
 
 def run_spec(spec: str) -> dict[str, Any]:

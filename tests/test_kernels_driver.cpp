@@ -14,7 +14,7 @@ using namespace memopt;
 
 extern "C" int32_t memopt_isa_count();
 extern "C" const char* memopt_isa_name(int32_t);
-extern "C" int32_t memopt_step(const Group*, Tensor*, int64_t, uint32_t, int32_t threads, int32_t isa);
+extern "C" int32_t memopt_step(const Group*, Tensor*, int64_t, uint32_t, int32_t threads, int32_t isa, Total);
 extern "C" int32_t memopt_all_finite(Span*, int64_t, int32_t threads, int32_t isa);
 
 namespace {
@@ -60,6 +60,7 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
     fill(g, n, dtype, index + 100);
     t.g = g;
     t.rows = shape.rows, t.cols = shape.cols, t.numel = n, t.height = shape.height, t.index = index;
+    t.whole_numel = n, t.whole_height = shape.height;
     t.format = format, t.p_dtype = t.g_dtype = dtype, t.span = shape.span, t.stacked = shape.height != shape.rows;
     t.slow = static_cast<float*>(memory.make(4 * n));
     const int beside[] = {0, 4, 2, 0, 1, 2};  // bytes of one element of what each master keeps
@@ -82,7 +83,9 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
     return t;
 }
 
-std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int threads, int isa, Master master = ROUNDED, bool looks_ahead = false) {
+int32_t alone(double*, int64_t) { return 0; }  // the sum over one rank
+
+std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int threads, int isa, Master master = ROUNDED, bool looks_ahead = false, bool cut = false) {
     // The last two are stepped by all threads together where a rule needs sums: one tall, one wide.
     const Shape shapes[] = {{7, 70, 490, 7, 70}, {5, 1030, 5150, 5, 1030}, {12, 65, 780, 4, 13}, {1, 1, 1, 1, 1}, {0, 9, 0, 1, 9},
                             {900, 600, 540000, 900, 600}, {40, 13200, 528000, 40, 132000}};
@@ -95,13 +98,13 @@ std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int thre
         for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
     Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0, 0.1, 0, 1e-3, 5, 9, 9};
     if (looks_ahead) group.slow_steps = 1, group.slow_rate = 0.5;
-    for (Tensor& t : tensors) t.step = looks_ahead ? 1 : 3;
+    for (Tensor& t : tensors) t.step = looks_ahead ? 1 : 3, t.cut = cut;
     if (rule == ADAFACTOR) group.beta2 = -0.8;
     std::vector<Span> spans;
     for (Tensor& t : tensors) spans.push_back({t.g, t.numel, t.g_dtype, 0});
     if (!memopt_all_finite(spans.data(), spans.size(), threads, isa)) std::exit(3);
     for (int i = 0; i < 2; i++)
-        if (memopt_step(&group, tensors.data(), tensors.size(), 5, threads, isa)) std::exit(4);
+        if (memopt_step(&group, tensors.data(), tensors.size(), 5, threads, isa, cut ? alone : nullptr)) std::exit(4);
     return memory.image();
 }
 
@@ -117,6 +120,9 @@ bool all(int isa) {
             if ((flags & CENTERED && f != FMT_32BIT) || (f == FMT_FACTORED && (rule == LION || rule == SGD || rule == ADAMMINI || flags & AMSGRAD))) continue;
             const auto one = run(rule, flags, static_cast<Format>(f), 1, isa), four = run(rule, flags, static_cast<Format>(f), 4, isa);
             if (one != four) std::printf("rule %d flags %u format %d isa %d: threads change the result\n", rule, flags, f, isa), same = false;
+            const auto cut = run(rule, flags, static_cast<Format>(f), 1, isa, ROUNDED, false, true);
+            if (cut != run(rule, flags, static_cast<Format>(f), 4, isa, ROUNDED, false, true))
+                std::printf("rule %d flags %u format %d isa %d: threads change what ranks share\n", rule, flags, f, isa), same = false;
         }
     for (int m = FP32_COPY; m <= SPLIT16; m++)
         for (int rule : {ADAM, SGD, ADAFACTOR, LAMB})

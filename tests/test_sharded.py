@@ -14,15 +14,16 @@ from memopt.rules import RULES
 RTOL = 1e-6
 
 
-def alone(spec):
-    model, opt = sharded.reference(spec)
+def alone(spec, partition="none"):
+    model, opt = sharded.reference(spec, partition)
     sharded.drive(model, opt, 0, STEPS)
     return {name: (p.detach(), opt.state[p]) for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_parameters_and_state_are_those_of_one_process(spec, monkeypatch):
-    """Every bit, of the same path: where there are sums, that is torch's on several ranks and kernels' on one."""
+    """Every bit. Where there are sums, ranks take them in fp64, so that their number does not show: one process does
+    too where the spec has a partition. Without one its sums are quicker, and equal to 1e-6."""
     expected = alone(spec)
     rule = RULES[memopt.parse(spec).rule]
 
@@ -33,8 +34,9 @@ def test_parameters_and_state_are_those_of_one_process(spec, monkeypatch):
     if any(sums(p) for p, _ in expected.values()):
         for whole, (p, _) in zip(session()[0]["specs"][spec]["model"], expected.values(), strict=True):
             assert (whole - p).abs().max() <= RTOL * p.abs().max()
-        monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
-        expected.update({name: found for name, found in alone(spec).items() if sums(found[0])})
+        if rule.name == "adammini":  # its means of cut vectors are torch's
+            monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
+        expected.update({name: found for name, found in alone(spec, "zero1").items() if sums(found[0])})
     for i, (name, (p, state)) in enumerate(expected.items()):
         for rank in session():
             assert_same_bits(rank["specs"][spec]["model"][i], p, name)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.engines.work import Work
-    from memopt.kernels import abi
     from memopt.geometry import Rows
     from memopt.kernels.pages import Pages
     from memopt.optimizer import Optimizer
@@ -68,14 +67,19 @@ def status() -> str:
     return f"{on_cpu()}; on CUDA {triton.status('cuda')}" if torch.cuda.is_available() else on_cpu()
 
 
-def slow_path(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, world_size: int) -> str | None:
-    """Why the plain torch path steps this parameter where :func:`status` says that kernels do, or None."""
+def slow_path(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, ranks: int, cut_row: bool) -> str | None:
+    """Why the plain torch path steps this parameter where :func:`status` says that kernels do, or None. ``ranks`` share
+    it, and with ``cut_row`` one of these rows."""
     from memopt.kernels import describe, triton
 
     if not p.is_cpu:
-        reason = triton.refuse(spec, moments, rows, p, world_size)
+        reason = triton.refuse(spec, moments, rows, p, ranks)
+    elif library() is None:
+        reason = None
+    elif cut_row and describe.needs_ranks(spec, moments, rows, ranks):
+        reason = f"{spec.rule} needs sums, and a row that two ranks step is to be in them once"
     else:
-        reason = describe.refuse(spec, moments, rows, p, p) if library() else None
+        reason = describe.refuse(spec, moments, rows, p, p)
     return f"the plain torch path: {reason}" if reason else None
 
 
@@ -126,8 +130,6 @@ def _step_on_cpu(
 
     from memopt.engines.native import moment_formats
     from memopt.kernels import abi, describe
-    from memopt.ledger import dtype_name
-    from memopt.masters import master_of
 
     found = library()
     if found is None or not works:
@@ -139,14 +141,14 @@ def _step_on_cpu(
     count = 0
     for work in works:
         moments = moment_formats(spec, work.h, work.name, work.rows)
-        if describe.refuse(spec, moments, work.rows, work.p, work.g):
+        twice = total is not None and work.counted is not ...  # rows that are not to be in the sums here
+        if twice or describe.refuse(spec, moments, work.rows, work.p, work.g):
             left.append(work)
             continue
         if id(work.h) not in group_of:
             group_of[id(work.h)] = len(groups)
             groups.append(describe.describe_group(spec, work.h))
-        master = master_of(spec, dtype_name(work.p))
-        if describe.describe(tensors[count], work, moments, group_of[id(work.h)], master):
+        if describe.describe(tensors[count], spec, work, moments, group_of[id(work.h)]):
             left.append(work)
             continue
         count += 1
@@ -162,7 +164,7 @@ def _step_on_cpu(
     return left
 
 
-def _over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[abi.Total, list[BaseException]]:
+def _over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[Any, list[BaseException]]:
     """What the kernels call for a sum, and where an error that it meets is put: none can pass through C."""
     import torch
 

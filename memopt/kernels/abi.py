@@ -67,6 +67,7 @@ class TensorStep(Structure):
         ("g_dtype", c_uint8),
         ("dims", c_uint8),
         ("stacked", c_uint8),
+        ("cut", c_uint8),
         ("master", c_uint8),
     ]
 

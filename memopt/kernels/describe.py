@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
     from memopt.engines.work import Work
     from memopt.formats import Format
-    from memopt.masters import Master
     from memopt.spec import OptimSpec
 
 DTYPES = {getattr(torch, name): code for name, code in abi.DTYPES.items()}
@@ -90,9 +89,14 @@ def needs_ranks(spec: OptimSpec, moments: Moments, rows: Rows, world_size: int) 
         return cut
     if world_size == 1:
         return None
-    if not RULES[spec.rule].element_wise or format_of(moments) == "factored":
+    if takes_sums(spec, moments):
         return f"{spec.rule} needs sums over {world_size} ranks between the passes of a kernel"
     return None
+
+
+def takes_sums(spec: OptimSpec, moments: Moments) -> bool:
+    """Whether an update needs sums over rows that may be on several ranks."""
+    return not RULES[spec.rule].element_wise or format_of(moments) == "factored"
 
 
 def cuts_means(spec: OptimSpec, moments: Moments, rows: Rows) -> str | None:
@@ -124,13 +128,14 @@ def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, g: Tensor) 
 
 def describe(
     target: abi.TensorStep,
+    spec: OptimSpec,
     work: Work,
     moments: Moments,
     group: int,
-    master: Master,
 ) -> str | None:
     """Fill ``target``; returns why the state cannot be used as it lies, or None."""
     rows, p, g = work.rows, work.p, work.g
+    master = master_of(spec, dtype_name(p))
     fmt = format_of(moments)
     ctypes.memset(ctypes.byref(target), 0, ctypes.sizeof(target))  # of another work, that was given up half-way
     if not (p.is_contiguous() and g.is_contiguous()):
@@ -141,6 +146,7 @@ def describe(
     target.format, target.p_dtype, target.g_dtype = abi.FORMATS[fmt], DTYPES[p.dtype], DTYPES[g.dtype]
     target.numel, target.whole_numel = p.numel(), Rows.whole(rows.shape).numel
     target.first_row = rows.first
+    target.cut = takes_sums(spec, moments) and (spec.partition != "none" or bool(work.groups))
     if fmt == "factored":
         shape = rows.local_shape
         target.cols = shape[-1]

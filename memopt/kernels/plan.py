@@ -17,8 +17,6 @@ from memopt.kernels import abi, describe
 from memopt.kernels.known import Entry, Known
 from memopt.kernels.loader import library
 from memopt.kernels.pages import SMALLEST, Pages
-from memopt.ledger import dtype_name
-from memopt.masters import master_of
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
@@ -102,7 +100,7 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
         moments = moment_formats(spec, work.h, work.name, work.rows)
         if describe.refuse(spec, moments, work.rows, p, g):
             return None
-        if describe.describe(target, work, moments, numbers[id(work.h)], master_of(spec, dtype_name(p))):
+        if describe.describe(target, spec, work, moments, numbers[id(work.h)]):
             return None
         if counter.dtype is not torch.float32 or not counter.is_cpu:
             return None

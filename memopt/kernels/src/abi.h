@@ -72,6 +72,7 @@ struct Tensor {
     uint8_t format, p_dtype, g_dtype;
     uint8_t dims;
     uint8_t stacked;      // FACTORED: matrices of a stack, even where one of them is held here
+    uint8_t cut;          // rows may be on several ranks: no sum may depend on where they are cut
     uint8_t master;       // of masters with random bits rows and cols are those of the parameter in every format
 };
 

@@ -58,13 +58,20 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     V v(t, 0, at, v_scratch, sums);
     M m(t, 1, at, m_scratch, sums);
     X x(t, 2, at, x_scratch, sums);
-    vf total{}, squares{};  // of a chunk, at most 64 terms in each lane; what comes of chunks is added up in fp64
+    // Of a chunk, at most 64 terms in each lane; what comes of chunks is added up in fp64, and terms are where ranks
+    // share the tensor, so that it does not show where it is cut.
+    vf total{}, squares{};
+    vd exact_total{}, exact_squares{};
+    const auto add = [&](vf& sum, vd& exact, vf term) __attribute__((always_inline)) {
+        if (__builtin_expect(t.cut, 0)) exact += __builtin_convertvector(term, vd);
+        else sum += term;
+    };
     if (Rule::W_P && __builtin_expect(s.begins, 0)) std::memcpy(t.slow + at.offset, p, 4 * at.n);
     const auto step = [&](int i, int stop) __attribute__((always_inline)) {
         vf pi = Rule::P ? loadf(p + i) : vf{};
         const vf gi = Rule::G ? loadf(g + i) : vf{};
         vf v_i = v.get(i), m_i = m.get(i), x_i = x.get(i);
-        if (Rule::SQUARES) squares += pi * pi;  // zeros past the end
+        if (Rule::SQUARES) add(squares, exact_squares, pi * pi);  // zeros past the end
         vf term = Rule::apply(pi, gi, v_i, m_i, x_i, s);
         if (__builtin_expect(stop - i < W, 0)) {  // lanes past the end of the row count for nothing
             const vi live = (vi)iota() < (stop - i);
@@ -73,7 +80,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
             m_i = live ? m_i : vf{};
             x_i = live ? x_i : vf{};
         }
-        if (Rule::SUMS) total += term;
+        if (Rule::SUMS) add(total, exact_total, term);
         if (Rule::W_P) store(p + i, pi);
         if (Rule::W_V) v.put(i, v_i);
         if (Rule::W_M) m.put(i, m_i);
@@ -109,8 +116,8 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     if (Rule::W_P) store_weights(t, p_lies, at, p);
     if (Rule::W_P && __builtin_expect(t.layout != nullptr, 0))
         scatter(p_lies, t, strides_of_p(t), t.p_dtype, at.offset, at.n, t.p);
-    if (Rule::SUMS) sums.total += sum_lanes(__builtin_convertvector(total, vd));
-    if (Rule::SQUARES) sums.squares += sum_lanes(__builtin_convertvector(squares, vd));
+    if (Rule::SUMS) sums.total += sum_lanes(__builtin_convertvector(total, vd) + exact_total);
+    if (Rule::SQUARES) sums.squares += sum_lanes(__builtin_convertvector(squares, vd) + exact_squares);
 }
 
 // Chunks first ... last - 1 of a tensor, counted along its rows.

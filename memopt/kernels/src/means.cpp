@@ -14,6 +14,7 @@
 namespace memopt {
 namespace {
 
+// Rows whose columns are summed in fp32: one where ranks share them, so that it does not show where they are cut.
 constexpr int64_t FLUSH = 32, MAX_BANDS = 16, BLOCK = 4;  // BLOCK: chunks of columns
 constexpr int64_t PARTIAL_SUMS = 1 << 16;  // doubles kept across the cut: half a MiB
 constexpr int64_t FEW_COLS = PARTIAL_SUMS / MAX_BANDS;
@@ -51,6 +52,7 @@ struct Renewal {
     float* const row;
     float* const col;
     const bool tall;
+    const int64_t flush;
     int64_t bands = 1;
     double* partial = nullptr;  // [bands][cols] of a tall matrix, [bands][height] of a wide one
     double of_rows, of_cols;    // a row mean, a column mean times this: what is kept, summed along the row or column
@@ -59,7 +61,7 @@ struct Renewal {
             const Means& all, int64_t matrix, bool tall)
         : table(table), t(t), s(s), keys(keys), change(change), means(all.of(t, matrix)), matrix(matrix),
           per_row(chunks_of(t.cols)), row(const_cast<float*>(rows_of(t, change.slot, matrix))),
-          col(const_cast<float*>(columns_of(t, change.slot, matrix))), tall(tall) {
+          col(const_cast<float*>(columns_of(t, change.slot, matrix))), tall(tall), flush(t.cut ? 1 : FLUSH) {
         const double kept = change.keep / static_cast<double>(means.known[change.slot]);
         of_rows = kept * sum_of(col, t.cols);
         of_cols = kept * sum_of(row, t.height);
@@ -72,7 +74,7 @@ struct Renewal {
 
 int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Rows r0 ... r1 - 1 (FLUSH at most) of chunks k0 ... k1 - 1 (BLOCK at most). Row sums of x are added to `rows`, column
+// Rows r0 ... r1 - 1 (`flush` at most) of chunks k0 ... k1 - 1 (BLOCK at most). Row sums of x are added to `rows`, column
 // sums to `cols`.
 void strip(const Renewal& w, int64_t r0, int64_t r1, int64_t k0, int64_t k1, double* rows, double* cols) {
     const Tensor& t = w.t;
@@ -94,8 +96,8 @@ void strip(const Renewal& w, int64_t r0, int64_t r1, int64_t k0, int64_t k1, dou
 
 // Rows r0 ... r1 - 1, all columns: row means are final, column sums are added to `cols`.
 void tall_tile(const Renewal& w, int64_t r0, int64_t r1, double* cols) {
-    for (int64_t r = r0; r < r1; r += FLUSH) {
-        const int64_t stop = smaller_of(r + FLUSH, r1);
+    for (int64_t r = r0; r < r1; r += w.flush) {
+        const int64_t stop = smaller_of(r + w.flush, r1);
         double rows[FLUSH] = {};
         for (int64_t k = 0; k < w.per_row; k += BLOCK)
             strip(w, r, stop, k, smaller_of(k + BLOCK, w.per_row), rows, cols + k * CHUNK);
@@ -108,8 +110,8 @@ void wide_tile(const Renewal& w, int64_t k0, int64_t k1, double* rows) {
     for (int64_t k = k0; k < k1; k += BLOCK) {
         const int64_t stop = smaller_of(k + BLOCK, k1);
         double cols[BLOCK * CHUNK] = {};
-        for (int64_t r = 0; r < w.t.height; r += FLUSH)
-            strip(w, r, smaller_of(r + FLUSH, w.t.height), k, stop, rows + r, cols);
+        for (int64_t r = 0; r < w.t.height; r += w.flush)
+            strip(w, r, smaller_of(r + w.flush, w.t.height), k, stop, rows + r, cols);
         const int64_t first = k * CHUNK, end = smaller_of(stop * CHUNK, w.t.cols);
         for (int64_t c = first; c < end; c++)
             w.col[c] = static_cast<float>(w.column(c, cols[c - first]) / static_cast<double>(w.t.height));
