@@ -45,12 +45,14 @@ each = pytest.mark.parametrize(("world", "case"), ALL, ids=[f"{w}-" + "-".join(m
 
 @each
 def test_parameters_and_state_are_those_of_one_process(world, case, monkeypatch):
-    """To the bit, of the same path: what is whole on a rank goes through its kernels, sums over ranks through torch."""
+    """To the bit, of the same path: what is whole on a rank goes through kernels as in one process, sums over ranks
+    through kernels that sum as ranks do, or through torch where a row is cut."""
     text, _, _, dtype, groups = case
     spec = memopt.parse(text)
-    ways = [flattened.alone(text, STEPS, getattr(torch, dtype), groups)]
+    dtype = getattr(torch, dtype)
+    ways = [flattened.alone(text, STEPS, dtype, groups), flattened.alone(f"{text}/zero1", STEPS, dtype, groups)]
     monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
-    ways.append(flattened.alone(text, STEPS, getattr(torch, dtype), groups))
+    ways.append(flattened.alone(text, STEPS, dtype, groups))
     h = spec.resolve(HYPER.get(spec.rule, {}))
     for name, p in ways[0][0].items():
         got = whole(session(world), lambda rank: rank[case]["found"], name, p)

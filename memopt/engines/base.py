@@ -58,7 +58,7 @@ class Engine(ABC):
         self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, ranks: int, cut_row: bool
     ) -> str | None:
         """Why this parameter is not stepped by the code that :meth:`explain` names, or None. ``ranks`` share it, and
-        with ``cut_row`` one of the rows here."""
+        with ``cut_row`` one of its rows."""
 
     @abstractmethod
     def explain(self) -> str:

@@ -69,7 +69,7 @@ def status() -> str:
 
 def slow_path(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, ranks: int, cut_row: bool) -> str | None:
     """Why the plain torch path steps this parameter where :func:`status` says that kernels do, or None. ``ranks`` share
-    it, and with ``cut_row`` one of these rows."""
+    it, and with ``cut_row`` one of its rows."""
     from memopt.kernels import describe, triton
 
     if not p.is_cpu:

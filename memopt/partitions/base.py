@@ -95,7 +95,7 @@ class Partition(ABC):
         return self.rows(tuple(p.shape), self.rank, self.world_size)
 
     def cuts_a_row(self, p: Tensor) -> bool:
-        """Whether another rank has a part of one of these rows and steps it too."""
+        """Whether a row of this parameter is stepped on two ranks, which have parts of it."""
         return False
 
     def local(self, p: Tensor, rows: Rows, x: Tensor) -> Tensor:

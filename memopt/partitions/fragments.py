@@ -132,7 +132,7 @@ class Fragments(Partition):
         return self._of[id(p)].rows
 
     def cuts_a_row(self, p: Tensor) -> bool:
-        return bool(self._of[id(p)].mine)
+        return bool(self._of[id(p)].cut)
 
     def local(self, p: Tensor, rows: Rows, x: Tensor) -> Tensor:
         """As it is: :meth:`gather` makes rows of it."""
@@ -212,7 +212,7 @@ class Fragments(Partition):
         p, g = (f.whole_rows(x, None if cut is None else cut[i]) for i, x in enumerate((work.p, work.g)))
         if f.mine:
             self._to_publish.append((f, p))
-        return work._replace(p=p, g=g, counted=f.span.counted(f.origin.shape) if f.mine else ...)
+        return work._replace(p=p, g=g, counted=f.span.counted(f.origin.shape) if f.cut else ...)
 
     def publish(self, parameters: Sequence[Tensor]) -> None:
         for f, p in self._to_publish:
