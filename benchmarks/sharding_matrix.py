@@ -254,7 +254,7 @@ def page(record: dict[str, Any]) -> str:
         "", "| spec | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|",
     ]  # fmt: skip
     for row in rows:
-        cells = [f"{row['usual'][w]:.0e}" if row["kernels"][w] else "0" for w in WORLDS]
+        cells = [f"{row['usual'][w]:.0e}" if row["usual"][w] else "0" for w in WORLDS]
         lines.append(f"| `{row['spec']}` | " + " | ".join(cells) + " |")
     moved = sorted({f"`{row['spec']}`" for row in grid})
     same = sum(not any(any(row[key].values()) for key in ("error", "other")) for row in grid)
