@@ -8,7 +8,6 @@ from memopt import kernels
 from memopt.engines.work import Work
 from memopt.geometry import Rows
 
-
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
 
 
