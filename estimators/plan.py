@@ -9,7 +9,7 @@ from estimators.costs import Estimate, estimate
 from estimators.fields import InputError, shown
 from estimators.hardware import capacity
 from estimators.model import Model, resolve
-from estimators.training import default_seq
+from estimators.training import Training, default_seq
 
 #: Adapters are tried with this rank, the one most examples of PEFT and QLoRA use.
 RANK = 16
@@ -115,6 +115,7 @@ def plans(model: Any, gpu: "str | int", *, seq: int = 0, batch: int = 8, gpus: i
         raise InputError("a plan needs activations, and only shapes are known; name an architecture or a config.json")
     if isinstance(gpus, bool) or not isinstance(gpus, int) or not 1 <= gpus <= _MOST_RANKS:
         raise InputError(f"gpus={shown(gpus)} is not allowed; it is from 1 to {_MOST_RANKS}")
+    Training(batch, seq).checked()
     run = _Runs(described, nbytes)
     found = _search(run, nbytes, seq, batch, gpus)
     largest = longest = 0

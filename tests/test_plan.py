@@ -144,3 +144,9 @@ def test_the_largest_micro_batch_that_fits_is_found_without_looking_at_all(model
                 fitting.add(found.micro_batch if found else 0)
     assert len(fitting) > 2  # the card is one on which it matters
     assert len(set(asked)) == len(asked), "something was estimated twice"
+
+
+@pytest.mark.parametrize("batch", [0, -8, 10**18, True, 2.0])
+def test_a_batch_that_is_none_is_refused_at_once(batch):
+    with pytest.raises(InputError, match="batch=.* is not allowed; it is a whole number from 1 to 65536"):
+        plans("gpt2", 8 * GIB, batch=batch)
