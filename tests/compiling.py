@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ import memopt
 from memopt.kernels import loader
 from memopt.kernels import triton as kernels
 
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Rows of whole blocks and others, of vectors and others; a stack of matrices; what stays in 32 bits.
 SHAPES = [(64, 512), (20, 770), (5000,), (64,), (2, 64, 96)]
@@ -33,8 +35,9 @@ class _Utils:
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 232448}
 
-    def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
-        return 1, 1, 32, 0, 1024  # module, function, registers, spills, threads
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        """Module, function, registers, spills and, from 3.4 on, threads."""
+        return (1, 1, 32, 0, 1024) if hasattr(triton, "knobs") else (1, 1, 32, 0)
 
     def unload_module(self, module: int) -> None:
         pass
@@ -64,8 +67,7 @@ def spilled(cubin: bytes) -> int:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name], capture_output=True,
-                              text=True, check=True).stdout  # fmt: skip
+        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     return int(told.split("LOCAL:")[1].split()[0])
 
 

@@ -148,5 +148,5 @@ def test_the_largest_micro_batch_that_fits_is_found_without_looking_at_all(model
 
 @pytest.mark.parametrize("batch", [0, -8, 10**18, True, 2.0])
 def test_a_batch_that_is_none_is_refused_at_once(batch):
-    with pytest.raises(InputError, match="batch=.* is not allowed; it is a whole number from 1 to 65536"):
+    with pytest.raises(InputError, match=r"batch=.* is not allowed; it is a whole number from 1 to 65536"):
         plans("gpt2", 8 * GIB, batch=batch)

@@ -266,6 +266,15 @@ def test_a_triton_that_does_not_start_is_not_used_and_says_why(monkeypatch) -> N
     assert triton.status("cuda").startswith("the plain torch path: Triton does not start here")
 
 
+def test_a_triton_that_is_too_old_is_not_used_and_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(triton, "version", lambda: "3.2.0+git35c6c7c6")
+    reason = "the kernels need Triton 3.3 (that of torch 2.7), and 3.2.0+git35c6c7c6 is installed"
+    assert triton.missing("cuda") == reason
+    assert triton.status("cuda") == f"the plain torch path: {reason}"
+    monkeypatch.setattr(triton, "version", lambda: "3.10.1")
+    assert triton.missing("cuda") is None
+
+
 def test_explain_and_slow_path(on) -> None:
     on(False)
     params = parameters([(33,)])

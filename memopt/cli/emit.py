@@ -100,7 +100,7 @@ def _accelerate(e: Estimate, column: Column) -> str:
         "num_machines: 1\nmachine_rank: 0\n"
         f"{precision}use_cpu: false\n{more}"
         f'# In the script: optimizer = memopt.create(model, "{_script_spec(e, column)}", '
-        f'{_keywords(column, "...")}), then accelerator.prepare(model, optimizer){release}.\n'
+        f"{_keywords(column, '...')}), then accelerator.prepare(model, optimizer){release}.\n"
         + (f"# Before that:\n{script}" if script else "")
     )
 

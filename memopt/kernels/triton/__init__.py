@@ -7,6 +7,7 @@ formats of :mod:`memopt.formats`; the plain torch path is the definition (``docs
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import util
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Device types that Triton compiles for. Tests add "cpu", which its interpreter executes.
 DEVICES = {"cuda", "xpu"}
+#: Before it a kernel could not be given a function to compile in.
+OLDEST = (3, 3)
 
 
 def missing(device_type: str) -> str | None:
@@ -34,6 +37,8 @@ def missing(device_type: str) -> str | None:
         return "MEMOPT_KERNELS=off turned them off; unset it to use them"
     if not _installed():
         return "Triton is not installed: pip install triton"
+    if tuple(int(n) for n in re.findall(r"\d+", version())[:2]) < OLDEST:
+        return f"the kernels need Triton {'.'.join(map(str, OLDEST))} (that of torch 2.7), and {version()} is installed"
     return None if device_type == "cpu" else _not_starting()
 
 
@@ -62,9 +67,10 @@ def _not_starting() -> str | None:
 
 @lru_cache
 def version() -> str:
-    from importlib import metadata
+    """As the module says: the package has another name on ROCm and XPU."""
+    from importlib import import_module
 
-    return metadata.version("triton")
+    return str(import_module("triton").__version__)
 
 
 def status(device_type: str) -> str:

@@ -132,7 +132,7 @@ def prepare_kernel(
     put(to, f.BEGINS, looks_ahead & (t == 1.0))
     turns = t / tl.where(looks_ahead, slow_steps, 1.0)
     put(to, f.RETURNS, looks_ahead & (turns == tl.floor(turns)))
-    if RULE == ADAM or RULE == LAMB or RULE == STABLEADAMW:
+    if (RULE == ADAM or RULE == LAMB) or RULE == STABLEADAMW:  # no chains: older versions of Triton
         put(to, f.INVERSE_BIAS, 1.0 / tl.sqrt(1.0 - power(beta2, t)))
         put(to, f.RATE, -lr / (1.0 - power(beta1, t)))
         put(to, f.FIRST_BIAS, 1.0 / (1.0 - power(beta1, t)))
