@@ -40,7 +40,7 @@ def compiled(target: tuple[str, int | str, int], specs: list[str], cache: Path) 
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
     script = str(Path(__file__).with_name("compiling.py"))
     done = subprocess.run([sys.executable, script, json.dumps(target), *specs], capture_output=True, text=True,
-                          timeout=600, env=environment)  # fmt: skip
+                          timeout=1800, env=environment)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
