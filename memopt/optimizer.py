@@ -128,7 +128,8 @@ class Optimizer(Keeper):
             if self._stopped_by(bad):
                 return
         works = self._step_some(ready, [self._own(entry[2], g) for entry, (_, g) in zip(ready, gradients, strict=True)])
-        self._plan = kernels.make_plan(self, works) if self.partition.plannable else None
+        if works:  # a step without any gradient leaves the plan, which counts, to the next one
+            self._plan = kernels.make_plan(self, works) if self.partition.plannable else None
         if self.release is not None:
             self.release.finish()
         self._commit()

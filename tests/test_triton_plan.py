@@ -45,6 +45,9 @@ def test_a_step_with_nan_does_not_happen(capturable, on) -> None:
     opt.step()
     assert opt.skipped_steps == 1
     assert [float(opt.state[p]["step"]) for p in params] == [3, 3]
+    opt.zero_grad()
+    opt.step()  # with no gradient at all nothing is counted, and nothing forgotten
+    assert opt.skipped_steps == 1
     assert opt.state_dict()["memopt"]["skipped_steps"] == 1
 
 
