@@ -148,6 +148,22 @@ def test_nan_in_a_graph_leaves_the_step_out() -> None:
     assert float(opt.state[p]["step"]) == 3
 
 
+def test_a_graph_captured_after_one_step_and_steps_between_its_runs_have_each_their_rate() -> None:
+    p = nn.Parameter(torch.zeros(64, 256, device="cuda"))
+    p.grad = torch.ones_like(p)
+    opt = memopt.create([p], "sgd", lr=1.0, capturable=True)
+    opt.step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        opt.step()
+    opt.param_groups[0]["lr"] = 0.25
+    for _ in range(2):
+        opt.step()
+        graph.replay()
+    assert torch.equal(p.detach(), torch.full_like(p, -3.5))
+
+
 def test_without_capturable_a_capture_says_what_to_do() -> None:
     p = nn.Parameter(torch.randn(64, 256, device="cuda"))
     p.grad = torch.ones_like(p)
