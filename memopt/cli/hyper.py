@@ -17,10 +17,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def given(texts: Iterable[str] | None) -> dict[str, Any]:
     """Values are JSON (0.9, true, [0.9, 0.99], null) or else text."""
+    if texts is None:
+        return {}  # an estimate without the flag does not wait for json
     import json
 
     found: dict[str, Any] = {}
-    for text in texts or ():
+    for text in texts:
         name, equals, value = text.partition("=")
         if not (name.isidentifier() and equals and value):
             raise ValueError(f"--hyper {text!r} is not allowed; it is NAME=VALUE, such as momentum=0.9")
