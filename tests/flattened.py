@@ -47,9 +47,12 @@ def gradient(step: int, index: int, shape: tuple[int, ...]) -> Tensor:
     return (bits & ~(2**18 - 1)).view(torch.float32)
 
 
-def model_of(dtype: torch.dtype) -> Chosen:
+def model_of(dtype: torch.dtype, frozen: str = "") -> Chosen:
     torch.manual_seed(0)
-    return Chosen().to(dtype)
+    model = Chosen().to(dtype)
+    for name, p in model.named_parameters():
+        p.requires_grad = name != frozen
+    return model
 
 
 def made(model: nn.Module, spec: str, groups: int = 1, **keywords: Any) -> memopt.Optimizer:
@@ -60,7 +63,7 @@ def made(model: nn.Module, spec: str, groups: int = 1, **keywords: Any) -> memop
 
 def started(
     spec: str, stage: int, offload: bool = False, dtype: torch.dtype = torch.float32, groups: int = 1,
-    zero: dict[str, Any] | None = None, **keywords: Any,
+    zero: dict[str, Any] | None = None, frozen: str = "", **keywords: Any,
 ) -> tuple[Any, memopt.Optimizer]:  # fmt: skip
     """An engine over this rank's group, and the optimizer that it steps."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=os.environ["RANK"], LOCAL_SIZE=os.environ["WORLD_SIZE"])
@@ -72,7 +75,7 @@ def started(
     if dtype is torch.bfloat16:
         config["bf16"] = {"enabled": True}
     config["zero_optimization"].update(zero or {})
-    model = model_of(dtype)
+    model = model_of(dtype, frozen)
     optimizer = made(model, spec, groups, **keywords)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     check_engine(engine)
@@ -86,14 +89,14 @@ def drive(engine: Any, first: int, steps: int) -> None:
 
 
 def alone(
-    spec: str, steps: int, dtype: torch.dtype = torch.float32, groups: int = 1, **keywords: Any
+    spec: str, steps: int, dtype: torch.dtype = torch.float32, groups: int = 1, frozen: str = "", **keywords: Any
 ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
     """Parameters and state of one process, in fp32 as DeepSpeed's vectors are."""
-    model = model_of(dtype).float()
+    model = model_of(dtype, frozen).float()
     optimizer = made(model, spec, groups, **keywords)
     for step in range(steps):
         for i, p in enumerate(model.parameters()):
-            p.grad = gradient(step, i, tuple(p.shape))
+            p.grad = gradient(step, i, tuple(p.shape)) if p.requires_grad else None
         optimizer.step()
     return ({name: p.detach() for name, p in model.named_parameters()},
             {name: optimizer.state[p] for name, p in model.named_parameters()})  # fmt: skip
@@ -168,6 +171,7 @@ def others() -> dict[str, Any]:
     made_of: dict[str, Any] = {}
     for name, (spec, stage, zero, keywords) in {
         "sub-groups": ("adafactor", 3, {"sub_group_size": 10000}, {}),
+        "frozen": ("came", 2, {}, {"frozen": "odder"}),
         "overrides": ("adamw-8bit", 2, {}, {"overrides": {"odd": "32bit"}}),
         "host": ("adafactor-8bit@cpu", 3, {}, {}),
         "disk": ("adamw-factored@disk", 1, {}, {"directory": tempfile.mkdtemp()}),
@@ -191,6 +195,8 @@ def refusals() -> dict[str, str]:
     engine, _ = started("adafactor", 2)
     next(engine.module.parameters()).tensor_model_parallel = True
     refused("tensor parallelism", lambda: drive(engine, 0, 1))
+    engine, _ = started("adafactor@cpu", 2, offload_gradients=True)
+    refused("offload_gradients", lambda: drive(engine, 0, 1))
     engine, _ = started("adamw/zero1", 2)
     refused("partition", lambda: drive(engine, 0, 1))
     engine, optimizer = started("adafactor", 2)
