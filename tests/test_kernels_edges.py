@@ -229,3 +229,12 @@ def test_without_a_compiler_the_reason_names_the_remedy(tmp_path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
                           env={"PATH": str(tmp_path), "MEMOPT_CACHE": str(tmp_path)})  # fmt: skip
     assert "apt install g++" in done.stdout, done.stderr
+
+
+def test_a_nan_with_all_bits_set_stays_one_in_16_bits():
+    """As CUDA writes it: a random number added to its bits would make -0 of it."""
+    p = torch.nn.Parameter(torch.zeros(40))
+    p.grad = torch.full((40,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    opt = memopt.create([p], "sgd-bf16", momentum=0.9, nonfinite="propagate")
+    opt.step()
+    assert opt.state[p]["momentum_buffer"].isnan().all()

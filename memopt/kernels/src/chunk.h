@@ -1,5 +1,6 @@
 // The one loop: open a chunk of every moment, decode -> rule -> encode it vector by vector, close.
 #pragma once
+#include "formats.h"
 #include "masters.h"
 #include "rules.h"
 #include "strided.h"
