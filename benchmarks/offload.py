@@ -109,6 +109,7 @@ def against_deepspeed(numel: int, rounds: int) -> dict[str, Any]:
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     import memopt
+    from memopt.kernels.pages import SETTLED
 
     def parameters() -> list[torch.nn.Parameter]:
         torch.manual_seed(0)
@@ -123,6 +124,11 @@ def against_deepspeed(numel: int, rounds: int) -> dict[str, Any]:
         "adamw-8bit@cpu": memopt.create(parameters(), "adamw-8bit@cpu", lr=1e-3, nonfinite="propagate"),
         "adamw@cpu": memopt.create(parameters(), "adamw@cpu", lr=1e-3, nonfinite="propagate"),
     }
+    for opt in optimizers.values():
+        for _ in range(2 * SETTLED):
+            opt.step()
+        if isinstance(opt, memopt.Optimizer) and opt._plan is not None and opt._plan.pages is not None:
+            opt._plan.pages.after(float("inf"))  # what is otherwise spread over some hundred steps
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for i in range(rounds + 2):
         for name, opt in optimizers.items():
@@ -143,6 +149,16 @@ def against_deepspeed(numel: int, rounds: int) -> dict[str, Any]:
             "speedup_of_8bit": statistics.median(ratios)}  # fmt: skip
 
 
+def in_turns(numel: int, processes: int) -> dict[str, Any]:
+    """The median of several processes: where the system puts a process's pages changes every step's time."""
+    job = {"what": "cpu", "numel": numel, "rounds": 15}
+    command = [sys.executable, __file__, "--child", json.dumps(job)]
+    runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+            for _ in range(processes)]  # fmt: skip
+    runs.sort(key=lambda run: run["speedup_of_8bit"])
+    return {**runs[len(runs) // 2], "speedups": [run["speedup_of_8bit"] for run in runs]}
+
+
 def table(results: dict[str, Any]) -> str:
     rows = ["| placement | state | cap | peak resident | completed | step | disk allows | share |", "|" + "---|" * 8]
     for run in results["capped"]:
@@ -159,7 +175,9 @@ def table(results: dict[str, Any]) -> str:
         text += "| optimizer | step, median | state |\n|---|---|---|\n"
         for name, row in cpu["rows"].items():
             text += f"| {name} | {row['median_s'] * 1e3:.1f} ms | {row['state_bytes'] / 2**20:.1f} MiB |\n"
-        text += f"\n`adamw-8bit@cpu`: {cpu['speedup_of_8bit']:.2f} times as fast as DeepSpeedCPUAdam.\n"
+        found = sorted(cpu["speedups"])
+        text += (f"\n`adamw-8bit@cpu`: {cpu['speedup_of_8bit']:.2f} times as fast as DeepSpeedCPUAdam, the median of "
+                 f"{len(found)} processes ({found[0]:.2f} to {found[-1]:.2f}, as their pages lay).\n")
     return text
 
 
@@ -191,10 +209,7 @@ def main() -> None:
                 results["capped"].append(summary(name, capped(__file__, ["--child", json.dumps(job)], cap), cap))
                 print(table({"capped": results["capped"][-1:]}), flush=True)
     if args.only != "capped":
-        job = {"what": "cpu", "numel": 2**23 if args.quick else 2**26, "rounds": 15}
-        output = subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], check=True,
-                                stdout=subprocess.PIPE, text=True).stdout  # fmt: skip
-        results["cpu"] = json.loads(output.splitlines()[-1])
+        results["cpu"] = in_turns(2**23 if args.quick else 2**26, processes=1 if args.quick else 5)
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n")
     (RESULTS / "offload.md").write_text(table(results))
