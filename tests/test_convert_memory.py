@@ -149,4 +149,5 @@ def test_a_file_is_converted_a_parameter_at_a_time(tmp_path):
     peaks = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak")]
     assert len(peaks) == len(specs)
     for spec, peak in zip(specs, peaks, strict=True):
-        assert peak <= 16 * MIB + 2 * 8 * MIB + WORKSPACE, f"{spec}: {peak / MIB:.0f} MiB of 128 MiB of state"
+        parameter = (3 if spec == "deepspeed" else 2) * 8 * MIB  # moments, and weights: read and written
+        assert peak <= 2 * parameter + WORKSPACE, f"{spec}: {peak / MIB:.0f} MiB of 128 MiB of state"
