@@ -1,3 +1,4 @@
+import json
 import os
 import sys
 import warnings
@@ -108,4 +109,16 @@ def either(monkeypatch, request):
     made = (simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN)) if request.param == "clock"
             else simulated.ThreadedBus())  # fmt: skip
     monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    return made
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a configuration, text or what becomes JSON, and returns its path."""
+
+    def made(content, name="config"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
     return made

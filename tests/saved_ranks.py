@@ -5,6 +5,7 @@ import os
 import torch
 import torch.distributed as dist
 from cases import odd_model
+from sharded import drive
 
 import memopt
 
@@ -12,14 +13,6 @@ FORMATS = ["32bit", "bf16", "8bit", "fp8", "4bit", "factored"]
 SPECS = ["adamw", "adamw-8bit", "adamw-4bit", "adamw-fp8", "adafactor", "adamw-8bit@paged"]
 
 REGROUPED = ["adamw-8bit", "adamw-fp8", "adamw-4bit", "adammini", "adamw-8bit+split16"]
-
-
-def drive(model, opt, first, steps):
-    for step in range(first, first + steps):
-        g = torch.Generator().manual_seed(step)
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
-        opt.step()
 
 
 def state_of(model, opt):

@@ -11,6 +11,7 @@ import sharded
 import torch
 import torch.distributed as dist
 from cases import HYPER, assert_same_bits, live_nbytes
+from loops import Net
 from torch import Tensor, nn
 
 import memopt
@@ -39,22 +40,10 @@ def run_spec(spec: str) -> dict[str, Any]:
     }
 
 
-class Blocks(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(67, 67) for _ in range(2))
-        self.head = nn.Linear(67, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = torch.relu(layer(x))
-        return self.head(x)
-
-
 def train_blocks(spec: str, world: int, mesh: Any = None) -> list[Tensor]:
     """Losses and parameters of a real training step, clipped; each rank has its own part of the batch."""
     torch.manual_seed(1)
-    model = Blocks()
+    model = Net()
     if "/" in spec:
         memopt.shard(model, spec, mesh=mesh)
     opt = memopt.create(model, spec, lr=1e-2)

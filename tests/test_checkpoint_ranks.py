@@ -4,7 +4,8 @@ import pytest
 import ranks
 import torch
 from cases import assert_same_bits, odd_model
-from saved_ranks import FORMATS, REGROUPED, SPECS, drive, everything, load_each
+from saved_ranks import FORMATS, REGROUPED, SPECS, everything, load_each
+from sharded import drive
 
 import memopt
 

@@ -5,6 +5,7 @@ import ranks
 import torch
 import torch.distributed as dist
 from cases import HYPER, MASTERED, SPECS, assert_same_bits, live_nbytes, odd_model, train
+from sharded import drive
 
 import memopt
 from memopt.rules import RULES
@@ -24,15 +25,6 @@ RTOL = 1e-6
 #: The same, where a code at the edge of its rounding may fall to the other side and change one element's step: as a
 #: share of the rate, and how many elements may differ by more than RTOL.
 CODE_STEP, CODE_FLIPS = 2.0, 0.002
-
-
-def drive(model, opt, first, steps):
-    """Steps on random gradients that do not depend on the parameters, so that no difference is amplified."""
-    for step in range(first, first + steps):
-        g = torch.Generator().manual_seed(step)
-        for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
-        opt.step()
 
 
 def build(spec):

@@ -5,7 +5,7 @@
 namespace {
 
 // A moment kept as row and column means, x = row * col / mean. `put` adds to the sums from which the new means come.
-class Factored {
+class Factored : public Plain {
     const float* col;
     float row;
     Sums& sums;
@@ -13,7 +13,6 @@ class Factored {
     vf across{};
 
   public:
-    static constexpr int BLOCK = CHUNK;
     INLINE_METHOD Factored(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums& into)
         : sums(into), column(into.column + (place.col - into.first_col)) {
         row = static_cast<const float*>(t.data[slot])[place.row] / into.mean[slot];
@@ -24,25 +23,20 @@ class Factored {
             col = scratch.value;
         }
     }
-    INLINE_METHOD void begin(int) {}
     INLINE_METHOD vf get(int i) const { return row * loadf(col + i); }
     INLINE_METHOD void put(int i, vf x) {
         across += x;
         store(column + i, loadf(column + i) + x);
     }
-    INLINE_METHOD void end(int) {}
-    INLINE_METHOD void turn(int) {}
-    INLINE_METHOD void code(int) {}
     INLINE_METHOD void close() { sums.row += sum_lanes(__builtin_convertvector(across, vd)); }
 };
 
 // The same moment, read as 1 / sqrt(x).
-class FactoredRoot {
+class FactoredRoot : public Plain {
     const float* root;
     float row;
 
   public:
-    static constexpr int BLOCK = CHUNK;
     INLINE_METHOD FactoredRoot(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums& sums) {
         row = 1.0f / __builtin_sqrtf(static_cast<const float*>(t.data[slot])[place.row] / sums.mean[slot]);
         root = sums.root[slot] + (place.col - sums.first_col);
@@ -52,21 +46,14 @@ class FactoredRoot {
             root = scratch.value;
         }
     }
-    INLINE_METHOD void begin(int) {}
     INLINE_METHOD vf get(int i) const { return row * loadf(root + i); }
-    INLINE_METHOD void put(int, vf) {}
-    INLINE_METHOD void end(int) {}
-    INLINE_METHOD void turn(int) {}
-    INLINE_METHOD void code(int) {}
-    INLINE_METHOD void close() {}
 };
 
 // One number for each run of `span` elements, which an earlier pass has written.
-class RowMean {
+class RowMean : public Plain {
     const float* const value;
 
   public:
-    static constexpr int BLOCK = CHUNK;
     INLINE_METHOD RowMean(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums&)
         : value(scratch.value) {
         const float* mean = static_cast<const float*>(t.data[slot]) + place.offset / t.span;
@@ -75,13 +62,7 @@ class RowMean {
             for (const int end = stop < place.n ? stop : place.n; i < end; i++) scratch.value[i] = *mean;
         for (int i = place.n; i % W; i++) scratch.value[i] = 0;
     }
-    INLINE_METHOD void begin(int) {}
     INLINE_METHOD vf get(int i) const { return loadf(value + i); }
-    INLINE_METHOD void put(int, vf) {}
-    INLINE_METHOD void end(int) {}
-    INLINE_METHOD void turn(int) {}
-    INLINE_METHOD void code(int) {}
-    INLINE_METHOD void close() {}
 };
 
 // The six formats: what holds the second moment and other non-negative ones (U), what holds the signed one (S), and

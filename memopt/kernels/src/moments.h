@@ -29,11 +29,10 @@ struct alignas(64) Scratch {
     uint8_t code[CHUNK];
 };
 
-struct Absent {
+// What nothing has to be done for: a moment without blocks, read and written in place.
+struct Plain {
     static constexpr int BLOCK = CHUNK;
-    INLINE_METHOD Absent(const memopt::Tensor&, int, const Place&, Scratch&, Sums&) {}
     INLINE_METHOD void begin(int) {}
-    INLINE_METHOD vf get(int) const { return vf{}; }
     INLINE_METHOD void put(int, vf) {}
     INLINE_METHOD void end(int) {}
     INLINE_METHOD void turn(int) {}
@@ -41,13 +40,17 @@ struct Absent {
     INLINE_METHOD void close() {}
 };
 
-class Full {
+struct Absent : Plain {
+    INLINE_METHOD Absent(const memopt::Tensor&, int, const Place&, Scratch&, Sums&) {}
+    INLINE_METHOD vf get(int) const { return vf{}; }
+};
+
+class Full : public Plain {
     float* const direct;
     float* at;
     const int n;
 
   public:
-    static constexpr int BLOCK = CHUNK;
     INLINE_METHOD Full(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums&)
         : direct(static_cast<float*>(t.data[slot]) + place.offset), n(place.n) {
         at = direct;
@@ -57,26 +60,21 @@ class Full {
             for (int i = n; i % W; i++) at[i] = 0;
         }
     }
-    INLINE_METHOD void begin(int) {}
     INLINE_METHOD vf get(int i) const { return loadf(at + i); }
     INLINE_METHOD void put(int i, vf x) { store(at + i, x); }
-    INLINE_METHOD void end(int) {}
-    INLINE_METHOD void turn(int) {}
-    INLINE_METHOD void code(int) {}
     INLINE_METHOD void close() {
         if (at != direct) std::memcpy(direct, at, 4 * n);
     }
 };
 
 // memopt/formats/bf16.py: random low bits are added, and the lower half is cut off.
-class Half {
+class Half : public Plain {
     uint16_t* const direct;
     uint16_t* at;
     const int n;
     Dither dither;
 
   public:
-    static constexpr int BLOCK = CHUNK;
     INLINE_METHOD Half(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums&)
         : direct(static_cast<uint16_t*>(t.data[slot]) + place.offset),
           n(place.n),
@@ -88,16 +86,12 @@ class Half {
             for (int i = n; i % W; i++) at[i] = 0;
         }
     }
-    INLINE_METHOD void begin(int) {}
     INLINE_METHOD vf get(int i) const { return load_bf16(at + i); }
     INLINE_METHOD void put(int i, vf x) {
         // Of a NaN all bits may be set: with anything added it would be -0.
         const vu upper = (bits(x) + (dither.next() >> 16)) >> 16;
         narrow(at + i, x == x ? upper : splat(0x7FC0u));
     }
-    INLINE_METHOD void end(int) {}
-    INLINE_METHOD void turn(int) {}
-    INLINE_METHOD void code(int) {}
     INLINE_METHOD void close() {
         if (at != direct) std::memcpy(direct, at, 2 * n);
     }
