@@ -39,6 +39,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     typedef typename Pick<Rule::X, typename Format::U, Rule::X_SIGNED || Rule::ROOT_X,
                           typename Pick<true, typename Format::R, Rule::X_SIGNED, Signed>::type>::type X;
     constexpr int BLOCK = smallest(smallest(V::BLOCK, M::BLOCK), X::BLOCK);
+    constexpr bool CODES = BLOCK < CHUNK;
     Scratch v_scratch, m_scratch, x_scratch;
     alignas(64) float p_buffer[CHUNK];
     alignas(64) float g_buffer[CHUNK];
@@ -51,6 +52,9 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::G) gather(t.g, t, strides_of_g(t), t.g_dtype, at.offset, at.n, g_together);
         g_lies = g_together;
     }
+    const char* const p_ahead = static_cast<const char*>(element(t.p, at.offset + AHEAD, t.p_dtype));
+    const char* const g_ahead = static_cast<const char*>(element(const_cast<void*>(t.g), at.offset + AHEAD, t.g_dtype));
+    const int p_size = size_of(t.p_dtype), g_size = size_of(t.g_dtype);
     float* p = p_buffer;
     if (Rule::P) p = const_cast<float*>(load_weights(t, p_lies, at, p_buffer));
     const float* g = p;
@@ -92,19 +96,26 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         m.begin(b);
         x.begin(b);
         const int stop = smallest((b + 1) * BLOCK, at.n);
-        for (int i = b * BLOCK; i < stop; i += W) step(i, stop);
+        for (int i = b * BLOCK; i < stop; i += W) {
+            if (CODES && Rule::P) fetch(p_ahead + i * p_size);
+            step(i, stop);
+        }
         if (Rule::W_V) v.end(b);
         if (Rule::W_M) m.end(b);
         if (Rule::W_X) x.end(b);
     }
     // Coded moments are written when the largest magnitude of their block is known, all of them in one loop: one's
     // square roots are taken beside the other's additions.
-    for (int b = 0; BLOCK < CHUNK && b * BLOCK < at.n; b++) {
+    for (int b = 0; CODES && b * BLOCK < at.n; b++) {
         if (Rule::W_V) v.turn(b);
         if (Rule::W_M) m.turn(b);
         if (Rule::W_X) x.turn(b);
         const int stop = smallest((b + 1) * BLOCK, at.n);
-        for (int i = b * BLOCK; i < stop; i += W) {
+        for (int i = b * BLOCK; i < stop; i += 2 * W) {
+            for (int k = i; Rule::G && k <= i + W; k += W) fetch(g_ahead + k * g_size);
+            v.ahead(i);
+            m.ahead(i);
+            x.ahead(i);
             if (Rule::W_V) v.code(i);
             if (Rule::W_M) m.code(i);
             if (Rule::W_X) x.code(i);

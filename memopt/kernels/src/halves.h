@@ -44,8 +44,10 @@ INLINE void store_f16(uint16_t* to, vf x) {
 }
 #endif
 
+INLINE int size_of(uint8_t dtype) { return dtype == memopt::F32 ? 4 : 2; }
+
 INLINE void* element(void* first, int64_t offset, uint8_t dtype) {
-    return static_cast<char*>(first) + offset * (dtype == memopt::F32 ? 4 : 2);
+    return static_cast<char*>(first) + offset * size_of(dtype);
 }
 
 // n numbers, from where they lie or widened into `buffer`; zeros up to a whole vector.

@@ -3,7 +3,9 @@
 //   begin(b), end(b)  around the vectors of block b
 //   get(i)            columns i ... i + W - 1 as fp32; past the end of the row: any finite number
 //   put(i, x)         what they become; past the end zeros
-//   close()           writes what has to wait: block codes need the largest magnitude of their block first
+//   turn(b), code(i)  what has to wait: block codes need the largest magnitude of their block first; two vectors at once
+//   close()           writes what has been changed apart from where it lies
+//   ahead(i)          asks the memory for the same columns of a later chunk
 #pragma once
 #include "codes.h"
 #include "halves.h"
@@ -23,6 +25,12 @@ struct Place {
     const uint32_t* keys;      // of each slot, behind them what the step adds, and the master's
 };
 
+// Coded moments keep the processor busy longer than the memory, if it is asked early: what the processor foresees by
+// itself ends at every page, which is a chunk of fp32. One chunk ahead is too late, two or eight make no difference.
+// Where nothing is coded the step waits for the memory whatever is done, and asking costs up to a tenth.
+constexpr int AHEAD = 2 * CHUNK;
+INLINE void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.
 struct alignas(64) Scratch {
     float value[CHUNK];
@@ -32,6 +40,7 @@ struct alignas(64) Scratch {
 // What nothing has to be done for: a moment without blocks, read and written in place.
 struct Plain {
     static constexpr int BLOCK = CHUNK;
+    INLINE_METHOD void ahead(int) const {}
     INLINE_METHOD void begin(int) {}
     INLINE_METHOD void put(int, vf) {}
     INLINE_METHOD void end(int) {}
@@ -104,7 +113,7 @@ struct Bytes {
         return static_cast<uint8_t*>(t.data[slot]) + place.offset;
     }
     INLINE uint8_t* open(uint8_t* from, const Place& place, uint8_t* buffer) {
-        if (place.whole) return from;
+        if (place.n % (2 * W) == 0) return from;
         std::memcpy(buffer, from, place.n);
         for (int i = place.n; i % W; i++) buffer[i] = 0;
         return buffer;
@@ -191,7 +200,11 @@ class Coded {
         scales[b] = Code::stored(largest[b]);
     }
     INLINE_METHOD void turn(int b) { inverse = Code::inverse(largest[b]); }
-    INLINE_METHOD void code(int i) { narrow(at + i, Code::encode(loadf(value + i), inverse, dither.next())); }
+    INLINE_METHOD void code(int i) {
+        const vu w = dither.next();
+        Code::encode(at + i, loadf(value + i), loadf(value + i + W), inverse, w, dither.next());
+    }
+    INLINE_METHOD void ahead(int i) const { fetch(direct + (AHEAD + i) * Packing::BITS / 8); }
     INLINE_METHOD void close() { Packing::close(direct, n, at); }
 };
 

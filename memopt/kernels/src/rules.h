@@ -16,7 +16,7 @@ using memopt::Scalars;
 INLINE vf lerp(vf a, vf b, const Lerp& w) {
     return w.from_end ? fma(splat(w.weight - 1.0f), b - a, b) : fma(splat(w.weight), b - a, a);
 }
-INLINE vf with_decay(vf g, vf p, const Scalars& s) { return s.l2 != 0.0f ? fma(p, splat(s.l2), g) : g; }
+INLINE vf with_decay(vf g, vf p, const Scalars& s) { return s.coupled ? fma(p, splat(s.l2), g) : g; }
 INLINE vf second_moment(vf v, vf g, const Scalars& s) { return fma(s.one_minus_beta2 * g, g, v * s.beta2); }
 INLINE vf at_least(vf x, float floor) { return x < floor ? splat(floor) : x; }  // a NaN stays
 INLINE vf inverse_root(vf x) { return 1.0f / root(x); }

@@ -45,7 +45,7 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
     s.floor = -1;
     s.ceiling = INFINITY;
     if (h.flags & DECOUPLED) s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
-    else if (h.rule != ADAFACTOR) s.l2 = static_cast<float>(h.weight_decay);
+    else if (h.rule != ADAFACTOR) s.l2 = static_cast<float>(h.weight_decay), s.coupled = s.l2 != 0;
     s.first = make_lerp(1 - h.beta1);
     s.second = make_lerp(1 - h.beta2);
     s.third = make_lerp(1 - h.beta3);

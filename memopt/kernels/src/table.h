@@ -13,7 +13,8 @@ struct Lerp {
 struct Scalars {
     uint32_t gradient_sign;  // flips the gradient where the objective is maximised
     float decay;             // p *= decay
-    float l2;                // g += l2 * p
+    float l2;                // g += l2 * p, if coupled
+    bool coupled;
     Lerp first, second, third;
     float beta2, one_minus_beta2;
     float inverse_bias, eps, rate, lr;

@@ -219,4 +219,20 @@ INLINE void narrow(uint16_t* to, vu x) {
 #endif
 }
 
+#if LANES_512
+// Of two vectors the 16-bit halves of all lanes, one vector's behind the other's: the lower ones or the upper ones.
+struct Halves {
+    alignas(64) uint16_t of[2 * W];
+};
+constexpr Halves every_second(int first) {
+    Halves h{};
+    for (int i = 0; i < 2 * W; i++) h.of[i] = static_cast<uint16_t>(2 * i + first);
+    return h;
+}
+constexpr Halves LOWER = every_second(0), UPPER = every_second(1);
+INLINE __m512i halves(const Halves& which, vu a, vu b) {
+    return _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(which.of), (__m512i)b);
+}
+#endif
+
 }  // namespace
