@@ -8,6 +8,7 @@ goes through; only the launch itself does nothing. Prints a line of JSON for eac
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -62,13 +63,22 @@ class _Driver:
         return lambda *_: None
 
 
-def spilled(cubin: bytes) -> int:
-    """Bytes of a thread's registers that are kept in memory."""
+def told(cubin: bytes, what: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        told = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(told.split("LOCAL:")[1].split()[0])
+        return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def spilled(cubin: bytes) -> int:
+    """Bytes of a thread's registers that are kept in memory."""
+    return int(told(cubin, "-res-usage").split("LOCAL:")[1].split()[0])
+
+
+def looped(cubin: bytes) -> int:
+    """Instructions of the longest loop."""
+    jumps = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?BRA\S*\s.*?0x([0-9a-f]+)", told(cubin, "-sass"))
+    return max((int(at, 16) - int(to, 16) for at, to in jumps), default=0) // 16 + 1
 
 
 def describe(kernel: CompiledKernel) -> dict[str, Any]:
@@ -79,7 +89,13 @@ def describe(kernel: CompiledKernel) -> dict[str, Any]:
     vectors = [line for line in assembly.splitlines() if ("ld.global" in line and ".v4" in line)
                or any(name in line for name in wide)]  # fmt: skip
     found = {"kernel": kernel.name, "aligned": constants.get("ALIGN", 1) > 1, "vectors": len(vectors)}
-    return {**found, "spilled": spilled(kernel.asm["cubin"]) if "cubin" in kernel.asm else 0}
+    if "cubin" not in kernel.asm:
+        return {**found, "spilled": 0}
+    found["spilled"] = spilled(kernel.asm["cubin"])
+    if kernel.name == "step_kernel":
+        elements = constants["TILE"] * constants["WIDTH"] / (32 * kernel.metadata.num_warps)  # of a thread
+        found["instructions"] = looped(kernel.asm["cubin"]) / elements
+    return found
 
 
 def parameters(shapes: list[tuple[int, ...]], dtype: str) -> list[torch.nn.Parameter]:
@@ -89,10 +105,10 @@ def parameters(shapes: list[tuple[int, ...]], dtype: str) -> list[torch.nn.Param
     return made
 
 
-def step(told: str) -> None:
+def step(which: str) -> None:
     """``"SPEC DTYPE"``: two steps, without a plan and with one, then two more of other rates, shapes and numbers of
     tensors. ``"again"`` in what is printed: whether a kernel was compiled for those."""
-    spec, dtype = told.split()
+    spec, dtype = which.split()
     hyper = {"momentum": 0.9} if "sgd" in spec else {"lookahead_steps": 2} if "lookahead" in spec else {}
     for again in (False, True):
         shapes = [*((3 * s[0], *s[1:]) for s in SHAPES), (64,)] if again else SHAPES
@@ -101,7 +117,7 @@ def step(told: str) -> None:
             opt.step()
         assert type(opt._plan).__module__ == "memopt.kernels.triton.plan", opt.explain()
         for found in COMPILED:
-            print(json.dumps({"spec": told, "again": again, **found}), flush=True)
+            print(json.dumps({"spec": which, "again": again, **found}), flush=True)
         COMPILED.clear()
 
 
@@ -121,5 +137,5 @@ if __name__ == "__main__":
     driver.set_active(_Driver(GPUTarget(*json.loads(sys.argv[1]))))
     kernels.DEVICES = {"cpu"}
     loader._loaded = loader.Missing("a test of the Triton kernels")
-    for told in sys.argv[2:]:
-        step(told)
+    for which in sys.argv[2:]:
+        step(which)

@@ -126,3 +126,27 @@ def test_when_the_device_fails_the_run_ends_with_what_was_measured(bench, monkey
     assert [row["name"] for row in report["rows"]] == ["memopt adamw-8bit (propagate)", "memopt adamw-8bit"]
     assert report["stopped"] == "the device failed at memopt adamw-8bit on bf16"
     assert "Stopped: the device failed" in text
+
+
+def test_programs_of_other_sizes_are_timed_and_compared(bench, monkeypatch, capsys) -> None:
+    import step_gpu_tune
+
+    from memopt.kernels.triton import plan, tables
+
+    for owner, name in ((tables, "WARPS"), (tables, "PROGRAM"), (plan, "_LAUNCHERS")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    monkeypatch.setattr(step_gpu_tune, "SPECS", ("adamw", "adamw-8bit"))
+    monkeypatch.setattr(step_gpu_tune, "PROGRAMS", (4096,))
+    times = iter([4.0, 3.0, 1.0, 2.0] * 2)
+
+    def timed(step, *_):
+        step()
+        return next(times) if step.__name__ == "step" else 1.0  # the copy
+
+    monkeypatch.setattr(bench.module, "timed", timed)
+    assert step_gpu_tune.main(["--copied", "1000"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[1].split()[:3] == ["1", "×", "4096"]
+    for line in said[2:]:
+        assert line.split("*")[0].count("%") == 2, line  # the third is the best
+    assert len(said) == 4

@@ -30,7 +30,8 @@ _NO_MEANS = row_means.NONE
 
 @triton.jit
 def load_geometry(table_row):
-    """Columns, blocks of a row, the division by them, elements, and blocks; before the loop, since stores may alias."""
+    """Columns, blocks of a row, the division by them, elements, and blocks. As all of the table before the loop: in it
+    a load would wait for the stores, which might have changed what is read."""
     return (
         tl.load(table_row + f.COLS),
         tl.load(table_row + f.PER_ROW).to(tl.int32),
@@ -79,7 +80,7 @@ def keep_moment(
     """A moment's tile, rounded with the dither of its key where its format rounds."""
     w = block
     if KIND != FULL:
-        w = words(tl.load(key).to(tl.uint32), step, row, column, WIDTH)
+        w = words(key, step, row, column, WIDTH)
     if not WHOLE:
         x = tl.where(mask, x, 0.0)
     store_moment(data, aux, at, half_at, block, live, half_live, mask, x, w, KIND, SIGNED, ALIGN)
@@ -124,6 +125,10 @@ def step_kernel(
     v_aux = tl.load(row_of + f.AUX0)
     m_aux = tl.load(row_of + f.AUX1)
     x_aux = tl.load(row_of + f.AUX2)
+    v_key = tl.load(row_of + f.KEY0).to(tl.uint32)
+    m_key = tl.load(row_of + f.KEY1).to(tl.uint32)
+    x_key = tl.load(row_of + f.KEY2).to(tl.uint32)
+    beside_key = tl.load(row_of + f.BESIDE_KEY).to(tl.uint32)
     for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
         row, column, at, mask, half_at, half_live, live = place(geometry, block, WIDTH, KIND, ALIGN, WHOLE)
@@ -147,16 +152,16 @@ def step_kernel(
         w = block
         row += first_row
         if MASTER == STOCHASTIC or MASTER == SPLIT8:
-            w = words(tl.load(row_of + f.BESIDE_KEY).to(tl.uint32), step, row, column, WIDTH)
+            w = words(beside_key, step, row, column, WIDTH)
         store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
         if V:
-            keep_moment(v_data, v_aux, row_of + f.KEY0, step, row, column, at, half_at, block, live, half_live, mask, v,
+            keep_moment(v_data, v_aux, v_key, step, row, column, at, half_at, block, live, half_live, mask, v,
                         KIND, False, WIDTH, ALIGN, WHOLE)  # fmt: skip
         if M:
-            keep_moment(m_data, m_aux, row_of + f.KEY1, step, row, column, at, half_at, block, live, half_live, mask, m,
+            keep_moment(m_data, m_aux, m_key, step, row, column, at, half_at, block, live, half_live, mask, m,
                         KIND, True, WIDTH, ALIGN, WHOLE)  # fmt: skip
         if X:
-            keep_moment(x_data, x_aux, row_of + f.KEY2, step, row, column, at, half_at, block, live, half_live, mask, x,
+            keep_moment(x_data, x_aux, x_key, step, row, column, at, half_at, block, live, half_live, mask, x,
                         KIND, X_SIGNED, WIDTH, ALIGN, WHOLE)  # fmt: skip
 
 

@@ -21,13 +21,26 @@ def root(x, PRECISE: tl.constexpr):
     return tl.sqrt_rn(x) if PRECISE else tl.sqrt(x)
 
 
+#: The square of this is still a normal number.
+_LEAST = tl.constexpr(2.0**-63)
+
+
 @triton.jit
-def over(a, b, PRECISE: tl.constexpr):
-    """a / b for b >= 0; where that is not to be correctly rounded, in three instructions instead of seven."""
+def over(a, b, PRECISE: tl.constexpr, GUARD: tl.constexpr = True):
+    """a / b for b >= 0; where that is not to be correctly rounded, in few instructions instead of seven. GUARD: b may
+    be under 2^-63."""
     if PRECISE:
         return tl.div_rn(a, b)
-    b = tl.maximum(b, 2.0**-63, propagate_nan=tl.PropagateNan.ALL)  # its square is still a normal number
+    if GUARD:
+        b = tl.maximum(b, _LEAST, propagate_nan=tl.PropagateNan.ALL)
     return a * tl.rsqrt(b * b)
+
+
+@triton.jit
+def denominator(v, c, PRECISE: tl.constexpr):
+    """sqrt(v) / bias + eps, for :func:`over` without GUARD: instead of each sum, eps is kept from being too small."""
+    eps = c[f.EPS] if PRECISE else tl.maximum(c[f.EPS], _LEAST)
+    return tl.fma(root(v, PRECISE), c[f.INVERSE_BIAS], eps)
 
 
 @triton.jit
@@ -65,12 +78,12 @@ def adamw(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.const
     m = lerp(m, g, c, f.FIRST)
     if not FACTORED:
         v = second_moment(v, g, c)
-    denominator = v
+    below = v
     if X:
         x = tl.where((v > x) | (v != v), v, x)
-        denominator = x
-    denominator = tl.fma(root(denominator, PRECISE), c[f.INVERSE_BIAS], c[f.EPS])
-    return tl.fma(p, c[f.DECAY], over(m * c[f.RATE], denominator, PRECISE)), v, m, x
+        below = x
+    update = over(m * c[f.RATE], denominator(below, c, PRECISE), PRECISE, False)
+    return tl.fma(p, c[f.DECAY], update), v, m, x
 
 
 @triton.jit
@@ -110,12 +123,12 @@ def rmsprop(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.con
         x = lerp(x, g, c, f.SECOND)
         variance = tl.fma(-x, x, v)
         variance = tl.where(variance < 0, 0.0, variance)
-    denominator = root(variance, PRECISE) + c[f.EPS]
+    below = root(variance, PRECISE) + c[f.EPS]
     if M:
-        m = m * c[f.MU] + over(g, denominator, PRECISE)
+        m = m * c[f.MU] + over(g, below, PRECISE)
         p = tl.fma(m, -c[f.RATE_LR], p)
     else:
-        p = p + over(g * -c[f.RATE_LR], denominator, PRECISE)
+        p = p + over(g * -c[f.RATE_LR], below, PRECISE)
     return p, v, m, x
 
 
@@ -164,8 +177,8 @@ def ademamix(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.co
     if not FACTORED:
         v = second_moment(v, g, c)
     mean = tl.fma(x, c[f.MIXED], m * c[f.FIRST_BIAS])
-    denominator = tl.fma(root(v, PRECISE), c[f.INVERSE_BIAS], c[f.EPS])
-    return tl.fma(p, c[f.DECAY], over(mean * c[f.RATE], denominator, PRECISE)), v, m, x
+    update = over(mean * c[f.RATE], denominator(v, c, PRECISE), PRECISE, False)
+    return tl.fma(p, c[f.DECAY], update), v, m, x
 
 
 @triton.jit
@@ -181,8 +194,7 @@ def sum_lamb(p, g, v, m, c, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
     m = lerp(m, g, c, f.FIRST)
     if not FACTORED:
         v = second_moment(v, g, c)
-    denominator = tl.fma(root(v, PRECISE), c[f.INVERSE_BIAS], c[f.EPS])
-    return tl.fma(p, c[f.SHRINK], over(m * c[f.FIRST_BIAS], denominator, PRECISE))
+    return tl.fma(p, c[f.SHRINK], over(m * c[f.FIRST_BIAS], denominator(v, c, PRECISE), PRECISE, False))
 
 
 @triton.jit

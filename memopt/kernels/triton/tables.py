@@ -70,7 +70,7 @@ class Bucket(NamedTuple):
         if self.format == "factored":
             return (WIDE if self.width == WIDE[0] else NARROW)[1]
         elements = 4 if self.p_type.itemsize == 4 and self.format in ("32bit", "bf16") else 8
-        return WARPS * 32 * elements // self.width
+        return max(WARPS * 32 * elements // self.width, 1)
 
 
 def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, world_size: int) -> str | None:
