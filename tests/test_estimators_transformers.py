@@ -128,7 +128,7 @@ def _cases():
             yield pytest.param({"model_type": family, **config, **change}, id=f"{family}-{change or 'plain'}")
 
 
-@pytest.mark.parametrize("config", _cases())
+@pytest.mark.parametrize("config", list(_cases()))
 def test_every_field_that_changes_shapes(config):
     assert_same(config)
 
