@@ -29,7 +29,9 @@ struct Place {
 // itself ends at every page, which is a chunk of fp32. One chunk ahead is too late, two or eight make no difference.
 // Where nothing is coded the step waits for the memory whatever is done, and asking costs up to a tenth.
 constexpr int AHEAD = 2 * CHUNK;
-INLINE void fetch(const void* from) { __builtin_prefetch(from, 0, 2); }
+INLINE void fetch(const void* from) {
+    if (W > 4) __builtin_prefetch(from, 0, 2);  // vectors of four (SSE2) do not wait for memory
+}
 
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.
 struct alignas(64) Scratch {
