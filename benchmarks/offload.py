@@ -107,9 +107,9 @@ def against_deepspeed(numel: int, rounds: int) -> dict[str, Any]:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import torch
     from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from settled import settle
 
     import memopt
-    from memopt.kernels.pages import SETTLED
 
     def parameters() -> list[torch.nn.Parameter]:
         torch.manual_seed(0)
@@ -125,10 +125,7 @@ def against_deepspeed(numel: int, rounds: int) -> dict[str, Any]:
         "adamw@cpu": memopt.create(parameters(), "adamw@cpu", lr=1e-3, nonfinite="propagate"),
     }
     for opt in optimizers.values():
-        for _ in range(2 * SETTLED):
-            opt.step()
-        if isinstance(opt, memopt.Optimizer) and opt._plan is not None and opt._plan.pages is not None:
-            opt._plan.pages.after(float("inf"))  # what is otherwise spread over some hundred steps
+        settle(opt)
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for i in range(rounds + 2):
         for name, opt in optimizers.items():

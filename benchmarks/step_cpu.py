@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from settled import settle
 from step_cpu_table import BARS, SETTINGS, plot, table
 
 import memopt
 from memopt import kernels
-from memopt.kernels.pages import SETTLED
 
 RESULTS = Path(__file__).parent / "results"
 HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
@@ -49,10 +49,7 @@ Build = Callable[[], Step]
 def ours(spec: str, params: list[torch.nn.Parameter], nonfinite: str) -> Step:
     opt = memopt.create(params, spec, nonfinite=nonfinite, **HYPER.get(memopt.parse(spec).rule, {}))
     opt.init_state()
-    for _ in range(2 * SETTLED):
-        opt.step()
-    if opt._plan is not None and opt._plan.pages is not None:
-        opt._plan.pages.after(float("inf"))  # what is otherwise spread over some hundred steps
+    settle(opt)
     return opt.step
 
 

@@ -63,7 +63,8 @@ def test_all_that_is_launched_compiles_once_without_spills_and_with_vector_loads
 
 
 def test_a_step_does_not_take_more_instructions_than_its_bytes_leave_time_for(tmp_path) -> None:
-    for one in compiled(H100, list(MOVED), tmp_path):
-        if one["kernel"] == "step_kernel" and one["aligned"]:
-            allowed = 0.8 * PER_BYTE * MOVED[one["spec"]]
-            assert 10 < one["instructions"] < allowed, (one, allowed)
+    steps = [one for one in compiled(H100, list(MOVED), tmp_path) if one["kernel"] == "step_kernel" and one["aligned"]]
+    assert {one["spec"] for one in steps} == set(MOVED)
+    for one in steps:
+        allowed = 0.8 * PER_BYTE * MOVED[one["spec"]]
+        assert 10 < one["instructions"] < allowed, (one, allowed)

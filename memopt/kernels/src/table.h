@@ -13,8 +13,8 @@ struct Lerp {
 struct Scalars {
     uint32_t gradient_sign;  // flips the gradient where the objective is maximised
     float decay;             // p *= decay
-    float l2;                // g += l2 * p, if coupled
-    bool coupled;
+    float l2;                // g += l2 * p
+    bool coupled;            // l2 is not 0: asked for every vector, and a float costs a hundredth of the step there
     Lerp first, second, third;
     float beta2, one_minus_beta2;
     float inverse_bias, eps, rate, lr;

@@ -115,9 +115,7 @@ INLINE vu larger(vu a, vu b) {
 #endif
 }
 INLINE vi smaller(vi a, vi b) {
-#if LANES_512
-    return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b);
-#elif LANES_256
+#if LANES_256
     return (vi)_mm256_min_epi32((__m256i)a, (__m256i)b);
 #else
     return a < b ? a : b;

@@ -1,0 +1,16 @@
+"""Optimizers as they are after some hundred steps."""
+
+from __future__ import annotations
+
+import torch
+
+import memopt
+from memopt.kernels.pages import SETTLED
+
+
+def settle(opt: torch.optim.Optimizer) -> None:
+    """Steps until nothing is made or moved any more: the large pages at once, which are otherwise spread over steps."""
+    for _ in range(2 * SETTLED):
+        opt.step()
+    if isinstance(opt, memopt.Optimizer) and opt._plan is not None and opt._plan.pages is not None:
+        opt._plan.pages.after(float("inf"))
