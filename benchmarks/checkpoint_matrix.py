@@ -42,13 +42,19 @@ BOUND = {
 #: The same of other tools' codes: fp32; the dynamic map, half a step of which is 3 % in the top decade and more below;
 #: four bits of which three are decades, or 16 even steps; 8-bit floats (6.25 % at most); 127 and 255 companded steps.
 BOUND_OF_TOOLS = {
-    "torch": (0.0, 0.0), "bitsandbytes": (0.02, 0.01), "torchao": (0.02, 0.01), "torchao-4bit": (0.25, 0.45),
-    "torchao-fp8": (0.04, 0.04), "flashoptim": (0.01, 0.01),
-}  # fmt: skip
+    "torch": (0.0, 0.0),
+    "bitsandbytes": (0.02, 0.01),
+    "torchao": (0.02, 0.01),
+    "torchao-4bit": (0.25, 0.45),
+    "torchao-fp8": (0.04, 0.04),
+    "flashoptim": (0.01, 0.01),
+}
 SIGNED = ("exp_avg", "exp_avg_slow", "momentum_buffer", "grad_avg", "slow")
 HYPER: dict[str, dict[str, Any]] = {
-    "sgd": {"momentum": 0.9}, "adafactor": {"beta1": 0.9}, "rmsprop": {"momentum": 0.9},
-}  # fmt: skip
+    "sgd": {"momentum": 0.9},
+    "adafactor": {"beta1": 0.9},
+    "rmsprop": {"momentum": 0.9},
+}
 WRAPPED = {"lookahead(adamw)": "adamw", "lookahead(adafactor)": "adafactor", "lookahead(sgd)": "sgd"}
 HYPER |= {wrapped: HYPER[inner] for wrapped, inner in WRAPPED.items() if inner in HYPER}
 #: Significant bits that weight and master hold together, of a bf16 weight; none where nothing is kept.
@@ -56,23 +62,31 @@ BITS = {"none": 8, "stochastic": 8, "fp32": 24, "kahan": 17, "split": 16, "split
 
 
 INTRODUCTION = [
-    "# Conversions", "",
+    "# Conversions",
+    "",
     "Largest relative error over all rules, signed / non-negative moments, of a conversion from the format of the row",
-    "to that of the column. Moments that stay in 32 bits are not shown.", "",
-]  # fmt: skip
+    "to that of the column. Moments that stay in 32 bits are not shown.",
+    "",
+]
 RULES = [
-    "", "From the rule of the row to that of the column: what is carried, and behind a plus what `fill=` must say.",
+    "",
+    "From the rule of the row to that of the column: what is carried, and behind a plus what `fill=` must say.",
     "m `exp_avg`, v `exp_avg_sq`, others by name; what a rule does not keep is dropped. Slow weights begin as the",
-    "parameters.", "",
-]  # fmt: skip
+    "parameters.",
+    "",
+]
 TOOLS = [
-    "", "AdamW's moments from the format of the row to the codes of another tool (`memopt convert --to`): relative",
-    "error, signed / non-negative, of all tensors, those that the tool keeps in 32 bits included.", "",
-]  # fmt: skip
+    "",
+    "AdamW's moments from the format of the row to the codes of another tool (`memopt convert --to`): relative",
+    "error, signed / non-negative, of all tensors, those that the tool keeps in 32 bits included.",
+    "",
+]
 KEPT = [
-    "", "Masters beside weights of bf16, from `adamw-8bit` to `adamw-4bit`: relative error of what weight and master",
-    "stand for. The weights keep their bits; a master that begins stands for the weights as they are.", "",
-]  # fmt: skip
+    "",
+    "Masters beside weights of bf16, from `adamw-8bit` to `adamw-4bit`: relative error of what weight and master",
+    "stand for. The weights keep their bits; a master that begins stands for the weights as they are.",
+    "",
+]
 
 
 def require(condition: bool, sentence: str) -> None:
@@ -143,9 +157,12 @@ def across(before: str, after: str) -> dict[str, Any]:
     opt.step()
     assert all(bool(p.isfinite().all()) for group in opt.param_groups for p in group["params"])
     return {
-        "from": before, "to": after, "carried": [m for m in report.losses if m not in filled],
-        "dropped": report.dropped, "filled": list(filled),
-    }  # fmt: skip
+        "from": before,
+        "to": after,
+        "carried": [m for m in report.losses if m not in filled],
+        "dropped": report.dropped,
+        "filled": list(filled),
+    }
 
 
 def to_tools(before: str) -> list[dict[str, Any]]:

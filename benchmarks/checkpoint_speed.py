@@ -106,14 +106,18 @@ def measure(spec: str, layers: int, turns: int, folder: Path) -> dict[str, Any]:
         "nbytes": nbytes,
         "best_s": {k: round(v, 4) for k, v in best.items()},
         "median_s": {k: round(v, 4) for k, v in middle.items()},
-        "save_ratio": {"best": ratio(best, "memopt.save", "torch.save, durable"),
-                       "median": ratio(middle, "memopt.save", "torch.save, durable"),
-                       "pairs": pairs(seconds, "memopt.save", "torch.save, durable")},
-        "load_ratio": {"best": ratio(best, "memopt.load", "torch.load"),
-                       "median": ratio(middle, "memopt.load", "torch.load"),
-                       "pairs": pairs(seconds, "memopt.load", "torch.load")},
+        "save_ratio": {
+            "best": ratio(best, "memopt.save", "torch.save, durable"),
+            "median": ratio(middle, "memopt.save", "torch.save, durable"),
+            "pairs": pairs(seconds, "memopt.save", "torch.save, durable"),
+        },
+        "load_ratio": {
+            "best": ratio(best, "memopt.load", "torch.load"),
+            "median": ratio(middle, "memopt.load", "torch.load"),
+            "pairs": pairs(seconds, "memopt.load", "torch.load"),
+        },
         "peak_extra_nbytes": {name: peak_extra(works[name]) for name in ("memopt.save", "memopt.load")},
-    }  # fmt: skip
+    }
 
 
 def ratio(times: dict[str, float], ours: str, theirs: str) -> float:

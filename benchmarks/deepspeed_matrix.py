@@ -33,8 +33,14 @@ from cases import HYPER
 
 FORMATS = ("32bit", "8bit", "4bit", "factored")
 #: Stage, offload to the CPU, dtype of the weights.
-WAYS = [(1, False, "float32"), (1, False, "bfloat16"), (2, False, "float32"), (2, True, "float32"),
-        (3, False, "float32"), (3, True, "bfloat16")]  # fmt: skip
+WAYS = [
+    (1, False, "float32"),
+    (1, False, "bfloat16"),
+    (2, False, "float32"),
+    (2, True, "float32"),
+    (3, False, "float32"),
+    (3, True, "bfloat16"),
+]
 WORLDS = (1, 2, 3)
 
 
@@ -42,9 +48,11 @@ def specs() -> list[str]:
     return [
         str(spec)
         for spec in memopt.specs()
-        if spec.format in FORMATS and (spec.placement, spec.partition, spec.master) == ("device", "none", "none")
-        and spec.resolve(HYPER.get(spec.rule, {})) and needs_shapes(spec.replace(hyper=HYPER.get(spec.rule, {})))
-    ]  # fmt: skip
+        if spec.format in FORMATS
+        and (spec.placement, spec.partition, spec.master) == ("device", "none", "none")
+        and spec.resolve(HYPER.get(spec.rule, {}))
+        and needs_shapes(spec.replace(hyper=HYPER.get(spec.rule, {})))
+    ]
 
 
 def name_of(stage: int, offload: bool, dtype: str) -> str:
@@ -60,8 +68,14 @@ def everything(chosen: list[str], steps: int) -> dict[Any, Any]:
             engine, optimizer = flattened.started(spec, stage, offload, getattr(torch, dtype))
             flattened.drive(engine, 0, steps)
             shapes = {name: flattened.shape_of(p) for name, p in engine.module.named_parameters()}
-            priced = memopt.price(shapes, spec, world_size=dist.get_world_size(), rank=dist.get_rank(),
-                                  deepspeed=stage, **HYPER.get(memopt.parse(spec).rule, {}))  # fmt: skip
+            priced = memopt.price(
+                shapes,
+                spec,
+                world_size=dist.get_world_size(),
+                rank=dist.get_rank(),
+                deepspeed=stage,
+                **HYPER.get(memopt.parse(spec).rule, {}),
+            )
             parts = {name: one[:3] for name, one in flattened.found(optimizer).items()}
             found[spec, way] = parts, priced == optimizer.ledger()
             engine.destroy()
@@ -100,8 +114,9 @@ def main() -> int:
             expected = references(spec, args.steps, getattr(torch, dtype))
             for way in (way for way in WAYS if way[2] == dtype):
                 for world, session in sessions.items():
-                    rows.append({"spec": spec, "way": name_of(*way), "world": world,
-                                 **compared(session, (spec, way), expected)})  # fmt: skip
+                    rows.append(
+                        {"spec": spec, "way": name_of(*way), "world": world, **compared(session, (spec, way), expected)}
+                    )
     record = {"steps": args.steps, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "deepspeed_matrix.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -114,13 +129,15 @@ def page(record: dict[str, Any]) -> str:
     rows = record["rows"]
     wrong = [r for r in rows if r["other"] or not r["priced"]]
     lines = [
-        "# Shapes behind DeepSpeed's vectors", "",
+        "# Shapes behind DeepSpeed's vectors",
+        "",
         f"{len(rows)} cells of {record['steps']} steps: parameters of one process to the bit and bytes of the price in "
         f"{len(rows) - len(wrong)} of them. Columns are processes, numbers the largest difference from one process "
-        "with kernels, over the largest element. Written by `benchmarks/deepspeed_matrix.py`.", "",
+        "with kernels, over the largest element. Written by `benchmarks/deepspeed_matrix.py`.",
+        "",
         "| spec | " + " | ".join(f"{way}, {world}" for way in ways(rows) for world in WORLDS[1:]) + " |",
         "|---" * (1 + 2 * len(ways(rows))) + "|",
-    ]  # fmt: skip
+    ]
     for spec in dict.fromkeys(r["spec"] for r in rows):
         cells = {(r["way"], r["world"]): f"{r['kernels']:.0e}" for r in rows if r["spec"] == spec}
         lines.append(f"| `{spec}` | " + " | ".join(cells[w, n] for w in ways(rows) for n in WORLDS[1:]) + " |")

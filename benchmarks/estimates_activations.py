@@ -28,8 +28,9 @@ SPEC = "adamw-8bit"
 RANK = 8
 
 
-def measure(family: str, size: int, dtype: str, attention: str, checkpointing: str, lora: bool,
-            mixed: bool = False) -> dict[str, Any]:  # fmt: skip
+def measure(
+    family: str, size: int, dtype: str, attention: str, checkpointing: str, lora: bool, mixed: bool = False
+) -> dict[str, Any]:
     """One case: predicted and real bytes. ``mixed``: fp32 weights under torch.autocast in bf16."""
     dims, batch, seq = SIZES[size]
     cfg, kind, rank = config(family, dims), getattr(torch, dtype), RANK * lora
@@ -56,20 +57,38 @@ def measure(family: str, size: int, dtype: str, attention: str, checkpointing: s
     curve = traced(("forward", forward), ("backward", backward), ("step", optimizer.step))
     own = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
     held = sum(own.values()) + sum(t.nbytes for s in optimizer.state.values() for t in s.values())
-    e = estimate(cfg, SPEC, weights=dtype, batch=batch, seq=seq, attention=attention, lora=rank, device="cpu",
-                 mixed="bf16" if mixed else "", checkpointing=checkpointing)  # fmt: skip
+    e = estimate(
+        cfg,
+        SPEC,
+        weights=dtype,
+        batch=batch,
+        seq=seq,
+        attention=attention,
+        lora=rank,
+        device="cpu",
+        mixed="bf16" if mixed else "",
+        checkpointing=checkpointing,
+    )
     if e.activations is None:
         raise SystemExit(f"{family}: {e.without}")
     predicted = max(sum(r.nbytes for r in e.rows if phase in r.phases) for phase in PHASES)
     return {
-        "family": family, "size": size, "dtype": dtype, "attention": attention, "checkpointing": checkpointing,
-        "lora": rank, "mixed": mixed, "saved_nbytes": kept, "saved_predicted": e.activations.saved,
+        "family": family,
+        "size": size,
+        "dtype": dtype,
+        "attention": attention,
+        "checkpointing": checkpointing,
+        "lora": rank,
+        "mixed": mixed,
+        "saved_nbytes": kept,
+        "saved_predicted": e.activations.saved,
         "saved_error": round(e.activations.saved / kept - 1, 6),
-        "peak_nbytes": held + curve.peak, "peak_predicted": predicted,
+        "peak_nbytes": held + curve.peak,
+        "peak_predicted": predicted,
         "peak_error": round(predicted / (held + curve.peak) - 1, 6),
         "moving_nbytes": curve.peak,
         "moving_error": round((predicted - held) / curve.peak - 1, 6),
-    }  # fmt: skip
+    }
 
 
 def cases() -> list[tuple[Any, ...]]:
@@ -81,8 +100,12 @@ def cases() -> list[tuple[Any, ...]]:
     listed: list[tuple[Any, ...]] = []
     for family in FAMILIES:
         attention = "eager" if family in ONLY_EAGER else "sdpa"
-        listed += [(family, size, dtype, attention, how, False)
-                   for size in both for dtype in ("bfloat16", "float32") for how in hows]  # fmt: skip
+        listed += [
+            (family, size, dtype, attention, how, False)
+            for size in both
+            for dtype in ("bfloat16", "float32")
+            for how in hows
+        ]
         more = ("every-2",) if family in NOT_SELECTIVE else ("selective", "every-2")
         listed += [(family, size, "bfloat16", attention, how, False) for size in both for how in more]
         if family in ADAPTED:
@@ -108,8 +131,14 @@ def main() -> None:
     import transformers
 
     out = Path(__file__).parent / "results"
-    header = {"torch": torch.__version__, "transformers": transformers.__version__, "spec": SPEC,
-              "python": sys.version.split()[0], "cases": len(results), "worst": worst}  # fmt: skip
+    header = {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "spec": SPEC,
+        "python": sys.version.split()[0],
+        "cases": len(results),
+        "worst": worst,
+    }
     text = json.dumps({**header, "results": results}, indent=1)
     (out / "estimates_activations.json").write_text(text + "\n")
     (out / "estimates_activations.md").write_text(table(results, header))
@@ -117,8 +146,20 @@ def main() -> None:
 
 
 def table(results: list[dict[str, Any]], header: dict[str, Any]) -> str:
-    names = ("family", "size", "dtype", "attention", "checkpointing", "LoRA", "autocast", "saved, bytes", "error",
-             "peak, bytes", "error", "moving")  # fmt: skip
+    names = (
+        "family",
+        "size",
+        "dtype",
+        "attention",
+        "checkpointing",
+        "LoRA",
+        "autocast",
+        "saved, bytes",
+        "error",
+        "peak, bytes",
+        "error",
+        "moving",
+    )
     lines = [
         "# Activations and peaks: predicted beside measured",
         "",
@@ -130,11 +171,13 @@ def table(results: list[dict[str, Any]], header: dict[str, Any]) -> str:
         "|---" * len(names) + "|",
     ]
     for r in results:
-        lines.append(f"| {r['family']} | {r['size']} | {r['dtype']} | {r['attention']} | "
-                     f"{r['checkpointing']} | {r['lora'] or ''} | "
-                     f"{'bf16' if r['mixed'] else ''} | {r['saved_nbytes']:,} | "
-                     f"{r['saved_error']:+.2%} | {r['peak_nbytes']:,} | {r['peak_error']:+.2%} | "
-                     f"{r['moving_error']:+.2%} |")  # fmt: skip
+        lines.append(
+            f"| {r['family']} | {r['size']} | {r['dtype']} | {r['attention']} | "
+            f"{r['checkpointing']} | {r['lora'] or ''} | "
+            f"{'bf16' if r['mixed'] else ''} | {r['saved_nbytes']:,} | "
+            f"{r['saved_error']:+.2%} | {r['peak_nbytes']:,} | {r['peak_error']:+.2%} | "
+            f"{r['moving_error']:+.2%} |"
+        )
     return "\n".join([*lines, ""])
 
 

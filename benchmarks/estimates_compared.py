@@ -33,10 +33,16 @@ def main() -> None:
         model = real.build(real.config(family, real.SIZES[size][0]), torch.float32, "sdpa")
         usage = estimate_training_usage(calculate_maximum_sizes(model)[0], "float32")
         parameters = sum(p.numel() for p in model.parameters())
-        results.append({"family": family, "checkpointing": how, "measured_nbytes": r["peak_nbytes"],
-                        "memopt_nbytes": r["peak_predicted"],
-                        "accelerate_nbytes": int(max(usage.values())),
-                        "deepspeed_nbytes": deepspeeds(parameters, 1, 1, cpu_offload=False)[1]})  # fmt: skip
+        results.append(
+            {
+                "family": family,
+                "checkpointing": how,
+                "measured_nbytes": r["peak_nbytes"],
+                "memopt_nbytes": r["peak_predicted"],
+                "accelerate_nbytes": int(max(usage.values())),
+                "deepspeed_nbytes": deepspeeds(parameters, 1, 1, cpu_offload=False)[1],
+            }
+        )
     for r in results:
         print(r, f"{r['memopt_nbytes'] / r['measured_nbytes']:.3f} {r['accelerate_nbytes'] / r['measured_nbytes']:.3f}")
     path = Path(__file__).parent / "results" / "estimates_compared.json"

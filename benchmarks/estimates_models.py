@@ -6,14 +6,34 @@ from typing import Any
 
 import torch
 
-_SMALL = {"hidden_size": 128, "intermediate_size": 352, "num_attention_heads": 8, "num_key_value_heads": 2,
-          "vocab_size": 512, "num_hidden_layers": 3, "pad_token_id": 0, "max_position_embeddings": 512}  # fmt: skip
+_SMALL = {
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "num_hidden_layers": 3,
+    "pad_token_id": 0,
+    "max_position_embeddings": 512,
+}
 _LARGE = {**_SMALL, "hidden_size": 256, "intermediate_size": 704, "vocab_size": 2048, "num_hidden_layers": 4}
 _GPT = {"n_head": 8, "n_positions": 512, "attn_pdrop": 0.0}
 _MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "num_local_experts": 8}
-_MLA = {"num_key_value_heads": 8, "n_routed_experts": 8, "num_local_experts": 8, "n_shared_experts": 1,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 96, "q_lora_rank": 48, "kv_lora_rank": 32,
-        "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 24, "n_group": 1, "topk_group": 1}  # fmt: skip
+_MLA = {
+    "num_key_value_heads": 8,
+    "n_routed_experts": 8,
+    "num_local_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 96,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+    "n_group": 1,
+    "topk_group": 1,
+}
 _BERT = {"attention_probs_dropout_prob": 0.0}
 _VIT = {"image_size": 64, "patch_size": 8, "id2label": {str(i): str(i) for i in range(10)}}
 
@@ -57,8 +77,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _MOE,
 }
 #: Families that are measured with adapters too.
-ADAPTED = ("llama", "qwen3", "gemma", "phi3", "mistral", "gpt_neox", "phi", "bert", "starcoder2", "falcon", "whisper",
-           "t5")  # fmt: skip
+ADAPTED = (
+    "llama",
+    "qwen3",
+    "gemma",
+    "phi3",
+    "mistral",
+    "gpt_neox",
+    "phi",
+    "bert",
+    "starcoder2",
+    "falcon",
+    "whisper",
+    "t5",
+)
 #: (configuration, sequences, tokens of each)
 SIZES = ((_SMALL, 4, 64), (_LARGE, 2, 256))
 #: Families whose modules compute attention in one way only.
@@ -72,8 +104,12 @@ def config(family: str, size: dict[str, Any]) -> dict[str, Any]:
         base |= {"n_embd": size["hidden_size"], "n_layer": size["num_hidden_layers"]}
         return {k: v for k, v in base.items() if k not in _SMALL or k == "vocab_size"}
     if family == "distilbert":
-        base |= {"dim": size["hidden_size"], "hidden_dim": size["intermediate_size"], "n_layers":
-                 size["num_hidden_layers"], "n_heads": size["num_attention_heads"]}  # fmt: skip
+        base |= {
+            "dim": size["hidden_size"],
+            "hidden_dim": size["intermediate_size"],
+            "n_layers": size["num_hidden_layers"],
+            "n_heads": size["num_attention_heads"],
+        }
         return {k: v for k, v in base.items() if k not in _SMALL or k in ("vocab_size", "max_position_embeddings")}
     if family == "bloom":
         base |= {"n_layer": size["num_hidden_layers"], "n_head": size["num_attention_heads"]}
@@ -81,18 +117,46 @@ def config(family: str, size: dict[str, Any]) -> dict[str, Any]:
     if family == "opt":
         base |= {"ffn_dim": size["intermediate_size"], "word_embed_proj_dim": size["hidden_size"]}
     if family == "whisper":
-        width, ffn, layers, heads, vocab, pad = (size[k] for k in (
-            "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
-            "pad_token_id"))  # fmt: skip
-        sides = {f"{side}_{k}": v for side in ("encoder", "decoder")
-                 for k, v in (("layers", layers), ("attention_heads", heads), ("ffn_dim", ffn))}  # fmt: skip
-        return {"model_type": family, "d_model": width, "vocab_size": vocab, "pad_token_id": pad, "bos_token_id": 1,
-                "eos_token_id": 2, "decoder_start_token_id": 1, **sides, **FAMILIES[family]}  # fmt: skip
+        width, ffn, layers, heads, vocab, pad = (
+            size[k]
+            for k in (
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "vocab_size",
+                "pad_token_id",
+            )
+        )
+        sides = {
+            f"{side}_{k}": v
+            for side in ("encoder", "decoder")
+            for k, v in (("layers", layers), ("attention_heads", heads), ("ffn_dim", ffn))
+        }
+        return {
+            "model_type": family,
+            "d_model": width,
+            "vocab_size": vocab,
+            "pad_token_id": pad,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+            **sides,
+            **FAMILIES[family],
+        }
     if family == "t5":
         width, heads = size["hidden_size"], size["num_attention_heads"]
-        return {"model_type": family, "d_model": width, "d_ff": size["intermediate_size"], "num_heads": heads,
-                "num_layers": size["num_hidden_layers"], "d_kv": width // heads, "vocab_size": size["vocab_size"],
-                "decoder_start_token_id": 0, **FAMILIES[family]}  # fmt: skip
+        return {
+            "model_type": family,
+            "d_model": width,
+            "d_ff": size["intermediate_size"],
+            "num_heads": heads,
+            "num_layers": size["num_hidden_layers"],
+            "d_kv": width // heads,
+            "vocab_size": size["vocab_size"],
+            "decoder_start_token_id": 0,
+            **FAMILIES[family],
+        }
     if family in ("gpt_neox", "bert", "roberta", "vit", "opt", "falcon"):
         base.pop("num_key_value_heads")
     return base
@@ -101,10 +165,16 @@ def config(family: str, size: dict[str, Any]) -> dict[str, Any]:
 #: What selective checkpointing keeps: results of matrix products and of fused attention.
 _ATEN = torch.ops.aten
 PRODUCTS = {
-    _ATEN.mm.default, _ATEN.addmm.default, _ATEN.bmm.default, _ATEN.baddbmm.default, _ATEN._grouped_mm.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default, _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_efficient_attention.default, _ATEN._scaled_dot_product_cudnn_attention.default,
-}  # fmt: skip
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN.baddbmm.default,
+    _ATEN._grouped_mm.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+}
 
 
 class Selective:
@@ -143,10 +213,14 @@ def checkpoint(model: Any, how: str) -> Selective:
 def build(cfg: dict[str, Any], dtype: torch.dtype, attention: str, rank: int = 0) -> Any:
     import transformers
 
-    auto = {"bert": transformers.AutoModelForMaskedLM, "roberta": transformers.AutoModelForMaskedLM,
-            "distilbert": transformers.AutoModelForMaskedLM,
-            "vit": transformers.AutoModelForImageClassification, "whisper": transformers.AutoModelForSpeechSeq2Seq,
-            "t5": transformers.AutoModelForSeq2SeqLM}  # fmt: skip
+    auto = {
+        "bert": transformers.AutoModelForMaskedLM,
+        "roberta": transformers.AutoModelForMaskedLM,
+        "distilbert": transformers.AutoModelForMaskedLM,
+        "vit": transformers.AutoModelForImageClassification,
+        "whisper": transformers.AutoModelForSpeechSeq2Seq,
+        "t5": transformers.AutoModelForSeq2SeqLM,
+    }
     made = transformers.AutoConfig.for_model(**cfg)
     made.use_cache = False
     model = auto.get(cfg["model_type"], transformers.AutoModelForCausalLM).from_config(

@@ -32,8 +32,17 @@ def main() -> int:
         refused = found["refused"][0]
         right = case.refused in refused and bool(refused) == bool(case.refused)
         right &= found.get("difference", 0.0) <= case.rtol and (bool(refused) or found["resumed"])
-        rows.append({"framework": case.framework, "ranks": case.ranks, "spec": case.spec, "bar": case.rtol,
-                     **found, "refused": refused, "right": right})  # fmt: skip
+        rows.append(
+            {
+                "framework": case.framework,
+                "ranks": case.ranks,
+                "spec": case.spec,
+                "bar": case.rtol,
+                **found,
+                "refused": refused,
+                "right": right,
+            }
+        )
         print(rows[-1], flush=True)
     record = {"versions": {name: version(name) for name in PACKAGES}, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -46,12 +55,14 @@ def main() -> int:
 def page(record: dict[str, Any]) -> str:
     packages = ", ".join(f"{name} {found}" for name, found in record["versions"].items())
     lines = [
-        "# Under other people's loops", "",
+        "# Under other people's loops",
+        "",
         f"{loops.STEPS} batches, two to a step, clipped, against the bare script; a checkpoint in the middle. "
-        f"gloo; {packages}. Written by `benchmarks/frameworks.py`.", "",
+        f"gloo; {packages}. Written by `benchmarks/frameworks.py`.",
+        "",
         "| framework | processes | spec | largest relative difference of a loss | on from the checkpoint |",
         "|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for r in record["rows"]:
         difference = f"{r['difference']:.1e}" if "difference" in r else ""
         goes_on = "bit for bit" if r.get("resumed") else f"refused: {r['refused'].partition(';')[2].strip()}"

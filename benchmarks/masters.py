@@ -146,13 +146,17 @@ def summarise(results: dict[str, list[Any]]) -> list[dict[str, Any]]:
         together = 2 * first["weights"] + first["master"] + first["state"]  # gradients are of the weights' dtype
         rows.append(
             {
-                "case": name, "spec": CASES[name].spec, "losses": losses, "mean": mean(losses),
-                "difference_percent": mean(percent), "difference_stdev": stdev(percent),
+                "case": name,
+                "spec": CASES[name].spec,
+                "losses": losses,
+                "mean": mean(losses),
+                "difference_percent": mean(percent),
+                "difference_stdev": stdev(percent),
                 "moved": mean(result["moved"] for result in of_case),
                 "bytes_per_parameter": {k: first[k] for k in ("weights", "master", "state")}
                 | {"gradients": first["weights"], "together": together, "released": together - first["weights"]},
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -197,8 +201,9 @@ def page(record: dict[str, Any]) -> str:
 def failures(rows: list[dict[str, Any]]) -> list[str]:
     """What is not as it should be, a sentence each."""
     difference = {row["case"]: row["difference_percent"] for row in rows}
-    wrong = [f"{n} is {difference[n]:+.2f} % from {AGAINST}; the bar is {BAR} %" for n in MUST
-             if abs(difference[n]) > BAR]  # fmt: skip
+    wrong = [
+        f"{n} is {difference[n]:+.2f} % from {AGAINST}; the bar is {BAR} %" for n in MUST if abs(difference[n]) > BAR
+    ]
     if difference[MUST_NOT] <= BAR:
         wrong.append(f"{MUST_NOT} is only {difference[MUST_NOT]:+.2f} % from {AGAINST}: nothing is shown")
     return wrong
@@ -216,11 +221,20 @@ def main() -> int:
     before, results = measure(args.steps, args.pretraining, args.batch, args.workers)
     text = source_code()
     record = {
-        "text": text.name, "text_bytes": len(text.content), "first": load_text().name,
-        "steps": args.steps, "pretraining": args.pretraining, "batch": args.batch, "context": ModelConfig().context,
-        "rate": RATE, "before": before, "torch": torch.__version__, "python": platform.python_version(),
-        "summary": summarise(results), "runs": results,
-    }  # fmt: skip
+        "text": text.name,
+        "text_bytes": len(text.content),
+        "first": load_text().name,
+        "steps": args.steps,
+        "pretraining": args.pretraining,
+        "batch": args.batch,
+        "context": ModelConfig().context,
+        "rate": RATE,
+        "before": before,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "summary": summarise(results),
+        "runs": results,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "masters.json").write_text(json.dumps(record, indent=2) + "\n")
     (args.out / "masters.md").write_text(page(record))

@@ -77,8 +77,13 @@ def train(spec: str, layers: int, steps: int, options: dict[str, Any]) -> None:
         took += time.perf_counter() - begin
         opt.zero_grad()
         nbytes = opt.ledger().by("lifetime")["persistent"]
-        line = {"step": step, "loss": loss.item(), "step_s": took, "state_bytes": nbytes,
-                "resident_bytes": psutil.Process().memory_info().rss}  # fmt: skip
+        line = {
+            "step": step,
+            "loss": loss.item(),
+            "step_s": took,
+            "state_bytes": nbytes,
+            "resident_bytes": psutil.Process().memory_info().rss,
+        }
         print(json.dumps(line), flush=True)
         sys.stdin.readline()  # until the disk has been measured
     here = tempfile.gettempdir()
@@ -91,15 +96,20 @@ def summary(name: str, run: dict[str, Any], cap: int) -> dict[str, Any]:
     later = lines[1:] or lines  # the first step finds state that is not on the disk yet
     ratio = statistics.median(line["disk_s"] / line["step_s"] for line in later) if lines else 0.0
     return {
-        "name": name, "completed": run["exit_code"] == 0, "cap_bytes": cap, "steps": len(lines),
+        "name": name,
+        "completed": run["exit_code"] == 0,
+        "cap_bytes": cap,
+        "steps": len(lines),
         "state_bytes": lines[-1]["state_bytes"] if lines else 0,
-        "peak_resident_bytes": run["peak_resident_bytes"], "cgroup": run["cgroup"] == "True",
+        "peak_resident_bytes": run["peak_resident_bytes"],
+        "cgroup": run["cgroup"] == "True",
         "cgroup_peak_bytes": run["cgroup_peak_bytes"],
         "step_s": statistics.median(line["step_s"] for line in later) if lines else 0.0,
         "disk_s": statistics.median(line["disk_s"] for line in later) if lines else 0.0,
         "share_of_what_the_disk_allows": ratio,
-        "losses": [line["loss"] for line in lines], "run": run,
-    }  # fmt: skip
+        "losses": [line["loss"] for line in lines],
+        "run": run,
+    }
 
 
 def against_deepspeed(numel: int, rounds: int) -> dict[str, Any]:
@@ -142,16 +152,23 @@ def against_deepspeed(numel: int, rounds: int) -> dict[str, Any]:
         for name, t in times.items()
     }
     ratios = [a / b for a, b in zip(times["DeepSpeedCPUAdam"], times["adamw-8bit@cpu"], strict=True)]
-    return {"numel": numel, "threads": torch.get_num_threads(), "rounds": rounds, "rows": rows,
-            "speedup_of_8bit": statistics.median(ratios)}  # fmt: skip
+    return {
+        "numel": numel,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "rows": rows,
+        "speedup_of_8bit": statistics.median(ratios),
+    }
 
 
 def in_turns(numel: int, processes: int) -> dict[str, Any]:
     """The median of several processes: where the system puts a process's pages changes every step's time."""
     job = {"what": "cpu", "numel": numel, "rounds": 15}
     command = [sys.executable, __file__, "--child", json.dumps(job)]
-    runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-            for _ in range(processes)]  # fmt: skip
+    runs = [
+        json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        for _ in range(processes)
+    ]
     runs.sort(key=lambda run: run["speedup_of_8bit"])
     return {**runs[len(runs) // 2], "speedups": [run["speedup_of_8bit"] for run in runs]}
 
@@ -173,8 +190,10 @@ def table(results: dict[str, Any]) -> str:
         for name, row in cpu["rows"].items():
             text += f"| {name} | {row['median_s'] * 1e3:.1f} ms | {row['state_bytes'] / 2**20:.1f} MiB |\n"
         found = sorted(cpu["speedups"])
-        text += (f"\n`adamw-8bit@cpu`: {cpu['speedup_of_8bit']:.2f} times as fast as DeepSpeedCPUAdam, the median of "
-                 f"{len(found)} processes ({found[0]:.2f} to {found[-1]:.2f}, as their pages lay).\n")
+        text += (
+            f"\n`adamw-8bit@cpu`: {cpu['speedup_of_8bit']:.2f} times as fast as DeepSpeedCPUAdam, the median of "
+            f"{len(found)} processes ({found[0]:.2f} to {found[-1]:.2f}, as their pages lay).\n"
+        )
     return text
 
 

@@ -115,7 +115,13 @@ def capped(script: str, arguments: list[str], cap: int) -> dict[str, Any]:
             child.stdin.flush()
     code = child.wait()
     watcher.join()
-    found = {"lines": lines, "exit_code": code, "killed_by_watcher": killed, "peak_resident_bytes": peak,
-             "cgroup": str(group.path is not None), "cgroup_peak_bytes": group.peak()}  # fmt: skip
+    found = {
+        "lines": lines,
+        "exit_code": code,
+        "killed_by_watcher": killed,
+        "peak_resident_bytes": peak,
+        "cgroup": str(group.path is not None),
+        "cgroup_peak_bytes": group.peak(),
+    }
     group.remove()
     return found

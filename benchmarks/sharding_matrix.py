@@ -54,9 +54,11 @@ def specs() -> list[str]:
     return [
         str(spec)
         for spec in memopt.specs()
-        if spec.format in FORMATS and spec.partition in PARTITIONS and spec.placement == "device"
+        if spec.format in FORMATS
+        and spec.partition in PARTITIONS
+        and spec.placement == "device"
         and spec.master == "none"
-    ]  # fmt: skip
+    ]
 
 
 # One process ---------------------------------------------------------------------------------------------------------
@@ -216,14 +218,26 @@ def main() -> int:
         loaded = {world: ranks.run(reshard, world, moved, folder) for world in WORLDS}
     rows = [cell(spec, {world: [rank[spec] for rank in by_world[world]] for world in WORLDS}) for spec in chosen]
     grid = [
-        {"spec": spec, "way": way, "saved_by": a, "loaded_by": b,
-         **cell(spec, {b: [rank[spec, way, a] for rank in loaded[b]]})}
-        for b in WORLDS for spec, way, a in loaded[b][0]
-    ]  # fmt: skip
+        {
+            "spec": spec,
+            "way": way,
+            "saved_by": a,
+            "loaded_by": b,
+            **cell(spec, {b: [rank[spec, way, a] for rank in loaded[b]]}),
+        }
+        for b in WORLDS
+        for spec, way, a in loaded[b][0]
+    ]
     record = {
-        "steps": args.steps, "before": BEFORE, "after": AFTER, "seconds": round(time.monotonic() - started),
-        "torch": torch.__version__, "only": args.only, "rows": rows, "resharded": grid,
-    }  # fmt: skip
+        "steps": args.steps,
+        "before": BEFORE,
+        "after": AFTER,
+        "seconds": round(time.monotonic() - started),
+        "torch": torch.__version__,
+        "only": args.only,
+        "rows": rows,
+        "resharded": grid,
+    }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "sharding_matrix.json").write_text(json.dumps(record, indent=1) + "\n")
     (args.out / "sharding_matrix.md").write_text(page(record))
@@ -245,24 +259,29 @@ def page(record: dict[str, Any]) -> str:
     rows, grid = record["rows"], record["resharded"]
     same = sum(not any(any(row[key].values()) for key in ("error", "other")) for row in rows)
     lines = [
-        "# Sharded state against one process", "",
+        "# Sharded state against one process",
+        "",
         f"{part}{record['steps']} steps on 1, 2, 3 and 4 gloo processes; {len(rows)} specs. Of {same} every bit of "
         "parameters, codes and scales is, on any number of processes, that of one process whose spec has a partition. "
         "The table: the largest error of a parameter over its largest element against one process without a partition, "
         "whose sums over a tensor are quicker and rounded otherwise; `0` is the same bits. Written "
         "by `benchmarks/sharding_matrix.py`.",
-        "", "| spec | 1 | 2 | 3 | 4 |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        "",
+        "| spec | 1 | 2 | 3 | 4 |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
         cells = [f"{row['usual'][w]:.0e}" if row["usual"][w] else "0" for w in WORLDS]
         lines.append(f"| `{row['spec']}` | " + " | ".join(cells) + " |")
     moved = sorted({f"`{row['spec']}`" for row in grid})
     same = sum(not any(any(row[key].values()) for key in ("error", "other")) for row in grid)
     lines += [
-        "", f"Checkpoints saved by a and loaded by b processes, a and b from 1 to 4, with memopt.save and, of sharded "
+        "",
+        f"Checkpoints saved by a and loaded by b processes, a and b from 1 to 4, with memopt.save and, of sharded "
         f"parameters, torch.distributed.checkpoint; {record['before']} steps before, {record['after']} after, against "
-        f"one process that never stopped: {same} of {len(grid)} went on bit for bit. Specs: {', '.join(moved)}.", "",
-    ]  # fmt: skip
+        f"one process that never stopped: {same} of {len(grid)} went on bit for bit. Specs: {', '.join(moved)}.",
+        "",
+    ]
     wrong = [f"* `{row['spec']}`: {', '.join(row['outside'])}" for row in record["rows"] if row["outside"]]
     wrong += [
         f"* `{row['spec']}` ({row['way']}) saved by {row['saved_by']}: {', '.join(row['outside'])}"

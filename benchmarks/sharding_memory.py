@@ -30,10 +30,16 @@ WIDTH, LAYERS = 2048, 8
 #: (spec, how, saved by, loaded by)
 CASES = [
     (spec, how, a, b)
-    for spec, how in [("adamw/zero1", "memopt"), ("adamw-8bit/zero1", "memopt"), ("adamw/zero3", "memopt"),
-                      ("adamw-8bit/zero3", "memopt"), ("adamw/zero3", "DCP"), ("adamw-8bit/zero3", "DCP")]
+    for spec, how in [
+        ("adamw/zero1", "memopt"),
+        ("adamw-8bit/zero1", "memopt"),
+        ("adamw/zero3", "memopt"),
+        ("adamw-8bit/zero3", "memopt"),
+        ("adamw/zero3", "DCP"),
+        ("adamw-8bit/zero3", "DCP"),
+    ]
     for a, b in [(2, 2), (1, 2), (2, 1)]
-]  # fmt: skip
+]
 
 
 def built(spec: str) -> tuple[nn.Module, memopt.Optimizer]:
@@ -80,8 +86,11 @@ def load(spec: str, how: str, path: str) -> dict[str, int]:
         dcp.load(found, checkpoint_id=path)
         set_state_dict(model, opt, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
     grown = peak_resident() - before
-    assert all(float(x.float().min()) == (3 if "codes" in key else 1)
-               for state in opt.state.values() for key, x in state.items())  # fmt: skip
+    assert all(
+        float(x.float().min()) == (3 if "codes" in key else 1)
+        for state in opt.state.values()
+        for key, x in state.items()
+    )
     return {"grown": grown, "state": opt.ledger().nbytes}
 
 
@@ -96,8 +105,7 @@ def main() -> int:
             if not Path(path).exists():
                 ranks.run(save, a, spec, how, path)
             worst = max(ranks.run(load, b, spec, how, path), key=lambda rank: rank["grown"] - rank["state"])
-            rows.append({"spec": spec, "how": how, "saved_by": a, "loaded_by": b, **worst,
-                         "tensor": 4 * WIDTH * WIDTH})  # fmt: skip
+            rows.append({"spec": spec, "how": how, "saved_by": a, "loaded_by": b, **worst, "tensor": 4 * WIDTH * WIDTH})
             print(rows[-1], flush=True)
     record = {"width": WIDTH, "layers": LAYERS, "torch": torch.__version__, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
@@ -109,13 +117,15 @@ def main() -> int:
 
 def page(record: dict[str, Any]) -> str:
     lines = [
-        "# Resident memory while sharded state is loaded", "",
+        "# Resident memory while sharded state is loaded",
+        "",
         f"{record['layers']} matrices of {record['width']}² in fp32: one moment of one of them has "
         f"{record['rows'][0]['tensor'] // MIB} MiB. The worst rank; the bar is its state and one such tensor. Written "
-        "by `benchmarks/sharding_memory.py`.", "",
+        "by `benchmarks/sharding_memory.py`.",
+        "",
         "| spec | with | saved by | loaded by | state, MiB | the process grew by, MiB | more than its state, MiB |",
         "|---|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for r in record["rows"]:
         lines.append(
             f"| `{r['spec']}` | {r['how']} | {r['saved_by']} | {r['loaded_by']} | {r['state'] / MIB:.1f} | "

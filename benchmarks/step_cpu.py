@@ -154,17 +154,24 @@ def compare(numel: int, rounds: int, brief: bool) -> list[dict[str, Any]]:
         for name in ms:
             if name == reference and any(row["name"] == reference for row in rows):
                 continue
-            rows.append({
-                "name": name, "ms": ms[name], "ratio": ms[name] / ms[reference], "fused_ms": ms[reference],
-                "bytes_per_parameter": nbytes.get(name),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "name": name,
+                    "ms": ms[name],
+                    "ratio": ms[name] / ms[reference],
+                    "fused_ms": ms[reference],
+                    "bytes_per_parameter": nbytes.get(name),
+                }
+            )
             print(f"{name:40} {rows[-1]['ms']:8.1f} ms {rows[-1]['ratio']:6.2f}", file=sys.stderr)
 
     measure({}, {reference: 28.0})
     for spec in [*BARS, *(s for s in specs() if s not in BARS and not brief)]:
         policies = {"propagate": " (propagate)", "skip": ""} if spec in BARS else {"skip": ""}
-        builds = {f"memopt {spec}{label}": lambda spec=spec, policy=policy: ours(spec, parameter(numel), policy)
-                  for policy, label in policies.items()}  # fmt: skip
+        builds = {
+            f"memopt {spec}{label}": lambda spec=spec, policy=policy: ours(spec, parameter(numel), policy)
+            for policy, label in policies.items()
+        }
         nbytes = {f"memopt {spec}{label}": moved(spec, numel, policy) for policy, label in policies.items()}
         measure(builds, nbytes)
     if not brief:
@@ -176,10 +183,24 @@ def compare(numel: int, rounds: int, brief: bool) -> list[dict[str, Any]]:
 def elsewhere(args: argparse.Namespace, environment: dict[str, str]) -> list[dict[str, Any]]:
     """The steps with a bar in a process of their own."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, __file__, "--numel", str(args.numel), "--rounds", str(args.rounds), "--brief",
-                   "--threads", str(args.threads), "--processes", "1", "--out", out]  # fmt: skip
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                       env={**os.environ, **environment})  # fmt: skip
+        command = [
+            sys.executable,
+            __file__,
+            "--numel",
+            str(args.numel),
+            "--rounds",
+            str(args.rounds),
+            "--brief",
+            "--threads",
+            str(args.threads),
+            "--processes",
+            "1",
+            "--out",
+            out,
+        ]
+        subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, **environment}
+        )
         return json.loads((Path(out) / "step_cpu.json").read_text())["rows"]
 
 
@@ -229,7 +250,8 @@ def scaling(largest: int, rounds: int) -> dict[str, dict[int, float]]:
     """Step time in ms against the number of parameters, by factors of eight from 1 K; one candidate at a time, so that
     a billion parameters fit into 16 GB."""
     builds: dict[str, Callable[[int], Step]] = {
-        "torch AdamW fused": lambda numel: torch.optim.AdamW(parameter(numel), fused=True).step}  # fmt: skip
+        "torch AdamW fused": lambda numel: torch.optim.AdamW(parameter(numel), fused=True).step
+    }
     for spec in ("adamw-8bit", "adamw-4bit", "adafactor"):
         builds[f"memopt {spec}"] = lambda numel, spec=spec: ours(spec, parameter(numel), "skip")
     curves: dict[str, dict[int, float]] = {name: {} for name in builds}

@@ -7,8 +7,15 @@ from pathlib import Path
 from typing import Any
 
 #: Bars of the issue, as ratios to torch's fused AdamW.
-BARS = {"adamw-8bit": 0.9, "lion-8bit": 0.8, "adamw-4bit": 1.1, "adamw-bf16": 0.9, "adamw": 1.0, "adafactor": 1.5,
-        "came": 2.0}  # fmt: skip
+BARS = {
+    "adamw-8bit": 0.9,
+    "lion-8bit": 0.8,
+    "adamw-4bit": 1.1,
+    "adamw-bf16": 0.9,
+    "adamw": 1.0,
+    "adafactor": 1.5,
+    "came": 2.0,
+}
 #: What else is measured, by what is put into the environment.
 SETTINGS = {"all_large": {"THP_MEM_ALLOC_ENABLE": "1"}, "none_large": {"MEMOPT_HUGE_PAGES": "off"}}
 
@@ -31,8 +38,10 @@ def table(report: dict[str, Any]) -> str:
         share = f"{nbytes * report['numel'] / (row['ms'] / 1e3) / bandwidth:.0%}" if nbytes else ""
         spread = f"{min(row['ratios']):.2f} … {max(row['ratios']):.2f}" if len(row["ratios"]) > 1 else ""
         settings = " | ".join(f"{statistics.median(row[s]):.2f}" if row.get(s) else "" for s in SETTINGS)
-        lines.append(f"| {row['name']} | {row['ms']:.1f} | {row['ratio']:.2f} | {spread} | {settings} | {bar} | "
-                     f"{f'{nbytes:.1f}' if nbytes else ''} | {share} |")  # fmt: skip
+        lines.append(
+            f"| {row['name']} | {row['ms']:.1f} | {row['ratio']:.2f} | {spread} | {settings} | {bar} | "
+            f"{f'{nbytes:.1f}' if nbytes else ''} | {share} |"
+        )
     if "small" in report:
         base = report["small"]["torch AdamW fused"]
         lines += ["", "500 tensors of 1000 elements:", "", "| step | ms | ratio |", "|---|---:|---:|"]
@@ -41,8 +50,10 @@ def table(report: dict[str, Any]) -> str:
         sizes = list(next(iter(report["scaling"].values())))
         head = " | ".join(f"{int(n):,}" for n in sizes)
         lines += ["", "Milliseconds against parameters:", "", f"| step | {head} |", "|---|" + "---:|" * len(sizes)]
-        lines += [f"| {name} | " + " | ".join(f"{ms:.3g}" for ms in curve.values()) + " |"
-                  for name, curve in report["scaling"].items()]  # fmt: skip
+        lines += [
+            f"| {name} | " + " | ".join(f"{ms:.3g}" for ms in curve.values()) + " |"
+            for name, curve in report["scaling"].items()
+        ]
     return "\n".join(lines) + "\n"
 
 

@@ -42,8 +42,12 @@ HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
 #: Tensors of the parameter's size that a rule reads besides its step: (parameters, gradients, fp32 first moments); and
 #: moments that it decodes once more.
 EXTRA_READS = {
-    "adafactor": (1, 2, 0), "came": (0, 2, 1), "lamb": (1, 1, 0), "stableadamw": (0, 1, 0), "adammini": (0, 1, 0),
-}  # fmt: skip
+    "adafactor": (1, 2, 0),
+    "came": (0, 2, 1),
+    "lamb": (1, 1, 0),
+    "stableadamw": (0, 1, 0),
+    "adammini": (0, 1, 0),
+}
 DECODED_TWICE = {"lamb": ("exp_avg", "exp_avg_sq"), "stableadamw": ("exp_avg_sq",)}
 #: Timed under both policies, and first, so that they are there whatever the time.
 MAIN = ("adamw", "adamw-8bit", "adamw-4bit", "adafactor")
@@ -63,8 +67,17 @@ def llama(numel: int) -> list[tuple[int, ...]]:
     """Shapes of Llama-3.2-1B up to its size, else of Llama-3.1-8B, with as many layers as stay within ``numel``."""
     small = numel < 2_000_000_000
     hidden, ffn, kv, vocabulary = (2048, 8192, 512, 128256) if small else (4096, 14336, 1024, 128256)
-    layer: list[tuple[int, ...]] = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden), (ffn, hidden),
-                                    (ffn, hidden), (hidden, ffn), (hidden,), (hidden,)]  # fmt: skip
+    layer: list[tuple[int, ...]] = [
+        (hidden, hidden),
+        (kv, hidden),
+        (kv, hidden),
+        (hidden, hidden),
+        (ffn, hidden),
+        (ffn, hidden),
+        (hidden, ffn),
+        (hidden,),
+        (hidden,),
+    ]
     size = sum(torch.Size(s).numel() for s in layer)
     embedding = [(vocabulary, hidden)] if numel > 2 * vocabulary * hidden else []
     left = numel - vocabulary * hidden * len(embedding)
@@ -264,8 +277,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"step_gpu.py needs the Triton kernels: {reason}.", file=sys.stderr)
         return 1
     report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.version(),
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.version(),
+    }
     try:
         Comparison(report, args, deadline).run()
     except Failed as failed:

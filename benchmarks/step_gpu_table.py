@@ -25,6 +25,8 @@ def table(report: dict[str, Any]) -> str:
             continue
         nbytes = row["bytes_per_parameter"]
         share = f"{nbytes * numel / (row['ms'] / 1e3) / bandwidth:.0%}" if nbytes else ""
-        lines.append(f"| {row['name']} | {row['dtype']} | {row['ms']:.2f} | {f'{nbytes:.1f}' if nbytes else ''} | "
-                     f"{share} | {row['peak_above_state'] / 2**20:,.1f} MiB |")  # fmt: skip
+        lines.append(
+            f"| {row['name']} | {row['dtype']} | {row['ms']:.2f} | {f'{nbytes:.1f}' if nbytes else ''} | "
+            f"{share} | {row['peak_above_state'] / 2**20:,.1f} MiB |"
+        )
     return "\n".join(lines) + "\n"

@@ -76,8 +76,13 @@ def main() -> int:
     for spec in SPECS:
         figures = ranks.run(measure, 2, spec, args.layers, args.width, args.rounds)[0]
         ratios = [s / (h + g) for s, h, g in zip(figures["step"], figures["half"], figures["gather"], strict=True)]
-        rows.append({"spec": f"{spec}/zero1", "ratio": median(ratios),
-                     **{f"{name}_ms": 1000 * median(seconds) for name, seconds in figures.items()}})  # fmt: skip
+        rows.append(
+            {
+                "spec": f"{spec}/zero1",
+                "ratio": median(ratios),
+                **{f"{name}_ms": 1000 * median(seconds) for name, seconds in figures.items()},
+            }
+        )
     record = {"layers": args.layers, "width": args.width, "rounds": args.rounds, "bar": BAR, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "zero1_step.json").write_text(json.dumps(record, indent=1) + "\n")
@@ -88,12 +93,14 @@ def main() -> int:
 
 def page(record: dict[str, Any]) -> str:
     lines = [
-        "# A `/zero1` step on two processes", "",
+        "# A `/zero1` step on two processes",
+        "",
         f"{record['layers']} layers of {record['width']}², gloo, one thread each; medians of {record['rounds']} rounds "
-        f"in which the three take turns. The bar is {record['bar']}. Written by `benchmarks/zero1_step.py`.", "",
+        f"in which the three take turns. The bar is {record['bar']}. Written by `benchmarks/zero1_step.py`.",
+        "",
         "| spec | step, ms | half the state's step, ms | all-gather, ms | step / (half + all-gather) |",
         "|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     lines += [
         f"| `{r['spec']}` | {r['step_ms']:.1f} | {r['half_ms']:.1f} | {r['gather_ms']:.1f} | {r['ratio']:.2f} |"
         for r in record["rows"]

@@ -6,8 +6,15 @@ from estimators.costs import Column, Estimate
 from estimators.units import gib
 
 #: kind of row -> letter and colour of a terminal.
-KINDS = {"weights": ("W", "34"), "buffers": ("b", "34"), "gradients": ("G", "36"), "state": ("S", "33"),
-         "activations": ("A", "35"), "temporaries": ("T", "31"), "runtime": ("r", "37")}  # fmt: skip
+KINDS = {
+    "weights": ("W", "34"),
+    "buffers": ("b", "34"),
+    "gradients": ("G", "36"),
+    "state": ("S", "33"),
+    "activations": ("A", "35"),
+    "temporaries": ("T", "31"),
+    "runtime": ("r", "37"),
+}
 _WIDTH = 60
 
 

@@ -26,8 +26,15 @@ def from_config(config: Mapping[str, Any], source: str) -> Model:
     parameters = sum(prod(shape) for _, shape in shapes)
     if parameters > MAX_PARAMETERS:
         raise InputError(f"{source} describes more than 1000T (10^15) parameters, which is not allowed")
-    return Model(source, shapes, "exact", frozen=FROZEN.get(model_type, frozenset()), notes=_notes(config),
-                 config=config, buffers=buffers(model_type, fields))  # fmt: skip
+    return Model(
+        source,
+        shapes,
+        "exact",
+        frozen=FROZEN.get(model_type, frozenset()),
+        notes=_notes(config),
+        config=config,
+        buffers=buffers(model_type, fields),
+    )
 
 
 def _notes(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -41,8 +48,10 @@ def _unknown(config: Mapping[str, Any], source: str, model_type: str) -> str:
     if not model_type:
         return f"{source} has no model_type; it must be one of {', '.join(FAMILIES)}"
     if nested:
-        return (f"{source}: model_type={shown(model_type)} holds several models ({', '.join(nested)}), which is not "
-                "supported; pass the torch.nn.Module instead")  # fmt: skip
+        return (
+            f"{source}: model_type={shown(model_type)} holds several models ({', '.join(nested)}), which is not "
+            "supported; pass the torch.nn.Module instead"
+        )
     from difflib import get_close_matches
 
     near = get_close_matches(model_type[:40], FAMILIES, n=1)

@@ -33,8 +33,13 @@ class Column:
 
     __slots__ = ("high", "hyper", "low", "options", "peak", "rows", "spec")
 
-    def __init__(self, spec: str, rows: Sequence[Row], options: "Mapping[str, Any] | None" = None,
-                 hyper: "Mapping[str, Any] | None" = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        spec: str,
+        rows: Sequence[Row],
+        options: "Mapping[str, Any] | None" = None,
+        hyper: "Mapping[str, Any] | None" = None,
+    ) -> None:
         self.spec = spec
         self.rows = tuple(rows)
         self.options, self.hyper = dict(options or {}), dict(hyper or {})
@@ -69,8 +74,19 @@ class Estimate:
     says of it or None, ``without`` what the figures do not contain.
     """
 
-    __slots__ = ("activations", "columns", "gpu", "gradients", "model", "parameters", "trainable", "training",
-                 "weights", "without", "world_size")  # fmt: skip
+    __slots__ = (
+        "activations",
+        "columns",
+        "gpu",
+        "gradients",
+        "model",
+        "parameters",
+        "trainable",
+        "training",
+        "weights",
+        "without",
+        "world_size",
+    )
 
     def __init__(
         self,
@@ -183,8 +199,20 @@ def estimate(
         raise InputError(f"world_size={shown(world_size)} is not allowed; it is from 1 to {_MAX_WORLD_SIZE}")
     if isinstance(gpu, bool) or (isinstance(gpu, int) and gpu < 1):
         raise InputError(f"gpu={shown(gpu)} is not allowed; it is a card's name, a size such as '24GiB' or bytes >= 1")
-    training = Training(batch, seq, checkpointing, attention, lora, quantised, accumulate, device,
-                        release_gradients, deepspeed, bucket, mixed).checked()  # fmt: skip
+    training = Training(
+        batch,
+        seq,
+        checkpointing,
+        attention,
+        lora,
+        quantised,
+        accumulate,
+        device,
+        release_gradients,
+        deepspeed,
+        bucket,
+        mixed,
+    ).checked()
     specs = _parsed(spec, fields)
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
     described = resolve(model)
@@ -206,11 +234,28 @@ def estimate(
         of_the_step = step_temporaries(described, one, world_size, weight_dtype, training) if training.seq else 0
         if of_the_step is None and "temporaries of the step" not in without:
             without = (*without, "temporaries of the step")
-        held = rows_of(described, one, weight_dtype, gradient_dtype, world_size, training,
-                       runs[_own_precision(one, training)][0], of_the_step)  # fmt: skip
+        held = rows_of(
+            described,
+            one,
+            weight_dtype,
+            gradient_dtype,
+            world_size,
+            training,
+            runs[_own_precision(one, training)][0],
+            of_the_step,
+        )
         columns.append(Column(str(one), held, one.options, one.hyper))
-    return Estimate(described, columns, nbytes, weight_dtype or _one(described, all_=True),
-                    gradient_dtype or _one(described, all_=False), world_size, training, ran, without)  # fmt: skip
+    return Estimate(
+        described,
+        columns,
+        nbytes,
+        weight_dtype or _one(described, all_=True),
+        gradient_dtype or _one(described, all_=False),
+        world_size,
+        training,
+        ran,
+        without,
+    )
 
 
 def _own_precision(spec: "OptimSpec", training: Training) -> bool:

@@ -36,6 +36,8 @@ def counted(parameters: int) -> Model:
         shapes.append(("matrix.rest", (rows, width)))
     if last:
         shapes.append(("vector.rest", (last,)))
-    note = (f"only the count is known: priced as {squares} square matrices of width {width} and a remainder; name an "
-            "architecture or a config.json for exact shapes")  # fmt: skip
+    note = (
+        f"only the count is known: priced as {squares} square matrices of width {width} and a remainder; name an "
+        "architecture or a config.json for exact shapes"
+    )
     return Model(f"{parameters:,} parameters", tuple(shapes), "assumed", notes=(note,))

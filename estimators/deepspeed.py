@@ -87,11 +87,21 @@ def rest(
         tier = next((tier for (moment, tier), _ in state.items() if moment != "step"), GPU)
         rows.append(Row(name, "state", "DeepSpeed's fp32 copy", _FP32 * numel, tier, PHASES, "formula"))
         at_once = min(numel, LIVE) if stage(spec) == 3 else numel
-        rows.append(Row(name, "gradients", "fp32, of the copy", _FP32 * at_once, tier,
-                        ("backward", "step") if offloads(spec) else ("step",), "formula"))  # fmt: skip
+        rows.append(
+            Row(
+                name,
+                "gradients",
+                "fp32, of the copy",
+                _FP32 * at_once,
+                tier,
+                ("backward", "step") if offloads(spec) else ("step",),
+                "formula",
+            )
+        )
     if stage(spec):
-        rows.append(Row(name, "temporaries", "bucket of gradients to reduce", bucket * itemsize, GPU, ("backward",),
-                        "formula"))  # fmt: skip
+        rows.append(
+            Row(name, "temporaries", "bucket of gradients to reduce", bucket * itemsize, GPU, ("backward",), "formula")
+        )
     return rows
 
 

@@ -58,8 +58,9 @@ class Fields:
         """An integer in [least, most]."""
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be an integer "
-                             f"from {least} to {most}")  # fmt: skip
+            raise InputError(
+                f"{self.source}: {name}={shown(value)} is not allowed; it must be an integer from {least} to {most}"
+            )
         return value
 
     def flag(self, name: str, default: bool) -> bool:

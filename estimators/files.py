@@ -62,8 +62,10 @@ def _shards(path: str, weight_map: dict[str, Any]) -> list[str]:
     names = sorted({name for name in weight_map.values() if isinstance(name, str)})
     for name in names:
         if name != basename(name) or not isfile(join(dirname(path), name)):
-            raise InputError(f"{shown(path)} has no shapes of its own and {shown(name)} is not beside it; pass the "
-                             "model's config.json instead")  # fmt: skip
+            raise InputError(
+                f"{shown(path)} has no shapes of its own and {shown(name)} is not beside it; pass the "
+                "model's config.json instead"
+            )
     return [join(dirname(path), name) for name in names]
 
 
@@ -80,8 +82,10 @@ def from_headers(paths: list[str], source: str) -> Model:
             if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
                 raise InputError(f"{shown(path)}: the entry {shown(name)} has no shape")
             if dtype not in _DTYPES:
-                raise InputError(f"{shown(path)}: {shown(name)} has the dtype {shown(dtype)}; only weights in "
-                                 f"{', '.join(_DTYPES)} train")  # fmt: skip
+                raise InputError(
+                    f"{shown(path)}: {shown(name)} has the dtype {shown(dtype)}; only weights in "
+                    f"{', '.join(_DTYPES)} train"
+                )
             shapes.append((name, tuple(shape)))
             dtypes[name] = _DTYPES[dtype]
     return Model(source, tuple(shapes), "exact", dtypes=dtypes)

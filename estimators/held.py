@@ -19,18 +19,29 @@ if TYPE_CHECKING:
 
 #: partition -> whether it shards weights and gradients too, and gives a block's weights up after its forward pass.
 SHARDS_ALSO: dict[str, tuple[bool, bool]] = {
-    "none": (False, False), "zero1": (False, False), "zero2": (True, False), "zero3": (True, True),
-}  # fmt: skip
+    "none": (False, False),
+    "zero1": (False, False),
+    "zero2": (True, False),
+    "zero3": (True, True),
+}
 
 
 def rows_of(
-    model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None, world_size: int, training: Training,
-    ran: "Activations | None", of_the_step: int | None,
-) -> list[Row]:  # fmt: skip
+    model: Model,
+    spec: "OptimSpec",
+    weights: str | None,
+    gradients: str | None,
+    world_size: int,
+    training: Training,
+    ran: "Activations | None",
+    of_the_step: int | None,
+) -> list[Row]:
     """``of_the_step``: bytes that it allocates and frees, or None where they are not known."""
     if spec.partition not in SHARDS_ALSO:
-        raise InputError(f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
-                         f"it knows {', '.join(SHARDS_ALSO)}")  # fmt: skip
+        raise InputError(
+            f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
+            f"it knows {', '.join(SHARDS_ALSO)}"
+        )
     name, known = str(spec), model.provenance
     # With activations every phase but loading is told apart, and state is there from the second step on.
     phases = PHASES[1:] if ran else ("backward", "step")
@@ -40,8 +51,7 @@ def rows_of(
         known = "formula"
     else:
         here = _fullest(model, spec, world_size)
-        held = [Row(name, "weights", kind, n, GPU, PHASES, known)
-                for kind, n in _by_dtype(here, weights, all_=True)]  # fmt: skip
+        held = [Row(name, "weights", kind, n, GPU, PHASES, known) for kind, n in _by_dtype(here, weights, all_=True)]
         by_dtype = _by_dtype(here, gradients, all_=False)
         if training.release_gradients:
             by_dtype = released(model, here, lambda n, shape: _nbytes(model, n, shape, gradients))
@@ -50,8 +60,20 @@ def rows_of(
             held += _whole_at_work(model, spec, computed or weights, computed or gradients)
         elif world_size > 1 and not training.release_gradients:
             # Measured: DistributedDataParallel keeps them from its constructor on; none with gradient_as_bucket_view.
-            held += [Row(name, "gradients", f"{kind}, DistributedDataParallel's buckets", n, GPU, PHASES,
-                         "measured constant", 0, n) for kind, n in by_dtype]  # fmt: skip
+            held += [
+                Row(
+                    name,
+                    "gradients",
+                    f"{kind}, DistributedDataParallel's buckets",
+                    n,
+                    GPU,
+                    PHASES,
+                    "measured constant",
+                    0,
+                    n,
+                )
+                for kind, n in by_dtype
+            ]
     if model.buffers:
         held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, model.provenance))
     few = one_gradient(name, by_dtype, known) if training.release_gradients else None
@@ -66,12 +88,25 @@ def rows_of(
     else:
         held += [Row(name, "gradients", kind, n, GPU, ("backward", "step"), known) for kind, n in by_dtype]
     if not training.deepspeed:
-        held += [Row(name, "state", moment, n, tier, phases, known)
-                 for (moment, tier), n in state_nbytes(model, spec, world_size, weights).items()]  # fmt: skip
+        held += [
+            Row(name, "state", moment, n, tier, phases, known)
+            for (moment, tier), n in state_nbytes(model, spec, world_size, weights).items()
+        ]
     if training.seq and training.device != "cpu":
         if of_the_step:
-            held.append(Row(name, "temporaries", "of the step", of_the_step, GPU, (step_phase,),
-                            "measured constant", 0, of_the_step))  # fmt: skip
+            held.append(
+                Row(
+                    name,
+                    "temporaries",
+                    "of the step",
+                    of_the_step,
+                    GPU,
+                    (step_phase,),
+                    "measured constant",
+                    0,
+                    of_the_step,
+                )
+            )
         held += runtime(name, held, world_size)
     return held
 
@@ -111,9 +146,14 @@ def step_temporaries(
 
 
 def _deepspeed(
-    model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None, world_size: int, bucket: int,
+    model: Model,
+    spec: "OptimSpec",
+    weights: str | None,
+    gradients: str | None,
+    world_size: int,
+    bucket: int,
     phases: tuple[str, ...],
-) -> tuple[list[Row], list[tuple[str, int]]]:  # fmt: skip
+) -> tuple[list[Row], list[tuple[str, int]]]:
     """The rows of DeepSpeed's own figures, and the gradients of a backward pass."""
     from estimators import deepspeed
 

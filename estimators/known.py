@@ -9,9 +9,13 @@ from typing import Any
 def _layers(hidden: int, ffn: int, layers: int, heads: int, kv: int | None, vocab: int) -> dict[str, Any]:
     """The six fields that nearly every decoder has."""
     return {
-        "hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "vocab_size": vocab, **({} if kv is None else {"num_key_value_heads": kv}),
-    }  # fmt: skip
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+        **({} if kv is None else {"num_key_value_heads": kv}),
+    }
 
 
 def _llama(*dims: int, tied: bool = False) -> dict[str, Any]:
@@ -35,8 +39,14 @@ def _gemma(model_type: str, *dims: int, head_dim: int = 256) -> dict[str, Any]:
 
 
 def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
-    return {"model_type": "gpt2", "n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": 1024,
-            "vocab_size": 50257}  # fmt: skip
+    return {
+        "model_type": "gpt2",
+        "n_embd": width,
+        "n_layer": layers,
+        "n_head": heads,
+        "n_positions": 1024,
+        "vocab_size": 50257,
+    }
 
 
 def _neox(*dims: int) -> dict[str, Any]:
@@ -45,26 +55,52 @@ def _neox(*dims: int) -> dict[str, Any]:
 
 
 def _t5(width: int, ffn: int, layers: int, heads: int, head: int = 64, gated: bool = False) -> dict[str, Any]:
-    return {"model_type": "t5", "d_model": width, "d_ff": ffn, "num_layers": layers, "num_heads": heads, "d_kv": head,
-            "vocab_size": 32128, "feed_forward_proj": "gated-gelu" if gated else "relu"}  # fmt: skip
+    return {
+        "model_type": "t5",
+        "d_model": width,
+        "d_ff": ffn,
+        "num_layers": layers,
+        "num_heads": heads,
+        "d_kv": head,
+        "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+    }
 
 
 def _whisper(width: int, layers: int, heads: int, vocab: int = 51865, **other: int) -> dict[str, Any]:
     return {
-        "model_type": "whisper", "d_model": width, "encoder_layers": layers, "decoder_layers": layers,
-        "encoder_attention_heads": heads, "decoder_attention_heads": heads, "encoder_ffn_dim": 4 * width,
-        "decoder_ffn_dim": 4 * width, "num_mel_bins": 80, "vocab_size": vocab, **other,
-    }  # fmt: skip
+        "model_type": "whisper",
+        "d_model": width,
+        "encoder_layers": layers,
+        "decoder_layers": layers,
+        "encoder_attention_heads": heads,
+        "decoder_attention_heads": heads,
+        "encoder_ffn_dim": 4 * width,
+        "decoder_ffn_dim": 4 * width,
+        "num_mel_bins": 80,
+        "vocab_size": vocab,
+        **other,
+    }
 
 
-def _deepseek(model_type: str, *dims: int, inner: int, routed: int, shared: int, dense: int,
-              q_rank: int | None) -> dict[str, Any]:  # fmt: skip
+def _deepseek(
+    model_type: str, *dims: int, inner: int, routed: int, shared: int, dense: int, q_rank: int | None
+) -> dict[str, Any]:
     return {
-        "model_type": model_type, **_layers(*dims), "moe_intermediate_size": inner, "n_routed_experts": routed,
-        "n_shared_experts": shared, "first_k_dense_replace": dense, "q_lora_rank": q_rank, "kv_lora_rank": 512,
+        "model_type": model_type,
+        **_layers(*dims),
+        "moe_intermediate_size": inner,
+        "n_routed_experts": routed,
+        "n_shared_experts": shared,
+        "first_k_dense_replace": dense,
+        "q_lora_rank": q_rank,
+        "kv_lora_rank": 512,
         "num_experts_per_tok": 8 if model_type == "deepseek_v3" else 6,
-        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "tie_word_embeddings": False,
+    }
 
 
 def _bert(model_type: str, width: int, layers: int, heads: int, vocab: int, **other: int) -> dict[str, Any]:
@@ -72,8 +108,16 @@ def _bert(model_type: str, width: int, layers: int, heads: int, vocab: int, **ot
 
 
 def _vit(width: int, layers: int, heads: int) -> dict[str, Any]:
-    return {"model_type": "vit", "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "image_size": 224, "patch_size": 16, "num_labels": 1000}  # fmt: skip
+    return {
+        "model_type": "vit",
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": 224,
+        "patch_size": 16,
+        "num_labels": 1000,
+    }
 
 
 _ROBERTA = {"max_position_embeddings": 514, "type_vocab_size": 1}
@@ -123,12 +167,18 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, 152064),
     "qwen2.5-72b": _qwen2(8192, 29568, 80, 64, 8, 152064),
     "qwen1.5-moe-a2.7b": {
-        "model_type": "qwen2_moe", **_layers(2048, 5632, 24, 16, 16, 151936), "num_experts": 60,
-        "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632,
+        "model_type": "qwen2_moe",
+        **_layers(2048, 5632, 24, 16, 16, 151936),
+        "num_experts": 60,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
     },
     "qwen2-57b-a14b": {
-        "model_type": "qwen2_moe", **_layers(3584, 18944, 28, 28, 4, 151936), "num_experts": 64,
-        "moe_intermediate_size": 2560, "shared_expert_intermediate_size": 20480,
+        "model_type": "qwen2_moe",
+        **_layers(3584, 18944, 28, 28, 4, 151936),
+        "num_experts": 64,
+        "moe_intermediate_size": 2560,
+        "shared_expert_intermediate_size": 20480,
     },
     "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, 151936, tied=True),
     "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, 151936, tied=True),
@@ -137,11 +187,17 @@ KNOWN: dict[str, dict[str, Any]] = {
     "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8, 151936),
     "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8, 151936),
     "qwen3-30b-a3b": {
-        "model_type": "qwen3_moe", **_layers(2048, 6144, 48, 32, 4, 151936), "head_dim": 128, "num_experts": 128,
+        "model_type": "qwen3_moe",
+        **_layers(2048, 6144, 48, 32, 4, 151936),
+        "head_dim": 128,
+        "num_experts": 128,
         "moe_intermediate_size": 768,
     },
     "qwen3-235b-a22b": {
-        "model_type": "qwen3_moe", **_layers(4096, 12288, 94, 64, 4, 151936), "head_dim": 128, "num_experts": 128,
+        "model_type": "qwen3_moe",
+        **_layers(4096, 12288, 94, 64, 4, 151936),
+        "head_dim": 128,
+        "num_experts": 128,
         "moe_intermediate_size": 1536,
     },
     "gemma-2b": _gemma("gemma", 2048, 16384, 18, 8, 1, 256000),
@@ -161,8 +217,14 @@ KNOWN: dict[str, dict[str, Any]] = {
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),
     "gpt2-xl": _gpt2(1600, 48, 25),
-    "gpt-j-6b": {"model_type": "gptj", "n_embd": 4096, "n_layer": 28, "n_head": 16, "n_positions": 2048,
-                 "vocab_size": 50400},
+    "gpt-j-6b": {
+        "model_type": "gptj",
+        "n_embd": 4096,
+        "n_layer": 28,
+        "n_head": 16,
+        "n_positions": 2048,
+        "vocab_size": 50400,
+    },
     "gpt-neox-20b": _neox(6144, 24576, 44, 64, 50432),
     "pythia-70m": _neox(512, 2048, 6, 8, 50304),
     "pythia-160m": _neox(768, 3072, 12, 12, 50304),
@@ -172,37 +234,84 @@ KNOWN: dict[str, dict[str, Any]] = {
     "pythia-2.8b": _neox(2560, 10240, 32, 32, 50304),
     "pythia-6.9b": _neox(4096, 16384, 32, 32, 50432),
     "pythia-12b": _neox(5120, 20480, 36, 40, 50688),
-    "gpt-oss-20b": {"model_type": "gpt_oss", **_layers(2880, 2880, 24, 64, 8, 201088), "head_dim": 64,
-                    "num_local_experts": 32},
-    "gpt-oss-120b": {"model_type": "gpt_oss", **_layers(2880, 2880, 36, 64, 8, 201088), "head_dim": 64,
-                     "num_local_experts": 128},
-    "deepseek-v2-lite": _deepseek("deepseek_v2", 2048, 10944, 27, 16, 16, 102400, inner=1408, routed=64, shared=2,
-                                  dense=1, q_rank=None),
-    "deepseek-v2": _deepseek("deepseek_v2", 5120, 12288, 60, 128, 128, 102400, inner=1536, routed=160, shared=2,
-                             dense=1, q_rank=1536),
-    "deepseek-v3": _deepseek("deepseek_v3", 7168, 18432, 61, 128, 128, 129280, inner=2048, routed=256, shared=1,
-                             dense=3, q_rank=1536),
+    "gpt-oss-20b": {
+        "model_type": "gpt_oss",
+        **_layers(2880, 2880, 24, 64, 8, 201088),
+        "head_dim": 64,
+        "num_local_experts": 32,
+    },
+    "gpt-oss-120b": {
+        "model_type": "gpt_oss",
+        **_layers(2880, 2880, 36, 64, 8, 201088),
+        "head_dim": 64,
+        "num_local_experts": 128,
+    },
+    "deepseek-v2-lite": _deepseek(
+        "deepseek_v2", 2048, 10944, 27, 16, 16, 102400, inner=1408, routed=64, shared=2, dense=1, q_rank=None
+    ),
+    "deepseek-v2": _deepseek(
+        "deepseek_v2", 5120, 12288, 60, 128, 128, 102400, inner=1536, routed=160, shared=2, dense=1, q_rank=1536
+    ),
+    "deepseek-v3": _deepseek(
+        "deepseek_v3", 7168, 18432, 61, 128, 128, 129280, inner=2048, routed=256, shared=1, dense=3, q_rank=1536
+    ),
     "olmo-1b": {"model_type": "olmo", **_layers(2048, 8192, 16, 16, 16, 50304), "tie_word_embeddings": True},
     "olmo-7b": {"model_type": "olmo", **_layers(4096, 11008, 32, 32, 32, 50304)},
     "olmo-2-1b": {"model_type": "olmo2", **_layers(2048, 8192, 16, 16, 16, 100352)},
     "olmo-2-7b": {"model_type": "olmo2", **_layers(4096, 11008, 32, 32, 32, 100352)},
     "olmo-2-13b": {"model_type": "olmo2", **_layers(5120, 13824, 40, 40, 40, 100352)},
     "olmoe-1b-7b": {"model_type": "olmoe", **_layers(2048, 1024, 16, 16, 16, 50304), "num_experts": 64},
-    "falcon-7b": {"model_type": "falcon", "hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71,
-                  "vocab_size": 65024, "multi_query": True, "parallel_attn": True},
-    "falcon-40b": {"model_type": "falcon", "hidden_size": 8192, "num_hidden_layers": 60, "num_attention_heads": 128,
-                   "num_kv_heads": 8, "vocab_size": 65024, "new_decoder_architecture": True, "parallel_attn": True},
+    "falcon-7b": {
+        "model_type": "falcon",
+        "hidden_size": 4544,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 71,
+        "vocab_size": 65024,
+        "multi_query": True,
+        "parallel_attn": True,
+    },
+    "falcon-40b": {
+        "model_type": "falcon",
+        "hidden_size": 8192,
+        "num_hidden_layers": 60,
+        "num_attention_heads": 128,
+        "num_kv_heads": 8,
+        "vocab_size": 65024,
+        "new_decoder_architecture": True,
+        "parallel_attn": True,
+    },
     "starcoder2-3b": {"model_type": "starcoder2", **_layers(3072, 12288, 30, 24, 2, 49152)},
     "starcoder2-7b": {"model_type": "starcoder2", **_layers(4608, 18432, 32, 36, 4, 49152)},
-    "starcoder2-15b": {"model_type": "starcoder2", **_layers(6144, 24576, 40, 48, 4, 49152),
-                       "tie_word_embeddings": False},
+    "starcoder2-15b": {
+        "model_type": "starcoder2",
+        **_layers(6144, 24576, 40, 48, 4, 49152),
+        "tie_word_embeddings": False,
+    },
     "command-r-35b": {"model_type": "cohere", **_layers(8192, 22528, 40, 64, 64, 256000)},
-    "opt-125m": {"model_type": "opt", "hidden_size": 768, "ffn_dim": 3072, "num_hidden_layers": 12,
-                 "num_attention_heads": 12, "vocab_size": 50272},
-    "opt-1.3b": {"model_type": "opt", "hidden_size": 2048, "ffn_dim": 8192, "num_hidden_layers": 24,
-                 "num_attention_heads": 32, "vocab_size": 50272},
-    "opt-6.7b": {"model_type": "opt", "hidden_size": 4096, "ffn_dim": 16384, "num_hidden_layers": 32,
-                 "num_attention_heads": 32, "vocab_size": 50272},
+    "opt-125m": {
+        "model_type": "opt",
+        "hidden_size": 768,
+        "ffn_dim": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "vocab_size": 50272,
+    },
+    "opt-1.3b": {
+        "model_type": "opt",
+        "hidden_size": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "vocab_size": 50272,
+    },
+    "opt-6.7b": {
+        "model_type": "opt",
+        "hidden_size": 4096,
+        "ffn_dim": 16384,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 50272,
+    },
     "bloom-560m": {"model_type": "bloom", "hidden_size": 1024, "n_layer": 24, "n_head": 16, "vocab_size": 250880},
     "bloom-7b1": {"model_type": "bloom", "hidden_size": 4096, "n_layer": 30, "n_head": 32, "vocab_size": 250880},
     "bloom-176b": {"model_type": "bloom", "hidden_size": 14336, "n_layer": 70, "n_head": 112, "vocab_size": 250880},
@@ -212,8 +321,14 @@ KNOWN: dict[str, dict[str, Any]] = {
     "roberta-large": _bert("roberta", 1024, 24, 16, 50265, **_ROBERTA),
     "xlm-roberta-base": _bert("xlm-roberta", 768, 12, 12, 250002, **_ROBERTA),
     "xlm-roberta-large": _bert("xlm-roberta", 1024, 24, 16, 250002, **_ROBERTA),
-    "distilbert-base-uncased": {"model_type": "distilbert", "dim": 768, "hidden_dim": 3072, "n_layers": 6,
-                                "n_heads": 12, "vocab_size": 30522},
+    "distilbert-base-uncased": {
+        "model_type": "distilbert",
+        "dim": 768,
+        "hidden_dim": 3072,
+        "n_layers": 6,
+        "n_heads": 12,
+        "vocab_size": 30522,
+    },
     "t5-small": _t5(512, 2048, 6, 8),
     "t5-base": _t5(768, 3072, 12, 12),
     "t5-large": _t5(1024, 4096, 24, 16),
@@ -230,4 +345,4 @@ KNOWN: dict[str, dict[str, Any]] = {
     "whisper-medium": _whisper(1024, 24, 16),
     "whisper-large-v2": _whisper(1280, 32, 20),
     "whisper-large-v3": _whisper(1280, 32, 20, 51866, num_mel_bins=128),
-}  # fmt: skip
+}

@@ -13,9 +13,23 @@ NF4 = {"nf4": 0.5 + 4 / 64, "nf4-double": 0.5 + 1 / 64 + 4 / (64 * 256)}
 
 #: Parts of the names of matrices that are not a linear layer inside a layer of the model, or are not adapted: both
 #: ends, and what chooses experts.
-_LEFT_OUT = ("embed", "wte", "wpe", "lm_head", "shared.weight", "classifier", "cls.", "gate.weight", "router",
-             "shared_expert_gate", "relative_attention_bias", "proj_out", "project_in", "project_out",
-             "vocab_")  # fmt: skip
+_LEFT_OUT = (
+    "embed",
+    "wte",
+    "wpe",
+    "lm_head",
+    "shared.weight",
+    "classifier",
+    "cls.",
+    "gate.weight",
+    "router",
+    "shared_expert_gate",
+    "relative_attention_bias",
+    "proj_out",
+    "project_in",
+    "project_out",
+    "vocab_",
+)
 
 
 def adapted(name: str, shape: Shape) -> bool:
@@ -27,8 +41,10 @@ def with_adapters(model: Model, rank: int, quantised: str = "") -> Model:
     """Every weight frozen; beside each adapted one A of [rank, in] and B of [out, rank] in fp32, as PEFT makes them.
     ``quantised`` is the storage of the adapted weights: ``nf4``, ``nf4-double`` or empty."""
     if model.provenance == "assumed":
-        raise InputError("adapters need the shapes of the linear layers; a parameter count has none, name an "
-                         "architecture or a config.json")  # fmt: skip
+        raise InputError(
+            "adapters need the shapes of the linear layers; a parameter count has none, name an "
+            "architecture or a config.json"
+        )
     targets = [(name, shape) for name, shape in model.shapes if adapted(name, shape)]
     if not targets:
         raise InputError(f"{model.name} has no linear layers that adapters could be put on")

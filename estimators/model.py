@@ -60,8 +60,10 @@ def resolve(model: Any) -> Model:
         return from_module(model)
     text = model.__fspath__() if hasattr(model, "__fspath__") else model
     if not isinstance(text, str):
-        raise InputError("a model is a parameter count, the name of an architecture, a path or a torch.nn.Module, "
-                         f"not {type(model).__name__}")  # fmt: skip
+        raise InputError(
+            "a model is a parameter count, the name of an architecture, a path or a torch.nn.Module, "
+            f"not {type(model).__name__}"
+        )
     return _from_text(text)
 
 
@@ -123,5 +125,7 @@ def _unknown(text: str, name: str) -> str:
 
     near = get_close_matches(name, KNOWN, n=3, cutoff=0.5)
     guess = f"nearest names: {', '.join(near)}" if near else f"names are like {', '.join(list(KNOWN)[10:60:16])}"
-    return (f"{shown(text)} is neither a parameter count such as 8B, nor a file or folder here, nor a known "
-            f"architecture; {guess}")  # fmt: skip
+    return (
+        f"{shown(text)} is neither a parameter count such as 8B, nor a file or folder here, nor a known "
+        f"architecture; {guess}"
+    )

@@ -11,8 +11,15 @@ from estimators.training import describe
 from estimators.units import gib
 
 #: kind of row -> colour, told apart by people who see red and green alike (Okabe and Ito).
-COLOURS = {"weights": "#0072b2", "buffers": "#56b4e9", "gradients": "#009e73", "state": "#e69f00",
-           "activations": "#cc79a7", "temporaries": "#d55e00", "runtime": "#999999"}  # fmt: skip
+COLOURS = {
+    "weights": "#0072b2",
+    "buffers": "#56b4e9",
+    "gradients": "#009e73",
+    "state": "#e69f00",
+    "activations": "#cc79a7",
+    "temporaries": "#d55e00",
+    "runtime": "#999999",
+}
 
 _STYLE = """
 body{font:16px/1.45 system-ui,sans-serif;margin:0 auto;max-width:44rem;padding:1rem;color:#222;background:#fff}

@@ -128,12 +128,18 @@ def plans(model: Any, gpu: "str | int", *, seq: int = 0, batch: int = 8, gpus: i
         largest = _largest(lambda n: fits(n, seq), _MOST_BATCH)
         longest = _largest(lambda n: fits(1, n), _MOST_SEQ)
     return Plans(
-        described, nbytes, seq, batch, found, largest, longest,
+        described,
+        nbytes,
+        seq,
+        batch,
+        found,
+        largest,
+        longest,
         _ranks(run, nbytes, seq, "zero1"),
         _more(run, nbytes, seq, batch, gpus, found),
         _ranks(run, nbytes, seq, "zero3"),
         gpus,
-    )  # fmt: skip
+    )
 
 
 def _sharded(method: Method, sharding: str) -> str:
@@ -147,13 +153,23 @@ class _Runs:
         self._model, self._gpu = model, gpu
         self._known: dict[tuple[Any, ...], Estimate] = {}
 
-    def __call__(self, method: Method, seq: int, micro: int, accumulate: int, checkpointing: str, world: int,
-                 sharding: str) -> Estimate:  # fmt: skip
+    def __call__(
+        self, method: Method, seq: int, micro: int, accumulate: int, checkpointing: str, world: int, sharding: str
+    ) -> Estimate:
         key = (method, seq, micro, accumulate, checkpointing, world, sharding)
         if key not in self._known:
-            self._known[key] = estimate(self._model, _sharded(method, sharding), gpu=self._gpu, seq=seq, batch=micro,
-                                        accumulate=accumulate, checkpointing=checkpointing, lora=method.lora,
-                                        quantised=method.quantised, world_size=world)  # fmt: skip
+            self._known[key] = estimate(
+                self._model,
+                _sharded(method, sharding),
+                gpu=self._gpu,
+                seq=seq,
+                batch=micro,
+                accumulate=accumulate,
+                checkpointing=checkpointing,
+                lora=method.lora,
+                quantised=method.quantised,
+                world_size=world,
+            )
         return self._known[key]
 
 

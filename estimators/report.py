@@ -88,8 +88,15 @@ def _title(e: Estimate, colour: bool) -> list[str]:
 
 def _table(e: Estimate, colour: bool) -> list[str]:
     """Plain cells are aligned first and painted after, so that colour cannot shift a column."""
-    header = ["spec", "weights", "gradients", "state", *(["activ."] if e.activations else []), "GPU peak",
-              "state/parameter" if e.gpu is None else gib(e.gpu)]  # fmt: skip
+    header = [
+        "spec",
+        "weights",
+        "gradients",
+        "state",
+        *(["activ."] if e.activations else []),
+        "GPU peak",
+        "state/parameter" if e.gpu is None else gib(e.gpu),
+    ]
     rows = [_cells(column, e) for column in e.columns]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     # Too wide for a terminal: narrow gaps, or else each spec on a line of its own and its figures on the next.

@@ -100,8 +100,9 @@ def _priced(
     from memopt.pricing import price
 
     totals: dict[tuple[str, str], int] = {}
-    lines = [n for n in price(chosen, spec, world_size=world_size, rank=rank, device=DEVICE)
-             if n.lifetime != "workspace"]  # fmt: skip
+    lines = [
+        n for n in price(chosen, spec, world_size=world_size, rank=rank, device=DEVICE) if n.lifetime != "workspace"
+    ]
     for line in [*lines, *_workspace(chosen, count, spec, world_size, rank)]:
         key = (line.moment, tier(line))
         times = count[line.parameter] if line.lifetime == "persistent" else 1

@@ -60,21 +60,29 @@ class Training(NamedTuple):
             value, least = getattr(self, name), 0 if name in ("seq", "lora") else 1
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise InputError(f"{name}={shown(value)} is not allowed; it is a whole number from {least} to {most}")
-        for name, allowed in (("checkpointing", CHECKPOINTINGS), ("attention", ATTENTIONS), ("quantised", ("", *NF4)),
-                              ("mixed", ("", "bf16", "fp16")),
-                              ("device", ("cuda", "cpu"))):  # fmt: skip
+        for name, allowed in (
+            ("checkpointing", CHECKPOINTINGS),
+            ("attention", ATTENTIONS),
+            ("quantised", ("", *NF4)),
+            ("mixed", ("", "bf16", "fp16")),
+            ("device", ("cuda", "cpu")),
+        ):
             if getattr(self, name) not in allowed:
                 listed = allowed if len(allowed) < 9 else (*allowed[:4], "…", allowed[-1])
-                raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is one of "
-                                 f"{', '.join(filter(None, listed))}")  # fmt: skip
+                raise InputError(
+                    f"{name}={shown(getattr(self, name))} is not allowed; it is one of "
+                    f"{', '.join(filter(None, listed))}"
+                )
         for name in ("release_gradients", "deepspeed"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is true or false")
         if self.quantised and not self.lora:
             raise InputError(f"quantised={self.quantised!r} needs adapters: 4-bit weights do not train (lora=16)")
         if self.release_gradients and self.accumulate > 1:
-            raise InputError(f"release_gradients does not go with accumulate={self.accumulate}: a gradient that was "
-                             "freed cannot be added to")  # fmt: skip
+            raise InputError(
+                f"release_gradients does not go with accumulate={self.accumulate}: a gradient that was "
+                "freed cannot be added to"
+            )
         if self.bucket != BUCKET and not self.deepspeed:
             raise InputError(f"bucket={self.bucket} is DeepSpeed's, and deepspeed is not asked for")
         if self.mixed and (self.deepspeed or self.quantised):
@@ -84,8 +92,10 @@ class Training(NamedTuple):
             raise InputError("release_gradients does not go with deepspeed, which reduces gradients by buckets")
         given = self.batch, self.checkpointing, self.accumulate, self.attention
         if not self.seq and given != (1, "none", 1, "sdpa"):
-            raise InputError("batch, checkpointing, accumulate and attention have an effect on activations, which need "
-                             "seq: tokens per sequence")  # fmt: skip
+            raise InputError(
+                "batch, checkpointing, accumulate and attention have an effect on activations, which need "
+                "seq: tokens per sequence"
+            )
         return self
 
 
@@ -106,8 +116,15 @@ def run(model: Model, training: Training, item: int, sharded: bool = False) -> "
     if autocast and (model.config.get("model_type") not in MIXED or training.lora or training.attention == "eager"):
         what = "adapters" if training.lora else "eager attention" if training.attention == "eager" else "it"
         return None, f"activations (there is no formula for {what} under autocast yet)"
-    step = Step(training.batch, training.seq, training.attention, 2 if training.mixed and sharded else item,
-                training.lora, training.device == "cpu", 2 * autocast)  # fmt: skip
+    step = Step(
+        training.batch,
+        training.seq,
+        training.attention,
+        2 if training.mixed and sharded else item,
+        training.lora,
+        training.device == "cpu",
+        2 * autocast,
+    )
     try:
         return activations(model.config, model.name, step, training.checkpointing), ""
     except KeyError as error:
@@ -115,15 +132,25 @@ def run(model: Model, training: Training, item: int, sharded: bool = False) -> "
 
 
 def rows(
-    name: str, model: Model, training: Training, ran: "Activations", gradients: list[tuple[str, int]], known: str,
+    name: str,
+    model: Model,
+    training: Training,
+    ran: "Activations",
+    gradients: list[tuple[str, int]],
+    known: str,
     few: list[Row] | None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Activations and gradients by phase; ``few`` are the rows of gradients that do not stay."""
     forward, loss = ran.forward.activations - ran.body_copies, ran.loss.activations - ran.copies
-    held = [Row(name, "weights", "autocast's copies", n, GPU, (phase,), "formula")
-            for phase, n in (("forward", ran.body_copies), ("loss", ran.copies)) if n]  # fmt: skip
-    held += [Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
-            Row(name, "activations", "saved, and the loss", loss, GPU, ("loss",), "formula")]  # fmt: skip
+    held = [
+        Row(name, "weights", "autocast's copies", n, GPU, (phase,), "formula")
+        for phase, n in (("forward", ran.body_copies), ("loss", ran.copies))
+        if n
+    ]
+    held += [
+        Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
+        Row(name, "activations", "saved, and the loss", loss, GPU, ("loss",), "formula"),
+    ]
     if few is not None:
         alive = ran.accumulated.activations  # the moment that has most, whatever gradients there are
         held += few
@@ -192,7 +219,7 @@ def runtime(name: str, rows_: list[Row], world_size: int = 1) -> list[Row]:
         Row(name, "runtime", "CUDA context, cuBLAS", expected, GPU, PHASES, "assumed", low, high),
         *([nccl] if world_size > 1 else []),
         Row(name, "runtime", "allocator: rounding, fragments", share, GPU, PHASES[1:], "assumed", least, largest),
-    ]  # fmt: skip
+    ]
 
 
 def describe(training: Training) -> str:
@@ -221,13 +248,19 @@ def describe(training: Training) -> str:
 
 #: Families with a table of learned positions -> the field with its length (and what it is in transformers, if not
 #: given). ``--seq`` beyond it does not run.
-_LEARNED = {"gpt2": ("n_positions", 1024), "gpt_bigcode": ("n_positions", 1024),
-            "bert": ("max_position_embeddings", 512), "distilbert": ("max_position_embeddings", 512),
-            "opt": ("max_position_embeddings", 2048),
-            "whisper": ("max_target_positions", 448)}  # fmt: skip
-_READS = {"whisper": "the encoder hears 30 seconds whatever --seq says, which is the decoder's length",
-          "vit": "a sequence is the patches of an image, whatever --seq says",
-          "t5": "source and target are both as long as --seq says"}  # fmt: skip
+_LEARNED = {
+    "gpt2": ("n_positions", 1024),
+    "gpt_bigcode": ("n_positions", 1024),
+    "bert": ("max_position_embeddings", 512),
+    "distilbert": ("max_position_embeddings", 512),
+    "opt": ("max_position_embeddings", 2048),
+    "whisper": ("max_target_positions", 448),
+}
+_READS = {
+    "whisper": "the encoder hears 30 seconds whatever --seq says, which is the decoder's length",
+    "vit": "a sequence is the patches of an image, whatever --seq says",
+    "t5": "source and target are both as long as --seq says",
+}
 
 
 def notes(config: Any, training: Training) -> tuple[str, ...]:

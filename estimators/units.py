@@ -9,10 +9,13 @@ _SIZE = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "M
 
 #: dtype of weights or gradients, under the names people use -> torch's name
 DTYPES = {
-    "bfloat16": "bfloat16", "bf16": "bfloat16",
-    "float32": "float32", "fp32": "float32",
-    "float16": "float16", "fp16": "float16",
-}  # fmt: skip
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "float32": "float32",
+    "fp32": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+}
 
 
 def _scaled(text: str, scale: int) -> int | None:

@@ -50,8 +50,10 @@ def fit(model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw"
             break
         total = _descend(tensors, held, rung, costs, total, limit)
     if total > limit:
-        raise SpecError(f"the state does not fit into {limit:,} bytes; the least that {base.rule} needs is {total:,}; "
-                        "a rule with less state is lion")  # fmt: skip
+        raise SpecError(
+            f"the state does not fit into {limit:,} bytes; the least that {base.rule} needs is {total:,}; "
+            "a rule with less state is lion"
+        )
     return _spec(base, held, rungs)
 
 

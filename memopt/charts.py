@@ -11,8 +11,16 @@ from textwrap import wrap
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
 
-def terminal(xs: Sequence[float], ys: Sequence[float], *, width: int = 64, height: int = 12, log_x: bool = False,
-             x_label: str = "", y_label: str = "") -> list[str]:  # fmt: skip
+def terminal(
+    xs: Sequence[float],
+    ys: Sequence[float],
+    *,
+    width: int = 64,
+    height: int = 12,
+    log_x: bool = False,
+    x_label: str = "",
+    y_label: str = "",
+) -> list[str]:
     """Lines of text: a braille curve of the finite points, two by four dots to a character, with its scales.
 
     >>> print("\\n".join(terminal([0, 1, 2, 3], [0, 1, 2, 3], width=2, height=1)))
@@ -52,16 +60,26 @@ def _dots(
         steps = max(abs(column - before[0]), abs(row - before[1]), 1) if before else 1
         for i in range(1, steps + 1):
             share = i / steps
-            found.append((round(before[0] + (column - before[0]) * share), round(before[1] + (row - before[1]) * share))
-                         if before else (column, row))  # fmt: skip
+            found.append(
+                (round(before[0] + (column - before[0]) * share), round(before[1] + (row - before[1]) * share))
+                if before
+                else (column, row)
+            )
         before = column, row
     return found
 
 
 def save_png(
-    path: str | Path, xs: Sequence[float], ys: dict[str, Sequence[float]], *, title: str, x_label: str, y_label: str,
-    log_x: bool = False, marks: dict[str, float] | None = None,
-) -> None:  # fmt: skip
+    path: str | Path,
+    xs: Sequence[float],
+    ys: dict[str, Sequence[float]],
+    *,
+    title: str,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    marks: dict[str, float] | None = None,
+) -> None:
     """One curve for each entry of ``ys``, and a vertical line for each of ``marks``. Raises ImportError, with the line
     that installs it, where matplotlib is missing, and ValueError for a file that is no picture."""
     try:

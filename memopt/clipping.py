@@ -93,8 +93,13 @@ def _norm(gradients: list[Tensor], p: float) -> Tensor:
     cut: dict[Any, list[Tensor]] = {}
     for g in gradients:
         cut.setdefault(_cut(g), []).append(_local(g))
-    total = _sum([_over_ranks(_sum([_power(part, p) for part in _by_device(tensors).values()], p), where, p)
-                  for where, tensors in cut.items()], p)  # fmt: skip
+    total = _sum(
+        [
+            _over_ranks(_sum([_power(part, p) for part in _by_device(tensors).values()], p), where, p)
+            for where, tensors in cut.items()
+        ],
+        p,
+    )
     return (total if p == inf else total.pow(1 / p)).float()
 
 
@@ -143,8 +148,10 @@ def _parameters(what: Any) -> Iterable[Any]:
         return what.parameters()
     if hasattr(what, "param_groups"):
         if getattr(what, "release", None) is not None:
-            raise RuntimeError("the gradients of this optimizer are released in backward(), before there is a norm of "
-                               "all of them; use release_gradients(model, max_norm=…)")  # fmt: skip
+            raise RuntimeError(
+                "the gradients of this optimizer are released in backward(), before there is a norm of "
+                "all of them; use release_gradients(model, max_norm=…)"
+            )
         return (p for group in what.param_groups for p in group["params"])
     return what
 

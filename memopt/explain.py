@@ -74,8 +74,13 @@ def _masters(optimizer: Optimizer) -> list[tuple[str, str]]:
     changed = {n: _foreign(optimizer, master, p) for n, p, _ in parameters if master.key in optimizer.state.get(p, {})}
     if sum(changed.values()):
         names = [n for n, count in changed.items() if count]
-        rows.append(("changed", f"{sum(changed.values()):,} weights are not those that the master was kept for; the "
-                                f"next step begins from the weights: {_some(names)}"))  # fmt: skip
+        rows.append(
+            (
+                "changed",
+                f"{sum(changed.values()):,} weights are not those that the master was kept for; the "
+                f"next step begins from the weights: {_some(names)}",
+            )
+        )
     return rows
 
 

@@ -21,8 +21,10 @@ def named_groups(params: Iterable[Any]) -> list[Any]:
     if isinstance(params, Tensor):
         raise SpecError("parameters must be a model, an iterable of tensors or of param groups, not a single tensor")
     if isinstance(params, Mapping):
-        raise SpecError("parameters must be a model, an iterable of tensors or of param groups, not a dict; "
-                        "for one group write [{'params': …}]")  # fmt: skip
+        raise SpecError(
+            "parameters must be a model, an iterable of tensors or of param groups, not a dict; "
+            "for one group write [{'params': …}]"
+        )
     groups = list(params)
     if not groups:
         raise SpecError("the parameter list is empty; an optimizer needs at least one parameter")

@@ -121,8 +121,11 @@ class Keeper(torch.optim.Optimizer):
         """Allocate what stepping parameters that have state needs; with ``fresh``, for these besides the others."""
         if self.homes.elsewhere and fresh != []:
             known = None if fresh is None else {id(p) for p in fresh}
-            held = {name: (self._held(name, p, group), p.device) for name, p, group in self._parameters()
-                    if self.state.get(p) and (known is None or id(p) in known)}  # fmt: skip
+            held = {
+                name: (self._held(name, p, group), p.device)
+                for name, p, group in self._parameters()
+                if self.state.get(p) and (known is None or id(p) in known)
+            }
             self.homes.prepare(held, also=fresh is not None)
 
     def _held(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Held:
@@ -132,8 +135,9 @@ class Keeper(torch.optim.Optimizer):
         """Tell the homes of parameters and groups as they are now, and whose gradients may go elsewhere."""
         if self.homes.watches:
             released = self.release.covers if self.release is not None else lambda p: False
-            self.homes.watch((name, p, self._held(name, p, group), not released(p))
-                             for name, p, group in self._parameters())  # fmt: skip
+            self.homes.watch(
+                (name, p, self._held(name, p, group), not released(p)) for name, p, group in self._parameters()
+            )
 
     def _commit(self) -> None:
         if self.homes.elsewhere:
@@ -234,11 +238,13 @@ class Keeper(torch.optim.Optimizer):
         if self.process_group is not None:
             raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
         if self.partition.is_flattened:
-            raise TypeError("an optimizer of DeepSpeed's vectors cannot be pickled or copied; use the engine's "
-                            "save_checkpoint")  # fmt: skip
+            raise TypeError(
+                "an optimizer of DeepSpeed's vectors cannot be pickled or copied; use the engine's save_checkpoint"
+            )
         if not self.homes.copyable:
-            raise TypeError("an optimizer with a directory cannot be pickled or copied, two would write there; "
-                            "use state_dict()")  # fmt: skip
+            raise TypeError(
+                "an optimizer with a directory cannot be pickled or copied, two would write there; use state_dict()"
+            )
         self.settle()
         ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "capturable")}
         ours["_skipped"] = self.skipped_steps

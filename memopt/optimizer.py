@@ -98,9 +98,11 @@ class Optimizer(Keeper):
             with torch.enable_grad():
                 loss = closure()
         if self.release is not None and getattr(self, "grad_scale", None) is not None:
-            raise RuntimeError("torch.amp.GradScaler cannot be used with released gradients: parameters step inside "
-                               "backward(), before it has unscaled them, and this backward pass has stepped them "
-                               "with scaled gradients. Train in bfloat16, which needs no scaler")  # fmt: skip
+            raise RuntimeError(
+                "torch.amp.GradScaler cannot be used with released gradients: parameters step inside "
+                "backward(), before it has unscaled them, and this backward pass has stepped them "
+                "with scaled gradients. Train in bfloat16, which needs no scaler"
+            )
         if self._plan is not None and self._plan.refresh(self):  # the tensors of the last step, with new gradients
             if self.nonfinite == "propagate" or not self._stopped_by(self._plan.non_finite()):
                 self._plan.step(self.seed)
@@ -226,8 +228,10 @@ class Optimizer(Keeper):
         if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
             raise SpecError(f"max_norm={max_norm!r} is not allowed; it must be a number > 0, or None")
         if self.capturable:
-            raise RuntimeError("capturable=True steps all parameters at once, in opt.step(); released gradients step "
-                               "one by one inside backward(); use one of them")  # fmt: skip
+            raise RuntimeError(
+                "capturable=True steps all parameters at once, in opt.step(); released gradients step "
+                "one by one inside backward(); use one of them"
+            )
         self.settle()
         if self.release is not None:
             self.release.remove()

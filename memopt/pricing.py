@@ -75,8 +75,10 @@ def price(
     if deepspeed is None:
         partition = PARTITIONS[spec.partition]
         here = held_here(partition, items) if world_size is None else {}
-        owned = [(name, here[name] if name in here else partition.rows(tensor.shape, rank, size), tensor.dtype)
-                 for name, tensor in parameters]  # fmt: skip
+        owned = [
+            (name, here[name] if name in here else partition.rows(tensor.shape, rank, size), tensor.dtype)
+            for name, tensor in parameters
+        ]
     else:
         from memopt.integrations.deepspeed import rows_of_rank
 

@@ -33,8 +33,10 @@ class Release:
         known = {id(p) for p in model.parameters()}
         for name, p, _ in optimizer._parameters():
             if id(p) not in known:
-                raise ValueError(f"{name} of shape {tuple(p.shape)} is not a parameter of the model; create the "
-                                 "optimizer after the model is moved, wrapped or sharded")  # fmt: skip
+                raise ValueError(
+                    f"{name} of shape {tuple(p.shape)} is not a parameter of the model; create the "
+                    "optimizer after the model is moved, wrapped or sharded"
+                )
             _refuse_replica(name, p)
         self.max_norm = max_norm
         #: The norm of all gradients of the last step, as a number; None without ``max_norm``.
@@ -79,9 +81,11 @@ class Release:
         skipped = self._skipped
         self._begin()
         if once:
-            raise RuntimeError(f"max_norm={self.max_norm!r} needs two backward passes for each step, "
-                               "loss.backward(retain_graph=True) and loss.backward(); nothing was changed, and "
-                               f"the gradient of {once[0]} came once")  # fmt: skip
+            raise RuntimeError(
+                f"max_norm={self.max_norm!r} needs two backward passes for each step, "
+                "loss.backward(retain_graph=True) and loss.backward(); nothing was changed, and "
+                f"the gradient of {once[0]} came once"
+            )
         if skipped:
             self._optimizer.skipped_steps += 1
 
@@ -171,9 +175,11 @@ def _refuse_model(model: Any) -> None:
         raise TypeError(f"release_gradients takes the model, not a {type(model).__name__}")
     for kind in (nn.parallel.DistributedDataParallel, nn.DataParallel, *_fsdp1()):
         if any(isinstance(module, kind) for module in model.modules()):
-            raise RuntimeError(f"gradients cannot be released under {kind.__name__}: it averages them over the ranks "
-                               "after the hook in which a parameter would step; shard with "
-                               "torch.distributed.fsdp.fully_shard, which averages before")  # fmt: skip
+            raise RuntimeError(
+                f"gradients cannot be released under {kind.__name__}: it averages them over the ranks "
+                "after the hook in which a parameter would step; shard with "
+                "torch.distributed.fsdp.fully_shard, which averages before"
+            )
 
 
 def _fsdp1() -> tuple[type, ...]:
@@ -192,6 +198,8 @@ def _refuse_replica(name: str, p: Tensor) -> None:
     from torch.distributed.tensor import DTensor
 
     if not isinstance(p, DTensor):
-        raise RuntimeError(f"{name} is whole on each of {dist.get_world_size()} ranks, and its gradient is this rank's "
-                           "alone when it is ready; gradients are released in one process, or sharded with "
-                           "torch.distributed.fsdp.fully_shard")  # fmt: skip
+        raise RuntimeError(
+            f"{name} is whole on each of {dist.get_world_size()} ranks, and its gradient is this rank's "
+            "alone when it is ready; gradients are released in one process, or sharded with "
+            "torch.distributed.fsdp.fully_shard"
+        )

@@ -105,8 +105,13 @@ class OptimSpec:
         rule = RULES[self.rule]
         set_ = object.__setattr__
         set_(self, "format", self.format or rule.default_format)
-        for axis, values in (("format", FORMATS), ("master", MASTERS), ("placement", PLACEMENTS),
-                             ("partition", PARTITIONS), ("engine", ENGINES)):  # fmt: skip
+        for axis, values in (
+            ("format", FORMATS),
+            ("master", MASTERS),
+            ("placement", PLACEMENTS),
+            ("partition", PARTITIONS),
+            ("engine", ENGINES),
+        ):
             _known(axis, getattr(self, axis), values)
         set_(self, "overrides", MappingProxyType(dict(self.overrides)))
         set_(self, "hyper", MappingProxyType(dict(self.hyper)))
@@ -236,8 +241,10 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     head, slash, tail = lowered.partition("/")
     match = _GRAMMAR.fullmatch(_plain_name(head) + slash + tail)
     if match is None:
-        raise SpecError(f"cannot read the spec {text!r}; the form is RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION], "
-                        f"where RULE is one of {', '.join(RULES)}")  # fmt: skip
+        raise SpecError(
+            f"cannot read the spec {text!r}; the form is RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION], "
+            f"where RULE is one of {', '.join(RULES)}"
+        )
     axes: dict[str, Any] = {axis: value for axis, value in match.groupdict().items() if value is not None}
     return OptimSpec(**axes, **fields)
 
@@ -273,7 +280,8 @@ def _specs(engine: str) -> Iterator[OptimSpec]:
     for rule in RULES:
         for fmt, master, placement, partition in product(FORMATS, MASTERS, PLACEMENTS, PARTITIONS):
             try:
-                yield OptimSpec(rule=rule, format=fmt, master=master, placement=placement, partition=partition,
-                                engine=engine)  # fmt: skip
+                yield OptimSpec(
+                    rule=rule, format=fmt, master=master, placement=placement, partition=partition, engine=engine
+                )
             except SpecError:
                 continue

@@ -66,19 +66,25 @@ def _origin(optimizer: Keeper, metadata: Mapping[str, Any]) -> str:
         return "; memopt.load(state_dict, optimizer=...) reads and converts the state of other tools"
     if old == new:
         return ""
-    return (f" (the state was saved by {old!r}, this is {new!r}: load it into an optimizer of {old!r} and use "
-            f"opt.convert_({new!r}), or memopt.save and memopt.load, which convert)")  # fmt: skip
+    return (
+        f" (the state was saved by {old!r}, this is {new!r}: load it into an optimizer of {old!r} and use "
+        f"opt.convert_({new!r}), or memopt.save and memopt.load, which convert)"
+    )
 
 
 def _check_world(optimizer: Keeper, metadata: Mapping[str, Any]) -> None:
     saved = metadata.get("rank", 0), metadata.get("world_size", 1)
     if saved != (optimizer.partition.rank, optimizer.partition.world_size):
-        raise ValueError(f"this state is rank {metadata.get('rank')} of {metadata.get('world_size')}, and it is loaded "
-                         f"on rank {optimizer.partition.rank} of {optimizer.partition.world_size}; "
-                         "a sharded state loads on the rank and world size that saved it")  # fmt: skip
+        raise ValueError(
+            f"this state is rank {metadata.get('rank')} of {metadata.get('world_size')}, and it is loaded "
+            f"on rank {optimizer.partition.rank} of {optimizer.partition.world_size}; "
+            "a sharded state loads on the rank and world size that saved it"
+        )
     if metadata and metadata.get("cut") != optimizer.partition.cut():
-        raise ValueError("this state is of parameters that were cut elsewhere; it loads under the DeepSpeed stage and "
-                         "with the param groups that saved it")  # fmt: skip
+        raise ValueError(
+            "this state is of parameters that were cut elsewhere; it loads under the DeepSpeed stage and "
+            "with the param groups that saved it"
+        )
 
 
 def _plan_groups(optimizer: Keeper, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -119,5 +125,7 @@ def _check_state(
             raise ValueError(f"{name}: the saved {key!r} is a {type(value).__name__}, not a tensor")
         dtype = getattr(torch, line.dtype)
         if tuple(value.shape) != line.shape or value.dtype != dtype:
-            raise ValueError(f"{name}: the saved {key!r} is {value.dtype} {tuple(value.shape)}, "
-                             f"here it is {dtype} {line.shape}{origin}")  # fmt: skip
+            raise ValueError(
+                f"{name}: the saved {key!r} is {value.dtype} {tuple(value.shape)}, "
+                f"here it is {dtype} {line.shape}{origin}"
+            )

@@ -32,11 +32,17 @@ PLAIN_SPECS = [s for s in SPECS if "@" not in s and "/" not in s]
 MASTERED = [
     str(spec)
     for spec in memopt.specs()
-    if spec.master != "none" and f"{spec.rule}-{spec.format}@{spec.placement}/{spec.partition}" in (
-        "adamw-32bit@device/none", "adamw-8bit@device/none", "adamw-8bit@paged/zero1", "adafactor-factored@device/none",
-        "lion-8bit@device/none", "sgd-32bit@device/none",
+    if spec.master != "none"
+    and f"{spec.rule}-{spec.format}@{spec.placement}/{spec.partition}"
+    in (
+        "adamw-32bit@device/none",
+        "adamw-8bit@device/none",
+        "adamw-8bit@paged/zero1",
+        "adafactor-factored@device/none",
+        "lion-8bit@device/none",
+        "sgd-32bit@device/none",
     )
-]  # fmt: skip
+]
 
 #: Hyperparameter variants that keep other moments than the default.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [

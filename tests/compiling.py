@@ -86,8 +86,11 @@ def describe(kernel: CompiledKernel) -> dict[str, Any]:
     constants = {names[path[0]]: value for path, value in kernel.src.constants.items()}
     assembly = kernel.asm.get("ptx") or kernel.asm["amdgcn"]
     wide = ("global_load_dwordx4", "buffer_load_dwordx4")
-    vectors = [line for line in assembly.splitlines() if ("ld.global" in line and ".v4" in line)
-               or any(name in line for name in wide)]  # fmt: skip
+    vectors = [
+        line
+        for line in assembly.splitlines()
+        if ("ld.global" in line and ".v4" in line) or any(name in line for name in wide)
+    ]
     found = {"kernel": kernel.name, "aligned": constants.get("ALIGN", 1) > 1, "vectors": len(vectors)}
     if "cubin" not in kernel.asm:
         return {**found, "spilled": 0}

@@ -106,8 +106,11 @@ def either(monkeypatch, request):
 
     from memopt.placements import bus
 
-    made = (simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN)) if request.param == "clock"
-            else simulated.ThreadedBus())  # fmt: skip
+    made = (
+        simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
+        if request.param == "clock"
+        else simulated.ThreadedBus()
+    )
     monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
     return made
 

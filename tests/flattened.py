@@ -21,12 +21,21 @@ STEPS = 3
 #: ranks, and what runs there: spec, stage, offload to the CPU, dtype of the weights, param groups.
 CASES = {
     1: [("adafactor", 2, True, "float32", 1), ("came-8bit", 3, False, "bfloat16", 1)],
-    2: [("adafactor", 1, False, "float32", 2), ("came-8bit", 2, True, "float32", 1), ("lamb", 3, True, "float32", 2),
-        ("adammini-8bit", 2, False, "float32", 1), ("stableadamw", 1, False, "bfloat16", 2)],
-    3: [("adafactor", 3, False, "float32", 1), ("came-8bit", 3, False, "float32", 1),
-        ("adamw-factored", 2, False, "float32", 2), ("adafactor", 1, False, "bfloat16", 1),
-        ("lamb-8bit", 2, False, "float32", 1)],
-}  # fmt: skip
+    2: [
+        ("adafactor", 1, False, "float32", 2),
+        ("came-8bit", 2, True, "float32", 1),
+        ("lamb", 3, True, "float32", 2),
+        ("adammini-8bit", 2, False, "float32", 1),
+        ("stableadamw", 1, False, "bfloat16", 2),
+    ],
+    3: [
+        ("adafactor", 3, False, "float32", 1),
+        ("came-8bit", 3, False, "float32", 1),
+        ("adamw-factored", 2, False, "float32", 2),
+        ("adafactor", 1, False, "bfloat16", 1),
+        ("lamb-8bit", 2, False, "float32", 1),
+    ],
+}
 
 
 class Chosen(Uneven):
@@ -62,9 +71,15 @@ def made(model: nn.Module, spec: str, groups: int = 1, **keywords: Any) -> memop
 
 
 def started(
-    spec: str, stage: int, offload: bool = False, dtype: torch.dtype = torch.float32, groups: int = 1,
-    zero: dict[str, Any] | None = None, frozen: str = "", **keywords: Any,
-) -> tuple[Any, memopt.Optimizer]:  # fmt: skip
+    spec: str,
+    stage: int,
+    offload: bool = False,
+    dtype: torch.dtype = torch.float32,
+    groups: int = 1,
+    zero: dict[str, Any] | None = None,
+    frozen: str = "",
+    **keywords: Any,
+) -> tuple[Any, memopt.Optimizer]:
     """An engine over this rank's group, and the optimizer that it steps."""
     os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=os.environ["RANK"], LOCAL_SIZE=os.environ["WORLD_SIZE"])
     import deepspeed
@@ -98,25 +113,38 @@ def alone(
         for i, p in enumerate(model.parameters()):
             p.grad = gradient(step, i, tuple(p.shape)) if p.requires_grad else None
         optimizer.step()
-    return ({name: p.detach() for name, p in model.named_parameters()},
-            {name: optimizer.state[p] for name, p in model.named_parameters()})  # fmt: skip
+    return (
+        {name: p.detach() for name, p in model.named_parameters()},
+        {name: optimizer.state[p] for name, p in model.named_parameters()},
+    )
 
 
 def found(optimizer: memopt.Optimizer) -> dict[str, tuple[int, int, Tensor, Any, dict[str, Tensor]]]:
     """Of each parameter that is stepped here: its elements [start, stop), their values, its rows and its state."""
     return {
-        f.origin.name: (*f.span, f.part.detach().reshape(-1).clone(), tuple(f.rows),
-                        {key: x.clone() for key, x in optimizer.state[f.part].items()})
-        for f in optimizer.partition.fragments if f.is_here
-    }  # fmt: skip
+        f.origin.name: (
+            *f.span,
+            f.part.detach().reshape(-1).clone(),
+            tuple(f.rows),
+            {key: x.clone() for key, x in optimizer.state[f.part].items()},
+        )
+        for f in optimizer.partition.fragments
+        if f.is_here
+    }
 
 
 def run_case(spec: str, stage: int, offload: bool, dtype: str, groups: int) -> dict[str, Any]:
     engine, optimizer = started(spec, stage, offload, getattr(torch, dtype), groups)
     drive(engine, 0, STEPS)
     shapes = {name: shape_of(p) for name, p in engine.module.named_parameters()}
-    predicted = memopt.price(shapes, spec, world_size=dist.get_world_size(), rank=dist.get_rank(), deepspeed=stage,
-                             **HYPER.get(memopt.parse(spec).rule, {}))  # fmt: skip
+    predicted = memopt.price(
+        shapes,
+        spec,
+        world_size=dist.get_world_size(),
+        rank=dist.get_rank(),
+        deepspeed=stage,
+        **HYPER.get(memopt.parse(spec).rule, {}),
+    )
     after = found(optimizer)
     return {
         "found": after,
@@ -139,9 +167,11 @@ def resumed(engine: Any, optimizer: memopt.Optimizer, again: Any) -> list[str]:
     drive(other, STEPS, 2)
     one, two = found(optimizer), found(second)
     return [
-        f"{name} {key}" for name in one for key in ("values", *one[name][4])
+        f"{name} {key}"
+        for name in one
+        for key in ("values", *one[name][4])
         if not torch.equal(*(x[name][2] if key == "values" else x[name][4][key] for x in (one, two)))
-    ]  # fmt: skip
+    ]
 
 
 def collectives() -> int:

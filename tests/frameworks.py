@@ -65,8 +65,10 @@ CASES = [
 
 def table() -> str:
     """The rows of docs/compatibility.md: exactly what the tests run."""
-    lines = ["| framework | processes | spec | losses of the bare script | save and load in mid-training |",
-             "|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| framework | processes | spec | losses of the bare script | save and load in mid-training |",
+        "|---|---|---|---|---|",
+    ]
     for case in CASES:
         goes_on = "refused with the reason: memopt.save" if case.refused else "bit for bit"
         lines.append(f"| {case.framework} | {case.ranks} | `{case.spec}` | yes | {goes_on} |")

@@ -153,13 +153,22 @@ def under_trainer(spec: str, path: str) -> dict[str, Any]:
         trainer = Recording(
             WithLoss(),
             transformers.TrainingArguments(
-                path, max_steps=STEPS // 2, save_steps=SAVED_AT // 2, per_device_train_batch_size=BATCH // world,
-                gradient_accumulation_steps=2, max_grad_norm=MAX_NORM, lr_scheduler_type="constant",
-                train_sampling_strategy="sequential", use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True,
+                path,
+                max_steps=STEPS // 2,
+                save_steps=SAVED_AT // 2,
+                per_device_train_batch_size=BATCH // world,
+                gradient_accumulation_steps=2,
+                max_grad_norm=MAX_NORM,
+                lr_scheduler_type="constant",
+                train_sampling_strategy="sequential",
+                use_cpu=True,
+                ddp_backend="gloo",
+                report_to=[],
+                disable_tqdm=True,
             ),
             train_dataset=[{"x": row} for row in rows],
             optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": spec, "lr": LR}),
-        )  # fmt: skip
+        )
         trainer.train(**keywords)
         return trainer
 
@@ -201,11 +210,19 @@ def under_lightning(spec: str, path: str) -> dict[str, Any]:
 
     def train(resume: str | None = None) -> None:
         trainer = Trainer(
-            accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_steps=STEPS // 2,
-            accumulate_grad_batches=2, gradient_clip_val=MAX_NORM, default_root_dir=path, logger=False,
+            accelerator="cpu",
+            devices=world,
+            strategy="ddp" if world > 1 else "auto",
+            max_steps=STEPS // 2,
+            accumulate_grad_batches=2,
+            gradient_clip_val=MAX_NORM,
+            default_root_dir=path,
+            logger=False,
             callbacks=[ModelCheckpoint(path, "{step}", every_n_train_steps=SAVED_AT // 2, save_top_k=-1)],
-            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-        )  # fmt: skip
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
         trainer.fit(Module(), torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=resume)
 
     losses: list[float] = []

@@ -7,8 +7,14 @@ import memopt
 
 LOW = [torch.bfloat16, torch.float16]
 #: Bits of precision of weight and tensor beside it: the largest relative error is 2 to the minus this.
-BITS = {"none": (8, 11), "fp32": (24, 24), "kahan": (17, 23), "stochastic": (7, 10), "split": (15, 18),
-        "split16": (24, 24)}  # fmt: skip
+BITS = {
+    "none": (8, 11),
+    "fp32": (24, 24),
+    "kahan": (17, 23),
+    "stochastic": (7, 10),
+    "split": (15, 18),
+    "split16": (24, 24),
+}
 #: Bytes beside each bf16 parameter.
 NBYTES = {"none": 0, "fp32": 4, "kahan": 2, "stochastic": 0, "split": 1, "split16": 2}
 

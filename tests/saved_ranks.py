@@ -79,8 +79,9 @@ def convert_each():
         for after in FORMATS:
             report = opt.convert_(f"adamw-{after}/zero1".replace("-32bit", ""))
             found[fmt, after] = report.relative_error
-            assert opt.ledger() == memopt.price(model, str(opt.spec), world_size=dist.get_world_size(),
-                                                rank=dist.get_rank())  # fmt: skip
+            assert opt.ledger() == memopt.price(
+                model, str(opt.spec), world_size=dist.get_world_size(), rank=dist.get_rank()
+            )
     return found, [dict(opt.state[p]) for p in model.parameters()]
 
 

@@ -19,10 +19,27 @@ import memopt
 WORLD = 4
 STEPS = 20
 #: A sample; benchmarks/sharding_matrix.py runs every rule × format × partition on 1 to 4 ranks.
-SPECS = ["adamw/zero2", "adamw/zero3", "adamw-8bit/zero3", "lion-4bit/zero2", "rmsprop-fp8/zero3", "sgd-bf16/zero3",
-         "adafactor/zero2", "adafactor-32bit/zero3", "came/zero3", "adamw-factored/zero3", "adamw-8bit@paged/zero3",
-         "adafactor/zero1", "adammini-8bit/zero3", "adamw-8bit+stochastic/zero3", "lamb/zero3",
-         "lamb-8bit/zero1", "came-8bit/zero3", "came-4bit/zero1", "stableadamw-8bit/zero2"]  # fmt: skip
+SPECS = [
+    "adamw/zero2",
+    "adamw/zero3",
+    "adamw-8bit/zero3",
+    "lion-4bit/zero2",
+    "rmsprop-fp8/zero3",
+    "sgd-bf16/zero3",
+    "adafactor/zero2",
+    "adafactor-32bit/zero3",
+    "came/zero3",
+    "adamw-factored/zero3",
+    "adamw-8bit@paged/zero3",
+    "adafactor/zero1",
+    "adammini-8bit/zero3",
+    "adamw-8bit+stochastic/zero3",
+    "lamb/zero3",
+    "lamb-8bit/zero1",
+    "came-8bit/zero3",
+    "came-4bit/zero1",
+    "stableadamw-8bit/zero2",
+]
 
 
 def run_spec(spec: str) -> dict[str, Any]:
@@ -64,10 +81,18 @@ def two_dimensions() -> dict[str, Any]:
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     found = {"hsdp": train_blocks("adamw-8bit/zero3", WORLD, mesh)}
-    placements = {"rows": (Shard(0), Replicate()), "columns": (Shard(0), Shard(1)), "replicas": (Replicate(), Shard(0)),
-                  "twice": (Shard(0), Shard(0))}  # fmt: skip
-    for name, spec in [("rows", "adamw-8bit/zero3"), ("replicas", "adafactor/zero3"), ("columns", "adamw/zero3"),
-                       ("twice", "adafactor/zero3")]:  # fmt: skip
+    placements = {
+        "rows": (Shard(0), Replicate()),
+        "columns": (Shard(0), Shard(1)),
+        "replicas": (Replicate(), Shard(0)),
+        "twice": (Shard(0), Shard(0)),
+    }
+    for name, spec in [
+        ("rows", "adamw-8bit/zero3"),
+        ("replicas", "adafactor/zero3"),
+        ("columns", "adamw/zero3"),
+        ("twice", "adafactor/zero3"),
+    ]:
         torch.manual_seed(0)
         p = nn.Parameter(distribute_tensor(torch.randn(255, 70), mesh, placements[name]))
         opt = memopt.create([("w", p)], spec)

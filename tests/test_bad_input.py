@@ -59,7 +59,7 @@ NAN, INF = float("nan"), float("inf")
         ("adamw", {"seed": 1.5}, ["seed=1.5", "integer"]),
         ("adamw", {"engine": "magic"}, ["unknown engine 'magic'", "native, bitsandbytes"]),
     ],
-)  # fmt: skip
+)
 def test_hyperparameters(spec, hyper, words):
     with pytest.raises(SpecError) as error:
         memopt.create(nn.Linear(2, 2), spec, **hyper)

@@ -58,9 +58,18 @@ class TestEstimate:
         form = json.loads(out)
         assert code == 0
         assert list(form) == [
-            "schema", "model", "weights", "gradients", "world_size", "gpu_nbytes", "without", "training",
-            "saved_nbytes", "fits", "specs",
-        ]  # fmt: skip
+            "schema",
+            "model",
+            "weights",
+            "gradients",
+            "world_size",
+            "gpu_nbytes",
+            "without",
+            "training",
+            "saved_nbytes",
+            "fits",
+            "specs",
+        ]
         assert form["schema"] == "memopt.estimate/1"
         assert form["model"]["parameters"] == 124_439_808
         adamw, paged = form["specs"]
@@ -275,6 +284,11 @@ def test_start_up_imports_nothing_heavy():
         "import sys; before = set(sys.modules); from memopt.cli import main; main(['estimate', '8B']);"
         "print(*sorted(set(sys.modules) - before), file=sys.stderr)"
     )
-    result = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True,
-                            env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert set(result.stderr.split()) & set(HEAVY) == set()

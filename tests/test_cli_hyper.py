@@ -15,13 +15,19 @@ def state(form, spec):
     return sum(row["nbytes"] for row in column["rows"] if row["what"] == "state")
 
 
-@pytest.mark.parametrize(("specs", "texts", "hyper"), [
-    (["sgd-8bit", "adamw"], ["momentum=0.9"], {"sgd-8bit": {"momentum": 0.9}, "adamw": {}}),
-    (["adamw", "adam-4bit"], ["amsgrad=true"], {"adamw": {"amsgrad": True}, "adam-4bit": {"amsgrad": True}}),
-    (["rmsprop"], ["momentum=0.9", "centered=true"], {"rmsprop": {"momentum": 0.9, "centered": True}}),
-    (["adafactor"], ["beta1=0.9", "convention=transformers"],
-     {"adafactor": {"beta1": 0.9, "convention": "transformers"}}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("specs", "texts", "hyper"),
+    [
+        (["sgd-8bit", "adamw"], ["momentum=0.9"], {"sgd-8bit": {"momentum": 0.9}, "adamw": {}}),
+        (["adamw", "adam-4bit"], ["amsgrad=true"], {"adamw": {"amsgrad": True}, "adam-4bit": {"amsgrad": True}}),
+        (["rmsprop"], ["momentum=0.9", "centered=true"], {"rmsprop": {"momentum": 0.9, "centered": True}}),
+        (
+            ["adafactor"],
+            ["beta1=0.9", "convention=transformers"],
+            {"adafactor": {"beta1": 0.9, "convention": "transformers"}},
+        ),
+    ],
+)
 def test_each_rule_is_priced_with_those_it_has(run, specs, texts, hyper):
     code, out, err = run("estimate", "gpt2", "--json", "--optim", *specs, "--hyper", *texts)
     assert (code, err) == (0, "")
@@ -48,12 +54,15 @@ def test_what_is_emitted_says_them_and_is_read_back(run, tmp_path, kind):
         assert json.loads(again)["specs"] == json.loads(first)["specs"]
 
 
-@pytest.mark.parametrize(("flags", "sentence"), [
-    (["adamw", "--hyper", "momentum=0.9"], "--hyper momentum is for sgd, rmsprop, and none of the specs is"),
-    (["adamw", "--hyper", "width=3"], "--hyper width is not allowed; no rule has it"),
-    (["sgd", "--hyper", "momentum"], "--hyper 'momentum' is not allowed; it is NAME=VALUE, such as momentum=0.9"),
-    (["sgd", "--hyper", "momentum=-1"], "momentum=-1 is not allowed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["adamw", "--hyper", "momentum=0.9"], "--hyper momentum is for sgd, rmsprop, and none of the specs is"),
+        (["adamw", "--hyper", "width=3"], "--hyper width is not allowed; no rule has it"),
+        (["sgd", "--hyper", "momentum"], "--hyper 'momentum' is not allowed; it is NAME=VALUE, such as momentum=0.9"),
+        (["sgd", "--hyper", "momentum=-1"], "momentum=-1 is not allowed"),
+    ],
+)
 @pytest.mark.parametrize("verb", [["estimate", "gpt2"], ["train"], ["lr-find"]], ids=lambda v: v[0])
 def test_bad_input(run, verb, flags, sentence):
     code, _, err = run(*verb, "--optim", *flags)

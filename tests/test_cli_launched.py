@@ -60,17 +60,49 @@ class TestDeepSpeed:
         assert not config.zero_force_ds_cpu_optimizer
 
     def test_a_foreign_configuration_is_read(self, run, write):
-        path = write({"train_batch_size": 16, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4,
-                      "bf16": {"enabled": True}, "optimizer": {"type": "AdamW"},
-                      "zero_optimization": {"stage": 2, "reduce_bucket_size": 2e8, "overlap_comm": True}})  # fmt: skip
+        path = write(
+            {
+                "train_batch_size": 16,
+                "train_micro_batch_size_per_gpu": 2,
+                "gradient_accumulation_steps": 4,
+                "bf16": {"enabled": True},
+                "optimizer": {"type": "AdamW"},
+                "zero_optimization": {"stage": 2, "reduce_bucket_size": 2e8, "overlap_comm": True},
+            }
+        )
         one = run("estimate", "gpt2", "--from", path, "--seq", "64", "--json")[1]
-        two = run("estimate", "gpt2", "--optim", "adamw/zero2", "--batch", "2", "--accumulate", "4", "--seq", "64",
-                  "--world", "2", "--deepspeed", "--bucket", "400000000", "--weights", "bf16", "--json")[1]  # fmt: skip
+        two = run(
+            "estimate",
+            "gpt2",
+            "--optim",
+            "adamw/zero2",
+            "--batch",
+            "2",
+            "--accumulate",
+            "4",
+            "--seq",
+            "64",
+            "--world",
+            "2",
+            "--deepspeed",
+            "--bucket",
+            "400000000",
+            "--weights",
+            "bf16",
+            "--json",
+        )[1]
         assert json.loads(one) == json.loads(two)
 
     def test_auto_is_left_to_the_command_line(self, write):
-        options = read(write({"train_micro_batch_size_per_gpu": "auto", "bf16": {"enabled": "auto"},
-                              "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}))  # fmt: skip
+        options = read(
+            write(
+                {
+                    "train_micro_batch_size_per_gpu": "auto",
+                    "bf16": {"enabled": "auto"},
+                    "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"},
+                }
+            )
+        )
         assert options["batch"] is options["bucket"] is None
         assert options["optim"] == ["adamw/zero3"]
 
@@ -176,8 +208,13 @@ def test_the_command_line_wins(write):
 
 
 def test_hostile_options_are_one_sentence(run, write):
-    for options in ({"model": [1]}, {"model": "gpt2", "gpu": {}}, {"model": "gpt2", "weights": ["x"]},
-                    {"model": "gpt2", "seq": {}}, {"model": "gpt2", "deepspeed": "perhaps"}):  # fmt: skip
+    for options in (
+        {"model": [1]},
+        {"model": "gpt2", "gpu": {}},
+        {"model": "gpt2", "weights": ["x"]},
+        {"model": "gpt2", "seq": {}},
+        {"model": "gpt2", "deepspeed": "perhaps"},
+    ):
         code, out, err = run("estimate", "--from", write({"memopt": {"estimate": options}}))
         assert (code, out, err.count("\n")) == (2, "", 1)
 
@@ -189,12 +226,52 @@ def test_no_file_is_a_traceback():
     from memopt.cli.launched import accelerate, deepspeed
 
     chance = random.Random(0)
-    values = [None, True, False, 0, 1, 2, 3, -1, 5e8, float("nan"), float("inf"), 10**40, "auto", "cpu", "none", "bf16",
-              "FSDP", "DEEPSPEED", "MULTI_GPU", "FULL_SHARD", "", "x" * 99, [], [1], {}, {"type": "AdamW"},
-              {"device": "cpu"}, {"device": []}, {"enabled": True}, {"enabled": 7}, {"stage": 2}, {"stage": "2"},
-              {"deepspeed_config_file": "/nowhere"}, {"zero_stage": [3]}]  # fmt: skip
-    theirs = ("optimizer", "zero_optimization", "bf16", "fp16", "train_batch_size", "train_micro_batch_size_per_gpu",
-              "gradient_accumulation_steps", "memopt")  # fmt: skip
+    values = [
+        None,
+        True,
+        False,
+        0,
+        1,
+        2,
+        3,
+        -1,
+        5e8,
+        float("nan"),
+        float("inf"),
+        10**40,
+        "auto",
+        "cpu",
+        "none",
+        "bf16",
+        "FSDP",
+        "DEEPSPEED",
+        "MULTI_GPU",
+        "FULL_SHARD",
+        "",
+        "x" * 99,
+        [],
+        [1],
+        {},
+        {"type": "AdamW"},
+        {"device": "cpu"},
+        {"device": []},
+        {"enabled": True},
+        {"enabled": 7},
+        {"stage": 2},
+        {"stage": "2"},
+        {"deepspeed_config_file": "/nowhere"},
+        {"zero_stage": [3]},
+    ]
+    theirs = (
+        "optimizer",
+        "zero_optimization",
+        "bf16",
+        "fp16",
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "memopt",
+    )
     inner = ("stage", "offload_optimizer", "offload_param", "overlap_comm", "reduce_bucket_size")
     asked = ("distributed_type", "num_processes", "mixed_precision", "fsdp_config", "deepspeed_config")
     fsdp = ("fsdp_offload_params", "fsdp_sharding_strategy", "fsdp_reshard_after_forward")

@@ -15,14 +15,17 @@ from memopt.placements import bus
 TOLD = [
     ("adamw@cpu", ["--workspace", "2MiB"], {"workspace": "2MiB"}),
     ("adamw@cpu", ["--offload-gradients", "true"], {"offload_gradients": True}),
-    ("adamw@cpu", ["--offload-gradients", "true", "--workspace", "1MiB"],
-     {"offload_gradients": True, "workspace": "1MiB"}),
+    (
+        "adamw@cpu",
+        ["--offload-gradients", "true", "--workspace", "1MiB"],
+        {"offload_gradients": True, "workspace": "1MiB"},
+    ),
     ("adamw-8bit@cpu", ["--offload-gradients", "early"], {"offload_gradients": "early"}),
     ("adamw-8bit@cpu", ["--offload-gradients", "False"], {"offload_gradients": False}),
     ("adamw@host", ["--workspace", "1MiB"], {"workspace": "1MiB"}),
     ("adafactor@disk", ["--workspace", "1MiB"], {"workspace": "1MiB"}),
     ("adamw-8bit@disk", ["--directory", "DIR"], {"directory": "DIR"}),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -84,8 +87,11 @@ def test_what_is_emitted_says_it_and_is_read_back(run, tmp_path, on_disk, kind):
     code, out, _ = run("estimate", on_disk, "--emit", kind, *flags)
     assert code == 0
     body = out.split("\n", 1)[1]
-    assert ('"workspace": 2097152, "offload_gradients": True' if kind == "transformers"
-            else "workspace=2097152, offload_gradients=True") in body  # fmt: skip
+    assert (
+        '"workspace": 2097152, "offload_gradients": True'
+        if kind == "transformers"
+        else "workspace=2097152, offload_gradients=True"
+    ) in body
     file = tmp_path / "emitted"
     file.write_text(out)
     again = json.loads(run("estimate", on_disk, "--json", "--from", str(file))[1])

@@ -130,9 +130,12 @@ def mixed_gradients():
 
     mesh = init_device_mesh("cpu", (2, 2))
     cuts = [
-        (Replicate(), Replicate()), (Shard(0), Replicate()), (Replicate(), Shard(1)), (Shard(0), Shard(1)),
+        (Replicate(), Replicate()),
+        (Shard(0), Replicate()),
+        (Replicate(), Shard(1)),
+        (Shard(0), Shard(1)),
         (Shard(0), Shard(0)),
-    ]  # fmt: skip
+    ]
     results = []
     for norm_type in (2.0, inf):
         params = []

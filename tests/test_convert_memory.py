@@ -66,10 +66,12 @@ for line in sys.argv[1:]:
 )
 
 CASES = [
-    "adamw native adamw-4bit native", "adamw-8bit native adamw-factored native",
-    "adamw-factored native adamw-8bit native", "adamw-8bit native adamw-8bit bitsandbytes",
+    "adamw native adamw-4bit native",
+    "adamw-8bit native adamw-factored native",
+    "adamw-factored native adamw-8bit native",
+    "adamw-8bit native adamw-8bit bitsandbytes",
     "adamw-8bit bitsandbytes adamw native",
-]  # fmt: skip
+]
 
 
 def measured(code, *arguments):

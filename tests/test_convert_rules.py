@@ -35,8 +35,11 @@ def test_every_rule_becomes_every_other_as_if_it_had_seen_the_same_gradients(bef
         names = {key.partition(".")[0] for key in there.state[others[0]]} - {"step", "slow"}
         kept = {key.partition(".")[0] for key in opt.state[weights[0]]}
         plain = before.removeprefix("lookahead(").rstrip(")"), after.removeprefix("lookahead(").rstrip(")")
-        lacking = {m for m in names if m not in kept or (plain[0] != plain[1] and
-                   ((plain[0], m) in OTHER or (plain[1], m) in OTHER))}  # fmt: skip
+        lacking = {
+            m
+            for m in names
+            if m not in kept or (plain[0] != plain[1] and ((plain[0], m) in OTHER or (plain[1], m) in OTHER))
+        }
         filled = {}
         for _ in lacking:
             with pytest.raises(SpecError, match=r"say how to fill it, for example fill=") as refusal:

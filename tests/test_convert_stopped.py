@@ -140,11 +140,18 @@ def test_nothing_is_done_with_half_of_a_rule(monkeypatch, tmp_path):
         with pytest.raises(RuntimeError, match=r"no memory. 2 of \d+ parameters are as 'lion' keeps them"):
             opt.convert_("lion")
     for refused in (
-        opt.step, opt.state_dict, opt.explain, lambda: opt.load_state_dict(saved), lambda: opt.convert_("lamb"),
-        lambda: opt.convert_("lion", lr=1.0), lambda: memopt.save(tmp_path, optimizer=opt),
-        lambda: memopt.checkpoint.source_of(opt), lambda: opt.release_gradients(model), opt.init_state,
+        opt.step,
+        opt.state_dict,
+        opt.explain,
+        lambda: opt.load_state_dict(saved),
+        lambda: opt.convert_("lamb"),
+        lambda: opt.convert_("lion", lr=1.0),
+        lambda: memopt.save(tmp_path, optimizer=opt),
+        lambda: memopt.checkpoint.source_of(opt),
+        lambda: opt.release_gradients(model),
+        opt.init_state,
         lambda: opt.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]}),
-    ):  # fmt: skip
+    ):
         with pytest.raises(RuntimeError, match=r"the others as 'adamw', which is no optimizer: the same call"):
             refused()
     opt.convert_("lion")

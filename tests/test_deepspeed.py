@@ -92,11 +92,16 @@ def test_statistics_of_many_parameters_share_their_collectives():
     assert all(rank["others"]["collectives"] == 5 for rank in session(2))
 
 
-@pytest.mark.parametrize(("name", "spec", "keywords"), [
-    ("sub-groups", "adafactor", {}), ("frozen", "came", {"frozen": "odder"}),
-    ("overrides", "adamw-8bit", {"overrides": {"odd": "32bit"}}),
-    ("host", "adafactor-8bit", {}), ("disk", "adamw-factored", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "spec", "keywords"),
+    [
+        ("sub-groups", "adafactor", {}),
+        ("frozen", "came", {"frozen": "odder"}),
+        ("overrides", "adamw-8bit", {"overrides": {"odd": "32bit"}}),
+        ("host", "adafactor-8bit", {}),
+        ("disk", "adamw-factored", {}),
+    ],
+)
 def test_sub_groups_overrides_and_places(name, spec, keywords):
     """Parameters of one process, to what kernels round otherwise; of codes one in some hundred thousand is another."""
     expected, _ = flattened.alone(spec, STEPS, **keywords)
@@ -108,19 +113,25 @@ def test_sub_groups_overrides_and_places(name, spec, keywords):
     assert ("'odd' -> 32bit" in session(2)[0]["others"]["found"][name][1]) == (name == "overrides")
 
 
-@pytest.mark.parametrize(("name", "words"), [
-    ("another order", r"'adafactor' needs the parameters' shapes.*cannot be recovered: .*round_robin_gradients.*FSDP2"),
-    ("tensor parallelism", "odd is cut by tensor parallelism"),
-    ("offload_gradients", "takes gradients that DeepSpeed is to reduce"),
-    ("partition", "its stage takes the place of /zero1"),
-    ("convert_", "make the optimizer with it"),
-    ("convert_ vectors", "'adafactor', which needs the parameters' shapes"),
-    ("save", "save with the engine's save_checkpoint"),
-    ("pickle", "use the engine's save_checkpoint"),
-    ("group", "no group can be added"),
-    ("cut elsewhere", "the DeepSpeed stage and with the param groups that saved it"),
-    ("elastic", "elastic_checkpoint cuts codes and scales"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "another order",
+            r"'adafactor' needs the parameters' shapes.*cannot be recovered: .*round_robin_gradients.*FSDP2",
+        ),
+        ("tensor parallelism", "odd is cut by tensor parallelism"),
+        ("offload_gradients", "takes gradients that DeepSpeed is to reduce"),
+        ("partition", "its stage takes the place of /zero1"),
+        ("convert_", "make the optimizer with it"),
+        ("convert_ vectors", "'adafactor', which needs the parameters' shapes"),
+        ("save", "save with the engine's save_checkpoint"),
+        ("pickle", "use the engine's save_checkpoint"),
+        ("group", "no group can be added"),
+        ("cut elsewhere", "the DeepSpeed stage and with the param groups that saved it"),
+        ("elastic", "elastic_checkpoint cuts codes and scales"),
+    ],
+)
 def test_what_cannot_be_is_refused_in_a_sentence(name, words):
     import re
 

@@ -114,8 +114,9 @@ class TestState:
         model = resolve("smollm2-135m")
         hyper = {"momentum": 0.9} if spec.startswith("sgd") else {}
         column = estimate(model, spec, world_size=3, **hyper)[spec]
-        fullest = max(memopt.price(model.shapes, spec, world_size=3, rank=r, device="cuda", **hyper).nbytes
-                      for r in range(3))  # fmt: skip
+        fullest = max(
+            memopt.price(model.shapes, spec, world_size=3, rank=r, device="cuda", **hyper).nbytes for r in range(3)
+        )
         assert column.nbytes("state") == fullest
 
     @pytest.mark.parametrize("model", ["mixtral-8x7b", "whisper-tiny", "gpt2", "vit-base-patch16-224", "1B"])

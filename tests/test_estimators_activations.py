@@ -59,8 +59,9 @@ class TestKnownFormulas:
 
     def test_every_second_layer_keeps_half_the_layers(self):
         step = Step(1, 512, "sdpa", 2)
-        none, full, half = (activations({**LLAMA, "num_hidden_layers": 8}, "", step, how).saved
-                            for how in ("none", "full", "every-2"))  # fmt: skip
+        none, full, half = (
+            activations({**LLAMA, "num_hidden_layers": 8}, "", step, how).saved for how in ("none", "full", "every-2")
+        )
         tables = 2 * 512 * 128 * 2  # which layers that are not checkpointed keep
         assert half - tables == (none - tables + full) / 2
 
@@ -200,8 +201,15 @@ class TestEstimates:
         import memopt
         from estimators.trace import traced
 
-        sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 4,
-                 "num_key_value_heads": 2, "vocab_size": 3000, "tie_word_embeddings": tied}  # fmt: skip
+        sizes = {
+            "hidden_size": 256,
+            "intermediate_size": 688,
+            "num_hidden_layers": 6,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "vocab_size": 3000,
+            "tie_word_embeddings": tied,
+        }
         config = {"model_type": "llama", **sizes}
         model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**config))
         optimizer = memopt.create(model, "adamw-8bit")
@@ -216,8 +224,10 @@ class TestEstimates:
         live = traced(("step", step)).peak
         given = {"weights": "fp32", "seq": seq, "device": "cpu", "release_gradients": True}
         column = estimate(config, "adamw-8bit", **given).columns[0]
-        moving = max(sum(r.nbytes for r in column.rows if phase in r.phases and r.what in ("gradients", "activations"))
-                     for phase in ("forward", "loss", "backward"))  # fmt: skip
+        moving = max(
+            sum(r.nbytes for r in column.rows if phase in r.phases and r.what in ("gradients", "activations"))
+            for phase in ("forward", "loss", "backward")
+        )
         # Most activations and the largest gradient need not meet: an upper bound.
         assert live <= moving * 1.02 <= live * (1.7 if tied else 1.2)
         assert moving < 4 * sum(p.numel() for p in model.parameters())

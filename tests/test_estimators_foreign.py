@@ -84,8 +84,9 @@ class TestHub:
 
         transformers = pytest.importorskip("transformers", minversion="5.0")
         asked = []
-        monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict",
-                            lambda name: (asked.append(name), (CONFIG, {}))[1])  # fmt: skip
+        monkeypatch.setattr(
+            transformers.PreTrainedConfig, "get_config_dict", lambda name: (asked.append(name), (CONFIG, {}))[1]
+        )
         assert resolve("nobody/something").shapes == resolve(CONFIG).shapes
         assert resolve("openai-community/gpt2").name == "gpt2"  # built in: nobody is asked
         assert asked == ["nobody/something"]

@@ -16,20 +16,53 @@ CONFIGS = 6000
 SEED = 20240611
 #: A single hostile configuration may not keep anybody waiting either.
 SLOWEST_SECONDS = 2.0
-OPTIONAL = ("head_dim", "num_key_value_heads", "mlp_only_layers", "id2label", "n_inner", "weird", "text_config",
-            "tie_word_embeddings", "quantization_config")  # fmt: skip
+OPTIONAL = (
+    "head_dim",
+    "num_key_value_heads",
+    "mlp_only_layers",
+    "id2label",
+    "n_inner",
+    "weird",
+    "text_config",
+    "tie_word_embeddings",
+    "quantization_config",
+)
 
 
 def hostile(rng):
     """A value that does not belong where it stands, or nearly does."""
-    return rng.choice([
-        lambda: None, lambda: True, lambda: False, lambda: 0, lambda: -1, lambda: 1, lambda: rng.randrange(1, 300),
-        lambda: 2**31, lambda: 2**63, lambda: 10**18, lambda: 10**400, lambda: -(10**400), lambda: 1e308,
-        lambda: float("inf"), lambda: float("nan"), lambda: 4096.0, lambda: "4096", lambda: "",
-        lambda: "\x00\x1b[31m\n", lambda: "a" * 5000, lambda: [], lambda: {},
-        lambda: [1, "2", None], lambda: {"a": {"b": [{}] * 50}},
-        lambda: [[[[[[]]]]]], lambda: list(range(1000)), lambda: rng.choice(list(FAMILIES)), lambda: 2**22,
-    ])()  # fmt: skip
+    return rng.choice(
+        [
+            lambda: None,
+            lambda: True,
+            lambda: False,
+            lambda: 0,
+            lambda: -1,
+            lambda: 1,
+            lambda: rng.randrange(1, 300),
+            lambda: 2**31,
+            lambda: 2**63,
+            lambda: 10**18,
+            lambda: 10**400,
+            lambda: -(10**400),
+            lambda: 1e308,
+            lambda: float("inf"),
+            lambda: float("nan"),
+            lambda: 4096.0,
+            lambda: "4096",
+            lambda: "",
+            lambda: "\x00\x1b[31m\n",
+            lambda: "a" * 5000,
+            lambda: [],
+            lambda: {},
+            lambda: [1, "2", None],
+            lambda: {"a": {"b": [{}] * 50}},
+            lambda: [[[[[[]]]]]],
+            lambda: list(range(1000)),
+            lambda: rng.choice(list(FAMILIES)),
+            lambda: 2**22,
+        ]
+    )()
 
 
 def mutated(rng):

@@ -109,10 +109,17 @@ class TestFiles:
 
     @pytest.mark.parametrize(
         "content",
-        [b"", b"\x01", b"\xff" * 8, (10).to_bytes(8, "little") + b"[1,2,3,45]", (2).to_bytes(8, "little") + b"7 ",
-         (20).to_bytes(8, "little") + b'{"a":{"dtype":"F3"}}', (10**7).to_bytes(8, "little") + b"{}"],
+        [
+            b"",
+            b"\x01",
+            b"\xff" * 8,
+            (10).to_bytes(8, "little") + b"[1,2,3,45]",
+            (2).to_bytes(8, "little") + b"7 ",
+            (20).to_bytes(8, "little") + b'{"a":{"dtype":"F3"}}',
+            (10**7).to_bytes(8, "little") + b"{}",
+        ],
         ids=range(7),
-    )  # fmt: skip
+    )
     def test_broken_safetensors(self, tmp_path, content):
         path = tmp_path / "x.safetensors"
         path.write_bytes(content)

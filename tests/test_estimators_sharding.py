@@ -89,8 +89,14 @@ def test_an_estimate_of_sharded_parameters(stage):
 
 
 def test_the_fullest_rank_of_many_is_the_first_under_fsdp2():
-    config = {"model_type": "llama", "hidden_size": 65, "intermediate_size": 65, "num_hidden_layers": 1,
-              "num_attention_heads": 5, "vocab_size": 1001}  # fmt: skip
+    config = {
+        "model_type": "llama",
+        "hidden_size": 65,
+        "intermediate_size": 65,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 5,
+        "vocab_size": 1001,
+    }
     e = estimate(config, "adamw/zero3", world_size=64)
     ranks = [memopt.price(dict(e.model.shapes), "adamw/zero3", world_size=64, rank=r).nbytes for r in range(64)]
     assert e["adamw/zero3"].nbytes("state") == ranks[0] == max(ranks) > ranks[63]

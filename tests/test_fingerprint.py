@@ -43,8 +43,23 @@ def test_fingerprints_of_what_happens_to_gradients():
     a[::2] *= -1
     b[1::2] *= -1
     g = torch.outer(a, b)
-    others = [g, -g, g * 2, g * 0.5, g.T, g.flip(0), g.flip(1), g.roll(1, 0), g.roll(1, 1), g * 0, g.abs(), g + 1,
-              g[torch.randperm(512)], torch.where(g > 0, g, -0.0), torch.where(g > 0, g, 0.0)]  # fmt: skip
+    others = [
+        g,
+        -g,
+        g * 2,
+        g * 0.5,
+        g.T,
+        g.flip(0),
+        g.flip(1),
+        g.roll(1, 0),
+        g.roll(1, 1),
+        g * 0,
+        g.abs(),
+        g + 1,
+        g[torch.randperm(512)],
+        torch.where(g > 0, g, -0.0),
+        torch.where(g > 0, g, 0.0),
+    ]
     for width in (512, 2, 4):  # of small tensors too
         marks = [int(fingerprint(x[:width, :width].contiguous())) for x in others]
         assert len(set(marks)) == len(others), width

@@ -24,11 +24,15 @@ SHAPES = [(64, 64), (70, 201), (5, 1000), (4097,), (9000,), (3, 40, 50), (33, 12
 #: Largest error of one element, relative to itself at or above ``floor`` of its block's maximum, and relative to the
 #: block's maximum below it.
 BOUNDS = {
-    ("bf16", True): (2**-7, 0.0), ("bf16", False): (2**-7, 0.0),
-    ("8bit", True): (0.25, 2**-7), ("8bit", False): (2**-4, 1.125 * 2**-16),
-    ("fp8", True): (2**-3, 2**-14), ("fp8", False): (2**-3, 2**-14),
-    ("4bit", True): (1.0, 0.34), ("4bit", False): (1.0, 2**-14),
-}  # fmt: skip
+    ("bf16", True): (2**-7, 0.0),
+    ("bf16", False): (2**-7, 0.0),
+    ("8bit", True): (0.25, 2**-7),
+    ("8bit", False): (2**-4, 1.125 * 2**-16),
+    ("fp8", True): (2**-3, 2**-14),
+    ("fp8", False): (2**-3, 2**-14),
+    ("4bit", True): (1.0, 0.34),
+    ("4bit", False): (1.0, 2**-14),
+}
 
 
 def empty_parts(fmt, moment, rows):

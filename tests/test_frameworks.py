@@ -10,8 +10,12 @@ import memopt
 from memopt.integrations.deepspeed import check_engine
 
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
-NEEDS = {"under_accelerate": "accelerate", "under_trainer": "transformers", "under_lightning": "lightning",
-         "under_deepspeed": "deepspeed"}  # fmt: skip
+NEEDS = {
+    "under_accelerate": "accelerate",
+    "under_trainer": "transformers",
+    "under_lightning": "lightning",
+    "under_deepspeed": "deepspeed",
+}
 
 
 def test_the_table_in_the_docs_is_what_is_run():
@@ -38,8 +42,9 @@ def test_the_losses_of_the_bare_script_and_on_from_a_checkpoint(case, tmp_path):
 
 def test_deepspeeds_configuration():
     assert memopt.deepspeed_config("adamw-8bit@device/zero2", offload=True)["zero_optimization"] == {
-        "stage": 2, "offload_optimizer": {"device": "cpu"},
-    }  # fmt: skip
+        "stage": 2,
+        "offload_optimizer": {"device": "cpu"},
+    }
     assert memopt.deepspeed_config("adafactor/zero1")["zero_optimization"] == {"stage": 1}
     momentum = memopt.deepspeed_config("sgd-bf16/zero2", hyper={"momentum": 0.9})
     assert momentum["zero_optimization"] == {"stage": 2}

@@ -208,6 +208,9 @@ def test_the_benchmark_runs(tmp_path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "step_gpu.py"
     done = subprocess.run(
         [sys.executable, str(script), "--brief", "--numel", "20000000", "--minutes", "2", "--out", str(tmp_path)],
-        capture_output=True, text=True, timeout=400)  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "step_gpu.json").exists()

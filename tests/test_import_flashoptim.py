@@ -212,8 +212,9 @@ def test_scales_are_rounded_up_and_no_second_moment_is_lost():
         x = torch.rand(64, 32) * 10 ** torch.linspace(-14, 3, 64)[:, None]
         x = x if moment.signed else x.square()
         x[5] = 0
-        parts = {part: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for part, s in
-                 fmt.layout(moment, rows).items()}  # fmt: skip
+        parts = {
+            part: torch.zeros(s.shape, dtype=getattr(torch, s.dtype)) for part, s in fmt.layout(moment, rows).items()
+        }
         fmt.write(x, parts, moment, Shard(rows))
         top = (x if moment.signed else x.sqrt()).amax(-1)
         assert (parts["scales"].float() >= top).all()

@@ -27,22 +27,30 @@ EXACT_TOOLS = {
     "torch.RAdam": (torch_tool("RAdam", lr=LR), "radam", None, {}),
     "torch.SGD": (torch_tool("SGD", lr=LR, momentum=0.9), "sgd", None, {"momentum": 0.9}),
     "torch.RMSprop": (
-        torch_tool("RMSprop", lr=LR, centered=True, momentum=0.9), "rmsprop", None, {"centered": True, "momentum": 0.9},
+        torch_tool("RMSprop", lr=LR, centered=True, momentum=0.9),
+        "rmsprop",
+        None,
+        {"centered": True, "momentum": 0.9},
     ),
     "torch.Adafactor": (torch_tool("Adafactor", lr=1e-2), "adafactor", None, {}),
     "transformers.Adafactor": (transformers_tool(), "adafactor", None, {"convention": "transformers"}),
     "transformers.Adafactor beta1": (
-        transformers_tool(beta1=0.9, lr=LR, relative_step=False), "adafactor", None,
+        transformers_tool(beta1=0.9, lr=LR, relative_step=False),
+        "adafactor",
+        None,
         {"convention": "transformers", "beta1": 0.9, "lr": LR},
     ),
     "bnb.AdamW32bit": (bnb_tool("AdamW32bit", lr=LR), "adamw", None, {}),
     "bnb.AdamW8bit": (bnb_tool("AdamW8bit", lr=LR), "adamw-8bit", None, {"engine": "bitsandbytes"}),
     "bnb.Lion8bit": (bnb_tool("Lion8bit", lr=LR), "lion-8bit", "lion", {"engine": "bitsandbytes"}),
     "bnb.SGD8bit": (
-        bnb_tool("SGD8bit", lr=LR, momentum=0.9), "sgd-8bit", "sgd", {"engine": "bitsandbytes", "momentum": 0.9},
+        bnb_tool("SGD8bit", lr=LR, momentum=0.9),
+        "sgd-8bit",
+        "sgd",
+        {"engine": "bitsandbytes", "momentum": 0.9},
     ),
     "bnb.RMSprop8bit": (bnb_tool("RMSprop8bit", lr=LR), "rmsprop-8bit", "rmsprop", {"engine": "bitsandbytes"}),
-}  # fmt: skip
+}
 
 #: Their codes to our codes, or to fp32: id -> (tool, spec, rule)
 LOSSY_TOOLS = {

@@ -85,14 +85,20 @@ def _engine(deepspeed, stage, bf16, lr=LR, universal=False, own=False):
     module = model()
     offload = {"offload_optimizer": {"device": "cpu"}} if own else {}
     config = {
-        "train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0, "bf16": {"enabled": bf16},
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0,
+        "bf16": {"enabled": bf16},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "checkpoint": {"load_universal": universal},
         # small sub-groups: several in a param group
         "zero_optimization": {
-            "stage": stage, "stage3_param_persistence_threshold": 0, "sub_group_size": 3000, **offload,
+            "stage": stage,
+            "stage3_param_persistence_threshold": 0,
+            "sub_group_size": 3000,
+            **offload,
         },
-    }  # fmt: skip
+    }
     kind = deepspeed.ops.adam.DeepSpeedCPUAdam if own else torch.optim.AdamW
     opt = kind(groups(module), lr=lr)
     rates = torch.optim.lr_scheduler.StepLR(opt, 1000) if universal and not bf16 else None
@@ -219,9 +225,20 @@ def test_masters_of_deepspeed_are_masters_here(zero):
 @pytest.mark.parametrize("stage", ["1", "3"])
 def test_a_universal_checkpoint_is_the_one_it_was_made_of(zero, stage, tmp_path):
     folder, found = zero
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", folder / stage / "now",
-               "--output_folder", tmp_path / "now", "--num_extract_workers", "1", "--num_merge_workers", "1",
-               "--inject_missing_state"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder",
+        folder / stage / "now",
+        "--output_folder",
+        tmp_path / "now",
+        "--num_extract_workers",
+        "1",
+        "--num_merge_workers",
+        "1",
+        "--inject_missing_state",
+    ]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "DS_ACCELERATOR": "cpu"})
     begin, end = found[stage]
     assert distance(ours_after(tmp_path / "now", begin), end).max() < EXACT

@@ -116,10 +116,19 @@ MASTERED = [
     (f"{rule}+{master}", hyper)
     for master in MASTERS
     if master != "none"
-    for rule, hyper in (("adamw", {}), ("adamw-8bit", {}), ("sgd", {}), ("lion-4bit", {}), ("adafactor", {}),
-                        ("rmsprop-bf16", {"weight_decay": 0.1}), ("came-8bit", {}), ("lamb-8bit", {}), ("adammini", {}),
-                        ("lookahead(adamw)-8bit", {"lookahead_steps": 2}))
-]  # fmt: skip
+    for rule, hyper in (
+        ("adamw", {}),
+        ("adamw-8bit", {}),
+        ("sgd", {}),
+        ("lion-4bit", {}),
+        ("adafactor", {}),
+        ("rmsprop-bf16", {"weight_decay": 0.1}),
+        ("came-8bit", {}),
+        ("lamb-8bit", {}),
+        ("adammini", {}),
+        ("lookahead(adamw)-8bit", {"lookahead_steps": 2}),
+    )
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -234,8 +243,10 @@ def test_row_means_of_rows_longer_than_one_thread_takes(plain) -> None:
 @pytest.mark.parametrize("spec", ["adamw-8bit", "adamw-fp8", "adamw-4bit", "lion-8bit"])
 def test_ties_are_rare(spec, plain) -> None:
     """Of a million codes, three steps on; in 8 bits 7 were seen, in the others fewer than one."""
-    (_, [mine]), (_, [other]) = stepped(spec, {}, [(512, 2048)], torch.float32), plain(
-        stepped, spec, {}, [(512, 2048)], torch.float32)  # fmt: skip
+    (_, [mine]), (_, [other]) = (
+        stepped(spec, {}, [(512, 2048)], torch.float32),
+        plain(stepped, spec, {}, [(512, 2048)], torch.float32),
+    )
     for key in mine:
         if key.endswith(".codes"):
             assert int((mine[key].view(torch.uint8) != other[key].view(torch.uint8)).sum()) <= 30, key

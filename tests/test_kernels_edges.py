@@ -17,9 +17,22 @@ from memopt.gradients import non_finite
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
 
 SPECS = [
-    "adamw", "adamw-bf16", "adamw-8bit", "lion-fp8", "adam-4bit", "adafactor", "came", "came-8bit", "lamb-8bit",
-    "stableadamw", "stableadamw-factored", "adammini", "adammini-4bit", "ademamix-8bit", "lookahead(adamw)-8bit",
-]  # fmt: skip
+    "adamw",
+    "adamw-bf16",
+    "adamw-8bit",
+    "lion-fp8",
+    "adam-4bit",
+    "adafactor",
+    "came",
+    "came-8bit",
+    "lamb-8bit",
+    "stableadamw",
+    "stableadamw-factored",
+    "adammini",
+    "adammini-4bit",
+    "ademamix-8bit",
+    "lookahead(adamw)-8bit",
+]
 SHAPES = [(700, 800), (3, 257, 65), (4097,), (7,), (1000, 3)]
 
 
@@ -39,8 +52,10 @@ def train(spec: str, threads: int = 1, steps: int = 3) -> list[torch.Tensor]:
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(x.view(torch.uint8) if x.dim() else x, y.view(torch.uint8) if y.dim() else y)
-               for x, y in zip(a, b, strict=True))  # fmt: skip
+    return all(
+        torch.equal(x.view(torch.uint8) if x.dim() else x, y.view(torch.uint8) if y.dim() else y)
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -190,8 +205,13 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "
 
 
 def peaks_kib(specs: list[str], shapes: list[tuple[int, ...]], *more: str, **environment: str) -> list[int]:
-    done = subprocess.run([sys.executable, "-c", PEAK, repr((specs, shapes)), *more], capture_output=True, text=True,
-                          timeout=120, env={**os.environ, **GIVE_BACK, **environment})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", PEAK, repr((specs, shapes)), *more],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, **GIVE_BACK, **environment},
+    )
     if "clear_refs" in done.stderr:
         pytest.skip("this system does not let a process set back its high-water mark")
     assert done.returncode == 0, done.stderr
@@ -218,16 +238,26 @@ def test_the_memory_test_can_fail() -> None:
 
 def test_they_can_be_turned_off_and_say_so() -> None:
     code = "import memopt.kernels as k; print(k.library(), k.status())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          env={"MEMOPT_KERNELS": "off", "PATH": ""})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"MEMOPT_KERNELS": "off", "PATH": ""},
+    )
     assert "None the plain torch path" in done.stdout
     assert "MEMOPT_KERNELS" in done.stdout
 
 
 def test_without_a_compiler_the_reason_names_the_remedy(tmp_path) -> None:
     code = "import memopt.kernels.loader as l; l.INSTALLED = l.INSTALLED / 'no'; print(l.missing())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          env={"PATH": str(tmp_path), "MEMOPT_CACHE": str(tmp_path)})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"PATH": str(tmp_path), "MEMOPT_CACHE": str(tmp_path)},
+    )
     assert "apt install g++" in done.stdout, done.stderr
 
 

@@ -134,8 +134,10 @@ def test_only_memory_of_this_process_alone() -> None:
     with tempfile.TemporaryFile() as file:
         file.truncate(size)
         with mmap.mmap(file.fileno(), size) as shared, mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE) as private:
-            address = {name: ctypes.addressof(ctypes.c_char.from_buffer(m))
-                       for name, m in (("shared", shared), ("private", private))}  # fmt: skip
+            address = {
+                name: ctypes.addressof(ctypes.c_char.from_buffer(m))
+                for name, m in (("shared", shared), ("private", private))
+            }
             assert pages.own([(address["shared"], size)]) == []
             (begin, end), *more = pages.own([(address["private"] + 5, size - 9)])
             assert not more

@@ -25,13 +25,16 @@ def run(work, spec, total):
     return kernels.step(memopt.parse(spec), [work], 2, 0, total)
 
 
-@pytest.mark.parametrize(("spec", "numbers"), [
-    ("lamb-8bit", [1, 1]),  # RMS of the parameter, of the update
-    ("stableadamw", [1]),
-    ("adafactor", [1, 24, 1]),  # RMS of the parameter, column means, RMS of the update
-    ("came", [24, 1, 24]),
-    ("adamw-factored", [24]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("spec", "numbers"),
+    [
+        ("lamb-8bit", [1, 1]),  # RMS of the parameter, of the update
+        ("stableadamw", [1]),
+        ("adafactor", [1, 24, 1]),  # RMS of the parameter, column means, RMS of the update
+        ("came", [24, 1, 24]),
+        ("adamw-factored", [24]),
+    ],
+)
 def test_sums_are_those_of_the_plain_path(spec, numbers, monkeypatch):
     """In number, order, size and value: another rank may be on that path."""
     taken = {}

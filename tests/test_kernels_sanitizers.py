@@ -25,17 +25,24 @@ def test_clean_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
     except build.BuildError as error:
         pytest.skip(str(error))
     flags = [*build.FLAGS, "-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=undefined"]
-    sources = [(build.SOURCES / "isa.cpp", name, [*isa, f"-DMEMOPT_TABLE=memopt_{name}"])
-               for name, isa in build.tables().items()]  # fmt: skip
+    sources = [
+        (build.SOURCES / "isa.cpp", name, [*isa, f"-DMEMOPT_TABLE=memopt_{name}"])
+        for name, isa in build.tables().items()
+    ]
     sources += [(build.SOURCES / f"{name}.cpp", name, []) for name in build.COMMON]
     sources.append((DRIVER, "driver", []))
-    running = [subprocess.Popen([*compiler, *flags, *more, "-c", str(path), "-o", str(tmp_path / f"{name}.o")])
-               for path, name, more in sources]  # fmt: skip
+    running = [
+        subprocess.Popen([*compiler, *flags, *more, "-c", str(path), "-o", str(tmp_path / f"{name}.o")])
+        for path, name, more in sources
+    ]
     assert [process.wait() for process in running] == [0] * len(running)
     program = tmp_path / "driver"
     objects = [str(tmp_path / f"{name}.o") for _, name, _ in sources]
-    linked = subprocess.run([*compiler, f"-fsanitize={sanitizer}", *objects, "-o", str(program), "-lpthread"],
-                            capture_output=True, text=True)  # fmt: skip
+    linked = subprocess.run(
+        [*compiler, f"-fsanitize={sanitizer}", *objects, "-o", str(program), "-lpthread"],
+        capture_output=True,
+        text=True,
+    )
     if linked.returncode:
         pytest.skip(f"this compiler has no {sanitizer} sanitizer")
     done = subprocess.run([str(program)], capture_output=True, text=True, env={**os.environ, **OPTIONS}, timeout=1500)

@@ -52,10 +52,19 @@ def test_frozen_parameters_cost_nothing():
     assert opt.ledger().nbytes == 4 + 8 * 100 * 50
 
 
-SEVEN_B = {f"layers.{i}.{n}": s for i in range(2) for n, s in {
-    "q": (4096, 4096), "k": (4096, 4096), "v": (4096, 4096), "o": (4096, 4096),
-    "gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008),
-}.items()} | {"embed": (32000, 4096), "head": (32000, 4096)}  # fmt: skip
+SEVEN_B = {
+    f"layers.{i}.{n}": s
+    for i in range(2)
+    for n, s in {
+        "q": (4096, 4096),
+        "k": (4096, 4096),
+        "v": (4096, 4096),
+        "o": (4096, 4096),
+        "gate": (11008, 4096),
+        "up": (11008, 4096),
+        "down": (4096, 11008),
+    }.items()
+} | {"embed": (32000, 4096), "head": (32000, 4096)}
 
 
 @pytest.mark.parametrize(

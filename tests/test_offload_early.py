@@ -29,8 +29,14 @@ def test_parameters_and_state_are_those_of_device(either, spec, workspace):
     predicted = memopt.price(model, opt.spec, device="cuda", **HYPER.get(memopt.parse(spec).rule, {}))
     assert opt.ledger() == predicted
     assert live_nbytes(opt) == predicted.nbytes
-    assert predicted == memopt.price(model, spec, device="cuda", workspace=workspace, offload_gradients=False,
-                                     **HYPER.get(memopt.parse(spec).rule, {}))  # fmt: skip
+    assert predicted == memopt.price(
+        model,
+        spec,
+        device="cuda",
+        workspace=workspace,
+        offload_gradients=False,
+        **HYPER.get(memopt.parse(spec).rule, {}),
+    )
     assert f"in the last one {made} had been copied, and {used} were still the gradient" in opt.explain()
 
 

@@ -65,8 +65,15 @@ def test_what_cannot_be_done_says_why(device):
     (model, opt), _ = twins("adamw@cpu")
     model(0).backward()
     g = model.vector.grad
-    for act in (lambda: g + 1, lambda: g.detach(), lambda: g.data, lambda: g.view(-1), lambda: torch.stack([g]),
-                lambda: g[0], lambda: torch.add(torch.ones(4097), g)):  # fmt: skip
+    for act in (
+        lambda: g + 1,
+        lambda: g.detach(),
+        lambda: g.data,
+        lambda: g.view(-1),
+        lambda: torch.stack([g]),
+        lambda: g[0],
+        lambda: torch.add(torch.ones(4097), g),
+    ):
         with pytest.raises(RuntimeError, match=r"the gradient of vector: it is in host memory .*p\.grad\.on_host\(\)"):
             act()
     for act in (lambda: copy.deepcopy(g), lambda: pickle.dumps(g)):

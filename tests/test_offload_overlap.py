@@ -16,17 +16,15 @@ from memopt.placements.arrivals import Arrival
 
 #: ``offload_gradients`` -> what happens beside what in one backward pass and step.
 TIMELINES = {
-    False:
-        "backward|01234567                  |\n"
-        "down  |        0011223344556677  |\n"
-        "host  |          0 1 2 3 4 5 6 7 |\n"
-        "up    |           0 1 2 3 4 5 6 7|",
-    "early":
-        "backward|01234567              |\n"
-        "down  | 0123   456788990011  |\n"
-        "host  |         0123 4 5 6 7 |\n"
-        "up    |          0123 4 5 6 7|",
-}  # fmt: skip
+    False: "backward|01234567                  |\n"
+    "down  |        0011223344556677  |\n"
+    "host  |          0 1 2 3 4 5 6 7 |\n"
+    "up    |           0 1 2 3 4 5 6 7|",
+    "early": "backward|01234567              |\n"
+    "down  | 0123   456788990011  |\n"
+    "host  |         0123 4 5 6 7 |\n"
+    "up    |          0123 4 5 6 7|",
+}
 
 
 def overlap(ops, others):
@@ -39,10 +37,7 @@ def test_copies_overlap_backward_and_wait_for_it(device):
     on_clock(device, model)
     model(0).backward()
     clock = device.clock
-    assert clock.timeline() == (
-        "backward|01234567 |\n"
-        "down  | 01234567|"
-    )  # fmt: skip
+    assert clock.timeline() == ("backward|01234567 |\ndown  | 01234567|")
     for made, came in zip(clock.of("backward"), clock.of("down"), strict=True):
         assert came.begin >= made.end
     opt.step()
@@ -56,10 +51,8 @@ def test_copies_of_a_further_pass_are_added_beside_it(device):
     model(0).backward()
     model(1).backward()
     assert device.clock.timeline() == (
-        "backward|0123456789012345  |\n"
-        "down  | 0123456789012345 |\n"
-        "apart |          01234567|"
-    )  # fmt: skip
+        "backward|0123456789012345  |\ndown  | 0123456789012345 |\napart |          01234567|"
+    )
 
 
 def test_released_the_step_overlaps_backward_too(device):

@@ -137,8 +137,13 @@ def test_nan_skips_the_step(device):
 
 def test_converted_between_backward_and_step_nothing_is_lost(either):
     (model, opt), twin = twins("adamw@cpu")
-    there = [("adamw@device", {}), ("adamw@cpu", {"offload_gradients": True}), ("adamw@cpu", {"workspace": "2MiB"}),
-             ("adamw@host", {"offload_gradients": None}), ("adamw@cpu", {"offload_gradients": False})]  # fmt: skip
+    there = [
+        ("adamw@device", {}),
+        ("adamw@cpu", {"offload_gradients": True}),
+        ("adamw@cpu", {"workspace": "2MiB"}),
+        ("adamw@host", {"offload_gradients": None}),
+        ("adamw@cpu", {"offload_gradients": False}),
+    ]
     for m, o in ((model, opt), twin):
         for step, (spec, options) in enumerate(there):
             o.zero_grad()

@@ -59,8 +59,10 @@ def test_schedulers_change_the_rate_that_is_used(rate):
     a, b = nn.Linear(5, 4), nn.Linear(5, 4)
     b.load_state_dict(a.state_dict())
     ours, theirs = memopt.create(a, "adamw", lr=rate), torch.optim.AdamW(b.parameters(), lr=1e-2)
-    schedules = [torch.optim.lr_scheduler.OneCycleLR(ours, 0.1, total_steps=20, cycle_momentum=True),
-                 torch.optim.lr_scheduler.OneCycleLR(theirs, 0.1, total_steps=20, cycle_momentum=True)]  # fmt: skip
+    schedules = [
+        torch.optim.lr_scheduler.OneCycleLR(ours, 0.1, total_steps=20, cycle_momentum=True),
+        torch.optim.lr_scheduler.OneCycleLR(theirs, 0.1, total_steps=20, cycle_momentum=True),
+    ]
     for t in range(20):
         for model, opt in ((a, ours), (b, theirs)):
             torch.manual_seed(t)

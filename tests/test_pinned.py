@@ -133,14 +133,28 @@ def test_unified_memory_is_asked_for_before_it_is_stepped(monkeypatch):
             return self.at
 
     step = types.SimpleNamespace(is_cuda=False, nbytes=4)
-    works = [types.SimpleNamespace(state={"step": step, "m": OnCard(10 + i, n), "v": OnCard(20 + i, n)})
-             for i, n in enumerate((400, 50, 480, 2000, 0, 90))]  # fmt: skip
+    works = [
+        types.SimpleNamespace(state={"step": step, "m": OnCard(10 + i, n), "v": OnCard(20 + i, n)})
+        for i, n in enumerate((400, 50, 480, 2000, 0, 90))
+    ]
     for few in unified.fetched(works):
         happened.append([works.index(work) for work in few])
     assert happened == [
-        (10, 400, 1), (20, 400, 1), (11, 50, 1), (21, 50, 1), [0, 1], (12, 480, 1), (22, 480, 1), [2],
-        (13, 2000, 1), (23, 2000, 1), [3], (15, 90, 1), (25, 90, 1), [4, 5],
-    ]  # fmt: skip
+        (10, 400, 1),
+        (20, 400, 1),
+        (11, 50, 1),
+        (21, 50, 1),
+        [0, 1],
+        (12, 480, 1),
+        (22, 480, 1),
+        [2],
+        (13, 2000, 1),
+        (23, 2000, 1),
+        [3],
+        (15, 90, 1),
+        (25, 90, 1),
+        [4, 5],
+    ]
 
 
 def test_what_cuda_says_of_pinned_memory(monkeypatch):

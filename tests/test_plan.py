@@ -20,9 +20,17 @@ def found():
 
 
 def again(p, seq, *, micro=None, tokens=None, gpu=24 * GIB):
-    return estimate("llama-3.2-1b", p.method.spec, gpu=gpu, seq=tokens or seq, batch=micro or p.micro_batch,
-                    accumulate=p.accumulate if micro is None else 1, checkpointing=p.checkpointing, lora=p.method.lora,
-                    quantised=p.method.quantised)  # fmt: skip
+    return estimate(
+        "llama-3.2-1b",
+        p.method.spec,
+        gpu=gpu,
+        seq=tokens or seq,
+        batch=micro or p.micro_batch,
+        accumulate=p.accumulate if micro is None else 1,
+        checkpointing=p.checkpointing,
+        lora=p.method.lora,
+        quantised=p.method.quantised,
+    )
 
 
 def test_every_plan_fits_and_has_the_batch(found):
@@ -73,9 +81,18 @@ def test_several_cards():
     assert {p.sharding for p in four.found} & {"zero2", "zero3"}
     assert four.found[0].level < one.found[0].level  # gentler
     for p in four.found:
-        e = estimate("llama-3.2-3b", p.spec, gpu=24 * GIB, seq=512, batch=p.micro_batch, accumulate=p.accumulate,
-                     checkpointing=p.checkpointing, lora=p.method.lora, quantised=p.method.quantised,
-                     world_size=4)  # fmt: skip
+        e = estimate(
+            "llama-3.2-3b",
+            p.spec,
+            gpu=24 * GIB,
+            seq=512,
+            batch=p.micro_batch,
+            accumulate=p.accumulate,
+            checkpointing=p.checkpointing,
+            lora=p.method.lora,
+            quantised=p.method.quantised,
+            world_size=4,
+        )
         assert e.fits
         assert e.peak.nbytes == p.estimate.peak.nbytes
     for gpus in (0, True, 10**6):
@@ -138,8 +155,11 @@ def test_the_largest_micro_batch_that_fits_is_found_without_looking_at_all(model
         for sharding in plan._shardings(method, gpus):
             for checkpointing in plan.CHECKPOINTINGS:
                 found = plan._largest_micro_batch(run, capacity(gpu), 512, 12, gpus, level, sharding, checkpointing)
-                fits = [n for n in (12, 6, 4, 3, 2, 1)
-                        if plan._fits(run(method, 512, n, 12 // n, checkpointing, gpus, sharding), capacity(gpu))]
+                fits = [
+                    n
+                    for n in (12, 6, 4, 3, 2, 1)
+                    if plan._fits(run(method, 512, n, 12 // n, checkpointing, gpus, sharding), capacity(gpu))
+                ]
                 assert (found.micro_batch if found else None) == (fits[0] if fits else None)
                 fitting.add(found.micro_batch if found else 0)
     assert len(fitting) > 2  # the card is one on which it matters

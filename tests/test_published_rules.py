@@ -202,7 +202,7 @@ PUBLISHED = [
     ("adammini", adammini_reference, ADAM),
     ("stableadamw", stableadamw_reference, {**ADAM, "betas": (0.9, 0.99), "d": 1.0}),
     ("stableadamw", stableadamw_reference, {**ADAM, "betas": (0.9, 0.99), "d": 2.0}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(

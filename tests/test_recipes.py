@@ -62,10 +62,14 @@ def test_a_recipe_is_the_optimizer_the_groups_the_schedule_and_the_clipping_it_s
     decayed = {"layers.0.0.weight", "layers.1.0.weight", "head.weight"}
     named = list(theirs.named_parameters())
     opt = torch.optim.AdamW(
-        [{"params": [p for n, p in named if n in decayed], "weight_decay": 0.1},
-         {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0}],
-        lr=3e-4, betas=(0.9, 0.95), eps=1e-5,
-    )  # fmt: skip
+        [
+            {"params": [p for n, p in named if n in decayed], "weight_decay": 0.1},
+            {"params": [p for n, p in named if n not in decayed], "weight_decay": 0.0},
+        ],
+        lr=3e-4,
+        betas=(0.9, 0.95),
+        eps=1e-5,
+    )
     factor = lambda t: (t + 1) / 3 if t < 2 else 0.1 + 0.45 * (1 + torch.tensor((t - 2) / 498 * torch.pi).cos().item())  # noqa: E731
     rates = torch.optim.lr_scheduler.LambdaLR(opt, factor)
     for step in range(10):
@@ -111,9 +115,18 @@ def test_palm_is_unfactored_with_its_rate_its_beta2_and_its_decay():
 def test_everything_can_be_overridden():
     model = Net()
     training = memopt.recipe("gpt-3-175b", lr=1e-3).build(
-        model, spec="adamw-8bit@paged", total_steps=200, warmup=0.1, floor=0.5, kind="linear", clip_norm=None,
-        weight_decay=0.3, betas=(0.8, 0.9), rates={"head.*": 1e-2}, overrides={"embed.*": "32bit"},
-    )  # fmt: skip
+        model,
+        spec="adamw-8bit@paged",
+        total_steps=200,
+        warmup=0.1,
+        floor=0.5,
+        kind="linear",
+        clip_norm=None,
+        weight_decay=0.3,
+        betas=(0.8, 0.9),
+        rates={"head.*": 1e-2},
+        overrides={"embed.*": "32bit"},
+    )
     opt = training.optimizer
     assert str(opt.spec) == "adamw-8bit@paged"
     assert {g["initial_lr"] for g in opt.param_groups} == {1e-3, 1e-2}

@@ -11,8 +11,17 @@ from torch import nn
 import memopt
 from estimators.trace import traced
 
-SPECS = ["adamw", "adamw-8bit", "adamw-4bit@paged", "adafactor", "came-8bit", "sgd", "lion-8bit", "adamw-8bit/zero1",
-         "lookahead(adamw)-8bit"]  # fmt: skip
+SPECS = [
+    "adamw",
+    "adamw-8bit",
+    "adamw-4bit@paged",
+    "adafactor",
+    "came-8bit",
+    "sgd",
+    "lion-8bit",
+    "adamw-8bit/zero1",
+    "lookahead(adamw)-8bit",
+]
 
 
 def pair(spec, dtype=torch.float32, **hyper):

@@ -119,7 +119,7 @@ def broken(opt, edit):
         (lambda s: s["memopt"].update(world_size=4, rank=2), "rank 2 of 4"),
         (lambda s: s["state"].update({7: {}}), "1 parameters that are in none of its groups"),
     ],
-)  # fmt: skip
+)
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(edit, message):
     model = torch.nn.Linear(80, 64)
     opt = memopt.create(model, "adamw-8bit")

@@ -60,10 +60,13 @@ def test_closed_form_at_every_step_and_through_a_resume(kind, extra, form):
         ("linear", {"floor": FLOOR}, lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, FLOOR, T)),
         ("step", {"every": 9}, lambda o: torch.optim.lr_scheduler.StepLR(o, 9)),
         ("constant", {}, lambda o: torch.optim.lr_scheduler.ConstantLR(o, 1.0)),
-        ("cosine_restarts", {"cycle": 6, "cycle_mult": 2},
-         lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 6, 2)),
+        (
+            "cosine_restarts",
+            {"cycle": 6, "cycle_mult": 2},
+            lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 6, 2),
+        ),
     ],
-)  # fmt: skip
+)
 def test_torchs_twin(kind, extra, twin):
     ours, theirs = optimizer(), optimizer()
     mine = rates(memopt.schedule(ours, kind, total_steps=T, **extra), ours, T)
@@ -122,10 +125,13 @@ def test_the_warm_up_is_torchs_linear_one():
         ("linear", {}, lambda t, o: t.get_linear_schedule_with_warmup(o, 0, T)),
         ("cosine", {}, lambda t, o: t.get_cosine_schedule_with_warmup(o, 0, T)),
         ("inverse_sqrt", {"timescale": 5}, lambda t, o: t.get_inverse_sqrt_schedule(o, 0, timescale=5)),
-        ("wsd", {"decay": 0.2, "floor": FLOOR},
-         lambda t, o: t.get_wsd_schedule(o, 0, 10, num_stable_steps=40, min_lr_ratio=FLOOR, decay_type="linear")),
+        (
+            "wsd",
+            {"decay": 0.2, "floor": FLOOR},
+            lambda t, o: t.get_wsd_schedule(o, 0, 10, num_stable_steps=40, min_lr_ratio=FLOOR, decay_type="linear"),
+        ),
     ],
-)  # fmt: skip
+)
 def test_transformers_twin(kind, extra, twin):
     transformers = pytest.importorskip("transformers.optimization")
     ours, theirs = optimizer(), optimizer()

@@ -88,9 +88,14 @@ def reading_moves_nothing():
 
 
 #: Saved by memopt under the first, loaded under the second.
-MOVES = [("adamw-8bit/zero3", "adamw-8bit/zero3"), ("adamw-8bit/zero3", "adamw-8bit/zero1"),
-         ("adamw-8bit/zero1", "adamw-8bit/zero2"), ("adammini-4bit/zero3", "adammini-4bit/zero1"),
-         ("adammini/zero1", "adammini/zero3"), ("adamw+fp32/zero3", "adamw+fp32/zero1")]  # fmt: skip
+MOVES = [
+    ("adamw-8bit/zero3", "adamw-8bit/zero3"),
+    ("adamw-8bit/zero3", "adamw-8bit/zero1"),
+    ("adamw-8bit/zero1", "adamw-8bit/zero2"),
+    ("adammini-4bit/zero3", "adammini-4bit/zero1"),
+    ("adammini/zero1", "adammini/zero3"),
+    ("adamw+fp32/zero3", "adamw+fp32/zero1"),
+]
 
 
 def memopt_saves(directory):
@@ -110,8 +115,11 @@ def memopt_loads(directory):
         memopt.load(f"{directory}/memopt{i}", model=model, optimizer=opt, rng=False)
         sharded.drive(model, opt, STEPS, STEPS)
         same = opt.ledger() == memopt.price(
-            sharded.uneven_model(torch.bfloat16 if "+" in after else torch.float32), after,
-            world_size=dist.get_world_size(), rank=dist.get_rank())  # fmt: skip
+            sharded.uneven_model(torch.bfloat16 if "+" in after else torch.float32),
+            after,
+            world_size=dist.get_world_size(),
+            rank=dist.get_rank(),
+        )
         found.append(([sharded.whole(p) for p in model.parameters()], same))
     return found
 
@@ -212,9 +220,12 @@ def test_a_full_state_dict_and_back(session):
         for message, _ in (rank["other"] for rank in session[world]):
             assert "'adamw-8bit/zero1' keeps rows of replicated parameters" in message
         assert session[world][0]["other"][1] == {
-            "step": (), "exp_avg.codes": (255, 67), "exp_avg.scales": (255, 1),
-            "exp_avg_sq.codes": (255, 67), "exp_avg_sq.scales": (255, 1),
-        }  # fmt: skip
+            "step": (),
+            "exp_avg.codes": (255, 67),
+            "exp_avg.scales": (255, 1),
+            "exp_avg_sq.codes": (255, 67),
+            "exp_avg_sq.scales": (255, 1),
+        }
 
 
 def test_reading_the_state_moves_nothing(session):

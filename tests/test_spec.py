@@ -58,7 +58,7 @@ def test_aliases_are_found_without_regard_to_case(alias):
         ("adamw/zero1@paged", ["cannot read the spec"]),
         (8, ["a spec is a string", "int"]),
     ],
-)  # fmt: skip
+)
 def test_refusals_name_the_value_and_what_is_allowed(text, words):
     with pytest.raises(SpecError) as error:
         memopt.parse(text)
@@ -148,9 +148,12 @@ def test_the_first_matching_override_wins_and_an_idle_one_is_an_error():
 
 @pytest.mark.parametrize(
     "call",
-    ["import memopt, estimators", "import memopt; memopt.price({'w': (4096, 4096)}, 'adamw-8bit'); memopt.specs()",
-     "import memopt.cli; memopt.cli.main(['estimate', '8B'])"],
-)  # fmt: skip
+    [
+        "import memopt, estimators",
+        "import memopt; memopt.price({'w': (4096, 4096)}, 'adamw-8bit'); memopt.specs()",
+        "import memopt.cli; memopt.cli.main(['estimate', '8B'])",
+    ],
+)
 def test_torch_is_not_imported(call):
     code = f"import sys; {call}; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

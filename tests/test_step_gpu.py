@@ -31,8 +31,13 @@ def bench(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import step_gpu
 
-    for name, value in {"is_available": True, "mem_get_info": (2**30, 2**30), "get_device_name": "a made-up card",
-                        "memory_allocated": 0, "max_memory_allocated": 3 * 2**20}.items():  # fmt: skip
+    for name, value in {
+        "is_available": True,
+        "mem_get_info": (2**30, 2**30),
+        "get_device_name": "a made-up card",
+        "memory_allocated": 0,
+        "max_memory_allocated": 3 * 2**20,
+    }.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)

@@ -87,10 +87,15 @@ def test_shapes_and_dtypes(spec, on) -> None:
 
 
 @pytest.mark.parametrize("master", ["fp32", "kahan", "stochastic", "split", "split16"])
-@pytest.mark.parametrize("rule", [
-    "adamw-8bit", "adafactor",
-    pytest.param("adamw", marks=pytest.mark.slow), pytest.param("came-8bit", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "adamw-8bit",
+        "adafactor",
+        pytest.param("adamw", marks=pytest.mark.slow),
+        pytest.param("came-8bit", marks=pytest.mark.slow),
+    ],
+)
 def test_masters(rule, master, on) -> None:
     """Two dtypes and 32 bits; small rates, so that updates are of the size that a master is for."""
     spec = memopt.parse(rule).replace(master=master)

@@ -18,13 +18,27 @@ pytest.importorskip("triton")
 H100, A100, T4, MI300 = ("cuda", 90, 32), ("cuda", 80, 32), ("cuda", 75, 32), ("hip", "gfx942", 64)
 #: Every format, a master with dither, row means and slow weights, factored moments of two rules, sums over a tensor.
 SOME = [
-    "adamw fp32", "adamw-8bit+split bf16", "adamw-4bit bf16", "adamw-fp8 fp16", "lookahead(adammini-bf16) bf16",
-    "came+split bf16", "lamb-8bit fp32",
-]  # fmt: skip
-ALL = [f"{s} {dtype}" for s in memopt.specs() if (s.placement, s.partition, s.master) == ("device", "none", "none")
-       for dtype in ("fp32", "bf16")]  # fmt: skip
-KEPT = [f"{rule}+{master} {dtype}" for rule in ("adamw-8bit", "adafactor", "sgd") for master in MASTERS
-        for dtype in ("bf16", "fp16") if master != "none"]  # fmt: skip
+    "adamw fp32",
+    "adamw-8bit+split bf16",
+    "adamw-4bit bf16",
+    "adamw-fp8 fp16",
+    "lookahead(adammini-bf16) bf16",
+    "came+split bf16",
+    "lamb-8bit fp32",
+]
+ALL = [
+    f"{s} {dtype}"
+    for s in memopt.specs()
+    if (s.placement, s.partition, s.master) == ("device", "none", "none")
+    for dtype in ("fp32", "bf16")
+]
+KEPT = [
+    f"{rule}+{master} {dtype}"
+    for rule in ("adamw-8bit", "adafactor", "sgd")
+    for master in MASTERS
+    for dtype in ("bf16", "fp16")
+    if master != "none"
+]
 #: An H100 issues 132 × 128 instructions of a thread in a cycle, at 1.755 GHz, while its memory moves 85 % of 3 TB/s: so
 #: many for each byte, were all else free.
 PER_BYTE = 132 * 128 * 1.755e9 / (0.85 * 3e12)
@@ -35,17 +49,24 @@ READS_BOTH = ("step_kernel", "renew_kernel", "apply_kernel")
 CASES = [
     pytest.param(H100, SOME, id="H100"),
     pytest.param(H100, [*ALL, *KEPT], id="H100-all", marks=pytest.mark.slow),
-    *(pytest.param(target, [*SOME, *KEPT], id=name, marks=pytest.mark.slow)
-      for name, target in {"A100": A100, "T4": T4, "MI300": MI300}.items()),
-]  # fmt: skip
+    *(
+        pytest.param(target, [*SOME, *KEPT], id=name, marks=pytest.mark.slow)
+        for name, target in {"A100": A100, "T4": T4, "MI300": MI300}.items()
+    ),
+]
 
 
 def compiled(target: tuple[str, int | str, int], specs: list[str], cache: Path) -> list[dict]:
     """What :mod:`compiling` says."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
     script = str(Path(__file__).with_name("compiling.py"))
-    done = subprocess.run([sys.executable, script, json.dumps(target), *specs], capture_output=True, text=True,
-                          timeout=1800, env=environment)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, script, json.dumps(target), *specs],
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -92,6 +92,7 @@ def test_the_tables_cost_what_the_estimate_says(spec, on) -> None:
             for value in cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,):
                 count(value)
     used = sum(seen.values()) + launcher.workspace * 4
-    claimed = kernel_tables(len(shapes), sum(torch.Size(s).numel() for s in shapes), spec == "adafactor",
-                            spec == "adammini")  # fmt: skip
+    claimed = kernel_tables(
+        len(shapes), sum(torch.Size(s).numel() for s in shapes), spec == "adafactor", spec == "adammini"
+    )
     assert used <= claimed

@@ -12,8 +12,14 @@ import memopt
 from estimators.model import resolve
 from memopt.pricing import named_tensors
 
-SPECS = ["adamw/zero1", "adamw-8bit/zero1", "adamw-8bit/zero3", "adafactor/zero2", "adammini-4bit/zero3",
-         "adamw+fp32/zero1"]  # fmt: skip
+SPECS = [
+    "adamw/zero1",
+    "adamw-8bit/zero1",
+    "adamw-8bit/zero3",
+    "adafactor/zero2",
+    "adammini-4bit/zero3",
+    "adamw+fp32/zero1",
+]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -51,8 +57,10 @@ def test_a_rank_holds_a_share_and_at_most_one_row_more(spec):
     tensors = named_tensors(uneven_model())
     whole = memopt.price(tensors, spec).nbytes
     for world in (2, 3, 4):
-        one_row = sum(memopt.price([(n, t)], "adamw+fp32").nbytes // max(t.shape[0], 1) if len(t.shape) > 1 else 8 * 256
-                      for n, t in tensors)  # fmt: skip
+        one_row = sum(
+            memopt.price([(n, t)], "adamw+fp32").nbytes // max(t.shape[0], 1) if len(t.shape) > 1 else 8 * 256
+            for n, t in tensors
+        )
         columns = memopt.price(tensors, spec, world_size=10**6, rank=10**6 - 1).nbytes  # what every rank holds
         most = max(memopt.balance(tensors, spec, world_size=world).nbytes)
         assert most <= whole / world + one_row + columns

@@ -110,9 +110,19 @@ def rotated(t: Tape, x: Tensor, item: int = 0) -> Tensor:
 
 
 def attend(
-    t: Tape, step: Step, q: Tensor, k: Tensor, v: Tensor, a: Heads, *, softcap: bool = False, relaid: bool = False,
-    mask: int = 0, over: int = 0, plain: bool = False,
-) -> Tensor:  # fmt: skip
+    t: Tape,
+    step: Step,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Heads,
+    *,
+    softcap: bool = False,
+    relaid: bool = False,
+    mask: int = 0,
+    over: int = 0,
+    plain: bool = False,
+) -> Tensor:
     """Attention over one sequence with itself, or with ``over`` tokens of another one, unpadded; the result is laid out
     as the output projection reads it.
     Fused kernels lay it out as the queries are: ``relaid`` says that those are head by head, so that a copy is made.
@@ -213,8 +223,18 @@ def tables(step: Step, dim: int, item: int = 0) -> int:
     return 2 * step.seq * dim * (item or step.item)
 
 
-def loss(t: Tape, step: Step, x: Tensor, width: int, vocab: int, *, bias: bool = False, scaled: bool = False,
-         capped: bool = False, upcast: bool = True) -> Tensor:  # fmt: skip
+def loss(
+    t: Tape,
+    step: Step,
+    x: Tensor,
+    width: int,
+    vocab: int,
+    *,
+    bias: bool = False,
+    scaled: bool = False,
+    capped: bool = False,
+    upcast: bool = True,
+) -> Tensor:
     """The head's projection and the cross-entropy of every token, for causal models computed in fp32 (``upcast``).
 
     The forward variable ``logits`` lives until the model returns. ``scaled``: logits are multiplied by a constant;

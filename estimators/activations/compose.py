@@ -192,9 +192,14 @@ def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
     # Tables that only checkpointed layers are called with are alive, but not saved.
     unsaved = called + tables * all(s.checkpointed for s in segments if s.kind == "layer")
     return Activations(
-        held - unsaved, Moment(top, 0), Moment(in_loss, 0), fullest, Moment(accumulated, made),
-        copies + segments[-1].tape.cached, copies,
-    )  # fmt: skip
+        held - unsaved,
+        Moment(top, 0),
+        Moment(in_loss, 0),
+        fullest,
+        Moment(accumulated, made),
+        copies + segments[-1].tape.cached,
+        copies,
+    )
 
 
 def _backward(segments: list[_Segment], before: list[int]) -> tuple[Moment, int, int]:
@@ -216,6 +221,7 @@ def _backward(segments: list[_Segment], before: list[int]) -> tuple[Moment, int,
         fullest = max(fullest, Moment(left + run.activations, made + run.gradients), key=sum)
         accumulated = max(accumulated, left + run.most)
         made += run.total
-        waited |= {name: s.tape.shared[name].nbytes for name in s.reads
-                   if s.tape.shared[name].requires and name not in waited}  # fmt: skip
+        waited |= {
+            name: s.tape.shared[name].nbytes for name in s.reads if s.tape.shared[name].requires and name not in waited
+        }
     return fullest, accumulated, made

@@ -54,8 +54,9 @@ def _experts(f: Fields, router: Layer, shared: int, top: int) -> Layer:
     return block
 
 
-def _decoder(f: Fields, step: Step, turned: Layer, router: Layer, top: int, *, dense: int, shared: int,
-             table: int) -> Network:  # fmt: skip
+def _decoder(
+    f: Fields, step: Step, turned: Layer, router: Layer, top: int, *, dense: int, shared: int, table: int
+) -> Network:
     width, ffn = f.integer("hidden_size"), f.integer("intermediate_size")
     attended, sparse = _latent(f, step, turned), _experts(f, router, f.integer("n_shared_experts", shared), top)
     first = f.integer("first_k_dense_replace", dense, least=0)
@@ -72,8 +73,15 @@ def _decoder(f: Fields, step: Step, turned: Layer, router: Layer, top: int, *, d
 
     kinds = {"dense": with_mlp(lambda t, x: gated_mlp(t, x, width, ffn, "silu")), "experts": with_mlp(sparse)}
     names = ["dense" if i < first else "experts" for i in range(f.layers())]
-    return network(f, step, kinds["experts"], norm, rope=f.integer("qk_rope_head_dim", 64), table=table,
-                   layers=tuple((name, kinds[name]) for name in names))  # fmt: skip
+    return network(
+        f,
+        step,
+        kinds["experts"],
+        norm,
+        rope=f.integer("qk_rope_head_dim", 64),
+        table=table,
+        layers=tuple((name, kinds[name]) for name in names),
+    )
 
 
 def deepseek_v3(f: Fields, step: Step) -> Network:
@@ -118,5 +126,6 @@ def _logits(t: Tape, x: Tensor, width: int, count: int) -> Tensor:
     x = t.cast(x, FP32)
     copies = [t.tensor(count * width, FP32)] if t.item != FP32 else []
     saves = [*([x] if t.trains else []), *copies]
-    return t.op([x], x.numel // width * count, FP32, saves=saves, gradients=count * width * t.item * t.trains,
-                product=True)  # fmt: skip
+    return t.op(
+        [x], x.numel // width * count, FP32, saves=saves, gradients=count * width * t.item * t.trains, product=True
+    )

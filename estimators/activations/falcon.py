@@ -12,8 +12,11 @@ def falcon(f: Fields, step: Step) -> Network:
     """Query, key and value in one matrix. A causal mask is always made, one byte per element and sequence; keys and
     values of grouped heads are repeated before attention."""
     width, vocab, n = f.integer("hidden_size"), f.integer("vocab_size"), f.integer("num_attention_heads")
-    new, bias, dim = f.flag("new_decoder_architecture", False), f.flag("bias", False), f.divide(
-        "hidden_size", "num_attention_heads")  # fmt: skip
+    new, bias, dim = (
+        f.flag("new_decoder_architecture", False),
+        f.flag("bias", False),
+        f.divide("hidden_size", "num_attention_heads"),
+    )
     ffn, parallel = f.optional("ffn_hidden_size") or 4 * width, f.flag("parallel_attn", True)
     kv = (f.optional("num_kv_heads") or n) if new else 1 if f.flag("multi_query", True) else n
     act, p, residual = f.text("activation", "gelu"), f.share("hidden_dropout", 0.0), f.share("attention_dropout", 0.0)

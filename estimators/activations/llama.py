@@ -77,8 +77,12 @@ def _llama(
         return rms_norm(t, x, a.dim)
 
     def layer(t: Tape, x: Tensor) -> Tensor:
-        x = t.add(x, attention(t, step, norm(t, x), width, a, bias=bias, out_bias=out_bias,
-                               norm=per_head if head_norm else None))  # fmt: skip
+        x = t.add(
+            x,
+            attention(
+                t, step, norm(t, x), width, a, bias=bias, out_bias=out_bias, norm=per_head if head_norm else None
+            ),
+        )
         return t.add(x, gated_mlp(t, norm(t, x), width, ffn, act, mlp_bias))
 
     return network(f, step, layer, norm, rope=a.dim, tied=tied)
@@ -147,19 +151,38 @@ def _four_norms(f: Fields, step: Step, a: Heads, *, head_norm: bool, capped: boo
         return gemma_norm(t, x, a.dim)
 
     def layer(t: Tape, x: Tensor) -> Tensor:
-        y = attention(t, step, norm(t, x), width, a, bias=bias, out_bias=bias, softcap=capped,
-                      norm=per_head if head_norm else None)  # fmt: skip
+        y = attention(
+            t,
+            step,
+            norm(t, x),
+            width,
+            a,
+            bias=bias,
+            out_bias=bias,
+            softcap=capped,
+            norm=per_head if head_norm else None,
+        )
         x = t.add(x, norm(t, y))
         return t.add(x, norm(t, gated_mlp(t, norm(t, x), width, ffn, "gelu_pytorch_tanh")))
 
-    return network(f, step, layer, norm, rope=a.dim * (2 if head_norm else 1), tied=True, vocab=vocab,
-                   scaled_embedding=True, capped=capped)  # fmt: skip
+    return network(
+        f,
+        step,
+        layer,
+        norm,
+        rope=a.dim * (2 if head_norm else 1),
+        tied=True,
+        vocab=vocab,
+        scaled_embedding=True,
+        capped=capped,
+    )
 
 
 def gemma2(f: Fields, step: Step) -> Network:
     """Soft caps on scores and logits, which only eager attention computes."""
-    return _four_norms(f, step._replace(attention="eager"), heads(f, kv=4, dim=256), head_norm=False, capped=True,
-                       vocab=None)  # fmt: skip
+    return _four_norms(
+        f, step._replace(attention="eager"), heads(f, kv=4, dim=256), head_norm=False, capped=True, vocab=None
+    )
 
 
 def gemma3_text(f: Fields, step: Step) -> Network:

@@ -35,9 +35,16 @@ def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: 
 
 
 def dispatched(
-    t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: int, top: int, gated: Layer,
+    t: Tape,
+    x: Tensor,
+    weights: Tensor,
+    width: int,
+    inner: int,
+    count: int,
+    top: int,
+    gated: Layer,
     biased: Callable[[Tensor, int], Tensor],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Rows sorted by expert, up and gate in one product, ``gated``, down, weighted, back in order and summed.
     ``biased(y, each)`` adds the biases, ``each`` per expert."""
     tokens = x.numel // width
@@ -47,11 +54,17 @@ def dispatched(
     chosen = t.op([x], rows * width, saves=[source])
     weights = t.op([weights], saves=[order])
     up = 3 * count * inner * width * t.item * t.trains
-    both = t.op([chosen], rows * 2 * inner, saves=[*([chosen] if t.trains else []), offsets], gradients=2 * up // 3,
-                product=True)  # fmt: skip
+    both = t.op(
+        [chosen],
+        rows * 2 * inner,
+        saves=[*([chosen] if t.trains else []), offsets],
+        gradients=2 * up // 3,
+        product=True,
+    )
     product = gated(t, biased(both, 2 * inner))
-    result = t.op([product], rows * width, saves=[*([product] if t.trains else []), offsets], gradients=up // 3,
-                  product=True)  # fmt: skip
+    result = t.op(
+        [product], rows * width, saves=[*([product] if t.trains else []), offsets], gradients=up // 3, product=True
+    )
     weighted = t.op([t.mul(biased(result, width), weights)], saves=[back])
     return t.cast(t.sum(weighted, tokens * width), x.item)
 
@@ -69,9 +82,17 @@ def _router(t: Tape, x: Tensor, width: int, count: int, top: int, normalised: bo
 
 
 def _decoder(
-    f: Fields, step: Step, a: Heads, block: Layer, *, bias: bool = False, out_bias: bool = False,
-    head_norm: Layer | None = None, dense: Layer | None = None, is_sparse: frozenset[int] | None = None,
-) -> Network:  # fmt: skip
+    f: Fields,
+    step: Step,
+    a: Heads,
+    block: Layer,
+    *,
+    bias: bool = False,
+    out_bias: bool = False,
+    head_norm: Layer | None = None,
+    dense: Layer | None = None,
+    is_sparse: frozenset[int] | None = None,
+) -> Network:
     """Llama's layer with experts in place of the MLP, or with ``dense`` in the layers that are not sparse."""
     width = f.integer("hidden_size")
 
@@ -105,8 +126,15 @@ def olmoe(f: Fields, step: Step) -> Network:
         f.flag("norm_topk_prob", False),
         f.flag("attention_bias", False),
     )
-    return _decoder(f, step, heads(f), lambda t, x: experts(t, x, width, ffn, count, top, normalised), bias=bias,
-                    out_bias=bias, head_norm=lambda t, x: rms_norm(t, x, x.numel // step.tokens))  # fmt: skip
+    return _decoder(
+        f,
+        step,
+        heads(f),
+        lambda t, x: experts(t, x, width, ffn, count, top, normalised),
+        bias=bias,
+        out_bias=bias,
+        head_norm=lambda t, x: rms_norm(t, x, x.numel // step.tokens),
+    )
 
 
 def qwen2_moe(f: Fields, step: Step) -> Network:
@@ -125,8 +153,15 @@ def qwen2_moe(f: Fields, step: Step) -> Network:
         gate = t.root(t.linear(x, width, 1, adapted=False))
         return t.add(routed, t.mul(gate, together))
 
-    return _decoder(f, step, a, block, bias=f.flag("qkv_bias", True), is_sparse=_sparse_layers(f),
-                    dense=lambda t, x: gated_mlp(t, x, width, ffn, "silu"))  # fmt: skip
+    return _decoder(
+        f,
+        step,
+        a,
+        block,
+        bias=f.flag("qkv_bias", True),
+        is_sparse=_sparse_layers(f),
+        dense=lambda t, x: gated_mlp(t, x, width, ffn, "silu"),
+    )
 
 
 def qwen3_moe(f: Fields, step: Step) -> Network:
@@ -138,9 +173,17 @@ def qwen3_moe(f: Fields, step: Step) -> Network:
         f.integer("num_experts_per_tok", 8),
     )
     normalised, bias = f.flag("norm_topk_prob", False), f.flag("attention_bias", False)
-    return _decoder(f, step, a, lambda t, x: experts(t, x, width, inner, count, top, normalised), bias=bias,
-                    out_bias=bias, head_norm=lambda t, x: rms_norm(t, x, a.dim), is_sparse=_sparse_layers(f),
-                    dense=lambda t, x: gated_mlp(t, x, width, ffn, "silu"))  # fmt: skip
+    return _decoder(
+        f,
+        step,
+        a,
+        lambda t, x: experts(t, x, width, inner, count, top, normalised),
+        bias=bias,
+        out_bias=bias,
+        head_norm=lambda t, x: rms_norm(t, x, a.dim),
+        is_sparse=_sparse_layers(f),
+        dense=lambda t, x: gated_mlp(t, x, width, ffn, "silu"),
+    )
 
 
 def _sparse_layers(f: Fields) -> frozenset[int]:

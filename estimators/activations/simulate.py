@@ -183,9 +183,11 @@ def backward(tape: Tape, *, gradient: bool = True, waited: frozenset[str] = froz
     already, to which this segment adds: bytes of its caller's account, unless the tensor was made here."""
     state = _Pass(tape)
     everything = state.live
-    for tensor, nbytes in ((tape.out, tape.out.nbytes * gradient),
-                           *((tape.shared[name], 0) for name in waited if name in tape.shared),
-                           *((t, t.nbytes) for name, t in tape.shares.items() if name in waited)):  # fmt: skip
+    for tensor, nbytes in (
+        (tape.out, tape.out.nbytes * gradient),
+        *((tape.shared[name], 0) for name in waited if name in tape.shared),
+        *((t, t.nbytes) for name, t in tape.shares.items() if name in waited),
+    ):
         if id(tensor) not in state.gradients:  # a shared tensor may be the output
             state.start(tensor, nbytes)
     state.note()

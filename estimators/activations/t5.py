@@ -39,8 +39,15 @@ def _fused(
     laid = t.op([bias], saves=[t.tensor(step.seq**2, 1)] if masked else [])
     if not t.cpu:
         beside = t.tensor(step.tokens * n, FP32)
-        return t.op([q, k, v, laid], q.numel, saves=[q, k, v, laid, beside], saves_out=True, product=True,
-                    beside=[beside], backward_tmp=_scores(t, step, n) * t.item)  # fmt: skip
+        return t.op(
+            [q, k, v, laid],
+            q.numel,
+            saves=[q, k, v, laid, beside],
+            saves_out=True,
+            product=True,
+            beside=[beside],
+            backward_tmp=_scores(t, step, n) * t.item,
+        )
     wide = t.cast(laid, FP32)
     q, k, v = (t.cast(x, FP32) for x in (q, k, v))
     q, k, v = t.copy(t.copy(q)), t.copy(t.copy(k)), t.copy(v)
@@ -73,8 +80,14 @@ def t5(f: Fields, step: Step) -> Network:
     def positions(t: Tape) -> Tensor:
         """A bias for each head and distance, from a table of buckets: the same in every layer of a stack."""
         ids = t.tensor(step.seq**2, INT64)
-        return t.op([t.tensor(0)], n * step.seq**2, t.item, saves=[ids] if t.trains else [], forward_tmp=3 * ids.nbytes,
-                    gradients=buckets * n * t.item * t.trains)  # fmt: skip
+        return t.op(
+            [t.tensor(0)],
+            n * step.seq**2,
+            t.item,
+            saves=[ids] if t.trains else [],
+            forward_tmp=3 * ids.nbytes,
+            gradients=buckets * n * t.item * t.trains,
+        )
 
     def block(side: str, *, first: bool, cross: bool) -> Layer:
         def one(t: Tape, x: Tensor) -> Tensor:
@@ -117,5 +130,9 @@ def t5(f: Fields, step: Step) -> Network:
 
     layers = f.layers("num_layers")
     decoders = layers if f.optional("num_decoder_layers") is None else f.layers("num_decoder_layers")
-    return Network(decoded, stack("decoder", decoders, cross=True), head,
-                   encoder=Network(embed, stack("encoder", layers, cross=False), finish))  # fmt: skip
+    return Network(
+        decoded,
+        stack("decoder", decoders, cross=True),
+        head,
+        encoder=Network(embed, stack("encoder", layers, cross=False), finish),
+    )

@@ -77,8 +77,21 @@ class Tape:
     element of matrix products under torch.autocast, whose copies of weights are ``cached`` bytes; 0 without.
     """
 
-    __slots__ = ("cached", "cpu", "held", "input_gradients", "item", "mm", "ops", "out", "rank", "shared", "shares",
-                 "trains", "x")  # fmt: skip
+    __slots__ = (
+        "cached",
+        "cpu",
+        "held",
+        "input_gradients",
+        "item",
+        "mm",
+        "ops",
+        "out",
+        "rank",
+        "shared",
+        "shares",
+        "trains",
+        "x",
+    )
 
     def __init__(self, item: int, rank: int, x: Tensor, cpu: bool = False, mixed: int = 0) -> None:
         self.cpu = cpu
@@ -139,8 +152,9 @@ class Tape:
         first = ins[0] if ins else self.x
         out = Tensor(first.numel if numel is None else numel, item or first.item, requires)
         saved = [*saves, *([out] if saves_out else [])] if requires else []
-        self.ops.append(Op(ins, out, saved, gradients, forward_tmp, backward_tmp, alias, expands,
-                           (out, *beside) if product else ()))  # fmt: skip
+        self.ops.append(
+            Op(ins, out, saved, gradients, forward_tmp, backward_tmp, alias, expands, (out, *beside) if product else ())
+        )
         return out
 
     # Arithmetic ------------------------------------------------------------------------------------------------
@@ -167,14 +181,20 @@ class Tape:
         saves = [t for t, other in ((a, b), (b, a)) if other.requires]
         large = a if a.numel >= b.numel else b
         tmp = large.nbytes if a.numel != b.numel and a.requires and b.requires else 0
-        return self.op([a, b], large.numel, max(a.item, b.item), saves=saves, backward_tmp=tmp,
-                       forward_tmp=self._converted(a, b))  # fmt: skip
+        return self.op(
+            [a, b], large.numel, max(a.item, b.item), saves=saves, backward_tmp=tmp, forward_tmp=self._converted(a, b)
+        )
 
     def weighted(self, x: Tensor, width: int, item: int | None = None) -> Tensor:
         """``x`` times a trainable vector: saves ``x`` for the vector's gradient."""
         train = self.trains
-        return self.op([x], item=item or max(x.item, self.item), saves=[x] if train else [],
-                       gradients=width * self.item * train, backward_tmp=x.nbytes * train)  # fmt: skip
+        return self.op(
+            [x],
+            item=item or max(x.item, self.item),
+            saves=[x] if train else [],
+            gradients=width * self.item * train,
+            backward_tmp=x.nbytes * train,
+        )
 
     def square(self, x: Tensor) -> Tensor:
         """``x.pow(2)``; backward computes ``grad * (2 * x)``."""
@@ -207,9 +227,15 @@ class Tape:
             x = self.cast(x, self.mm)
             copies = [self.tensor(cols * rows, self.mm)] if x.requires else []
             self.cached += (cols + bias) * rows * self.mm
-        y = self.op([x], tokens * rows, self.mm, product=True, saves=[*([x] if train else []), *copies],
-                    gradients=(cols * rows + bias * rows) * self.item * train,
-                    backward_tmp=cols * rows * self.mm * bool(copies))  # fmt: skip
+        y = self.op(
+            [x],
+            tokens * rows,
+            self.mm,
+            product=True,
+            saves=[*([x] if train else []), *copies],
+            gradients=(cols * rows + bias * rows) * self.item * train,
+            backward_tmp=cols * rows * self.mm * bool(copies),
+        )
         return self._adapter(x, y, tokens, cols, rows) if self.rank and adapted else y
 
     def _adapter(self, x: Tensor, y: Tensor, tokens: int, cols: int, rows: int) -> Tensor:
@@ -225,8 +251,9 @@ class Tape:
         source = Tensor(0, self.item, requires=self.trains)
         ids = self.tensor(tokens, INT64)
         first = not self.ops
-        out = self.op([source], tokens * width, self.item, saves=[ids], gradients=nbytes * (not tied),
-                      backward_tmp=nbytes * tied)  # fmt: skip
+        out = self.op(
+            [source], tokens * width, self.item, saves=[ids], gradients=nbytes * (not tied), backward_tmp=nbytes * tied
+        )
         out.requires = out.requires or (first and self.input_gradients)
         return out
 

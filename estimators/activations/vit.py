@@ -20,8 +20,13 @@ def vit(f: Fields, step: Step) -> Network:
         pixels = t.tensor(step.batch * channels * side * side, t.mm)
         matrix = width * channels * patch * patch
         copies = [t.tensor(matrix, t.mm)] if t.mm != t.item else []
-        patches = t.op([], (step.seq - 1) * step.batch * width, t.mm, saves=[pixels, *copies] if t.trains else [],
-                       gradients=matrix * t.item * t.trains)  # fmt: skip
+        patches = t.op(
+            [],
+            (step.seq - 1) * step.batch * width,
+            t.mm,
+            saves=[pixels, *copies] if t.trains else [],
+            gradients=matrix * t.item * t.trains,
+        )
         x = t.op([t.copy(patches)], step.tokens * width, t.item, gradients=step.seq * width * t.item * t.trains)
         return t.dropout(x, p)
 

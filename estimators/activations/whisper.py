@@ -32,8 +32,13 @@ def whisper(f: Fields, step: Step) -> Network:
         """Kernels of 3 over time, then the nonlinearity."""
         x, matrix = t.cast(x, t.mm), channels * 3 * width
         copies = [t.tensor(matrix, t.mm)] if t.mm != t.item else []
-        y = t.op([x], x.numel // channels // stride * width, t.mm, saves=[x, *copies] if t.trains else [],
-                 gradients=(matrix + width) * t.item * t.trains)  # fmt: skip
+        y = t.op(
+            [x],
+            x.numel // channels // stride * width,
+            t.mm,
+            saves=[x, *copies] if t.trains else [],
+            gradients=(matrix + width) * t.item * t.trains,
+        )
         return t.op([y], saves=[y])
 
     def listen(t: Tape) -> Tensor:
@@ -60,13 +65,20 @@ def whisper(f: Fields, step: Step) -> Network:
 
     def embed(t: Tape) -> Tensor:
         words = t.embedding(step.tokens, vocab, width, tied=f.flag("tie_word_embeddings", True))
-        places = t.op([t.tensor(0)], step.tokens * width, saves=[t.tensor(step.tokens, INT64)] * t.trains,
-                      gradients=positions * width * t.item * t.trains)  # fmt: skip
+        places = t.op(
+            [t.tensor(0)],
+            step.tokens * width,
+            saves=[t.tensor(step.tokens, INT64)] * t.trains,
+            gradients=positions * width * t.item * t.trains,
+        )
         return t.dropout(t.add(words, places), p)
 
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab, upcast=False)
 
-    encoder = Network(listen, alike(layer("encoder", heard, cross=False), f.layers("encoder_layers"), "encoder"),
-                      lambda t, x: layer_norm(t, x, width))  # fmt: skip
+    encoder = Network(
+        listen,
+        alike(layer("encoder", heard, cross=False), f.layers("encoder_layers"), "encoder"),
+        lambda t, x: layer_norm(t, x, width),
+    )
     return Network(embed, alike(layer("decoder", step, cross=True), f.layers("decoder_layers")), head, encoder=encoder)

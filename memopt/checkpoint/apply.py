@@ -51,8 +51,10 @@ class Plan:
         where = {record.name: i for i, record in enumerate(self._records)}
         order = [where[name] for group in source.groups for name in group.names]
         if ours != theirs or order != sorted(order):
-            raise ValueError(f"the param groups differ: saved with {theirs} parameters each, here {ours}, or in "
-                             "another order; hyper=False keeps the groups that are here")  # fmt: skip
+            raise ValueError(
+                f"the param groups differ: saved with {theirs} parameters each, here {ours}, or in "
+                "another order; hyper=False keeps the groups that are here"
+            )
         known = RULES[source.spec.rule].hyperparameters
         merged = []
         for group, saved in zip(optimizer.param_groups, source.groups, strict=True):

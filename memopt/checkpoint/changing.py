@@ -50,9 +50,11 @@ class Work:
     def __str__(self) -> str:
         """For whoever wants something else of the optimizer while it is unfinished."""
         old, new = str(self.old), str(self.new)
-        return (f"{self.done} of {self.done + len(self.todo)} parameters are as {new!r} keeps them and the others as "
-                f"{old!r}, which is no optimizer: the same call, opt.convert_({new!r}, ...), goes on with the rest; "
-                "nothing else can be done before")  # fmt: skip
+        return (
+            f"{self.done} of {self.done + len(self.todo)} parameters are as {new!r} keeps them and the others as "
+            f"{old!r}, which is no optimizer: the same call, opt.convert_({new!r}, ...), goes on with the rest; "
+            "nothing else can be done before"
+        )
 
 
 def move(optimizer: Optimizer, homes: Homes) -> None:

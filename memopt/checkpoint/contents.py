@@ -62,8 +62,9 @@ def model_tensors(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
         if not is_dtensor(value):
             value = value.detach()
             if type(value) is not Tensor:
-                raise ValueError(f"{name} of the model is a {type(value).__name__}; memopt.save keeps ordinary tensors "
-                                 "and DTensors")  # fmt: skip
+                raise ValueError(
+                    f"{name} of the model is a {type(value).__name__}; memopt.save keeps ordinary tensors and DTensors"
+                )
             identity = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
         if value.numel() and identity in seen:
             tied[name] = seen[identity]
@@ -89,8 +90,10 @@ def check_rows(optimizer: Optimizer) -> None:
     """Raise ValueError for state whose rows are not what the spec's partition gives this rank of all."""
     partition = optimizer.partition
     if partition.is_flattened:
-        raise ValueError("the optimizer steps DeepSpeed's flat vectors, which memopt.save does not take; save with the "
-                         "engine's save_checkpoint")  # fmt: skip
+        raise ValueError(
+            "the optimizer steps DeepSpeed's flat vectors, which memopt.save does not take; save with the "
+            "engine's save_checkpoint"
+        )
     for name, p, _ in optimizer._parameters():
         if partition.held(p) != partition.rows(tuple(p.shape), partition.rank, partition.world_size):
             raise ValueError(_OTHER_MESH.format(name))

@@ -39,8 +39,23 @@ def slots(
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
     for index, (name, p, group) in enumerate(optimizer._parameters()):
         rows, total = partition.held(p), partition.total_of(p)
-        yield p, Slot(spec, of_group[id(group)], name, index, rows, p.device, optimizer.seed, total,
-                      dtype_name(p), homes, partition.local(p, rows, p.detach()), optimizer.capturable)  # fmt: skip
+        yield (
+            p,
+            Slot(
+                spec,
+                of_group[id(group)],
+                name,
+                index,
+                rows,
+                p.device,
+                optimizer.seed,
+                total,
+                dtype_name(p),
+                homes,
+                partition.local(p, rows, p.detach()),
+                optimizer.capturable,
+            ),
+        )
 
 
 @torch.no_grad()
@@ -103,8 +118,10 @@ def _partition(optimizer: Optimizer, new: OptimSpec) -> Partition:
         return now
     replicated = {optimizer.spec.partition, new.partition} == {"none", "zero1"}
     if now.world_size > 1 and not replicated:
-        raise SpecError(f"convert_ cannot go from '/{optimizer.spec.partition}' over {now.world_size} ranks to "
-                        f"'{new}': how parameters are sharded is decided before training; save and load")  # fmt: skip
+        raise SpecError(
+            f"convert_ cannot go from '/{optimizer.spec.partition}' over {now.world_size} ranks to "
+            f"'{new}': how parameters are sharded is decided before training; save and load"
+        )
     return PARTITIONS[new.partition](None if new.partition == "none" else group)
 
 

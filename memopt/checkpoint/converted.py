@@ -59,8 +59,19 @@ class Converted:
                 if record.stepped:
                     rows = Rows.whole(record.shape)
                     seed, cpu = self.source.seed or 0, torch.device("cpu")
-                    slot = Slot(self.spec, group.hyper, name, index, rows, cpu, seed, lambda x: x, record.dtype, homes,
-                                encoding=self._encoding)  # fmt: skip
+                    slot = Slot(
+                        self.spec,
+                        group.hyper,
+                        name,
+                        index,
+                        rows,
+                        cpu,
+                        seed,
+                        lambda x: x,
+                        record.dtype,
+                        homes,
+                        encoding=self._encoding,
+                    )
                     yield slot, record
                 index += 1
 

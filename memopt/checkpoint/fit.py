@@ -117,8 +117,15 @@ class Slot(NamedTuple):
             piece = LivePiece(self.rows, {part: state[key] for part, key in keys.items()})
             moments[moment.name] = Stored(moment, fmt, self.shape, (piece,))
         beside = kept.live(self.master, self.dtype, self.rows, state, self.parameter)
-        return Record(self.name, self.shape, float(state["step"]), moments, dtype=self.dtype, kept=beside,
-                      weights=self._parameter())  # fmt: skip
+        return Record(
+            self.name,
+            self.shape,
+            float(state["step"]),
+            moments,
+            dtype=self.dtype,
+            kept=beside,
+            weights=self._parameter(),
+        )
 
     def _parameter(self) -> Callable[[Rows], Tensor] | None:
         p = self.parameter
@@ -149,14 +156,20 @@ class Slot(NamedTuple):
         if moment.name in fill:
             raise SpecError(f"fill[{moment.name!r}]: it begins as {moment.begins} and is not filled")
         if self.parameter is None:
-            raise SpecError(f"{self.name}: {moment.name!r} begins as {moment.begins}, which is not in a saved state; "
-                            "load the state as it is and use opt.convert_")  # fmt: skip
+            raise SpecError(
+                f"{self.name}: {moment.name!r} begins as {moment.begins}, which is not in a saved state; "
+                "load the state as it is and use opt.convert_"
+            )
 
 
 def fill_slot(
-    slot: Slot, state: dict[str, Tensor], record: Record, old: tuple[OptimSpec, Mapping[str, Any]], fill: Fill,
+    slot: Slot,
+    state: dict[str, Tensor],
+    record: Record,
+    old: tuple[OptimSpec, Mapping[str, Any]],
+    fill: Fill,
     report: Conversion,
-) -> None:  # fmt: skip
+) -> None:
     """Write a record into zeroed ``state``. ``old`` are the spec and hyperparameters under which it was kept."""
     plan = slot.check(record, old[0].rule, fill)
     step = float(fill.get("step", record.step))

@@ -51,8 +51,9 @@ class Kept(NamedTuple):
     weights: Callable[[Rows], Tensor] | None = None
 
 
-def kept_of(master: str, dtype: str, shape: Shape, pieces: tuple[Piece, ...],
-            weights: Callable[[Rows], Tensor] | None) -> Kept:  # fmt: skip
+def kept_of(
+    master: str, dtype: str, shape: Shape, pieces: tuple[Piece, ...], weights: Callable[[Rows], Tensor] | None
+) -> Kept:
     found = MASTERS[master]
     raw = Raw(found.kept(dtype))
     return Kept(found, dtype, Stored(Moment(found.key), raw, shape, pieces), weights)
@@ -70,8 +71,10 @@ def refuse(kept: Kept, master: Master, p: Tensor | None) -> str | None:
     """Why ``kept`` cannot become what ``master`` keeps, or None."""
     if kept.master is master or not master.key or p is not None or kept.weights is not None:
         return None
-    return (f"what +{kept.master.name} keeps means something beside its weights only, and there are none here: "
-            f"convert to +{kept.master.name} or no master, or load model and optimizer and use convert_")  # fmt: skip
+    return (
+        f"what +{kept.master.name} keeps means something beside its weights only, and there are none here: "
+        f"convert to +{kept.master.name} or no master, or load model and optimizer and use convert_"
+    )
 
 
 def move(kept: Kept, master: Master, rows: Rows, p: Tensor | None, target: Tensor, loss: Loss) -> None:

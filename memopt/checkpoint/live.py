@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 def source_of(optimizer: Optimizer) -> Source:
     """The optimizer's state in its own memory. Raises ValueError on one of several ranks, which has not all rows."""
     if optimizer.partition.world_size > 1:
-        raise ValueError(f"this is rank {optimizer.partition.rank} of {optimizer.partition.world_size}, which holds "
-                         "some rows only; save a checkpoint and convert that")  # fmt: skip
+        raise ValueError(
+            f"this is rank {optimizer.partition.rank} of {optimizer.partition.world_size}, which holds "
+            "some rows only; save a checkpoint and convert that"
+        )
     records = {
         slot.name: slot.record(optimizer.state.get(p, {}))
         for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)

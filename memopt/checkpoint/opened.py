@@ -112,8 +112,10 @@ class Checkpoint:
         if source is None:
             raise ValueError(f"{self.path} holds no optimizer")
         if rule not in (None, source.spec.rule):
-            raise ValueError(f"{self.path} is of {source.spec.rule}, not {rule!r}; rule= (--from) is for what other "
-                             "tools wrote and does not say it")  # fmt: skip
+            raise ValueError(
+                f"{self.path} is of {source.spec.rule}, not {rule!r}; rule= (--from) is for what other "
+                "tools wrote and does not say it"
+            )
         return source
 
     def optimizer(self) -> Source | None:
@@ -179,8 +181,10 @@ class Checkpoint:
             piece = FilePiece(rows, file, f"{name}/{moment.name}")
             for part, spec in fmt.layout(moment, rows).items():
                 if file.specs.get(piece.key(part)) != spec:
-                    raise DamagedFile(f"{file.path}: {piece.key(part)} is {file.specs.get(piece.key(part))}, and "
-                                      f"the manifest says {spec}")  # fmt: skip
+                    raise DamagedFile(
+                        f"{file.path}: {piece.key(part)} is {file.specs.get(piece.key(part))}, and "
+                        f"the manifest says {spec}"
+                    )
             pieces.append(piece)
         return Stored(moment, fmt, shape, tuple(pieces))
 

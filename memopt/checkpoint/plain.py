@@ -37,8 +37,10 @@ def encode(value: Any, where: str) -> Any:
         dtype = str(value.dtype).removeprefix("torch.")
         numbers = value.detach().cpu().double() if value.is_floating_point() else value.detach().cpu()
         return {"$tensor": [dtype, list(value.shape), [encode(x, where) for x in numbers.reshape(-1).tolist()]]}
-    raise ValueError(f"{where} is a {type(value).__name__}, which has no plain form; a checkpoint holds numbers, "
-                     "strings, lists, tuples, dicts and small tensors")  # fmt: skip
+    raise ValueError(
+        f"{where} is a {type(value).__name__}, which has no plain form; a checkpoint holds numbers, "
+        "strings, lists, tuples, dicts and small tensors"
+    )
 
 
 def decode(value: Any) -> Any:

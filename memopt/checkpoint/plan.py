@@ -20,8 +20,10 @@ def check_fill(fill: Fill, rule: str) -> None:
     for name, value in fill.items():
         number = CHECKS["dampening"][1](value)
         if not (number or isinstance(value, str)) or (name == "step" and not (number and value >= 0)):
-            raise SpecError(f"fill[{name!r}] = {value!r} is not allowed for {rule}; it is a finite number, or the name "
-                            "of a moment that was kept (step: a number >= 0)")  # fmt: skip
+            raise SpecError(
+                f"fill[{name!r}] = {value!r} is not allowed for {rule}; it is a finite number, or the name "
+                "of a moment that was kept (step: a number >= 0)"
+            )
 
 
 def feeds(old: str, new: str, name: str, have: Mapping[str, Any], wanted: str, fill: Fill) -> str | float:
@@ -44,8 +46,9 @@ def feeds(old: str, new: str, name: str, have: Mapping[str, Any], wanted: str, f
     reason = f"{old} does not keep it"
     if wanted in have:
         reason = f"in {old} it is {meaning(old, wanted)}, in {new} {meaning(new, wanted)}"
-    raise SpecError(f"{name}: {new} needs {wanted!r} and {reason}; say how to fill it, for example "
-                    f"fill={{{wanted!r}: 0}}")  # fmt: skip
+    raise SpecError(
+        f"{name}: {new} needs {wanted!r} and {reason}; say how to fill it, for example fill={{{wanted!r}: 0}}"
+    )
 
 
 def unused_fill(fill: Fill, moments: set[str]) -> None:

@@ -83,8 +83,11 @@ class _Job:
                     infos[name] = write_file(path, specs, in_order, syncing=syncing)
                 syncing.wait()
         except OSError as error:
-            raise OSError(error.errno, f"{error.filename or path} could not be written ({error.strerror}); earlier "
-                                       "checkpoints are as they were") from error  # fmt: skip
+            raise OSError(
+                error.errno,
+                f"{error.filename or path} could not be written ({error.strerror}); earlier "
+                "checkpoints are as they were",
+            ) from error
         return infos
 
     def _commit(self, everyone: list[dict[str, list[Any]]]) -> None:

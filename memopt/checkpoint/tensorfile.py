@@ -22,9 +22,18 @@ from memopt.ledger import ITEMSIZE, TensorSpec
 
 #: safetensors' names of dtypes.
 DTYPES = {
-    "F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+    "F64": "float64",
+    "F32": "float32",
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F8_E4M3": "float8_e4m3fn",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 CODES = {name: code for code, name in DTYPES.items()}
 ITEMSIZES = {**ITEMSIZE, "bool": 1}
 
@@ -95,8 +104,10 @@ def verify_file(path: Path, info: FileInfo, progress: Progress = lambda nbytes: 
     for i, (found, expected) in enumerate(zip(checksums(path, progress), info.crc32, strict=True)):
         if found != expected:
             first, last = i * CHUNK_NBYTES, min((i + 1) * CHUNK_NBYTES, nbytes) - 1
-            raise DamagedFile(f"{path} is damaged between bytes {first:,} and {last:,}: its checksum is {found}, "
-                              f"and {expected} was written")  # fmt: skip
+            raise DamagedFile(
+                f"{path} is damaged between bytes {first:,} and {last:,}: its checksum is {found}, "
+                f"and {expected} was written"
+            )
 
 
 class TensorFile:

@@ -25,15 +25,25 @@ SUMMARY = "optimizer state of a checkpoint or of another tool under another spec
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a checkpoint, a folder of them, or another tool's file or folder")
-    parser.add_argument("out", metavar="OUT",
-                        help="a folder of checkpoints; for another tool a file (dcp, deepspeed: a folder)")  # fmt: skip
-    parser.add_argument("--to", metavar="SPEC", required=True, help="a spec (memopt list), or torch, dcp, deepspeed, "
-                        "transformers, bitsandbytes, bitsandbytes-32bit, torchao, torchao-4bit, torchao-fp8, flashoptim"
-                        )  # fmt: skip
+    parser.add_argument(
+        "out", metavar="OUT", help="a folder of checkpoints; for another tool a file (dcp, deepspeed: a folder)"
+    )
+    parser.add_argument(
+        "--to",
+        metavar="SPEC",
+        required=True,
+        help="a spec (memopt list), or torch, dcp, deepspeed, "
+        "transformers, bitsandbytes, bitsandbytes-32bit, torchao, torchao-4bit, torchao-fp8, flashoptim",
+    )
     parser.add_argument("--from", metavar="RULE", dest="rule", help="the rule, where the file does not say it")
     parser.add_argument("--engine", metavar="ENGINE", help="of a spec: native (default) or bitsandbytes")
-    parser.add_argument("--fill", metavar="MOMENT=VALUE", action="append", default=[],
-                        help="what stands in for a moment that was not kept: a number, or another moment")  # fmt: skip
+    parser.add_argument(
+        "--fill",
+        metavar="MOMENT=VALUE",
+        action="append",
+        default=[],
+        help="what stands in for a moment that was not kept: a number, or another moment",
+    )
     parser.add_argument("--dry-run", action="store_true", help="say what would be written, and write nothing")
 
 

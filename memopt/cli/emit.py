@@ -18,9 +18,12 @@ MARK = "# memopt estimate: "
 #: Where accelerate's configuration points for DeepSpeed's.
 _DS_CONFIG = "ds_config.json"
 #: transformers' class for families that are no causal language models.
-_AUTO = {"t5": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq",
-         "vit": "AutoModelForImageClassification",
-         **dict.fromkeys(("bert", "distilbert", "roberta", "xlm-roberta"), "AutoModelForMaskedLM")}  # fmt: skip
+_AUTO = {
+    "t5": "AutoModelForSeq2SeqLM",
+    "whisper": "AutoModelForSpeechSeq2Seq",
+    "vit": "AutoModelForImageClassification",
+    **dict.fromkeys(("bert", "distilbert", "roberta", "xlm-roberta"), "AutoModelForMaskedLM"),
+}
 #: Placements that stand for DeepSpeed's offload_optimizer.
 _OFFLOADED = ("cpu", "host")
 
@@ -61,8 +64,13 @@ def _options(e: Estimate, column: Column) -> dict[str, Any]:
     if t.deepspeed:
         options["bucket"] = t.bucket
     if t.seq:
-        options |= {"seq": t.seq, "batch": t.batch, "accumulate": t.accumulate, "checkpointing": t.checkpointing,
-                    "attention": t.attention}  # fmt: skip
+        options |= {
+            "seq": t.seq,
+            "batch": t.batch,
+            "accumulate": t.accumulate,
+            "checkpointing": t.checkpointing,
+            "attention": t.attention,
+        }
     return options
 
 
@@ -77,16 +85,20 @@ def _accelerate(e: Estimate, column: Column) -> str:
     kind, more = "MULTI_GPU" if several else "NO", ""
     if e.training.deepspeed:
         kind = "DEEPSPEED"
-        more = (f"deepspeed_config:\n  deepspeed_config_file: {_DS_CONFIG}  # --emit deepspeed writes it\n"
-                f"  zero3_init_flag: {'true' if partition == 'zero3' else 'false'}\n")  # fmt: skip
+        more = (
+            f"deepspeed_config:\n  deepspeed_config_file: {_DS_CONFIG}  # --emit deepspeed writes it\n"
+            f"  zero3_init_flag: {'true' if partition == 'zero3' else 'false'}\n"
+        )
     elif several and partition in ("zero2", "zero3"):
         kind = "FSDP"
-        more = ("fsdp_config:\n  fsdp_version: 2\n"
-                f"  fsdp_reshard_after_forward: {'true' if partition == 'zero3' else 'false'}\n"
-                "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
-                "  fsdp_offload_params: false\n  fsdp_cpu_ram_efficient_loading: false\n"
-                f"  fsdp_activation_checkpointing: {'true' if e.training.checkpointing == 'full' else 'false'}\n"
-                "  fsdp_state_dict_type: SHARDED_STATE_DICT\n")  # fmt: skip
+        more = (
+            "fsdp_config:\n  fsdp_version: 2\n"
+            f"  fsdp_reshard_after_forward: {'true' if partition == 'zero3' else 'false'}\n"
+            "  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP\n"
+            "  fsdp_offload_params: false\n  fsdp_cpu_ram_efficient_loading: false\n"
+            f"  fsdp_activation_checkpointing: {'true' if e.training.checkpointing == 'full' else 'false'}\n"
+            "  fsdp_state_dict_type: SHARDED_STATE_DICT\n"
+        )
     # DeepSpeed's own file says the precision, and accelerate refuses both at once.
     precision = "" if e.training.deepspeed else f"mixed_precision: {e.training.mixed or 'no'!r}\n"
     release = ", then optimizer.release_gradients(model)" if e.training.release_gradients else ""
@@ -112,11 +124,21 @@ def _checkpointed(t: Training) -> list[str]:
     if t.checkpointing == "full":
         return ["model.gradient_checkpointing_enable()"]
     if t.checkpointing == "selective":
-        kept = ", ".join(f"aten.{op}.default" for op in ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention",
-                                                         "_scaled_dot_product_efficient_attention"))  # fmt: skip
-        return ["aten = torch.ops.aten  # results of these are kept",
-                f"keep = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [{kept}])",
-                'model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep})']  # fmt: skip
+        kept = ", ".join(
+            f"aten.{op}.default"
+            for op in (
+                "mm",
+                "addmm",
+                "bmm",
+                "_scaled_dot_product_flash_attention",
+                "_scaled_dot_product_efficient_attention",
+            )
+        )
+        return [
+            "aten = torch.ops.aten  # results of these are kept",
+            f"keep = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [{kept}])",
+            'model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep})',
+        ]
     every = t.checkpointing.removeprefix("every-")
     return [f"model.activation_checkpointing_enable(every_n_layers={every})"]
 
@@ -147,10 +169,13 @@ def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
     spec, t = parse(column.spec, hyper=column.hyper), e.training
     stage(spec)  # refuses what the figures refuse
     config = deepspeed_config(
-        spec.replace(master="none", placement="device"), micro_batch=t.batch, accumulate=t.accumulate,
-        offload=spec.placement in _OFFLOADED, bf16={"enabled": e.weights == "bfloat16"},
+        spec.replace(master="none", placement="device"),
+        micro_batch=t.batch,
+        accumulate=t.accumulate,
+        offload=spec.placement in _OFFLOADED,
+        bf16={"enabled": e.weights == "bfloat16"},
         fp16={"enabled": e.weights == "float16"},
-    )  # fmt: skip
+    )
     config["zero_optimization"] |= {"reduce_bucket_size": t.bucket, "overlap_comm": False}
     return config
 
@@ -166,8 +191,10 @@ def _transformers(e: Estimate, column: Column) -> str:
     """Keywords of TrainingArguments, and the optimizer beside them: ``optim=`` is a closed list there."""
     t = e.training
     if t.release_gradients:
-        raise InputError("--emit transformers does not go with --release-gradients: Trainer clips by a norm of all "
-                         "gradients and steps after them; --emit python does")  # fmt: skip
+        raise InputError(
+            "--emit transformers does not go with --release-gradients: Trainer clips by a norm of all "
+            "gradients and steps after them; --emit python does"
+        )
     mixed = f"    {t.mixed}=True,\n" if t.mixed else ""
     deepspeed = f'    deepspeed="{_DS_CONFIG}",  # --emit deepspeed writes it\n' if t.deepspeed else ""
     before = [f"# {line}\n" for line in ([] if t.checkpointing == "full" else _checkpointed(t))]
@@ -196,8 +223,7 @@ def _python(e: Estimate, column: Column) -> str:
     before = "".join(f"{line}\n" for line in _checkpointed(e.training))
     imports = "import functools\n\nimport torch\n\n" if e.training.checkpointing == "selective" else ""
     made = f'optimizer = memopt.create(model, "{spec}", {_keywords(column)})\n'
-    return (f"{imports}import memopt\n\n# {_loading(e)}\n{before}{shard}{made}"
-            f"{after}{release}")  # fmt: skip
+    return f"{imports}import memopt\n\n# {_loading(e)}\n{before}{shard}{made}{after}{release}"
 
 
 def _loading(e: Estimate) -> str:

@@ -33,23 +33,39 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--seq", metavar="N", help="tokens of each sequence: activations are counted")
     parser.add_argument("--batch", metavar="N", help="sequences of a micro-batch (default 1)")
     parser.add_argument("--accumulate", metavar="N", help="micro-batches per step (default 1)")
-    parser.add_argument("--checkpointing", metavar="HOW", help="none (default), full, selective (products are kept) or "
-                        "every-K (layers: every-2 is half of them)")  # fmt: skip
+    parser.add_argument(
+        "--checkpointing",
+        metavar="HOW",
+        help="none (default), full, selective (products are kept) or every-K (layers: every-2 is half of them)",
+    )
     parser.add_argument("--attention", metavar="KIND", help="sdpa (default), flash or eager")
     parser.add_argument("--lora", metavar="RANK", help="adapters on all linear layers, the weights frozen")
     parser.add_argument("--quantised", metavar="KIND", help="storage of adapted weights: nf4 or nf4-double (QLoRA)")
-    parser.add_argument("--release-gradients", action="store_true", default=None,
-                        help="each parameter steps in the backward pass and frees its gradient")  # fmt: skip
+    parser.add_argument(
+        "--release-gradients",
+        action="store_true",
+        default=None,
+        help="each parameter steps in the backward pass and frees its gradient",
+    )
     parser.add_argument("--mixed", metavar="DTYPE", help="bf16 or fp16: computed in it, weights and gradients in fp32")
-    parser.add_argument("--deepspeed", action="store_true", default=None,
-                        help="DeepSpeed runs the step; the spec's /zero1, /zero2 or /zero3 is its stage")  # fmt: skip
+    parser.add_argument(
+        "--deepspeed",
+        action="store_true",
+        default=None,
+        help="DeepSpeed runs the step; the spec's /zero1, /zero2 or /zero3 is its stage",
+    )
     parser.add_argument("--bucket", metavar="N", help="elements of DeepSpeed's reduce bucket (default 500000000)")
     hyper.add_arguments(parser)
     placing.add_arguments(parser)
-    parser.add_argument("--from", dest="source", metavar="FILE",
-                        help="options from what --emit wrote, a ds_config.json or accelerate's YAML")  # fmt: skip
-    parser.add_argument("--emit", metavar="KIND", help="print a configuration: accelerate, deepspeed, transformers "
-                        "or python")  # fmt: skip
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FILE",
+        help="options from what --emit wrote, a ds_config.json or accelerate's YAML",
+    )
+    parser.add_argument(
+        "--emit", metavar="KIND", help="print a configuration: accelerate, deepspeed, transformers or python"
+    )
     parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
     parser.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the documented JSON instead of a table")
@@ -68,8 +84,10 @@ def run(args: Namespace) -> int:
 
         read_into(args, args.source)
     if args.model is None:
-        raise InputError("which model? a parameter count such as 8B, an architecture (--models lists them), a "
-                         "config.json or a folder")  # fmt: skip
+        raise InputError(
+            "which model? a parameter count such as 8B, an architecture (--models lists them), a "
+            "config.json or a folder"
+        )
     if args.json and args.emit:
         raise InputError("--json and --emit both print; one of them")
     world = whole(args.world, "--world")

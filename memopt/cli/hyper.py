@@ -11,8 +11,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--hyper", metavar="NAME=VALUE", nargs="+", action="extend",
-                        help="hyperparameters, for specs whose rule has them: momentum=0.9")  # fmt: skip
+    parser.add_argument(
+        "--hyper",
+        metavar="NAME=VALUE",
+        nargs="+",
+        action="extend",
+        help="hyperparameters, for specs whose rule has them: momentum=0.9",
+    )
 
 
 def given(texts: Iterable[str] | None) -> dict[str, Any]:

@@ -17,14 +17,36 @@ from memopt.cli.emit import MARK
 
 #: Options that are numbers on the command line and text in a Namespace.
 _NUMBERS = ("seq", "batch", "accumulate", "lora", "world", "bucket")
-_OPTIONS = ("model", "optim", "gpu", "weights", "gradients", "checkpointing", "attention", "quantised",
-            "release_gradients", "deepspeed", "mixed", "hyper", *placing.FLAGS, *_NUMBERS)  # fmt: skip
+_OPTIONS = (
+    "model",
+    "optim",
+    "gpu",
+    "weights",
+    "gradients",
+    "checkpointing",
+    "attention",
+    "quantised",
+    "release_gradients",
+    "deepspeed",
+    "mixed",
+    "hyper",
+    *placing.FLAGS,
+    *_NUMBERS,
+)
 _MOST = 1_000_000
 _RULES = {"adam": "adam", "adamw": "adamw", "lion": "lion", "sgd": "sgd"}
 _PLACES = {"none": "", "cpu": "@cpu", "nvme": "@disk"}
 #: FSDP's older words for whether gathered weights are given up after the forward pass.
-_STRATEGIES = {"FULL_SHARD": "zero3", "SHARD_GRAD_OP": "zero2", "NO_SHARD": "", "TRUE": "zero3", "FALSE": "zero2",
-               "1": "zero3", "2": "zero2", "3": ""}  # fmt: skip
+_STRATEGIES = {
+    "FULL_SHARD": "zero3",
+    "SHARD_GRAD_OP": "zero2",
+    "NO_SHARD": "",
+    "TRUE": "zero3",
+    "FALSE": "zero2",
+    "1": "zero3",
+    "2": "zero2",
+    "3": "",
+}
 
 
 def read_into(args: Namespace, path: str) -> None:
@@ -96,8 +118,9 @@ def _choice(value: Any, allowed: Mapping[str, str], what: str, path: str) -> str
     for key in (text, text.lower(), text.upper()):
         if key in allowed:
             return allowed[key]
-    raise InputError(f"{shown(path)}: {what}={shown(value)} is not known to the calculator; it knows "
-                     f"{', '.join(allowed)}")  # fmt: skip
+    raise InputError(
+        f"{shown(path)}: {what}={shown(value)} is not known to the calculator; it knows {', '.join(allowed)}"
+    )
 
 
 def _number(value: Any, what: str, path: str) -> int | None:
@@ -132,8 +155,9 @@ def deepspeed(config: dict[str, Any], path: str) -> dict[str, Any]:
         raise InputError(f"{shown(path)}: ZeRO stage {shown(stage)} is not allowed; it is 0, 1, 2 or 3")
     _refuse(config, zero, path)
     kind = _section(config, "optimizer", path).get("type", "AdamW")
-    place = _choice(_section(zero, "offload_optimizer", path).get("device", "none"), _PLACES,
-                    "offload_optimizer.device", path)  # fmt: skip
+    place = _choice(
+        _section(zero, "offload_optimizer", path).get("device", "none"), _PLACES, "offload_optimizer.device", path
+    )
     options: dict[str, Any] = {
         "deepspeed": True,
         "optim": [_choice(kind, _RULES, "optimizer.type", path) + place + (f"/zero{stage}" if stage else "")],
@@ -175,8 +199,9 @@ def _batch(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     if total and micro:
         ranks, rest = divmod(total, micro * (accumulate or 1))
         if rest or not ranks:
-            raise InputError(f"{shown(path)}: train_batch_size={total} is not a multiple of {micro} x "
-                             f"{accumulate or 1}")  # fmt: skip
+            raise InputError(
+                f"{shown(path)}: train_batch_size={total} is not a multiple of {micro} x {accumulate or 1}"
+            )
         options["world"] = ranks
     return options
 
@@ -191,22 +216,26 @@ def accelerate(config: dict[str, Any], path: str) -> dict[str, Any]:
     options: dict[str, Any] = {"world": _number(config.get("num_processes", 1), "num_processes", path)}
     precision = str(config.get("mixed_precision") or "no").rpartition(".")[2].lower()
     if precision not in ("no", "false", "bf16", "fp16"):
-        raise InputError(f"{shown(path)}: mixed_precision={shown(precision)} is not known to the calculator; it knows "
-                         "no, bf16, fp16")  # fmt: skip
+        raise InputError(
+            f"{shown(path)}: mixed_precision={shown(precision)} is not known to the calculator; it knows no, bf16, fp16"
+        )
     mixed = precision if precision in ("bf16", "fp16") else None
     if kind in ("DEEPSPEED", "DISTRIBUTEDTYPE.DEEPSPEED"):
         return options | _accelerated_deepspeed(_section(config, "deepspeed_config", path), mixed, path)
     if kind not in ("NO", "FALSE", "MULTI_GPU", "FSDP"):
-        raise InputError(f"{shown(path)}: distributed_type={shown(kind)} is not known to the calculator; it knows NO, "
-                         "MULTI_GPU, FSDP, DEEPSPEED")  # fmt: skip
+        raise InputError(
+            f"{shown(path)}: distributed_type={shown(kind)} is not known to the calculator; it knows NO, "
+            "MULTI_GPU, FSDP, DEEPSPEED"
+        )
     options |= {"optim": ["adamw"], "mixed": mixed}
     return options | (_fsdp(_section(config, "fsdp_config", path), path) if kind == "FSDP" else {})
 
 
 def _fsdp(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     if _on(config, "fsdp_offload_params", path):
-        raise InputError(f"{shown(path)}: fsdp_offload_params is set, and weights on the host are not known to the "
-                         "calculator")  # fmt: skip
+        raise InputError(
+            f"{shown(path)}: fsdp_offload_params is set, and weights on the host are not known to the calculator"
+        )
     how = config.get("fsdp_sharding_strategy", config.get("fsdp_reshard_after_forward", True))
     partition = _choice(how, _STRATEGIES, "fsdp_reshard_after_forward", path)
     options: dict[str, Any] = {"optim": [f"adamw/{partition}" if partition else "adamw"]}

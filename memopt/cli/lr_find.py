@@ -38,8 +38,16 @@ def run(args: Namespace) -> int:
 
     # A job checks the numbers before torch is loaded.
     (spec,) = hyper.with_hyper([parse(args.optim)], hyper.given(args.hyper))
-    job = Job(spec=str(spec), hyper=dict(spec.hyper), lr=1.0, path=args.path, steps=args.steps, batch=args.batch,
-              seed=args.seed, model=ModelConfig(context=args.context))  # fmt: skip
+    job = Job(
+        spec=str(spec),
+        hyper=dict(spec.hyper),
+        lr=1.0,
+        path=args.path,
+        steps=args.steps,
+        batch=args.batch,
+        seed=args.seed,
+        model=ModelConfig(context=args.context),
+    )
     text = load_text(args.path)
     text.check(args.context)
     import torch
@@ -52,8 +60,13 @@ def run(args: Namespace) -> int:
     torch.manual_seed(job.seed)
     model, corpus = LanguageModel(job.model), Corpus(text, args.context)
     optimizer = memopt.create(model, spec, lr=args.lowest)
-    result = range_test(optimizer, lambda step: model(corpus.batch(job.seed, step, job.batch)), lowest=args.lowest,
-                        highest=args.highest, steps=args.steps)  # fmt: skip
+    result = range_test(
+        optimizer,
+        lambda step: model(corpus.batch(job.seed, step, job.batch)),
+        lowest=args.lowest,
+        highest=args.highest,
+        steps=args.steps,
+    )
     if args.plot:
         _plot(args.plot, result, args.optim)
     if args.json:
@@ -79,14 +92,29 @@ def _plot(path: str, result: RangeTest, spec: str) -> None:
     best = min(result.smoothed)
     shown = [min(x, 2 * best) for x in result.losses]  # one exploding loss would flatten the curve
     marks = {"fastest": result.steepest, "lowest": result.lowest, "suggestion": result.suggestion}
-    save_png(path, result.rates, {"smoothed": [min(x, 2 * best) for x in result.smoothed], "loss": shown}, log_x=True,
-             title=f"range test, {spec}", x_label="rate", y_label="loss", marks=marks)  # fmt: skip
+    save_png(
+        path,
+        result.rates,
+        {"smoothed": [min(x, 2 * best) for x in result.smoothed], "loss": shown},
+        log_x=True,
+        title=f"range test, {spec}",
+        x_label="rate",
+        y_label="loss",
+        marks=marks,
+    )
 
 
 def _record(result: RangeTest, spec: str) -> dict[str, object]:
     numbers = {
         name: [x if x < float("inf") else None for x in getattr(result, name)] for name in ("losses", "smoothed")
     }
-    return {"schema": "memopt.lr-find/1", "spec": spec, "rates": list(result.rates), **numbers,
-            "steepest": result.steepest, "lowest": result.lowest, "diverged": result.diverged,
-            "suggestion": result.suggestion}  # fmt: skip
+    return {
+        "schema": "memopt.lr-find/1",
+        "spec": spec,
+        "rates": list(result.rates),
+        **numbers,
+        "steepest": result.steepest,
+        "lowest": result.lowest,
+        "diverged": result.diverged,
+        "suggestion": result.suggestion,
+    }

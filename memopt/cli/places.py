@@ -48,8 +48,10 @@ def large_pages() -> tuple[bool, str]:
         return False, f"steps on the CPU take longer: {pages.off()}"
     if pages.setting() == "always" or os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         return True, "2 MiB, for all of torch's large tensors"
-    return True, ("2 MiB, for what a step on the CPU reads and writes; with THP_MEM_ALLOC_ENABLE=1 in the environment "
-                  "torch asks for them for all its large tensors")  # fmt: skip
+    return True, (
+        "2 MiB, for what a step on the CPU reads and writes; with THP_MEM_ALLOC_ENABLE=1 in the environment "
+        "torch asks for them for all its large tensors"
+    )
 
 
 def disk_speed(directory: str | None = None) -> tuple[bool, str]:
@@ -61,8 +63,10 @@ def disk_speed(directory: str | None = None) -> tuple[bool, str]:
         return False, f"{where} was not measured: {error}"
     how = "O_DIRECT" if direct else "through the page cache, as the file system has no O_DIRECT"
     step = 1 / (1 / write + 1 / read)
-    return True, (f"{where}: writes {write:.2f} GiB/s, reads {read:.2f} GiB/s ({how}); if they take turns, "
-                  f"{step:.2f} GiB of state a second for @disk")  # fmt: skip
+    return True, (
+        f"{where}: writes {write:.2f} GiB/s, reads {read:.2f} GiB/s ({how}); if they take turns, "
+        f"{step:.2f} GiB of state a second for @disk"
+    )
 
 
 def measure(directory: str) -> tuple[float, float, bool]:

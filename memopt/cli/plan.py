@@ -30,8 +30,13 @@ def run(args: Namespace) -> int:
     from estimators.plan import plans
     from memopt.cli.estimate import whole
 
-    result = plans(args.model, args.gpu, seq=whole(args.seq, "--seq") if args.seq else 0,
-                   batch=whole(args.batch, "--batch"), gpus=whole(args.gpus, "--gpus"))  # fmt: skip
+    result = plans(
+        args.model,
+        args.gpu,
+        seq=whole(args.seq, "--seq") if args.seq else 0,
+        batch=whole(args.batch, "--batch"),
+        gpus=whole(args.gpus, "--gpus"),
+    )
     if args.json:
         import json
 
@@ -85,10 +90,15 @@ def as_lines(result: Plans) -> list[str]:
     if not result.found:
         lines.append("Nothing fits, not even adapters on 4-bit weights.")
     else:
-        lines += ["", f"With 1: micro-batches of up to {result.largest_batch:,} at this length; up to about "
-                  f"{result.longest_seq:,} tokens in a micro-batch of 1."]  # fmt: skip
-    for spec, what, ranks in (("adamw/zero1", "its state sharded", result.ranks),
-                              ("adamw/zero3", "everything sharded", result.ranks_zero3)):  # fmt: skip
+        lines += [
+            "",
+            f"With 1: micro-batches of up to {result.largest_batch:,} at this length; up to about "
+            f"{result.longest_seq:,} tokens in a micro-batch of 1.",
+        ]
+    for spec, what, ranks in (
+        ("adamw/zero1", "its state sharded", result.ranks),
+        ("adamw/zero3", "everything sharded", result.ranks_zero3),
+    ):
         count = "on no number of GPUs up to 1,024" if ranks is None else f"on {ranks:,} GPU(s)"
         lines += wrap(f"32-bit AdamW with {what} ({spec}) fits {count} like this one.")
     lines += wrap(f"8 GiB more would buy: {result.more}.")

@@ -13,8 +13,14 @@ from memopt.schedules import KINDS, Factor, make_factor
 
 #: Keyword of a kind -> type on the command line.
 EXTRAS: dict[str, Callable[[str], float]] = {
-    "cycle": int, "cycle_mult": int, "timescale": int, "hold": int, "every": int, "gamma": float, "decay": float,
-}  # fmt: skip
+    "cycle": int,
+    "cycle_mult": int,
+    "timescale": int,
+    "hold": int,
+    "every": int,
+    "gamma": float,
+    "decay": float,
+}
 #: Steps that are shown of a schedule that has no end.
 DEFAULT_STEPS = 1000
 

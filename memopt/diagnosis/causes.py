@@ -150,8 +150,12 @@ def rounding(h: History) -> Iterator[Finding]:
     peak = max((g.lr for r in h.readings for g in r.groups if isfinite(g.lr)), default=0.0)
     lost: dict[int, float] = {}
     for g in h.readings[-1].groups:
-        course = [o.lost for r in h.readings for o in r.groups
-                  if o.group == g.group and o.lost is not None and not o.lr < peak / 100]  # fmt: skip
+        course = [
+            o.lost
+            for r in h.readings
+            for o in r.groups
+            if o.group == g.group and o.lost is not None and not o.lr < peak / 100
+        ]
         if g.dtype in SIXTEEN_BIT and course and median(course) >= LOST:
             lost[g.group] = median(course)
     if lost:
@@ -170,8 +174,11 @@ def frozen(h: History) -> Iterator[Finding]:
     """A second moment that does not follow its gradients."""
     if not h.readings:
         return
-    off = [m for m in h.readings[-1].moments
-           if m.ratio is not None and m.format != "factored" and not 1 / FROZEN < m.ratio < FROZEN]  # fmt: skip
+    off = [
+        m
+        for m in h.readings[-1].moments
+        if m.ratio is not None and m.format != "factored" and not 1 / FROZEN < m.ratio < FROZEN
+    ]
     if off:
         worst = max(off, key=lambda m: max(m.ratio or 0.0, 1 / (m.ratio or 1e-30)))
         beta = f" at b2={h.beta2:g} it should change by {1 - h.beta2:.2g} of itself in a step, and" if h.beta2 else ""

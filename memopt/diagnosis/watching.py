@@ -195,9 +195,15 @@ def _group(i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None, 
         nonfinite = sum(int((~torch.isfinite(_local(p.grad))).sum()) for p in stepped)
     ratio = _typical_ratio(weights.float(), after.float(), [len(x) for x in parts])
     return GroupReading(
-        i, shown, rate, norm, nonfinite, ratio, alike if rate and master == "none" and touched.any() else None,
+        i,
+        shown,
+        rate,
+        norm,
+        nonfinite,
+        ratio,
+        alike if rate and master == "none" and touched.any() else None,
         str(weights.dtype).removeprefix("torch."),
-    )  # fmt: skip
+    )
 
 
 def _typical_ratio(before: Tensor, after: Tensor, sizes: list[int]) -> float | None:

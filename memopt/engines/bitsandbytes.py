@@ -86,8 +86,10 @@ class BitsAndBytes(Engine):
 
     def layout(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str, TensorSpec]]:
         if rows.numel > MAX_NUMEL:
-            raise SpecError(f"{name} has {rows.numel:,} elements, and bitsandbytes counts them in 32 bits (at most "
-                            f"{MAX_NUMEL:,}); the engine for it is native")  # fmt: skip
+            raise SpecError(
+                f"{name} has {rows.numel:,} elements, and bitsandbytes counts them in 32 bits (at most "
+                f"{MAX_NUMEL:,}); the engine for it is native"
+            )
         low = spec.for_parameter(name)[0] == "8bit" and rows.numel >= MIN_8BIT_NUMEL
         parts: list[tuple[str, str, TensorSpec]] = []
         for moment in RULES[spec.rule].moments(h, rows.shape):
@@ -133,8 +135,14 @@ class BitsAndBytes(Engine):
             first, second = (*(m.name for m in moments), None)[:2]
             state1, state2 = _tensors(work, first), _tensors(work, second)
             beta1, beta2 = _betas(spec.rule, h)
-            common = {"weight_decay": h["weight_decay"], "eps": h.get("eps", 0.0), "step": work.step,
-                      "lr": float(h["lr"]), "beta1": beta1, "beta2": beta2}  # fmt: skip
+            common = {
+                "weight_decay": h["weight_decay"],
+                "eps": h.get("eps", 0.0),
+                "step": work.step,
+                "lr": float(h["lr"]),
+                "beta1": beta1,
+                "beta2": beta2,
+            }
             # Its kernels read parameter and gradient as one dtype, the gradient's.
             dtype = _stepped_as(kernel, state1[1] is not None, work.p)
             target, grad = work.p.to(dtype).contiguous(), work.g.to(dtype).contiguous()
@@ -143,10 +151,19 @@ class BitsAndBytes(Engine):
             else:
                 books = [code_book(m.name != SECOND_MOMENT, work.p.device) for m in moments]
                 functional.optimizer_update_8bit_blockwise(
-                    kernel, grad, target, state1[0], state2[0], qmap1=books[0],
-                    qmap2=books[1] if second else None, absmax1=state1[1], absmax2=state2[1],
-                    beta3=0.0, alpha=0.0, **common,
-                )  # fmt: skip
+                    kernel,
+                    grad,
+                    target,
+                    state1[0],
+                    state2[0],
+                    qmap1=books[0],
+                    qmap2=books[1] if second else None,
+                    absmax1=state1[1],
+                    absmax2=state2[1],
+                    beta3=0.0,
+                    alpha=0.0,
+                    **common,
+                )
             if target is not work.p:
                 work.p.copy_(target)
 

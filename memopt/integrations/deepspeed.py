@@ -16,9 +16,15 @@ _FLATTENING = (1, 2, 3)
 
 
 def deepspeed_config(
-    spec: str | OptimSpec, *, micro_batch: int = 1, accumulate: int = 1, offload: bool = False,
-    max_norm: float = 0.0, hyper: Mapping[str, Any] | None = None, **more: Any,
-) -> dict[str, Any]:  # fmt: skip
+    spec: str | OptimSpec,
+    *,
+    micro_batch: int = 1,
+    accumulate: int = 1,
+    offload: bool = False,
+    max_norm: float = 0.0,
+    hyper: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     """The ``config`` of ``deepspeed.initialize`` for a spec; its partition is the stage.
 
     Make the optimizer with the spec without its partition, for it is DeepSpeed that shards::
@@ -77,8 +83,9 @@ def check_engine(engine: Any) -> None:
     found: Any = engine.optimizer if hasattr(engine, "optimizer") else engine
     while not isinstance(found, Optimizer) and hasattr(found, "optimizer"):
         if getattr(found, "elastic_checkpoint", False):
-            raise RuntimeError("DeepSpeed's elastic_checkpoint cuts codes and scales as if they were flat moments; "
-                               "set it to false")  # fmt: skip
+            raise RuntimeError(
+                "DeepSpeed's elastic_checkpoint cuts codes and scales as if they were flat moments; set it to false"
+            )
         found = found.optimizer
     if not isinstance(found, Optimizer):
         raise RuntimeError(

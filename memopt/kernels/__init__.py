@@ -23,9 +23,18 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 __all__ = [
-    "Plan", "check_capturable", "library", "make_plan", "missing", "needs_ranks", "non_finite", "on_cpu", "slow_path",
-    "status", "step",
-]  # fmt: skip
+    "Plan",
+    "check_capturable",
+    "library",
+    "make_plan",
+    "missing",
+    "needs_ranks",
+    "non_finite",
+    "on_cpu",
+    "slow_path",
+    "status",
+    "step",
+]
 
 
 class Plan(Protocol):
@@ -100,8 +109,10 @@ def check_capturable(optimizer: Optimizer, ready: Sequence[tuple[int, str, Tenso
         if reason:
             raise RuntimeError(f"capturable=True needs kernels that run on the device, and for {name} {reason}")
     if ready and triton.capturing(ready[0][2].device):
-        raise RuntimeError("a step that allocates state or meets new parameters cannot be captured; "
-                           "take a step or two before capturing")  # fmt: skip
+        raise RuntimeError(
+            "a step that allocates state or meets new parameters cannot be captured; "
+            "take a step or two before capturing"
+        )
 
 
 def needs_ranks(spec: OptimSpec, work: Work, world_size: int) -> bool:
@@ -155,8 +166,15 @@ def _step_on_cpu(
     if count:
         packed = (abi.Group * len(groups))(*groups)
         over_ranks, failed = (abi.ALONE, []) if total is None else _over_ranks(total)
-        code = found.handle.memopt_step(ctypes.byref(packed), ctypes.byref(tensors), count, seed & 0xFFFFFFFF,
-                                        torch.get_num_threads(), found.index, over_ranks)  # fmt: skip
+        code = found.handle.memopt_step(
+            ctypes.byref(packed),
+            ctypes.byref(tensors),
+            count,
+            seed & 0xFFFFFFFF,
+            torch.get_num_threads(),
+            found.index,
+            over_ranks,
+        )
         if failed:
             raise failed[0]
         if code:
@@ -174,8 +192,9 @@ def _over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[Any, list[BaseExcept
 
     def call(numbers: Any, n: int) -> int:
         try:
-            here = torch.frombuffer((ctypes.c_double * n).from_address(ctypes.addressof(numbers.contents)),
-                                    dtype=torch.float64)  # fmt: skip
+            here = torch.frombuffer(
+                (ctypes.c_double * n).from_address(ctypes.addressof(numbers.contents)), dtype=torch.float64
+            )
             here.copy_(total(here))
         except BaseException as error:
             failed.append(error)

@@ -12,9 +12,20 @@ SLOTS = 3
 #: Enumerators of abi.h.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
 RULES = {
-    "adam": 0, "adamw": 0, "lion": 1, "sgd": 2, "rmsprop": 3, "radam": 4, "adafactor": 5, "came": 6, "adabound": 7,
-    "ademamix": 8, "adammini": 9, "lamb": 10, "stableadamw": 11,
-}  # fmt: skip
+    "adam": 0,
+    "adamw": 0,
+    "lion": 1,
+    "sgd": 2,
+    "rmsprop": 3,
+    "radam": 4,
+    "adafactor": 5,
+    "came": 6,
+    "adabound": 7,
+    "ademamix": 8,
+    "adammini": 9,
+    "lamb": 10,
+    "stableadamw": 11,
+}
 MASTERS = {"none": 0, "fp32": 1, "kahan": 2, "stochastic": 3, "split": 4, "split16": 5}
 FORMATS = {"32bit": 0, "bf16": 1, "8bit": 2, "fp8": 3, "4bit": 4, "factored": 5}
 
@@ -23,17 +34,38 @@ MOMENTUM, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT = 32, 64, 12
 
 #: The fixed place of every moment.
 SLOT = {
-    "exp_avg_sq": 0, "square_avg": 0,
-    "exp_avg": 1, "momentum_buffer": 1,
-    "max_exp_avg_sq": 2, "exp_avg_res": 2, "grad_avg": 2, "exp_avg_slow": 2,
-}  # fmt: skip
+    "exp_avg_sq": 0,
+    "square_avg": 0,
+    "exp_avg": 1,
+    "momentum_buffer": 1,
+    "max_exp_avg_sq": 2,
+    "exp_avg_res": 2,
+    "grad_avg": 2,
+    "exp_avg_slow": 2,
+}
 
 
 #: The numbers of a param group, in order.
 HYPER = (
-    "lr", "weight_decay", "beta1", "beta2", "beta3", "eps", "eps2", "d", "momentum", "dampening", "final_lr", "peak",
-    "gamma", "alpha", "alpha_steps", "beta3_steps", "slow_steps", "slow_rate",
-)  # fmt: skip
+    "lr",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "beta3",
+    "eps",
+    "eps2",
+    "d",
+    "momentum",
+    "dampening",
+    "final_lr",
+    "peak",
+    "gamma",
+    "alpha",
+    "alpha_steps",
+    "beta3_steps",
+    "slow_steps",
+    "slow_rate",
+)
 
 
 class Group(Structure):

@@ -24,9 +24,17 @@ NAME = "libmemopt_kernels.so"
 #: -ffp-contract=off: a multiplication and an addition are fused only where the source says so, because results are
 #: compared with torch's operations bit for bit.
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-exceptions", "-fno-rtti", "-w",
-)  # fmt: skip
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-exceptions",
+    "-fno-rtti",
+    "-w",
+)
 COMMON = ("api", "step", "whole", "means", "row_means", "finite", "pool")
 #: Flags of the tables that ``api.cpp`` chooses from.
 TABLES_X86 = {
@@ -65,14 +73,20 @@ def build(directory: str | os.PathLike[str], extra: Sequence[str] = ()) -> Path:
     target = Path(directory) / NAME
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as scratch:
-        jobs = [(f"{SOURCES}/isa.cpp", f"{scratch}/{table}.o", (*flags, f"-DMEMOPT_TABLE=memopt_{table}"))
-                for table, flags in tables().items()]  # fmt: skip
+        jobs = [
+            (f"{SOURCES}/isa.cpp", f"{scratch}/{table}.o", (*flags, f"-DMEMOPT_TABLE=memopt_{table}"))
+            for table, flags in tables().items()
+        ]
         jobs += [(f"{SOURCES}/{name}.cpp", f"{scratch}/{name}.o", ()) for name in COMMON]
         running = [
-            subprocess.Popen([*command, *FLAGS, *extra, *flags, "-c", source, "-o", out],
-                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            subprocess.Popen(
+                [*command, *FLAGS, *extra, *flags, "-c", source, "-o", out],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             for source, out, flags in jobs
-        ]  # fmt: skip
+        ]
         # Every process is waited for before an error is raised.
         messages = [process.communicate()[1] for process in running]
         for process, message in zip(running, messages, strict=True):
@@ -97,8 +111,9 @@ def cached() -> Path:
     try:
         return build(directory)
     except OSError as error:
-        raise BuildError(f"{directory} cannot be written ({error.strerror}); set MEMOPT_CACHE to a directory that "
-                         "can be") from error  # fmt: skip
+        raise BuildError(
+            f"{directory} cannot be written ({error.strerror}); set MEMOPT_CACHE to a directory that can be"
+        ) from error
 
 
 def cache_root() -> Path:

@@ -73,8 +73,14 @@ def open_library(path: Path) -> Library:
     handle.memopt_isa_name.restype = ctypes.c_char_p
     handle.memopt_step.restype = ctypes.c_int32
     handle.memopt_step.argtypes = [
-        ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int32, ctypes.c_int32, abi.Total,
-    ]  # fmt: skip
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_uint32,
+        ctypes.c_int32,
+        ctypes.c_int32,
+        abi.Total,
+    ]
     handle.memopt_all_finite.restype = ctypes.c_int32
     handle.memopt_all_finite.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
     names = [handle.memopt_isa_name(i).decode().removeprefix("memopt_") for i in range(handle.memopt_isa_count())]

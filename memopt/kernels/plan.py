@@ -40,8 +40,9 @@ class Plan(Known):
         spans = self.spans
         large = [(i, p.nbytes) for i, p in enumerate(self.parameters) if p.nbytes >= SMALLEST]
         lasting = [x for entry in entries for x in (entry.p, *entry.state.values())]
-        self.pages = Pages([(x.data_ptr(), x.nbytes) for x in lasting],
-                           lambda: [(spans[i].data, nbytes) for i, nbytes in large])  # fmt: skip
+        self.pages = Pages(
+            [(x.data_ptr(), x.nbytes) for x in lasting], lambda: [(spans[i].data, nbytes) for i, nbytes in large]
+        )
 
     def refresh(self, optimizer: Optimizer) -> bool:
         """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
@@ -60,8 +61,9 @@ class Plan(Known):
         """The names of parameters whose gradient holds a NaN or an Inf."""
         found = library()
         assert found is not None
-        if found.handle.memopt_all_finite(ctypes.byref(self.spans), len(self.entries), torch.get_num_threads(),
-                                          found.index):  # fmt: skip
+        if found.handle.memopt_all_finite(
+            ctypes.byref(self.spans), len(self.entries), torch.get_num_threads(), found.index
+        ):
             return []
         return [entry.name for entry, span in zip(self.entries, self.spans, strict=True) if span.bad]
 
@@ -70,8 +72,15 @@ class Plan(Known):
         found = library()
         assert found is not None
         start = time.perf_counter()
-        if found.handle.memopt_step(ctypes.byref(self.hyper), ctypes.byref(self.tensors), len(self.entries),
-                                    seed & 0xFFFFFFFF, torch.get_num_threads(), found.index, abi.ALONE):  # fmt: skip
+        if found.handle.memopt_step(
+            ctypes.byref(self.hyper),
+            ctypes.byref(self.tensors),
+            len(self.entries),
+            seed & 0xFFFFFFFF,
+            torch.get_num_threads(),
+            found.index,
+            abi.ALONE,
+        ):
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
         self.pages.after(time.perf_counter() - start)
 

@@ -36,8 +36,10 @@ def wrapped(optimizer: Keeper, packed: Mapping[Any, Mapping[str, Any]]) -> dict[
             state = dict(packed[index])
             if is_dtensor(p):
                 shapes = _shapes(optimizer, name, p, group)
-                state = {key: like(p, x, shapes[key][0], replicated=shapes[key][1]) if key in shapes else x
-                         for key, x in state.items()}  # fmt: skip
+                state = {
+                    key: like(p, x, shapes[key][0], replicated=shapes[key][1]) if key in shapes else x
+                    for key, x in state.items()
+                }
             found[index] = state
     return found
 

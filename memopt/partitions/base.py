@@ -87,8 +87,10 @@ class Partition(ABC):
             if is_dtensor(p):
                 whole = spec.partition("/")[0]
                 placements = getattr(p, "placements", ())
-                raise RuntimeError(f"{name} is a DTensor, sharded with {placements}, and {spec!r} is for parameters "
-                                   f"that are whole on every rank; for sharded ones write '{whole}/zero3'")  # fmt: skip
+                raise RuntimeError(
+                    f"{name} is a DTensor, sharded with {placements}, and {spec!r} is for parameters "
+                    f"that are whole on every rank; for sharded ones write '{whole}/zero3'"
+                )
 
     def held(self, p: Tensor) -> Rows:
         """The rows of this parameter that are stepped here."""

@@ -56,13 +56,16 @@ def held(name: str, p: DTensor) -> Held:
     cut = [i for i, one in enumerate(placements) if not one.is_replicate()]
     for i in cut:
         if placements[i].is_partial():
-            raise RuntimeError(f"{name} is a DTensor with the placements {placements}: a sum that was not taken yet "
-                               "cannot be stepped")  # fmt: skip
+            raise RuntimeError(
+                f"{name} is a DTensor with the placements {placements}: a sum that was not taken yet cannot be stepped"
+            )
     first = [i for i in cut if _dim(placements[i]) == 0]
     ranks = prod(mesh.size(i) for i in first)
     if any(_is_strided(placements[i]) for i in cut) and shape[0] % ranks:
-        raise RuntimeError(f"{name} has {shape[0]} rows, which {ranks} ranks of data and tensor parallelism cannot "
-                           "share evenly; its rows on a rank would not be one range")  # fmt: skip
+        raise RuntimeError(
+            f"{name} has {shape[0]} rows, which {ranks} ranks of data and tensor parallelism cannot "
+            "share evenly; its rows on a rank would not be one range"
+        )
     local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
     groups = tuple(mesh.get_group(i) for i in cut if mesh.size(i) > 1)
     if not shape:

@@ -52,8 +52,10 @@ class Flat(Partition):
     def refuse_conversion(self, spec: OptimSpec) -> None:
         reason = needs_shapes(spec)
         if reason:
-            raise SpecError(f"convert_ cannot go to '{spec}', which {reason}, while the state is of DeepSpeed's flat "
-                            "vectors: make the optimizer with it")  # fmt: skip
+            raise SpecError(
+                f"convert_ cannot go to '{spec}', which {reason}, while the state is of DeepSpeed's flat "
+                "vectors: make the optimizer with it"
+            )
 
 
 def check_replaced(optimizer: Keeper) -> None:
@@ -85,11 +87,15 @@ def _flattened(optimizer: Keeper) -> Partition:
 
     spec = optimizer.spec
     if spec.partition != "none":
-        raise RuntimeError(f"'{spec}' shards by itself, and DeepSpeed has put flat vectors in the place of the "
-                           f"parameters: its stage takes the place of /{spec.partition}")  # fmt: skip
+        raise RuntimeError(
+            f"'{spec}' shards by itself, and DeepSpeed has put flat vectors in the place of the "
+            f"parameters: its stage takes the place of /{spec.partition}"
+        )
     if spec.options.get("offload_gradients"):
-        raise RuntimeError(f"'{spec}' with offload_gradients takes gradients that DeepSpeed is to reduce; leave it "
-                           "out, and use DeepSpeed's offload_optimizer")  # fmt: skip
+        raise RuntimeError(
+            f"'{spec}' with offload_gradients takes gradients that DeepSpeed is to reduce; leave it "
+            "out, and use DeepSpeed's offload_optimizer"
+        )
     reason = needs_shapes(spec)
     if not reason:
         return Flat()

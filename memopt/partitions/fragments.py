@@ -76,8 +76,11 @@ class Fragment:
         for i, row in self.mine.items():
             start, stop = max(self.span.start, row * cols), min(self.span.stop, (row + 1) * cols)
             if start < stop:
-                yield (i, slice(start - row * cols, stop - row * cols),
-                       slice(start - self.span.start, stop - self.span.start))  # fmt: skip
+                yield (
+                    i,
+                    slice(start - row * cols, stop - row * cols),
+                    slice(start - self.span.start, stop - self.span.start),
+                )
 
     def inside(self) -> slice:
         """Where the span is in its rows, flattened."""
@@ -108,8 +111,10 @@ class Fragments(Partition):
     """
 
     name = "fragments"
-    summary = ("rows of the parameters behind DeepSpeed's flat vectors, found in its metadata when the optimizer first "
-               "steps, loads or explains; rows that are cut between ranks are stepped on each of them")  # fmt: skip
+    summary = (
+        "rows of the parameters behind DeepSpeed's flat vectors, found in its metadata when the optimizer first "
+        "steps, loads or explains; rows that are cut between ranks are stepped on each of them"
+    )
     is_flattened = True
     plannable = False
 
@@ -178,8 +183,9 @@ class Fragments(Partition):
         return {f.origin.name: [f.span.start, f.span.stop] for f in self.fragments}
 
     def refuse_conversion(self, spec: OptimSpec) -> None:
-        raise SpecError(f"convert_ cannot go to '{spec}' while DeepSpeed has the parameters: make the optimizer with "
-                        "it")  # fmt: skip
+        raise SpecError(
+            f"convert_ cannot go to '{spec}' while DeepSpeed has the parameters: make the optimizer with it"
+        )
 
     def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Ends are where a shared parameter would be too many, for the others are not on all ranks."""
@@ -205,8 +211,10 @@ class Fragments(Partition):
         for (process_group, _, _), some in alike.items():
             for (_, work), rows in zip(some, _sum_of_parts(some, process_group), strict=True):
                 cut[work.index] = rows
-        return [*(self._with_rows(f, work, cut.get(work.index)) for f, work in shared),
-                *(work for f, work in pairs if not f.is_shared)]  # fmt: skip
+        return [
+            *(self._with_rows(f, work, cut.get(work.index)) for f, work in shared),
+            *(work for f, work in pairs if not f.is_shared),
+        ]
 
     def _with_rows(self, f: Fragment, work: Work, cut: Tensor | None) -> Work:
         p, g = (f.whole_rows(x, None if cut is None else cut[i]) for i, x in enumerate((work.p, work.g)))

@@ -127,6 +127,16 @@ def _of_stage_3(made: Sequence[Made], parameters: Sequence[Any]) -> list[Origin]
         spans = spans_of_parameter(p.ds_numel, dist.get_world_size(process_group))
         if spans[0].numel != p.partition_numel():
             raise Unknown(f"{one.name} is not cut evenly")
-        found.append(Origin(one.name, tuple(p.ds_shape), one.group, zero.fp32_partitioned_groups_flat[i], at, spans,
-                            dist.get_rank(process_group), process_group))  # fmt: skip
+        found.append(
+            Origin(
+                one.name,
+                tuple(p.ds_shape),
+                one.group,
+                zero.fp32_partitioned_groups_flat[i],
+                at,
+                spans,
+                dist.get_rank(process_group),
+                process_group,
+            )
+        )
     return found

@@ -40,9 +40,11 @@ class Sharded(Partition):
         parameters = list(parameters)
         if self.world_size > 1 and parameters and not any(is_dtensor(p) for _, p in parameters):
             replicated = f"{spec.partition('/')[0]}/zero1"
-            raise RuntimeError(f"{parameters[0][0]} is whole on this rank, and {spec!r} is for sharded parameters: "
-                               "call memopt.shard(model, spec), or fully_shard, before memopt.create; for replicated "
-                               f"ones write {replicated!r}")  # fmt: skip
+            raise RuntimeError(
+                f"{parameters[0][0]} is whole on this rank, and {spec!r} is for sharded parameters: "
+                "call memopt.shard(model, spec), or fully_shard, before memopt.create; for replicated "
+                f"ones write {replicated!r}"
+            )
         for name, p in parameters:
             self._of(p, name)
 

@@ -54,8 +54,10 @@ class Arena:
             except OSError as error:
                 os.ftruncate(self._file, offset)  # what it took before it found out
                 where = "give another directory=" if self.path else "set TMPDIR to a directory on a disk with room"
-                raise OSError(error.errno, f"{self.what}: cannot reserve {nbytes:,} bytes in {self.directory} "
-                                           f"({error.strerror}); {where}") from error  # fmt: skip
+                raise OSError(
+                    error.errno,
+                    f"{self.what}: cannot reserve {nbytes:,} bytes in {self.directory} ({error.strerror}); {where}",
+                ) from error
         self.end += nbytes
         return offset
 
@@ -147,9 +149,14 @@ def refuse_memory(directory: str, what: str, remedy: str) -> None:
     import psutil
 
     path = os.path.realpath(directory)
-    mounts = [m for m in psutil.disk_partitions(all=True) if path == m.mountpoint or
-              path.startswith(m.mountpoint.rstrip("/") + "/")]  # fmt: skip
+    mounts = [
+        m
+        for m in psutil.disk_partitions(all=True)
+        if path == m.mountpoint or path.startswith(m.mountpoint.rstrip("/") + "/")
+    ]
     mount = max(mounts, key=lambda m: len(m.mountpoint), default=None)
     if mount is not None and mount.fstype in IN_MEMORY:
-        raise RuntimeError(f"{what}: {directory} is {mount.fstype}, which is memory itself, so nothing could be paged "
-                           f"out; set {remedy.rstrip('=')} to a directory on a disk")  # fmt: skip
+        raise RuntimeError(
+            f"{what}: {directory} is {mount.fstype}, which is memory itself, so nothing could be paged "
+            f"out; set {remedy.rstrip('=')} to a directory on a disk"
+        )

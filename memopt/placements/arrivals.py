@@ -233,5 +233,7 @@ def _sum(old: Tensor, new: Tensor) -> None:
 
 def _refuse_replica(name: str) -> None:
     if ranks() > 1:
-        raise RuntimeError(f"{name} is trained by {ranks()} ranks, and its gradient is this rank's alone "
-                           "when it is ready: offload_gradients=True is for one process")  # fmt: skip
+        raise RuntimeError(
+            f"{name} is trained by {ranks()} ranks, and its gradient is this rank's alone "
+            "when it is ready: offload_gradients=True is for one process"
+        )

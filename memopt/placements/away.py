@@ -49,8 +49,10 @@ class Away(Tensor):
         return f"<gradient of {self.gradient.name}, {self.dtype} {tuple(self.shape)}, in host memory: .on_host()>"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        raise TypeError(f"the gradient of {self.gradient.name} is in host memory and is not saved or copied with p.grad"
-                        "; use p.grad.on_host()")  # fmt: skip
+        raise TypeError(
+            f"the gradient of {self.gradient.name} is in host memory and is not saved or copied with p.grad"
+            "; use p.grad.on_host()"
+        )
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self.__reduce_ex__(2)
@@ -65,8 +67,10 @@ class Away(Tensor):
         act = _ACTS.get(func)
         if act is None or not isinstance(args[0], Away) or any(isinstance(x, Away) for x in args[1:]):
             named = next(x for x in (*args, *kwargs.values(), *_listed(args)) if isinstance(x, Away)).gradient.name
-            raise RuntimeError(f"{func} cannot be done to the gradient of {named}: it is in host memory "
-                               "(offload_gradients=True); p.grad.on_host() is the tensor there")  # fmt: skip
+            raise RuntimeError(
+                f"{func} cannot be done to the gradient of {named}: it is in host memory "
+                "(offload_gradients=True); p.grad.on_host() is the tensor there"
+            )
         return act(func, *args, **kwargs)
 
 
@@ -111,7 +115,17 @@ def _listed(args: Any) -> list[Any]:
 #: What can be done, and how.
 _ACTS: dict[Any, Callable[..., Any]] = {
     aten.add_.Tensor: _add,
-    **dict.fromkeys((aten.mul_.Tensor, aten.div_.Tensor, aten.zero_.default, aten.copy_.default, aten.clamp_.default,
-                     aten.clamp_min_.default, aten.clamp_max_.default), _change),
+    **dict.fromkeys(
+        (
+            aten.mul_.Tensor,
+            aten.div_.Tensor,
+            aten.zero_.default,
+            aten.copy_.default,
+            aten.clamp_.default,
+            aten.clamp_min_.default,
+            aten.clamp_max_.default,
+        ),
+        _change,
+    ),
     **dict.fromkeys((aten.linalg_vector_norm.default, aten.clone.default, aten._to_copy.default), _read),
-}  # fmt: skip
+}

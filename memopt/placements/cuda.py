@@ -128,9 +128,11 @@ class CudaBus:
 
 
 def _cannot_pin(nbytes: int, why: str) -> RuntimeError:
-    return RuntimeError(f"cannot pin {nbytes:,} bytes of host memory ({why}), and nothing was changed; `memopt doctor` "
-                        "says what limits it. A smaller workspace=, or @cpu without offload_gradients, needs less of "
-                        "it; @disk and @device need little or none")  # fmt: skip
+    return RuntimeError(
+        f"cannot pin {nbytes:,} bytes of host memory ({why}), and nothing was changed; `memopt doctor` "
+        "says what limits it. A smaller workspace=, or @cpu without offload_gradients, needs less of "
+        "it; @disk and @device need little or none"
+    )
 
 
 @lru_cache

@@ -37,8 +37,9 @@ class Directory:
             _refuse_other_world(path, rank)
             self.lock = Lock(os.path.join(path, f"lock-{rank}"))
         except OSError as error:
-            raise OSError(error.errno, f"disk: {path} cannot be used as a directory for state "
-                                       f"({error.strerror})") from error  # fmt: skip
+            raise OSError(
+                error.errno, f"disk: {path} cannot be used as a directory for state ({error.strerror})"
+            ) from error
         try:
             self.arena = Arena(os.path.join(path, f"state-{rank}"), "disk")
             try:
@@ -58,16 +59,20 @@ class Directory:
         record = self.journal.read()
         body: dict[str, Any] = json.loads(record) if record else {"format": FORMAT, "parameters": {}}
         if body["format"] != FORMAT:
-            raise ValueError(f"disk: {self.path} was written by another version of memopt (form {body['format']}, "
-                             f"this one reads {FORMAT})")  # fmt: skip
+            raise ValueError(
+                f"disk: {self.path} was written by another version of memopt (form {body['format']}, "
+                f"this one reads {FORMAT})"
+            )
         parameters: dict[str, dict[str, Any]] = body["parameters"]
         used: list[tuple[int, int]] = []
         for name, entry in parameters.items():
             nbytes = _copy_nbytes(entry)
             used += [(begin, begin + nbytes) for begin in entry["begins"]]
             if max(end for _, end in used) > self.arena.end:
-                raise ValueError(f"disk: {self.arena.path} is cut short: {name} should be there up to byte "
-                                 f"{max(end for _, end in used):,}")  # fmt: skip
+                raise ValueError(
+                    f"disk: {self.arena.path} is cut short: {name} should be there up to byte "
+                    f"{max(end for _, end in used):,}"
+                )
             self._verify(name, entry)
         end = 0
         for begin, stop in [*sorted(used), (self.arena.end, self.arena.end)]:
@@ -84,9 +89,11 @@ class Directory:
             covered = 0
             for offset, size, crc in sums:
                 if offset != covered or self._crc(begin + offset, size) != crc:
-                    raise ValueError(f"disk: the state of {name} in {self.path} is damaged ({key}, bytes {offset:,} to "
-                                     f"{offset + size:,} are not what was committed); load a checkpoint into another "
-                                     "directory")  # fmt: skip
+                    raise ValueError(
+                        f"disk: the state of {name} in {self.path} is damaged ({key}, bytes {offset:,} to "
+                        f"{offset + size:,} are not what was committed); load a checkpoint into another "
+                        "directory"
+                    )
                 covered += size
             if covered != nbytes:
                 raise ValueError(f"disk: the record in {self.path} does not cover {key} of {name}")
@@ -106,17 +113,21 @@ class Directory:
         """Raise ValueError where what is pending is not of these parameters, or of another layout."""
         for name in self.pending:
             if name not in lines:
-                raise ValueError(f"disk: {self.path} holds the state of {name!r}, which is none of these parameters; "
-                                 "give another directory, or remove this one")  # fmt: skip
+                raise ValueError(
+                    f"disk: {self.path} holds the state of {name!r}, which is none of these parameters; "
+                    "give another directory, or remove this one"
+                )
             self._check(name, lines[name])
 
     def _check(self, name: str, lines: Sequence[Line]) -> None:
         there = [(key, dtype, tuple(shape)) for key, dtype, shape, _ in self.pending[name]["parts"]]
         here = [(line.key, line.dtype, line.shape) for line in lines]
         if there != here:
-            raise ValueError(f"disk: {self.path} holds the state of {name} as {self.written_by!r} keeps it "
-                             f"({_shown(there)}), and {self.spec!r} keeps {_shown(here)}; go on with the old spec "
-                             "and convert_, or give another directory")  # fmt: skip
+            raise ValueError(
+                f"disk: {self.path} holds the state of {name} as {self.written_by!r} keeps it "
+                f"({_shown(there)}), and {self.spec!r} keeps {_shown(here)}; go on with the old spec "
+                "and convert_, or give another directory"
+            )
 
     def take(self, name: str, lines: Sequence[Line]) -> tuple[Entry, float]:
         """The state of a parameter that is pending."""
@@ -150,8 +161,10 @@ class Directory:
             self.journal.reserve(len(record))
             self.journal.write(record)
         except OSError as error:
-            text = (f"disk: the step was made, and could not be committed in {self.path} ({error.strerror}): there the "
-                    "state is still that of the step before")  # fmt: skip
+            text = (
+                f"disk: the step was made, and could not be committed in {self.path} ({error.strerror}): there the "
+                "state is still that of the step before"
+            )
             raise OSError(error.errno, text) from error
         for entry in entries.values():
             entry.uncommitted = False
@@ -201,5 +214,7 @@ def _refuse_other_world(path: str, rank: str) -> None:
     mine = rank.rpartition("-")[2]
     others = {name.rpartition("-of-")[2] for name in os.listdir(path) if name.startswith("record-")} - {mine}
     if others:
-        raise RuntimeError(f"disk: {path} holds the state of {int(min(others))} ranks, and there are {int(mine)} now; "
-                           "save and load a checkpoint to change their number")  # fmt: skip
+        raise RuntimeError(
+            f"disk: {path} holds the state of {int(min(others))} ranks, and there are {int(mine)} now; "
+            "save and load a checkpoint to change their number"
+        )

@@ -39,8 +39,10 @@ class Disk(Placement):
         target = target_of(options["workspace"], TARGET, MOST)
         wanted = buffers(extents(held, target), target, options["workspace"], MOST)
         nbytes = sum(line.nbytes for one in held for line in one.layout(one.rows))
-        return [*buffer_lines(wanted, "pinned" if device.startswith("cuda") else "cpu", device),
-                *(spare_line(nbytes) if options["directory"] and nbytes else [])]  # fmt: skip
+        return [
+            *buffer_lines(wanted, "pinned" if device.startswith("cuda") else "cpu", device),
+            *(spare_line(nbytes) if options["directory"] and nbytes else []),
+        ]
 
 
 def buffer_lines(found: Buffers, host: str | None, device: str) -> list[Line]:

@@ -251,10 +251,18 @@ class Early:
         if self.device is None:
             return "gradients come down in backward() from the first step on, as many as the buffers hold"
         given_up = sum(not self._hopeful(name) for name in self._in_vain)
-        changed = (f"; {given_up} are not copied there any more, something changed them after it in {PATIENCE} steps "
-                   "running (clipping, a scaler)") if given_up else ""  # fmt: skip
-        return (f"gradients come down in backward(), as many as the buffers hold, and others in the step: in the last "
-                f"one {self.made} had been copied, and {self.used} were still the gradient{changed}")  # fmt: skip
+        changed = (
+            (
+                f"; {given_up} are not copied there any more, something changed them after it in {PATIENCE} steps "
+                "running (clipping, a scaler)"
+            )
+            if given_up
+            else ""
+        )
+        return (
+            f"gradients come down in backward(), as many as the buffers hold, and others in the step: in the last "
+            f"one {self.made} had been copied, and {self.used} were still the gradient{changed}"
+        )
 
     def close(self) -> None:
         self._hooks.on({})

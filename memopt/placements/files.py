@@ -78,8 +78,11 @@ class Files(Streamed):
         self.entries[name] = entry
         if not self.directory.announced:
             self.directory.announced = True
-            warnings.warn(f"disk: state of earlier steps is in {self.directory.path} and is gone on with; {name} has "
-                          f"stepped {step:.0f} times. Remove the directory to begin anew", stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"disk: state of earlier steps is in {self.directory.path} and is gone on with; {name} has "
+                f"stepped {step:.0f} times. Remove the directory to begin anew",
+                stacklevel=2,
+            )
         return entry.tensors(), step
 
     def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
@@ -110,9 +113,11 @@ class Files(Streamed):
         try:
             super().step(works, run, held)
         except BaseException as error:
-            self._broken = (f"disk: the last step stopped in the middle ({error}), so parameters are between two steps"
-                            + (f". The state in {self.directory.path} is that of the step before"
-                               if self.directory else "") + ". Load a checkpoint to go on")  # fmt: skip
+            self._broken = (
+                f"disk: the last step stopped in the middle ({error}), so parameters are between two steps"
+                + (f". The state in {self.directory.path} is that of the step before" if self.directory else "")
+                + ". Load a checkpoint to go on"
+            )
             raise
         sums: dict[Entry, dict[str, list[Sum]]] = {}
         for entry, part, crc in self._written:
@@ -212,8 +217,10 @@ class Files(Streamed):
 
     def workspace(self) -> list[Line]:
         nbytes = sum(entry.state_nbytes for entry in self.entries.values())
-        return [*buffer_lines(self.buffers, "pinned" if self._bus else "cpu", self._where),
-                *(spare_line(nbytes) if self.directory and nbytes else [])]  # fmt: skip
+        return [
+            *buffer_lines(self.buffers, "pinned" if self._bus else "cpu", self._where),
+            *(spare_line(nbytes) if self.directory and nbytes else []),
+        ]
 
     def tensors(self) -> list[Tensor]:
         return [*self._host, *self._device]
@@ -224,8 +231,10 @@ class Files(Streamed):
             by = "reads and writes through the page cache, told not to keep them: the file system has no O_DIRECT"
         size = f"{self.buffers.number} buffers of {self.buffers.nbytes:,} bytes"
         if self.directory is None:
-            return (f"state is in a file without a name in {self.arena.directory}, which ends with this process "
-                    f"(directory= keeps it); {by}, {size}")  # fmt: skip
+            return (
+                f"state is in a file without a name in {self.arena.directory}, which ends with this process "
+                f"(directory= keeps it); {by}, {size}"
+            )
         return f"state is in {self.directory.path}, committed after every step; {by}, {size}"
 
     def close(self, empty: bool = False) -> None:

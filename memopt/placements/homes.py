@@ -41,8 +41,11 @@ class Homes:
         self._settings: dict[str, Setting] = {}
         for name in sorted(spec.placements):
             setting = Setting(of_placement(spec.options, name, spec.partition), str(spec), rank, world_size)
-            same = (b._homes[name] for b in before if name in b._homes
-                    and b._settings[name]._replace(spec="") == setting._replace(spec=""))  # fmt: skip
+            same = (
+                b._homes[name]
+                for b in before
+                if name in b._homes and b._settings[name]._replace(spec="") == setting._replace(spec="")
+            )
             self._homes[name] = next(same, None) or PLACEMENTS[name].home(setting)
             self._settings[name] = setting
 

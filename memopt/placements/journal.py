@@ -114,8 +114,10 @@ class Lock:
             holder = os.pread(self._file, 32, 0).decode(errors="replace").strip()
             os.close(self._file)
             who = "another optimizer of this process" if holder == str(os.getpid()) else f"process {holder}"
-            raise RuntimeError(f"disk: {os.path.dirname(path)} is in use by {who}; "
-                               "two optimizers cannot keep their state in one directory") from error  # fmt: skip
+            raise RuntimeError(
+                f"disk: {os.path.dirname(path)} is in use by {who}; "
+                "two optimizers cannot keep their state in one directory"
+            ) from error
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
 

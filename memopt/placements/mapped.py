@@ -102,12 +102,14 @@ class Mapped(Home):
     def explain(self, device: torch.device) -> str:
         if device.type == "cuda":
             large = sum(self._unified.values()) > AHEAD
-            return (f"state is in CUDA unified memory, paged between {device} and the host by the driver"
-                    + (f", which is asked for {AHEAD:,} bytes of it at a time before they are stepped" if large else "")
-                    )  # fmt: skip
+            return f"state is in CUDA unified memory, paged between {device} and the host by the driver" + (
+                f", which is asked for {AHEAD:,} bytes of it at a time before they are stepped" if large else ""
+            )
         if self._files is None:
-            return (f"state is in a file without a name in {tempfile.gettempdir()}, mapped into memory and paged by "
-                    "the system when memory is short")  # fmt: skip
+            return (
+                f"state is in a file without a name in {tempfile.gettempdir()}, mapped into memory and paged by "
+                "the system when memory is short"
+            )
         return f"at most {self.resident:,} bytes of state are in memory after a step; {self._files.explain(device)}"
 
     def close(self, empty: bool = False) -> None:

@@ -161,8 +161,10 @@ class Offloaded(Streamed):
         def staged(i: int, loan: Loan, work: Work, at: int) -> list[Tensor]:
             """The parameter in the buffer, and the gradient behind it unless that is in host memory: as wide as they
             are."""
-            return [self._host[i][at + part.at : at + part.at + x.nbytes].view(x.dtype).view(x.shape)
-                    for part, x in zip(loan.piece.parts, (work.p, work.g), strict=False)]  # fmt: skip
+            return [
+                self._host[i][at + part.at : at + part.at + x.nbytes].view(x.dtype).view(x.shape)
+                for part, x in zip(loan.piece.parts, (work.p, work.g), strict=False)
+            ]
 
         def down(i: int) -> None:
             for one, g_is_there in zip(loans, there, strict=True):
@@ -182,8 +184,11 @@ class Offloaded(Streamed):
             for loan, work, at in loans:
                 work.p.copy_(staged(i, loan, work, at)[0], non_blocking=True)
 
-        return [Operation("down", down, down_nbytes), Operation("host", step, down_nbytes),
-                Operation("up", up, sum(work.p.nbytes for _, work, _ in loans))]  # fmt: skip
+        return [
+            Operation("down", down, down_nbytes),
+            Operation("host", step, down_nbytes),
+            Operation("up", up, sum(work.p.nbytes for _, work, _ in loans)),
+        ]
 
     def _on_host(self, loan: Loan, work: Work, p: Tensor, g: Tensor) -> Work:
         whole = loan.work.state
@@ -222,8 +227,9 @@ class Offloaded(Streamed):
 
     def explain(self, device: torch.device) -> str:
         if bus_of(device) is None:
-            return (f"state and step are on the {device}, where the parameters are: nothing is copied"
-                    + (f"; gradients too: {IDLE}" if self._arrivals else ""))  # fmt: skip
+            return f"state and step are on the {device}, where the parameters are: nothing is copied" + (
+                f"; gradients too: {IDLE}" if self._arrivals else ""
+            )
         what = "parameters" if self._arrivals else "parameters and gradients"
         through = f"{self.buffers.number} pinned buffers of {self.buffers.nbytes:,} bytes"
         return f"state and step are on the host; {what} of {device} come and go through {through}; {self._gradients()}"

@@ -83,10 +83,12 @@ def checked(given: Mapping[str, Any], placements: Iterable[str], partition: str)
             raise SpecError(f"{name}={value!r} is for {wanted}; this spec is @{', @'.join(sorted(in_use))}")
         kept[name] = option.check(value, name)
     if kept.get("offload_gradients") and partition != "none":
-        raise SpecError(f"offload_gradients={kept['offload_gradients']!r} is for parameters of one process, and this "
-                        f"spec is /{partition}: "
-                        "gradients are averaged over the ranks before they may leave; under fully_shard torch's own "
-                        "CPUOffloadPolicy takes them to the host")  # fmt: skip
+        raise SpecError(
+            f"offload_gradients={kept['offload_gradients']!r} is for parameters of one process, and this "
+            f"spec is /{partition}: "
+            "gradients are averaged over the ranks before they may leave; under fully_shard torch's own "
+            "CPUOffloadPolicy takes them to the host"
+        )
     return kept
 
 

@@ -71,9 +71,19 @@ class Pinned(Streamed):
                 self._device[i][at : at + len(there)].copy_(there, non_blocking=True)
 
         def step(i: int) -> None:
-            run([loan.on({part.key: tensor_in(self._device[i], at + part.at, part) if part.nbytes
-                          else loan.work.state[part.key] for part in loan.piece.parts})
-                 for loan, at in lease])  # fmt: skip
+            run(
+                [
+                    loan.on(
+                        {
+                            part.key: tensor_in(self._device[i], at + part.at, part)
+                            if part.nbytes
+                            else loan.work.state[part.key]
+                            for part in loan.piece.parts
+                        }
+                    )
+                    for loan, at in lease
+                ]
+            )
 
         def down(i: int) -> None:
             for there, at in pairs:
@@ -100,5 +110,7 @@ class Pinned(Streamed):
     def explain(self, device: torch.device) -> str:
         if bus_of(device) is None:
             return f"state is in the memory of {device}, where the parameters are too: nothing is streamed"
-        return (f"state is in pinned host memory, streamed through {self.buffers.number} buffers of "
-                f"{self.buffers.nbytes:,} bytes on {device}")  # fmt: skip
+        return (
+            f"state is in pinned host memory, streamed through {self.buffers.number} buffers of "
+            f"{self.buffers.nbytes:,} bytes on {device}"
+        )

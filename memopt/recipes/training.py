@@ -57,8 +57,14 @@ def build(published: Recipe, model: nn.Module, changes: Mapping[str, Any]) -> Tr
         raise SpecError(f"clip_norm={recipe.clip_norm!r} is not allowed; it must be a number > 0, or None")
     groups = _groups(recipe, model, grouping)
     optimizer = create(groups, recipe.spec, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.hyper, **creating)
-    scheduler = schedule(optimizer, recipe.kind, warmup=recipe.warmup, total_steps=recipe.total_steps,
-                         floor=recipe.floor, **recipe.schedule)  # fmt: skip
+    scheduler = schedule(
+        optimizer,
+        recipe.kind,
+        warmup=recipe.warmup,
+        total_steps=recipe.total_steps,
+        floor=recipe.floor,
+        **recipe.schedule,
+    )
     return Training(recipe, optimizer, scheduler)
 
 

@@ -49,8 +49,13 @@ RULE = Rule(
     summary="Adam whose rates are bounded and end as SGD's",
     source="Luo et al. 2019",
     defaults={
-        "lr": 1e-3, "betas": (0.9, 0.999), "final_lr": 0.1, "gamma": 1e-3, "eps": 1e-8, "weight_decay": 0.0,
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "final_lr": 0.1,
+        "gamma": 1e-3,
+        "eps": 1e-8,
+        "weight_decay": 0.0,
     },
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
-)  # fmt: skip
+)

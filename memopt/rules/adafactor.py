@@ -14,9 +14,17 @@ if TYPE_CHECKING:
 
 #: torch's defaults; eps[0] None means torch.finfo(float32).eps.
 DEFAULTS = {
-    "lr": 1e-2, "beta2_decay": -0.8, "eps": (None, 1e-3), "d": 1.0, "weight_decay": 0.0,
-    "beta1": None, "scale_parameter": True, "relative_step": True, "warmup_init": False, "convention": "torch",
-}  # fmt: skip
+    "lr": 1e-2,
+    "beta2_decay": -0.8,
+    "eps": (None, 1e-3),
+    "d": 1.0,
+    "weight_decay": 0.0,
+    "beta1": None,
+    "scale_parameter": True,
+    "relative_step": True,
+    "warmup_init": False,
+    "convention": "torch",
+}
 FP32_EPS = 2.0**-23
 
 

@@ -55,9 +55,14 @@ RULE = Rule(
     summary="AdamW with a second, slow mean of the gradients",
     source="Pagliardini et al. 2025",
     defaults={
-        "lr": 1e-3, "betas": (0.9, 0.999, 0.9999), "alpha": 5.0, "t_alpha": None, "t_beta3": None, "eps": 1e-8,
+        "lr": 1e-3,
+        "betas": (0.9, 0.999, 0.9999),
+        "alpha": 5.0,
+        "t_alpha": None,
+        "t_beta3": None,
+        "eps": 1e-8,
         "weight_decay": 1e-2,
     },
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SLOW, EXP_AVG_SQ),
     update=update,
-)  # fmt: skip
+)

@@ -53,8 +53,12 @@ RULE = Rule(
     summary="Adam with a rectified adaptive rate; needs no warm-up",
     source="Liu et al. 2020",
     defaults={
-        "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "decoupled_weight_decay": False,
+        "lr": 1e-3,
+        "betas": (0.9, 0.999),
+        "eps": 1e-8,
+        "weight_decay": 0.0,
+        "decoupled_weight_decay": False,
     },
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
-)  # fmt: skip
+)

@@ -65,8 +65,9 @@ class Exported:
         that has none."""
         make = self._plan.state
         if make is None:
-            raise ValueError(f"{self.tool} has no state_dict of an optimizer: memopt convert IN OUT --to {self.tool} "
-                             "writes a folder")  # fmt: skip
+            raise ValueError(
+                f"{self.tool} has no state_dict of an optimizer: memopt convert IN OUT --to {self.tool} writes a folder"
+            )
         groups, records = self.converted.groups, self.converted.source.records
         names = [name for group in groups for name in group.names]
         numbers: dict[str, Any] = {name: name if self._named else i for i, name in enumerate(names)}

@@ -47,15 +47,21 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def _plan(source: Source) -> Plan:
     rule = source.spec.rule
     if rule not in ("adam", "adamw") or any(group.hyper["amsgrad"] for group in source.groups):
-        raise ValueError(f"DeepSpeed's universal checkpoints are of adam and adamw without amsgrad; this is {rule}"
-                         + " with amsgrad" * (rule in ("adam", "adamw")))  # fmt: skip
+        raise ValueError(
+            f"DeepSpeed's universal checkpoints are of adam and adamw without amsgrad; this is {rule}"
+            + " with amsgrad" * (rule in ("adam", "adamw"))
+        )
     if not source.named:
-        raise ValueError(f"{source.origin} has numbers for the names of parameters, and DeepSpeed goes by name: give "
-                         "memopt.create the model or model.named_parameters()")  # fmt: skip
+        raise ValueError(
+            f"{source.origin} has numbers for the names of parameters, and DeepSpeed goes by name: give "
+            "memopt.create the model or model.named_parameters()"
+        )
     without = next((name for name, record in source.records.items() if record.weights is None), None)
     if without is not None:
-        raise ValueError(f"{source.origin} does not have the weight {without}, which DeepSpeed's universal checkpoints "
-                         "have in fp32: save the model with the optimizer, memopt.save(..., model=model)")  # fmt: skip
+        raise ValueError(
+            f"{source.origin} does not have the weight {without}, which DeepSpeed's universal checkpoints "
+            "have in fp32: save the model with the optimizer, memopt.save(..., model=model)"
+        )
     masters = {record.kept.master.name for record in source.records.values() if record.kept is not None}
     spec = OptimSpec(rule=rule, master=next(iter(masters), "none"))
     return Plan(spec, lambda h: torch_optim.group(rule, h), check=_step)
@@ -66,8 +72,10 @@ def _step(converted: Converted) -> float:
     steps = {float(step): name for name, step in converted.steps().items()}
     if len(steps) > 1:
         told = ", ".join(f"{name} {step:.0f}" for step, name in sorted(steps.items())[:2])
-        raise ValueError(f"DeepSpeed counts the steps of all parameters together, and these differ ({told}); "
-                         "say which it is to be with fill={'step': N} (--fill step=N)")  # fmt: skip
+        raise ValueError(
+            f"DeepSpeed counts the steps of all parameters together, and these differ ({told}); "
+            "say which it is to be with fill={'step': N} (--fill step=N)"
+        )
     return next(iter(steps), 0.0)
 
 

@@ -16,9 +16,11 @@ from memopt.spec import OptimSpec
 
 #: rule -> the hyperparameters that it saves.
 _HYPER = {
-    "adam": ("lr", "betas", "eps", "weight_decay"), "adamw": ("lr", "betas", "eps", "weight_decay"),
-    "lion": ("lr", "betas", "weight_decay"), "sgd": ("lr", "momentum", "dampening", "weight_decay"),
-}  # fmt: skip
+    "adam": ("lr", "betas", "eps", "weight_decay"),
+    "adamw": ("lr", "betas", "eps", "weight_decay"),
+    "lion": ("lr", "betas", "weight_decay"),
+    "sgd": ("lr", "momentum", "dampening", "weight_decay"),
+}
 #: Bytes of a weight with its correction, by what our master keeps: 8 more bits, or all of fp32. Others keep nothing.
 _BYTES = {"split": 3, "split16": 4, "fp32": 4, "kahan": 4}
 
@@ -34,8 +36,10 @@ def _plan(source: Source) -> Plan:
 
     unknown = next((name for name, record in source.records.items() if not record.dtype), None)
     if unknown is not None:
-        raise ValueError(f"{source.origin} does not say of which dtype the weight {unknown} is, on which flashoptim's "
-                         "layout depends; flashoptim also loads what is exported for torch")  # fmt: skip
+        raise ValueError(
+            f"{source.origin} does not say of which dtype the weight {unknown} is, on which flashoptim's "
+            "layout depends; flashoptim also loads what is exported for torch"
+        )
 
     def master(spec: OptimSpec, dtype: str) -> Master:
         return CORRECTIONS[nbytes] if nbytes and dtype in LOW_PRECISION else MASTERS["none"]

@@ -20,9 +20,13 @@ if TYPE_CHECKING:
 
 #: Rules that torch.optim has, with the hyperparameters of ours that it does not have there.
 RULES: dict[str, tuple[str, ...]] = {
-    "adam": (), "adamw": (), "radam": (), "sgd": (), "rmsprop": (),
+    "adam": (),
+    "adamw": (),
+    "radam": (),
+    "sgd": (),
+    "rmsprop": (),
     "adafactor": ("beta1", "scale_parameter", "relative_step", "warmup_init", "convention"),
-}  # fmt: skip
+}
 #: What tells torch's Adam and AdamW apart.
 OWN = {"adam": {"decoupled_weight_decay": False}, "adamw": {"decoupled_weight_decay": True}}
 _FACTORS = {"exp_avg_sq.row": "row_var", "exp_avg_sq.col": "col_var", "exp_avg_sq": "variance"}

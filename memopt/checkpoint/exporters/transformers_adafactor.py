@@ -12,8 +12,10 @@ _NAMES = {"d": "clip_threshold", "beta2_decay": "decay_rate"}
 
 def _plan(source: Source) -> Plan:
     if source.spec.rule != "adafactor" or any(g.hyper["convention"] != "transformers" for g in source.groups):
-        raise ValueError("transformers has Adafactor in its own convention (convention='transformers'), and no other "
-                         f"rule of ours; this is {source.spec.rule}")  # fmt: skip
+        raise ValueError(
+            "transformers has Adafactor in its own convention (convention='transformers'), and no other "
+            f"rule of ours; this is {source.spec.rule}"
+        )
     return Plan(OptimSpec(rule="adafactor", format="factored"), _group, _state)
 
 

@@ -23,8 +23,10 @@ def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None
         raise ValueError(f"{origin} is not an optimizer's state_dict: it lacks 'state' or 'param_groups'")
     groups, states = state_dict["param_groups"], state_dict["state"]
     if any("." in str(key) for state in states.values() for key in state):
-        raise ValueError(f"{origin} is of an optimizer of memopt's: load it with load_state_dict into one of the same "
-                         "spec and use opt.convert_, or memopt.save and memopt.load, which convert")  # fmt: skip
+        raise ValueError(
+            f"{origin} is of an optimizer of memopt's: load it with load_state_dict into one of the same "
+            "spec and use opt.convert_, or memopt.save and memopt.load, which convert"
+        )
     tool = _tool(groups, states, origin)
     first: dict[str, Any] = next((s for s in states.values() if s), {})
     possible = tool.rules(groups[0], first)

@@ -43,8 +43,10 @@ def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None)
     if not possible:
         raise ValueError(f"{origin} was written by {tool}, with an optimizer that is not known here")
     if asked is None and len(possible) > 1:
-        raise ValueError(f"{origin} was written by {tool}, and does not say which of {', '.join(possible)} it was; "
-                         "say it with rule= (--from on the command line)")  # fmt: skip
+        raise ValueError(
+            f"{origin} was written by {tool}, and does not say which of {', '.join(possible)} it was; "
+            "say it with rule= (--from on the command line)"
+        )
     if asked is not None and asked not in possible:
         raise ValueError(f"{origin} was written by {tool} and can be {', '.join(possible)}, not {asked!r}")
     return asked or possible[0]

@@ -16,8 +16,11 @@ from memopt.engines.bitsandbytes import BLOCK
 _WRAPPED = "__bnb_optimizer_quant_state__"
 #: rule -> names of its first and second moment.
 _MOMENTS = {
-    "adamw": ("exp_avg", "exp_avg_sq"), "lion": ("exp_avg",), "rmsprop": ("square_avg",), "sgd": ("momentum_buffer",),
-}  # fmt: skip
+    "adamw": ("exp_avg", "exp_avg_sq"),
+    "lion": ("exp_avg",),
+    "rmsprop": ("square_avg",),
+    "sgd": ("momentum_buffer",),
+}
 
 
 def flat(state: State) -> dict[str, Any]:

@@ -144,9 +144,7 @@ def _cut_evenly(flats: list[dict[str, Tensor]], shapes: list[dict[str, Shape]], 
             first += share
 
 
-def _universal(
-    folder: Path, shapes: list[dict[str, Shape]]
-) -> tuple[list[dict[str, Any]], Fragments, list[float]]:  # fmt: skip
+def _universal(folder: Path, shapes: list[dict[str, Shape]]) -> tuple[list[dict[str, Any]], Fragments, list[float]]:
     state = inert.load(folder / "optimizer_state.pt")
     base = state.get("optimizer_state_dict", state)
     # For stage 3 the nested groups are those of one rank's file, or what all groups have in common.
@@ -167,9 +165,14 @@ def _universal(
 
 
 def _source(
-    path: Path, asked: str | None, groups: list[dict[str, Any]], shapes: list[dict[str, Shape]],
-    dtypes: dict[str, str], fragments: Fragments, steps: list[float],
-) -> Source:  # fmt: skip
+    path: Path,
+    asked: str | None,
+    groups: list[dict[str, Any]],
+    shapes: list[dict[str, Shape]],
+    dtypes: dict[str, str],
+    fragments: Fragments,
+    steps: list[float],
+) -> Source:
     moments = {moment for found in fragments.values() for moment in found} - {_WEIGHTS}
     rule = choose(NAME, str(path), _rules(groups[0], moments), asked)
     ours, records = [], {}

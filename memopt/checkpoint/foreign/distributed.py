@@ -26,9 +26,13 @@ from memopt.spec import OptimSpec
 NAME = "torch.distributed.checkpoint"
 METADATA = ".metadata"
 _MODULES = (
-    "torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem", "torch.serialization",
-    "collections", "pathlib", "pathlib._local",
-)  # fmt: skip
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed.checkpoint.filesystem",
+    "torch.serialization",
+    "collections",
+    "pathlib",
+    "pathlib._local",
+)
 _DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ValueError)
 
 

@@ -113,8 +113,10 @@ def kept(group: State, state: State) -> Kept | None:
         return None
     dtype = str(correction.dtype).removeprefix("torch.")
     if correction.dtype not in _FLOATS or group["master_bytewidth"] not in CORRECTIONS:
-        raise ValueError(f"this flashoptim state has {CORRECTION} of {dtype} for weights of "
-                         f"{group['master_bytewidth']} bytes, which is not known here")  # fmt: skip
+        raise ValueError(
+            f"this flashoptim state has {CORRECTION} of {dtype} for weights of "
+            f"{group['master_bytewidth']} bytes, which is not known here"
+        )
     shape = tuple(correction.shape)
     piece = LivePiece(Rows.whole(shape), {"": correction})
     master = CORRECTIONS[group["master_bytewidth"]]

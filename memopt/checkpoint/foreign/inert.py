@@ -48,8 +48,9 @@ def load(path: Path) -> Any:
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except _FAILURES as error:
-        raise ValueError(f"{path} cannot be read without executing what it says, or is damaged: {_reason(error)}"
-                         ) from None  # fmt: skip
+        raise ValueError(
+            f"{path} cannot be read without executing what it says, or is damaged: {_reason(error)}"
+        ) from None
 
 
 def loads(content: bytes, origin: str) -> Any:
@@ -57,8 +58,9 @@ def loads(content: bytes, origin: str) -> Any:
     try:
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except _FAILURES as error:
-        raise ValueError(f"{origin} cannot be read without executing what it says, or is damaged: {_reason(error)}"
-                         ) from None  # fmt: skip
+        raise ValueError(
+            f"{origin} cannot be read without executing what it says, or is damaged: {_reason(error)}"
+        ) from None
 
 
 def _reason(error: BaseException) -> str:

@@ -42,11 +42,12 @@ def moments(state: State) -> dict[str, Stored]:
 
 TOOL = Tool(
     name="torch.optim",
-    wrote=lambda group, state: bool(rules(group, state)) and not any(type(v) not in (Tensor, float, int, type(None))
-                                                                     for v in state.values()),
+    wrote=lambda group, state: (
+        bool(rules(group, state)) and not any(type(v) not in (Tensor, float, int, type(None)) for v in state.values())
+    ),
     rules=rules,
     hyper=hyper,
     moments=moments,
     # SGD does not count its steps; that it has a buffer says it has taken one.
     step=lambda state: float(state.get("step", 1)),
-)  # fmt: skip
+)

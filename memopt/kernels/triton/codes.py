@@ -163,9 +163,20 @@ def load_moment(
 
 @triton.jit
 def store_moment(
-    data, aux, at, half_at, block, live, half_live, mask, x, w,
-    KIND: tl.constexpr, SIGNED: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+    data,
+    aux,
+    at,
+    half_at,
+    block,
+    live,
+    half_live,
+    mask,
+    x,
+    w,
+    KIND: tl.constexpr,
+    SIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     """The inverse of :func:`load_moment`, rounded with the words ``w``; ``x`` is zero outside ``mask``."""
     if KIND == FULL:
         tl.store(pointer(data, tl.float32, ALIGN) + at, x, mask=mask)

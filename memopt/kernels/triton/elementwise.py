@@ -74,9 +74,25 @@ def place(geometry, block, WIDTH: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.co
 
 @triton.jit
 def keep_moment(
-    data, aux, key, step, row, column, at, half_at, block, live, half_live, mask, x,
-    KIND: tl.constexpr, SIGNED: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
+    data,
+    aux,
+    key,
+    step,
+    row,
+    column,
+    at,
+    half_at,
+    block,
+    live,
+    half_live,
+    mask,
+    x,
+    KIND: tl.constexpr,
+    SIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
     """A moment's tile, rounded with the dither of its key where its format rounds."""
     w = block
     if KIND != FULL:
@@ -155,14 +171,68 @@ def step_kernel(
             w = words(beside_key, step, row, column, WIDTH)
         store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
         if V:
-            keep_moment(v_data, v_aux, v_key, step, row, column, at, half_at, block, live, half_live, mask, v,
-                        KIND, False, WIDTH, ALIGN, WHOLE)  # fmt: skip
+            keep_moment(
+                v_data,
+                v_aux,
+                v_key,
+                step,
+                row,
+                column,
+                at,
+                half_at,
+                block,
+                live,
+                half_live,
+                mask,
+                v,
+                KIND,
+                False,
+                WIDTH,
+                ALIGN,
+                WHOLE,
+            )
         if M:
-            keep_moment(m_data, m_aux, m_key, step, row, column, at, half_at, block, live, half_live, mask, m,
-                        KIND, True, WIDTH, ALIGN, WHOLE)  # fmt: skip
+            keep_moment(
+                m_data,
+                m_aux,
+                m_key,
+                step,
+                row,
+                column,
+                at,
+                half_at,
+                block,
+                live,
+                half_live,
+                mask,
+                m,
+                KIND,
+                True,
+                WIDTH,
+                ALIGN,
+                WHOLE,
+            )
         if X:
-            keep_moment(x_data, x_aux, x_key, step, row, column, at, half_at, block, live, half_live, mask, x,
-                        KIND, X_SIGNED, WIDTH, ALIGN, WHOLE)  # fmt: skip
+            keep_moment(
+                x_data,
+                x_aux,
+                x_key,
+                step,
+                row,
+                column,
+                at,
+                half_at,
+                block,
+                live,
+                half_live,
+                mask,
+                x,
+                KIND,
+                X_SIGNED,
+                WIDTH,
+                ALIGN,
+                WHOLE,
+            )
 
 
 @triton.jit(do_not_specialize=["run"])

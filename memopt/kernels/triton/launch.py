@@ -90,12 +90,18 @@ class Launcher:
             run = tables.pieces_of_programs(sum(blocks), bucket.tile, bucket.width)
             programs = tables.programs(members, blocks, run * bucket.tile)
             constants = {
-                "P_TYPE": tables.TYPES[bucket.p_type], "G_TYPE": tables.TYPES[bucket.g_type],
-                **bucket.master_constants, "KIND": codes.KINDS[bucket.format],
-                "WIDTH": bucket.width, "TILE": bucket.tile, "ALIGN": bucket.align,
-                "WHOLE": bucket.whole, "PRECISE": bucket.format in ("32bit", "bf16"),
-                "num_warps": tables.WARPS, **OPTIONS,
-            }  # fmt: skip
+                "P_TYPE": tables.TYPES[bucket.p_type],
+                "G_TYPE": tables.TYPES[bucket.g_type],
+                **bucket.master_constants,
+                "KIND": codes.KINDS[bucket.format],
+                "WIDTH": bucket.width,
+                "TILE": bucket.tile,
+                "ALIGN": bucket.align,
+                "WHOLE": bucket.whole,
+                "PRECISE": bucket.format in ("32bit", "bf16"),
+                "num_warps": tables.WARPS,
+                **OPTIONS,
+            }
             planned.append((bucket, self._on_device(programs), run, offset, constants))
             if self.name in SUMS:
                 offset = self._place_sums(made, members, programs, offset)
@@ -108,16 +114,35 @@ class Launcher:
             self._launch_totals(sums, [i for i, t in enumerate(made) if t.row[f.SUMS.value]])
         for bucket, map_, run, _, constants in planned:
             v, m, x = bucket.slots
-            self._launch(elementwise.step_kernel, len(map_), map_, run, V=v, M=m, X=x, X_SIGNED=bucket.x_signed,
-                         ROW_MEANS=bucket.row_means, **self.step, **constants)  # fmt: skip
+            self._launch(
+                elementwise.step_kernel,
+                len(map_),
+                map_,
+                run,
+                V=v,
+                M=m,
+                X=x,
+                X_SIGNED=bucket.x_signed,
+                ROW_MEANS=bucket.row_means,
+                **self.step,
+                **constants,
+            )
 
     def _row_means(self, made: Sequence[tables.Tensors], bucket: tables.Bucket, members: list[int]) -> None:
         rows = [-(-made[i].row[f.NUMEL.value] // made[i].row[f.ROW_SPAN.value]) for i in members]
         parts = [-(-count // made[i].row[f.ROW_GROUP.value]) for i, count in zip(members, rows, strict=True)]
         map_ = self._on_device(tables.programs(members, parts, 1))
         align = bucket.align if all(made[i].row[f.ROW_SPAN.value] % tables.VECTOR == 0 for i in members) else 1
-        self._launch(row_means.row_means_kernel, len(map_), map_, ROWS=tables.WARPS, ALIGN=align,
-                     G_TYPE=tables.TYPES[bucket.g_type], num_warps=tables.WARPS, **OPTIONS)  # fmt: skip
+        self._launch(
+            row_means.row_means_kernel,
+            len(map_),
+            map_,
+            ROWS=tables.WARPS,
+            ALIGN=align,
+            G_TYPE=tables.TYPES[bucket.g_type],
+            num_warps=tables.WARPS,
+            **OPTIONS,
+        )
 
     @staticmethod
     def _place_sums(made: Sequence[tables.Tensors], members: list[int], programs: Tensor, offset: int) -> int:
@@ -181,32 +206,62 @@ class Launcher:
         residual = x and self.name == "came"
 
         def find_mean(slot: int, floor: bool) -> None:
-            self.launches.append(lambda _: means.mean_kernel[(len(each),)](
-                self.table, self.scalars, mean, each, SLOT=slot, FLOOR=floor, SPAN=SPAN, **OPTIONS))  # fmt: skip
+            self.launches.append(
+                lambda _: means.mean_kernel[(len(each),)](
+                    self.table, self.scalars, mean, each, SLOT=slot, FLOOR=floor, SPAN=SPAN, **OPTIONS
+                )
+            )
 
         def gather_means(slot: int) -> None:
-            self.launches.append(lambda workspace: means.gather_kernel[(len(gather),)](
-                self.table, self.scalars, workspace, gather, SLOT=slot, WIDTH=bucket.width, SPAN=SPAN, **OPTIONS
-            ))  # fmt: skip
+            self.launches.append(
+                lambda workspace: means.gather_kernel[(len(gather),)](
+                    self.table, self.scalars, workspace, gather, SLOT=slot, WIDTH=bucket.width, SPAN=SPAN, **OPTIONS
+                )
+            )
             find_mean(slot, True)
 
         find_mean(0, False)
-        self.launches.append(lambda workspace: means.renew_kernel[(len(map_),)](
-            self.table, self.gradients.tensor, self.scalars, mean, workspace, sums, map_,
-            RENEW=RENEWALS[self.name], **dtypes, **size))  # fmt: skip
+        self.launches.append(
+            lambda workspace: means.renew_kernel[(len(map_),)](
+                self.table,
+                self.gradients.tensor,
+                self.scalars,
+                mean,
+                workspace,
+                sums,
+                map_,
+                RENEW=RENEWALS[self.name],
+                **dtypes,
+                **size,
+            )
+        )
         gather_means(0)
         if self.name in SUMS:
-            self._launch(means.updates_kernel, len(map_), mean, sums, map_, INVERSE=inverse, **self.summed, **dtypes,
-                         **size)  # fmt: skip
+            self._launch(
+                means.updates_kernel, len(map_), mean, sums, map_, INVERSE=inverse, **self.summed, **dtypes, **size
+            )
             self._launch_totals(sums, batch)
         if residual:
             find_mean(2, False)
-            self.launches.append(lambda workspace: means.residual_kernel[(len(map_),)](
-                self.table, self.gradients.tensor, self.scalars, mean, workspace, map_, G_TYPE=g_type, **size
-            ))  # fmt: skip
+            self.launches.append(
+                lambda workspace: means.residual_kernel[(len(map_),)](
+                    self.table, self.gradients.tensor, self.scalars, mean, workspace, map_, G_TYPE=g_type, **size
+                )
+            )
             gather_means(2)
-        self._launch(means.apply_kernel, len(map_), mean, map_, M=m, X=x, INVERSE=inverse, RESIDUAL=residual,
-                     **self.step, **dtypes, **size)  # fmt: skip
+        self._launch(
+            means.apply_kernel,
+            len(map_),
+            mean,
+            map_,
+            M=m,
+            X=x,
+            INVERSE=inverse,
+            RESIDUAL=residual,
+            **self.step,
+            **dtypes,
+            **size,
+        )
 
     def _make_looks(self, made: Sequence[tables.Tensors]) -> list[Callable[[], None]]:
         """One launch for each dtype and alignment of gradients."""
@@ -226,9 +281,18 @@ class Launcher:
 
     def _make_look(self, numels: Tensor, map_: Tensor, run: int, dtype: torch.dtype, align: int) -> Callable[[], None]:
         return lambda: finite_kernel[(len(map_),)](
-            self.gradients.tensor, numels, map_, run, self.flags, len(self.buckets),
-            G_TYPE=tables.TYPES[dtype], TILE=FINITE_TILE, ALIGN=align, num_warps=4, **OPTIONS,
-        )  # fmt: skip
+            self.gradients.tensor,
+            numels,
+            map_,
+            run,
+            self.flags,
+            len(self.buckets),
+            G_TYPE=tables.TYPES[dtype],
+            TILE=FINITE_TILE,
+            ALIGN=align,
+            num_warps=4,
+            **OPTIONS,
+        )
 
     # Running ---------------------------------------------------------------------------------------------------
 
@@ -243,10 +307,19 @@ class Launcher:
         n = len(self.buckets)
         with self.guard():
             scalars.prepare_kernel[(n,)](
-                self.table, self.hyper, self.steps, self.scalars, self.flags, self.skipped,
-                self.zero if found_inf is None else found_inf, self.one if grad_scale is None else grad_scale, n,
-                RULE=self.rule, num_warps=1, **OPTIONS,
-            )  # fmt: skip
+                self.table,
+                self.hyper,
+                self.steps,
+                self.scalars,
+                self.flags,
+                self.skipped,
+                self.zero if found_inf is None else found_inf,
+                self.one if grad_scale is None else grad_scale,
+                n,
+                RULE=self.rule,
+                num_warps=1,
+                **OPTIONS,
+            )
             workspace = torch.empty(self.workspace, dtype=torch.float32, device=self.device)
             for launch in self.launches:
                 launch(workspace)

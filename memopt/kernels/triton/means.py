@@ -126,10 +126,23 @@ def renew_kernel(
 
 @triton.jit
 def updates_kernel(
-    table, gradients, scalars, means, sums, map,
-    SUM: tl.constexpr, M: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, MASTER: tl.constexpr,
-    K_TYPE: tl.constexpr, INVERSE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+    table,
+    gradients,
+    scalars,
+    means,
+    sums,
+    map,
+    SUM: tl.constexpr,
+    M: tl.constexpr,
+    P_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    K_TYPE: tl.constexpr,
+    INVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     """What a rule needs to know of a tensor: the squares of SUM, summed: ``sums`` [programs, 1]. M: whether that takes
     the signed moment, and the parameter. INVERSE: SUM takes inverse roots."""
     tensor, row_of, tile = find(table, map)
@@ -159,9 +172,17 @@ def updates_kernel(
 
 @triton.jit
 def residual_kernel(
-    table, gradients, scalars, means, partial, map, G_TYPE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    table,
+    gradients,
+    scalars,
+    means,
+    partial,
+    map,
+    G_TYPE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
     ALIGN: tl.constexpr,
-):  # fmt: skip
+):
     """CAME's first moment, and its residual (place 2) decoded, renewed and summed."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
@@ -194,11 +215,25 @@ def residual_kernel(
 
 @triton.jit
 def apply_kernel(
-    table, gradients, scalars, means, map,
-    RULE: tl.constexpr, P_TYPE: tl.constexpr, G_TYPE: tl.constexpr, MASTER: tl.constexpr, K_TYPE: tl.constexpr,
-    M: tl.constexpr, X: tl.constexpr, LOOKAHEAD: tl.constexpr, INVERSE: tl.constexpr, RESIDUAL: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, ALIGN: tl.constexpr,
-):  # fmt: skip
+    table,
+    gradients,
+    scalars,
+    means,
+    map,
+    RULE: tl.constexpr,
+    P_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
+    MASTER: tl.constexpr,
+    K_TYPE: tl.constexpr,
+    M: tl.constexpr,
+    X: tl.constexpr,
+    LOOKAHEAD: tl.constexpr,
+    INVERSE: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TILE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     """The parameter, and moments in fp32. INVERSE: the rule takes inverse roots. RESIDUAL: the third moment is CAME's,
     factored too, and the pass before wrote it and the first one."""
     tensor, row_of, tile = find(table, map)

@@ -220,17 +220,36 @@ def renew_adafactor(p, g, v, c):
 #: rule -> its function, and how a factored second moment is renewed. LAMB's and StableAdamW's step is AdamW's, with the
 #: decay and the rate that follow from sums; so is Adam-mini's, with row means that were renewed before.
 STEPS: dict[str, Any] = {
-    "adam": adam, "adamw": adamw, "radam": radam, "lion": lion, "sgd": sgd, "rmsprop": rmsprop,
-    "adafactor": adafactor, "came": came, "adabound": adabound, "ademamix": ademamix, "adammini": adamw, "lamb": adamw,
+    "adam": adam,
+    "adamw": adamw,
+    "radam": radam,
+    "lion": lion,
+    "sgd": sgd,
+    "rmsprop": rmsprop,
+    "adafactor": adafactor,
+    "came": came,
+    "adabound": adabound,
+    "ademamix": ademamix,
+    "adammini": adamw,
+    "lamb": adamw,
     "stableadamw": adamw,
-}  # fmt: skip
+}
 #: rule -> what it sums over a tensor first, and whether that takes the signed moment.
 SUMS: dict[str, tuple[Any, bool]] = {
-    "adafactor": (sum_clipped, False), "came": (sum_clipped, False), "lamb": (sum_lamb, True),
+    "adafactor": (sum_clipped, False),
+    "came": (sum_clipped, False),
+    "lamb": (sum_lamb, True),
     "stableadamw": (sum_surprise, False),
-}  # fmt: skip
+}
 RENEWALS: dict[str, Any] = {
-    "adam": renew_adam, "adamw": renew_adam, "radam": renew_adam, "rmsprop": renew_adam,
-    "adafactor": renew_adafactor, "came": renew_adafactor, "adabound": renew_adam, "ademamix": renew_adam,
-    "lamb": renew_adam, "stableadamw": renew_adam,
-}  # fmt: skip
+    "adam": renew_adam,
+    "adamw": renew_adam,
+    "radam": renew_adam,
+    "rmsprop": renew_adam,
+    "adafactor": renew_adafactor,
+    "came": renew_adafactor,
+    "adabound": renew_adam,
+    "ademamix": renew_adam,
+    "lamb": renew_adam,
+    "stableadamw": renew_adam,
+}

@@ -10,13 +10,33 @@ from memopt.kernels.triton import fields as f
 
 #: The rules by number; ``adam`` is AdamW's and Adam-mini's too.
 (
-    ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME, ADABOUND, ADEMAMIX, LAMB, STABLEADAMW,
-) = (tl.constexpr(i) for i in range(11))  # fmt: skip
+    ADAM,
+    LION,
+    SGD,
+    RMSPROP,
+    RADAM,
+    ADAFACTOR,
+    CAME,
+    ADABOUND,
+    ADEMAMIX,
+    LAMB,
+    STABLEADAMW,
+) = (tl.constexpr(i) for i in range(11))
 NUMBER = {
-    "adam": ADAM, "adamw": ADAM, "adammini": ADAM, "lion": LION, "sgd": SGD, "rmsprop": RMSPROP, "radam": RADAM,
-    "adafactor": ADAFACTOR, "came": CAME, "adabound": ADABOUND, "ademamix": ADEMAMIX, "lamb": LAMB,
+    "adam": ADAM,
+    "adamw": ADAM,
+    "adammini": ADAM,
+    "lion": LION,
+    "sgd": SGD,
+    "rmsprop": RMSPROP,
+    "radam": RADAM,
+    "adafactor": ADAFACTOR,
+    "came": CAME,
+    "adabound": ADABOUND,
+    "ademamix": ADEMAMIX,
+    "lamb": LAMB,
     "stableadamw": STABLEADAMW,
-}  # fmt: skip
+}
 
 _TINY = tl.constexpr(TINY)
 _INF = tl.constexpr(float("inf"))

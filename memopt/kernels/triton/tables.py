@@ -177,8 +177,18 @@ class Tensors:
         self.row = row
         self.blocks = row[f.BLOCKS.value]
         whole = (numel if flat else cols) % width == 0
-        self.bucket = Bucket(p.dtype, work.g.dtype, fmt, (slots[0], slots[1], slots[2]), x_signed, means,
-                             VECTOR if aligned else 1, whole and fmt != "factored", width, master.name)  # fmt: skip
+        self.bucket = Bucket(
+            p.dtype,
+            work.g.dtype,
+            fmt,
+            (slots[0], slots[1], slots[2]),
+            x_signed,
+            means,
+            VECTOR if aligned else 1,
+            whole and fmt != "factored",
+            width,
+            master.name,
+        )
 
 
 def geometry(fmt: str, rows: Rows, p: Tensor, flat: bool) -> tuple[int, int, int]:
