@@ -103,7 +103,7 @@ def _known(name: str) -> Model:
 
 
 #: Endings that say how a model was tuned or stored, not how it is built.
-_ENDINGS = ("-instruct", "-chat", "-base", "-hf", "-it", "-pt")
+_ENDINGS = ("-chat-v1.0", "-instruct", "-chat", "-base", "-hf", "-it", "-pt")
 
 
 def plain_name(text: str) -> str:

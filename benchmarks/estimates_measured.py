@@ -1,0 +1,249 @@
+"""The calculator beside memory that was measured on real GPUs by others: ``benchmarks/measured/``.
+
+    python benchmarks/estimates_measured.py [--write]
+
+For every row the estimate of each figure that was measured (allocated: ``torch.cuda.max_memory_allocated``; reserved:
+``max_memory_reserved``; process: what nvidia-smi shows) with its bounds, then the median and the worst error, and how
+often and by how much the upper bound holds. ``--write`` writes ``benchmarks/results/estimates_measured.json`` and
+``.md``. Needs neither a GPU nor torch; the quick half of it is ``tests/test_estimates_measured.py``.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import shlex
+import sys
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, NamedTuple
+
+from estimators.costs import Estimate, estimate
+from memopt.cli import estimate as verb
+
+MEASURED = Path(__file__).parent / "measured"
+RESULTS = Path(__file__).parent / "results"
+MIB, GIB = 2**20, 2**30
+FIGURES = ("allocated", "reserved", "process")
+
+
+class Figure(NamedTuple):
+    """One measured figure beside the estimate of it; bytes."""
+
+    row: str
+    group: str
+    figure: str
+    measured: float
+    low: int
+    expected: int
+    high: int
+
+    @property
+    def error(self) -> float:
+        """Percent of the measurement; positive where the estimate is above it."""
+        return 100 * (self.expected / self.measured - 1)
+
+    @property
+    def slack(self) -> float:
+        """By how many percent the upper bound is above the measurement."""
+        return 100 * (self.high / self.measured - 1)
+
+
+class Unsaid(NamedTuple):
+    """A published row that the command line cannot say, and why."""
+
+    row: str
+    reason: str
+
+
+def said(command: str) -> Estimate:
+    """The estimate of one ``memopt estimate`` command with one spec."""
+    parser = ArgumentParser(exit_on_error=False)
+    verb.add_arguments(parser)
+    words = shlex.split(command)
+    for flag in [w for w in words if w.startswith("--") and w not in parser._option_string_actions]:
+        at = words.index(flag)  # an option of the next version, so that rows can be written before it is there
+        del words[at : at + 2]
+    args = parser.parse_args(words)
+    model = MEASURED / args.model if args.model.startswith("configs/") else args.model
+    return estimate(
+        model,
+        args.optim[0],
+        weights=args.weights,
+        gradients=args.gradients,
+        world_size=verb.whole(args.world, "--world"),
+        **verb.step_options(args),
+    )
+
+
+def three(e: Estimate) -> dict[str, tuple[int, int, int]]:
+    """Low, expected and high of each figure, as the documented JSON has them."""
+    peak = e.to_json()["specs"][0]["peak"]
+    if "allocated" not in peak:  # before there were three figures: tensors, and everything
+        runtime = [r for r in e.rows if r.what == "runtime"]
+        least, some, most = (sum(r.bounded(which) for r in runtime) for which in ("low", "expected", "high"))
+        low, expected, high = peak["low_nbytes"], peak["gpu_nbytes"], peak["high_nbytes"]
+        return {"allocated": (low - least, expected - some, high - most), "process": (low, expected, high)}
+    return {name: tuple(peak[name][which] for which in ("low", "expected", "high")) for name in FIGURES}
+
+
+# The T4 ----------------------------------------------------------------------------------------------------------
+
+
+def t4_rows() -> list[dict[str, str]]:
+    with open(MEASURED / "t4_lora.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def t4_command(row: dict[str, str]) -> str:
+    """The run of one row as options of ``memopt estimate``."""
+    quantised = "" if row["quantised"] == "none" else f" --quantised {row['quantised']}"
+    return (
+        f"{row['model']} --seq {row['seq']} --batch {row['batch']} --weights {row['precision']}"
+        f" --attention {row['attention']} --checkpointing {row['checkpointing']} --lora {row['lora_rank']}"
+        f" --lora-targets {row['lora_targets'].replace(' ', ',')}{quantised} --outputs kept --optim {row['optimizer']}"
+    )
+
+
+def t4() -> Iterator[Figure]:
+    """Three figures of every run of the T4."""
+    for number, row in enumerate(t4_rows()):
+        name = f"{number}: {row['model'].partition('/')[2]} {row['quantised']} {row['batch']}x{row['seq']}"
+        found = three(said(t4_command(row)))
+        for figure, bounds in found.items():
+            measured = float(row["process_mib" if figure == "process" else f"peak_{figure}_mib"]) * MIB
+            yield Figure(name, row["attention"], figure, measured, *bounds)
+
+
+# Published figures -----------------------------------------------------------------------------------------------
+
+#: What a figure was measured with -> the figure of ours that it is held to. Where it is not said, it is one that
+#: a monitor shows between steps: at least what is reserved.
+KINDS = {
+    "active": "allocated",
+    "allocated": "allocated",
+    "reserved": "reserved",
+    "nvidia-smi": "process",
+    "peak": "reserved",
+    "peak (alloc/reserved not said)": "reserved",
+    "not said": "reserved",
+}
+
+
+def published() -> Iterator[Figure | Unsaid]:
+    """Every published row that a command can say, and the others with the reason."""
+    with open(MEASURED / "published_commands.csv", newline="") as file:
+        commands = {row["id"]: row for row in csv.DictReader(file)}
+    with open(MEASURED / "published.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            today = commands[row["id"]]
+            if not today["command"]:
+                yield Unsaid(row["id"], today["reason"])
+                continue
+            figure = KINDS[row["kind"]]
+            found = three(said(today["command"]))
+            bounds = found.get(figure) or found["process"]
+            yield Figure(row["id"], row["class"], figure, float(row["measured_gib"]) * GIB, *bounds)
+
+
+# Figures over rows -----------------------------------------------------------------------------------------------
+
+
+def summary(figures: Sequence[Figure]) -> dict[str, float]:
+    """Of some rows of one figure: errors in percent, and what the upper bound does."""
+    errors = sorted(abs(f.error) for f in figures)
+    return {
+        "rows": len(figures),
+        "median": median(errors),
+        "mean": mean(errors),
+        "p90": errors[min(len(errors) - 1, -(-9 * len(errors) // 10) - 1)],
+        "worst": errors[-1],
+        "above_high": sum(f.measured > f.high for f in figures),
+        "median_slack": median(f.slack for f in figures),
+    }
+
+
+def groups(figures: Sequence[Figure]) -> dict[str, list[Figure]]:
+    """By attention and figure, then by figure alone."""
+    found: dict[str, list[Figure]] = {}
+    for f in figures:
+        found.setdefault(f"{f.group} {f.figure}", []).append(f)
+    for f in figures:
+        found.setdefault(f"all {f.figure}", []).append(f)
+    return found
+
+
+def table(figures: Sequence[Figure]) -> list[str]:
+    lines = [
+        "| rows | n | median | mean | 90th percentile | worst | above `at most` | median of `at most` |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, chosen in groups(figures).items():
+        s = summary(chosen)
+        percents = " | ".join(f"{s[key]:.2f} %" for key in ("median", "mean", "p90", "worst"))
+        lines.append(f"| {name} | {s['rows']} | {percents} | {s['above_high']} | {s['median_slack']:.1f} % |")
+    return lines
+
+
+def each(figures: Sequence[Figure]) -> list[str]:
+    lines = [
+        "| row | group | figure | measured GiB | at least | expected | at most | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for f in figures:
+        gib = " | ".join(f"{n / GIB:.3f}" for n in (f.measured, f.low, f.expected, f.high))
+        lines.append(f"| {f.row} | {f.group} | {f.figure} | {gib} | {f.error:+.2f} % |")
+    return lines
+
+
+def report(cards: Sequence[Figure], found: Sequence[Figure], unsaid: Sequence[Unsaid]) -> str:
+    parts = [
+        "# The calculator beside measured memory",
+        "",
+        "`python benchmarks/estimates_measured.py --write`; who measured what: `benchmarks/measured/README.md`.",
+        "Errors are of `expected`, in percent of the measurement; the last column is how far `at most` is above it.",
+        "",
+        "## Tesla T4, LoRA and QLoRA",
+        "",
+        *table(cards),
+        "",
+        "## Published figures",
+        "",
+        *table(found),
+        "",
+        f"{len(unsaid)} rows cannot be said:",
+        "",
+        *[f"- {u.row}: {u.reason}" for u in unsaid],
+        "",
+        "## Every row",
+        "",
+        *each([*cards, *found]),
+    ]
+    return "\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="write the table and the JSON into benchmarks/results/")
+    args = parser.parse_args()
+    cards, rows = list(t4()), list(published())
+    found = [r for r in rows if isinstance(r, Figure)]
+    unsaid = [r for r in rows if isinstance(r, Unsaid)]
+    text = report(cards, found, unsaid)
+    print(text.partition("## Every row")[0])
+    if args.write:
+        as_json: dict[str, Any] = {
+            "command": "python " + " ".join(sys.argv),
+            "t4": {name: summary(chosen) for name, chosen in groups(cards).items()},
+            "published": {name: summary(chosen) for name, chosen in groups(found).items()},
+            "rows": [f._asdict() for f in [*cards, *found]],
+            "unsaid": [u._asdict() for u in unsaid],
+        }
+        (RESULTS / "estimates_measured.json").write_text(json.dumps(as_json, indent=1) + "\n")
+        (RESULTS / "estimates_measured.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
