@@ -15,7 +15,7 @@ from estimators.activations.tape import Tape, Tensor
 
 EVERY = "every-"
 #: checkpointing of one layer -> what its first forward pass keeps (:func:`~.simulate.forward`)
-_KEEPING = {"none": "saved", "full": "nothing", "selective": "products"}
+KEEPING = {"none": "saved", "full": "nothing", "selective": "products"}
 
 
 class Moment(NamedTuple):
@@ -30,7 +30,7 @@ class Activations(NamedTuple):
     input, and what selective checkpointing keeps); then the fullest moment of each phase. ``accumulated`` is the
     fullest moment of a backward pass that adds to gradients which are all there already. ``copies`` are autocast's
     copies of weights at the end of the forward pass, which the moments of forward and loss contain (the former without
-    the head's)."""
+    the head's). ``walked`` is what they follow from, for whoever asks for the order of it all."""
 
     saved: int
     forward: Moment
@@ -39,6 +39,7 @@ class Activations(NamedTuple):
     accumulated: Moment
     copies: int = 0
     body_copies: int = 0
+    walked: "Walked | None" = None
 
 
 class _Segment(NamedTuple):
@@ -81,6 +82,14 @@ class _Segment(NamedTuple):
         return self.backwards[waited]
 
 
+class Walked(NamedTuple):
+    """The segments in their order, and the bytes of tables and masks that they are called with."""
+
+    segments: tuple[_Segment, ...]
+    tables: int
+    masks: int
+
+
 class _Chain:
     """Segments in the order in which they run. A layer of a kind that was run already, with an input of the same kind
     and checkpointed in the same way, is not run again: every layer after the first costs nothing."""
@@ -107,7 +116,7 @@ class _Chain:
         tape.input_gradients = self.checkpointing != "none"
         tape.shared = {name: _like(t) for name, t in self.shared.items()}
         tape.out = body(tape)
-        keeping = _KEEPING[checkpointing]
+        keeping = KEEPING[checkpointing]
         rerun = Again(0, 0) if checkpointing == "none" else again(tape, keeping)
         return _Segment(tape, checkpointing, forward(tape, keeping), rerun, kind, {})
 
@@ -199,6 +208,7 @@ def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
         Moment(accumulated, made),
         copies + segments[-1].tape.cached,
         copies,
+        Walked(tuple(segments), tables, masks),
     )
 
 

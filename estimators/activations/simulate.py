@@ -6,6 +6,12 @@ from typing import NamedTuple
 
 from estimators.activations.tape import Op, Tape, Tensor
 
+#: What comes and goes, in order: ``(tensor or gradient, bytes)`` when it is allocated, ``(the same, 0)`` when it is
+#: freed, ``(None, bytes)`` for what an operation allocates and frees inside, ``(operation, bytes)`` for gradients of
+#: its parameters, and ``(RERUN, 0)`` where a checkpointed segment runs again. Kept only where somebody asks for it.
+Log = list[tuple[object, int]]
+RERUN = "run again"
+
 
 class Forward(NamedTuple):
     """``peak``: the most that is alive, the segment's input not counted. ``kept``: what stays for the backward pass;
@@ -30,16 +36,20 @@ class Backward(NamedTuple):
     of activations, temporaries; the segment's input counts if it is saved) and ``gradients`` of parameters made so
     far. ``total`` are the parameters' gradients at the end. ``waiting`` are the gradients of activations that are
     alive when the first saved tensor is asked for: under checkpointing the segment runs again at that moment.
-    ``most`` are the activations of the moment that has most of them, whatever gradients of parameters there are."""
+    ``most`` are the activations of the moment that has most of them, whatever gradients of parameters there are.
+    ``begins`` and ``leaves`` are the gradients that are there at the start and at the end, by the ``id`` of their
+    tensor."""
 
     activations: int
     gradients: int
     total: int
     waiting: int
     most: int
+    begins: dict[int, "_Gradient"]
+    leaves: dict[int, "_Gradient"]
 
 
-def forward(tape: Tape, keeping: str = "saved") -> Forward:
+def forward(tape: Tape, keeping: str = "saved", log: Log | None = None) -> Forward:
     """Tensors go when their last reader is done, unless they are kept or held. ``keeping``: what autograd saves
     (``saved``), ``nothing`` under full checkpointing, results of matrix products and fused attention (``products``)
     under selective checkpointing."""
@@ -53,15 +63,21 @@ def forward(tape: Tape, keeping: str = "saved") -> Forward:
             if id(tensor) not in made and id(tensor) not in tape.given:
                 made[id(tensor)] = tensor.nbytes
                 live += tensor.nbytes
+                if log is not None:
+                    log.append((tensor, tensor.nbytes))
         peak = max(peak, live + op.forward_tmp)
-        for key in {id(t) for t in op.ins}:
+        if log is not None and op.forward_tmp:
+            log.append((None, op.forward_tmp))
+        for key, tensor in {id(t): t for t in op.ins}.items():
             if last_read[key] == i and key in made and key not in stay:
                 live -= made.pop(key)
+                if log is not None:
+                    log.append((tensor, 0))
     inner = sum(tensor.nbytes for key, tensor in kept.items() if key not in tape.boundary)
     return Forward(peak, inner, frozenset(kept.keys() & tape.boundary))
 
 
-def again(tape: Tape, keeping: str = "nothing") -> Again:
+def again(tape: Tape, keeping: str = "nothing", log: Log | None = None) -> Again:
     """The second run stops where the last tensor is saved: before that operation, unless it is its result. Products
     that were kept are taken, not computed, and go as everything else does when they are read and not saved."""
     saved, kept = _saved(tape), _products(tape) if keeping == "products" else {}
@@ -75,10 +91,17 @@ def again(tape: Tape, keeping: str = "nothing") -> Again:
             if id(tensor) not in there and id(tensor) not in tape.given:
                 there[id(tensor)] = tensor.nbytes
                 live += tensor.nbytes * (id(tensor) not in kept)
-        peak = max(peak, live + op.forward_tmp * (computed and id(op.out) not in kept))
-        for key in {id(t) for t in op.ins}:
+                if log is not None and id(tensor) not in kept:
+                    log.append((tensor, tensor.nbytes))
+        tmp = op.forward_tmp * (computed and id(op.out) not in kept)
+        peak = max(peak, live + tmp)
+        if log is not None and tmp:
+            log.append((None, tmp))
+        for key, tensor in {id(t): t for t in op.ins}.items():
             if last_read[key] == i and key in there and key not in saved and key not in tape.boundary:
                 live -= there.pop(key)
+                if log is not None:
+                    log.append((tensor, 0))
     rest = [t for op in tape.ops[stop:] for t in op.products if id(t) in kept and id(t) not in there]
     return Again(peak, sum(t.nbytes for t in rest))
 
@@ -108,9 +131,10 @@ class _Gradient:
 class _Pass:
     """The state of a backward pass."""
 
-    __slots__ = ("gradients", "live", "made", "most", "peak", "saved", "savers")
+    __slots__ = ("gradients", "live", "log", "made", "most", "peak", "saved", "savers")
 
-    def __init__(self, tape: Tape) -> None:
+    def __init__(self, tape: Tape, log: Log | None = None) -> None:
+        self.log: Log = [] if log is None else log
         tensors = {key: t.nbytes * (key not in tape.elsewhere) for key, t in _saved(tape).items()}
         self.saved = tensors
         self.savers: dict[int, int] = {}
@@ -144,15 +168,17 @@ class _Pass:
         elif before.holders > 1:
             total = _Gradient(tensor.nbytes)
             self.live += total.nbytes
+            self.log.append((total, total.nbytes))
             self.note()
             before.holders -= 1
             total.holders = 1
             self.gradients[id(tensor)] = total
 
     def drop(self, gradient: _Gradient) -> None:
-        if not gradient.holders:
+        if not gradient.holders and gradient.nbytes:
             self.live -= gradient.nbytes
             gradient.nbytes = 0
+            self.log.append((gradient, 0))
 
     def run(self, op: Op) -> None:
         incoming = self.gradients.pop(id(op.out))
@@ -165,23 +191,28 @@ class _Pass:
             else:
                 outgoing.append((tensor, _Gradient(tensor.nbytes)))
                 self.live += tensor.nbytes
+                self.log.append((outgoing[-1][1], tensor.nbytes))
         self.note(op.backward_tmp)
+        self.log += [(key, n) for key, n in ((None, op.backward_tmp), (op, op.gradients)) if n]
         incoming.holders -= 1
         for tensor, gradient in outgoing:
             self.give(tensor, gradient)
             self.drop(gradient)
         self.drop(incoming)
-        for key in {id(t) for t in op.saved}:
+        for key, tensor in {id(t): t for t in op.saved}.items():
             self.savers[key] -= 1
             if not self.savers[key]:
                 self.live -= self.saved[key]
+                self.log.append((tensor, 0))
 
 
-def backward(tape: Tape, *, gradient: bool = True, waited: frozenset[str] = frozenset()) -> Backward:
+def backward(
+    tape: Tape, *, gradient: bool = True, waited: frozenset[str] = frozenset(), log: Log | None = None
+) -> Backward:
     """In reverse order, as autograd runs; an operation frees what it saved when it is done. ``gradient`` says whether
     one for the output comes in; a loss has none of weight. ``waited``: names of shared tensors that have a gradient
     already, to which this segment adds: bytes of its caller's account, unless the tensor was made here."""
-    state = _Pass(tape)
+    state = _Pass(tape, log)
     everything = state.live
     for tensor, nbytes in (
         (tape.out, tape.out.nbytes * gradient),
@@ -190,11 +221,14 @@ def backward(tape: Tape, *, gradient: bool = True, waited: frozenset[str] = froz
     ):
         if id(tensor) not in state.gradients:  # a shared tensor may be the output
             state.start(tensor, nbytes)
+    begins = {key: g for key, g in state.gradients.items() if g.nbytes}
     state.note()
     waiting: int | None = None
     for op in reversed(tape.ops):
         if id(op.out) in state.gradients:
             if op.saved and waiting is None:
                 waiting = state.live - everything
+                state.log.append((RERUN, 0))
             state.run(op)
-    return Backward(*state.peak, state.made, waiting or 0, state.most)
+    leaves = {key: g for key, g in state.gradients.items() if g.nbytes}
+    return Backward(*state.peak, state.made, waiting or 0, state.most, begins, leaves)
