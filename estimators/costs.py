@@ -17,7 +17,10 @@ from estimators.training import BUCKET, Training, notes, run
 from estimators.units import dtype
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from estimators.activations import Activations
+    from memopt.keywords import SpecKeywords
     from memopt.spec import OptimSpec
 
 __all__ = ["GPU", "HOST", "PAGEABLE", "PHASES", "Column", "Estimate", "Peak", "Row", "estimate", "peak"]
@@ -167,27 +170,40 @@ def estimate(
     deepspeed: bool = False,
     bucket: int = BUCKET,
     mixed: str = "",
-    **fields: Any,
+    **fields: "Unpack[SpecKeywords]",
 ) -> Estimate:
-    """What one rank needs to train ``model`` with one spec or with each of several.
+    """What one rank needs to train ``model`` with one spec or with each of several; does not import torch.
 
-    ``model`` is a parameter count (``8_000_000_000``, ``"8B"``), the name of a built-in architecture, the path of a
-    config.json, of a folder that holds one or of safetensors files, a configuration as a mapping, or a
-    torch.nn.Module (also on the meta device). ``gpu`` is a card's name, a size (``"24GiB"``) or bytes. ``weights`` and
-    ``gradients`` are dtypes: by default a module's or file's own, else bfloat16, and gradients as the weights.
-    ``world_size`` is the number of data-parallel ranks; figures are those of the fullest one.
+    Args:
+        model: A parameter count (``8_000_000_000``, ``"8B"``), the name of a built-in architecture, the path of a
+            config.json, of a folder that holds one or of safetensors files, a configuration as a mapping, or a
+            ``torch.nn.Module`` (also on the meta device).
+        spec: A spec as of :func:`memopt.create`, or several, which become the columns of a table.
+        gpu: A card's name, a size (``"24GiB"``) or bytes; None asks only what is needed.
+        weights: Their dtype, torch's name; default a module's or file's own, else bfloat16.
+        gradients: Theirs; default as the weights.
+        world_size: Number of data-parallel ranks; figures are those of the fullest one.
+        batch: Sequences in one micro-batch on one rank.
+        seq: Tokens in a sequence; 0 counts weights, gradients and state only, no activations.
+        checkpointing: Activation checkpointing: ``"none"``, ``"full"``, ``"selective"`` or ``"every-K"`` blocks.
+        attention: ``"sdpa"``, ``"flash"`` or ``"eager"``.
+        lora: Rank of adapters on all linear layers; 0 trains the model itself.
+        quantised: Storage of the adapted weights, ``"nf4"`` or ``"nf4-double"``; ``""`` keeps their dtype.
+        accumulate: Micro-batches in one step.
+        device: ``"cuda"`` or ``"cpu"``.
+        release_gradients: Whether :meth:`memopt.Optimizer.release_gradients` steps in ``backward()``.
+        deepspeed: Whether DeepSpeed runs the step, at the stage that the spec's partition names.
+        bucket: Its buckets, in elements.
+        mixed: ``"bf16"`` or ``"fp16"``: weights in fp32 and products in this dtype, by FSDP2's policy under ``/zero2``
+            and ``/zero3``, else by torch.autocast.
+        fields: Hyperparameters, placement options and fields of :class:`memopt.OptimSpec`, as of :func:`memopt.create`.
 
-    ``seq`` is tokens per sequence and ``batch`` sequences per micro-batch; without ``seq`` only weights, gradients and
-    state are counted. ``checkpointing`` is ``none``, ``full``, ``selective`` or ``every-K``, ``attention`` is ``sdpa``,
-    ``flash`` or ``eager``, ``lora`` the rank of adapters on all linear layers (0: none), ``quantised`` the storage of
-    the adapted weights (``nf4``, ``nf4-double``), ``accumulate`` micro-batches per step, ``device`` is ``cuda`` or
-    ``cpu``;
-    ``release_gradients`` is :meth:`memopt.Optimizer.release_gradients`. With ``deepspeed`` DeepSpeed runs the step, at
-    the stage that the spec's partition names, with a ``bucket`` of so many elements. ``mixed`` (``bf16``, ``fp16``):
-    weights in fp32, products in this dtype, by FSDP2's policy under ``/zero2`` and ``/zero3``, else by torch.autocast.
+    Returns:
+        An :class:`Estimate`: ``columns`` by spec, ``rows`` in bytes, the ``peak`` and its phase, ``fits``.
 
-    Other keywords are hyperparameters or fields of :class:`memopt.OptimSpec`, as in :func:`memopt.price`.
-    Raises :class:`InputError` or :class:`memopt.SpecError`.
+    Raises:
+        InputError: for a model, a card or a number that is not allowed.
+        SpecError: for a spec or a keyword that is not allowed.
 
     >>> e = estimate("gpt2", "adamw-8bit", gpu="8GiB")
     >>> e.parameters, e.fits, e.peak.phase
@@ -213,7 +229,7 @@ def estimate(
         bucket,
         mixed,
     ).checked()
-    specs = _parsed(spec, fields)
+    specs = _parsed(spec, dict(fields))
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
     described = resolve(model)
     described = described._replace(notes=(*described.notes, *notes(described.config, training)))

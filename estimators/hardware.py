@@ -54,7 +54,16 @@ def _plain(name: str) -> str:
 
 
 def capacity(gpu: str) -> int:
-    """Bytes of a card's memory, from its name or a size such as ``24GiB``. Raises :class:`InputError`.
+    """Bytes of a card's memory.
+
+    Args:
+        gpu: The card's name (``"RTX 3090"``) or a size (``"24GiB"``).
+
+    Returns:
+        Bytes, from 1 MiB to 1024 TiB.
+
+    Raises:
+        InputError: for an unknown card, with the nearest names.
 
     >>> capacity("24GiB") == capacity("RTX 3090") == 24 * 2**30
     True

@@ -20,7 +20,7 @@ _PUBLIC = {
     "clip_grad_norm_": "memopt.clipping",
     "clip_grad_value_": "memopt.clipping",
     "balance": "memopt.worlds",
-    "create": "memopt.optimizer",
+    "create": "memopt.factory",
     "deepspeed_config": "memopt.integrations.deepspeed",
     "describe": "memopt.grouping",
     "fit": "memopt.budget",
@@ -70,12 +70,13 @@ if TYPE_CHECKING:
     from memopt.checkpoint import load, save
     from memopt.clipping import clip_grad_norm_, clip_grad_value_
     from memopt.diagnosis import watch
+    from memopt.factory import create
     from memopt.grouping import describe, param_groups
     from memopt.hyper import SpecError
     from memopt.integrations.deepspeed import deepspeed_config
     from memopt.integrations.fsdp import shard
     from memopt.ledger import Ledger, Line
-    from memopt.optimizer import Optimizer, create
+    from memopt.optimizer import Optimizer
     from memopt.pricing import price
     from memopt.rates import scale_rate
     from memopt.recipes import recipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memopt.hyper import SpecError
 from memopt.ledger import TensorSpec
@@ -11,23 +11,39 @@ from memopt.placements.options import size
 from memopt.pricing import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from memopt.keywords import SpecKeywords
+
 #: Formats, the gentlest first. A rung that would not save anything for a parameter is passed over: factored AdamW keeps
 #: its first moment in 32 bits, Adafactor has none.
 LADDER = ("32bit", "8bit", "factored", "4bit")
 
 
-def fit(model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw", **fields: Any) -> OptimSpec:
+def fit(
+    model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw", **fields: Unpack[SpecKeywords]
+) -> OptimSpec:
     """The spec, with overrides, whose state is at most ``budget`` and that changes least.
 
-    ``budget`` is bytes or a size such as ``"12GiB"``; ``spec`` says rule, placement and the rest, ``fields`` are
-    keywords as in :func:`memopt.price`. Every parameter begins in 32 bits. Parameters are then moved to 8 bits until
+    Every parameter begins in 32 bits. Parameters are then moved to 8 bits until
     the budget holds, the largest first, because a large matrix saves most per parameter that is changed; then to the
     factored form where the rule has one that saves something, then to 4 bits. Embeddings move last on every rung:
     their rows are updated rarely, and a second moment that is rarely written is what low precision harms most. The
     result is exact: its price, by the ledger the optimizer allocates from, is within the budget, and with the
     parameter that was moved last left where it was it is not.
 
-    Raises :class:`memopt.SpecError` if even the last rung does not fit.
+    Args:
+        model_or_shapes: A model, a mapping from name to shape, or an iterable of shapes or ``(name, shape)`` pairs.
+        budget: Bytes of optimizer state (workspaces are not counted), or a size such as ``"12GiB"``.
+        spec: Rule, master, placement, partition and the rest; its format is chosen here.
+        fields: Hyperparameters, placement options and fields of :class:`OptimSpec`, as of :func:`memopt.create`.
+
+    Returns:
+        An :class:`OptimSpec` for :func:`memopt.create`: the commonest format, and overrides by name.
+
+    Raises:
+        SpecError: if even the last rung does not fit, for a spec with overrides, and for values that are not allowed.
 
     >>> shapes = {"embed.weight": (1000, 512), "a.weight": (512, 512), "b.weight": (512, 512)}
     >>> fit(shapes, "100MiB")

@@ -27,7 +27,7 @@ def clip_grad_norm_(what: Any, max_norm: float, norm_type: float = 2.0) -> Tenso
 
         norm = (sum over every element of every gradient of |g|^norm_type)^(1 / norm_type)      (inf: the largest |g|)
 
-    ``what`` is an optimizer, a model or an iterable of parameters. Gradients may be ordinary tensors (every rank has
+    Gradients may be ordinary tensors (every rank has
     the same ones, as under DistributedDataParallel and ``/zero1``: nothing is communicated), DTensors cut along any
     dimensions of any mesh (FSDP2, tensor parallelism: one number is summed over the ranks that hold other parts, and
     replicas are counted once), and on several devices at a time (offloaded). Norms are taken in fp32 where the
@@ -35,6 +35,22 @@ def clip_grad_norm_(what: Any, max_norm: float, norm_type: float = 2.0) -> Tenso
 
     A norm that is NaN or infinite leaves the gradients as they are, so that what the optimizer says of them
     (``nonfinite``) names the parameters where it began. torch.nn.utils.clip_grad_norm_ makes all of them NaN.
+
+    Args:
+        what: An optimizer (any of torch.optim's), a model, a parameter or an iterable of parameters.
+        max_norm: The largest norm that is left as it is, > 0.
+        norm_type: The p of the norm, > 0; ``math.inf`` for the largest element.
+
+    Returns:
+        The norm before clipping, fp32 [], on the first gradient's device; 0 without gradients.
+
+    Raises:
+        SpecError: for a number that is not allowed, a sparse gradient, and a DTensor whose sum is still pending.
+        RuntimeError: for an optimizer that steps in ``backward()``; its ``release_gradients`` takes ``max_norm``.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, 4.0])
+    >>> clip_grad_norm_([w], max_norm=1.0), w.grad
+    (tensor(5.), tensor([0.6000, 0.8000]))
     """
     _check("max_norm", max_norm)
     gradients = list(_gradients(what))
@@ -51,7 +67,20 @@ def clip_grad_norm_(what: Any, max_norm: float, norm_type: float = 2.0) -> Tenso
 
 @torch.no_grad()
 def clip_grad_value_(what: Any, max_value: float) -> None:
-    """Clamp every element of every gradient to ``[-max_value, max_value]``, in place, wherever it is."""
+    """Clamp every element of every gradient to ``[-max_value, max_value]``, in place, wherever it is.
+
+    Args:
+        what: An optimizer, a model, a parameter or an iterable of parameters.
+        max_value: The bound, > 0. NaN stays NaN.
+
+    Raises:
+        SpecError: for a bound that is not allowed and for a sparse gradient.
+        RuntimeError: for an optimizer that steps in ``backward()``.
+
+    >>> w = torch.nn.Parameter(torch.zeros(2)); w.grad = torch.tensor([3.0, -0.5])
+    >>> clip_grad_value_([w], max_value=1.0); w.grad
+    tensor([ 1.0000, -0.5000])
+    """
     _check("max_value", max_value)
     for tensors in _by_device(map(_local, _gradients(what))).values():
         torch._foreach_clamp_min_(tensors, -max_value)

@@ -30,13 +30,24 @@ def param_groups(
     """Every parameter that requires a gradient, in exactly one group; pass the result to :func:`memopt.create`.
 
     No weight decay on norms and embeddings (by module type), on biases and other tensors of one dimension or none,
-    and on names that match a pattern in ``no_decay``; with ``decay_embeddings`` embeddings decay, as BERT's do.
-    ``rates`` gives names that match a pattern their own rate. With ``layerwise_decay`` d, a parameter of layer i of L
-    has the rate ``lr * d^(L - i)``; what stands before the stack counts as one layer below it and what stands behind
-    as one above, whose rate is ``lr``.
+    and on names that match a pattern in ``no_decay``.
 
-    Raises SpecError for a pattern that matches no parameter, a parameter that matches two rates, and values that are
-    not allowed.
+    Args:
+        model: Its ``named_parameters()`` are grouped, tied ones once.
+        weight_decay: Of what decays, >= 0.
+        lr: The rate; None leaves it to :func:`memopt.create`.
+        no_decay: Shell-style patterns over names that do not decay either.
+        layerwise_decay: d in (0, 1]: a parameter of layer i of L has the rate ``lr * d^(L - i)``. What stands before
+            the stack counts as one layer below it and what stands behind as one above, whose rate is ``lr``.
+        rates: Pattern over names -> their own rate.
+        decay_embeddings: Embeddings decay too, as BERT's do.
+
+    Returns:
+        Param groups, each ``{"params": [(name, parameter), …], "weight_decay": …}``, with ``"lr"`` where one is given.
+
+    Raises:
+        SpecError: for a pattern that matches no parameter, a parameter that matches two rates, and values that are not
+            allowed.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     >>> for g in param_groups(model, 0.1, rates={"2.*": 1e-2}):
@@ -69,7 +80,22 @@ def param_groups(
 
 
 def describe(optimizer: Optimizer) -> str:
-    """A table of who is where: each group's hyperparameters where groups differ, its size and its parameters."""
+    """A table of who is where: each group's hyperparameters where groups differ, its size and its parameters.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``.
+
+    Returns:
+        One line for each group.
+
+    Raises:
+        AttributeError: for something that has no ``param_groups``.
+
+    >>> import memopt
+    >>> print(describe(memopt.create(param_groups(nn.Linear(4, 2), 0.1), "adamw")))
+    group 0  weight_decay=0.1  1 tensors, 8 elements: weight
+    group 1  weight_decay=0  1 tensors, 2 elements: bias
+    """
     groups = optimizer.param_groups
     differing = [
         key for key in groups[0] if key not in ("params", "param_names") and len({repr(g.get(key)) for g in groups}) > 1

@@ -267,21 +267,3 @@ class Optimizer(Keeper):
     def __repr__(self) -> str:
         count = sum(len(group["params"]) for group in self.param_groups)
         return f"memopt.Optimizer({self.spec!s}, {count} parameters, state {self.ledger().nbytes:,} bytes)"
-
-
-def create(model_or_params: Any, spec: str | OptimSpec = "adamw", **keywords: Any) -> Optimizer:
-    """The optimizer that ``spec`` describes, for a model, parameters, named parameters or param groups.
-
-    Keywords are hyperparameters of the rule (``lr``, ``betas``, ``weight_decay``, …), fields of :class:`OptimSpec`
-    (``engine``, ``overrides``) and of :class:`Optimizer` (``nonfinite``, ``seed``, ``process_group``); any other is an
-    error. Raises SpecError (a ValueError) for values that are not allowed.
-
-    >>> import torch, memopt
-    >>> model = torch.nn.Linear(1024, 1024)
-    >>> opt = memopt.create(model, "adamw-8bit", lr=2e-5, overrides={"bias": "32bit"})
-    >>> model(torch.randn(2, 1024)).sum().backward(); opt.step()
-    >>> opt.ledger().nbytes == memopt.price(model, "adamw-8bit").nbytes
-    True
-    """
-    params = model_or_params.named_parameters() if isinstance(model_or_params, torch.nn.Module) else model_or_params
-    return Optimizer(params, spec, **keywords)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memopt.engines import ENGINES
 from memopt.geometry import Rows
@@ -15,6 +15,11 @@ from memopt.placements import PLACEMENTS, Placement
 from memopt.placements.leases import Held
 from memopt.placements.options import OPTIONS
 from memopt.spec import FIELDS, OptimSpec, parse
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from memopt.keywords import SpecKeywords
 
 #: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number, in host memory unless the
 #: optimizer is capturable.
@@ -45,17 +50,32 @@ def price(
     dtype: str = "bfloat16",
     capturable: bool = False,
     deepspeed: int | None = None,
-    **fields: Any,
+    **fields: Unpack[SpecKeywords],
 ) -> Ledger:
-    """What the optimizer state will cost on one rank, before anything is allocated.
+    """What the optimizer state will cost on one rank, before anything is allocated; does not import torch.
 
-    ``model_or_shapes`` is a model (parameters that require gradients, shared ones once), a mapping from name to
-    shape, or an iterable of shapes or of ``(name, shape)`` pairs. Without ``world_size`` a model that is sharded
-    already is priced as this rank holds it, and any other for one process. ``device`` is where the parameters will be,
-    ``dtype`` what they are where only their shapes are given: it matters to a master alone, which is kept for
-    bfloat16 and float16. ``capturable`` is the optimizer's: the number of steps is on the device then. ``deepspeed`` is
-    DeepSpeed's stage where it shares the parameters out: 1, 2 or 3, with all of them in one group. Other keywords are
-    hyperparameters or fields of :class:`OptimSpec`.
+    The same lines as :meth:`memopt.Optimizer.ledger` reads from live tensors, byte for byte, because state is allocated
+    from them.
+
+    Args:
+        model_or_shapes: A model (parameters that require gradients, shared ones once; on the ``meta`` device they cost
+            nothing), a mapping from name to shape, or an iterable of shapes or of ``(name, shape)`` pairs.
+        spec: As of :func:`memopt.create`.
+        world_size: Number of ranks. None: a model that is sharded already as this rank holds it, any other for one
+            process.
+        rank: Whose state, 0 <= rank < world_size.
+        device: Where the parameters will be; names the location in the ledger.
+        dtype: The parameters' where only shapes are given, torch's name without its prefix. Only master weights depend
+            on it, which are kept for bfloat16 and float16.
+        capturable: As of :func:`memopt.create`; the step count is on the device then.
+        deepspeed: DeepSpeed's ZeRO stage where it partitions the parameters: 1, 2 or 3, all of them in one group.
+        fields: Hyperparameters, placement options and fields of :class:`OptimSpec`, as of :func:`memopt.create`.
+
+    Returns:
+        A :class:`Ledger`: one :class:`Line` for each tensor, ``nbytes`` their sum, ``by("moment")`` sums of groups.
+
+    Raises:
+        SpecError: for a spec, a keyword, a shape or a rank that is not allowed.
 
     >>> price({"weight": (1024, 1024), "bias": (1024,)}, "adamw-8bit").nbytes
     2138120

@@ -14,8 +14,22 @@ SCALINGS = {
 
 
 def scale_rate(lr: float, batch: float, base_batch: float, rule: str = "sqrt") -> float:
-    """The rate for a batch of ``batch`` where ``lr`` is right for ``base_batch``: times (batch / base_batch)^power,
-    power 1 for ``linear`` (SGD) and 1/2 for ``sqrt`` (Adam, AdamW, LAMB).
+    """The learning rate for another batch size::
+
+        lr * (batch / base_batch)^power            power 1 for "linear", 1/2 for "sqrt"
+
+    Args:
+        lr: The rate that is right for ``base_batch``, > 0.
+        batch: The new batch size, in whatever unit ``base_batch`` is in (samples, tokens), > 0.
+        base_batch: The batch size that ``lr`` was tuned for, > 0.
+        rule: ``"linear"`` for SGD with momentum (Goyal et al. 2017), ``"sqrt"`` for Adam, AdamW and LAMB (Krizhevsky
+            2014, Malladi et al. 2022).
+
+    Returns:
+        The rate, a float.
+
+    Raises:
+        SpecError: for an unknown rule and for numbers that are not finite and > 0.
 
     >>> scale_rate(1e-3, batch=4096, base_batch=256, rule="sqrt"), scale_rate(0.1, 512, 256, rule="linear")
     (0.004, 0.2)

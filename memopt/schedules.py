@@ -111,10 +111,27 @@ def schedule(
 ) -> LambdaLR:
     """A torch scheduler that multiplies every group's rate by a factor; call its ``step()`` after the optimizer's.
 
-    ``warmup`` is a number of steps, or below 1 a share of ``total_steps``; the first step already has a rate above
-    zero. ``floor`` is a share of the peak. ``decay_with_rate`` multiplies every group's weight decay by the same
-    factor (PaLM's dynamic decay: decoupled, it then goes with the square of the rate). Save and load it as any torch
-    scheduler. Raises SpecError.
+    Save and load it as any torch scheduler. :class:`Factor` has the equations.
+
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``; the groups' present rates are the peaks.
+        kind: ``"constant"``, ``"linear"``, ``"cosine"``, ``"cosine_restarts"``, ``"inverse_sqrt"``, ``"step"`` or
+            ``"wsd"`` (warm-up, stable, decay).
+        warmup: Steps over which the rate rises in a line, an integer; or their share of ``total_steps``, a float in
+            [0, 1). The first step already has a rate above zero.
+        total_steps: Steps of the whole run, warm-up included; needed by linear, cosine and wsd.
+        floor: The lowest factor, a share of the peak in [0, 1].
+        decay_with_rate: Multiply every group's weight decay by the same factor (PaLM's dynamic decay: decoupled, it
+            then goes with the square of the rate).
+        extra: Of the kind. cosine_restarts: ``cycle`` (steps of the first cycle) and ``cycle_mult`` (1);
+            inverse_sqrt: ``timescale`` (steps; the warm-up's) or ``hold`` (steps at the peak); step: ``every`` (steps)
+            and ``gamma`` (0.1); wsd: ``decay`` (share of all steps, 0.1).
+
+    Returns:
+        A ``torch.optim.lr_scheduler.LambdaLR``.
+
+    Raises:
+        SpecError: for an unknown kind or keyword, a value that is not allowed, and a group with ``lr=None``.
 
     >>> import torch, memopt
     >>> opt = memopt.create(torch.nn.Linear(2, 2), "adamw", lr=1e-3)

@@ -221,10 +221,20 @@ def _known(axis: str, value: Any, allowed: Mapping[str, Any]) -> None:
 
 
 def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
-    """The spec that a string means; other fields of :class:`OptimSpec` by keyword. ``str(spec)`` is the inverse. To an
-    :class:`OptimSpec` hyperparameters and options are added, other fields replace its own.
+    """The spec that a string means; ``str(spec)`` is the inverse.
 
-    Names of other tools are understood. Raises :class:`SpecError`.
+    Args:
+        text: ``RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]``, another tool's name for the same (in any case), or
+            an :class:`OptimSpec`.
+        fields: Fields of :class:`OptimSpec`. Beside a string, those that it leaves to their defaults; to an OptimSpec
+            ``hyper`` and ``options`` are added, and others replace its own.
+
+    Returns:
+        The :class:`OptimSpec`.
+
+    Raises:
+        SpecError: for text that cannot be read, a value that does not exist, a combination that means nothing, and a
+            field given twice.
 
     >>> str(parse("adamw-8bit@paged/zero1"))
     'adamw-8bit@paged/zero1'
@@ -246,6 +256,8 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
             f"where RULE is one of {', '.join(RULES)}"
         )
     axes: dict[str, Any] = {axis: value for axis, value in match.groupdict().items() if value is not None}
+    for axis in axes.keys() & fields.keys():
+        raise SpecError(f"{axis}={fields[axis]!r} is given beside {text!r}, which says {axis} {axes[axis]!r} already")
     return OptimSpec(**axes, **fields)
 
 
@@ -263,6 +275,17 @@ def lookahead(inner: str | OptimSpec = "adamw", steps: int = 5, rate: float = 0.
     """The spec ``inner`` with slow weights that move by ``rate`` of the way to the fast ones every ``steps`` steps, and
     to which the fast ones then return (Zhang et al. 2019). The slow weights are state: in the ledger and in the price.
 
+    Args:
+        inner: The spec to wrap, without its own Lookahead.
+        steps: Steps of the inner rule between two updates of the slow weights, >= 1.
+        rate: Share of the way to the fast weights, in (0, 1].
+
+    Returns:
+        The :class:`OptimSpec` ``lookahead(RULE)…``, which can be written as a string too.
+
+    Raises:
+        SpecError: for a spec or a number that is not allowed.
+
     >>> lookahead("adamw-8bit@paged")
     OptimSpec('lookahead(adamw)-8bit@paged', hyper={'lookahead_steps': 5, 'lookahead_rate': 0.5})
     """
@@ -272,7 +295,20 @@ def lookahead(inner: str | OptimSpec = "adamw", steps: int = 5, rate: float = 0.
 
 
 def specs(engine: str = "native") -> tuple[OptimSpec, ...]:
-    """Every valid combination of the axes for an engine; rules without a wrapper."""
+    """Every valid combination of the axes, rules without a wrapper.
+
+    Args:
+        engine: The engine that is to run it, ``"native"`` or ``"bitsandbytes"``.
+
+    Returns:
+        :class:`OptimSpec` objects, in the order of the axes.
+
+    Raises:
+        KeyError: for no engine of this name.
+
+    >>> len(specs()) > 1000, str(specs()[0])
+    (True, 'adamw')
+    """
     return tuple(_specs(engine))
 
 

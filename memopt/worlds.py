@@ -2,12 +2,17 @@
 
 # Without `from __future__ import annotations`: string annotations on a NamedTuple cost a millisecond of start-up.
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.ledger import ITEMSIZE, TensorSpec
 from memopt.partitions import PARTITIONS
 from memopt.pricing import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from memopt.keywords import SpecKeywords
 
 
 class Balance(NamedTuple):
@@ -30,12 +35,30 @@ class Balance(NamedTuple):
 
 
 def balance(
-    model_or_shapes: Any, spec: str | OptimSpec, *, world_size: int, dtype: str = "bfloat16", **fields: Any
+    model_or_shapes: Any,
+    spec: str | OptimSpec,
+    *,
+    world_size: int,
+    dtype: str = "bfloat16",
+    **fields: "Unpack[SpecKeywords]",
 ) -> Balance:
-    """What :func:`memopt.price` says on each of ``world_size`` ranks, all at once.
+    """What :func:`memopt.price` says on each of ``world_size`` ranks, all at once, and how even that is.
 
-    The same arguments as :func:`memopt.price`. Equal shapes with equal rows are priced once, so a thousand ranks of the
-    largest model take well under a second.
+    Equal shapes with equal rows are priced once, so a thousand ranks of the largest model take well under a second.
+
+    Args:
+        model_or_shapes: A model, a mapping from name to shape, or an iterable of shapes or ``(name, shape)`` pairs, as
+            for :func:`memopt.price`.
+        spec: The spec, with its partition (``"adamw-8bit/zero3"``); without one every rank holds everything.
+        world_size: Number of ranks, >= 1.
+        dtype: The parameters' where only shapes are given, torch's name without its prefix.
+        fields: Hyperparameters, placement options and fields of :class:`OptimSpec`, as of :func:`memopt.create`.
+
+    Returns:
+        A :class:`Balance`: bytes on each rank, the largest over the mean, bytes gathered in a step.
+
+    Raises:
+        SpecError: for a spec, a keyword or a shape that is not allowed.
 
     >>> balance({"weight": (1000, 1024), "bias": (1000,)}, "adamw-8bit/zero3", world_size=3).nbytes
     (697400, 697400, 693224)

@@ -51,19 +51,38 @@ def load(
     fill: Fill | None = None,
     rule: str | None = None,
 ) -> Loaded:
-    """Load the newest checkpoint of the folder ``path`` (or the checkpoint that ``path`` is) into what is given.
+    """Load a checkpoint, whatever wrote it, into what is given.
 
     The optimizer keeps its own spec: where that is not the saved one, state is converted while it is read, cut for
-    this world size, and the report says what was lost; ``fill`` says what stands in for a moment that was not kept
-    (see :meth:`memopt.Optimizer.convert_`). ``hyper=False`` keeps the optimizer's own hyperparameters and allows other
-    param groups. ``path`` may also be a ``state_dict()`` of torch.optim, transformers' Adafactor, bitsandbytes or
-    torchao, a file with one, or a checkpoint folder of DeepSpeed or torch.distributed.checkpoint; ``rule`` says which
-    rule it was where that does not show.
+    this world size, and the report says what was lost. Nothing is executed from the file, and nothing is changed before
+    every checksum has been verified and everything is known to fit. Every rank of a distributed run must call this.
 
-    Nothing is executed from the file, and nothing is changed before every checksum has been verified
-    and everything is known to fit.
+    Args:
+        path: A folder of :func:`save`, of which the newest checkpoint is loaded; one checkpoint; a ``state_dict()`` of
+            torch.optim, transformers' Adafactor, bitsandbytes, torchao or flashoptim; a file with one; or a checkpoint
+            folder of DeepSpeed or torch.distributed.checkpoint. What another tool wrote goes into ``optimizer`` alone.
+        model: Whose parameters and buffers are replaced.
+        optimizer: A :class:`memopt.Optimizer`, whose state, groups and hyperparameters are replaced.
+        scheduler: Anything with a ``load_state_dict()``.
+        rng: Also set the random generators, where their state was saved.
+        hyper: False keeps the optimizer's own hyperparameters and allows other param groups.
+        fill: What stands in for a moment that was not saved: moment -> 0, or the name of another moment (see
+            :meth:`memopt.Optimizer.convert_`).
+        rule: Which rule it was, where another tool's file does not show it.
 
-    Raises FileNotFoundError for no checkpoint, and ValueError with the file, the parameter or the tensor that is wrong.
+    Returns:
+        A :class:`Loaded`: path, step, ``extra`` as saved, and the ``conversion``'s relative errors.
+
+    Raises:
+        FileNotFoundError: for no checkpoint there.
+        ValueError: with the file, the parameter or the tensor that is wrong or does not fit.
+
+    >>> import memopt
+    >>> model = torch.nn.Linear(4, 4); theirs = torch.optim.AdamW(model.parameters())
+    >>> model(torch.ones(1, 4)).sum().backward(); theirs.step()
+    >>> opt = memopt.create(model, "adamw-8bit")
+    >>> memopt.load(theirs.state_dict(), optimizer=opt).step
+    1
     """
     if isinstance(path, Mapping) or is_foreign(Path(path)):
         return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler])

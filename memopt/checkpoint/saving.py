@@ -119,14 +119,32 @@ def save(
 
     A checkpoint is a directory of safetensors files and a ``manifest.json``. It is written under another name, made
     durable and renamed: whenever the process, the machine or the disk gives up, what is in the folder is whole.
-    ``scheduler`` is anything with a ``state_dict()`` of plain values, ``extra`` more of them for :func:`load` to
-    return. Every rank of a distributed run must call this, on a file system that all of them see.
+    Every rank of a distributed run must call this, on a file system that all of them see. Tensors are written from
+    where they are, a few megabytes at a time.
 
-    Tensors are written from where they are, a few megabytes at a time. With ``asynchronous=True`` they are copied to
-    host memory first, and training goes on while the copy is written; :meth:`Saving.wait` says how it went, and so
-    does the next save to the same folder.
+    Args:
+        path: The folder that holds the run's checkpoints; made if it is not there.
+        model: Its parameters and buffers; of a sharded model each rank writes its own rows.
+        optimizer: A :class:`memopt.Optimizer`: spec, groups and state.
+        scheduler: Anything with a ``state_dict()`` of plain values.
+        rng: Also the state of Python's, NumPy's and torch's random generators.
+        extra: Plain values (numbers, strings, lists, dictionaries) for :func:`load` to return.
+        keep: Number of checkpoints that stay in the folder, >= 1.
+        asynchronous: Copy everything to host memory and write it while training goes on; :meth:`Saving.wait` says how
+            it went, and so does the next save to the same folder.
 
-    Raises ValueError for what cannot be saved and OSError, with the file, for a disk that does not take it.
+    Returns:
+        A :class:`Saving` with the checkpoint's ``path``, ``wait()`` and ``done``.
+
+    Raises:
+        ValueError: for what cannot be saved.
+        OSError: with the file, for a disk that does not take it; earlier checkpoints are as they were.
+
+    >>> import memopt, tempfile
+    >>> model = torch.nn.Linear(4, 4); opt = memopt.create(model, "adamw-8bit")
+    >>> saving = save(tempfile.mkdtemp(), model=model, optimizer=opt, extra={"epoch": 3})
+    >>> memopt.load(saving.path, model=model, optimizer=opt).extra
+    {'epoch': 3}
     """
     where = Path(path).absolute()
     if keep < 1:

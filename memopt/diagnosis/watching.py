@@ -231,8 +231,28 @@ def watch(
     is stepped with the same rule on the same gradients. Adafactor, CAME, LAMB, StableAdamW and Adam-mini have no
     shadow: their steps depend on whole tensors or rows. Hand it the loss with ``watch.loss(loss)`` before each step.
 
-    ``log`` is a file for JSON lines, ``tensorboard`` a folder for event files, ``out`` what lines are given to (None
-    for silence). Any torch.optim optimizer can be watched. Raises SpecError, and ImportError without tensorboard.
+    Args:
+        optimizer: Any ``torch.optim.Optimizer``.
+        every: Steps between two measurements, >= 1.
+        log: Path of a file that a line of JSON is added to for each measurement.
+        tensorboard: Folder for TensorBoard's event files.
+        out: Called with each line of text; None for silence.
+
+    Returns:
+        A :class:`Watch`: ``readings``, ``findings()``, ``report()``, ``loss()``, and ``close()``, which a ``with``
+        block does.
+
+    Raises:
+        SpecError: for something else than an optimizer, and for ``every`` that is not allowed.
+        ImportError: for ``tensorboard`` where the package is not installed.
+
+    >>> import memopt
+    >>> model = torch.nn.Linear(4, 4); opt = memopt.create(model, "adamw-8bit", lr=1e-3)
+    >>> with watch(opt, out=None) as seen:
+    ...     loss = model(torch.ones(1, 4)).sum(); loss.backward()
+    ...     seen.loss(loss); opt.step()
+    >>> seen.readings[0].step
+    1
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise SpecError(f"watch: an optimizer is needed, got a {type(optimizer).__name__}")

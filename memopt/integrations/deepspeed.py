@@ -33,11 +33,26 @@ def deepspeed_config(
         optimizer = memopt.create(model, "adamw-8bit", lr=2e-5)
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 
-    ``offload`` keeps state and step on the host. ``max_norm`` is ``gradient_clipping``, written even where it is 0:
-    DeepSpeed's own default is 1. ``hyper`` are hyperparameters without which the spec has no meaning
-    (``deepspeed_config("sgd-bf16/zero2", hyper={"momentum": 0.9})``); ``more`` are further keys. DeepSpeed replaces an
-    optimizer that it does not know by its own where there is offload, and refuses it without: two keys here say
-    otherwise. Raises SpecError for a spec that means nothing.
+    DeepSpeed replaces an optimizer that it does not know by its own where there is offload, and refuses it without: two
+    keys here say otherwise.
+
+    Args:
+        spec: A spec whose partition is the ZeRO stage: ``/zero1``, ``/zero2``, ``/zero3``, or none for stage 0.
+        micro_batch: Samples of one rank in one forward pass (``train_micro_batch_size_per_gpu``).
+        accumulate: Micro-batches of one step (``gradient_accumulation_steps``).
+        offload: Keep state and step in host memory (``offload_optimizer``); needs a stage.
+        max_norm: ``gradient_clipping``; 0 clips nothing, and is written because DeepSpeed's own default is 1.
+        hyper: Hyperparameters without which the spec has no meaning, as ``{"momentum": 0.9}`` of ``sgd-bf16``.
+        more: Further keys of the configuration, or others in the place of these.
+
+    Returns:
+        A dictionary for ``config=``; plain values, so it can be written as JSON.
+
+    Raises:
+        SpecError: for a spec that means nothing, and for offload without a stage.
+
+    >>> deepspeed_config("adamw-8bit/zero2", micro_batch=4)["zero_optimization"]
+    {'stage': 2}
     """
     parsed = parse(spec, hyper=dict(hyper)) if hyper else parse(spec)
     parsed.resolve()  # a spec that means nothing is refused here, before anything is launched

@@ -26,12 +26,25 @@ def shard(
     """Shard a model's parameters with ``torch.distributed.fsdp.fully_shard``, in place, and return it.
 
     ``/zero2`` keeps a block's parameters whole from its forward pass to the end of its backward pass, ``/zero3`` only
-    while it computes. ``blocks`` are gathered one at a time: by default the modules in every ``nn.ModuleList``;
-    what is in none goes with ``model`` itself. ``mesh`` is a DeviceMesh of one dimension (all ranks, by default) or of
-    two, whose first one is replicated (HSDP). ``options`` go to ``fully_shard`` (``mp_policy``, ``offload_policy``, …).
+    while it computes. Make the optimizer afterwards. One process without a process group keeps its model as it is.
 
-    Make the optimizer afterwards: ``memopt.create(memopt.shard(model, spec), spec)``. One process without a process
-    group keeps its model as it is. Raises SpecError for a spec that shards no parameters.
+    Args:
+        model: Cut in place; parameters become DTensors.
+        spec: A spec that ends in ``/zero2`` or ``/zero3``.
+        mesh: A ``DeviceMesh`` of one dimension (default: all ranks) or of two, whose first one is replicated (HSDP).
+        blocks: Modules that are gathered one at a time; by default those in every ``nn.ModuleList``. What is in none
+            goes with ``model`` itself.
+        options: Further keywords of ``fully_shard`` (``mp_policy``, ``offload_policy``, …).
+
+    Returns:
+        ``model``.
+
+    Raises:
+        SpecError: for a spec that shards no parameters, and for a model of DTensors without ``mesh``.
+
+    >>> import memopt, torch
+    >>> model = memopt.shard(torch.nn.Linear(4, 4), "adamw-8bit/zero3")  # one process: as it was
+    >>> opt = memopt.create(model, "adamw-8bit/zero3")
     """
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor

@@ -107,7 +107,18 @@ class Recipe:
 
 
 def recipe(name: str, **changes: Any) -> Recipe:
-    """The published recipe of this name, with other values where ``changes`` says so (:meth:`Recipe.override`).
+    """The published recipe of this name, with other values where ``changes`` says so.
+
+    Args:
+        name: As ``memopt list recipes`` shows them.
+        changes: As of :meth:`Recipe.override`: ``lr``, ``weight_decay``, ``clip_norm``, ``warmup``, ``total_steps``,
+            ``floor`` …, keywords of :func:`memopt.schedule`, hyperparameters of the rule.
+
+    Returns:
+        A :class:`Recipe`; ``print`` shows it, :meth:`Recipe.build` makes optimizer, groups, schedule and clipping.
+
+    Raises:
+        SpecError: for an unknown name, and for a keyword that nothing in the recipe has.
 
     >>> recipe("llama-2-7b").lr, recipe("llama-2-7b", lr=1e-4, total_steps=1000).warmup
     (0.0003, 4)

@@ -10,21 +10,18 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from memopt.clipping import clip_grad_norm_
+from memopt.factory import create
 from memopt.grouping import param_groups
 from memopt.hyper import SpecError
-from memopt.optimizer import Optimizer, create
+from memopt.keywords import Hyperparameters, OptimizerKeywords
+from memopt.optimizer import Optimizer
 from memopt.recipes.making import Recipe
 from memopt.schedules import schedule
 
 #: Keywords that go to the grouping of parameters.
 GROUPING = set(signature(param_groups).parameters) - {"model", "weight_decay", "lr", "decay_embeddings"}
 #: Keywords that go to the optimizer itself and are no hyperparameters.
-CREATING = (set(signature(Optimizer.__init__).parameters) | {"engine", "overrides"}) - {
-    "self",
-    "params",
-    "spec",
-    "fields",
-}
+CREATING = OptimizerKeywords.__annotations__.keys() - Hyperparameters.__annotations__.keys()
 
 
 class Training(NamedTuple):

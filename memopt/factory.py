@@ -1,0 +1,148 @@
+"""``memopt.create``: the optimizer that a spec describes, with every keyword that any spec takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from os import PathLike
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor
+
+from memopt.keywords import PLACEMENT_DEFAULT, RULE_DEFAULT, SPEC_DEFAULT, Unset
+from memopt.optimizer import Optimizer
+from memopt.spec import OptimSpec
+
+
+def create(
+    model_or_params: torch.nn.Module | Iterable[Any],
+    spec: str | OptimSpec = "adamw",
+    *,
+    lr: float | Tensor | Unset | None = RULE_DEFAULT,
+    betas: tuple[float, ...] | Unset = RULE_DEFAULT,
+    eps: float | tuple[float | None, float] | Unset = RULE_DEFAULT,
+    weight_decay: float | Unset = RULE_DEFAULT,
+    maximize: bool | Unset = RULE_DEFAULT,
+    amsgrad: bool | Unset = RULE_DEFAULT,
+    momentum: float | Unset = RULE_DEFAULT,
+    dampening: float | Unset = RULE_DEFAULT,
+    nesterov: bool | Unset = RULE_DEFAULT,
+    alpha: float | Unset = RULE_DEFAULT,
+    centered: bool | Unset = RULE_DEFAULT,
+    decoupled_weight_decay: bool | Unset = RULE_DEFAULT,
+    d: float | Unset = RULE_DEFAULT,
+    beta1: float | Unset | None = RULE_DEFAULT,
+    beta2_decay: float | Unset = RULE_DEFAULT,
+    scale_parameter: bool | Unset = RULE_DEFAULT,
+    relative_step: bool | Unset = RULE_DEFAULT,
+    warmup_init: bool | Unset = RULE_DEFAULT,
+    convention: Literal["torch", "transformers"] | Unset = RULE_DEFAULT,
+    t_alpha: int | Unset | None = RULE_DEFAULT,
+    t_beta3: int | Unset | None = RULE_DEFAULT,
+    final_lr: float | Unset = RULE_DEFAULT,
+    gamma: float | Unset = RULE_DEFAULT,
+    lookahead_steps: int | Unset = RULE_DEFAULT,
+    lookahead_rate: float | Unset = RULE_DEFAULT,
+    rule: str | Unset = SPEC_DEFAULT,
+    format: str | Unset = SPEC_DEFAULT,
+    master: str | Unset = SPEC_DEFAULT,
+    placement: str | Unset = SPEC_DEFAULT,
+    partition: str | Unset = SPEC_DEFAULT,
+    engine: Literal["native", "bitsandbytes"] | Unset = SPEC_DEFAULT,
+    overrides: Mapping[str, str] | Unset = SPEC_DEFAULT,
+    hyper: Mapping[str, Any] | Unset = SPEC_DEFAULT,
+    options: Mapping[str, Any] | Unset = SPEC_DEFAULT,
+    directory: str | PathLike[str] | Unset = PLACEMENT_DEFAULT,
+    workspace: int | str | Unset = PLACEMENT_DEFAULT,
+    resident: int | str | Unset = PLACEMENT_DEFAULT,
+    offload_gradients: bool | Literal["early"] | Unset = PLACEMENT_DEFAULT,
+    nonfinite: Literal["skip", "raise", "propagate"] = "skip",
+    seed: int = 0,
+    process_group: Any = None,
+    capturable: bool = False,
+    **unknown: NoReturn,
+) -> Optimizer:
+    """Make the optimizer that ``spec`` describes; an ordinary ``torch.optim.Optimizer`` to everything around it.
+
+    A keyword that the spec's rule or placement does not have is an error, never ignored.
+
+    Args:
+        model_or_params: A model (all its parameters, under their names), an iterable of parameters or of
+            ``(name, parameter)`` pairs, or a list of param groups as of ``torch.optim``.
+        spec: ``RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]``, a name of another tool for the same
+            (``"paged_adamw_8bit"``), or an :class:`OptimSpec`. ``memopt list`` shows what there is.
+        lr: Step size; a schedule changes it in ``param_groups``. A Tensor of one element is read at each step.
+            None, for adafactor with ``convention="transformers"`` alone, lets the rule make its own.
+            Default 1e-3; adafactor, rmsprop 1e-2; came 2e-4; lion 1e-4.
+        betas: Decay of each running mean, per step, in [0, 1): of the gradient, of its square, and of ademamix's slow
+            mean or came's residual. adafactor, sgd and rmsprop have none.
+            Default (0.9, 0.999); lion, stableadamw (0.9, 0.99); came, ademamix (0.9, 0.999, 0.9999).
+        eps: Added to the denominator. For adafactor and came a pair: the smallest g², and the smallest RMS of a
+            parameter (adafactor) or squared residual (came). sgd and lion have none.
+            Default 1e-8; lamb 1e-6; adafactor (None, 1e-3); came (1e-30, 1e-16).
+        weight_decay: Decoupled (``p <- p * (1 - lr * weight_decay)``), and for adam, sgd, rmsprop, radam and adabound
+            an L2 term in the gradient. Default 0; adamw, lamb, ademamix, adammini, stableadamw 1e-2.
+        maximize: Go up the gradient. Every rule. Default False.
+        amsgrad: Divide by the largest second moment so far, one more moment. adamw, adam. Default False.
+        momentum: Decay of the momentum buffer; 0 keeps none. sgd, rmsprop. Default 0.
+        dampening: Share of the gradient that does not enter the momentum. sgd. Default 0.
+        nesterov: Look one step of momentum ahead. sgd. Default False.
+        alpha: rmsprop: decay of the mean of squares. ademamix: weight of the slow mean.
+            Default 0.99; ademamix 5.
+        centered: Divide by the standard deviation instead of the root mean square. rmsprop, 32bit. Default False.
+        decoupled_weight_decay: Decay as adamw does. radam. Default False.
+        d: Largest RMS of an update; larger ones are scaled down to it. adafactor, came, stableadamw. Default 1.
+        beta1: Decay of a first moment; None keeps none. adafactor. Default None.
+        beta2_decay: Exponent c of the second moment's decay ``1 - t^c``, at most 0. adafactor. Default -0.8.
+        scale_parameter: Scale the rate with the parameter's RMS. adafactor. Default True.
+        relative_step: Make the rate from the step count. adafactor, transformers' convention. Default True.
+        warmup_init: Let that rate grow over the first 10,000 steps. The same. Default False.
+        convention: Whose Adafactor: torch's or transformers'. Default "torch".
+        t_alpha: Steps over which ``alpha`` grows from 0; None has it at once. ademamix. Default None.
+        t_beta3: Steps over which the slow mean's half-life grows; None has it at once. ademamix. Default None.
+        final_lr: Rate of SGD at the end, as for the initial ``lr``. adabound. Default 0.1.
+        gamma: Speed at which the bounds close, per step, in (0, 1). adabound. Default 1e-3.
+        lookahead_steps: Steps between two updates of the slow weights. lookahead(RULE). Default 5.
+        lookahead_rate: Share of the way to the fast weights, in (0, 1]. lookahead(RULE). Default 0.5.
+        rule, format, master, placement, partition: What the spec leaves to its default, or, beside an OptimSpec,
+            values in the place of its own.
+        engine: Whose kernels run: ``"native"`` or ``"bitsandbytes"``. Default "native".
+        overrides: Shell-style pattern over parameter names -> ``FORMAT``, ``@PLACEMENT`` or ``FORMAT@PLACEMENT``; the
+            first match wins. Default none.
+        hyper, options: Hyperparameters and placement options as mappings, beside those given as keywords.
+        directory: ``@disk``: where the files are, which survive the process. Default: a temporary one.
+        workspace: ``@host``, ``@cpu``, ``@disk``: bytes, or a size such as ``"1GiB"``, that state is streamed through.
+            Default 256 MiB, or less where the state is smaller.
+        resident: ``@paged``: bytes of state that stay in memory after a step. Default: left to the system.
+        offload_gradients: ``@cpu``: ``True``, gradients go to host memory in ``backward()`` and free the device's;
+            ``"early"``, they are copied there and stay; ``False``, they are copied in the step.
+        nonfinite: NaN or Inf in a gradient: ``"skip"`` the step and count it in ``skipped_steps``, ``"raise"`` before
+            anything changes, or ``"propagate"``, not looking, as torch does.
+        seed: Integer that stochastic rounding is drawn from; the same seed gives the same bits.
+        process_group: ``torch.distributed`` group that shares the state under ``/zero1`` and ``/zero2``. Default: all
+            ranks.
+        capturable: Keep the step counts on the device, so that a CUDA graph can hold a step.
+
+    Returns:
+        The :class:`Optimizer`. No state is allocated before a parameter's first step (or ``init_state()``).
+
+    Raises:
+        SpecError: (a ValueError) for a value that is not allowed and for a keyword that the rule or placement has not.
+        ImportError: for an engine whose package is not installed, with the line that installs it.
+
+    >>> import torch, memopt
+    >>> model = torch.nn.Linear(1024, 1024)
+    >>> opt = memopt.create(model, "adamw-8bit", lr=2e-5, betas=(0.9, 0.95), overrides={"bias": "32bit"})
+    >>> model(torch.randn(2, 1024)).sum().backward()
+    >>> opt.step()
+    >>> opt.ledger().nbytes == memopt.price(model, "adamw-8bit", overrides={"bias": "32bit"}).nbytes
+    True
+    >>> memopt.create(model, "lion", eps=1e-8)
+    Traceback (most recent call last):
+    memopt.hyper.SpecError: lion has no hyperparameter 'eps'; it has lr, betas, weight_decay, maximize
+    """
+    given = {name: value for name, value in locals().items() if not isinstance(value, Unset)}  # the arguments, so far
+    del given["model_or_params"], given["spec"], given["unknown"]
+    model = model_or_params
+    params = model.named_parameters() if isinstance(model, torch.nn.Module) else model
+    return Optimizer(params, spec, **given, **unknown)

@@ -1,0 +1,97 @@
+"""Every keyword of :func:`memopt.create` and what it may be, as a type: an editor completes them and a type checker
+reads them wherever ``**fields: Unpack[SpecKeywords]`` stands.
+
+:func:`memopt.create` spells the same keywords out, where ``help()`` and :func:`inspect.signature` see them too;
+``tests/test_signatures.py`` holds both lists against the rules, the placements and the fields of a spec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Unset:
+    """What stands in a signature for "not given"; ``help()`` shows ``text``, which says what holds then."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text: Final = text
+
+    def __repr__(self) -> str:
+        return f"<{self.text}>"
+
+
+#: For a hyperparameter: the default differs by rule.
+RULE_DEFAULT: Final = Unset("the rule's default")
+#: For a field of the spec: what the string or the OptimSpec says.
+SPEC_DEFAULT: Final = Unset("what the spec says")
+#: For an option of a placement, which specs without that placement do not have.
+PLACEMENT_DEFAULT: Final = Unset("the placement's default")
+
+
+class Hyperparameters(TypedDict, total=False):
+    """Every hyperparameter of every rule. A rule's own are in ``memopt list RULE``."""
+
+    lr: float | Tensor | None
+    betas: tuple[float, ...]
+    eps: float | tuple[float | None, float]
+    weight_decay: float
+    maximize: bool
+    amsgrad: bool
+    momentum: float
+    dampening: float
+    nesterov: bool
+    alpha: float
+    centered: bool
+    decoupled_weight_decay: bool
+    d: float
+    beta1: float | None
+    beta2_decay: float
+    scale_parameter: bool
+    relative_step: bool
+    warmup_init: bool
+    convention: Literal["torch", "transformers"]
+    t_alpha: int | None
+    t_beta3: int | None
+    final_lr: float
+    gamma: float
+    lookahead_steps: int
+    lookahead_rate: float
+
+
+class PlacementOptions(TypedDict, total=False):
+    """Every option of every placement (:data:`memopt.placements.options.OPTIONS`)."""
+
+    directory: str | PathLike[str]
+    workspace: int | str
+    resident: int | str
+    offload_gradients: bool | Literal["early"]
+
+
+class SpecKeywords(Hyperparameters, PlacementOptions, total=False):
+    """Hyperparameters, placement options and fields of :class:`memopt.OptimSpec`."""
+
+    rule: str
+    format: str
+    master: str
+    placement: str
+    partition: str
+    engine: Literal["native", "bitsandbytes"]
+    overrides: Mapping[str, str]
+    hyper: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+
+class OptimizerKeywords(SpecKeywords, total=False):
+    """Those, and the keywords of :class:`memopt.Optimizer`: all that :func:`memopt.create` takes."""
+
+    nonfinite: Literal["skip", "raise", "propagate"]
+    seed: int
+    process_group: Any
+    capturable: bool
