@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from estimators.fields import InputError, shown
 from estimators.hardware import capacity
 from estimators.held import SHARDS_ALSO, rows_of, step_temporaries
-from estimators.lora import with_adapters
 from estimators.model import Model, resolve
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
-from estimators.training import BUCKET, Training, notes, run
+from estimators.step_rows import run
+from estimators.trained import as_trained
+from estimators.training import BUCKET, MORE, Training
 from estimators.units import dtype
 
 if TYPE_CHECKING:
@@ -216,44 +217,44 @@ def estimate(
     if isinstance(gpu, bool) or (isinstance(gpu, int) and gpu < 1):
         raise InputError(f"gpu={shown(gpu)} is not allowed; it is a card's name, a size such as '24GiB' or bytes >= 1")
     training = Training(
-        batch,
-        seq,
-        checkpointing,
-        attention,
-        lora,
-        quantised,
-        accumulate,
-        device,
-        release_gradients,
-        deepspeed,
-        bucket,
-        mixed,
+        **{name: fields.pop(name, value) for name, value in MORE.items()},
+        batch=batch,
+        seq=seq,
+        checkpointing=checkpointing,
+        attention=attention,
+        lora=lora,
+        quantised=quantised,
+        accumulate=accumulate,
+        device=device,
+        release_gradients=release_gradients,
+        deepspeed=deepspeed,
+        bucket=bucket,
+        mixed=mixed,
     ).checked()
     specs = _parsed(spec, dict(fields))
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
     described = resolve(model)
-    described = described._replace(notes=(*described.notes, *notes(described.config, training)))
-    if lora:
-        described = with_adapters(described, lora, quantised)
     weight_dtype = None if weights is None else dtype(weights, "weights")
-    if mixed and weight_dtype not in (None, "float32"):
-        raise InputError(f"mixed={mixed!r} is for weights in float32, not {weight_dtype}")
-    weight_dtype = "float32" if mixed else weight_dtype
-    gradient_dtype = weight_dtype if gradients is None else dtype(gradients, "gradients")
-    own = weight_dtype or described.dtypes.get(described.shapes[0][0], "bfloat16") if described.shapes else "bfloat16"
-    item = 4 if own == "float32" else 2
-    runs = {own: run(described, training, item, own) for own in {_own_precision(s, training) for s in specs}}
+    if mixed and not lora and weight_dtype not in (None, "float32"):
+        raise InputError(f"mixed={mixed!r} is for weights in float32, not {weight_dtype}, unless adapters train")
+    weight_dtype = weight_dtype or ("float32" if mixed else None)
+    gradient_dtype = None if gradients is None else dtype(gradients, "gradients")
+    described = as_trained(described, training, weight_dtype)
+    runs = {
+        own: run(described, training, own, training.outputs == "kept")
+        for own in {_own_precision(s, training) for s in specs}
+    }
     ran, missing = runs[_own_precision(specs[0], training)]
     columns = []
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
     for one in specs:
-        of_the_step = step_temporaries(described, one, world_size, weight_dtype, training) if training.seq else 0
+        of_the_step = step_temporaries(described, one, world_size, None, training) if training.seq else 0
         if of_the_step is None and "temporaries of the step" not in without:
             without = (*without, "temporaries of the step")
         held = rows_of(
             described,
             one,
-            weight_dtype,
+            None,
             gradient_dtype,
             world_size,
             training,

@@ -10,7 +10,8 @@ from estimators.lora import NF4
 from estimators.model import Model, Shape
 from estimators.rows import GPU, PHASES, Row
 from estimators.state import state_nbytes, temporaries, weight_dtype
-from estimators.training import Training, one_gradient, released, rows, runtime
+from estimators.step_rows import one_gradient, released, rows, runtime
+from estimators.training import Training
 from estimators.units import dtype
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from estimators.activations.compose import KEEPING
 from estimators.activations.simulate import RERUN, Log, again, backward, forward
-from estimators.activations.tape import Op
+from estimators.activations.op import Op
 from estimators.allocator import DEFAULT, Allocator, Block, Settings
 
 if TYPE_CHECKING:

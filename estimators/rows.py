@@ -13,6 +13,10 @@ PHASES = ("load", "forward", "loss", "backward", "step")
 GPU, PAGEABLE, HOST, PINNED, DISK = "GPU", "pageable", "host", "pinned", "disk"
 
 
+#: Rows of ``runtime`` with this detail are allocated by torch: the others are the driver's and the allocator's.
+WORKSPACES = "cuBLAS workspaces"
+
+
 class Row(NamedTuple):
     """Bytes of one kind on one rank.
 

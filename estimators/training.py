@@ -1,36 +1,22 @@
-"""How a step is trained: micro-batch, sequence, attention, checkpointing, adapters; and the rows that follow."""
+"""How a step is trained: micro-batch, sequence, attention, checkpointing, adapters, and what goes with what."""
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from estimators.fields import InputError, shown
-from estimators.lora import NF4, largest_quantised
-from estimators.model import Model, Shape
-from estimators.rows import GPU, PHASES, Row
-
-if TYPE_CHECKING:
-    from estimators.activations import Activations
+from estimators.lora import KBIT, NF4, Adapters
+from estimators.units import DTYPES
 
 #: ``selective`` keeps the results of matrix products and of fused attention (torch's
-#: create_selective_checkpoint_contexts with those as policy); ``every-K`` checkpoints the first layer and every K-th
-#: after it (transformers' ``every_n_layers``).
-CHECKPOINTINGS = ("none", "full", "selective", *(f"every-{k}" for k in range(2, 65)))
+#: create_selective_checkpoint_contexts with those as policy); ``selective-2`` those of every second ``mm`` alone
+#: (torchtitan's policy); ``every-K`` checkpoints the first layer and every K-th after it (transformers'
+#: ``every_n_layers``).
+CHECKPOINTINGS = ("none", "full", "selective", *(f"every-{k}" for k in range(2, 65)), "selective-2")
 ATTENTIONS = ("sdpa", "flash", "eager")
 _MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16, "bucket": 2**40}
 #: DeepSpeed's default reduce_bucket_size, elements.
 BUCKET = 5 * 10**8
-
-_MIB = 2**20
-#: Driver context with the kernels of torch and cuBLAS loaded, and cuBLAS's workspace (8.5 MiB before Hopper, 32 MiB on
-#: it): low, expected, high. Reported by others and not measured here, so such rows are ``assumed``.
-CONTEXT = (300 * _MIB, 400 * _MIB, 900 * _MIB)
-#: What the caching allocator holds beyond what is asked of it, in percent of all that is allocated besides weights:
-#: blocks of 512 bytes and segments of 2 MiB cost little, fragments of changing sizes more.
-FRAGMENTS = (0, 2, 10)
-#: NCCL's buffers for one communicator: low, expected, high. Reported by others and not measured here.
-NCCL = (300 * _MIB, 600 * _MIB, 1000 * _MIB)
 
 
 class Training(NamedTuple):
@@ -38,8 +24,17 @@ class Training(NamedTuple):
     storage of adapted weights. ``accumulate``: micro-batches per step; with more than one, gradients are there while
     the next micro-batch runs. ``device="cpu"``: no CUDA context, and no temporaries where the kernels step.
     ``release_gradients``: each parameter steps in the backward pass and frees its gradient. ``deepspeed``: DeepSpeed
-    runs the step, with a bucket of so many elements (``bucket``) in which gradients are reduced. ``mixed``: weights are
-    fp32 and products in this dtype, under FSDP2 by its policy, else by torch.autocast."""
+    runs the step, with a bucket of so many elements (``bucket``) in which gradients are reduced. ``mixed``: products
+    are in this dtype, under FSDP2 by its policy, else by torch.autocast.
+
+    ``lora_targets``, ``lora_dtype``, ``lora_dropout``, ``lora_kind`` (``lora``, ``rslora``, ``dora``) and
+    ``modules_to_save`` are PEFT's; ``kbit_prepare`` (``yes``, ``no``; empty: yes for bitsandbytes' 4 and 8 bits) its
+    prepare_model_for_kbit_training. ``loss``: ``full`` logits, ``chunked`` (logits of some tokens at a time, computed
+    again in the backward pass) or ``fused`` (Liger's: with gradients in the forward pass). ``outputs="kept"``: the
+    model's output, logits included, lives until the backward pass is over, as in most loops written by hand.
+    ``frozen`` and ``train`` are patterns of parameters' names; ``offload_activations`` moves what the layers save to
+    pinned memory, ``offload_params`` weights, gradients and state of FSDP2 or DeepSpeed. ``compile`` and ``float8``:
+    torch.compile of the model and torchao's float8 training."""
 
     batch: int = 1
     seq: int = 0
@@ -53,6 +48,37 @@ class Training(NamedTuple):
     deepspeed: bool = False
     bucket: int = BUCKET
     mixed: str = ""
+    lora_targets: str = "all-linear"
+    lora_dtype: str = "fp32"
+    lora_dropout: float = 0.0
+    lora_kind: str = "lora"
+    modules_to_save: str = ""
+    kbit_prepare: str = ""
+    loss: str = "full"
+    outputs: str = "dropped"
+    frozen: str = ""
+    train: str = ""
+    offload_activations: bool = False
+    offload_params: bool = False
+    compile: bool = False
+    float8: bool = False
+
+    @property
+    def kbit(self) -> bool:
+        """Whether everything that is not quantised is in fp32."""
+        return self.quantised in KBIT and self.kbit_prepare != "no"
+
+    @property
+    def adapters(self) -> Adapters:
+        return Adapters(
+            self.lora,
+            self.lora_targets,
+            DTYPES[self.lora_dtype],
+            self.lora_kind == "dora",
+            self.modules_to_save,
+            self.quantised,
+            self.kbit,
+        )
 
     def checked(self) -> "Training":
         """Raises :class:`InputError` for a value that is not allowed or does not go with another."""
@@ -60,166 +86,100 @@ class Training(NamedTuple):
             value, least = getattr(self, name), 0 if name in ("seq", "lora") else 1
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise InputError(f"{name}={shown(value)} is not allowed; it is a whole number from {least} to {most}")
-        for name, allowed in (
-            ("checkpointing", CHECKPOINTINGS),
-            ("attention", ATTENTIONS),
-            ("quantised", ("", *NF4)),
-            ("mixed", ("", "bf16", "fp16")),
-            ("device", ("cuda", "cpu")),
-        ):
+        for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                listed = allowed if len(allowed) < 9 else (*allowed[:4], "…", allowed[-1])
+                listed = allowed if len(allowed) < 9 else (*allowed[:4], "…", *allowed[-2:])
                 raise InputError(
                     f"{name}={shown(getattr(self, name))} is not allowed; it is one of "
                     f"{', '.join(filter(None, listed))}"
                 )
-        for name in ("release_gradients", "deepspeed"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is true or false")
-        if self.quantised and not self.lora:
-            raise InputError(f"quantised={self.quantised!r} needs adapters: 4-bit weights do not train (lora=16)")
-        if self.release_gradients and self.accumulate > 1:
-            raise InputError(
-                f"release_gradients does not go with accumulate={self.accumulate}: a gradient that was "
-                "freed cannot be added to"
-            )
-        if self.bucket != BUCKET and not self.deepspeed:
-            raise InputError(f"bucket={self.bucket} is DeepSpeed's, and deepspeed is not asked for")
-        if self.mixed and (self.deepspeed or self.quantised):
-            other = "deepspeed" if self.deepspeed else "quantised"
-            raise InputError(f"mixed={self.mixed!r} does not go with {other}: the weights it is for are in float32")
-        if self.deepspeed and self.release_gradients:
-            raise InputError("release_gradients does not go with deepspeed, which reduces gradients by buckets")
-        given = self.batch, self.checkpointing, self.accumulate, self.attention
-        if not self.seq and given != (1, "none", 1, "sdpa"):
-            raise InputError(
-                "batch, checkpointing, accumulate and attention have an effect on activations, which need "
-                "seq: tokens per sequence"
-            )
+        for name in ("lora_targets", "modules_to_save", "frozen", "train"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is text: names, with commas")
+        p = self.lora_dropout
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+            raise InputError(f"lora_dropout={shown(p)} is not allowed; it is a number from 0 up to 1")
+        for refused, sentence in self._contradictions():
+            if refused:
+                raise InputError(sentence)
         return self
 
-
-def run(model: Model, training: Training, item: int, sharded: bool = False) -> "tuple[Activations | None, str]":
-    """The activations of a step, or None and why they are not known. ``sharded``: FSDP2 has its own mixed precision."""
-    if not training.seq:
-        return None, "activations (say --seq)"
-    if model.config is None:
-        return None, "activations (only shapes are known; name an architecture or a config.json)"
-    from estimators.activations import MIXED, NOT_SELECTIVE, Step, activations, written
-
-    if not written(str(model.config.get("model_type"))):
-        return None, f"activations (there is no formula for {model.config.get('model_type')} yet)"
-    refused = NOT_SELECTIVE.get(str(model.config["model_type"])) if training.checkpointing == "selective" else None
-    if refused:
-        return None, f"activations (torch refuses selective checkpointing of this model: {refused})"
-    autocast = bool(training.mixed) and not sharded
-    if autocast and (model.config.get("model_type") not in MIXED or training.lora or training.attention == "eager"):
-        what = "adapters" if training.lora else "eager attention" if training.attention == "eager" else "it"
-        return None, f"activations (there is no formula for {what} under autocast yet)"
-    step = Step(
-        training.batch,
-        training.seq,
-        training.attention,
-        2 if training.mixed and sharded else item,
-        training.lora,
-        training.device == "cpu",
-        2 * autocast,
-    )
-    try:
-        return activations(model.config, model.name, step, training.checkpointing), ""
-    except KeyError as error:
-        return None, f"activations (there is no formula for {error.args[0]!r} yet)"
-
-
-def rows(
-    name: str,
-    model: Model,
-    training: Training,
-    ran: "Activations",
-    gradients: list[tuple[str, int]],
-    known: str,
-    few: list[Row] | None,
-) -> list[Row]:
-    """Activations and gradients by phase; ``few`` are the rows of gradients that do not stay."""
-    forward, loss = ran.forward.activations - ran.body_copies, ran.loss.activations - ran.copies
-    held = [
-        Row(name, "weights", "autocast's copies", n, GPU, (phase,), "formula")
-        for phase, n in (("forward", ran.body_copies), ("loss", ran.copies))
-        if n
-    ]
-    held += [
-        Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
-        Row(name, "activations", "saved, and the loss", loss, GPU, ("loss",), "formula"),
-    ]
-    if few is not None:
-        alive = ran.accumulated.activations  # the moment that has most, whatever gradients there are
-        held += few
-    elif training.accumulate > 1:
-        alive = ran.accumulated.activations
-        held += [Row(name, "gradients", kind, n, GPU, PHASES[1:], known) for kind, n in gradients]
-    else:
-        alive, total = ran.backward.activations, sum(n for _, n in gradients)
-        made = min(ran.backward.gradients, total)
-        held.append(Row(name, "gradients", "made at that moment", made, GPU, ("backward",), "formula"))
-        held += [Row(name, "gradients", kind, n, GPU, ("step",), known) for kind, n in gradients]
-    held.append(Row(name, "activations", "left, and at work", alive, GPU, ("backward",), "formula"))
-    decoded = 2 * largest_quantised(model)
-    if decoded:
-        held.append(
-            Row(name, "temporaries", "one 4-bit matrix decoded", decoded, GPU, ("forward", "backward"), "formula")
+    def _contradictions(self) -> "tuple[tuple[bool, str], ...]":
+        t, plain = self, Training()
+        of_lora = [n for n in _OF_LORA if getattr(t, n) != getattr(plain, n)]
+        given = t.batch, t.checkpointing, t.accumulate, t.attention, t.loss, t.outputs, t.offload_activations
+        return (
+            (
+                bool(t.quantised and not t.lora),
+                f"quantised={t.quantised!r} needs adapters: 4-bit weights do not train (lora=16)",
+            ),
+            (
+                bool(of_lora and not t.lora),
+                f"{of_lora[0] if of_lora else ''} says how adapters are made, and there are none (lora=16)",
+            ),
+            (
+                bool(t.kbit_prepare and not t.quantised),
+                f"kbit_prepare={t.kbit_prepare!r} is for quantised weights, and quantised is not given",
+            ),
+            (
+                t.kbit_prepare == "yes" and t.quantised not in KBIT,
+                f"kbit_prepare='yes' changes nothing with {t.quantised}: PEFT leaves its other weights as they are",
+            ),
+            (
+                t.release_gradients and t.accumulate > 1,
+                f"release_gradients does not go with accumulate={t.accumulate}: a gradient that was "
+                "freed cannot be added to",
+            ),
+            (
+                t.bucket != BUCKET and not t.deepspeed,
+                f"bucket={t.bucket} is DeepSpeed's, and deepspeed is not asked for",
+            ),
+            (
+                bool(t.mixed and t.deepspeed),
+                f"mixed={t.mixed!r} does not go with deepspeed, which computes in the weights' dtype",
+            ),
+            (
+                t.deepspeed and t.release_gradients,
+                "release_gradients does not go with deepspeed, which reduces gradients by buckets",
+            ),
+            (bool(t.frozen and t.train), "frozen and train are two ways to say the same; give one of them"),
+            (
+                bool(t.lora and (t.frozen or t.train)),
+                "frozen and train do not go with lora, which freezes all weights; lora_targets and modules_to_save "
+                "say what trains",
+            ),
+            (
+                t.float8 and bool(t.lora),
+                "float8 does not go with lora: torchao converts torch.nn.Linear layers that train",
+            ),
+            (
+                not t.seq and given != (1, "none", 1, "sdpa", "full", "dropped", False),
+                "batch, checkpointing, accumulate, attention, loss, outputs and offload_activations have an effect on "
+                "activations, which need seq: tokens per sequence",
+            ),
         )
-    return held
 
 
-def one_gradient(name: str, gradients: list[tuple[str, int]], known: str) -> list[Row]:
-    """Gradients that are released: those that are there at a time, in the backward pass alone."""
-    return [Row(name, "gradients", f"{kind}, one at a time", n, GPU, ("backward",), known) for kind, n in gradients]
+#: What :func:`estimators.estimate` takes beside its own keywords, with defaults.
+MORE = {name: Training._field_defaults[name] for name in Training._fields[12:]}
 
-
-def released(model: Model, here: Model, nbytes: Callable[[str, Shape], tuple[str, int]]) -> list[tuple[str, int]]:
-    """The dtype and bytes of gradients that are there at a time: the largest one. ``here`` is the model with the rows
-    of this rank.
-
-    That of an embedding which is also the head's weight waits for its other half until the end of the backward pass,
-    where autograd holds both halves and their sum. FSDP2 hands over the gradients of a block together.
-    """
-    each = [(name, *nbytes(name, shape)) for name, shape in here.shapes if name not in here.frozen]
-    if not each:
-        return []
-    if here is not model:
-        from estimators.sharding import largest_block
-
-        return [(max(kind for _, kind, _ in each), largest_block((name, n) for name, _, n in each))]
-    shared = _tied(model)
-    table = max((n for name, _, n in each if name == shared), default=0)
-    most = max((3 * n if name == shared else n + table, kind) for name, kind, n in each)
-    return [(most[1], most[0])]
-
-
-def _tied(model: Model) -> str | None:
-    """The embedding that is the head's weight too: a table of the vocabulary that is there once."""
-    vocabulary = (model.config or {}).get("vocab_size")
-    tables = [name for name, shape in model.shapes if len(shape) == 2 and shape[0] == vocabulary]
-    return tables[0] if len(tables) == 1 else None
-
-
-def runtime(name: str, rows_: list[Row], world_size: int = 1) -> list[Row]:
-    """The CUDA context, NCCL's buffers where there are several ranks, and the allocator's share of what comes and
-    goes."""
-    low, expected, high = CONTEXT
-    moving: dict[str, int] = {}
-    for row in rows_:
-        if row.tier == GPU and row.what not in ("weights", "buffers"):
-            for phase in row.phases:
-                moving[phase] = moving.get(phase, 0) + row.nbytes
-    most = max(moving.values(), default=0)
-    least, share, largest = (most * percent // 100 for percent in FRAGMENTS)
-    nccl = Row(name, "runtime", "NCCL, one communicator", NCCL[1], GPU, PHASES, "assumed", NCCL[0], NCCL[2])
-    return [
-        Row(name, "runtime", "CUDA context, cuBLAS", expected, GPU, PHASES, "assumed", low, high),
-        *([nccl] if world_size > 1 else []),
-        Row(name, "runtime", "allocator: rounding, fragments", share, GPU, PHASES[1:], "assumed", least, largest),
-    ]
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "checkpointing": CHECKPOINTINGS,
+    "attention": ATTENTIONS,
+    "quantised": ("", *NF4),
+    "mixed": ("", "bf16", "fp16"),
+    "device": ("cuda", "cpu"),
+    "lora_dtype": tuple(DTYPES),
+    "lora_kind": ("lora", "rslora", "dora"),
+    "kbit_prepare": ("", "yes", "no"),
+    "loss": ("full", "chunked", "fused"),
+    "outputs": ("dropped", "kept"),
+}
+_FLAGS = ("release_gradients", "deepspeed", "offload_activations", "offload_params", "compile", "float8")
+_OF_LORA = ("lora_targets", "lora_dtype", "lora_dropout", "lora_kind", "modules_to_save")
 
 
 def describe(training: Training) -> str:

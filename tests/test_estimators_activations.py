@@ -245,7 +245,11 @@ class TestEstimates:
         }
         linear = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
         assert rows[kind] == pytest.approx(per_weight * linear, rel=1e-4)
-        assert rows["bfloat16"] == 2 * (2 * 128256 * 4096 + 65 * 4096)
+        # Ends and norms in fp32, as prepare_model_for_kbit_training makes them; the adapters are the rest.
+        ends = 4 * (2 * 128256 * 4096 + 65 * 4096)
+        assert rows["float32"] == ends + 4 * 41_943_040
+        plain = estimate("llama-3.1-8b", lora=16, quantised=kind, kbit_prepare="no")
+        assert {r.detail: r.nbytes for r in plain.rows if r.what == "weights"}["bfloat16"] == ends // 2
 
     @pytest.mark.parametrize(
         ("given", "sentence"),

@@ -12,6 +12,8 @@ from typing import Any
 
 from estimators.activations.blocks import Network, Step
 from estimators.activations.compose import Activations, Moment, composed
+from estimators.activations.scope import Parameters
+from estimators.activations.scope import parameters as parameters_of
 from estimators.fields import Fields
 
 __all__ = ["ATTENTIONS", "MIXED", "WRITTEN", "Activations", "Moment", "Network", "Step", "activations", "written"]
@@ -74,8 +76,29 @@ def written(model_type: str) -> bool:
     return model_type in WRITTEN
 
 
-def activations(config: Mapping[str, Any], source: str, step: Step, checkpointing: str = "none") -> Activations:
-    """Of one micro-batch. Raises KeyError for a family or a nonlinearity without a formula."""
+def activations(
+    config: Mapping[str, Any],
+    source: str,
+    step: Step,
+    checkpointing: str = "none",
+    parameters: Parameters | None = None,
+) -> Activations:
+    """Of one micro-batch. ``parameters``: their dtypes, which of them train, and their adapters; by default the
+    configuration's own, all of which train, or adapters of ``step.rank`` on all linear layers in fp32. Raises KeyError
+    for a family or a nonlinearity without a formula."""
     module, name = WRITTEN[config["model_type"]]
     function: Callable[[Fields, Step], Network] = getattr(import_module(f"estimators.activations.{module}"), name)
-    return composed(function(Fields(config, source), step), step, checkpointing)
+    network = function(Fields(config, source), step)
+    return composed(network, step, checkpointing, parameters or _own(config, source, step))
+
+
+def _own(config: Mapping[str, Any], source: str, step: Step) -> Parameters:
+    from estimators.config import from_config
+    from estimators.lora import with_adapters
+
+    model = from_config(config, source)
+    model = with_adapters(model, step.rank) if step.rank else model
+    own = "float32" if step.item == 4 or step.mixed else "bfloat16"
+    return parameters_of(
+        (name, shape, model.dtypes.get(name, own), name not in model.frozen) for name, shape in model.shapes
+    )

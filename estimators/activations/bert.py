@@ -3,8 +3,10 @@ modeling_bert.py, modeling_distilbert.py and modeling_roberta.py."""
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Network, Step, alike, attention, layer_norm, loss
-from estimators.activations.tape import Tape, Tensor
+from estimators.activations.blocks import Network, Step, alike, attention, layer_norm
+from estimators.activations.head import loss
+from estimators.activations.op import Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import Heads
 from estimators.fields import Fields
 
@@ -26,7 +28,7 @@ def distilbert(f: Fields, step: Step) -> Network:
         return layer_norm(t, t.add(t.dropout(y, p), x), width)
 
     def head(t: Tape, x: Tensor) -> Tensor:
-        y = t.activation(t.linear(x, width, width, bias=True, adapted=False), act)
+        y = t.activation(t.linear(x, width, width, bias=True), act)
         return loss(t, step, layer_norm(t, y, width), width, vocab, bias=True, upcast=False)
 
     return Network(embed, alike(layer, f.layers("n_layers")), head)
@@ -51,7 +53,7 @@ def bert(f: Fields, step: Step) -> Network:
         return layer_norm(t, t.add(x, t.dropout(y, p)), width)
 
     def head(t: Tape, x: Tensor) -> Tensor:
-        y = t.activation(t.linear(x, width, width, bias=True, adapted=False), "gelu")
+        y = t.activation(t.linear(x, width, width, bias=True), "gelu")
         return loss(t, step, layer_norm(t, y, width), width, vocab, bias=True, upcast=False)
 
     return Network(embed, alike(layer, f.layers()), head)

@@ -1,18 +1,22 @@
-"""What layers are made of, as transformers writes them: norms, positions, attention, MLPs, the loss head."""
+"""What layers are made of, as transformers writes them: norms, positions, attention, MLPs."""
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-from estimators.activations.tape import FP32, INT64, Tape, Tensor
+from estimators.activations.op import FP32, Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import Heads
 
 
 class Step(NamedTuple):
     """One micro-batch: sequences, tokens of each, how attention is computed (``sdpa``, ``flash``, ``eager``), bytes of
-    one element, rank of LoRA's adapters (0: none), whether it runs on a CPU, bytes of one element of what autocast
-    computes (0: no autocast)."""
+    one element of activations, rank of LoRA's adapters on all linear layers (0: none, or as the parameters say),
+    whether it runs on a CPU, bytes of one element of what autocast computes (0: no autocast), the adapters' dropout,
+    whether the model's output, logits included, lives until the backward pass is over; whether the loss makes all
+    logits (``full``), those of some tokens at a time (``chunked``), or gradients with them (``fused``); whether linear
+    layers are torchao's float8."""
 
     batch: int
     seq: int
@@ -21,6 +25,10 @@ class Step(NamedTuple):
     rank: int = 0
     cpu: bool = False
     mixed: int = 0
+    lora_dropout: float = 0.0
+    outputs: bool = False
+    loss: str = "full"
+    float8: bool = False
 
     @property
     def tokens(self) -> int:
@@ -83,15 +91,17 @@ def cohere_norm(t: Tape, x: Tensor, width: int) -> Tensor:
 
 
 def _times_fp32_weight(t: Tape, y: Tensor, width: int) -> Tensor:
-    weight = t.tensor(width, FP32)
-    saves = [*([y] if t.trains else []), *([weight] if y.requires else [])]
-    return t.op([y], saves=saves, gradients=width * t.item * t.trains, backward_tmp=y.nbytes * t.trains)
+    p, weight = t.parameter((width,)), t.tensor(width, FP32)
+    saves = [*([y] if p.trains else []), *([weight] if y.requires else [])]
+    return t.op([y], saves=saves, gradients=width * p.item * p.trains, backward_tmp=y.nbytes * p.trains)
 
 
 def layer_norm(t: Tape, x: Tensor, width: int, affine: int = 2) -> Tensor:
     """torch.nn.LayerNorm: its input and two statistics. ``affine``: how many vectors of parameters."""
     statistics = [t.tensor(x.numel // width, x.item) for _ in range(2)]
-    return t.op([x], saves=[x, *statistics], gradients=affine * width * t.item * t.trains)
+    p = t.parameter((width,)) if affine else None
+    trained = p.item * (p.trains + (affine - 1) * p.bias_trains) if p else 0
+    return t.op([x], saves=[x, *statistics], gradients=width * trained)
 
 
 def plain_norm(t: Tape, x: Tensor, width: int) -> Tensor:
@@ -150,8 +160,11 @@ def attend(
     if softcap:
         scores = t.copy(t.root(t.copy(scores)))
     scores = t.copy(scores)  # plus the mask
-    wider = scores.numel * (FP32 - scores.item)  # both passes of the softmax are computed in fp32
-    softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider)
+    # Both passes of the softmax are computed in fp32: on a CPU by way of copies; on a GPU the kernel converts as it
+    # reads, and its backward pass multiplies the gradient by the result first (softmax_backward_cuda_out).
+    wider = scores.numel * (FP32 - scores.item) * t.cpu
+    product = scores.numel * FP32 * (not t.cpu)
+    softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider + product)
     probabilities = t.cast(softmax, t.item)
     return t.copy(t.op([probabilities, v], size, t.item, saves=[probabilities, v], product=True))
 
@@ -218,37 +231,11 @@ def mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = True) -
 # Both ends -----------------------------------------------------------------------------------------------------
 
 
+def causal_mask(step: Step) -> int:
+    """Bytes of the mask that eager attention adds to the scores, made once for all layers."""
+    return step.batch * step.seq**2 * step.item * (step.attention == "eager")
+
+
 def tables(step: Step, dim: int, item: int = 0) -> int:
     """Bytes of the cosines and sines of rotary positions."""
     return 2 * step.seq * dim * (item or step.item)
-
-
-def loss(
-    t: Tape,
-    step: Step,
-    x: Tensor,
-    width: int,
-    vocab: int,
-    *,
-    bias: bool = False,
-    scaled: bool = False,
-    capped: bool = False,
-    upcast: bool = True,
-) -> Tensor:
-    """The head's projection and the cross-entropy of every token, for causal models computed in fp32 (``upcast``).
-
-    The forward variable ``logits`` lives until the model returns. ``scaled``: logits are multiplied by a constant;
-    ``capped``: divided, put through tanh and multiplied.
-    """
-    logits = t.linear(x, width, vocab, bias, adapted=False)
-    if scaled:
-        logits = t.copy(logits)
-    if capped:
-        logits = t.copy(t.root(t.copy(logits)))
-    t.held.append(logits)
-    full = t.cast(logits, FP32) if upcast or t.mm != t.item else logits  # autocast computes the loss in fp32
-    if upcast:
-        t.held.append(full)
-    log_probabilities = t.op([full], saves_out=True)
-    labels = t.tensor(step.tokens, INT64)
-    return t.op([log_probabilities], 1, FP32, saves=[log_probabilities, labels])

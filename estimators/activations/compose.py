@@ -7,11 +7,13 @@ attention; it runs again when the first of its saved tensors is asked for.
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from estimators.activations.blocks import Network, Step
+from estimators.activations.op import Tensor
+from estimators.activations.scope import Parameters, Scope
 from estimators.activations.simulate import Again, Backward, Forward, again, backward, forward
-from estimators.activations.tape import Tape, Tensor
+from estimators.activations.tape import Tape
 
 EVERY = "every-"
 #: checkpointing of one layer -> what its first forward pass keeps (:func:`~.simulate.forward`)
@@ -94,15 +96,17 @@ class _Chain:
     """Segments in the order in which they run. A layer of a kind that was run already, with an input of the same kind
     and checkpointed in the same way, is not run again: every layer after the first costs nothing."""
 
-    def __init__(self, step: Step, checkpointing: str) -> None:
+    def __init__(self, step: Step, checkpointing: str, parameters: Parameters) -> None:
         self.step = step
+        self.parameters = parameters
+        self.ends = 0  # how many runs of blocks lie behind
         self.checkpointing = checkpointing
         self.every = int(checkpointing.removeprefix(EVERY)) if checkpointing.startswith(EVERY) else 1
         self.layers = 0
         self.x = Tensor(0, step.item, requires=False)
         self.shared: dict[str, Tensor] = {}
         self.segments: list[_Segment] = []
-        self.seen: dict[tuple[str, bool, str], _Segment] = {}
+        self.seen: dict[tuple[Any, ...], _Segment] = {}
 
     @property
     def next_layer(self) -> str:
@@ -111,8 +115,10 @@ class _Chain:
             return "none" if self.layers % self.every else "full"
         return self.checkpointing
 
-    def run(self, body: Callable[[Tape], Tensor], kind: str = "", checkpointing: str = "none") -> _Segment:
-        tape = Tape(self.step.item, self.step.rank, self.x, self.step.cpu, self.step.mixed)
+    def run(
+        self, body: Callable[[Tape], Tensor], scope: Scope, kind: str = "", checkpointing: str = "none"
+    ) -> _Segment:
+        tape = Tape(self.step, scope, self.x)
         tape.input_gradients = self.checkpointing != "none"
         tape.shared = {name: _like(t) for name, t in self.shared.items()}
         tape.out = body(tape)
@@ -127,24 +133,31 @@ class _Chain:
 
     def network(self, network: Network) -> None:
         self.x = Tensor(0, self.step.item, requires=False)
-        self.append(self.run(network.embed))
+        self.append(self.run(network.embed, self.parameters.root(self.ends)))
         if self.checkpointing != "none":
             self.x.requires = True  # enable_input_require_grads: a checkpointed layer without it would get no gradient
         for kind, layer in network.layers:
-            key = (kind, self.x.requires, self.next_layer)
+            block, how = self.parameters.block(self.layers), self.next_layer
+            key = (kind, self.x.requires, how, block)
             if key not in self.seen:
-                self.seen[key] = self.run(lambda tape, layer=layer: layer(tape, tape.x), "layer", key[2])  # type: ignore[misc]
+                self.seen[key] = self.run(
+                    lambda tape, layer=layer: layer(tape, tape.x),  # type: ignore[misc]
+                    Scope(block),
+                    "layer",
+                    how,
+                )
             self.layers += 1
             self.append(self.seen[key])
+        self.ends += 1
 
 
 def _like(t: Tensor) -> Tensor:
     return Tensor(t.numel, t.item, t.requires)
 
 
-def composed(network: Network, step: Step, checkpointing: str) -> Activations:
+def composed(network: Network, step: Step, checkpointing: str, parameters: Parameters) -> Activations:
     """``checkpointing``: ``none``, ``full``, ``selective`` or ``every-K``."""
-    chain = _Chain(step, checkpointing)
+    chain = _Chain(step, checkpointing, parameters)
     tables, masks = network.tables, network.masks
     if network.encoder:
         chain.network(network.encoder)
@@ -154,10 +167,10 @@ def composed(network: Network, step: Step, checkpointing: str) -> Activations:
             tape.shares["memory"] = head(tape, tape.x)
             return tape.shares["memory"]
 
-        chain.append(chain.run(finish))
+        chain.append(chain.run(finish, parameters.root(chain.ends)))
         tables, masks = tables + network.encoder.tables, masks + network.encoder.masks
     chain.network(network)
-    chain.append(chain.run(lambda tape: network.head(tape, tape.x), "loss"))
+    chain.append(chain.run(lambda tape: network.head(tape, tape.x), parameters.root(-1), "loss"))
     return _walk(chain.segments, tables, masks)
 
 
@@ -215,6 +228,8 @@ def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
 def _backward(segments: list[_Segment], before: list[int]) -> tuple[Moment, int, int]:
     """The fullest moment, that of activations alone, and the bytes of parameters' gradients at the end."""
     made, fullest, accumulated = 0, Moment(0, 0), 0
+    outlives = sum(t.nbytes for s in segments for t in s.tape.outlives)  # and are there in every moment
+    before = [n + outlives for n in before]
     waited: dict[str, int] = {}  # gradients of shared tensors that wait for the segment that made them
     for s, ahead in zip(reversed(segments), reversed(before), strict=True):
         run = s.backward(frozenset(waited))

@@ -6,7 +6,8 @@ from __future__ import annotations
 from estimators.activations.blocks import Layer, Network, Step, gated_mlp, rms_norm
 from estimators.activations.llama import network
 from estimators.activations.moe import grouped
-from estimators.activations.tape import FP32, INT64, Tape, Tensor
+from estimators.activations.op import FP32, INT64, Tensor
+from estimators.activations.tape import Tape
 from estimators.fields import Fields
 
 

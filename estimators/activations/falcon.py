@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Network, Step, alike, attend, layer_norm, loss, rotated, tables
-from estimators.activations.tape import Tape, Tensor
+from estimators.activations.blocks import Network, Step, alike, attend, layer_norm, rotated, tables
+from estimators.activations.head import loss
+from estimators.activations.op import Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import Heads
 from estimators.fields import Fields
 

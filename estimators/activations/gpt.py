@@ -12,12 +12,13 @@ from estimators.activations.blocks import (
     attention,
     fused_attention,
     layer_norm,
-    loss,
     mlp,
     tables,
 )
+from estimators.activations.head import loss
 from estimators.activations.llama import network
-from estimators.activations.tape import FP32, Tape, Tensor
+from estimators.activations.op import FP32, Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import Heads, heads
 from estimators.fields import Fields
 
@@ -167,7 +168,7 @@ def opt(f: Fields, step: Step) -> Network:
     def embed(t: Tape) -> Tensor:
         words = t.embedding(step.tokens, vocab, narrow, tied=tied)
         if narrow != width:
-            words = t.linear(words, narrow, width, adapted=False)
+            words = t.linear(words, narrow, width)
         return t.add(words, t.embedding(step.tokens, positions + 2, width))
 
     def layer(t: Tape, x: Tensor) -> Tensor:
@@ -185,7 +186,7 @@ def opt(f: Fields, step: Step) -> Network:
 
     def head(t: Tape, x: Tensor) -> Tensor:
         x = layer_norm(t, x, width) if last else x
-        x = t.linear(x, width, narrow, adapted=False) if narrow != width else x
+        x = t.linear(x, width, narrow) if narrow != width else x
         return loss(t, step, x, narrow, vocab)
 
     return Network(embed, alike(layer, f.layers()), head)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from estimators.activations.blocks import Network, Step, alike, attend, rms_norm_fp32
 from estimators.activations.llama import network
 from estimators.activations.moe import dispatched
-from estimators.activations.tape import INT64, Tape, Tensor
+from estimators.activations.op import INT64, Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import heads
 from estimators.fields import Fields
 
@@ -49,7 +50,7 @@ def gpt_oss(f: Fields, step: Step) -> Network:
         return t.mul(t.op([up], alias=True), glu)
 
     def experts(t: Tape, x: Tensor) -> Tensor:
-        logits = t.linear(x, width, count, bias=True, adapted=False)
+        logits = t.linear(x, width, count, bias=True)
         weights = t.root(t.op([logits], rows, saves=[t.tensor(rows, INT64)]))
         expert = t.tensor(rows, INT64)
         return dispatched(

@@ -9,17 +9,19 @@ from estimators.activations.blocks import (
     Step,
     alike,
     attention,
+    causal_mask,
     cohere_norm,
     fused_attention,
     gated_mlp,
     gemma_norm,
-    loss,
     plain_norm,
     rms_norm,
     rms_norm_fp32,
     tables,
 )
-from estimators.activations.tape import FP32, Tape, Tensor
+from estimators.activations.head import loss
+from estimators.activations.op import FP32, Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import Heads, heads
 from estimators.fields import Fields
 
@@ -53,7 +55,8 @@ def network(
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, norm(t, x), width, rows, bias=head_bias, scaled=scaled, capped=capped)
 
-    return Network(embed, layers or alike(layer, f.layers()), head, tables(step, rope, table))
+    made = tables(step, rope, table)
+    return Network(embed, layers or alike(layer, f.layers()), head, made, masks=causal_mask(step))
 
 
 def _llama(

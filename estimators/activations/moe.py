@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 from estimators.activations.blocks import Layer, Network, Step, attention, gated_mlp, rms_norm
 from estimators.activations.llama import network
-from estimators.activations.tape import FP32, INT64, Tape, Tensor
+from estimators.activations.op import FP32, INT64, Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import Heads, heads
 from estimators.families.qwen_moe import sparse
 from estimators.fields import Fields
@@ -72,7 +73,7 @@ def dispatched(
 def _router(t: Tape, x: Tensor, width: int, count: int, top: int, normalised: bool) -> Tensor:
     """The weights of the chosen experts, fp32."""
     tokens = x.numel // width
-    logits = t.cast(t.linear(x, width, count, adapted=False), FP32)
+    logits = t.cast(t.linear(x, width, count), FP32)
     indices = t.tensor(tokens * top, INT64)
     best = t.op([t.root(logits)], tokens * top, saves=[indices])
     if not normalised:
@@ -150,7 +151,7 @@ def qwen2_moe(f: Fields, step: Step) -> Network:
     def block(t: Tape, x: Tensor) -> Tensor:
         together = gated_mlp(t, x, width, shared, "silu")
         routed = experts(t, x, width, inner, count, top, normalised)
-        gate = t.root(t.linear(x, width, 1, adapted=False))
+        gate = t.root(t.linear(x, width, 1))
         return t.add(routed, t.mul(gate, together))
 
     return _decoder(

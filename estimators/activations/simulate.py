@@ -4,7 +4,8 @@
 
 from typing import NamedTuple
 
-from estimators.activations.tape import Op, Tape, Tensor
+from estimators.activations.op import Op, Tensor
+from estimators.activations.tape import Tape
 
 #: What comes and goes, in order: ``(tensor or gradient, bytes)`` when it is allocated, ``(the same, 0)`` when it is
 #: freed, ``(None, bytes)`` for what an operation allocates and frees inside, ``(operation, bytes)`` for gradients of
@@ -73,6 +74,7 @@ def forward(tape: Tape, keeping: str = "saved", log: Log | None = None) -> Forwa
                 live -= made.pop(key)
                 if log is not None:
                     log.append((tensor, 0))
+    kept = {**kept, **{id(t): t for t in tape.outlives}}
     inner = sum(tensor.nbytes for key, tensor in kept.items() if key not in tape.boundary)
     return Forward(peak, inner, frozenset(kept.keys() & tape.boundary))
 

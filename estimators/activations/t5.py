@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Layer, Network, Step, loss
-from estimators.activations.tape import FP32, INT64, Tape, Tensor
+from estimators.activations.blocks import Layer, Network, Step
+from estimators.activations.head import loss
+from estimators.activations.op import FP32, INT64, Tensor
+from estimators.activations.tape import Tape
 from estimators.fields import Fields
 
 

@@ -9,102 +9,60 @@ torch.autograd's ``derivatives.yaml`` says; a tensor that several operations sav
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-FP32, INT64, BOOL = 4, 8, 1
+from estimators.activations.op import BOOL, INT64, Op, Tensor
+from estimators.activations.scope import Parameter, Scope
 
-
-class Tensor:
-    """A tensor without elements. ``requires`` says whether a gradient flows to it."""
-
-    __slots__ = ("item", "numel", "requires")
-
-    def __init__(self, numel: int, item: int, requires: bool = True) -> None:
-        self.numel = numel
-        self.item = item
-        self.requires = requires
-
-    @property
-    def nbytes(self) -> int:
-        return self.numel * self.item
-
-
-class Op:
-    """One operation: what it reads, makes and saves.
-
-    ``gradients`` are the bytes of parameter gradients that its backward makes, ``forward_tmp`` and ``backward_tmp``
-    what it allocates and frees inside. ``alias``: the gradient of the result is, without a copy, that of inputs of its
-    size, and with ``expands`` of larger ones too. ``products`` are what selective checkpointing keeps of it: the result
-    of a matrix product, and the statistics that fused attention makes beside it.
-    """
-
-    __slots__ = ("alias", "backward_tmp", "expands", "forward_tmp", "gradients", "ins", "out", "products", "saved")
-
-    def __init__(
-        self,
-        ins: Sequence[Tensor],
-        out: Tensor,
-        saved: Sequence[Tensor],
-        gradients: int,
-        forward_tmp: int,
-        backward_tmp: int,
-        alias: bool,
-        expands: bool,
-        products: Sequence[Tensor],
-    ) -> None:
-        self.ins = ins
-        self.out = out
-        self.saved = saved
-        self.gradients = gradients
-        self.forward_tmp = forward_tmp
-        self.backward_tmp = backward_tmp
-        self.alias = alias
-        self.expands = expands
-        self.products = products
-
-    @property
-    def made(self) -> Sequence[Tensor]:
-        """Tensors that come into being with it, besides its result: masks, indices, statistics, converted weights."""
-        read = {id(t) for t in self.ins}
-        return [t for t in (*self.saved, *self.products) if id(t) not in read and t is not self.out]
+if TYPE_CHECKING:
+    from estimators.activations.blocks import Step
 
 
 class Tape:
     """The operations of one segment of a model, from its input ``x`` to its output.
 
-    ``item`` is the bytes of one element of weights and activations; ``rank`` that of LoRA's adapters, 0 without:
-    with adapters the model's own weights do not train, and adapters are fp32 as PEFT makes them. On a ``cpu`` masks of
-    dropout have the input's dtype, and operands of another dtype are converted in a copy. ``mixed`` are the bytes of an
-    element of matrix products under torch.autocast, whose copies of weights are ``cached`` bytes; 0 without.
+    ``item`` is the bytes of one element of activations; ``scope`` the segment's parameters: their dtypes, which of them
+    train, and their adapters. On a ``cpu`` masks of dropout have the input's dtype, and operands of another dtype are
+    converted in a copy. ``mm`` are the bytes of an element of matrix products: under ``autocast`` another dtype's, and
+    its copies of weights that train are ``cached`` bytes.
     """
 
     __slots__ = (
+        "autocast",
         "cached",
         "cpu",
         "held",
         "input_gradients",
         "item",
+        "lora_dropout",
         "mm",
         "ops",
         "out",
-        "rank",
+        "outlives",
+        "scope",
         "shared",
         "shares",
         "trains",
         "x",
     )
 
-    def __init__(self, item: int, rank: int, x: Tensor, cpu: bool = False, mixed: int = 0) -> None:
-        self.cpu = cpu
-        self.mm = mixed or item
+    def __init__(self, step: Step, scope: Scope, x: Tensor) -> None:
+        self.cpu = step.cpu
+        self.item = step.item
+        self.autocast = bool(step.mixed)
+        self.mm = step.mixed or step.item
+        self.lora_dropout = step.lora_dropout
         self.cached = 0
         #: The words' embedding is told to require a gradient (enable_input_require_grads), trained or not.
         self.input_gradients = False
-        self.item = item
-        self.rank = rank
-        self.trains = not rank
+        self.scope = scope
+        #: Whether any parameter of the segment trains: said of operations whose parameters are not looked up.
+        self.trains = scope.trains
         self.ops: list[Op] = []
         #: Tensors that a variable of the forward pass keeps alive to its end, saved or not.
         self.held: list[Tensor] = []
+        #: Those of them that live until the backward pass is over.
+        self.outlives: list[Tensor] = []
         self.x = x
         self.out = x
         #: Tensors of earlier segments that this one may read, and those that it makes for later ones, by name.
@@ -185,15 +143,19 @@ class Tape:
             [a, b], large.numel, max(a.item, b.item), saves=saves, backward_tmp=tmp, forward_tmp=self._converted(a, b)
         )
 
+    def parameter(self, *shapes: tuple[int, ...]) -> Parameter:
+        """The next parameter of one of these shapes; where there is none, one as the others are."""
+        return self.scope.take(*shapes) or Parameter("", shapes[0], self.item, self.trains, "", None, self.trains)
+
     def weighted(self, x: Tensor, width: int, item: int | None = None) -> Tensor:
-        """``x`` times a trainable vector: saves ``x`` for the vector's gradient."""
-        train = self.trains
+        """``x`` times a vector: saves ``x`` for the vector's gradient."""
+        p = self.parameter((width,))
         return self.op(
             [x],
-            item=item or max(x.item, self.item),
-            saves=[x] if train else [],
-            gradients=width * self.item * train,
-            backward_tmp=x.nbytes * train,
+            item=item or max(x.item, p.item),
+            saves=[x] if p.trains else [],
+            gradients=width * p.item * p.trains,
+            backward_tmp=x.nbytes * p.trains,
         )
 
     def square(self, x: Tensor) -> Tensor:
@@ -218,41 +180,59 @@ class Tape:
 
     # Layers ----------------------------------------------------------------------------------------------------
 
-    def linear(self, x: Tensor, cols: int, rows: int, bias: bool = False, adapted: bool = True) -> Tensor:
-        """torch.nn.Linear(cols, rows), and its adapter where there is one."""
-        tokens = x.numel // cols
-        train = self.trains
-        copies = []
-        if self.mm != self.item:  # autocast: the input is cast for every layer, the weight once, until the forward ends
-            x = self.cast(x, self.mm)
-            copies = [self.tensor(cols * rows, self.mm)] if x.requires else []
-            self.cached += (cols + bias) * rows * self.mm
+    def linear(self, x: Tensor, cols: int, rows: int, bias: bool = False) -> Tensor:
+        """torch.nn.Linear(cols, rows), or what a quantised weight makes of it, and its adapter where there is one."""
+        tokens, given = x.numel // cols, x
+        p = self.parameter((rows, cols), (cols, rows))
+        if p.storage:
+            from estimators.activations.adapters import adapted, quantised
+
+            y = quantised(self, x, p, cols, rows)
+            return adapted(self, given, y, p, cols, rows) if p.adapter else y
+        copies: list[Tensor] = []
+        item, once = x.item, 0
+        if self.autocast:  # the input is cast for every layer, a weight that trains once, until the forward pass ends
+            x, item = self.cast(x, self.mm), self.mm
+            if p.item != self.mm:
+                copies = [self.tensor(cols * rows, self.mm)] if x.requires else []
+                if p.trains:
+                    self.cached += (cols + bias) * rows * self.mm
+                else:
+                    once = cols * rows * self.mm
+        elif p.item > x.item:
+            x, item = self.cast(x, p.item), p.item
         y = self.op(
             [x],
             tokens * rows,
-            self.mm,
+            item,
             product=True,
-            saves=[*([x] if train else []), *copies],
-            gradients=(cols * rows + bias * rows) * self.item * train,
-            backward_tmp=cols * rows * self.mm * bool(copies),
+            saves=[*([x] if p.trains else []), *copies],
+            gradients=cols * rows * p.trains * p.item + rows * self._trained_bias(p, bias),
+            forward_tmp=once,
+            backward_tmp=cols * rows * self.mm * (bool(copies) and p.trains),
         )
-        return self._adapter(x, y, tokens, cols, rows) if self.rank and adapted else y
+        if not p.adapter:
+            return y
+        from estimators.activations.adapters import adapted
 
-    def _adapter(self, x: Tensor, y: Tensor, tokens: int, cols: int, rows: int) -> Tensor:
-        """``y + B(A(x)) * scaling`` in the adapters' fp32, then back: PEFT's LoraLayer without dropout."""
-        inner = self.cast(x, FP32)
-        low = self.op([inner], tokens * self.rank, FP32, saves=[inner], gradients=cols * self.rank * FP32, product=True)
-        up = self.op([low], tokens * rows, FP32, saves=[low], gradients=rows * self.rank * FP32, product=True)
-        return self.cast(self.add(y, self.copy(up)), y.item)
+        return adapted(self, given, y, p, cols, rows)
+
+    def _trained_bias(self, p: Parameter, bias: bool) -> int:
+        """Bytes of one element of the bias's gradient. That of a head which shares the embedding's weight has a name of
+        its own, and is taken to train with the segment."""
+        if not bias:
+            return 0
+        return p.bias_item * p.bias_trains if p.bias_item else p.item * self.trains
 
     def embedding(self, tokens: int, rows: int, width: int, *, tied: bool = False) -> Tensor:
         """Rows of a table; the gradient is dense. A tied one is added to the head's, which exists by then."""
-        nbytes = rows * width * self.item * self.trains
-        source = Tensor(0, self.item, requires=self.trains)
+        p = self.parameter((rows, width))
+        nbytes = rows * width * p.item * p.trains
+        source = Tensor(0, p.item, requires=p.trains)
         ids = self.tensor(tokens, INT64)
         first = not self.ops
         out = self.op(
-            [source], tokens * width, self.item, saves=[ids], gradients=nbytes * (not tied), backward_tmp=nbytes * tied
+            [source], tokens * width, p.item, saves=[ids], gradients=nbytes * (not tied), backward_tmp=nbytes * tied
         )
         out.requires = out.requires or (first and self.input_gradients)
         return out

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from estimators.activations.blocks import Network, Step, alike, attention, layer_norm
-from estimators.activations.tape import Tape, Tensor
+from estimators.activations.op import Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import Heads
 from estimators.fields import Fields
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Layer, Network, Step, alike, attend, layer_norm, loss
-from estimators.activations.tape import INT64, Tape, Tensor
+from estimators.activations.blocks import Layer, Network, Step, alike, attend, layer_norm
+from estimators.activations.head import loss
+from estimators.activations.op import INT64, Tensor
+from estimators.activations.tape import Tape
 from estimators.families.parts import Heads
 from estimators.fields import Fields
 

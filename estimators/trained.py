@@ -1,0 +1,42 @@
+"""A model as a step trains it: the dtypes of its weights, which of them train, and adapters beside them."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from estimators.fields import InputError, shown
+from estimators.model import Model
+from estimators.training import Training, notes
+
+
+def as_trained(model: Model, training: Training, weights: str | None) -> Model:
+    """``weights``: the dtype of the model's own weights; None: its own, or bfloat16. Raises :class:`InputError`."""
+    model = model._replace(notes=(*model.notes, *notes(model.config, training)))
+    if weights:
+        model = model._replace(dtypes={name: weights for name, _ in model.shapes})
+    if training.lora:
+        from estimators.lora import with_adapters
+
+        return with_adapters(model, training.lora, training.quantised, training.adapters)
+    if training.frozen or training.train:
+        return _frozen(model, training)
+    return model
+
+
+def _frozen(model: Model, training: Training) -> Model:
+    """Patterns, separated by commas, are matched as a shell matches file names; one without ``*`` or ``?`` matches
+    every name that contains it."""
+    what = "frozen" if training.frozen else "train"
+    patterns = [p for p in (training.frozen or training.train).replace(",", " ").split() if p]
+    names = [name for name, _ in model.shapes]
+    matched: set[str] = set()
+    for pattern in patterns:
+        wild = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+        found = {name for name in names if fnmatchcase(name, wild)}
+        if not found:
+            raise InputError(f"{what}={shown(pattern)} matches no parameter; names are like {', '.join(names[:4])}")
+        matched |= found
+    frozen = model.frozen | (matched if what == "frozen" else set(names) - matched)
+    if len(frozen) == len(names):
+        raise InputError(f"{what}={shown(training.frozen or training.train)} leaves nothing to train")
+    return model._replace(frozen=frozenset(frozen))
