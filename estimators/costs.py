@@ -3,24 +3,23 @@
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
 # takes a millisecond per class, and the calculator has to answer at once.
 
-from collections.abc import Mapping, Sequence
-from math import prod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from estimators.fields import InputError, shown
 from estimators.hardware import capacity
 from estimators.held import SHARDS_ALSO, rows_of, step_temporaries
 from estimators.model import Model, resolve
+from estimators.result import Column, Estimate
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
 from estimators.step_rows import run
 from estimators.trained import as_trained
-from estimators.training import BUCKET, MORE, Training
+from estimators.training import BUCKET, Training
 from estimators.units import dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from estimators.activations import Activations
     from memopt.keywords import SpecKeywords
     from memopt.spec import OptimSpec
 
@@ -29,126 +28,6 @@ __all__ = ["GPU", "HOST", "PAGEABLE", "PHASES", "Column", "Estimate", "Peak", "R
 #: What an estimate without activations does not contain.
 WITHOUT = ("temporaries of the step", "CUDA context", "allocator rounding")
 _MAX_WORLD_SIZE = 10**6
-
-
-class Column:
-    """The estimate for one spec. ``low`` and ``high`` are the peak's GPU bytes at the bounds of its rows; ``options``
-    is what its placement was told, ``hyper`` the hyperparameters that were given."""
-
-    __slots__ = ("high", "hyper", "low", "options", "peak", "rows", "spec")
-
-    def __init__(
-        self,
-        spec: str,
-        rows: Sequence[Row],
-        options: "Mapping[str, Any] | None" = None,
-        hyper: "Mapping[str, Any] | None" = None,
-    ) -> None:
-        self.spec = spec
-        self.rows = tuple(rows)
-        self.options, self.hyper = dict(options or {}), dict(hyper or {})
-        self.peak = peak(spec, self.rows)
-        self.low = peak(spec, self.rows, "low").nbytes
-        self.high = peak(spec, self.rows, "high").nbytes
-
-    def nbytes(self, what: str, tier: str | None = None) -> int:
-        """Bytes of the rows of one kind, of one tier or of all, in the phase that has most of them."""
-        chosen = [r for r in self.rows if r.what == what and tier in (None, r.tier)]
-        return max(sum(r.nbytes for r in chosen if phase in r.phases) for phase in PHASES)
-
-    def at_peak(self, what: str) -> int:
-        """GPU bytes of one kind in the phase of the peak: over all kinds they add up to it."""
-        return sum(r.nbytes for r in self.rows if r.what == what and r.tier == GPU and self.peak.phase in r.phases)
-
-    def over(self, gpu: int) -> int:
-        """Bytes by which the peak exceeds a card's memory; 0 where it fits."""
-        return max(0, self.peak.nbytes - gpu)
-
-    def paged_out(self, gpu: int) -> int:
-        """Pageable bytes that have to be on the host at the peak."""
-        return min(self.peak.pageable, max(0, self.peak.nbytes + self.peak.pageable - gpu))
-
-
-class Estimate:
-    """What a model costs with each of some specs.
-
-    ``columns`` are the estimates by spec, ``rows`` all their rows; ``peak`` is the lowest peak among them (that of
-    the spec, if there is one) and names its spec. ``fits`` is None without a card, else whether some spec fits.
-    ``gpu`` is the card's memory in bytes, or None. ``training`` is the step, ``activations`` what the model's formula
-    says of it or None, ``without`` what the figures do not contain.
-    """
-
-    __slots__ = (
-        "activations",
-        "columns",
-        "gpu",
-        "gradients",
-        "model",
-        "parameters",
-        "trainable",
-        "training",
-        "weights",
-        "without",
-        "world_size",
-    )
-
-    def __init__(
-        self,
-        model: Model,
-        columns: Sequence[Column],
-        gpu: int | None,
-        weights: str,
-        gradients: str,
-        world_size: int,
-        training: Training,
-        activations: "Activations | None",
-        without: tuple[str, ...],
-    ) -> None:
-        self.model = model
-        self.columns = tuple(columns)
-        self.gpu = gpu
-        self.weights = weights
-        self.gradients = gradients
-        self.world_size = world_size
-        self.training = training
-        self.activations = activations
-        self.without = without
-        self.parameters = sum(prod(shape) for _, shape in model.shapes)
-        self.trainable = sum(prod(shape) for name, shape in model.shapes if name not in model.frozen)
-
-    @property
-    def rows(self) -> tuple[Row, ...]:
-        return tuple(row for column in self.columns for row in column.rows)
-
-    @property
-    def peak(self) -> Peak:
-        return min((column.peak for column in self.columns), key=lambda p: p.nbytes)
-
-    @property
-    def fits(self) -> bool | None:
-        gpu = self.gpu
-        return None if gpu is None else any(not column.over(gpu) for column in self.columns)
-
-    def __getitem__(self, spec: str) -> Column:
-        for column in self.columns:
-            if column.spec == spec:
-                return column
-        raise KeyError(f"{spec!r} was not estimated; the specs are {', '.join(c.spec for c in self.columns)}")
-
-    def to_json(self) -> dict[str, Any]:
-        """The documented JSON form (docs/estimates.md)."""
-        from estimators.report import as_json
-
-        return as_json(self)
-
-    def __str__(self) -> str:
-        from estimators.report import as_text
-
-        return as_text(self)
-
-    def __repr__(self) -> str:
-        specs = ", ".join(c.spec for c in self.columns)
-        return f"Estimate({self.model.name!r}, {self.parameters:,} parameters, {specs})"
 
 
 def estimate(
@@ -171,6 +50,20 @@ def estimate(
     deepspeed: bool = False,
     bucket: int = BUCKET,
     mixed: str = "",
+    lora_targets: str = "all-linear",
+    lora_dtype: str = "fp32",
+    lora_dropout: float = 0.0,
+    lora_kind: str = "lora",
+    modules_to_save: str = "",
+    kbit_prepare: str = "",
+    loss: str = "full",
+    outputs: str = "dropped",
+    frozen: str = "",
+    train: str = "",
+    offload_activations: bool = False,
+    offload_params: bool = False,
+    compile: bool = False,
+    float8: bool = False,
     **fields: "Unpack[SpecKeywords]",
 ) -> Estimate:
     """What one rank needs to train ``model`` with one spec or with each of several; does not import torch.
@@ -188,8 +81,9 @@ def estimate(
         seq: Tokens in a sequence; 0 counts weights, gradients and state only, no activations.
         checkpointing: Activation checkpointing: ``"none"``, ``"full"``, ``"selective"`` or ``"every-K"`` blocks.
         attention: ``"sdpa"``, ``"flash"`` or ``"eager"``.
-        lora: Rank of adapters on all linear layers; 0 trains the model itself.
-        quantised: Storage of the adapted weights, ``"nf4"`` or ``"nf4-double"``; ``""`` keeps their dtype.
+        lora: Rank of adapters, PEFT's LoRA; 0 trains the model itself.
+        quantised: Storage of the linear layers' weights under adapters, ``"nf4"``, ``"nf4-double"``, ``"int8"`` or
+            ``"gptq"``; ``""`` keeps their dtype.
         accumulate: Micro-batches in one step.
         device: ``"cuda"`` or ``"cpu"``.
         release_gradients: Whether :meth:`memopt.Optimizer.release_gradients` steps in ``backward()``.
@@ -197,6 +91,24 @@ def estimate(
         bucket: Its buckets, in elements.
         mixed: ``"bf16"`` or ``"fp16"``: weights in fp32 and products in this dtype, by FSDP2's policy under ``/zero2``
             and ``/zero3``, else by torch.autocast.
+        lora_targets: ``"all-linear"``, ``"attention"``, ``"default"`` (PEFT's for the family) or names of layers,
+            separated by commas.
+        lora_dtype: The adapters' dtype; PEFT makes them fp32 unless told otherwise.
+        lora_dropout: Probability of dropout before each adapter.
+        lora_kind: ``"lora"``, ``"rslora"`` (the same bytes) or ``"dora"``.
+        modules_to_save: Names of modules of which PEFT trains a copy, separated by commas.
+        kbit_prepare: ``"yes"`` or ``"no"``: whether PEFT's ``prepare_model_for_kbit_training`` was called; default
+            yes for bitsandbytes' 4 and 8 bits.
+        loss: ``"full"`` logits, ``"chunked"`` (TRL's, cut cross entropy) or ``"fused"`` (Liger's).
+        outputs: ``"dropped"``, as Trainer does, or ``"kept"``: the model's output, logits included, lives until the
+            backward pass is over. The upper bound always allows for it.
+        frozen: Patterns of names of parameters that do not train, separated by commas.
+        train: Patterns of those that do; the others do not.
+        offload_activations: What layers save goes to pinned host memory.
+        offload_params: Weights, gradients and state live on the host (FSDP2's CPUOffloadPolicy, DeepSpeed's
+            offload_param).
+        compile: torch.compile of the model: figures are those of eager mode, and no verdict.
+        float8: torchao's float8 training of linear layers.
         fields: Hyperparameters, placement options and fields of :class:`memopt.OptimSpec`, as of :func:`memopt.create`.
 
     Returns:
@@ -217,7 +129,6 @@ def estimate(
     if isinstance(gpu, bool) or (isinstance(gpu, int) and gpu < 1):
         raise InputError(f"gpu={shown(gpu)} is not allowed; it is a card's name, a size such as '24GiB' or bytes >= 1")
     training = Training(
-        **{name: fields.pop(name, value) for name, value in MORE.items()},
         batch=batch,
         seq=seq,
         checkpointing=checkpointing,
@@ -230,6 +141,20 @@ def estimate(
         deepspeed=deepspeed,
         bucket=bucket,
         mixed=mixed,
+        lora_targets=lora_targets,
+        lora_dtype=lora_dtype,
+        lora_dropout=lora_dropout,
+        lora_kind=lora_kind,
+        modules_to_save=modules_to_save,
+        kbit_prepare=kbit_prepare,
+        loss=loss,
+        outputs=outputs,
+        frozen=frozen,
+        train=train,
+        offload_activations=offload_activations,
+        offload_params=offload_params,
+        compile=compile,
+        float8=float8,
     ).checked()
     specs = _parsed(spec, dict(fields))
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)

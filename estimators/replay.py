@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from estimators.activations.compose import KEEPING
-from estimators.activations.simulate import RERUN, Log, again, backward, forward
 from estimators.activations.op import Op
+from estimators.activations.simulate import RERUN, Log, again, backward, forward
 from estimators.allocator import DEFAULT, Allocator, Block, Settings
 
 if TYPE_CHECKING:

@@ -163,6 +163,83 @@ class Training(NamedTuple):
         )
 
 
+_CHOICES.items():
+            if getattr(self, name) not in allowed:
+                listed = allowed if len(allowed) < 9 else (*allowed[:4], "…", *allowed[-2:])
+                raise InputError(
+                    f"{name}={shown(getattr(self, name))} is not allowed; it is one of "
+                    f"{', '.join(filter(None, listed))}"
+                )
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is true or false")
+        for name in ("lora_targets", "modules_to_save", "frozen", "train"):
+            if not isinstance(getattr(self, name), str):
+                raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is text: names, with commas")
+        p = self.lora_dropout
+        if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
+            raise InputError(f"lora_dropout={shown(p)} is not allowed; it is a number from 0 up to 1")
+        for refused, sentence in self._contradictions():
+            if refused:
+                raise InputError(sentence)
+        return self
+
+    def _contradictions(self) -> "tuple[tuple[bool, str], ...]":
+        t, plain = self, Training()
+        of_lora = [n for n in _OF_LORA if getattr(t, n) != getattr(plain, n)]
+        given = t.batch, t.checkpointing, t.accumulate, t.attention, t.loss, t.outputs, t.offload_activations
+        return (
+            (
+                bool(t.quantised and not t.lora),
+                f"quantised={t.quantised!r} needs adapters: 4-bit weights do not train (lora=16)",
+            ),
+            (
+                bool(of_lora and not t.lora),
+                f"{of_lora[0] if of_lora else ''} says how adapters are made, and there are none (lora=16)",
+            ),
+            (
+                bool(t.kbit_prepare and not t.quantised),
+                f"kbit_prepare={t.kbit_prepare!r} is for quantised weights, and quantised is not given",
+            ),
+            (
+                t.kbit_prepare == "yes" and t.quantised not in KBIT,
+                f"kbit_prepare='yes' changes nothing with {t.quantised}: PEFT leaves its other weights as they are",
+            ),
+            (
+                t.release_gradients and t.accumulate > 1,
+                f"release_gradients does not go with accumulate={t.accumulate}: a gradient that was "
+                "freed cannot be added to",
+            ),
+            (
+                t.bucket != BUCKET and not t.deepspeed,
+                f"bucket={t.bucket} is DeepSpeed's, and deepspeed is not asked for",
+            ),
+            (
+                bool(t.mixed and t.deepspeed),
+                f"mixed={t.mixed!r} does not go with deepspeed, which computes in the weights' dtype",
+            ),
+            (
+                t.deepspeed and t.release_gradients,
+                "release_gradients does not go with deepspeed, which reduces gradients by buckets",
+            ),
+            (bool(t.frozen and t.train), "frozen and train are two ways to say the same; give one of them"),
+            (
+                bool(t.lora and (t.frozen or t.train)),
+                "frozen and train do not go with lora, which freezes all weights; lora_targets and modules_to_save "
+                "say what trains",
+            ),
+            (
+                t.float8 and bool(t.lora),
+                "float8 does not go with lora: torchao converts torch.nn.Linear layers that train",
+            ),
+            (
+                not t.seq and given != (1, "none", 1, "sdpa", "full", "dropped", False),
+                "batch, checkpointing, accumulate, attention, loss, outputs and offload_activations have an effect on "
+                "activations, which need seq: tokens per sequence",
+            ),
+        )
+
+
 #: What :func:`estimators.estimate` takes beside its own keywords, with defaults.
 MORE = {name: Training._field_defaults[name] for name in Training._fields[12:]}
 
