@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from memopt.engines import Engine
 from memopt.geometry import Rows
 from memopt.groups import check_group
+from memopt.integrity import Integrity
 from memopt.ledger import Ledger, Line, dtype_name
 from memopt.partitions import Partition
 from memopt.partitions.flat import check_replaced
@@ -35,6 +37,7 @@ class Keeper(torch.optim.Optimizer):
     """State as ``spec`` says, made, priced, saved and loaded; :class:`memopt.Optimizer` adds the step."""
 
     spec: OptimSpec
+    integrity: Integrity
     rule: Rule
     engine: Engine
     partition: Partition
@@ -49,8 +52,24 @@ class Keeper(torch.optim.Optimizer):
     unfinished: Work | None = None
 
     def _check_finished(self) -> None:
+        """Raise RuntimeError where a change of the state was interrupted, so that nobody takes it for whole."""
+        self.integrity.check()
         if self.unfinished is not None:
             raise RuntimeError(str(self.unfinished))
+
+    @contextmanager
+    def _restoring(self, what: str) -> Iterator[None]:
+        """Around what writes the state of every parameter, whatever has become of the state that is there."""
+        whole = self.integrity.torn is None and self.unfinished is None
+        with self.integrity.changing(what, restores=True):
+            if not whole:
+                self.homes.abandon()
+                self.partition.abandon()
+                if self.unfinished is not None:
+                    self.unfinished.homes.replaced_by(self.homes)
+                    self.unfinished = None
+                self.state.clear()
+            yield
 
     @abstractmethod
     def settle(self) -> None:
@@ -88,13 +107,27 @@ class Keeper(torch.optim.Optimizer):
 
     # State -----------------------------------------------------------------------------------------------------
 
-    def init_state(self) -> None:
-        """Allocate the state of every parameter that requires a gradient; zeros, as before the first step."""
-        self._check_finished()
+    def init_state(self, *, anew: bool = False) -> None:
+        """Allocate the state of every parameter that requires a gradient and has none; zeros, as before the first step.
+
+        Args:
+            anew: forget the state that is there, too, and begin again: moments are zero and no step has been taken.
+                Ends the refusals that follow a step, a load or a conversion which stopped in the middle.
+        """
+        if not anew:
+            self._check_finished()
         check_replaced(self)
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
-        self._allocate_missing([entry for entry in self._parameters() if entry[1].requires_grad])
-        self._take_place()
+        wanted = [entry for entry in self._parameters() if entry[1].requires_grad]
+        if not anew:
+            self._allocate_missing(wanted)
+            self._take_place()
+            return
+        with self._restoring("init_state(anew=True)"):
+            self.state.clear()
+            for entry in wanted:
+                self._allocate(*entry, fresh=True)
+            self._take_place()
 
     def _allocate_missing(self, parameters: Iterable[tuple[str, Tensor, dict[str, Any]]]) -> None:
         """State for those that have none; all of it or, where there is no room, none."""
@@ -140,8 +173,17 @@ class Keeper(torch.optim.Optimizer):
             )
 
     def _commit(self) -> None:
-        if self.homes.elsewhere:
-            self.homes.commit({name: self.state[p] for name, p, _ in self._parameters() if self.state.get(p)})
+        if not self.homes.elsewhere:
+            return
+        states = {name: self.state[p] for name, p, _ in self._parameters() if self.state.get(p)}
+        failed: OSError | None = None
+        with self.integrity.changing("the commit of a step"):
+            try:
+                self.homes.commit(states)
+            except OSError as error:  # in this process the state is whole, and the next commit may succeed
+                failed = error
+        if failed is not None:
+            raise failed
 
     def close(self) -> None:
         """Give back what other optimizers may want: the directory of ``@disk``, threads. State can still be read."""
@@ -186,6 +228,7 @@ class Keeper(torch.optim.Optimizer):
         from memopt.partitions import as_dtensors
 
         as_dtensors.refuse_helpers(self)
+        self._check_finished()
         self.settle()
         with self.partition.shown(self):
             packed = super().state_dict()
@@ -215,11 +258,25 @@ class Keeper(torch.optim.Optimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         check_replaced(self)
-        self._check_finished()
         with self.partition.shown(self):
-            self._load(plan_load(self, state_dict))
+            plan = plan_load(self, state_dict)
+            self._refuse_own(plan)
+            with self._restoring("load_state_dict()"):
+                self._load(plan)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _refuse_own(self, plan: LoadPlan) -> None:
+        """Raise ValueError for a dictionary whose tensors are the state itself where that was interrupted."""
+        if self.integrity.torn is None:
+            return
+        own = {t.data_ptr() for state in self.state.values() for t in state.values() if t.numel()}
+        for (name, _, _), saved in plan.states:
+            if any(isinstance(t, Tensor) and t.numel() and t.data_ptr() in own for t in saved.values()):
+                raise ValueError(
+                    f"{name}: the state_dict holds the optimizer's own tensors, as state_dict() returns them, and they "
+                    f"are what {self.integrity.torn.split(':')[0]} left; load a copy or a checkpoint"
+                )
 
     def _load(self, plan: LoadPlan) -> None:
         for (name, p, group), saved in plan.states:
@@ -235,6 +292,7 @@ class Keeper(torch.optim.Optimizer):
         self._take_place()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._check_finished()
         if self.process_group is not None:
             raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
         if self.partition.is_flattened:

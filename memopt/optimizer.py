@@ -15,6 +15,7 @@ from memopt.engines.work import Work
 from memopt.gradients import POLICIES, check_gradient, non_finite
 from memopt.groups import named_groups
 from memopt.hyper import SpecError
+from memopt.integrity import Integrity
 from memopt.keeper import Keeper
 from memopt.partitions import PARTITIONS
 from memopt.partitions.flat import check_replaced
@@ -78,6 +79,7 @@ class Optimizer(Keeper):
         self.homes.expect(lambda: {name: self._lines(name, p, group)[1:] for name, p, group in self._parameters()})
 
     def _configure(self, process_group: Any = None) -> None:
+        self.integrity = Integrity()
         self.rule = RULES[self.spec.rule]
         self.engine = ENGINES[self.spec.engine]
         self.engine.require()
@@ -103,6 +105,8 @@ class Optimizer(Keeper):
                 "backward(), before it has unscaled them, and this backward pass has stepped them "
                 "with scaled gradients. Train in bfloat16, which needs no scaler"
             )
+        if self.integrity.marks:
+            self.integrity.check()
         if self._plan is not None and self._plan.refresh(self):  # the tensors of the last step, with new gradients
             if self.nonfinite == "propagate" or not self._stopped_by(self._plan.non_finite()):
                 self._plan.step(self.seed)
@@ -144,16 +148,17 @@ class Optimizer(Keeper):
         self._check_finished()
         self.homes.check()
         self._allocate_missing([entry[1:] for entry in ready])
-        works = [self._work(*entry, g) for entry, g in zip(ready, gradients, strict=True)]
         parameters = [p for _, _, p, _ in ready]
 
         def run(some: Sequence[Work]) -> None:
             self.engine.step(self.spec, some, self.partition, self.seed)
 
-        for first, stop in self.partition.buckets(parameters):  # one travels while the next is stepped
-            self.homes.step(self.partition.gather(works[first:stop]), run)
-            self.partition.publish(parameters[first:stop])
-        self.partition.finish()
+        with self.integrity.changing("a step"):  # whatever can be refused has been refused before
+            works = [self._work(*entry, g) for entry, g in zip(ready, gradients, strict=True)]
+            for first, stop in self.partition.buckets(parameters):  # one travels while the next is stepped
+                self.homes.step(self.partition.gather(works[first:stop]), run)
+                self.partition.publish(parameters[first:stop])
+            self.partition.finish()
         return works
 
     def _local_gradient(self, name: str, p: Tensor) -> Tensor:
@@ -183,7 +188,6 @@ class Optimizer(Keeper):
 
     def settle(self) -> None:
         """Take note of what became of the last step, where kernels run beside the host."""
-        self._check_finished()
         if self._plan is not None:
             self._plan.settle()
 
@@ -232,6 +236,7 @@ class Optimizer(Keeper):
                 "capturable=True steps all parameters at once, in opt.step(); released gradients step "
                 "one by one inside backward(); use one of them"
             )
+        self._check_finished()
         self.settle()
         if self.release is not None:
             self.release.remove()

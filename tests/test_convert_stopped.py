@@ -143,7 +143,6 @@ def test_nothing_is_done_with_half_of_a_rule(monkeypatch, tmp_path):
         opt.step,
         opt.state_dict,
         opt.explain,
-        lambda: opt.load_state_dict(saved),
         lambda: opt.convert_("lamb"),
         lambda: opt.convert_("lion", lr=1.0),
         lambda: memopt.save(tmp_path, optimizer=opt),
@@ -154,6 +153,11 @@ def test_nothing_is_done_with_half_of_a_rule(monkeypatch, tmp_path):
     ):
         with pytest.raises(RuntimeError, match=r"the others as 'adamw', which is no optimizer: the same call"):
             refused()
+    old = memopt.create(model, "adamw")
+    old.load_state_dict(saved)
+    opt.load_state_dict(old.state_dict())  # gives the conversion up
+    assert opt.unfinished is None
+    assert all(same(state, old.state[p]) for p, state in opt.state.items())
     opt.convert_("lion")
     train(model, opt, 1, 1)
 

@@ -46,6 +46,7 @@ class Work:
     report: Conversion
     ranks: Ranks | None
     done: int = 0
+    between: bool = False  # whether what the optimizer has is neither of the old spec nor of a new one
 
     def __str__(self) -> str:
         """For whoever wants something else of the optimizer while it is unfinished."""
@@ -53,7 +54,7 @@ class Work:
         return (
             f"{self.done} of {self.done + len(self.todo)} parameters are as {new!r} keeps them and the others as "
             f"{old!r}, which is no optimizer: the same call, opt.convert_({new!r}, ...), goes on with the rest; "
-            "nothing else can be done before"
+            "until then nothing else can be done but to load a checkpoint"
         )
 
 
@@ -89,14 +90,23 @@ def _one_by_one(optimizer: Optimizer, work: Work) -> None:
     """Each parameter's new state replaces its old one before the next is made."""
     old, new, todo, done = work.old, work.new, work.todo, []
     try:
-        for p, here, there in todo:
-            _replace(optimizer.state[p], _made(optimizer, work, (p, here, there)))
-            done.append(here.name)
+        for entry in todo:
+            state = _made(optimizer, work, entry)
+            work.between = True
+            _replace(optimizer.state[entry[0]], state)
+            done.append(entry[1].name)
+            work.between = False
     except BaseException as error:
-        stopped = todo[len(done)]
-        optimizer.spec = mixture(old, new, done, [name for name, _, _ in optimizer._parameters()])
-        now = optimizer.partition
-        move(optimizer, Homes(optimizer.spec, now.rank, now.world_size, optimizer.homes, stopped[2].homes))
+        if work.between or not todo:
+            raise
+        work.between = True
+        stopped = todo[min(len(done), len(todo) - 1)]
+        _put_back(optimizer, stopped)
+        now, mixed = optimizer.partition, mixture(old, new, done, [name for name, _, _ in optimizer._parameters()])
+        homes = Homes(mixed, now.rank, now.world_size, optimizer.homes, stopped[2].homes)
+        optimizer.spec = mixed
+        move(optimizer, homes)
+        work.between = False
         what = f"{len(done)} of {len(todo)} parameters are as {str(new)!r} keeps them and the others as {str(old)!r}"
         _say(error, stopped[1].name, f"{what}: the overrides of the spec say so, and training can go on")
         raise
@@ -111,15 +121,19 @@ def _one_by_one_or_unfinished(optimizer: Optimizer, work: Work) -> None:
             state = _made(optimizer, work, work.todo[0])
             if here.spec.for_parameter(here.name)[1] == there.spec.for_parameter(there.name)[1]:
                 _share(optimizer.state[p], state)
+            work.between = True
             _replace(optimizer.state[p], state)
             del work.todo[0]
             work.done += 1
+            work.between = False
     except BaseException as error:
+        if work.between:
+            raise
         if not work.done:
             _say(error, work.todo[0][1].name, f"Nothing was changed, it is still {str(optimizer.spec)!r}")
             raise
         optimizer.unfinished = work
-        _say(error, work.todo[0][1].name, str(work))
+        _say(error, work.todo[0][1].name if work.todo else "its end", str(work))
         raise
 
 
@@ -133,20 +147,27 @@ def _all_or_none(optimizer: Optimizer, work: Work) -> None:
             if here.spec.for_parameter(here.name)[1] == there.spec.for_parameter(there.name)[1] == "device":
                 _share(optimizer.state[p], state)
             made.append((p, state))
+        work.between = True
+        for p, state in made:
+            _replace(optimizer.state[p], state)
+        work.between = False
     except BaseException as error:
-        for entry in work.todo[: len(made)]:
+        if work.between or not work.todo:
+            raise
+        work.between = True
+        for entry in work.todo[: len(made) + 1]:
             _put_back(optimizer, entry)
-        _say(error, work.todo[len(made)][1].name, f"Nothing was changed, it is still {str(optimizer.spec)!r}")
+        work.between = False
+        stopped = work.todo[min(len(made), len(work.todo) - 1)][1].name
+        _say(error, stopped, f"Nothing was changed, it is still {str(optimizer.spec)!r}")
         raise
-    for p, state in made:
-        _replace(optimizer.state[p], state)
 
 
 def _put_back(optimizer: Optimizer, entry: tuple[Tensor, Slot, Slot]) -> None:
     """A home that knows parameters by name, and has made room for the new state, gets the old state again."""
     p, here, there = entry
     home = here.homes.of(here.name)
-    if type(home) is not Home and home is there.homes.of(there.name):
+    if home is there.homes.of(there.name) and not home.holds(here.name, optimizer.state[p]):
         room = here.allocate()
         for key, tensor in optimizer.state[p].items():
             room[key].copy_(tensor)
@@ -163,15 +184,10 @@ def _made(optimizer: Optimizer, work: Work, entry: tuple[Tensor, Slot, Slot]) ->
         fill_slot(there, state, record, (here.spec, here.h), work.fill, report)
     except BaseException as failure:
         error = failure
-    try:
-        if work.ranks is not None:
-            work.ranks.agree(error)
-        elif error is not None:
-            raise error
-    except BaseException:
-        if state is not None:
-            _put_back(optimizer, entry)
-        raise
+    if work.ranks is not None:
+        work.ranks.agree(error)
+    elif error is not None:
+        raise error
     assert state is not None
     work.report.add(report)
     return state

@@ -110,6 +110,7 @@ def spec_json(spec: OptimSpec) -> dict[str, Any]:
 
 def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
     """Everything about the optimizer that is not a tensor."""
+    optimizer._check_finished()
     check_rows(optimizer)
     optimizer.settle()
     parameters = {}

@@ -64,6 +64,7 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
 
     See :meth:`memopt.Optimizer.convert_`.
     """
+    optimizer.integrity.check()
     old = optimizer.spec
     new = target_spec(old, spec, fields)
     given = dict(spec_fields(fields).get("hyper", {}))
@@ -72,15 +73,27 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
         work = _planned(optimizer, new, given, dict(fill or {}))
     elif (new, given, dict(fill or {})) != (work.new, work.given, work.fill):
         raise RuntimeError(str(work))
-    optimizer.unfinished = None
-    try:
-        change_of(work)(optimizer, work)
-    except BaseException:
-        if optimizer.unfinished is None:
-            work.homes.replaced_by(optimizer.homes)
-        raise
-    _commit(optimizer, work)
-    move(optimizer, work.homes)
+    stopped: BaseException | None = None
+    with optimizer.integrity.changing("convert_"):
+        optimizer.unfinished = None
+        try:
+            change_of(work)(optimizer, work)
+        except BaseException as error:
+            if optimizer.unfinished is None:
+                work.homes.replaced_by(optimizer.homes)
+            if work.between:
+                raise
+            stopped = error
+        else:
+            try:
+                _commit(optimizer, work)
+                move(optimizer, work.homes)
+            except BaseException:
+                _commit(optimizer, work)  # one spec, whose state is then made anew or loaded
+                optimizer.homes = work.homes
+                raise
+    if stopped is not None:
+        raise stopped
     if work.every:
         sum_over_ranks(work.report, work.partition, work.every[0].device)
     return work.report

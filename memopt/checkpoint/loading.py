@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,19 +105,39 @@ def load(
     assert checkpoint is not None
     loaded = Loaded(checkpoint.path, checkpoint.step, extra=checkpoint.extra)
     try:
-        for apply in plans:
-            apply()
-        if state is not None:
-            loaded.conversion = state.apply()
-        if scheduler is not None:
-            scheduler.load_state_dict(saved)
-        if generators:
-            random_state.set_(generators)
-        elif rng:
-            loaded.notes.append(f"no random state of rank {ranks.rank} was saved; the generators stay as they are")
+        with _changing(optimizer, checkpoint.path):
+            for apply in plans:
+                apply()
+            if state is not None:
+                loaded.conversion = state.apply()
+            if scheduler is not None:
+                scheduler.load_state_dict(saved)
+            if generators:
+                random_state.set_(generators)
+            elif rng:
+                loaded.notes.append(f"no random state of rank {ranks.rank} was saved; the generators stay as they are")
     finally:
         checkpoint.close()
     return loaded
+
+
+@contextmanager
+def _changing(optimizer: Optimizer | None, path: Path) -> Iterator[None]:
+    """Around all that is changed by loading, which has been checked. What stops in the middle is refused by the
+    optimizer from then on; where there is none, a warning is all that can be left."""
+    if optimizer is not None:
+        with optimizer._restoring("memopt.load"):
+            yield
+        return
+    try:
+        yield
+    except BaseException:
+        warnings.warn(
+            f"loading {path} stopped in the middle: what was to be loaded is partly as it was and partly as in the "
+            "checkpoint; load again",
+            stacklevel=5,
+        )
+        raise
 
 
 def _load_foreign(
@@ -129,7 +151,8 @@ def _load_foreign(
         source, where = read_path(Path(path), rule), Path(path)
     plan = Plan(optimizer, source, hyper, fill)
     step = int(max((record.step for record in source.records.values()), default=0))
-    return Loaded(where, step, plan.apply())
+    with optimizer._restoring("memopt.load"):
+        return Loaded(where, step, plan.apply())
 
 
 def _scheduler(checkpoint: Checkpoint) -> Any:

@@ -145,6 +145,9 @@ class Partition(ABC):
     def finish(self) -> None:  # noqa: B027
         """Wait until all that was published is there."""
 
+    def abandon(self) -> None:  # noqa: B027
+        """Forget what was published and has not arrived: the step that did so was interrupted."""
+
 
 def sum_over(x: Tensor, groups: Groups) -> Tensor:
     """The sum of ``x`` over the ranks of these groups, one group after the other; ``x`` itself where there are none."""

@@ -61,6 +61,9 @@ class Zero1(Partition):
         while self._travelling:
             self._travelling.pop(0).arrive()
 
+    def abandon(self) -> None:
+        self._travelling.clear()
+
 
 def buckets(nbytes: Sequence[int], kinds: Sequence[Any]) -> list[tuple[int, int]]:
     """Ranges of parameters of one kind (dtype, device) and of at most ``BUCKET_NBYTES``, or of one parameter.

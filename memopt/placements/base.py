@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from memopt.ledger import Line
@@ -66,6 +67,10 @@ class Home:
 
         return {line.key: torch.zeros(line.shape, dtype=getattr(torch, line.dtype), device=device) for line in lines}
 
+    def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
+        """Whether these tensors are what this home knows as the state of the parameter, if it knows parameters."""
+        return True
+
     def survivor(self, name: str, lines: Sequence[Line]) -> Survivor | None:
         """The state of this parameter that an earlier process left, once."""
         return None
@@ -99,6 +104,11 @@ class Home:
 
     def settle(self) -> None:
         """Wait for all that :meth:`aside` began; raise the first error there was."""
+
+    def abandon(self) -> None:
+        """A step was interrupted, and its state is about to be replaced: wait until nothing of it is under way."""
+        with suppress(Exception):  # what it met is no matter any more
+            self.settle()
 
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Everything that is to survive now: parameter -> state."""

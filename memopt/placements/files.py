@@ -57,7 +57,6 @@ class Files(Streamed):
         self._bus: Bus | None = None
         self._where = "cpu"
         self._threads = Threads(WORKERS)
-        self._broken = ""
         self.kept: set[str] = set()  # parameters whose mapped state is to stay in memory
         self._written: list[tuple[Entry, Part, int]] = []
         closing = [self._threads, self.directory or self.arena]
@@ -70,6 +69,11 @@ class Files(Streamed):
         self._retire(name)  # not before there is room for the other
         self.entries[name] = entry
         return entry.tensors()
+
+    def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
+        entry = self.entries.get(name)
+        known = entry.tensors() if entry is not None else {}
+        return all(key in state and state[key].data_ptr() == t.data_ptr() for key, t in known.items() if t.numel())
 
     def survivor(self, name: str, lines: Sequence[Line]) -> Survivor | None:
         if self.directory is None or name not in self.directory.pending:
@@ -102,23 +106,13 @@ class Files(Streamed):
     # The step --------------------------------------------------------------------------------------------------
 
     def check(self) -> None:
-        if self._broken:
-            raise RuntimeError(self._broken)
         self.arena.check()
         if self.directory:
             self.directory.check()
 
     def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
         self._written = []
-        try:
-            super().step(works, run, held)
-        except BaseException as error:
-            self._broken = (
-                f"disk: the last step stopped in the middle ({error}), so parameters are between two steps"
-                + (f". The state in {self.directory.path} is that of the step before" if self.directory else "")
-                + ". Load a checkpoint to go on"
-            )
-            raise
+        super().step(works, run, held)
         sums: dict[Entry, dict[str, list[Sum]]] = {}
         for entry, part, crc in self._written:
             sums.setdefault(entry, {}).setdefault(part.key, []).append((part.offset, part.nbytes, crc))
@@ -130,6 +124,11 @@ class Files(Streamed):
         for name, entry in self.entries.items():
             if name not in self.kept:
                 entry.unmap()
+
+    def abandon(self) -> None:
+        super().abandon()
+        self._threads.abandon()
+        self._written = []
 
     def first(self, nbytes: int) -> set[str]:
         """The parameters, in the order of their allocation, whose state together is at most so many bytes."""
@@ -211,7 +210,6 @@ class Files(Streamed):
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         for name in [n for n in self.entries if n not in states]:
             self._retire(name)
-        self._broken = ""
         if self.directory:
             self.directory.commit(self.entries, {name: float(states[name]["step"]) for name in self.entries})
 

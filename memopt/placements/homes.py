@@ -120,6 +120,11 @@ class Homes:
         for home in self._homes.values():
             home.settle()
 
+    def abandon(self) -> None:
+        """Nothing of an interrupted step is under way any more."""
+        for home in self._homes.values():
+            home.abandon()
+
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Make what survives this process complete: all states, by parameter."""
         for placement, home in self._homes.items():

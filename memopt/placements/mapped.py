@@ -61,6 +61,13 @@ class Mapped(Home):
         entry.release(self._arena)  # when the last of these tensors is gone
         return tensors
 
+    def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
+        return self._files is None or self._files.holds(name, state)
+
+    def abandon(self) -> None:
+        if self._files is not None:
+            self._files.abandon()
+
     def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
         if self._files is None or self.resident is None:
             self._step_in_place(works, run)

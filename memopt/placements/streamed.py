@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.geometry import Rows
@@ -83,6 +84,7 @@ class Streamed(Home):
         self.buffers = Buffers(0, 0)
         self._known: dict[str, tuple[tuple[Any, ...], list[Piece]]] = {}
         self._extents: dict[str, Extent] = {}
+        self._lanes: Lanes | None = None  # of the last step
 
     def in_place(self, device: torch.device) -> bool:
         return False
@@ -126,7 +128,14 @@ class Streamed(Home):
             leases += [placed(lease) for lease in pack(rest, self.buffers.nbytes)]
         chains = [self.chain(lease, run, device) for lease in leases]
         if chains:
-            stream(chains, self.lanes(device), self.buffers.number)
+            self._lanes = self.lanes(device)
+            stream(chains, self._lanes, self.buffers.number)
+
+    def abandon(self) -> None:
+        super().abandon()
+        if self._lanes is not None:
+            with suppress(Exception):
+                self._lanes.finish()
 
     def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
         found = {name: extent(*one[:3], self._target) for name, one in held.items()}

@@ -26,7 +26,8 @@ class Threads:
     """
 
     def __init__(self, workers: dict[str, int]) -> None:
-        self._pools = {lane: ThreadPoolExecutor(n, f"memopt.{lane}") for lane, n in workers.items()}
+        self._workers = workers
+        self._pools = self._started()
         self._pending: list[Future[None]] = []
         self._failed = False
         self.trace: list[Span] | None = None
@@ -62,6 +63,16 @@ class Threads:
         for error in errors:
             if error is not None and not isinstance(error, Cancelled):
                 raise error
+
+    def _started(self) -> dict[str, ThreadPoolExecutor]:
+        return {lane: ThreadPoolExecutor(n, f"memopt.{lane}") for lane, n in self._workers.items()}
+
+    def abandon(self) -> None:
+        """Wait for what is being executed, also for what an interruption left without anybody to wait for it, and
+        execute nothing more of what was submitted."""
+        for pool in self._pools.values():
+            pool.shutdown(wait=True, cancel_futures=True)
+        self._pools, self._pending, self._failed = self._started(), [], False
 
     def close(self) -> None:
         for pool in self._pools.values():

@@ -103,11 +103,12 @@ class Plan(Known):
             None if x is None else x.reshape(1).to(device, torch.float32, non_blocking=True)
             for x in (self.found_inf, self.grad_scale)
         ]
-        self.launcher.run(*scaled)
-        if not self.capturable:
-            torch._foreach_add_(self.counters, 1)
-            if self.optimizer.nonfinite == "skip" or self.found_inf is not None:
-                self._send_flags()
+        with self.optimizer.integrity.changing("a step"):  # one launch for each kind of parameter
+            self.launcher.run(*scaled)
+            if not self.capturable:
+                torch._foreach_add_(self.counters, 1)
+                if self.optimizer.nonfinite == "skip" or self.found_inf is not None:
+                    self._send_flags()
 
     def _send_flags(self) -> None:
         """Send what became of this step to the host; :meth:`settle` reads it, by then it has arrived."""
@@ -131,7 +132,8 @@ class Plan(Known):
         if arrived is not None:
             arrived.synchronize()
         if int(flags[-1]):
-            torch._foreach_sub_(self.counters, 1)
+            with self.optimizer.integrity.changing("counting a step that was skipped"):
+                torch._foreach_sub_(self.counters, 1)
             names = self._names(flags)
             if names:
                 self.optimizer._stopped_by(names)
