@@ -24,17 +24,18 @@ Program = list[tuple[int, int, int]]
 
 
 class Held(NamedTuple):
-    """What is allocated besides the tape. ``load``: bytes of tensors that are there from the start, in their order, and
-    of each how many more are there while it is loaded. ``state``: of tensors that the first step allocates.
+    """What is allocated besides the tape. ``load``: what comes and goes while the model is loaded, as ``(name, bytes)``
+    and ``(name, 0)``. ``empty``: the cache is emptied then. ``state``: of tensors that the first step allocates.
     ``step``: of those that a step allocates and frees together. ``whole``: held from the first forward pass on.
     ``batches``: micro-batches per step. ``release``: a gradient goes when the next one is made."""
 
-    load: Sequence[tuple[int, int]]
+    load: Sequence[tuple[object, int]]
     state: Sequence[int] = ()
     step: Sequence[int] = ()
     whole: Sequence[int] = ()
     batches: int = 1
     release: bool = False
+    empty: bool = False
 
 
 class Replayed(NamedTuple):
@@ -78,13 +79,15 @@ class _Programs:
         self.backwards: dict[frozenset[str], _Backward] = {}
         saved = {slot for code, slot, _ in self.backward(frozenset()).program if code == FREE}
         self.again += [(FREE, slot, 0) for slot in _left(self.again) if slot not in saved]
-        # What the forward pass leaves goes with the backward pass that reads it; else when the forward pass is done, or
-        # where the first run of a checkpointed segment kept it, with the segment.
+        # What the forward pass leaves is saved, or kept by selective checkpointing, or lives as long as the model's
+        # output; the rest goes when the segment is done: variables that held it, and what runs again.
         left = set(_left(self.forward)) - self.external
-        read = saved | {slot for code, slot, _ in self.again if code == FREE}
         kept = {self.slot(t) for op in tape.ops for t in op.products} if segment.checkpointing == "selective" else set()
-        self.left = sorted(left - read & kept)
-        self.forward += [(FREE, slot, 0) for slot in sorted(left - read - kept)]
+        stays = kept if segment.checkpointed else saved
+        self.outlives = sorted({self.slot(t) for t in tape.outlives} & left - stays)
+        self.forward += [(FREE, slot, 0) for slot in sorted(left - stays - set(self.outlives))]
+        #: Kept, and asked for by nobody: freed when the segment's backward pass is over.
+        self.left = sorted(left & kept - saved - {slot for code, slot, _ in self.again if code == FREE})
 
     def slot(self, key: object) -> int:
         if id(key) not in self.slots:
@@ -147,11 +150,15 @@ class _Replay:
 
     def run(self, steps: int) -> Replayed:
         a, held = self.allocator, self.held
-        for nbytes, more in held.load:
-            passing = a.malloc(more)
-            a.malloc(nbytes)
-            a.free(passing)
+        there: dict[object, Block | None] = {}
+        for key, nbytes in held.load:
+            if nbytes:
+                there[key] = a.malloc(nbytes)
+            else:
+                a.free(there.pop(key))
         loaded = a.most_reserved
+        if held.empty:
+            a.give_back()
         for nbytes in held.whole:
             a.malloc(nbytes)
         for step in range(steps):
@@ -224,7 +231,8 @@ class _Replay:
                 a.free(slots[program.out])
             for name in program.shares:
                 a.free(shared.pop(name, None))
-        for block in (*waiting.values(), *shared.values()):
+        outlive = [slots[slot] for program, slots in runs for slot in program.outlives]
+        for block in (*waiting.values(), *shared.values(), *outlive):
             a.free(block)
 
     def play(self, program: Program, slots: list[Block | None], first: bool, again: Program = []) -> None:  # noqa: B006
