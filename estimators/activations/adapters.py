@@ -81,7 +81,9 @@ def adapted(t: Tape, x: Tensor, y: Tensor, p: Parameter, cols: int, rows: int) -
     scaled = t.copy(up)
     if bits and not t.autocast:
         scaled = t.cast(scaled, y.item)
-    return t.cast(t.add(y, scaled), y.item)
+    out = t.cast(t.add(y, scaled), y.item)
+    t.hold(inner)
+    return out
 
 
 def _magnitude(t: Tape, y: Tensor, up: Tensor, weight: int, gradient: int) -> Tensor:

@@ -68,7 +68,10 @@ def _normalised(t: Tape, x: Tensor, width: int) -> Tensor:
 
 def rms_norm(t: Tape, x: Tensor, width: int) -> Tensor:
     """LlamaRMSNorm: back to the weights' dtype, then times the weight."""
-    return t.weighted(t.cast(_normalised(t, x, width), x.item), width)
+    normalised = _normalised(t, x, width)
+    y = t.weighted(t.cast(normalised, x.item), width)
+    t.hold(normalised)
+    return y
 
 
 def rms_norm_fp32(t: Tape, x: Tensor, width: int) -> Tensor:
@@ -155,7 +158,14 @@ def attend(
     if plain:
         probabilities = t.root(t.copy(t.op([q, k], numel, saves=[q, k], product=True)))
         return t.copy(t.op([probabilities, v], size, saves=[probabilities, v], product=True))
-    q, k, v = (t.copy(x, size) for x in (q, k, v))
+    # Keys and values are repeated for every query head. For a batched product what is head by head is laid out anew,
+    # unless there is one sequence, whose heads can be read where they lie.
+    several, repeated = step.batch > 1, a.n != a.kv
+    if repeated:
+        k, v = t.copy(k, size), t.copy(v, size)
+    made = [k, v] if repeated else []
+    q = t.copy(q) if several else q
+    k = t.copy(k) if several and not repeated else k
     scores = t.copy(t.op([q, k], numel, t.item, saves=[q, k], product=True))
     if softcap:
         scores = t.copy(t.root(t.copy(scores)))
@@ -166,7 +176,12 @@ def attend(
     product = scores.numel * FP32 * (not t.cpu)
     softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider + product)
     probabilities = t.cast(softmax, t.item)
-    return t.copy(t.op([probabilities, v], size, t.item, saves=[probabilities, v], product=True))
+    t.hold(scores)  # the variable is rebound when the probabilities are there
+    t.held.append(probabilities)  # returned to the layer
+    v = t.copy(v) if several and not repeated else v
+    out = t.copy(t.op([probabilities, v], size, t.item, saves=[probabilities, v], product=True))
+    t.hold(*made)
+    return out
 
 
 def attention(
@@ -192,8 +207,12 @@ def attention(
     if norm:
         q, k = norm(t, q), norm(t, k)
     if rope:
+        before = q, k
         q, k = rotated(t, q, table), rotated(t, k, table)
-    return t.linear(attend(t, step, q, k, v, a, softcap=softcap, relaid=partial), a.n * a.dim, width, out_bias)
+        t.hold(*before)
+    out = t.linear(attend(t, step, q, k, v, a, softcap=softcap, relaid=partial), a.n * a.dim, width, out_bias)
+    t.hold(x, q, k, v)
+    return out
 
 
 def fused_attention(
@@ -221,7 +240,9 @@ def gated_mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = F
     else:
         gate, up = t.linear(x, width, ffn, bias), t.linear(x, width, ffn, bias)
         product = t.mul(t.activation(gate, act), up)
-    return t.linear(product, ffn, width, bias)
+    out = t.linear(product, ffn, width, bias)
+    t.hold(x)
+    return out
 
 
 def mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = True) -> Tensor:

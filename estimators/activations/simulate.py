@@ -69,7 +69,7 @@ def forward(tape: Tape, keeping: str = "saved", log: Log | None = None) -> Forwa
         peak = max(peak, live + op.forward_tmp)
         if log is not None and op.forward_tmp:
             log.append((None, op.forward_tmp))
-        for key, tensor in {id(t): t for t in op.ins}.items():
+        for key, tensor in _done(tape, op, i).items():
             if last_read[key] == i and key in made and key not in stay:
                 live -= made.pop(key)
                 if log is not None:
@@ -99,7 +99,7 @@ def again(tape: Tape, keeping: str = "nothing", log: Log | None = None) -> Again
         peak = max(peak, live + tmp)
         if log is not None and tmp:
             log.append((None, tmp))
-        for key, tensor in {id(t): t for t in op.ins}.items():
+        for key, tensor in _done(tape, op, i).items():
             if last_read[key] == i and key in there and key not in saved and key not in tape.boundary:
                 live -= there.pop(key)
                 if log is not None:
@@ -117,7 +117,17 @@ def _products(tape: Tape) -> dict[int, Tensor]:
 
 
 def _last_reads(tape: Tape) -> dict[int, int]:
-    return {id(t): i for i, op in enumerate(tape.ops) for t in op.ins}
+    """The operation after which nothing reads or holds a tensor, by its ``id``."""
+    last = {id(t): i for i, op in enumerate(tape.ops) for t in op.ins}
+    for i, tensors in tape.holds.items():
+        for t in tensors:
+            last[id(t)] = max(i, last.get(id(t), 0))
+    return last
+
+
+def _done(tape: Tape, op: Op, i: int) -> dict[int, Tensor]:
+    """Tensors that may go after an operation: what it reads, and what a variable held up to it."""
+    return {id(t): t for t in (*op.ins, *tape.holds.get(i, ()))}
 
 
 class _Gradient:

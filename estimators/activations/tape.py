@@ -32,6 +32,7 @@ class Tape:
         "cached",
         "cpu",
         "held",
+        "holds",
         "input_gradients",
         "item",
         "lora_dropout",
@@ -61,6 +62,8 @@ class Tape:
         self.ops: list[Op] = []
         #: Tensors that a variable of the forward pass keeps alive to its end, saved or not.
         self.held: list[Tensor] = []
+        #: Operation, by its index -> tensors that a variable keeps alive up to it, though none after reads them.
+        self.holds: dict[int, list[Tensor]] = {}
         #: Those of them that live until the backward pass is over.
         self.outlives: list[Tensor] = []
         self.x = x
@@ -114,6 +117,10 @@ class Tape:
             Op(ins, out, saved, gradients, forward_tmp, backward_tmp, alias, expands, (out, *beside) if product else ())
         )
         return out
+
+    def hold(self, *tensors: Tensor) -> None:
+        """Variables of a function that ends here held them until now."""
+        self.holds.setdefault(len(self.ops) - 1, []).extend(tensors)
 
     # Arithmetic ------------------------------------------------------------------------------------------------
 
@@ -188,7 +195,9 @@ class Tape:
             from estimators.activations.adapters import adapted, quantised
 
             y = quantised(self, x, p, cols, rows)
-            return adapted(self, given, y, p, cols, rows) if p.adapter else y
+            y = adapted(self, given, y, p, cols, rows) if p.adapter else y
+            self.hold(given)
+            return y
         copies: list[Tensor] = []
         item, once = x.item, 0
         if self.autocast:  # the input is cast for every layer, a weight that trains once, until the forward pass ends
@@ -215,7 +224,9 @@ class Tape:
             return y
         from estimators.activations.adapters import adapted
 
-        return adapted(self, given, y, p, cols, rows)
+        y = adapted(self, given, y, p, cols, rows)
+        self.hold(given)
+        return y
 
     def _trained_bias(self, p: Parameter, bias: bool) -> int:
         """Bytes of one element of the bias's gradient. That of a head which shares the embedding's weight has a name of
