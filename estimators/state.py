@@ -167,7 +167,7 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
             fmt, placement, _ = spec.for_parameter(name)
             if placement == "cpu":  # the step is the host's
                 if world_size == 1:
-                    looked = max(looked, looking(prod(shape), of_placement(spec.options, "cpu", spec.partition)))
+                    looked = max(looked, looking(prod(shape), of_placement(spec.options, "cpu")))
                 continue
             dtype = weight_dtype(model, name, weights)
             key = (fmt, placement, dtype, shape)

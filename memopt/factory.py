@@ -114,8 +114,9 @@ def create(
         workspace: ``@host``, ``@cpu``, ``@disk``: bytes, or a size such as ``"1GiB"``, that state is streamed through.
             Default 256 MiB, or less where the state is smaller.
         resident: ``@paged``: bytes of state that stay in memory after a step. Default: left to the system.
-        offload_gradients: ``@cpu``: ``True``, gradients go to host memory in ``backward()`` and free the device's;
-            ``"early"``, they are copied there and stay; ``False``, they are copied in the step.
+        offload_gradients: ``@cpu``: ``False``, gradients are copied to the host in the step; ``"early"``, in
+            ``backward()``, as many as the workspace holds, and they stay on the device; ``True``, all of them in
+            ``backward()``, and the device's memory is freed. Default False.
         nonfinite: NaN or Inf in a gradient: ``"skip"`` the step and count it in ``skipped_steps``, ``"raise"`` before
             anything changes, or ``"propagate"``, not looking, as torch does.
         seed: Integer that stochastic rounding is drawn from; the same seed gives the same bits.

@@ -1,4 +1,4 @@
-"""Flags for what a placement may be told (``memopt.placements.options``), where that changes what is estimated."""
+"""Flags for the placement options that change what is estimated (``memopt.placements.options``)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 FLAGS = {
     "workspace": ("SIZE", "what @host, @cpu and @disk stream state through (default 256MiB)"),
     "directory": ("DIR", "@disk: where files that survive are; as many bytes again on the disk"),
-    "offload_gradients": ("WHEN", "@cpu: early (default), true (they leave the card) or false"),
+    "offload_gradients": ("WHEN", "@cpu: false (default), early (copied in backward) or true (they leave the card)"),
 }
 _WORDS = {"true": True, "false": False}
 

@@ -24,10 +24,10 @@ class Cpu(Placement):
     gradients on a card pass through pinned buffers, ``workspace`` at most (written for CUDA, not yet run on a GPU).
     Parameters in host memory are stepped where they are, as with ``device``.
 
-    Gradients go down in ``backward()``, each when it is ready. ``offload_gradients="early"``, which needs not be said:
-    as many as the buffers hold are copied into them, and used if nothing has changed them by then. ``True``: they leave
-    the card, and have room of their own in pinned memory, as much as they take on the card. ``False``: they go down
-    in the step alone.
+    Gradients are copied to the host in the step. With ``offload_gradients="early"`` as many as the buffers hold are
+    copied in ``backward()``, each when it is ready, and the copy is used if nothing has changed the gradient by then;
+    whether that is faster has not been measured on a card, so it is not the default. With ``True`` gradients leave the
+    card in ``backward()`` and have memory of their own on the host, pinned, as much as they take on the card.
 
     Source: Ren et al., "ZeRO-Offload", USENIX ATC 2021.
     """
@@ -46,7 +46,7 @@ class Cpu(Placement):
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
         if device == "cpu":
             return []
-        most = most_of(options["workspace"])
+        most = most_of(options)
         target = target_of(options["workspace"], TARGET, most)
         kept = options["offload_gradients"] is True
         staged = {id(h): staging(h, kept) for h in held}
@@ -55,10 +55,10 @@ class Cpu(Placement):
         return [*buffer_lines(wanted, "pinned", "cpu"), *(gradient_line(nbytes) if kept else [])]
 
 
-def most_of(workspace: int) -> int:
-    """The number of buffers: what a step needs, or more where there is a workspace for them: they hold gradients that
-    come down before it."""
-    return max(MOST, workspace // TARGET)
+def most_of(options: Mapping[str, Any]) -> int:
+    """The largest number of buffers: what a step needs, or more where gradients come down before it and there is a
+    workspace for them."""
+    return max(MOST, options["workspace"] // TARGET) if options["offload_gradients"] else MOST
 
 
 def staging(held: Held, gradient_is_there: bool) -> Held:

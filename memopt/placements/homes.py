@@ -40,7 +40,7 @@ class Homes:
         self._homes: dict[str, Home] = {}
         self._settings: dict[str, Setting] = {}
         for name in sorted(spec.placements):
-            setting = Setting(of_placement(spec.options, name, spec.partition), str(spec), rank, world_size)
+            setting = Setting(of_placement(spec.options, name), str(spec), rank, world_size)
             same = (
                 b._homes[name]
                 for b in before

@@ -46,7 +46,7 @@ class Offloaded(Streamed):
 
     def __init__(self, placement: Placement, setting: Setting) -> None:
         super().__init__(placement, setting.options["workspace"])
-        self.most = most_of(self.nbytes)
+        self.most = most_of(setting.options)
         self._host: list[Tensor] = []
         self._where = "cpu"
         self._parts: dict[tuple[str, Rows], Piece] = {}

@@ -1,4 +1,4 @@
-"""What a placement may be told: keywords of ``memopt.create``, ``memopt.price`` and fields of a spec."""
+"""Placement options: keyword arguments of ``memopt.create`` and ``memopt.price``, and their validation."""
 
 # Without `from __future__ import annotations`: string annotations on a NamedTuple cost a millisecond of start-up.
 import os
@@ -66,7 +66,7 @@ OPTIONS: dict[str, Option] = {
     "directory": Option(("disk",), None, _path, "where the files are; they survive the process"),
     "workspace": Option(("host", "cpu", "disk"), WORKSPACE, _positive_size, "bytes that state is streamed through"),
     "resident": Option(("paged",), None, _positive_size, "bytes of state that stay in memory after a step"),
-    "offload_gradients": Option(("cpu",), EARLY, _gradients, "whether gradients go to the host in backward()"),
+    "offload_gradients": Option(("cpu",), False, _gradients, "whether gradients go to the host in backward()"),
 }
 
 
@@ -92,7 +92,6 @@ def checked(given: Mapping[str, Any], placements: Iterable[str], partition: str)
     return kept
 
 
-def of_placement(given: Mapping[str, Any], placement: str, partition: str = "none") -> dict[str, Any]:
+def of_placement(given: Mapping[str, Any], placement: str) -> dict[str, Any]:
     """Every option of one placement, given or default."""
-    alone = {} if partition == "none" else {"offload_gradients": False}  # which would be refused
-    return {n: given.get(n, alone.get(n, o.default)) for n, o in OPTIONS.items() if placement in o.placements}
+    return {name: given.get(name, o.default) for name, o in OPTIONS.items() if placement in o.placements}
