@@ -1,0 +1,296 @@
+"""The pair, what it goes through, and what must be true after every operation."""
+
+from __future__ import annotations
+
+import copy
+import mmap
+import tempfile
+from collections.abc import Callable, Mapping
+from random import Random
+from typing import Any
+
+import torch
+from simulated import ThreadedBus
+from torch import Tensor
+from twin import reference
+from twin.cases import BOUND, ROUNDING, RTOL, Case
+from twin.sides import Bag, Side, kernels_off, twin_optimizer
+
+import memopt
+from memopt.placements import bus
+from memopt.placements.options import OPTIONS
+
+#: What a refusal may be: an exception whose text is for a person.
+REFUSALS = (RuntimeError, ValueError, TypeError, FloatingPointError)
+LOW = (torch.bfloat16, torch.float16)
+
+
+class Difference(AssertionError):
+    """What must not be: another result than the twin's, a refusal that changed something, an error that is none."""
+
+
+class Skip(Exception):
+    """This operation means nothing for this pair as it is now."""
+
+
+class PageBus(ThreadedBus):
+    """Buffers begin at pages, as pinned memory does: files are read into them directly."""
+
+    def host(self, nbytes: int) -> Tensor:
+        return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
+
+
+class Twin:
+    """``way`` is how far the twin's weights have gone, ``rounded`` what their rounding may have cost, by name;
+    ``formats`` and ``masters`` are those that state and weights have been through."""
+
+    def __init__(self, case: Case, seed: int) -> None:
+        self.case = case
+        self.folder = tempfile.TemporaryDirectory(prefix="twin-")
+        self._patched = bus.BUSES.get("cpu")
+        if case.bus:
+            made = PageBus()
+            bus.BUSES["cpu"] = lambda where: made
+        g = torch.Generator().manual_seed(seed)
+        tensors = {f"w{i}": torch.randn(shape, generator=g).to(case.dtype) for i, shape in enumerate(case.shapes)}
+        self.count = len(tensors)  # of names given so far
+        self.way = dict.fromkeys(tensors, 0.0)
+        self.rounded = dict.fromkeys(tensors, 0.0)
+        spec = memopt.parse(case.spec)
+        self.formats, self.masters = {spec.format, *self._formats_of(case.overrides)}, {spec.master}
+        self.checkpoints: list[tuple[str, Callable[[], tuple[Bag, Any]]]] = []
+        groups = [{"params": list(tensors)[i :: case.groups]} for i in range(case.groups)]
+        for i, group in enumerate(groups):
+            group["lr"] = case.hyper["lr"] / (1 + i)
+        model = Bag(tensors)
+        self.ours = Side(model, self.create(model, groups, spec, case.hyper, case.overrides, case.options), True)
+        wide = {name: x.float() if case.dtype in LOW else x.clone() for name, x in tensors.items()}
+        model = Bag(wide)
+        theirs = [{**g, "params": [getattr(model, n) for n in g["params"]]} for g in groups]
+        h = self.ours.opt.rule.hyperparameters
+        filled = [{k: v for k, v in group.items() if k in h} for group in self.ours.opt.param_groups]
+        self.theirs = Side(
+            model, twin_optimizer(case, [{**a, **b} for a, b in zip(filled, theirs, strict=True)]), False
+        )
+        self.released: Any = None
+        self.watch: Any = None
+        self.edited = False  # state was put there by hand and has not been stepped yet
+
+    @staticmethod
+    def _formats_of(overrides: Mapping[str, str]) -> set[str]:
+        return {text for text in overrides.values() if text in BOUND}
+
+    def create(
+        self, model: Bag, groups: list[dict[str, Any]], spec: Any, hyper: Any, overrides: Any, options: Any
+    ) -> Any:
+        """A memopt optimizer of these names by group; a directory of its own where there is to be one."""
+        options = {k: v for k, v in options.items() if k in OPTIONS}
+        if options.get("directory"):
+            options["directory"] = tempfile.mkdtemp(dir=self.folder.name)
+        given = [
+            {**g, "params": [(n, getattr(model, n)) if self.case.named else getattr(model, n) for n in g["params"]]}
+            for g in groups
+        ]
+        spec = spec.replace(
+            hyper=hyper or spec.hyper, overrides=overrides if self.case.named else {}, options=options
+        )
+        return memopt.create(given, spec, nonfinite=self.case.nonfinite, seed=3)
+
+    def close(self) -> None:
+        if self.watch is not None:
+            self.watch.close()
+        self.ours.opt.close()
+        if self._patched is None:
+            bus.BUSES.pop("cpu", None)
+        else:
+            bus.BUSES["cpu"] = self._patched
+        self.folder.cleanup()
+
+    # What operations use -----------------------------------------------------------------------------------------
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.ours, self.theirs
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that the optimizer has."""
+        return [name for group in self.ours.names() for name in group]
+
+    def pick(self, r: Random, test: Callable[[str], bool] = lambda name: True) -> str:
+        found = [name for name in self.names if test(name)]
+        if not found:
+            raise Skip
+        return r.choice(found)
+
+    def stepped(self, name: str) -> bool:
+        return bool(self.ours.opt.state.get(self.ours.of(name)))
+
+    def draw(self, r: Random, names: list[str] | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+        """Gradients of all parameters: multiples of 1/16 under 4, so that 16 bits hold sums of three."""
+        g = torch.Generator().manual_seed(r.randrange(2**31))
+        return {
+            name: (torch.randn(self.theirs.of(name).shape, generator=g) * 16).round().clamp(-63, 63) / 16 * scale
+            for name in (self.names if names is None else names)
+        }
+
+    def both(self, do: Callable[[Side], Any], may_refuse: str = "") -> bool:
+        """Do it to ours and, unless ours refuses in these words, to the twin."""
+        before = self.fingerprint() if may_refuse else None
+        try:
+            do(self.ours)
+        except REFUSALS as error:
+            if not may_refuse or not any(word in str(error) for word in may_refuse.split("|")):
+                raise Difference(f"refused: {type(error).__name__}: {error}") from error
+            self.unchanged(before, f"refused, and changed: {error}")
+            return False
+        with kernels_off():
+            do(self.theirs)
+        return True
+
+    def refused(self, do: Callable[[], Any], words: str = "") -> None:
+        """``do`` must raise one sentence and change nothing."""
+        before = self.fingerprint()
+        try:
+            do()
+        except REFUSALS as error:
+            text = str(error)
+            if len(text) < 12 or (words and not any(word in text for word in words.split("|"))):
+                raise Difference(f"refused, in other words: {type(error).__name__}: {text}") from error
+            self.unchanged(before, f"refused, and changed: {text}")
+            return
+        raise Difference("not refused")
+
+    def advance(self, do: Callable[[Side], Any], r: Random, may_refuse: str = "", steps: int = 1) -> bool:
+        """Both step; the way gone is measured, and gradients are forgotten."""
+        before = {name: p.detach().clone() for name, p in self.theirs.model.named_parameters()}
+        done = self.both(do, may_refuse)
+        self._gone(before, steps)
+        self.edited = self.edited and not done
+        for side in self.sides:
+            side.opt.zero_grad()
+            side.model.zero_grad()
+        return done
+
+    def _gone(self, before: Mapping[str, Tensor], steps: int) -> None:
+        unit = max(ROUNDING[m] for m in self.masters) * 2.0**-8
+        for name, old in before.items():
+            new = self.theirs.of(name).detach()
+            if new.numel():
+                self.way[name] += float((new - old).abs().max())
+                if self.ours.of(name).dtype in LOW:
+                    self.rounded[name] += steps * unit * float(new.abs().max())
+
+    def step(self, r: Random, do: Callable[[Side], Any] | None = None, gradients: Any = None) -> None:
+        """A step on gradients that were put there by hand, now and then held against the plain path."""
+        g = self.draw(r) if gradients is None else gradients
+        expected = reference.step(self, g) if r.random() < 0.35 and self.released is None else None
+
+        def stepping(side: Side) -> None:
+            side.gradients(g)
+            (do or Side.step)(side)
+
+        self.advance(stepping, r)
+        if expected is not None:
+            reference.compare(self, expected)
+
+    # What must be true -------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Everything of ours that an operation might change."""
+        opt = self.ours.opt
+        opt.settle()
+        found: dict[str, Any] = {"skipped": opt.skipped_steps, "spec": str(opt.spec), "seed": opt.seed}
+        for name, p in self.ours.model.named_parameters():
+            found[name] = (id(p), p.requires_grad, p.detach().clone())
+            for key, value in opt.state.get(p, {}).items():
+                found[f"{name}.{key}"] = value.clone() if isinstance(value, Tensor) else value
+        for i, group in enumerate(opt.param_groups):
+            found[f"group {i}"] = [id(p) for p in group["params"]]
+            found.update({f"group {i}.{k}": copy.deepcopy(v) for k, v in group.items() if k != "params"})
+        return found
+
+    def unchanged(self, before: Any, what: str) -> None:
+        after = self.fingerprint()
+        different = [k for k in {**before, **after} if not _same(before.get(k), after.get(k))]
+        if different:
+            raise Difference(f"{what}; changed: {', '.join(different[:5])}")
+
+    def check(self) -> None:
+        """Ours is the twin, within what its formats allow."""
+        if self.ours.names() != self.theirs.names():
+            raise Difference(f"groups: {self.ours.names()}, the twin's {self.theirs.names()}")
+        for mine, other in zip(self.ours.opt.param_groups, self.theirs.opt.param_groups, strict=True):
+            for key in ("lr", "weight_decay"):
+                if abs(float(mine[key]) - float(other[key])) > 1e-9:
+                    raise Difference(f"{key} is {mine[key]}, the twin's {other[key]}")
+        for name, q in self.theirs.model.named_parameters():
+            self._close(name, self.ours.of(name).detach(), q.detach())
+        for name in self.names:
+            mine, other = (s.opt.state.get(s.of(name), {}).get("step") for s in self.sides)
+            if mine is not None and other is not None and float(mine) != float(other):
+                raise Difference(f"{name} has stepped {float(mine)} times, the twin {float(other)}")
+
+    def bound(self, name: str, q: Tensor) -> float:
+        largest = float(q.abs().max())
+        slack = RTOL * max(largest, self.way[name], 1e-3)
+        sign = 3.0 if "lion" in self.case.spec and self.formats != {"32bit"} else 0.0
+        slack += max(sign, *(BOUND[f] for f in self.formats)) * self.way[name]
+        if self.ours.of(name).dtype in LOW:
+            slack += self.rounded[name] + 2.0**-8 * largest
+        return slack
+
+    def _close(self, name: str, p: Tensor, q: Tensor) -> None:
+        if p.shape != q.shape:
+            raise Difference(f"{name} is {tuple(p.shape)}, the twin's {tuple(q.shape)}")
+        if not q.numel() or not bool(q.isfinite().all()):
+            return
+        error = float((p.to(q.dtype) - q).abs().max())
+        if not error <= self.bound(name, q):
+            raise Difference(
+                f"{name} {tuple(q.shape)} is {error:.3g} from the twin's, {self.bound(name, q):.3g} is allowed "
+                f"(the largest is {float(q.abs().max()):.3g}, the way gone {self.way[name]:.3g})"
+            )
+
+    def lost_master(self, *names: str) -> None:
+        """What stood beside these weights is gone: the next step begins at their rounding."""
+        for name in names or self.names:
+            q = self.theirs.of(name).detach()
+            if self.ours.of(name).dtype in LOW and q.numel():
+                self.rounded[name] += 2.0**-8 * float(q.abs().max())
+
+    def replaced(self, model: Bag, opt: Any) -> None:
+        """Another pair of model and optimizer goes on for ours; hooks, schedulers and watches were the old one's."""
+        self.detach()
+        self.ours.opt.close()
+        self.ours = Side(model, opt, True)
+
+    def detach(self) -> None:
+        """No scheduler, no release and no watch."""
+        if self.released is not None:
+            self.released.remove()
+        if self.watch is not None:
+            self.watch.close()
+        self.released = self.watch = None
+        for side in self.sides:
+            side.scheduler = None
+            side.opt.__dict__.pop("step", None)  # torch's schedulers put a counter there
+            for group in side.opt.param_groups:
+                group.pop("initial_lr", None)
+
+    def plain_groups(self) -> bool:
+        """Whether all state is of parameters in groups."""
+        inside = {id(p) for group in self.ours.opt.param_groups for p in group["params"]}
+        return all(id(p) in inside for p, s in self.ours.opt.state.items() if s)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and _bits(a) == _bits(b)
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
+
+
+def _bits(x: Tensor) -> bytes:
+    return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b""

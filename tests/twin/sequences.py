@@ -1,0 +1,90 @@
+"""Sequences: drawn, replayed, cut down."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from random import Random
+
+import torch
+from twin.cases import draw_case
+from twin.machine import Skip, Twin
+from twin.operations import WEIGHTS, load_all
+
+import memopt
+
+LENGTH = (8, 24)
+
+
+class Failed(AssertionError):
+    """``at`` is the number of operations that it took."""
+
+    def __init__(self, text: str, at: int, applied: list[str]) -> None:
+        super().__init__(text)
+        self.at, self.applied = at, applied
+
+
+def draw(seed: int, without: Iterable[str] = ()) -> str:
+    """A sequence as text."""
+    r = Random(seed)
+    operations = load_all()
+    names = [name for name in operations if name not in set(without)]
+    weights = [WEIGHTS[name] for name in names]
+    chosen = r.choices(names, weights, k=r.randint(*LENGTH))
+    return f"{seed}: " + " ".join(f"{name}/{r.randrange(10_000)}" for name in chosen)
+
+
+def replay(text: str, trace: bool = False) -> list[str]:
+    """Go through a sequence; the operations that applied. Raises :class:`Failed`."""
+    head, _, rest = text.partition(":")
+    number, _, spec = head.strip().partition("=")
+    case = draw_case(int(number), spec or None)
+    operations, applied = load_all(), []
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        t = Twin(case, int(number))
+        at = 0
+        try:
+            for at, one in enumerate(rest.split(), 1):
+                name, _, seed = one.partition("/")
+                if trace:
+                    print(one, flush=True)
+                try:
+                    operations[name](t, Random(int(seed)))
+                    applied.append(name)
+                except Skip:
+                    continue
+                t.check()
+            for path, make in t.checkpoints:  # those that were saved on the way load to the end
+                model, opt = make()
+                memopt.load(path, model=model, optimizer=opt, rng=False)
+                opt.close()
+        except Exception as error:
+            raise Failed(f"{case}: {one}: {type(error).__name__}: {error}", at, applied) from error
+        finally:
+            t.close()
+    return applied
+
+
+def shorten(text: str) -> str:
+    """The shortest part of a sequence that still fails, one operation after the other left out."""
+    head, _, rest = text.partition(":")
+    chosen = rest.split()
+
+    def fails(some: list[str]) -> int:
+        try:
+            replay(f"{head}: {' '.join(some)}")
+        except Failed as failure:
+            return failure.at
+        return 0
+
+    chosen = chosen[: fails(chosen) or len(chosen)]
+    i = 0
+    while i < len(chosen) - 1:
+        fewer = chosen[:i] + chosen[i + 1 :]
+        if fails(fewer):
+            chosen = fewer
+        else:
+            i += 1
+    return f"{head}: {' '.join(chosen)}"
