@@ -116,6 +116,7 @@ def weights_changed(t: Twin, r: Random) -> None:
             side.model.load_state_dict({**side.model.state_dict(), name: value.to(p.dtype)})
         else:
             set_data(p, value.clone())
+    t.lost_master(name)  # a correction of less than half a unit is taken for the new weight's
 
 
 @operation(1)

@@ -147,7 +147,7 @@ def add_group(t: Twin, r: Random) -> None:
         raise Skip
     from twin.cases import SHAPES
 
-    name = _new_parameter(t, r, r.choice(SHAPES))
+    name = _new_parameter(t, r, r.choice([s for s in SHAPES if s != (0, 7)]))
     lr = r.choice(LR)
     known = t.ours.opt.rule.hyperparameters
     first = {k: v for k, v in t.ours.opt.param_groups[0].items() if k in known and k != "lr"}
