@@ -260,6 +260,85 @@ class Optimizer(Keeper):
 
         return convert_(self, spec, fill=fill, **fields)
 
+    # Rows of state ---------------------------------------------------------------------------------------------
+
+    def select_rows(self, p: Tensor, index: Tensor | Sequence[int], *, into: torch.nn.Parameter | None = None) -> None:
+        """The weight ``p`` and its state become the rows ``index`` of what they are: pruned, reordered, cloned.
+
+        Args:
+            p: a parameter of this optimizer, [R, …]; a row is one index of dimension 0.
+            index: int [n], rows from 0 to R - 1 in the order wanted, twice for a clone; or a mask, bool [R].
+            into: another Parameter [n, …] that takes the place of ``p``, with the weights that it has. Without it
+                ``p`` stays the same object and its data become ``p[index]``; if its data are [n, …] already while its
+                state still is of R rows, only the state follows.
+
+        Rows that stay keep their codes bit for bit (vectors whose blocks are coded, and weights that become large
+        enough to be coded or too small for it, are encoded again). A factored moment's column means become those of
+        the rows that are left. The number of steps stays. ``p.grad`` is dropped.
+
+        Raises:
+            ValueError: for another optimizer's parameter, or an ``into`` of another shape, dtype or device.
+            IndexError: for a row that is not there.
+            RuntimeError: for sharded parameters, and while gradients are released.
+
+        Example::
+
+            keep = model.embed.weight.norm(dim=1) > 0.1
+            opt.select_rows(model.embed.weight, keep)
+        """
+        from memopt.surgery import select_rows
+
+        select_rows(self, p, index, into)
+
+    def append_rows(self, p: Tensor, rows: Tensor | None = None, *, into: torch.nn.Parameter | None = None) -> None:
+        """The weight ``p`` has more rows, whose moments begin at zero: an extended vocabulary, clones and splits.
+
+        Args:
+            p: a parameter of this optimizer, [R, …]; a row is one index of dimension 0.
+            rows: weights [n, …] to append. Without them ``p`` (or ``into``) has its new rows already, as after
+                ``model.resize_token_embeddings``, and its state follows.
+            into: another Parameter [R + n, …] that takes the place of ``p``.
+
+        The rows that were there keep their state bit for bit, as :meth:`select_rows` says; slow weights of new rows
+        begin as the weights. The number of steps is the parameter's and stays, as in torch.optim where zeros are
+        appended to its moments. Raises as :meth:`select_rows`.
+
+        Example::
+
+            model.resize_token_embeddings(len(tokenizer))
+            opt.append_rows(model.get_input_embeddings().weight)
+        """
+        from memopt.surgery import append_rows
+
+        append_rows(self, p, rows, into)
+
+    def reset_state(
+        self,
+        parameters: Tensor | Iterable[Tensor] | None = None,
+        moments: str | Iterable[str] | None = None,
+        *,
+        rows: Tensor | Sequence[int] | None = None,
+        step: int | None = None,
+    ) -> None:
+        """Moments begin anew: at zero, slow weights as the weights. ReLoRA's restarts, and rows that were replaced.
+
+        Args:
+            parameters: one, several, or all of this optimizer (None). One that has no state yet stays as it is.
+            moments: names (``"exp_avg"``), or all of the rule (None).
+            rows: int [n] or a mask, bool [R]: only these rows, the same of every parameter given.
+            step: the number of steps from now on; ``0`` begins the bias correction anew. None leaves it.
+
+        What a master keeps beside a 16-bit weight is the weight's and stays. Raises SpecError for a moment that a
+        parameter does not have, IndexError for a row that is not there; nothing has been changed then.
+
+        Example::
+
+            opt.reset_state([p for n, p in model.named_parameters() if "lora_" in n], step=0)
+        """
+        from memopt.surgery import reset_state
+
+        reset_state(self, parameters, moments, rows, step)
+
     # Looking ---------------------------------------------------------------------------------------------------
 
     def explain(self) -> str:

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
 from twin.machine import LOW, Difference, Skip, Twin
 from twin.operations import operation
-from twin.sides import Side, set_data
+from twin.sides import set_data
 from twin.stepping import not_released
 
 #: Moments that may be replaced alone: a second moment of zeros under a first that is not would divide by nothing.
@@ -218,5 +219,3 @@ def step_count(t: Twin, r: Random) -> None:
             side.state_of(name)["step"].fill_(count)
         else:
             side.state_of(name)["step"] = torch.tensor(count)
-
-

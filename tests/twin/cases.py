@@ -115,4 +115,4 @@ def _options(r: Random, spec: Any) -> dict[str, Any]:
     return found
 
 
-ALL_RULES = sorted({spec.rule for spec in memopt.specs()}) + ["lookahead(adamw)", "lookahead(sgd)"]
+ALL_RULES = [*sorted({spec.rule for spec in memopt.specs()}), "lookahead(adamw)", "lookahead(sgd)"]

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import nn
+
+import memopt
 from twin.machine import LOW, Difference, Skip, Twin
 from twin.operations import operation
 from twin.sides import Side
 from twin.stepping import not_released
-
-import memopt
 
 LR = [0.0, 1e-3, 1e-2, 2e-2]
 
@@ -79,16 +79,12 @@ def switch(t: Twin, r: Random) -> None:
     before = t.ours.opt.param_groups[0][key]
     for side in t.sides:
         side.opt.param_groups[0][key] = value
-    if t.ours.opt.spec.format == "factored" and value and key != "momentum":
-        pass
     g = t.draw(r)
 
     def do(side: Side) -> None:
         side.gradients(g)
         side.step()
 
-    if not value and key != "momentum":
-        pass
     done = t.advance(do, r, may_refuse="centered=True|amsgrad|momentum|sgd without")
     if not done:
         for side in t.sides:
@@ -116,17 +112,19 @@ def schedule(t: Twin, r: Random) -> None:
         return
     if any(torch.is_tensor(g["lr"]) or g["lr"] is None for g in t.ours.opt.param_groups):
         raise Skip
-    kind, period = r.randrange(4), r.randint(2, 5)
-    for side in t.sides:
-        s = torch.optim.lr_scheduler
-        for group in side.opt.param_groups:
-            group.pop("initial_lr", None)
-        side.scheduler = [
+    s, period = torch.optim.lr_scheduler, r.randint(2, 5)
+    make = r.choice(
+        [
             lambda o: s.StepLR(o, period, gamma=0.5),
             lambda o: s.CosineAnnealingLR(o, T_max=10 * period),
             lambda o: s.LambdaLR(o, lambda n: 1 / (1 + n / period)),
             lambda o: s.LinearLR(o, start_factor=0.5, total_iters=period),
-        ][kind](side.opt)
+        ]
+    )
+    for side in t.sides:
+        for group in side.opt.param_groups:
+            group.pop("initial_lr", None)
+        side.scheduler = make(side.opt)
 
 
 @operation()

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from simulated import ThreadedBus
 from torch import Tensor
-from twin import reference
-from twin.cases import BOUND, ROUNDING, RTOL, Case
-from twin.sides import Bag, Side, kernels_off, twin_optimizer
 
 import memopt
 from memopt.placements import bus
 from memopt.placements.options import OPTIONS
+from twin import reference
+from twin.cases import BOUND, ROUNDING, RTOL, Case
+from twin.sides import Bag, Side, kernels_off, twin_optimizer
 
 #: What a refusal may be: an exception whose text is for a person.
 REFUSALS = (RuntimeError, ValueError, TypeError, FloatingPointError)
@@ -91,9 +91,7 @@ class Twin:
             {**g, "params": [(n, getattr(model, n)) if self.case.named else getattr(model, n) for n in g["params"]]}
             for g in groups
         ]
-        spec = spec.replace(
-            hyper=hyper or spec.hyper, overrides=overrides if self.case.named else {}, options=options
-        )
+        spec = spec.replace(hyper=hyper or spec.hyper, overrides=overrides if self.case.named else {}, options=options)
         return memopt.create(given, spec, nonfinite=self.case.nonfinite, seed=3)
 
     def close(self) -> None:

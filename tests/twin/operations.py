@@ -1,4 +1,4 @@
-"""The table of operations. Each is a function of the pair and of random numbers; its name is what a sequence calls it."""
+"""The table of operations. Each is a function of the pair and of random numbers; sequences call it by its name."""
 
 from __future__ import annotations
 

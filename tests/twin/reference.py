@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from twin.sides import Bag, kernels_off
 
 import memopt
 from memopt.ledger import dtype_name
 from memopt.masters import master_of
+from twin.sides import Bag, kernels_off
 
 if TYPE_CHECKING:
     from twin.machine import Twin
@@ -35,9 +35,7 @@ def step(t: Twin, gradients: Mapping[str, Tensor]) -> tuple[Bag, Any] | None:
     groups: list[dict[str, Any]] = []
     for group in ours.opt.param_groups:
         named = [(name, getattr(model, name)) for name in (ours.name_of(p) for p in group["params"])]
-        groups.append(
-            {"params": named if t.case.named else [p for _, p in named], **{k: group[k] for k in known}}
-        )
+        groups.append({"params": named if t.case.named else [p for _, p in named], **{k: group[k] for k in known}})
     with kernels_off():
         opt = memopt.create(groups, spec, nonfinite="propagate", seed=ours.opt.seed)
         saved = ours.opt.state_dict()

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from random import Random
 
 import torch
+
+import memopt
 from twin.cases import draw_case
 from twin.machine import Skip, Twin
 from twin.operations import WEIGHTS, load_all
-
-import memopt
 
 LENGTH = (8, 24)
 
@@ -34,32 +34,44 @@ def draw(seed: int, without: Iterable[str] = ()) -> str:
     return f"{seed}: " + " ".join(f"{name}/{r.randrange(10_000)}" for name in chosen)
 
 
+def perform(t: Twin, name: str, seed: int) -> bool:
+    """One operation, and what must be true after it; False if it means nothing for this pair."""
+    try:
+        load_all()[name](t, Random(seed))
+    except Skip:
+        return False
+    t.check()
+    return True
+
+
+def load_checkpoints(t: Twin) -> None:
+    """Those that were saved on the way load to the end."""
+    for path, make in t.checkpoints:
+        model, opt = make()
+        memopt.load(path, model=model, optimizer=opt, rng=False)
+        opt.close()
+
+
 def replay(text: str, trace: bool = False) -> list[str]:
     """Go through a sequence; the operations that applied. Raises :class:`Failed`."""
     head, _, rest = text.partition(":")
     number, _, spec = head.strip().partition("=")
     case = draw_case(int(number), spec or None)
-    operations, applied = load_all(), []
+    applied: list[str] = []
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         t = Twin(case, int(number))
         at = 0
         try:
-            for at, one in enumerate(rest.split(), 1):
+            for one in rest.split():
+                at += 1
                 name, _, seed = one.partition("/")
                 if trace:
                     print(one, flush=True)
-                try:
-                    operations[name](t, Random(int(seed)))
+                if perform(t, name, int(seed)):
                     applied.append(name)
-                except Skip:
-                    continue
-                t.check()
-            for path, make in t.checkpoints:  # those that were saved on the way load to the end
-                model, opt = make()
-                memopt.load(path, model=model, optimizer=opt, rng=False)
-                opt.close()
+            load_checkpoints(t)
         except Exception as error:
             raise Failed(f"{case}: {one}: {type(error).__name__}: {error}", at, applied) from error
         finally:

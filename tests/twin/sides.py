@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from twin.cases import TORCH, Case
 
 import memopt
 from memopt.kernels import loader
+from twin.cases import TORCH, Case
 
 
 class Bag(nn.Module):

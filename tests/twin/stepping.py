@@ -8,11 +8,11 @@ from random import Random
 from typing import Any
 
 import torch
+
+import memopt
 from twin.machine import Difference, Skip, Twin
 from twin.operations import operation
 from twin.sides import Side
-
-import memopt
 
 
 def not_released(t: Twin) -> None:

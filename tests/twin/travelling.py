@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from twin.machine import Difference, Skip, Twin
-from twin.operations import operation
-from twin.sides import Bag
 
 import memopt
 from memopt.placements.options import OPTIONS
+from twin.machine import Difference, Skip, Twin
+from twin.operations import operation
+from twin.sides import Bag
 
 
 def blueprint(t: Twin) -> Callable[[], tuple[Bag, Any]]:
@@ -183,7 +183,9 @@ def load_theirs(t: Twin, r: Random) -> None:
         raise Skip
     if t.case.dtype in LOW or not all(t.stepped(n) for n in t.names):
         raise Skip
-    kinds = [(bool(g.get("amsgrad")), bool(g.get("centered")), bool(g.get("momentum"))) for g in t.ours.opt.param_groups]
+    kinds = [
+        (bool(g.get("amsgrad")), bool(g.get("centered")), bool(g.get("momentum"))) for g in t.ours.opt.param_groups
+    ]
     if len(set(kinds)) > 1 or t.released is not None:
         raise Skip
     memopt.load(t.theirs.opt.state_dict(), optimizer=t.ours.opt, rule=spec.rule)

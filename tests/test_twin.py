@@ -1,0 +1,104 @@
+"""A memopt optimizer and its twin of torch.optim through the same random sequences: a minute of them.
+
+benchmarks/twin.py runs thousands on kernels with sanitizers. Both draw from the operations of tests/twin.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from twin.cases import draw_case
+from twin.machine import Twin
+from twin.operations import load_all
+from twin.sequences import draw, load_checkpoints, perform, replay
+
+#: Operations whose meaning is not there yet, and why.
+NOT_YET: dict[str, str] = {
+    "grown": "the boundary",
+    "wrong_moment": "the boundary",
+    "wrong_gradient": "the boundary",
+    "cast": "the boundary",
+    "empty_group": "changes made by hand in mid-training",
+    "own_keys": "changes made by hand in mid-training",
+    "reset_by_hand": "changes made by hand in mid-training",
+    "switch": "changes made by hand in mid-training",
+    "wrong_value": "changes made by hand in mid-training",
+    "come_back": "changes made by hand in mid-training",
+    "reorder": "changes made by hand in mid-training",
+    "swap_parameter": "changes made by hand in mid-training",
+    "remove_parameter": "changes made by hand in mid-training",
+    "remove_group": "changes made by hand in mid-training",
+    "state_dict_hooks": "changes made by hand in mid-training",
+    "strided": "the boundary",
+    "watch": "changes made by hand in mid-training",
+    "refused_group": "changes made by hand in mid-training",
+}
+#: Sequences that went wrong once, cut down to the operations that it took.
+FOUND: list[str] = []
+
+
+@pytest.mark.parametrize("text", FOUND)
+def test_what_went_wrong_once(text):
+    replay(text)
+
+
+@pytest.mark.parametrize("first", range(0, 160, 20))
+def test_sequences(first):
+    for seed in range(first, first + 20):
+        replay(draw(seed, NOT_YET))
+
+
+class Pair(RuleBasedStateMachine):
+    """The same operations, drawn and cut down by hypothesis."""
+
+    t: Twin | None = None
+
+    @initialize(seed=st.integers(0, 2**20))
+    def begin(self, seed):
+        torch.set_num_threads(1)
+        self.t = Twin(draw_case(seed), seed)
+
+    def teardown(self):
+        if self.t is not None:
+            try:
+                load_checkpoints(self.t)
+            finally:
+                self.t.close()
+
+
+def _rule_of(name):
+    def do(self, seed):
+        perform(self.t, name, seed)
+
+    do.__name__ = name
+    return rule(seed=st.integers(0, 2**16))(do)
+
+
+for _name in load_all():
+    if _name not in NOT_YET:
+        setattr(Pair, _name, _rule_of(_name))
+
+
+def test_sequences_of_hypothesis():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run_state_machine_as_test(
+            Pair,
+            settings=settings(
+                max_examples=60,
+                stateful_step_count=12,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+
+
+def test_there_are_thirty_kinds_of_operation():
+    assert len(load_all().keys() - NOT_YET.keys()) >= 30
