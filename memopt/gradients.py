@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from memopt import kernels
+from memopt.groups import check_steppable
 from memopt.placements.away import on_host
 
 #: What to do with a step whose gradients hold NaN or Inf.
@@ -19,6 +20,7 @@ def check_gradient(name: str, p: Tensor) -> Tensor:
     nothing has been changed yet."""
     g = p.grad
     assert g is not None
+    check_steppable(name, p)
     if g.layout is not torch.strided:
         raise RuntimeError(f"{name} has a sparse gradient; memopt takes dense ones (nn.Embedding(sparse=False))")
     if not g.is_floating_point():

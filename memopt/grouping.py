@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from memopt.hyper import SpecError
+from memopt.naming import clean_names, clean_pattern
 
 #: A parameter's place in a stack: the first number that stands alone in its name (``layers.3.mlp.weight``).
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
@@ -59,14 +60,14 @@ def param_groups(
     """
     rates = dict(rates or {})
     _check_numbers(weight_decay, lr, layerwise_decay, rates)
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
-    for pattern in [*no_decay, *rates]:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise SpecError(f"the pattern {pattern!r} matches no parameter; the names are {_some(names)}")
+    named = _named(model)
+    names = [name for name, p in named if p.requires_grad]
+    no_decay = [_found(pattern, names) for pattern in no_decay]
+    rates = {_found(pattern, names): rate for pattern, rate in rates.items()}
     bare = set(_without_decay(model, decay_embeddings))
     scale = _layer_scales(names, layerwise_decay)
     groups: dict[tuple[float, float | None], dict[str, Any]] = {}
-    for name, p in model.named_parameters():
+    for name, p in named:
         if not p.requires_grad:
             continue
         exempt = id(p) in bare or any(fnmatchcase(name, pattern) for pattern in no_decay)
@@ -77,6 +78,20 @@ def param_groups(
         group = groups.setdefault((decay, rate), {"params": [], "weight_decay": decay, **_key("lr", rate)})
         group["params"].append((name, p))
     return list(groups.values())
+
+
+def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters under their names without wrappers' parts."""
+    found = list(model.named_parameters())
+    return list(zip(clean_names(name for name, _ in found), (p for _, p in found), strict=True))
+
+
+def _found(pattern: str, names: Sequence[str]) -> str:
+    """The pattern, or what it is without a wrapper's prefix; SpecError where neither matches."""
+    for known in (pattern, clean_pattern(pattern)):
+        if any(fnmatchcase(name, known) for name in names):
+            return known
+    raise SpecError(f"the pattern {pattern!r} matches no parameter; the names are {_some(names)}")
 
 
 def describe(optimizer: Optimizer) -> str:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 from memopt.hyper import SpecError
+from memopt.naming import clean_names
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 
+#: What a parameter that is stepped may be.
+STEPPED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Keys of a group that torch.optim itself keeps there.
 TORCH_KEYS = ("params", "param_names")
 
@@ -28,11 +31,33 @@ def named_groups(params: Iterable[Any]) -> list[Any]:
     groups = list(params)
     if not groups:
         raise SpecError("the parameter list is empty; an optimizer needs at least one parameter")
-    return groups
+    return _cleaned(groups)
 
 
-def check_group(group: Any, spec: OptimSpec, seen: set[int]) -> dict[str, Any]:
-    """A copy of a param group with every hyperparameter of the rule filled in and checked."""
+def _cleaned(groups: list[Any]) -> list[Any]:
+    """Without what wrappers put into names: those of all groups together, for they are of one model."""
+    if isinstance(groups[0], Mapping):
+        lists = [_listed(group.get("params")) if isinstance(group, Mapping) else [] for group in groups]
+        names = iter(clean_names(p[0] for params in lists for p in params if _is_named(p)))
+        return [
+            {**group, "params": [(next(names), p[1]) if _is_named(p) else p for p in params]} if params else group
+            for group, params in zip(groups, lists, strict=True)
+        ]
+    names = iter(clean_names(p[0] for p in groups if _is_named(p)))
+    return [(next(names), p[1]) if _is_named(p) else p for p in groups]
+
+
+def _listed(params: Any) -> list[Any]:
+    return [] if params is None or isinstance(params, (Tensor, set)) else list(params)
+
+
+def _is_named(p: Any) -> bool:
+    return isinstance(p, tuple) and len(p) == 2 and isinstance(p[0], str)
+
+
+def check_group(group: Any, spec: OptimSpec, seen: set[int], live: bool = False) -> dict[str, Any]:
+    """A copy of a param group with every hyperparameter of the rule filled in and checked; of a ``live`` one only the
+    parameters are looked at."""
     if not isinstance(group, dict) or "params" not in group:
         raise SpecError(f"a param group is a dict with 'params'; got {type(group).__name__}")
     params = group["params"]
@@ -40,8 +65,10 @@ def check_group(group: Any, spec: OptimSpec, seen: set[int]) -> dict[str, Any]:
     if isinstance(params, set):
         raise SpecError("parameters must be ordered; a set is not")
     params = list(params)
-    if not params:
-        raise SpecError("a param group is empty; it needs at least one parameter")
+    if live:
+        for p in params:
+            _check_parameter(p, "a parameter", seen)
+        return group
     rule = RULES[spec.rule]
     known = rule.hyperparameters
     given = {k: v for k, v in group.items() if k in known}
@@ -55,18 +82,40 @@ def check_group(group: Any, spec: OptimSpec, seen: set[int]) -> dict[str, Any]:
     return {**group, **rule.resolve({**spec.hyper, **given}), "params": params}
 
 
+def is_named(groups: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether parameters have names and not only numbers."""
+    groups = [group for group in groups if group["params"]]
+    return bool(groups) and all(group.get("param_names") for group in groups)
+
+
+def align_names(group: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+    """torch.optim takes groups with names or groups without; an empty one is of either kind."""
+    named = any(isinstance(p, tuple) for p in group["params"]) or "param_names" in group
+    if not group["params"] and any("param_names" in other for other in groups):
+        group["param_names"] = []
+    for other in groups:
+        if named and not other["params"]:
+            other.setdefault("param_names", [])
+
+
 def _check_parameter(p: Any, name: str, seen: set[int]) -> None:
     if not isinstance(p, Tensor):
         raise SpecError(f"{name} is a {type(p).__name__}; an optimizer takes tensors")
     if not p.is_leaf and not p.retains_grad:
         raise SpecError(f"{name} of shape {tuple(p.shape)} is not a leaf tensor; an optimizer takes leaves")
-    if not p.is_floating_point():
-        raise SpecError(f"{name} has dtype {p.dtype}; memopt takes float16, bfloat16, float32 and float64 parameters")
-    if p.layout is not torch.strided:
-        raise SpecError(f"{name} has layout {p.layout}; memopt takes dense parameters")
+    if p.requires_grad:  # what is frozen may be anything: it is not stepped
+        check_steppable(name, p)
     if id(p) in seen:
         raise SpecError(f"{name} of shape {tuple(p.shape)} appears more than once")
     seen.add(id(p))
+
+
+def check_steppable(name: str, p: Tensor) -> None:
+    """Raise SpecError for a parameter that no rule can step."""
+    if p.dtype not in STEPPED:
+        raise SpecError(f"{name} has dtype {p.dtype}; memopt takes float16, bfloat16, float32 and float64 parameters")
+    if p.layout is not torch.strided:
+        raise SpecError(f"{name} has layout {p.layout}; memopt takes dense parameters")
 
 
 def _refuse_typo(key: str, known: Mapping[str, Any], rule: str) -> None:

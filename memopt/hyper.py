@@ -11,8 +11,10 @@ class SpecError(ValueError):
     """A spec or a hyperparameter that means nothing; the message names the value and what is allowed."""
 
 
-def _number(value: Any) -> bool:
-    if isinstance(value, bool):
+def is_number(value: Any) -> bool:
+    """A finite number: Python's, or what turns into one, such as a tensor of one element. A string is none, though
+    ``float`` would read it: YAML takes ``1e-4`` for one, and a scheduler cannot multiply it."""
+    if isinstance(value, (bool, str, bytes)):
         return False
     try:
         return isfinite(float(value))
@@ -21,11 +23,11 @@ def _number(value: Any) -> bool:
 
 
 def _at_least_zero(value: Any) -> bool:
-    return _number(value) and float(value) >= 0
+    return is_number(value) and float(value) >= 0
 
 
 def _fraction(value: Any) -> bool:
-    return _number(value) and 0 <= float(value) < 1
+    return is_number(value) and 0 <= float(value) < 1
 
 
 def _pair(test: Callable[[Any], bool], first_may_be_none: bool = False) -> Callable[[Any], bool]:
@@ -73,17 +75,18 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "eps": ("a finite number >= 0, or for factored rules a pair of them", _eps),
     "weight_decay": ("a finite number >= 0", _at_least_zero),
     "momentum": ("a finite number >= 0", _at_least_zero),
-    "dampening": ("a finite number", _number),
-    "alpha": ("a number in [0, 1]", lambda v: _number(v) and 0 <= float(v) <= 1),
+    "dampening": ("a finite number", is_number),
+    "alpha": ("a number in [0, 1]", lambda v: is_number(v) and 0 <= float(v) <= 1),
     "ademamix.alpha": ("a finite number >= 0", _at_least_zero),
     "t_alpha": ("None or an integer >= 1, a number of steps", lambda v: v is None or _count(v)),
     "t_beta3": ("None or an integer >= 1, a number of steps", lambda v: v is None or _count(v)),
-    "final_lr": ("a finite number > 0", lambda v: _number(v) and float(v) > 0),
+    "final_lr": ("a finite number > 0", lambda v: is_number(v) and float(v) > 0),
+    "base_lr": ("None or a finite number >= 0", lambda v: v is None or _at_least_zero(v)),
     "gamma": ("a number in (0, 1)", lambda v: _fraction(v) and float(v) > 0),
     "lookahead_steps": ("an integer >= 1", lambda v: _count(v)),
-    "lookahead_rate": ("a number in (0, 1]", lambda v: _number(v) and 0 < float(v) <= 1),
-    "beta2_decay": ("a finite number <= 0", lambda v: _number(v) and float(v) <= 0),
-    "d": ("a finite number >= 1", lambda v: _number(v) and float(v) >= 1),
+    "lookahead_rate": ("a number in (0, 1]", lambda v: is_number(v) and 0 < float(v) <= 1),
+    "beta2_decay": ("a finite number <= 0", lambda v: is_number(v) and float(v) <= 0),
+    "d": ("a finite number >= 1", lambda v: is_number(v) and float(v) >= 1),
     "convention": ("'torch' or 'transformers'", lambda v: v in ("torch", "transformers")),
     **dict.fromkeys(FLAGS, ("True or False", _bool)),
 }
@@ -94,6 +97,24 @@ def check(rule: str, values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         allowed, ok = CHECKS.get(f"{rule}.{name}") or CHECKS[name]
         if not ok(value):
+            raise SpecError(f"{rule}: {name}={value!r} is not allowed; {name} must be {allowed}")
+
+
+def check_live(rule: str, values: Mapping[str, Any]) -> None:
+    """Raise :class:`SpecError` for a value that a param group was given after it was made and that is no number where
+    one is wanted, or a word. Signs and ranges are the owner's, as in torch.optim; tensors are not waited for."""
+    for name, value in values.items():
+        if type(value) is float and isfinite(value):
+            continue
+        allowed, ok = CHECKS.get(f"{rule}.{name}") or CHECKS[name]
+        if name in FLAGS:
+            fine = isinstance(value, (bool, int))
+        elif isinstance(value, str):
+            fine = ok(value)
+        else:
+            parts = value if isinstance(value, (tuple, list)) else (value,)
+            fine = all(hasattr(part, "device") or is_number(part) for part in parts) or ok(value)
+        if not fine:
             raise SpecError(f"{rule}: {name}={value!r} is not allowed; {name} must be {allowed}")
 
 

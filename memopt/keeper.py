@@ -14,11 +14,12 @@ from torch import Tensor
 
 from memopt.engines import Engine
 from memopt.geometry import Rows
-from memopt.groups import check_group
+from memopt.groups import STEPPED, align_names, check_group
 from memopt.integrity import Integrity
 from memopt.ledger import Ledger, Line, dtype_name
+from memopt.live_groups import LiveGroups, has_shape
 from memopt.partitions import Partition
-from memopt.partitions.flat import check_replaced
+from memopt.partitions.flat import check_replaced, replaced_by_vectors
 from memopt.partitions.recovering import Made
 from memopt.partitions.slab import check_slab
 from memopt.placements.homes import Homes
@@ -26,7 +27,7 @@ from memopt.placements.leases import Held
 from memopt.pricing import state_lines
 from memopt.rules import Rule
 from memopt.spec import OptimSpec
-from memopt.state import LoadPlan, plan_load
+from memopt.state import LoadPlan, packed, plan_load
 
 if TYPE_CHECKING:
     from memopt.checkpoint.changing import Work
@@ -48,6 +49,10 @@ class Keeper(torch.optim.Optimizer):
     capturable: bool
     skipped_steps: int
     release: Release | None
+    _live: LiveGroups
+    _made_for: list[Made]
+    _seen_ids: list[int]
+    _unshaped: list[Tensor]
     #: A conversion that was stopped where the parameters done and the others are of two rules.
     unfinished: Work | None = None
 
@@ -88,18 +93,26 @@ class Keeper(torch.optim.Optimizer):
         if self.partition.is_flattened:
             raise RuntimeError("DeepSpeed has taken the parameters of this optimizer; no group can be added")
         group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
+        align_names(group, self.param_groups)
         super().add_param_group(group)
         self._remember()
         self._watch()
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
         """``(name, parameter, group)`` in order; without names, the parameter's number."""
-        return self.partition.entries(self.param_groups)
+        if self.partition.is_flattened or replaced_by_vectors(self):
+            yield from self.partition.entries(self.param_groups)
+            return
+        for group, names in zip(self.param_groups, self._live.names(self.param_groups, self.spec), strict=True):
+            for name, p in zip(names, group["params"], strict=True):
+                yield name, p, group
 
     def _remember(self) -> None:
-        """What the optimizer is made with, for another tool may replace it."""
+        """What the optimizer has as parameters, for another tool may replace it."""
         entries = list(self._parameters())
-        self._made_for = [Made(name, ref(p), tuple(p.shape), group) for name, p, group in entries]
+        self._made_for = [
+            Made(name, ref(p), tuple(p.shape) if has_shape(p) else (), group) for name, p, group in entries
+        ]
         self._seen_ids = [id(p) for _, p, _ in entries]
 
     def _rows(self, p: Tensor) -> Rows:
@@ -109,6 +122,7 @@ class Keeper(torch.optim.Optimizer):
 
     def init_state(self, *, anew: bool = False) -> None:
         """Allocate the state of every parameter that requires a gradient and has none; zeros, as before the first step.
+        Those of lazy modules that have no shape yet get theirs at their first step.
 
         Args:
             anew: forget the state that is there, too, and begin again: moments are zero and no step has been taken.
@@ -118,7 +132,7 @@ class Keeper(torch.optim.Optimizer):
             self._check_finished()
         check_replaced(self)
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
-        wanted = [entry for entry in self._parameters() if entry[1].requires_grad]
+        wanted = [entry for entry in self._parameters() if entry[1].requires_grad and has_shape(entry[1])]
         if not anew:
             self._allocate_missing(wanted)
             self._take_place()
@@ -131,6 +145,8 @@ class Keeper(torch.optim.Optimizer):
 
     def _allocate_missing(self, parameters: Iterable[tuple[str, Tensor, dict[str, Any]]]) -> None:
         """State for those that have none; all of it or, where there is no room, none."""
+        if self._unshaped and all(has_shape(p) for p in self._unshaped):
+            self._watch()
         fresh: list[Tensor] = []
         try:
             for name, p, group in parameters:
@@ -168,8 +184,12 @@ class Keeper(torch.optim.Optimizer):
         """Tell the homes of parameters and groups as they are now, and whose gradients may go elsewhere."""
         if self.homes.watches:
             released = self.release.covers if self.release is not None else lambda p: False
+            entries = list(self._parameters())
+            self._unshaped = [p for _, p, _ in entries if not has_shape(p)]
             self.homes.watch(
-                (name, p, self._held(name, p, group), not released(p)) for name, p, group in self._parameters()
+                (name, p, self._held(name, p, group), not released(p))
+                for name, p, group in entries
+                if has_shape(p) and p.dtype in STEPPED
             )
 
     def _commit(self) -> None:
@@ -224,18 +244,22 @@ class Keeper(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch.optim's dictionary (plain tensors, this rank's rows; of sharded parameters DTensors, as
         torch.distributed.checkpoint takes them), and under ``"memopt"`` what is needed to tell whether it fits: spec,
-        rank, world size and the seed of the stochastic rounding."""
+        rank, world size and the seed of the stochastic rounding. Hooks see all of it, and what they return is what is
+        returned; state under a key that is no parameter goes along."""
         from memopt.partitions import as_dtensors
 
         as_dtensors.refuse_helpers(self)
         self._check_finished()
         self.settle()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
         with self.partition.shown(self):
-            packed = super().state_dict()
+            state, groups = packed(self)
+            state = as_dtensors.wrapped(self, state)
         cut = self.partition.cut()
-        return {
-            **packed,
-            "state": as_dtensors.wrapped(self, packed["state"]),
+        found: dict[str, Any] = {
+            "state": state,
+            "param_groups": groups,
             "memopt": {
                 "spec": str(self.spec),
                 "rank": self.partition.rank,
@@ -245,6 +269,10 @@ class Keeper(torch.optim.Optimizer):
                 **({} if cut is None else {"cut": cut}),
             },
         }
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, found)
+            found = found if replaced is None else replaced
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, or a torch.optim dictionary whose state has the same keys.
@@ -285,6 +313,9 @@ class Keeper(torch.optim.Optimizer):
                 tensor.copy_(torch.as_tensor(saved[key])) if key in saved else tensor.zero_()
         for p in plan.without_state:
             self.state.pop(p, None)
+        for other in [key for key in self.state if not isinstance(key, Tensor)]:
+            del self.state[other]
+        self.state.update(plan.others)
         for group, loaded in zip(self.param_groups, plan.groups, strict=True):
             group.update(loaded)
         self.seed = plan.metadata.get("seed", self.seed)

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version  # kernels write where autograd does not look
 
 from memopt import amp, kernels
 from memopt.engines import ENGINES
 from memopt.engines.work import Work
 from memopt.gradients import POLICIES, check_gradient, non_finite
-from memopt.groups import named_groups
+from memopt.groups import STEPPED, named_groups
 from memopt.hyper import SpecError
 from memopt.integrity import Integrity
 from memopt.keeper import Keeper
+from memopt.live_groups import LiveGroups, has_shape
 from memopt.partitions import PARTITIONS
 from memopt.partitions.flat import check_replaced
 from memopt.placements.homes import Homes
@@ -75,8 +77,15 @@ class Optimizer(Keeper):
         self._skipped = 0
         self._configure(process_group)
         super().__init__(named_groups(params), spec.resolve())
-        spec.check_overrides([name for name, _, _ in self._parameters()])
-        self.homes.expect(lambda: {name: self._lines(name, p, group)[1:] for name, p, group in self._parameters()})
+        self.spec = spec.for_names([name for name, _, _ in self._parameters()])
+        self.homes.spec = self.spec
+        self.homes.expect(
+            lambda: {
+                name: self._lines(name, p, group)[1:]
+                for name, p, group in self._parameters()
+                if has_shape(p) and p.dtype in STEPPED
+            }
+        )
 
     def _configure(self, process_group: Any = None) -> None:
         self.integrity = Integrity()
@@ -89,6 +98,8 @@ class Optimizer(Keeper):
         self._plan: kernels.Plan | None = None
         self._captured: list[kernels.Plan] = []  # plans whose tables a CUDA graph reads
         self.release: Release | None = None
+        self._live = LiveGroups()
+        self._made_for, self._seen_ids, self._unshaped = [], [], []
 
     # The step --------------------------------------------------------------------------------------------------
 
@@ -99,6 +110,7 @@ class Optimizer(Keeper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._live.check_values(self.param_groups, self.spec)
         if self.release is not None and getattr(self, "grad_scale", None) is not None:
             raise RuntimeError(
                 "torch.amp.GradScaler cannot be used with released gradients: parameters step inside "
@@ -110,6 +122,7 @@ class Optimizer(Keeper):
         if self._plan is not None and self._plan.refresh(self):  # the tensors of the last step, with new gradients
             if self.nonfinite == "propagate" or not self._stopped_by(self._plan.non_finite()):
                 self._plan.step(self.seed)
+                increment_version(self._plan.parameters)
             return loss
         check_replaced(self)
         with self.partition.at_step(self.param_groups):
@@ -159,6 +172,7 @@ class Optimizer(Keeper):
                 self.homes.step(self.partition.gather(works[first:stop]), run)
                 self.partition.publish(parameters[first:stop])
             self.partition.finish()
+        increment_version(parameters)
         return works
 
     def _local_gradient(self, name: str, p: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from memopt.geometry import Rows
 from memopt.hyper import SpecError
 from memopt.ledger import ITEMSIZE, Ledger, Line, TensorSpec
 from memopt.masters import master_of
+from memopt.naming import clean_names
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS, Placement
 from memopt.placements.leases import Held
@@ -88,9 +89,9 @@ def price(
     size = 1 if world_size is None else world_size
     if not isinstance(size, int) or size < 1 or not 0 <= rank < size:
         raise SpecError(f"rank={rank!r} of world_size={world_size!r} is not allowed; 0 <= rank < world_size")
-    items = list(_items(model_or_shapes))
-    parameters = named_tensors(items, dtype)
-    spec.check_overrides([name for name, _ in parameters])
+    items = _items(model_or_shapes)
+    parameters = _tensor_specs(items, dtype)
+    spec = spec.for_names([name for name, _ in parameters])
     h = spec.resolve()
     if deepspeed is None:
         partition = PARTITIONS[spec.partition]
@@ -145,27 +146,29 @@ def spec_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def held_here(partition: type[Partition], items: Iterable[Any]) -> dict[str, Rows]:
+def held_here(partition: type[Partition], items: Iterable[tuple[str, Any]]) -> dict[str, Rows]:
     """The rows that this process holds, by name, of parameters that torch has sharded."""
-    pairs = [item for item in items if isinstance(item, tuple) and len(item) == 2]
-    if not any(hasattr(p, "placements") for _, p in pairs):
+    items = list(items)
+    if not any(hasattr(p, "placements") for _, p in items):
         return {}
     from memopt.partitions.sharded import Sharded
 
     if not issubclass(partition, Sharded):
         return {}
     live = partition()
-    return {name: live.held(p) for name, p in pairs}
+    return {name: live.held(p) for name, p in items}
 
 
 def named_tensors(source: Any, dtype: str = "bfloat16") -> list[tuple[str, TensorSpec]]:
     """``(name, tensor)`` of every parameter of a model, a mapping or an iterable; ``dtype`` is that of bare shapes."""
+    return _tensor_specs(_items(source), dtype)
+
+
+def _tensor_specs(items: Iterable[tuple[str, Any]], dtype: str) -> list[tuple[str, TensorSpec]]:
     if dtype not in ITEMSIZE:
         raise SpecError(f"dtype={dtype!r} is not allowed; it is one of {', '.join(ITEMSIZE)}")
     found = []
-    for i, item in enumerate(_items(source)):
-        named = not hasattr(item, "shape") and isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
-        name, value = item if named else (str(i), item)
+    for name, value in items:
         shape = getattr(value, "shape", value)
         if not all(isinstance(n, int) and n >= 0 for n in shape):
             raise SpecError(f"{name}: {shape!r} is not a shape; a shape is a tuple of integers >= 0")
@@ -173,10 +176,25 @@ def named_tensors(source: Any, dtype: str = "bfloat16") -> list[tuple[str, Tenso
     return found
 
 
-def _items(source: Any) -> Iterable[Any]:
+def _items(source: Any) -> list[tuple[str, Any]]:
+    """``(name, tensor or shape)`` of all that is not frozen; what has no name has its number."""
     if hasattr(source, "named_parameters"):
-        return [(name, p) for name, p in source.named_parameters() if p.requires_grad]
-    return source.items() if isinstance(source, Mapping) else source
+        source = source.named_parameters()
+    found: list[tuple[str, Any]] = []
+    for i, item in enumerate(source.items() if isinstance(source, Mapping) else source):
+        named = not hasattr(item, "shape") and isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        found.append(item if named else (str(i), item))
+    names = clean_names(name for name, _ in found)
+    return [(name, value) for name, (_, value) in zip(names, found, strict=True) if not _is_frozen(value)]
+
+
+def _is_frozen(value: Any) -> bool:
+    """Whether it is a parameter that requires no gradient; any other tensor stands for its shape."""
+    if getattr(value, "requires_grad", True):
+        return False
+    from torch.nn import Parameter
+
+    return isinstance(value, Parameter)
 
 
 def _tensor(value: Any, shape: Any, dtype: str) -> TensorSpec:

@@ -16,6 +16,7 @@ from memopt.engines import ENGINES
 from memopt.formats import FORMATS
 from memopt.hyper import SpecError
 from memopt.masters import MASTERS
+from memopt.naming import clean_pattern
 from memopt.partitions import PARTITIONS
 from memopt.placements import PLACEMENTS
 from memopt.placements.options import checked
@@ -158,27 +159,45 @@ class OptimSpec:
                     return *self._override(pattern), pattern
         return self.format, self.placement, None
 
-    def check_overrides(self, names: list[str]) -> None:
-        """Raise :class:`SpecError` for a pattern that is the first match of none of these names."""
-        used = {self.for_parameter(name)[2] for name in names} if self.overrides else set()
-        for pattern in self.overrides:
-            if pattern not in used:
-                shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-                raise SpecError(f"overrides: {pattern!r} is the first match of no parameter; the names are {shown}")
+    def for_names(self, names: list[str]) -> OptimSpec:
+        """This spec for parameters of these names: a pattern that names a wrapper's prefix (``module.``,
+        ``_orig_mod.``) and matches none of them goes without it. Raises :class:`SpecError` for a pattern that is the
+        first match of no name."""
+        if not self.overrides:
+            return self
+        used = {self.for_parameter(name)[2] for name in names}
+        unused = [pattern for pattern in self.overrides if pattern not in used]
+        if unused:
+            plain = {clean_pattern(p) if p in unused else p: value for p, value in self.overrides.items()}
+            if plain.keys() != self.overrides.keys():
+                return self.replace(overrides=plain).for_names(names)
+        for pattern in unused:
+            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+            raise SpecError(f"overrides: {pattern!r} is the first match of no parameter; the names are {shown}")
+        return self
 
     def resolve(self, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Every hyperparameter of the rule with its value, checked against the formats in use."""
         rule: Rule = RULES[self.rule]
         h = rule.resolve({**self.hyper, **(given or {})})
+        self._check_hyper(h)
+        return h
+
+    def check_live(self, h: Mapping[str, Any]) -> None:
+        """Raise :class:`SpecError` for hyperparameters that a param group was given since it was made and that these
+        formats cannot follow. What keeps no state any more, such as SGD whose momentum was switched off, fits all."""
+        if RULES[self.rule].moments(h, (2, 2)):
+            self._check_hyper(h)
+
+    def _check_hyper(self, h: Mapping[str, Any]) -> None:
         for fmt in {self.format, *(self._override(p)[0] for p in self.overrides)}:
-            reason = rule.refuse(h, fmt)
+            reason = RULES[self.rule].refuse(h, fmt)
             if reason:
                 nearest = self.replace(format="32bit", overrides={}, hyper={}, options={})
                 raise SpecError(f"'{self}': {reason}; nearest: {nearest}")
         reason = ENGINES[self.engine].refuse_hyper(self, h)
         if reason:
             raise SpecError(f"'{self}' with engine={self.engine!r}: {reason}")
-        return h
 
     def __str__(self) -> str:
         default = RULES[self.rule].default_format if self.rule in RULES else ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memopt.masters import MASTERS
+from memopt.naming import clean_names
 from memopt.partitions.as_dtensors import has_dtensors, unwrapped
 
 if TYPE_CHECKING:
@@ -19,9 +20,23 @@ if TYPE_CHECKING:
 TORCH_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 
 
+def packed(optimizer: Keeper) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """State and groups with numbers for parameters, as torch.optim has them; what is under another key stays there.
+    State of parameters that are in no group any more is the process's alone."""
+    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    groups = [{**g, "params": [numbers[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+    state = {
+        numbers[id(key)] if isinstance(key, Tensor) else key: value
+        for key, value in optimizer.state.items()
+        if not isinstance(key, Tensor) or id(key) in numbers
+    }
+    return state, groups
+
+
 class LoadPlan(NamedTuple):
     states: list[tuple[tuple[str, Tensor, dict[str, Any]], dict[str, Any]]]
     without_state: list[Tensor]
+    others: dict[Any, Any]  # state under keys that are no parameters
     groups: list[dict[str, Any]]  # what each param group is updated with
     group_ids: list[int]
     metadata: Mapping[str, Any]
@@ -53,10 +68,11 @@ def plan_load(optimizer: Keeper, state_dict: Mapping[str, Any]) -> LoadPlan:
         hyper = groups[next(i for i, g in enumerate(optimizer.param_groups) if g is group)]
         _check_state(optimizer, name, p, {**group, **hyper}, saved, origin)
         states.append(((name, p, group), saved))
-    extra = set(state_dict["state"]) - set(saved_ids)
-    if extra:
-        raise ValueError(f"the state_dict has state for {len(extra)} parameters that are in none of its groups")
-    return LoadPlan(states, without, groups, [id(g) for g in optimizer.param_groups], metadata)
+    others = {key: value for key, value in state_dict["state"].items() if key not in set(saved_ids)}
+    lost = [key for key in others if isinstance(key, int)]
+    if lost:
+        raise ValueError(f"the state_dict has state for {len(lost)} parameters that are in none of its groups")
+    return LoadPlan(states, without, copy.deepcopy(others), groups, [id(g) for g in optimizer.param_groups], metadata)
 
 
 def _origin(optimizer: Keeper, metadata: Mapping[str, Any]) -> str:
@@ -92,16 +108,24 @@ def _plan_groups(optimizer: Keeper, saved: list[dict[str, Any]]) -> list[dict[st
     counts = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
     if counts[0] != counts[1]:
         raise ValueError(f"the param groups differ: saved with {counts[0]} parameters each, here {counts[1]}")
+    saved_names, our_names = _comparable(saved), _comparable(ours)
     planned = []
     for mine, theirs in zip(ours, saved, strict=True):
-        names = theirs.get("param_names"), mine.get("param_names")
-        if all(names) and names[0] != names[1]:
-            first = next((a, b) for a, b in zip(*names, strict=True) if a != b)  # type: ignore[arg-type]
+        names = next(saved_names), next(our_names)
+        if names[0] and names[1] and names[0] != names[1]:
+            first = next((a, b) for a, b in zip(*names, strict=True) if a != b)
             raise ValueError(f"the parameters differ: saved {first[0]!r} where there is {first[1]!r} here")
         keys = {k: v for k, v in theirs.items() if k not in ("params", "param_names", *TORCH_EXECUTION)}
         optimizer.rule.check({**mine, **keys})
         planned.append(copy.deepcopy(keys))
     return planned
+
+
+def _comparable(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
+    """The names of each group, without what a wrapper put before them."""
+    names = [group.get("param_names") or [] for group in groups]
+    cleaned = iter(clean_names(name for some in names for name in some))
+    return ([next(cleaned) for _ in some] for some in names)
 
 
 def _check_state(

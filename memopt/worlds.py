@@ -65,7 +65,7 @@ def balance(
     """
     parsed = parse(spec, **spec_fields(fields))
     tensors = named_tensors(model_or_shapes, dtype)
-    parsed.check_overrides([name for name, _ in tensors])
+    parsed = parsed.for_names([name for name, _ in tensors])
     partition = PARTITIONS[parsed.partition]
     count: dict[tuple[str, TensorSpec], int] = {}
     first: dict[TensorSpec, str] = {}

@@ -13,7 +13,8 @@ from memopt.checkpoint.fit import Slot, fill_slot
 from memopt.checkpoint.plan import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Record, Source
-from memopt.groups import TORCH_KEYS
+from memopt.groups import TORCH_KEYS, is_named
+from memopt.naming import matching
 from memopt.rules import RULES
 from memopt.state import TORCH_EXECUTION
 
@@ -28,7 +29,7 @@ class Plan:
         self._optimizer, self._source, self._fill = optimizer, source, fill
         check_fill(fill, optimizer.spec.rule)
         names = [name for name, _, _ in optimizer._parameters()]
-        self._records = _match(source, names, _is_named(optimizer))
+        self._records = _match(source, names, is_named(optimizer.param_groups))
         self._groups = self._merged_groups(names) if hyper else [dict(group) for group in optimizer.param_groups]
         self._seed = optimizer.seed if source.seed is None or not hyper else source.seed
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
@@ -100,10 +101,6 @@ class Plan:
         fill_slot(slot, state, record, old, self._fill, report)
 
 
-def _is_named(optimizer: Optimizer) -> bool:
-    return all(group.get("param_names") for group in optimizer.param_groups)
-
-
 def _match(source: Source, names: list[str], named: bool) -> list[Record]:
     """The record of each parameter: by name where both have names, else by place. Raises ValueError for a parameter
     that one of them does not have."""
@@ -112,11 +109,13 @@ def _match(source: Source, names: list[str], named: bool) -> list[Record]:
         if len(saved) != len(names):
             raise ValueError(f"{source.origin} has state of {len(saved)} parameters, here there are {len(names)}")
         return saved
-    for name in (*names, *source.records):
-        if name not in source.records or name not in names:
-            who = "the optimizer" if name in source.records else source.origin
+    theirs, ours = matching(list(source.records), names)
+    known = dict(zip(theirs, source.records.values(), strict=True))
+    for name in (*ours, *theirs):
+        if name not in known or name not in ours:
+            who = "the optimizer" if name in known else source.origin
             raise ValueError(f"{who} has no parameter {name!r}; both must have the same parameters")
-    return [source.records[name] for name in names]
+    return [known[name] for name in ours]
 
 
 def _kept_in_place(now: Any, value: Any) -> Any:

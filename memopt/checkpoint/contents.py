@@ -12,7 +12,9 @@ from torch import Tensor
 import memopt
 from memopt.checkpoint import plain
 from memopt.checkpoint.codes import moment_codes
+from memopt.groups import is_named
 from memopt.masters import MASTERS
+from memopt.naming import clean_names
 from memopt.partitions.dtensor import chunk, held, is_dtensor
 from memopt.spec import OptimSpec
 
@@ -45,6 +47,12 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
 
 
+def named_state(model: torch.nn.Module) -> dict[str, Any]:
+    """``model.state_dict()`` without what wrappers put into names."""
+    state = unwrapped(model).state_dict(keep_vars=True)
+    return dict(zip(clean_names(state), state.values(), strict=True))
+
+
 def model_tensors(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """``(name -> tensor, name -> the name of the same tensor)``: a tied weight is kept once.
 
@@ -53,7 +61,7 @@ def model_tensors(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[Any, str] = {}
-    for name, value in unwrapped(model).state_dict(keep_vars=True).items():
+    for name, value in named_state(model).items():
         if not isinstance(value, Tensor):
             raise ValueError(
                 f"{name} of the model is a {type(value).__name__}, not a tensor; memopt.save keeps tensors"
@@ -131,7 +139,7 @@ def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
         "skipped_steps": optimizer.skipped_steps,
         "partition": optimizer.spec.partition,
         "world_size": optimizer.partition.world_size,
-        "named": all(group.get("param_names") for group in optimizer.param_groups),
+        "named": is_named(optimizer.param_groups),
         "groups": groups_json(optimizer),
         "parameters": parameters,
     }

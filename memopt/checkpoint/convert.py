@@ -103,7 +103,7 @@ def _planned(optimizer: Optimizer, new: OptimSpec, given: dict[str, Any], fill: 
     """Everything that can be refused is refused here, before anything is changed."""
     old = optimizer.spec
     hypers = [target_hyper(old, new, group, given) for group in optimizer.param_groups]
-    new.check_overrides([name for name, _, _ in optimizer._parameters()])
+    new = new.for_names([name for name, _, _ in optimizer._parameters()])
     ENGINES[new.engine].require()
     check_fill(fill, new.rule)
     partition = _partition(optimizer, new)

@@ -33,10 +33,10 @@ class Converted:
     """
 
     def __init__(self, source: Source, spec: OptimSpec, fill: Fill, encoding: Encoding = OURS) -> None:
+        spec = spec.for_names([name for group in source.groups for name in group.names])
         self.source, self.spec, self._fill, self._encoding = source, spec, fill, encoding
         self.report = Conversion(source.label or spelled(source.spec), spelled(spec))
         check_fill(fill, spec.rule)
-        spec.check_overrides([name for group in source.groups for name in group.names])
         self.groups = [Group(group.names, self._hyper(group)) for group in source.groups]
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
         kept: set[str] = set()

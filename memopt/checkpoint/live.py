@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from memopt.checkpoint.convert import slots
 from memopt.checkpoint.stored import Group, Source
-from memopt.groups import TORCH_KEYS
+from memopt.groups import TORCH_KEYS, is_named
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -29,5 +29,5 @@ def source_of(optimizer: Optimizer) -> Source:
         Group([next(names) for _ in group["params"]], {k: v for k, v in group.items() if k not in TORCH_KEYS})
         for group in optimizer.param_groups
     ]
-    named = all(group.get("param_names") for group in optimizer.param_groups)
+    named = is_named(optimizer.param_groups)
     return Source(optimizer.spec, groups, records, "the optimizer", named, optimizer.seed, optimizer.skipped_steps)

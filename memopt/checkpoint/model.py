@@ -12,6 +12,7 @@ from memopt.checkpoint import contents
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.tensorfile import spec_of
 from memopt.geometry import Rows
+from memopt.naming import matching
 from memopt.partitions.dtensor import held, is_dtensor
 
 
@@ -22,9 +23,13 @@ def plan_model(checkpoint: Checkpoint, model: torch.nn.Module) -> Callable[[], N
         raise ValueError(f"{checkpoint.path} holds no model")
     tied = checkpoint.body["model"]["tied"]
     here, _ = contents.model_tensors(model)
-    everything: dict[str, Any] = contents.unwrapped(model).state_dict()
+    everything = contents.named_state(model)
     specs = checkpoint.model_specs
     saved = {**{name: name for name in specs}, **tied}
+    theirs, ours = matching(list(saved), list(everything))
+    saved = dict(zip(theirs, saved.values(), strict=True))
+    everything = dict(zip(ours, everything.values(), strict=True))
+    here = dict(zip(matching(list(saved), list(here))[1], here.values(), strict=True))
     for name in (*saved, *everything):
         if name not in everything or name not in saved:
             who = "the model" if name in saved else f"{file.path}"

@@ -16,6 +16,7 @@ from memopt.diagnosis.sampling import shadows
 from memopt.diagnosis.shadow import Shadow
 from memopt.gradients import non_finite
 from memopt.hyper import SpecError
+from memopt.optimizer import Optimizer
 
 #: Elements of each parameter by which its update is measured, evenly spaced.
 SPREAD = 256
@@ -153,6 +154,8 @@ class Watch:
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
+    if isinstance(optimizer, Optimizer):
+        return [(name, p) for name, p, _ in optimizer._parameters()]
     named, index = [], 0
     for group in optimizer.param_groups:
         names = group.get("param_names") or [str(index + i) for i in range(len(group["params"]))]

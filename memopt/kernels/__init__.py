@@ -42,6 +42,7 @@ class Plan(Protocol):
 
     #: Whether it takes torch.amp.GradScaler's ``grad_scale`` and ``found_inf``.
     takes_scale: bool
+    parameters: list[Tensor]
 
     @property
     def pages(self) -> Pages | None: ...  # large ones, under what it steps on the CPU

@@ -48,7 +48,7 @@ def describe_group(spec: OptimSpec, h: Mapping[str, Any]) -> abi.Group:
     elif rule == "rmsprop":
         g.beta1 = g.beta2 = h["alpha"]
     elif rule == "adabound":
-        g.final_lr, g.gamma, g.peak = h["final_lr"], h["gamma"], float(h.get("initial_lr", 0.0))
+        g.final_lr, g.gamma, g.peak = h["final_lr"], h["gamma"], h["base_lr"] or 0.0
     elif rule == "ademamix":
         g.alpha, g.alpha_steps, g.beta3_steps = h["alpha"], h["t_alpha"] or 0, h["t_beta3"] or 0
     g.slow_steps, g.slow_rate = h.get("lookahead_steps", 0), h.get("lookahead_rate", 0.0)

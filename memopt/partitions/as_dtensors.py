@@ -27,10 +27,10 @@ _HELPERS = {
 }
 
 
-def wrapped(optimizer: Keeper, packed: Mapping[Any, Mapping[str, Any]]) -> dict[Any, dict[str, Any]]:
+def wrapped(optimizer: Keeper, packed: Mapping[Any, Any]) -> dict[Any, dict[str, Any]]:
     """The state of ``packed`` (by the parameter's number), each part of a DTensor's state as a DTensor of the part's
     global shape: cut as the parameter is, or whole on every rank. Codes and scales as they are; no copies."""
-    found: dict[Any, dict[str, Any]] = {}
+    found: dict[Any, Any] = {}
     for index, (name, p, group) in enumerate(optimizer._parameters()):
         if index in packed:
             state = dict(packed[index])
@@ -41,7 +41,7 @@ def wrapped(optimizer: Keeper, packed: Mapping[Any, Mapping[str, Any]]) -> dict[
                     for key, x in state.items()
                 }
             found[index] = state
-    return found
+    return {**found, **{key: value for key, value in packed.items() if key not in found}}
 
 
 def _shapes(optimizer: Keeper, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, tuple[Shape, bool]]:
@@ -60,15 +60,18 @@ def _shapes(optimizer: Keeper, name: str, p: Tensor, group: Mapping[str, Any]) -
 
 def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """``state_dict`` with what is here of every DTensor in its state."""
-    state = {
-        key: {part: x.to_local() if is_dtensor(x) else x for part, x in parts.items()} if parts else parts
+    state: dict[Any, Any] = {
+        key: {part: x.to_local() if is_dtensor(x) else x for part, x in parts.items()}
+        if isinstance(parts, Mapping)
+        else parts
         for key, parts in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
 
 
 def has_dtensors(state_dict: Mapping[str, Any]) -> bool:
-    return any(is_dtensor(x) for parts in state_dict["state"].values() for x in (parts or {}).values())
+    states = (parts for parts in state_dict["state"].values() if isinstance(parts, Mapping))
+    return any(is_dtensor(x) for parts in states for x in parts.values())
 
 
 def refuse_helpers(optimizer: Keeper) -> None:

@@ -66,19 +66,33 @@ def check_replaced(optimizer: Keeper) -> None:
     over :class:`~memopt.partitions.fragments.Fragments`; RuntimeError where these cannot be recovered. State that was
     made for parameters that are gone is said once, in a warning.
     """
-    now: list[Any] = [p for group in optimizer.param_groups for p in group["params"]]
-    ids, shapes = [id(p) for p in now], [tuple(p.shape) for p in now]
-    if ids == optimizer._seen_ids or optimizer.partition.is_flattened:
+    if optimizer.partition.is_flattened or _ids(optimizer) == optimizer._seen_ids:
         return
-    made = optimizer._made_for
-    optimizer._seen_ids = ids
+    if replaced_by_vectors(optimizer):
+        optimizer._seen_ids = _ids(optimizer)
+        optimizer.partition = _flattened(optimizer)
+        return
+    swapped = optimizer._live.swapped
+    optimizer._remember()
+    optimizer._watch()
+    if optimizer._live.swapped > swapped:
+        _warn_of_orphans(optimizer, set(optimizer._seen_ids))
+
+
+def _ids(optimizer: Keeper) -> list[int]:
+    return [id(p) for group in optimizer.param_groups for p in group["params"]]
+
+
+def replaced_by_vectors(optimizer: Keeper) -> bool:
+    """Whether what stands in the groups are DeepSpeed's vectors, and not what was put there by the owner."""
+    if not optimizer._made_for or _ids(optimizer) == optimizer._seen_ids:
+        return False
     from memopt.partitions.recovering import is_flattened
 
-    vectors = bool(shapes) and all(len(shape) == 1 for shape in shapes) and any(len(one.shape) > 1 for one in made)
-    if vectors or is_flattened(made):
-        optimizer.partition = _flattened(optimizer)
-    else:
-        _warn_of_orphans(optimizer, set(ids))
+    made = optimizer._made_for
+    now = [p for group in optimizer.param_groups for p in group["params"]]
+    vectors = bool(now) and all(p.dim() == 1 for p in now) and any(len(one.shape) > 1 for one in made)
+    return (vectors and not {id(one.parameter()) for one in made} & {id(p) for p in now}) or is_flattened(made)
 
 
 def _flattened(optimizer: Keeper) -> Partition:

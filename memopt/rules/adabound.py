@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from math import sqrt
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from memopt.hyper import is_number
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Rule, State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+def presets(given: Hyper) -> dict[str, Any]:
+    """``base_lr`` is the rate of this moment, as a number: a rate that is a tensor is changed in place."""
+    lr = given.get("lr", 1e-3)
+    return {"base_lr": float(lr)} if is_number(lr) else {}
+
+
 def bounds(t: int, h: Hyper) -> tuple[float, float]:
     """The lowest and the highest rate of an element at step t; both tend to ``final_lr``."""
     lr = float(h["lr"])
-    peak = float(h.get("initial_lr", lr))  # a scheduler's note: final_lr follows the schedule as lr does
-    final = h["final_lr"] * (lr / peak if peak else 1.0)
+    base = h["base_lr"]
+    final = h["final_lr"] * (lr / base if base else 1.0)
     return final * (1 - 1 / (h["gamma"] * t + 1)), final * (1 + 1 / (h["gamma"] * t))
 
 
@@ -29,8 +36,11 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
                    final_lr * (1 - 1 / (gamma * t + 1)), final_lr * (1 + 1 / (gamma * t)))
         p <- p - a * m
 
+    ``final_lr`` belongs to the rate ``base_lr``, that which the group was made with unless it is given, and follows
+    ``lr`` from there, whoever sets it: here it stands for ``final_lr * lr / base_lr``.
+
     State: as AdamW's. Source: Luo, Xiong, Liu & Sun, "Adaptive gradient methods with dynamic bound of learning rate",
-    ICLR 2019; bias correction, eps and the scaling of ``final_lr`` with a schedule as in its reference implementation.
+    ICLR 2019; bias correction, eps and the scaling of ``final_lr`` as in its reference implementation.
     """
     beta1, beta2 = h["betas"]
     if h["weight_decay"]:
@@ -55,7 +65,9 @@ RULE = Rule(
         "gamma": 1e-3,
         "eps": 1e-8,
         "weight_decay": 0.0,
+        "base_lr": None,
     },
+    presets=presets,
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
 )

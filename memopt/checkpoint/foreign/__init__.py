@@ -8,6 +8,7 @@ from typing import Any
 from memopt.checkpoint.foreign import bitsandbytes, flashoptim, torch_optim, torchao, transformers_adafactor
 from memopt.checkpoint.foreign.base import Tool, choose, group_of
 from memopt.checkpoint.stored import Group, Record, Source
+from memopt.groups import is_named
 from memopt.spec import OptimSpec
 
 TOOLS = (flashoptim.TOOL, bitsandbytes.TOOL, transformers_adafactor.TOOL, torchao.TOOL, torch_optim.TOOL)
@@ -21,7 +22,8 @@ def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None
     """
     if "state" not in state_dict or "param_groups" not in state_dict:
         raise ValueError(f"{origin} is not an optimizer's state_dict: it lacks 'state' or 'param_groups'")
-    groups, states = state_dict["param_groups"], state_dict["state"]
+    groups = state_dict["param_groups"]
+    states: dict[Any, Any] = {key: state for key, state in state_dict["state"].items() if isinstance(state, Mapping)}
     if any("." in str(key) for state in states.values() for key in state):
         raise ValueError(
             f"{origin} is of an optimizer of memopt's: load it with load_state_dict into one of the same "
@@ -44,10 +46,10 @@ def _tool(groups: Any, states: Any, origin: str) -> Tool:
 
 
 def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Source:
-    named = all(group.get("param_names") for group in groups)
+    named = is_named(groups)
     ours, records, index = [], {}, 0
     for group in groups:
-        names = list(group["param_names"]) if named else [str(index + i) for i in range(len(group["params"]))]
+        names = list(group.get("param_names") or ()) if named else [str(index + i) for i in range(len(group["params"]))]
         index += len(names)
         known = group_of(names, rule, tool.hyper(group, rule), group)
         ours.append(Group(names, {k: v for k, v in known.hyper.items() if k not in tool.unsaved}))

@@ -41,7 +41,7 @@ WIDE, NARROW = (512, 4), (64, 32)
 #: Bytes of the sums of bands that are kept at a time.
 WORKSPACE = 32 * 2**20
 #: Rates that may be tensors on the device, and their columns of ``hyper``.
-RATES = {"lr": f.LR.value, "initial_lr": f.PEAK.value}
+RATES = {"lr": f.LR.value}
 Moments = describe.Moments
 
 
