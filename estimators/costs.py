@@ -3,6 +3,7 @@
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
 # takes a millisecond per class, and the calculator has to answer at once.
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from estimators.fields import InputError, shown
 from estimators.hardware import capacity
 from estimators.held import SHARDS_ALSO, rows_of, step_temporaries
 from estimators.model import Model, resolve
+from estimators.peft import is_folder, read
 from estimators.result import Column, Estimate
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
 from estimators.step_rows import run
 from estimators.trained import as_trained
-from estimators.training import BUCKET, Training
+from estimators.training import BUCKET, Training, unknown
 from estimators.units import dtype
 
 if TYPE_CHECKING:
@@ -128,7 +130,7 @@ def estimate(
         raise InputError(f"world_size={shown(world_size)} is not allowed; it is from 1 to {_MAX_WORLD_SIZE}")
     if isinstance(gpu, bool) or (isinstance(gpu, int) and gpu < 1):
         raise InputError(f"gpu={shown(gpu)} is not allowed; it is a card's name, a size such as '24GiB' or bytes >= 1")
-    training = Training(
+    asked = Training(
         batch=batch,
         seq=seq,
         checkpointing=checkpointing,
@@ -155,38 +157,42 @@ def estimate(
         offload_params=offload_params,
         compile=compile,
         float8=float8,
-    ).checked()
+    )
+    if is_folder(model):
+        model, said = read(os.fspath(model))
+        defaults = Training()._asdict()
+        asked = asked._replace(**{k: v for k, v in said.items() if getattr(asked, k) == defaults[k]})
+    training = asked.checked()
     specs = _parsed(spec, dict(fields))
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
     described = resolve(model)
     weight_dtype = None if weights is None else dtype(weights, "weights")
-    if mixed and not lora and weight_dtype not in (None, "float32"):
+    if mixed and not training.lora and weight_dtype not in (None, "float32"):
         raise InputError(f"mixed={mixed!r} is for weights in float32, not {weight_dtype}, unless adapters train")
     weight_dtype = weight_dtype or ("float32" if mixed else None)
     gradient_dtype = None if gradients is None else dtype(gradients, "gradients")
     described = as_trained(described, training, weight_dtype)
-    runs = {
-        own: run(described, training, own, training.outputs == "kept")
-        for own in {_own_precision(s, training) for s in specs}
-    }
+    runs = {own: run(described, training, own) for own in {_own_precision(s, training) for s in specs}}
     ran, missing = runs[_own_precision(specs[0], training)]
     columns = []
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
+    without += unknown(training)
     for one in specs:
         of_the_step = step_temporaries(described, one, world_size, None, training) if training.seq else 0
+        lacks = without
         if of_the_step is None and "temporaries of the step" not in without:
-            without = (*without, "temporaries of the step")
+            lacks = (*without, "temporaries of the step")
         held = rows_of(
             described,
             one,
-            None,
             gradient_dtype,
             world_size,
             training,
             runs[_own_precision(one, training)][0],
             of_the_step,
+            gpu if isinstance(gpu, str) else "",
         )
-        columns.append(Column(str(one), held, one.options, one.hyper))
+        columns.append(Column(str(one), held, one.options, one.hyper, lacks))
     return Estimate(
         described,
         columns,
@@ -196,7 +202,7 @@ def estimate(
         world_size,
         training,
         ran,
-        without,
+        tuple(dict.fromkeys(one for column in columns for one in column.without)),
     )
 
 

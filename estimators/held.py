@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 from estimators.fields import InputError
 from estimators.lora import NF4
 from estimators.model import Model, Shape
+from estimators.reserved import runtime
 from estimators.rows import GPU, PHASES, Row
 from estimators.state import state_nbytes, temporaries, weight_dtype
-from estimators.step_rows import one_gradient, released, rows, runtime
+from estimators.step_rows import one_gradient, released, rows
 from estimators.training import Training
 from estimators.units import dtype
 
@@ -30,14 +31,16 @@ SHARDS_ALSO: dict[str, tuple[bool, bool]] = {
 def rows_of(
     model: Model,
     spec: "OptimSpec",
-    weights: str | None,
     gradients: str | None,
     world_size: int,
     training: Training,
     ran: "Activations | None",
     of_the_step: int | None,
+    card: str = "",
 ) -> list[Row]:
-    """``of_the_step``: bytes that it allocates and frees, or None where they are not known."""
+    """``gradients``: their dtype, or None for the weights'. ``of_the_step``: bytes that it allocates and frees, or None
+    where they are not known. ``card``: its name, where that was given."""
+    weights = None  # the model's own dtypes
     if spec.partition not in SHARDS_ALSO:
         raise InputError(
             f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
@@ -108,7 +111,7 @@ def rows_of(
                     of_the_step,
                 )
             )
-        held += runtime(name, held, world_size)
+        held += runtime(held, model, spec, training, ran, world_size, card)
     return held
 
 

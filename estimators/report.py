@@ -5,13 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 from estimators.costs import GPU, PAGEABLE, PHASES, Column, Estimate
+from estimators.rows import FIGURES
 from estimators.training import describe
 from estimators.units import gib
 
 #: Version of the JSON form. Keys are only ever added under one number.
 SCHEMA = "memopt.estimate/1"
 WIDTH = 80
-_CODES = {"green": "32", "red": "31", "bold": "1", "dim": "2"}
+_CODES = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
+#: figure -> who else says it
+SHOWN_BY = {
+    "allocated": "torch.cuda.max_memory_allocated",
+    "reserved": "torch.cuda.max_memory_reserved",
+    "process": "nvidia-smi",
+}
+#: Longest spec that stands in the table of figures.
+_LONGEST = 16
+#: verdict -> colour
+_COLOURS = {"FITS": "green", "TIGHT": "yellow", "over": "red", "": "dim"}
 
 
 def as_json(e: Estimate) -> dict[str, Any]:
@@ -34,16 +45,19 @@ def as_json(e: Estimate) -> dict[str, Any]:
         "training": e.training._asdict(),
         "saved_nbytes": None if e.activations is None else e.activations.saved,
         "fits": e.fits,
-        "specs": [_column_json(column, e.gpu) for column in e.columns],
+        "specs": [_column_json(e, column) for column in e.columns],
     }
 
 
-def _column_json(column: Column, gpu: int | None) -> dict[str, Any]:
+def _column_json(e: Estimate, column: Column) -> dict[str, Any]:
+    gpu, said = e.gpu, e.verdict(column)
     return {
         "spec": column.spec,
         "options": column.options,
         "hyper": column.hyper,
-        "fits": None if gpu is None else not column.over(gpu),
+        "fits": said == "FITS" if said else None,
+        "verdict": said or None,
+        "without": list(column.without),
         "over_nbytes": None if gpu is None else column.over(gpu),
         "paged_out_nbytes": None if gpu is None else column.paged_out(gpu),
         "state_nbytes": column.nbytes("state"),
@@ -54,6 +68,7 @@ def _column_json(column: Column, gpu: int | None) -> dict[str, Any]:
             "host_nbytes": column.peak.host,
             "low_nbytes": column.low,
             "high_nbytes": column.high,
+            **{name: getattr(column, name)._asdict() for name in FIGURES},
         },
         "rows": [{**row._asdict(), "phases": list(row.phases)} for row in column.rows],
     }
@@ -66,7 +81,7 @@ def as_text(e: Estimate, colour: bool = False, bars: bool = False) -> str:
         from estimators.bars import bars as drawn
 
         lines += [*drawn(e, colour), ""]
-    return "\n".join([*lines, *_advice(e), *_footer(e)])
+    return "\n".join([*lines, *_figures(e, colour), *_advice(e), *_footer(e)])
 
 
 def _paint(text: str, style: str, colour: bool) -> str:
@@ -109,7 +124,7 @@ def _table(e: Estimate, colour: bool) -> list[str]:
         if two_lines:
             lines.append(row[0])
         line = _line(row, widths, gap, two_lines)
-        lines.append(line if e.gpu is None else _painted_end(line, row[-1], bool(column.over(e.gpu)), colour))
+        lines.append(line if e.gpu is None else _painted_end(line, row[-1], _COLOURS[e.verdict(column)], colour))
     return lines
 
 
@@ -135,10 +150,11 @@ def _mark(column: Column) -> str:
 
 
 def verdict(column: Column, gpu: int) -> str:
-    """``FITS``, or by how much it does not."""
-    if column.over(gpu):
+    """``FITS``: at most it does. ``TIGHT``: only the expected value does. Else by how much that does not."""
+    said = column.verdict(gpu)
+    if said == "over":
         return f"over by {gib(column.over(gpu))}"
-    return "FITS, paging" if column.paged_out(gpu) else "FITS"
+    return f"{said}, paging" if said and column.paged_out(gpu) else said or "no verdict"
 
 
 def _line(cells: list[str], widths: list[int], gap: str, without_first: bool) -> str:
@@ -148,20 +164,37 @@ def _line(cells: list[str], widths: list[int], gap: str, without_first: bool) ->
     return gap.join([first, *middle, cells[-1]]).rstrip()
 
 
-def _painted_end(line: str, cell: str, over: bool, colour: bool) -> str:
-    return line[: len(line) - len(cell)] + _paint(cell, "red" if over else "green", colour)
+def _painted_end(line: str, cell: str, style: str, colour: bool) -> str:
+    return line[: len(line) - len(cell)] + _paint(cell, style, colour)
+
+
+def best(e: Estimate) -> Column:
+    """The spec with the lowest peak."""
+    return min(e.columns, key=lambda c: c.peak.nbytes)
+
+
+def _figures(e: Estimate, colour: bool) -> list[str]:
+    """The three figures of the spec with the lowest peak, with what else says them."""
+    column = best(e)
+    if not e.activations or column.low == column.high:
+        return []
+    named = column.spec if len(column.spec) <= _LONGEST else ""
+    lines = [[named, "at least", "expected", "at most", ""]]
+    lines += [[name, *map(gib, getattr(column, name)), SHOWN_BY[name]] for name in FIGURES]
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    cells = [_line(line, [*widths, 0], "  ", False) for line in lines]
+    return [*([] if named else [column.spec]), _paint(cells[0], "dim", colour), *cells[1:], ""]
 
 
 def _advice(e: Estimate) -> list[str]:
-    """What to change first where nothing fits; the bounds where there are some."""
-    best = min(e.columns, key=lambda c: c.peak.nbytes)
+    """Why there is no verdict, and what to change first where nothing fits."""
     lines = []
-    if best.low != best.high:
-        lines.append(
-            f"{best.spec}: {gib(best.low)} at least, {gib(best.peak.nbytes)} expected, {gib(best.high)} at most."
-        )
+    silent = next((c for c in e.columns if e.gpu is not None and not e.verdict(c)), None)
+    if silent:
+        lines.append(f"No verdict without {_listed(silent.without)}.")
     if e.fits is False:
-        lines.append(f"Change first: {first_change(best, e)}.")
+        tight = "; it is tight as it is" if any(e.verdict(c) == "TIGHT" for c in e.columns) else ""
+        lines.append(f"Change first: {first_change(best(e), e)}{tight}.")
     return [part for line in lines for part in wrap(line)]
 
 

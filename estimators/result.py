@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from estimators.model import Model
-from estimators.rows import GPU, PHASES, Peak, Row, peak
+from estimators.rows import FIGURES, GPU, PHASES, Peak, Row, figure, peak
 from estimators.training import Training
 
 if TYPE_CHECKING:
@@ -16,10 +16,27 @@ if TYPE_CHECKING:
 
 
 class Column:
-    """The estimate for one spec. ``low`` and ``high`` are the peak's GPU bytes at the bounds of its rows; ``options``
-    is what its placement was told, ``hyper`` the hyperparameters that were given."""
+    """The estimate for one spec.
 
-    __slots__ = ("high", "hyper", "low", "options", "peak", "rows", "spec")
+    ``allocated``, ``reserved`` and ``process`` are three figures of GPU memory, each at least, expected and at most:
+    what torch.cuda.max_memory_allocated() and max_memory_reserved() will say, and what nvidia-smi will show. ``peak``
+    is the phase of the last, ``low`` and ``high`` its bounds; ``without`` is what they do not contain. ``options`` is
+    what the placement was told, ``hyper`` the hyperparameters that were given.
+    """
+
+    __slots__ = (
+        "allocated",
+        "high",
+        "hyper",
+        "low",
+        "options",
+        "peak",
+        "process",
+        "reserved",
+        "rows",
+        "spec",
+        "without",
+    )
 
     def __init__(
         self,
@@ -27,13 +44,14 @@ class Column:
         rows: Sequence[Row],
         options: "Mapping[str, Any] | None" = None,
         hyper: "Mapping[str, Any] | None" = None,
+        without: tuple[str, ...] = (),
     ) -> None:
-        self.spec = spec
+        self.spec, self.without = spec, without
         self.rows = tuple(rows)
         self.options, self.hyper = dict(options or {}), dict(hyper or {})
         self.peak = peak(spec, self.rows)
-        self.low = peak(spec, self.rows, "low").nbytes
-        self.high = peak(spec, self.rows, "high").nbytes
+        self.allocated, self.reserved, self.process = (figure(self.rows, name) for name in FIGURES)
+        self.low, _, self.high = self.process
 
     def nbytes(self, what: str, tier: str | None = None) -> int:
         """Bytes of the rows of one kind, of one tier or of all, in the phase that has most of them."""
@@ -45,8 +63,17 @@ class Column:
         return sum(r.nbytes for r in self.rows if r.what == what and r.tier == GPU and self.peak.phase in r.phases)
 
     def over(self, gpu: int) -> int:
-        """Bytes by which the peak exceeds a card's memory; 0 where it fits."""
+        """Bytes by which the expected peak exceeds a card's memory; 0 where it does not."""
         return max(0, self.peak.nbytes - gpu)
+
+    def verdict(self, gpu: int) -> str:
+        """``FITS``: it does at most; ``TIGHT``: only the expected value does; ``over``: not even that. Empty where the
+        figures do not contain everything (``without``) and what they contain does not say ``over``."""
+        if self.over(gpu):
+            return "over"
+        if self.without:
+            return ""
+        return "FITS" if self.process.high <= gpu else "TIGHT"
 
     def paged_out(self, gpu: int) -> int:
         """Pageable bytes that have to be on the host at the peak."""
@@ -57,9 +84,9 @@ class Estimate:
     """What a model costs with each of some specs.
 
     ``columns`` are the estimates by spec, ``rows`` all their rows; ``peak`` is the lowest peak among them (that of
-    the spec, if there is one) and names its spec. ``fits`` is None without a card, else whether some spec fits.
-    ``gpu`` is the card's memory in bytes, or None. ``training`` is the step, ``activations`` what the model's formula
-    says of it or None, ``without`` what the figures do not contain.
+    the spec, if there is one) and names its spec. ``fits`` is whether some spec fits at most; None without a card and
+    where that is not known. ``gpu`` is the card's memory in bytes, or None. ``training`` is the step, ``activations``
+    what the model's formula says of it or None, ``without`` what the figures do not contain.
     """
 
     __slots__ = (
@@ -108,10 +135,15 @@ class Estimate:
     def peak(self) -> Peak:
         return min((column.peak for column in self.columns), key=lambda p: p.nbytes)
 
+    def verdict(self, column: Column) -> str:
+        """``FITS``, ``TIGHT`` or ``over``; empty without a card, and where it is not known."""
+        return "" if self.gpu is None else column.verdict(self.gpu)
+
     @property
     def fits(self) -> bool | None:
-        gpu = self.gpu
-        return None if gpu is None else any(not column.over(gpu) for column in self.columns)
+        """Whether some spec fits at most; None without a card, and where that is not known."""
+        verdicts = [self.verdict(column) for column in self.columns]
+        return True if "FITS" in verdicts else None if "" in verdicts else False
 
     def __getitem__(self, spec: str) -> Column:
         for column in self.columns:

@@ -13,8 +13,17 @@ PHASES = ("load", "forward", "loss", "backward", "step")
 GPU, PAGEABLE, HOST, PINNED, DISK = "GPU", "pageable", "host", "pinned", "disk"
 
 
-#: Rows of ``runtime`` with this detail are allocated by torch: the others are the driver's and the allocator's.
+#: Rows of ``runtime``, by their detail: what torch allocates, what its allocator reserves beyond what is allocated, and
+#: what the driver and NCCL take beside it.
 WORKSPACES = "cuBLAS workspaces"
+RESERVED = "allocator: rounding, fragments"
+CONTEXT, NCCL = "CUDA context", "NCCL, one communicator"
+#: The three figures, from the least on -> details of ``runtime`` that it contains; the other rows are in all three.
+FIGURES = {
+    "allocated": (WORKSPACES,),
+    "reserved": (WORKSPACES, RESERVED),
+    "process": (WORKSPACES, RESERVED, CONTEXT, NCCL),
+}
 
 
 class Row(NamedTuple):
@@ -43,6 +52,14 @@ class Row(NamedTuple):
         return self.nbytes if value is None else value
 
 
+class Bounds(NamedTuple):
+    """Bytes: at least, expected, at most."""
+
+    low: int
+    expected: int
+    high: int
+
+
 class Peak(NamedTuple):
     """The phase that needs most: ``nbytes`` of GPU memory that cannot move, ``pageable`` bytes that can, and bytes on
     the host, pinned ones included."""
@@ -64,3 +81,10 @@ def peak(spec: str, rows: Sequence[Row], which: str = "expected") -> Peak:
                 held[row.tier if row.tier in (GPU, PAGEABLE) else HOST] += row.bounded(which)
         totals.append((held[GPU] + held[PAGEABLE], order, Peak(spec, phase, held[GPU], held[PAGEABLE], held[HOST])))
     return max(totals)[2]
+
+
+def figure(rows: Sequence[Row], name: str) -> Bounds:
+    """``allocated`` (torch.cuda.max_memory_allocated), ``reserved`` (max_memory_reserved) or ``process`` (what
+    nvidia-smi shows): the peak of the rows that it contains, at each of their bounds."""
+    chosen = [r for r in rows if r.what != "runtime" or r.detail in FIGURES[name]]
+    return Bounds(*(peak("", chosen, which).nbytes for which in ("low", "expected", "high")))

@@ -6,31 +6,15 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from estimators.model import Model, Shape
-from estimators.rows import GPU, PHASES, WORKSPACES, Row
+from estimators.rows import GPU, PHASES, Row
 from estimators.training import Training
 
 if TYPE_CHECKING:
     from estimators.activations import Activations
 
-_MIB = 2**20
-#: Driver context with the kernels of torch and cuBLAS loaded, and cuBLAS's workspace (8.5 MiB before Hopper, 32 MiB on
-#: it): low, expected, high. Reported by others and not measured here, so such rows are ``assumed``.
-CONTEXT = (300 * _MIB, 400 * _MIB, 900 * _MIB)
-#: cuBLAS's workspace, which torch allocates for each thread that multiplies: the forward pass's and autograd's
-#: (ATen/cuda/CublasHandlePool.cpp: 2 x 4096 and 8 x 16 KiB before Hopper, 32 MiB on it).
-CUBLAS, THREADS = 2 * 4096 * 1024 + 8 * 16 * 1024, 2
-#: What the caching allocator holds beyond what is asked of it, in percent of all that is allocated besides weights:
-#: blocks of 512 bytes and segments of 2 MiB cost little, fragments of changing sizes more.
-FRAGMENTS = (0, 2, 10)
-#: NCCL's buffers for one communicator: low, expected, high. Reported by others and not measured here.
-NCCL = (300 * _MIB, 600 * _MIB, 1000 * _MIB)
 
-
-def run(
-    model: Model, training: Training, sharded: bool = False, outputs: bool = False
-) -> "tuple[Activations | None, str]":
-    """The activations of a step, or None and why they are not known. ``sharded``: FSDP2 has its own mixed precision.
-    ``outputs``: whether the model's output lives until the backward pass is over."""
+def run(model: Model, training: Training, sharded: bool = False) -> "tuple[Activations | None, str]":
+    """The activations of a step, or None and why they are not known. ``sharded``: FSDP2 has its own mixed precision."""
     if not training.seq:
         return None, "activations (say --seq)"
     if model.config is None:
@@ -67,7 +51,7 @@ def run(
         training.device == "cpu",
         2 * autocast,
         training.lora_dropout,
-        outputs,
+        training.outputs == "kept",
         training.loss,
         training.float8,
     )
@@ -93,22 +77,30 @@ def rows(
         for phase, n in (("forward", ran.body_copies), ("loss", ran.copies))
         if n
     ]
+    kept, activations = ran.kept or ran, "activations"  # at most the model's output is there too
     held += [
-        Row(name, "activations", "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
-        Row(name, "activations", "saved, and the loss", loss, GPU, ("loss",), "formula"),
+        Row(name, activations, "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
+        Row(name, activations, "saved, and the loss", loss, GPU, ("loss",), "formula"),
     ]
-    if few is not None:
+    if few is not None or training.accumulate > 1:
         alive = ran.accumulated.activations  # the moment that has most, whatever gradients there are
-        held += few
-    elif training.accumulate > 1:
-        alive = ran.accumulated.activations
-        held += [Row(name, "gradients", kind, n, GPU, PHASES[1:], known) for kind, n in gradients]
+        most = kept.accumulated.activations
+        held += few or [Row(name, "gradients", kind, n, GPU, PHASES[1:], known) for kind, n in gradients]
     else:
         alive, total = ran.backward.activations, sum(n for _, n in gradients)
         made = min(ran.backward.gradients, total)
+        most = max(alive, sum(kept.backward) - ran.backward.gradients)
         held.append(Row(name, "gradients", "made at that moment", made, GPU, ("backward",), "formula"))
         held += [Row(name, "gradients", kind, n, GPU, ("step",), known) for kind, n in gradients]
-    held.append(Row(name, "activations", "left, and at work", alive, GPU, ("backward",), "formula"))
+    high = most if most > alive else None
+    held.append(
+        Row(name, activations, "left, and at work", alive, GPU, ("backward",), "formula", alive if high else None, high)
+    )
+    if kept.output:
+        output = ran.output
+        held.append(
+            Row(name, activations, "the model's output", output, GPU, ("step",), "formula", output, kept.output)
+        )
     return held
 
 
@@ -142,24 +134,3 @@ def _tied(model: Model) -> str | None:
     vocabulary = (model.config or {}).get("vocab_size")
     tables = [name for name, shape in model.shapes if len(shape) == 2 and shape[0] == vocabulary]
     return tables[0] if len(tables) == 1 else None
-
-
-def runtime(name: str, rows_: list[Row], world_size: int = 1) -> list[Row]:
-    """The CUDA context, NCCL's buffers where there are several ranks, and the allocator's share of what comes and
-    goes."""
-    low, expected, high = CONTEXT
-    moving: dict[str, int] = {}
-    for row in rows_:
-        if row.tier == GPU and row.what not in ("weights", "buffers"):
-            for phase in row.phases:
-                moving[phase] = moving.get(phase, 0) + row.nbytes
-    most = max(moving.values(), default=0)
-    least, share, largest = (most * percent // 100 for percent in FRAGMENTS)
-    nccl = Row(name, "runtime", "NCCL, one communicator", NCCL[1], GPU, PHASES, "assumed", NCCL[0], NCCL[2])
-    cublas = THREADS * CUBLAS
-    return [
-        Row(name, "runtime", WORKSPACES, cublas, GPU, PHASES[1:], "formula", 0, cublas * 4),
-        Row(name, "runtime", "CUDA context, cuBLAS", expected, GPU, PHASES, "assumed", low, high),
-        *([nccl] if world_size > 1 else []),
-        Row(name, "runtime", "allocator: rounding, fragments", share, GPU, PHASES[1:], "assumed", least, largest),
-    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from estimators.fields import InputError, shown
+from estimators.lora import NF4
 from estimators.model import Model
 from estimators.training import Training, notes
 
@@ -13,8 +14,12 @@ def as_trained(model: Model, training: Training, weights: str | None) -> Model:
     """``weights``: the dtype of the model's own weights; None: its own, or bfloat16. Raises :class:`InputError`."""
     model = model._replace(notes=(*model.notes, *notes(model.config, training)))
     if weights:
-        model = model._replace(dtypes={name: weights for name, _ in model.shapes})
+        # Quantised weights and adapters of a live module have dtypes of their own.
+        fixed = {n: kind for n, kind in model.dtypes.items() if kind in NF4 or ".lora_" in n}
+        model = model._replace(dtypes={**{name: weights for name, _ in model.shapes}, **fixed})
     if training.lora:
+        if any(".lora_" in name for name, _ in model.shapes):
+            raise InputError("the model has adapters already; leave out lora")
         from estimators.lora import with_adapters
 
         return with_adapters(model, training.lora, training.quantised, training.adapters)

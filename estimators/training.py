@@ -179,6 +179,11 @@ _FLAGS = ("release_gradients", "deepspeed", "offload_activations", "offload_para
 _OF_LORA = ("lora_targets", "lora_dtype", "lora_dropout", "lora_kind", "modules_to_save")
 
 
+def unknown(training: Training) -> tuple[str, ...]:
+    """What a step has that no formula here knows."""
+    return ("what torch.compile saves and fuses (figures are those of eager mode)",) if training.compile else ()
+
+
 def describe(training: Training) -> str:
     """The step in words, for a title.
 

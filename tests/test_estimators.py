@@ -189,12 +189,27 @@ class TestPeak:
         assert e.peak.nbytes == (4 + 2 + 8) * 8 * 10**9
         assert e.peak.phase == "step"
 
-    def test_fits(self):
+    def test_fits_is_said_of_what_it_takes_at_most(self):
+        given = {"seq": 128, "batch": 1}
+        column = estimate("gpt2", "adamw-8bit", **given).columns[0]
+        high, expected = column.process.high, column.process.expected
+        assert column.allocated.expected <= column.reserved.expected <= expected == column.peak.nbytes < high
+        assert estimate("gpt2", "adamw-8bit", **given).fits is None
+        assert estimate("gpt2", "adamw-8bit", gpu=high, **given).fits is True
+        for gpu, verdict in ((high, "FITS"), (high - 1, "TIGHT"), (expected, "TIGHT"), (expected - 1, "over")):
+            e = estimate("gpt2", "adamw-8bit", gpu=gpu, **given)
+            assert e.verdict(e.columns[0]) == verdict
+            assert e.fits is (verdict == "FITS")
+        assert estimate("gpt2", ["adamw", "adamw-8bit"], gpu=high, **given).fits is True
+
+    def test_no_verdict_without_activations(self):
         need = estimate("gpt2", "adamw-8bit").peak.nbytes
-        assert estimate("gpt2", "adamw-8bit").fits is None
-        assert estimate("gpt2", "adamw-8bit", gpu=need).fits is True
+        assert estimate("gpt2", "adamw-8bit", gpu=2**40).fits is None
+        assert estimate("8B", "adamw-8bit", gpu=2**40, seq=128).fits is None
+        e = estimate("gpt2", ["adamw", "adamw-8bit"], gpu=need)
+        assert [e.verdict(c) for c in e.columns] == ["over", ""]
+        assert e.fits is None
         assert estimate("gpt2", "adamw-8bit", gpu=need - 1).fits is False
-        assert estimate("gpt2", ["adamw", "adamw-8bit"], gpu=need).fits is True
 
 
 class TestArguments:

@@ -164,7 +164,8 @@ class TestEstimates:
         assert estimate(module, seq=128).activations[:-1] == named.activations[:-1]
         assert estimate(other, seq=128).activations is None
         module.lm_head.weight.requires_grad_(False)
-        assert estimate(module, seq=128).activations is None
+        frozen = estimate("qwen3-0.6b", seq=128, weights="fp32", frozen="embed_tokens")
+        assert estimate(module, seq=128).activations[:7] == frozen.activations[:7]
 
     def test_without_seq_nothing_but_weights_gradients_and_state(self):
         e = estimate("gpt2", "adamw")

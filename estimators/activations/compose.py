@@ -32,7 +32,9 @@ class Activations(NamedTuple):
     input, and what selective checkpointing keeps); then the fullest moment of each phase. ``accumulated`` is the
     fullest moment of a backward pass that adds to gradients which are all there already. ``copies`` are autocast's
     copies of weights at the end of the forward pass, which the moments of forward and loss contain (the former without
-    the head's). ``walked`` is what they follow from, for whoever asks for the order of it all."""
+    the head's). ``walked`` is what they follow from, for whoever asks for the order of it all. ``output`` are bytes
+    that live as long as the model's output, and ``kept`` is the same step with an output that lives until the backward
+    pass is over."""
 
     saved: int
     forward: Moment
@@ -42,6 +44,8 @@ class Activations(NamedTuple):
     copies: int = 0
     body_copies: int = 0
     walked: "Walked | None" = None
+    output: int = 0
+    kept: "Activations | None" = None
 
 
 class _Segment(NamedTuple):
@@ -170,8 +174,12 @@ def composed(network: Network, step: Step, checkpointing: str, parameters: Param
         chain.append(chain.run(finish, parameters.root(chain.ends)))
         tables, masks = tables + network.encoder.tables, masks + network.encoder.masks
     chain.network(network)
-    chain.append(chain.run(lambda tape: network.head(tape, tape.x), parameters.root(-1), "loss"))
-    return _walk(chain.segments, tables, masks)
+    ran = []
+    for outputs in (step.outputs, True):
+        chain.step = step._replace(outputs=outputs)
+        loss = chain.run(lambda tape: network.head(tape, tape.x), parameters.root(-1), "loss")
+        ran.append(_walk([*chain.segments, loss], tables, masks))
+    return ran[0]._replace(kept=ran[1])
 
 
 def _kept_shared(segments: list[_Segment]) -> set[str]:
@@ -222,6 +230,7 @@ def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
         copies + segments[-1].tape.cached,
         copies,
         Walked(tuple(segments), tables, masks),
+        sum(t.nbytes for s in segments for t in s.tape.outlives),
     )
 
 

@@ -33,7 +33,7 @@ def loss(
     if capped:
         logits = t.copy(t.root(t.copy(logits)))
     t.held.append(logits)
-    if step.outputs:
+    if t.outputs:
         t.outlives.append(logits)
     full = t.cast(logits, FP32) if upcast or t.mm != t.item else logits  # autocast computes the loss in fp32
     if upcast:

@@ -40,6 +40,7 @@ class Tape:
         "ops",
         "out",
         "outlives",
+        "outputs",
         "scope",
         "shared",
         "shares",
@@ -53,6 +54,8 @@ class Tape:
         self.autocast = bool(step.mixed)
         self.mm = step.mixed or step.item
         self.lora_dropout = step.lora_dropout
+        #: Whether the model's output lives until the backward pass is over.
+        self.outputs = step.outputs
         self.cached = 0
         #: The words' embedding is told to require a gradient (enable_input_require_grads), trained or not.
         self.input_gradients = False

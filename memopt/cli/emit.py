@@ -13,6 +13,28 @@ from estimators.costs import Column, Estimate
 from estimators.fields import InputError, shown
 from estimators.training import Training
 
+#: Options that are said where they are not the default, whatever --seq says.
+_SAID = (
+    "lora",
+    "lora_targets",
+    "lora_dtype",
+    "lora_dropout",
+    "lora_kind",
+    "modules_to_save",
+    "quantised",
+    "kbit_prepare",
+    "frozen",
+    "train",
+    "release_gradients",
+    "mixed",
+    "deepspeed",
+    "offload_activations",
+    "offload_params",
+    "loss",
+    "outputs",
+    "compile",
+    "float8",
+)
 KINDS = ("accelerate", "deepspeed", "transformers", "python")
 MARK = "# memopt estimate: "
 #: Where accelerate's configuration points for DeepSpeed's.
@@ -58,8 +80,11 @@ def _options(e: Estimate, column: Column) -> dict[str, Any]:
         options["hyper"] = [f"{name}={json.dumps(value)}" for name, value in column.hyper.items()]
     if not t.lora and not t.mixed:
         options |= {name: getattr(e, name) for name in ("weights", "gradients") if getattr(e, name) != "mixed"}
-    for name in ("lora", "quantised", "release_gradients", "mixed", "deepspeed"):
-        if getattr(t, name):
+    elif e.weights != "mixed":
+        options["weights"] = e.weights
+    plain = Training()
+    for name in _SAID:
+        if getattr(t, name) != getattr(plain, name):
             options[name] = getattr(t, name)
     if t.deepspeed:
         options["bucket"] = t.bucket

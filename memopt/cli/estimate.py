@@ -1,8 +1,9 @@
 """What a model and its optimizer state will cost, before anything is allocated.
 
 MODEL is a parameter count (8B, 350M), a built-in architecture (llama-3.1-8b; --models lists them), a Hugging Face
-config.json, a folder that holds one, or safetensors files. Activations are counted with --seq. The exit code is 0 if
-some spec fits the GPU (or none was given), 1 if none does, 2 if the input cannot be used.
+config.json, a folder that holds one, safetensors files, or the folder of a PEFT adapter. Activations are counted with
+--seq, and without them there is no verdict. The exit code is 0 if some spec FITS the GPU at most (or no GPU was given),
+1 if none does or that is not known, 2 if the input cannot be used.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from __future__ import annotations
 import os
 import sys
 from argparse import ArgumentParser, Namespace
-from typing import Any
+from typing import TYPE_CHECKING
 
-from memopt.cli import hyper, placing
+if TYPE_CHECKING:
+    from estimators.costs import Estimate
+
+from memopt.cli import hyper, placing, step_flags
 
 SUMMARY = "what a model and its optimizer state will cost, before anything is allocated"
 
@@ -30,31 +34,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--world", metavar="N", default="1", help="data-parallel ranks (default 1)")
     parser.add_argument("--weights", metavar="DTYPE", help="bf16 (default), fp32 or fp16")
     parser.add_argument("--gradients", metavar="DTYPE", help="by default as the weights")
-    parser.add_argument("--seq", metavar="N", help="tokens of each sequence: activations are counted")
-    parser.add_argument("--batch", metavar="N", help="sequences of a micro-batch (default 1)")
-    parser.add_argument("--accumulate", metavar="N", help="micro-batches per step (default 1)")
-    parser.add_argument(
-        "--checkpointing",
-        metavar="HOW",
-        help="none (default), full, selective (products are kept) or every-K (layers: every-2 is half of them)",
-    )
-    parser.add_argument("--attention", metavar="KIND", help="sdpa (default), flash or eager")
-    parser.add_argument("--lora", metavar="RANK", help="adapters on all linear layers, the weights frozen")
-    parser.add_argument("--quantised", metavar="KIND", help="storage of adapted weights: nf4 or nf4-double (QLoRA)")
-    parser.add_argument(
-        "--release-gradients",
-        action="store_true",
-        default=None,
-        help="each parameter steps in the backward pass and frees its gradient",
-    )
-    parser.add_argument("--mixed", metavar="DTYPE", help="bf16 or fp16: computed in it, weights and gradients in fp32")
-    parser.add_argument(
-        "--deepspeed",
-        action="store_true",
-        default=None,
-        help="DeepSpeed runs the step; the spec's /zero1, /zero2 or /zero3 is its stage",
-    )
-    parser.add_argument("--bucket", metavar="N", help="elements of DeepSpeed's reduce bucket (default 500000000)")
+    step_flags.add_arguments(parser)
     hyper.add_arguments(parser)
     placing.add_arguments(parser)
     parser.add_argument(
@@ -69,6 +49,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
     parser.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the documented JSON instead of a table")
+    parser.add_argument(
+        "--accept-tight", action="store_true", help="exit code 0 where only the expected figure fits, too"
+    )
     parser.add_argument("--models", action="store_true", help="list the built-in architectures and stop")
 
 
@@ -123,29 +106,17 @@ def run(args: Namespace) -> int:
         print(json.dumps(result.to_json(), indent=2))
     else:
         print(as_text(result, colour=wants_colour(), bars=sys.stdout.isatty()))
-    return 1 if result.fits is False else 0
+    return 0 if result.gpu is None or good(result, args.accept_tight) else 1
 
 
-def step_options(args: Namespace) -> dict[str, Any]:
-    """How a step is trained, from the flags that were given."""
-    options: dict[str, Any] = {}
-    for name in ("seq", "batch", "accumulate", "lora", "bucket"):
-        text = getattr(args, name)
-        if text is not None:
-            options[name] = whole(text, f"--{name}")
-    for name in ("checkpointing", "attention", "quantised", "release_gradients", "deepspeed", "mixed"):
-        if getattr(args, name) is not None:
-            options[name] = getattr(args, name)
-    return options
+def good(result: Estimate, accept_tight: bool | None) -> bool:
+    """Whether some spec has a verdict that is good enough."""
+    wanted = ("FITS", "TIGHT") if accept_tight else ("FITS",)
+    return any(result.verdict(column) in wanted for column in result.columns)
 
 
-def whole(text: str, what: str) -> int:
-    """A whole number from the command line."""
-    from estimators.fields import InputError, shown
-
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:
-        raise InputError(f"{what} {shown(text)} is not allowed; it is a whole number >= 1")
-    return int(text)
+step_options = step_flags.given
+whole = step_flags.whole
 
 
 def wants_colour() -> bool:

@@ -12,24 +12,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from estimators.fields import InputError, shown
-from memopt.cli import placing
+from memopt.cli import placing, step_flags
 from memopt.cli.emit import MARK
 
 #: Options that are numbers on the command line and text in a Namespace.
-_NUMBERS = ("seq", "batch", "accumulate", "lora", "world", "bucket")
+_NUMBERS = ("seq", "world", *(flag.name for flag in step_flags.FLAGS if flag.kind in ("number", "share")))
 _OPTIONS = (
     "model",
     "optim",
     "gpu",
     "weights",
     "gradients",
-    "checkpointing",
-    "attention",
-    "quantised",
-    "release_gradients",
-    "deepspeed",
-    "mixed",
     "hyper",
+    *(flag.name for flag in step_flags.FLAGS if flag.name not in _NUMBERS),
     *placing.FLAGS,
     *_NUMBERS,
 )
