@@ -206,8 +206,12 @@ class Keeper(torch.optim.Optimizer):
             raise failed
 
     def close(self) -> None:
-        """Give back what other optimizers may want: the directory of ``@disk``, threads. State can still be read."""
+        """Give back what others may want: the directory of ``@disk``, threads, the folders of checkpoints that this
+        process has locked for it. State can still be read."""
+        from memopt.checkpoint import lock
+
         self.homes.close()
+        lock.release(id(self))
 
     def _lines(self, name: str, p: Tensor, group: Mapping[str, Any]) -> list[Line]:
         where = str(p.device)

@@ -1,13 +1,21 @@
 """Optimizers of the odd model that are saved and loaded, and what it means that they are the same."""
 
+import os
+
 from cases import assert_same_bits, odd_model
 
 import memopt
+from memopt.checkpoint import lock
 
 
 def build(spec, hyper, **keywords):
     model = odd_model()
     return model, memopt.create(model, spec, **hyper, **keywords)
+
+
+def names(folder):
+    """What is in a folder of checkpoints, beside its lock."""
+    return sorted(set(os.listdir(folder)) - {lock.NAME})
 
 
 def assert_same_state(a, b):

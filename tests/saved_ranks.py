@@ -1,10 +1,9 @@
 """What several ranks are asked to do with their rows of the odd model's state: save, load, convert."""
 
-import os
-
 import torch
 import torch.distributed as dist
 from cases import odd_model
+from saved import names
 from sharded import drive
 
 import memopt
@@ -62,7 +61,7 @@ def fail_on_rank_1(directory):
         memopt.save(directory, optimizer=opt, extra={"n": 2})
     except (OSError, RuntimeError) as error:
         dist.barrier()  # rank 0 has swept up
-        return str(error), sorted(os.listdir(directory)), memopt.load(directory).extra
+        return str(error), names(directory), memopt.load(directory).extra
     finally:
         module.write_file = whole
     return None

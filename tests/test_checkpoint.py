@@ -1,6 +1,5 @@
 """Save and load: bit-exact, and training goes on."""
 
-import os
 import random
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import sys
 import pytest
 import torch
 from cases import CASE_IDS, CASES, assert_same_bits, odd_model, train
-from saved import assert_same_model, assert_same_state, build
+from saved import assert_same_model, assert_same_state, build, names
 
 import memopt
 
@@ -108,13 +107,13 @@ def test_files_are_safetensors_that_other_tools_read(tmp_path):
 
 def test_the_newest_of_those_kept_is_loaded(tmp_path):
     model, opt = build("adamw", {})
-    names = []
+    saved = []
     for step in range(4):
         train(model, opt, step, 1)
-        names.append(memopt.save(tmp_path, optimizer=opt, keep=2).path.name)
-    assert sorted(os.listdir(tmp_path)) == names[2:] == ["00000003-step3", "00000004-step4"]
+        saved.append(memopt.save(tmp_path, optimizer=opt, keep=2).path.name)
+    assert names(tmp_path) == saved[2:] == ["00000003-step3", "00000004-step4"]
     assert memopt.load(tmp_path).step == 4
-    assert memopt.load(tmp_path / names[2]).step == 3
+    assert memopt.load(tmp_path / saved[2]).step == 3
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         memopt.load(tmp_path / "other")
 

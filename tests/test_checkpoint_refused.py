@@ -1,12 +1,11 @@
 """What does not fit, or cannot be saved, is said before anything is changed."""
 
 import json
-import os
 
 import pytest
 import torch
 from cases import assert_same_bits, odd_model, train
-from saved import build
+from saved import build, names
 
 import memopt
 from memopt.checkpoint import manifest
@@ -69,7 +68,7 @@ def test_other_groups_are_refused_unless_they_are_to_be_kept(saved):
 def test_what_cannot_be_saved_is_said(keywords, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         memopt.save(tmp_path, **keywords)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_a_state_dict_of_another_spec_names_what_converts_it():

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved import build
+from saved import build, names
 
 import memopt
 
@@ -40,7 +40,7 @@ def test_a_file_that_the_disk_does_not_take_in_the_end_is_named(tmp_path, monkey
     monkeypatch.setattr(os, "fsync", broken)
     with pytest.raises(OSError, match=rf"{victim} could not be written \(Input/output error\)"):
         memopt.save(tmp_path, model=model, optimizer=opt)
-    assert os.listdir(tmp_path) == ["00000001-step0"]
+    assert names(tmp_path) == ["00000001-step0"]
 
 
 def test_what_went_wrong_in_the_background_is_raised_at_the_next_save(tmp_path, monkeypatch):
@@ -55,7 +55,7 @@ def test_what_went_wrong_in_the_background_is_raised_at_the_next_save(tmp_path, 
         saving._thread.join()
     with pytest.raises(OSError, match="No space left"):
         memopt.save(tmp_path, optimizer=opt)
-    assert os.listdir(tmp_path) == []
+    assert names(tmp_path) == []
 
 
 def test_flipped_bits_and_lost_bytes_are_named(tmp_path):
@@ -120,7 +120,7 @@ def test_a_real_disk_that_is_full_is_said_and_the_old_checkpoint_stays(small_dis
             memopt.save(folder, model=model, optimizer=opt, extra={"step": 2}, keep=1)
         refused.add(str(error.value).partition(" could not be written")[0].rpartition("/")[2])
         assert memopt.load(folder, model=model, optimizer=opt).extra == {"step": 1}
-        assert [p.name for p in folder.iterdir()] == ["00000001-step0"]
+        assert names(folder) == ["00000001-step0"]
     assert {"model.safetensors", "state-00000-of-00001.safetensors"} <= refused
     ballast.unlink()
     memopt.save(folder, model=model, optimizer=opt, extra={"step": 2}, keep=1)
@@ -131,7 +131,7 @@ def test_what_a_killed_save_left_is_swept_up(tmp_path):
     (tmp_path / (folder.WRITING + "00000001-step9")).mkdir()
     (tmp_path / (folder.REMOVING + "00000000-step1")).mkdir()
     memopt.save(tmp_path)
-    assert [p.name for p in tmp_path.iterdir()] == ["00000001-step0"]
+    assert names(tmp_path) == ["00000001-step0"]
 
 
 @pytest.mark.parametrize("tool", ["torch", "dcp", "deepspeed", "torchao-4bit"])

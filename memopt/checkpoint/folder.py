@@ -26,6 +26,8 @@ def find(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     found = checkpoints(path)
+    if not found and _NAME.fullmatch(path.name) and path.is_dir():
+        return path  # one that has lost its manifest
     if not found:
         raise FileNotFoundError(f"there is no checkpoint in {path}")
     return found[-1]
@@ -39,9 +41,8 @@ def next_name(folder: Path, step: int) -> str:
 
 
 def begin(folder: Path, name: str) -> Path:
-    """An empty directory to write in; what interrupted saves left behind is removed. One process may save to a folder
-    at a time."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """An empty directory to write in; what interrupted saves left behind is removed. The folder exists, and is this
+    process's (:mod:`memopt.checkpoint.lock`)."""
     for left in [*folder.glob(WRITING + "*"), *folder.glob(REMOVING + "*")]:
         shutil.rmtree(left, ignore_errors=True)
     temporary = folder / (WRITING + name)
@@ -49,17 +50,13 @@ def begin(folder: Path, name: str) -> Path:
     return temporary
 
 
-def commit(temporary: Path, keep: int) -> Path:
-    """Give the directory its name, durably; then remove all but the newest ``keep``."""
+def commit(temporary: Path) -> Path:
+    """Give the directory its name, durably."""
     folder = temporary.parent
     final = folder / temporary.name.removeprefix(WRITING)
     sync_directory(temporary)
     os.rename(temporary, final)
     sync_directory(folder)
-    for old in checkpoints(folder)[:-keep]:
-        doomed = folder / (REMOVING + old.name)
-        os.rename(old, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
     return final
 
 

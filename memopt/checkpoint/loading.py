@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memopt.checkpoint import plain
+from memopt.checkpoint import background, plain
 from memopt.checkpoint import rng as random_state
 from memopt.checkpoint.apply import Plan
 from memopt.checkpoint.foreign import read_state_dict
@@ -90,6 +90,7 @@ def load(
         return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler])
     if optimizer is None and (rule is not None or fill or not hyper):
         raise ValueError("rule=, fill= and hyper=False are about an optimizer's state; give optimizer=")
+    background.settle(Path(path).absolute())  # what is being saved there is the newest
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     checkpoint, plans, error = None, [], None
     try:

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint import contents, folder, manifest, plain
+from memopt.checkpoint import contents, folder, manifest, plain, whole
 from memopt.checkpoint.codes import CODES
 from memopt.checkpoint.kept import Kept, Raw
 from memopt.checkpoint.stored import Group, Piece, Record, Source, Span, Stored
@@ -51,9 +51,27 @@ class Checkpoint:
 
     def __init__(self, path: Path, progress: Progress = lambda nbytes: None, verify: bool = True) -> None:
         self.path = folder.find(path)
+        self._files: dict[str, TensorFile] = {}
+        try:
+            self._open(progress, verify)
+        except DamagedFile as error:
+            self.close()
+            if path == self.path:
+                raise
+            other = whole.newest(path, self.path)
+            rest = (
+                f"the newest whole checkpoint there is {other.name}" if other else "no other checkpoint there is whole"
+            )
+            raise DamagedFile(f"{error}; {rest}") from None
+        except BaseException:
+            self.close()
+            raise
+        if verify:
+            whole.remember(self.path)
+
+    def _open(self, progress: Progress, verify: bool) -> None:
         self.body = manifest.read(self.path)
         self.step: int = self.body["step"]
-        self._files: dict[str, TensorFile] = {}
         for name, info in manifest.file_infos(self.body).items():
             if verify:
                 verify_file(self.path / name, info, progress)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint import contents, folder, manifest, plain
+from memopt.checkpoint import contents, folder, lock, manifest, plain, whole
 from memopt.checkpoint.converted import Converted
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.tensorfile import FileInfo, Progress, spec_of
@@ -24,6 +24,15 @@ def rewrite(
 ) -> Path:
     """Commit ``converted`` as a checkpoint in the folder ``out``, for one process; model, scheduler, random state of
     rank 0 and extras are those of ``checkpoint``. One parameter's state is in memory at a time."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock.begin(out)
+    try:
+        return _rewrite(converted, checkpoint, out, progress)
+    finally:
+        lock.end(out)
+
+
+def _rewrite(converted: Converted, checkpoint: Checkpoint | None, out: Path, progress: Progress) -> Path:
     body = _body(converted, checkpoint)
     temporary = folder.begin(out, folder.next_name(out, body["step"]))
     try:
@@ -36,7 +45,10 @@ def rewrite(
         specs = converted.layout() | {contents.RANDOM + k: spec_of(t) for k, t in random.items()}
         files[name] = write_file(temporary / name, specs, _state(converted, random), progress)
         manifest.write(temporary, {**body, "files": {n: info._asdict() for n, info in files.items()}})
-        return folder.commit(temporary, keep=2)
+        final = folder.commit(temporary)
+        whole.remember(final)
+        whole.prune(final, keep=2)
+        return final
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

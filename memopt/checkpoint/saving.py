@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint import contents, folder, manifest, plain
+from memopt.checkpoint import background, contents, folder, lock, manifest, plain, whole
 from memopt.checkpoint import rng as random_state
+from memopt.checkpoint.background import Saving
 from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.tensorfile import FileInfo, spec_of
 from memopt.checkpoint.writing import Syncing, file_order, write_file
@@ -24,36 +24,12 @@ if TYPE_CHECKING:
 Files = dict[str, dict[str, Tensor]]
 
 
-class Saving:
-    """A save that was begun. ``path`` is the checkpoint's name; after :meth:`wait` it is there, on the disk."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self) -> Path:
-        """Wait until the checkpoint is durable; raises what went wrong."""
-        if self._thread is not None:
-            self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self.path
-
-
-#: Saves in the background, by folder: the next one there waits for it and raises what it raised.
-_RUNNING: dict[Path, Saving] = {}
-
-
 @dataclass
 class _Job:
     """One rank's part of a save."""
 
     ranks: Ranks
+    where: Path
     temporary: Path
     files: Files
     body: dict[str, Any]
@@ -70,6 +46,9 @@ class _Job:
             if self.ranks.rank == 0:
                 shutil.rmtree(self.temporary, ignore_errors=True)
             raise
+        finally:
+            if self.ranks.rank == 0:
+                lock.end(self.where)
 
     def _write(self) -> dict[str, FileInfo]:
         """The disk takes one file while the next is written."""
@@ -93,7 +72,9 @@ class _Job:
     def _commit(self, everyone: list[dict[str, list[Any]]]) -> None:
         files = {name: FileInfo(*info)._asdict() for infos in everyone for name, info in infos.items()}
         manifest.write(self.temporary, {**self.body, "files": files})
-        folder.commit(self.temporary, self.keep)
+        final = folder.commit(self.temporary)
+        whole.remember(final)
+        whole.prune(final, self.keep)
 
     @staticmethod
     def _attempt(work: Any) -> BaseException | None:
@@ -149,9 +130,7 @@ def save(
     where = Path(path).absolute()
     if keep < 1:
         raise ValueError(f"keep={keep!r} is not allowed; it must be at least 1")
-    before = _RUNNING.pop(where, None)
-    if before is not None:
-        before.wait()
+    background.settle(where)
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     error: Exception | None = None
     files: Files = {}
@@ -159,22 +138,18 @@ def save(
     try:
         with torch.no_grad():
             files, body = _contents(ranks, model, optimizer, scheduler, rng, extra)
+            if asynchronous:
+                files = _copied(files)
     except Exception as failure:
         error = failure
     ranks.agree(error)
-    temporary = _begin(ranks, where, body["step"])
+    temporary = _begin(ranks, where, body["step"], [x for x in (model, optimizer) if x is not None])
+    job = _Job(ranks, where, temporary, files, body, keep)
     saving = Saving(where / temporary.name.removeprefix(folder.WRITING))
-    job = _Job(ranks, temporary, _copied(files) if asynchronous else files, body, keep)
-    if not asynchronous:
+    if asynchronous:
+        background.begin(where, saving, job.run)
+    else:
         job.run()
-        return saving
-
-    def background() -> None:
-        saving._error = job._attempt(job.run)
-
-    saving._thread = threading.Thread(target=background, name="memopt.save")
-    _RUNNING[where] = saving
-    saving._thread.start()
     return saving
 
 
@@ -207,14 +182,25 @@ def _contents(
     return files, body
 
 
-def _begin(ranks: Ranks, where: Path, step: int) -> Path:
-    """The directory in which all ranks write; rank 0 makes it."""
+def _begin(ranks: Ranks, where: Path, step: int, owners: list[Any]) -> Path:
+    """The directory in which all ranks write; rank 0 makes it, and locks the folder for these owners."""
     name, error = "", None
     if ranks.rank == 0:
+        locked = False
         try:
+            where.mkdir(parents=True, exist_ok=True)
+            lock.begin(where, *owners)
+            locked = True
             name = folder.begin(where, folder.next_name(where, step)).name
         except OSError as failure:
-            error = OSError(failure.errno, f"{where}: no checkpoint can be begun there ({failure.strerror})")
+            if locked:
+                lock.end(where)
+            known = failure.errno is None  # it is a sentence already
+            error = (
+                failure
+                if known
+                else OSError(failure.errno, f"{where}: no checkpoint can be begun there ({failure.strerror})")
+            )
     ranks.agree(error)
     return where / str(ranks.gather(name)[0])
 

@@ -7,7 +7,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from memopt.checkpoint.tensorfile import (
     nbytes_of,
     spec_of,
 )
+from memopt.checkpoint.worker import Worker
 from memopt.ledger import TensorSpec
 
 #: Pieces that wait for their checksum while the next are written.
@@ -98,7 +99,7 @@ class Syncing:
     """Files that the disk still has to take: while it does, the next file is written."""
 
     def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1)
+        self._pool = Worker("memopt.sync")
         self._waiting: list[tuple[Path, Future[None]]] = []
 
     def __enter__(self) -> Syncing:
@@ -135,7 +136,7 @@ class _Pipeline:
 
     def __init__(self, path: Path, file: Any, syncing: Syncing) -> None:
         self._path, self._file = path, file
-        self._adding, self._syncing = ThreadPoolExecutor(1), syncing
+        self._adding, self._syncing = Worker("memopt.checksums"), syncing
         self._sums: list[str] = []
         self._crc = self._filled = 0
         self._pending: deque[Future[None]] = deque()

@@ -1,0 +1,276 @@
+"""Kill a process at every system call of a save, a conversion, an export and an @disk commit: old or new, never less.
+
+    python benchmarks/kill_every_call.py --out benchmarks/results/kill_every_call.json
+
+Each scenario begins from a folder as an earlier run left it. A child does the work and is killed (SIGKILL) before its
+first call that changes a file system, then before its second, and so on to the last; every write once more after half
+of its bytes. What is there then must be what was there before or what the work makes, whole, and the same work must
+succeed afterwards and leave nothing else behind. On two ranks one is killed; the other has to end by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import system_calls
+from checkpoint_sweep import require
+
+import memopt
+from memopt.checkpoint import lock, source_of
+from memopt.checkpoint.converted import Converted
+from memopt.checkpoint.exporting import exported, write
+from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.rewrite import rewrite
+
+WIDTH = 72
+#: A rank that outlives another ends within so many seconds.
+PATIENCE_S = 60
+
+
+def made(value: float, spec: str = "adamw", **fields: Any) -> tuple[torch.nn.Linear, memopt.Optimizer]:
+    """A model and state that hold one number everywhere."""
+    model = torch.nn.Linear(WIDTH, WIDTH)
+    opt = memopt.create(model, spec, **fields)
+    opt.init_state()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(value)
+            if not fields:
+                opt.state[p]["exp_avg"].fill_(value)
+    return model, opt
+
+
+def value_of(path: Path, **keywords: Any) -> float:
+    """The one number of what is saved there, model (if it is a checkpoint) and state."""
+    model, opt = made(-1.0)
+    if (path / "manifest.json").exists() or any(path.glob("0*")):
+        memopt.load(path, model=model, optimizer=opt, rng=False, **keywords)
+        values = {
+            float(x) for p in model.parameters() for t in (p.detach(), opt.state[p]["exp_avg"]) for x in t.unique()
+        }
+    else:
+        memopt.load(path, optimizer=opt, hyper=False, rule="adamw", **keywords)
+        tensors = [t for p in model.parameters() for t in (p.detach(), opt.state[p]["exp_avg"])]
+    else:
+        memopt.load(path, optimizer=opt, hyper=False, rule="adamw", **keywords)
+        tensors = [opt.state[p]["exp_avg"] for p in model.parameters()]
+    values = {float(x) for t in tensors for x in t.unique()}
+    require(len(values) == 1, f"{path} holds numbers of several saves: {sorted(values)}")
+    return values.pop()
+
+
+class Scenario:
+    """``prepare`` makes the folder that all begin from, ``work`` is what is killed, ``read`` returns what is there:
+    "old" or "new", and raises for anything else. ``clean`` says what may be in the folder after the work succeeded."""
+
+    name = ""
+
+    def prepare(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def work(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def read(self, folder: Path) -> str:
+        raise NotImplementedError
+
+    def clean(self, folder: Path) -> bool:
+        return not any(p.name.startswith((".writing-", ".removing-")) for p in folder.iterdir())
+
+
+class Save(Scenario):
+    def __init__(self, name: str, **keywords: Any) -> None:
+        self.name, self.keywords = name, keywords
+
+    def prepare(self, folder: Path) -> None:
+        model, opt = made(1.0)
+        memopt.save(folder, model=model, optimizer=opt)
+        opt.close()
+        lock.release(id(model))
+
+    def work(self, folder: Path) -> None:
+        model, opt = made(2.0)
+        memopt.save(folder, model=model, optimizer=opt, **self.keywords).wait()
+
+    def read(self, folder: Path) -> str:
+        for path in folder.glob("0*"):
+            Checkpoint(path).close()
+        return {1.0: "old", 2.0: "new"}[value_of(folder)]
+
+
+class Convert(Save):
+    """``memopt convert``: into a folder that has a checkpoint already."""
+
+    def __init__(self) -> None:
+        super().__init__("convert")
+
+    def prepare(self, folder: Path) -> None:
+        super().prepare(folder / "out")
+        model, opt = made(2.0)
+        memopt.save(folder / "in", model=model, optimizer=opt)
+        opt.close()
+        lock.release(id(model))
+
+    def work(self, folder: Path) -> None:
+        checkpoint = Checkpoint(folder / "in")
+        rewrite(Converted(checkpoint.optimizer_of(), memopt.parse("adamw"), {}), checkpoint, folder / "out")
+
+    def read(self, folder: Path) -> str:
+        return super().read(folder / "out")
+
+    def clean(self, folder: Path) -> bool:
+        return super().clean(folder / "out")
+
+
+class Export(Scenario):
+    """A file is replaced; a folder is new."""
+
+    def __init__(self, tool: str) -> None:
+        self.tool, self.name = tool, f"export {tool}"
+        self.is_folder = tool in ("deepspeed", "dcp")
+
+    def prepare(self, folder: Path) -> None:
+        folder.mkdir()
+        if not self.is_folder:
+            write(exported(source_of(made(1.0)[1]), self.tool), folder / "out")
+
+    def work(self, folder: Path) -> None:
+        if (folder / "out").is_dir():
+            shutil.rmtree(folder / "out")
+        write(exported(source_of(made(2.0)[1]), self.tool), folder / "out")
+
+    def read(self, folder: Path) -> str:
+        if self.is_folder and not (folder / "out").exists():
+            return "old"
+        return {1.0: "old", 2.0: "new"}[value_of(folder / "out")]
+
+    def clean(self, folder: Path) -> bool:
+        return [p.name for p in folder.iterdir()] == ["out"]
+
+
+class Disk(Scenario):
+    """Two steps are in the directory (or none); a third is taken by another process."""
+
+    def __init__(self, name: str, before: int) -> None:
+        self.name, self.before = name, before
+
+    def steps(self, folder: Path, count: int) -> list[tuple[float, torch.Tensor]]:
+        model = torch.nn.Linear(WIDTH, WIDTH)
+        opt = memopt.create(model, "adamw@disk", directory=folder / "state", workspace="1MiB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt.init_state()
+        for _ in range(count):
+            for p in model.parameters():
+                p.grad = torch.full_like(p, 1.0 + float(opt.state[p]["step"]))
+            opt.step()
+        found = [(float(opt.state[p]["step"]), opt.state[p]["exp_avg"].clone()) for p in model.parameters()]
+        opt.close()
+        return found
+
+    def prepare(self, folder: Path) -> None:
+        folder.mkdir()
+        if self.before:
+            self.steps(folder, self.before)
+
+    def work(self, folder: Path) -> None:
+        self.steps(folder, 1)
+
+    def read(self, folder: Path) -> str:
+        found = self.steps(folder, 0)
+        step = found[0][0]
+        exp_avg = 0.0
+        for i in range(int(step)):
+            exp_avg += (1.0 + i - exp_avg) * (1 - 0.9)
+        for this, mean in found:
+            require(this == step, f"parameters of steps {step} and {this}")
+            require(bool((mean - exp_avg).abs().max() < 1e-5), f"step {step} has another step's moments")
+        return {self.before: "old", self.before + 1: "new"}[int(step)]
+
+    def clean(self, folder: Path) -> bool:
+        return len(list((folder / "state").iterdir())) == 3
+
+
+SCENARIOS: list[Scenario] = [
+    Save("save"),
+    Save("save, keep=1", keep=1),
+    Save("save, asynchronous", asynchronous=True),
+    Convert(),
+    *(Export(tool) for tool in ("torch", "torchao", "dcp", "deepspeed")),
+    Disk("@disk, the first step", 0),
+    Disk("@disk, a step", 2),
+]
+
+
+def copy_of(template: Path, folder: Path) -> Path:
+    """Without a lock: that is the process's that made it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(template, folder)
+    return folder
+
+
+def sweep(scenario: Scenario, folder: Path, every: int = 1, torn: bool = True) -> dict[str, Any]:
+    """Outcomes of kills at every ``every``-th call. Raises AssertionError for what is neither old nor new."""
+    template, here = folder / "template", folder / "here"
+    scenario.prepare(template)
+    copy_of(template, here)
+    whole = system_calls.killed_at(lambda: scenario.work(here), 0)
+    require(os.WIFEXITED(whole.status) and not os.WEXITSTATUS(whole.status), f"{scenario.name}: the work fails")
+    require(scenario.read(here) == "new", f"{scenario.name}: the work does nothing")
+    outcomes: Counter[str] = Counter()
+    at: Counter[str] = Counter()
+    for number in range(1, whole.calls.total() + 1, every):
+        for tear in (False, True) if torn else (False,):
+            copy_of(template, here)
+            trace = system_calls.killed_at(lambda: scenario.work(here), number, tear)
+            if tear and trace.last not in ("write", "pwrite64"):
+                continue
+            if not os.WIFSIGNALED(trace.status):
+                continue  # threads reached the end with a call less
+            what = f"{scenario.name}, killed {'in' if tear else 'before'} call {number} ({trace.last})"
+            try:
+                outcomes[scenario.read(here)] += 1
+                again = system_calls.killed_at(lambda: scenario.work(here), 0)
+                require(not os.WEXITSTATUS(again.status), "the work fails afterwards")
+                require(scenario.clean(here), f"left behind: {sorted(p.name for p in here.rglob('*'))}")
+            except Exception as error:
+                raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+            at[trace.last] += 1
+    return {"calls": dict(whole.calls), "kills": at.total(), "at": dict(at), "outcomes": dict(outcomes)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--every", type=int, default=1)
+    arguments = parser.parse_args()
+    reason = system_calls.available()
+    require(reason is None, str(reason))
+    torch.set_num_threads(1)
+    rows = {}
+    for scenario in SCENARIOS:
+        if arguments.only in scenario.name:
+            begin = time.monotonic()
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    rows[scenario.name] = sweep(scenario, Path(folder), arguments.every)
+                except AssertionError as error:
+                    rows[scenario.name] = {"failed": str(error)}
+            print(f"{scenario.name}: {rows[scenario.name]} {time.monotonic() - begin:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()
