@@ -30,8 +30,8 @@ def clip_grad_norm_(what: Any, max_norm: float, norm_type: float = 2.0) -> Tenso
     Gradients may be ordinary tensors (every rank has
     the same ones, as under DistributedDataParallel and ``/zero1``: nothing is communicated), DTensors cut along any
     dimensions of any mesh (FSDP2, tensor parallelism: one number is summed over the ranks that hold other parts, and
-    replicas are counted once), and on several devices at a time (offloaded). Norms are taken in fp32 where the
-    gradients lie and gradients are scaled in place: nothing of their size is allocated.
+    replicas are counted once), and on several devices at a time (offloaded). Norms are taken in fp32 (of fp64
+    gradients in fp64) where the gradients lie and gradients are scaled in place: nothing of their size is allocated.
 
     A norm that is NaN or infinite leaves the gradients as they are, so that what the optimizer says of them
     (``nonfinite``) names the parameters where it began. torch.nn.utils.clip_grad_norm_ makes all of them NaN.
@@ -137,7 +137,11 @@ def _power(tensors: list[Tensor], p: float) -> Tensor:
     full = [t for t in tensors if t.numel()]
     if not full:
         return torch.zeros((), dtype=torch.float64, device=tensors[0].device)
-    norms = torch.stack(torch._foreach_norm(full, p, dtype=torch.float32)).double()
+    wide = [t for t in full if t.dtype == torch.float64]  # which torch does not narrow
+    rest = [t for t in full if t.dtype != torch.float64]
+    found = torch._foreach_norm(wide, p) if wide else ()
+    found += torch._foreach_norm(rest, p, dtype=torch.float32) if rest else ()
+    norms = torch.stack([norm.double() for norm in found])
     return norms.max() if p == inf else norms.pow(p).sum()
 
 

@@ -16,7 +16,7 @@ The count of steps is the parameter's, not a row's, and stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -203,7 +203,7 @@ def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor
         gathered = isinstance(partition, Zero1) and partition.world_size > 1
         record = record_of_all(here, state, partition) if gathered else here.record(state)  # type: ignore[arg-type]
         change = Change(Rows.whole(shape), Rows.whole(after), index, weights)
-        made = _made(there, _changed(record, there, lambda name: change), here)
+        made = _made(there, changed(record, there, lambda name: change), here)
     old_data, old_grad, target = p.data, p.grad, p if into is None else into
     try:
         p.grad = None
@@ -251,12 +251,14 @@ def _reset(
     def change(name: str) -> Change:
         return Change(rows, rows, fresh if name in names else same, slot.parameter)  # type: ignore[arg-type]
 
-    _put(optimizer, p, slot, slot, _made(slot, _changed(record, slot, change), slot))
+    _put(optimizer, p, slot, slot, _made(slot, changed(record, slot, change), slot))
 
 
-def _changed(record: Record, there: Slot, change_of: Any) -> Record:
-    """The record with rows as ``change_of(moment)`` says; ``there`` is the place it goes to."""
+def changed(record: Record, there: Slot, change_of: Callable[[str], Change]) -> Record:
+    """The record with rows as ``change_of(moment)`` says (of an empty name, for what a master keeps); ``there`` is the
+    place it goes to."""
     formats = {moment.name: fmt for moment, fmt in there.codes}
+    begin = {moment.name for moment, _ in there.codes if moment.begins}
     moments = {}
     for name, stored in record.moments.items():
         change = change_of(name)
@@ -265,7 +267,7 @@ def _changed(record: Record, there: Slot, change_of: Any) -> Record:
         if parts is None:
             x = stored.decode(change.before)
             fmt, parts = FORMATS["32bit"], {"": _rows_of(x, change.index)}
-        if stored.moment.begins:
+        if name in begin:
             new = (change.index < 0).to(parts[""].device)
             parts[""][new] = change.weights[change.index < 0].to(parts[""])
         piece = LivePiece(change.after, parts)

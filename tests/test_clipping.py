@@ -163,3 +163,19 @@ def test_sharded_and_replicated_gradients_have_one_norm_on_every_rank():
             torch.testing.assert_close(norm, expected)
             for got, whole in zip(grads, wholes(), strict=True):
                 torch.testing.assert_close(got, whole / (expected + 1e-6))
+
+
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, inf])
+def test_gradients_in_double_precision(norm_type):
+    """Alone and beside others: torch's norms do not narrow them."""
+    g = torch.Generator().manual_seed(0)
+    params = [nn.Parameter(torch.zeros(30, dtype=dtype)) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    for count in (1, 3):
+        for p in params:
+            p.grad = torch.randn(30, generator=g).to(p.dtype)
+        some = params[:count]
+        expected = torch.nn.utils.get_total_norm([p.grad.double() for p in some], norm_type)
+        norm = memopt.clip_grad_norm_(some, 0.5, norm_type)
+        assert abs(float(norm) - float(expected)) <= 1e-6 * float(expected)
+        left = torch.nn.utils.get_total_norm([p.grad.double() for p in some], norm_type)
+        assert abs(float(left) - 0.5) <= 0.01

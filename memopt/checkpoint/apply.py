@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memopt.checkpoint import partial
 from memopt.checkpoint.codes import moment_codes
 from memopt.checkpoint.convert import slots, sum_over_ranks
 from memopt.checkpoint.fit import Slot, fill_slot
@@ -25,11 +26,14 @@ if TYPE_CHECKING:
 class Plan:
     """How ``source`` goes into ``optimizer``. Raises ValueError, before anything is changed, for what does not fit."""
 
-    def __init__(self, optimizer: Optimizer, source: Source, hyper: bool, fill: Fill) -> None:
-        self._optimizer, self._source, self._fill = optimizer, source, fill
+    def __init__(self, optimizer: Optimizer, source: Source, hyper: bool, fill: Fill, strict: bool = True) -> None:
+        self._optimizer, self._source, self._fill, self._strict = optimizer, source, fill, strict
+        #: What was taken and what was not, unless ``strict``.
+        self.notes: list[str] = []
         check_fill(fill, optimizer.spec.rule)
         names = [name for name, _, _ in optimizer._parameters()]
-        self._records = _match(source, names, is_named(optimizer.param_groups))
+        named = is_named(optimizer.param_groups)
+        self._records = _match(source, names, named) if strict else partial.records(source, optimizer)
         self._groups = self._merged_groups(names) if hyper else [dict(group) for group in optimizer.param_groups]
         self._seed = optimizer.seed if source.seed is None or not hyper else source.seed
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
@@ -37,6 +41,12 @@ class Plan:
             (p, slot._replace(seed=self._seed))
             for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition)
         ]
+        if not strict:
+            shapes = {name: record.shape for name, record in source.records.items()}
+            here = {record.name: slot.shape for record, (_, slot) in zip(self._records, self._slots, strict=True)}
+            self.notes = partial.notes("state", shapes, here, "begins at zero")
+            both = zip(self._slots, self._records, strict=True)
+            self._records = [partial.resized(record, slot, p) for (p, slot), record in both]
         kept: set[str] = set()
         for (_, slot), record in zip(self._slots, self._records, strict=True):
             kept |= {m.name for m, _ in moment_codes(slot.spec, slot.h, slot.name, slot.shape)}
@@ -49,16 +59,20 @@ class Plan:
         optimizer, source = self._optimizer, self._source
         ours = [len(group["params"]) for group in optimizer.param_groups]
         theirs = [len(group.names) for group in source.groups]
+        saved_groups = list(source.groups) if self._strict else partial.groups(source, optimizer, self._records)
         where = {record.name: i for i, record in enumerate(self._records)}
-        order = [where[name] for group in source.groups for name in group.names]
-        if ours != theirs or order != sorted(order):
+        order = [where[name] for group in source.groups for name in group.names] if self._strict else []
+        if self._strict and (ours != theirs or order != sorted(order)):
             raise ValueError(
                 f"the param groups differ: saved with {theirs} parameters each, here {ours}, or in "
                 "another order; hyper=False keeps the groups that are here"
             )
         known = RULES[source.spec.rule].hyperparameters
         merged = []
-        for group, saved in zip(optimizer.param_groups, source.groups, strict=True):
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            if saved is None:
+                merged.append(dict(group))
+                continue
             notes = {k: v for k, v in saved.hyper.items() if k not in known and k not in TORCH_EXECUTION}
             h = {**group, **notes, **carried(source.spec.rule, optimizer.spec.rule, saved.hyper)}
             optimizer.rule.check(h)

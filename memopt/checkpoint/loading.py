@@ -15,7 +15,7 @@ from memopt.checkpoint import background, plain
 from memopt.checkpoint import rng as random_state
 from memopt.checkpoint.apply import Plan
 from memopt.checkpoint.foreign import read_state_dict
-from memopt.checkpoint.model import plan_model
+from memopt.checkpoint.model import plan_common, plan_model
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.plan import Fill
 from memopt.checkpoint.ranks import Ranks
@@ -52,6 +52,7 @@ def load(
     hyper: bool = True,
     fill: Fill | None = None,
     rule: str | None = None,
+    strict: bool = True,
 ) -> Loaded:
     """Load a checkpoint, whatever wrote it, into what is given.
 
@@ -71,9 +72,13 @@ def load(
         fill: What stands in for a moment that was not saved: moment -> 0, or the name of another moment (see
             :meth:`memopt.Optimizer.convert_`).
         rule: Which rule it was, where another tool's file does not show it.
+        strict: False takes what is in both, by name: a layer that was added stays as it is and its state begins at
+            zero, one that was removed is left, and of a weight with more or fewer rows the rows in both are taken. The
+            ``notes`` say which. A param group takes the hyperparameters that its parameters were saved with, if those
+            are the same for all of them.
 
     Returns:
-        A :class:`Loaded`: path, step, ``extra`` as saved, and the ``conversion``'s relative errors.
+        A :class:`Loaded`: path, step, ``extra`` as saved, the ``conversion``'s relative errors, and ``notes``.
 
     Raises:
         FileNotFoundError: for no checkpoint there.
@@ -87,24 +92,29 @@ def load(
     1
     """
     if isinstance(path, Mapping) or is_foreign(Path(path)):
-        return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler])
+        return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler], strict)
     if optimizer is None and (rule is not None or fill or not hyper):
         raise ValueError("rule=, fill= and hyper=False are about an optimizer's state; give optimizer=")
     background.settle(Path(path).absolute())  # what is being saved there is the newest
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     checkpoint, plans, error = None, [], None
+    notes: list[str] = []
     try:
         checkpoint = Checkpoint(Path(path))
         if model is not None:
-            plans.append(plan_model(checkpoint, model))
-        state = Plan(optimizer, checkpoint.optimizer_of(rule), hyper, fill or {}) if optimizer is not None else None
+            apply, notes = (plan_model(checkpoint, model), []) if strict else plan_common(checkpoint, model)
+            plans.append(apply)
+        state = None
+        if optimizer is not None:
+            state = Plan(optimizer, checkpoint.optimizer_of(rule), hyper, fill or {}, strict)
+            notes += state.notes
         saved = _scheduler(checkpoint) if scheduler is not None else None
         generators = checkpoint.random_state(ranks.rank) if rng else {}
     except Exception as failure:
         error = failure
     ranks.agree(error)
     assert checkpoint is not None
-    loaded = Loaded(checkpoint.path, checkpoint.step, extra=checkpoint.extra)
+    loaded = Loaded(checkpoint.path, checkpoint.step, extra=checkpoint.extra, notes=notes)
     try:
         with _changing(optimizer, checkpoint.path):
             for apply in plans:
@@ -142,7 +152,7 @@ def _changing(optimizer: Optimizer | None, path: Path) -> Iterator[None]:
 
 
 def _load_foreign(
-    path: Any, optimizer: Optimizer | None, hyper: bool, fill: Fill, rule: str | None, others: list[Any]
+    path: Any, optimizer: Optimizer | None, hyper: bool, fill: Fill, rule: str | None, others: list[Any], strict: bool
 ) -> Loaded:
     if optimizer is None or any(other is not None for other in others):
         raise ValueError("another tool's state_dict is loaded into optimizer= alone; load the rest with that tool")
@@ -150,10 +160,10 @@ def _load_foreign(
         source, where = read_state_dict(path, "the state_dict", rule), Path()
     else:
         source, where = read_path(Path(path), rule), Path(path)
-    plan = Plan(optimizer, source, hyper, fill)
+    plan = Plan(optimizer, source, hyper, fill, strict)
     step = int(max((record.step for record in source.records.values()), default=0))
     with optimizer._restoring("memopt.load"):
-        return Loaded(where, step, plan.apply())
+        return Loaded(where, step, plan.apply(), notes=plan.notes)
 
 
 def _scheduler(checkpoint: Checkpoint) -> Any:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from memopt.checkpoint import contents
 from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.partial import alike, notes
 from memopt.checkpoint.tensorfile import spec_of
 from memopt.geometry import Rows
 from memopt.naming import matching
@@ -43,6 +44,37 @@ def plan_model(checkpoint: Checkpoint, model: torch.nn.Module) -> Callable[[], N
             checkpoint.read_model(saved[name], *_target(name, tensor))
 
     return apply
+
+
+def plan_common(checkpoint: Checkpoint, model: torch.nn.Module) -> tuple[Callable[[], None], list[str]]:
+    """What loads the tensors and rows that both have, and what it says of them. Raises ValueError for another dtype."""
+    if checkpoint.model is None:
+        raise ValueError(f"{checkpoint.path} holds no model")
+    here, tied = contents.model_tensors(model)
+    specs = checkpoint.model_specs
+    names = {**{name: name for name in specs}, **checkpoint.body["model"]["tied"]}
+    for name, tensor in here.items():
+        if name in names and specs[names[name]].dtype != spec_of(tensor).dtype:
+            raise ValueError(f"{name} is {spec_of(tensor).dtype}, and {specs[names[name]].dtype} was saved")
+    saved = {name: tuple(specs[of].shape) for name, of in names.items() if name not in tied}
+    shapes = {name: tuple(tensor.shape) for name, tensor in here.items()}
+    both = [
+        name for name in here if name in saved and (saved[name] == shapes[name] or alike(saved[name], shapes[name]))
+    ]
+
+    def apply() -> None:
+        for name in both:
+            rows, tensor = _target(name, here[name])
+            if saved[name] == shapes[name]:
+                checkpoint.read_model(names[name], rows, tensor)
+                continue
+            start, stop = rows.bounds
+            stop = min(stop, saved[name][0])
+            if start < stop:
+                part = Rows(saved[name], start, stop, 1 if len(saved[name]) == 1 else rows.flat)
+                checkpoint.read_model(names[name], part, tensor[: stop - start])
+
+    return apply, notes("model", saved, shapes, "as it is here")
 
 
 def _target(name: str, tensor: Any) -> tuple[Rows, Tensor]:

@@ -91,7 +91,7 @@ def draw_case(seed: int, only: str | None = None) -> Case:
         str(spec),
         dict(spec.hyper),
         _options(r, spec),
-        {"w0": r.choice(["8bit", "@host", "32bit"])} if r.random() < 0.1 and spec.rule != "sgd" else {},
+        {"w0": r.choice(["8bit", "@host", "32bit"])} if r.random() < 0.1 and "sgd" not in spec.rule else {},
         dtype,
         shapes,
         r.randint(1, min(3, len(shapes))),

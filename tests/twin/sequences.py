@@ -61,9 +61,9 @@ def replay(text: str, trace: bool = False) -> list[str]:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        t = Twin(case, int(number))
-        at = 0
+        at, one, t = 0, "", None
         try:
+            t = Twin(case, int(number))
             for one in rest.split():
                 at += 1
                 name, _, seed = one.partition("/")
@@ -75,7 +75,8 @@ def replay(text: str, trace: bool = False) -> list[str]:
         except Exception as error:
             raise Failed(f"{case}: {one}: {type(error).__name__}: {error}", at, applied) from error
         finally:
-            t.close()
+            if t is not None:
+                t.close()
     return applied
 
 
