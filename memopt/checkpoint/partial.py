@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.fit import Slot
+from memopt.checkpoint.resized import Change, changed
 from memopt.checkpoint.stored import Group, Record, Source
 from memopt.geometry import Rows, Shape
 from memopt.groups import is_named
 from memopt.naming import matching
 from memopt.partitions.dtensor import is_dtensor
-from memopt.surgery import Change, changed
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
