@@ -81,12 +81,14 @@ def rows_of(
     if model.buffers:
         held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, model.provenance))
     few = one_gradient(name, by_dtype, known) if training.release_gradients else None
-    if spec.options.get("offload_gradients") is True and training.device != "cpu" and not training.deepspeed:
+    away = spec.options.get("offload_gradients") is True and training.device != "cpu" and not training.deepspeed
+    if away:
         few = _offloaded(model, spec, gradients, training.release_gradients, known)
     if training.deepspeed and _deepspeed_offloads(spec):
         few = []
     if ran:
-        held += rows(name, model, training, ran, by_dtype, known, few)
+        at_once = training.release_gradients and SHARDS_ALSO[spec.partition][0] * world_size < 2 and not away
+        held += rows(name, model, training, ran, by_dtype, known, few, at_once)
     elif few is not None:
         held += few
     else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from estimators.activations.compose import KEEPING
 from estimators.activations.op import Op
-from estimators.activations.simulate import RERUN, Log, again, backward, forward
+from estimators.activations.simulate import RERUN, Log, again, backward, forward, kept_by
 from estimators.allocator import DEFAULT, Allocator, Block, Settings
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class _Programs:
         # What the forward pass leaves is saved, or kept by selective checkpointing, or lives as long as the model's
         # output; the rest goes when the segment is done: variables that held it, and what runs again.
         left = set(_left(self.forward)) - self.external
-        kept = {self.slot(t) for op in tape.ops for t in op.products} if segment.checkpointing == "selective" else set()
+        kept = {self.slot(t) for t in kept_by(tape, KEEPING[segment.checkpointing]).values()}
         stays = kept if segment.checkpointed else saved
         self.outlives = sorted({self.slot(t) for t in tape.outlives} & left - stays)
         self.forward += [(FREE, slot, 0) for slot in sorted(left - stays - set(self.outlives))]

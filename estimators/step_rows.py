@@ -69,8 +69,10 @@ def rows(
     gradients: list[tuple[str, int]],
     known: str,
     few: list[Row] | None,
+    at_once: bool = False,
 ) -> list[Row]:
-    """Activations and gradients by phase; ``few`` are the rows of gradients that do not stay."""
+    """Activations and gradients by phase; ``few`` are the rows of gradients that do not stay; ``at_once``: each goes as
+    soon as it is made."""
     forward, loss = ran.forward.activations - ran.body_copies, ran.loss.activations - ran.copies
     held = [
         Row(name, "weights", "autocast's copies", n, GPU, (phase,), "formula")
@@ -82,10 +84,19 @@ def rows(
         Row(name, activations, "saved, and the layer at work", forward, GPU, ("forward",), "formula"),
         Row(name, activations, "saved, and the loss", loss, GPU, ("loss",), "formula"),
     ]
-    if few is not None or training.accumulate > 1:
+    if at_once and few:
+        alive, made = ran.released
+        largest = max(made, sum(row.nbytes for row in few))
+        most = max(alive, kept.accumulated.activations)
+        held.append(few[0]._replace(nbytes=made, provenance="formula", low=made, high=largest))
+    elif few is not None or training.accumulate > 1:
         alive = ran.accumulated.activations  # the moment that has most, whatever gradients there are
         most = kept.accumulated.activations
-        held += few or [Row(name, "gradients", kind, n, GPU, PHASES[1:], known) for kind, n in gradients]
+        held += (
+            few
+            if few is not None
+            else [Row(name, "gradients", kind, n, GPU, PHASES[1:], known) for kind, n in gradients]
+        )
     else:
         alive, total = ran.backward.activations, sum(n for _, n in gradients)
         made = min(ran.backward.gradients, total)

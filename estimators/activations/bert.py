@@ -15,6 +15,7 @@ def distilbert(f: Fields, step: Step) -> Network:
     """BERT without token types and without dropout after attention."""
     width, ffn, vocab, n = f.integer("dim"), f.integer("hidden_dim"), f.integer("vocab_size"), f.integer("n_heads")
     p, act, tied = f.share("dropout", 0.1), f.text("activation", "gelu"), f.flag("tie_word_embeddings", True)
+    drop = f.share("attention_dropout", 0.1)
     a, positions = Heads(n, n, f.divide("dim", "n_heads")), f.integer("max_position_embeddings", 512)
 
     def embed(t: Tape) -> Tensor:
@@ -22,7 +23,7 @@ def distilbert(f: Fields, step: Step) -> Network:
         return t.dropout(layer_norm(t, x, width), p)
 
     def layer(t: Tape, x: Tensor) -> Tensor:
-        y = attention(t, step, x, width, a, bias=True, out_bias=True, rope=False)
+        y = attention(t, step, x, width, a, bias=True, out_bias=True, rope=False, drop=drop, narrow="bert")
         x = layer_norm(t, t.add(y, x), width)
         y = t.linear(t.activation(t.linear(x, width, ffn, bias=True), act), ffn, width, bias=True)
         return layer_norm(t, t.add(t.dropout(y, p), x), width)
@@ -40,6 +41,7 @@ def bert(f: Fields, step: Step) -> Network:
     n, p, act = f.integer("num_attention_heads"), f.share("hidden_dropout_prob", 0.1), f.text("hidden_act", "gelu")
     a, tied = Heads(n, n, f.divide("hidden_size", "num_attention_heads")), f.flag("tie_word_embeddings", True)
     positions, kinds = f.integer("max_position_embeddings", 512), f.integer("type_vocab_size", 2)
+    drop = f.share("attention_probs_dropout_prob", 0.1)
 
     def embed(t: Tape) -> Tensor:
         x = t.add(t.embedding(step.tokens, vocab, width, tied=tied), t.embedding(step.tokens, kinds, width))
@@ -47,7 +49,7 @@ def bert(f: Fields, step: Step) -> Network:
         return t.dropout(layer_norm(t, x, width), p)
 
     def layer(t: Tape, x: Tensor) -> Tensor:
-        y = attention(t, step, x, width, a, bias=True, out_bias=True, rope=False)
+        y = attention(t, step, x, width, a, bias=True, out_bias=True, rope=False, drop=drop, narrow="bert")
         x = layer_norm(t, t.add(x, t.dropout(y, p)), width)
         y = t.linear(t.activation(t.linear(x, width, ffn, bias=True), act), ffn, width, bias=True)
         return layer_norm(t, t.add(x, t.dropout(y, p)), width)

@@ -135,6 +135,8 @@ def attend(
     mask: int = 0,
     over: int = 0,
     plain: bool = False,
+    drop: float = 0.0,
+    narrow: str = "",
 ) -> Tensor:
     """Attention over one sequence with itself, or with ``over`` tokens of another one, unpadded; the result is laid out
     as the output projection reads it.
@@ -143,8 +145,9 @@ def attend(
     Fused kernels (``sdpa``, ``flash``) save what they read, their result and one fp32 number per query; a boolean mask
     (``mask``: its elements, 0 for none) is converted to the weights' dtype for each call, and saved.
     ``eager`` saves the probabilities, in fp32 and in the weights' dtype, and copies of q, k and v laid out for a
-    batched product, keys and values repeated for every query head. ``plain``: the softmax is computed in the scores'
-    dtype, and q, k and v are laid out already.
+    batched product, keys and values repeated for every query head. ``drop``: the probability of dropout on the
+    probabilities, of which a fused kernel keeps a seed. ``narrow``: a softmax in the scores' dtype, as ``gpt2`` has it,
+    or as ``bert``, without a mask. ``plain``: the same, and q, k and v are laid out already.
     """
     size = step.tokens * a.n * a.dim
     if step.attention != "eager":
@@ -164,22 +167,31 @@ def attend(
     if repeated:
         k, v = t.copy(k, size), t.copy(v, size)
     made = [k, v] if repeated else []
-    q = t.copy(q) if several else q
-    k = t.copy(k) if several and not repeated else k
-    scores = t.copy(t.op([q, k], numel, t.item, saves=[q, k], product=True))
+    q = t.copy(q, size) if several else q
+    k = t.copy(k, size) if several and not repeated else k
+    asked = q.item  # of the probabilities
+    q, k = t.cast(q, t.mm), t.cast(k, t.mm)
+    scores = t.copy(t.op([q, k], numel, t.mm, saves=[q, k], product=True))
     if softcap:
         scores = t.copy(t.root(t.copy(scores)))
-    scores = t.copy(scores)  # plus the mask
+    if narrow != "bert":
+        scores = t.op([scores], item=t.item)  # plus the mask
     # Both passes of the softmax are computed in fp32: on a CPU by way of copies; on a GPU the kernel converts as it
     # reads, and its backward pass multiplies the gradient by the result first (softmax_backward_cuda_out).
-    wider = scores.numel * (FP32 - scores.item) * t.cpu
-    product = scores.numel * FP32 * (not t.cpu)
-    softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider + product)
-    probabilities = t.cast(softmax, t.item)
+    if narrow:
+        scores = t.cast(scores, FP32) if t.autocast and not t.cpu else scores
+        softmax = t.op([scores], saves_out=True, backward_tmp=scores.nbytes * (not t.cpu))
+        asked = softmax.item if narrow == "bert" else v.item
+    else:
+        wider = scores.numel * (FP32 - scores.item) * t.cpu
+        product = scores.numel * FP32 * (not t.cpu)
+        softmax = t.op([scores], item=FP32, saves_out=True, forward_tmp=wider, backward_tmp=wider + product)
+    probabilities = t.dropout(t.cast(softmax, asked), drop)
     t.hold(scores)  # the variable is rebound when the probabilities are there
     t.held.append(probabilities)  # returned to the layer
-    v = t.copy(v) if several and not repeated else v
-    out = t.copy(t.op([probabilities, v], size, t.item, saves=[probabilities, v], product=True))
+    v = t.copy(v, size) if several and not repeated else v
+    probabilities, v = t.cast(probabilities, t.mm), t.cast(v, t.mm)
+    out = t.copy(t.op([probabilities, v], size, t.mm, saves=[probabilities, v], product=True))
     t.hold(*made)
     return out
 
@@ -198,6 +210,8 @@ def attention(
     table: int = 0,
     softcap: bool = False,
     partial: bool = False,
+    drop: float = 0.0,
+    narrow: str = "",
 ) -> Tensor:
     """Separate projections; ``norm`` is applied to queries and to keys, ``table`` the bytes of the tables of rotary
     positions where that is not the weights' dtype; ``partial``: rotated and other elements are concatenated."""
@@ -210,13 +224,24 @@ def attention(
         before = q, k
         q, k = rotated(t, q, table), rotated(t, k, table)
         t.hold(*before)
-    out = t.linear(attend(t, step, q, k, v, a, softcap=softcap, relaid=partial), a.n * a.dim, width, out_bias)
+    y = attend(t, step, q, k, v, a, softcap=softcap, relaid=partial, drop=drop, narrow=narrow)
+    out = t.linear(y, a.n * a.dim, width, out_bias)
     t.hold(x, q, k, v)
     return out
 
 
 def fused_attention(
-    t: Tape, step: Step, x: Tensor, width: int, a: Heads, *, bias: bool, out_bias: bool, rope: bool
+    t: Tape,
+    step: Step,
+    x: Tensor,
+    width: int,
+    a: Heads,
+    *,
+    bias: bool,
+    out_bias: bool,
+    rope: bool,
+    drop: float = 0.0,
+    narrow: str = "",
 ) -> Tensor:
     """Query, key and value in one matrix, of whose result they are views; with ``rope`` queries and keys are made anew,
     by concatenation."""
@@ -225,7 +250,8 @@ def fused_attention(
     if rope:
         q = rotated(t, t.op([qkv], step.tokens * a.n * a.dim))
         k = rotated(t, t.op([qkv], step.tokens * a.kv * a.dim))
-    return t.linear(attend(t, step, q, k, v, a, relaid=rope), a.n * a.dim, width, out_bias)
+    y = attend(t, step, q, k, v, a, relaid=rope, drop=drop, narrow=narrow)
+    return t.linear(y, a.n * a.dim, width, out_bias)
 
 
 # MLPs ----------------------------------------------------------------------------------------------------------

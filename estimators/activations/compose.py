@@ -17,7 +17,7 @@ from estimators.activations.tape import Tape
 
 EVERY = "every-"
 #: checkpointing of one layer -> what its first forward pass keeps (:func:`~.simulate.forward`)
-KEEPING = {"none": "saved", "full": "nothing", "selective": "products"}
+KEEPING = {"none": "saved", "full": "nothing", "selective": "products", "selective-2": "alternate"}
 
 
 class Moment(NamedTuple):
@@ -30,7 +30,8 @@ class Moment(NamedTuple):
 class Activations(NamedTuple):
     """``saved`` is what the forward pass leaves for the backward pass, the loss included (of a checkpointed layer its
     input, and what selective checkpointing keeps); then the fullest moment of each phase. ``accumulated`` is the
-    fullest moment of a backward pass that adds to gradients which are all there already. ``copies`` are autocast's
+    fullest moment of a backward pass that adds to gradients which are all there already, ``released`` of one
+    that frees each as it is made. ``copies`` are autocast's
     copies of weights at the end of the forward pass, which the moments of forward and loss contain (the former without
     the head's). ``walked`` is what they follow from, for whoever asks for the order of it all. ``output`` are bytes
     that live as long as the model's output, and ``kept`` is the same step with an output that lives until the backward
@@ -46,6 +47,7 @@ class Activations(NamedTuple):
     walked: "Walked | None" = None
     output: int = 0
     kept: "Activations | None" = None
+    released: Moment = Moment(0, 0)
 
 
 class _Segment(NamedTuple):
@@ -218,7 +220,7 @@ def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
                 held += tensor.nbytes
             else:
                 passing[name] = tensor.nbytes
-    fullest, accumulated, made = _backward(segments, before)
+    fullest, accumulated, made, released = _backward(segments, before)
     # Tables that only checkpointed layers are called with are alive, but not saved.
     unsaved = called + tables * all(s.checkpointed for s in segments if s.kind == "layer")
     return Activations(
@@ -231,14 +233,18 @@ def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
         copies,
         Walked(tuple(segments), tables, masks),
         sum(t.nbytes for s in segments for t in s.tape.outlives),
+        None,
+        released,
     )
 
 
-def _backward(segments: list[_Segment], before: list[int]) -> tuple[Moment, int, int]:
-    """The fullest moment, that of activations alone, and the bytes of parameters' gradients at the end."""
-    made, fullest, accumulated = 0, Moment(0, 0), 0
+def _backward(segments: list[_Segment], before: list[int]) -> tuple[Moment, int, int, Moment]:
+    """The fullest moment, that of activations alone, the bytes of parameters' gradients at the end, and the fullest
+    moment where gradients go at once."""
+    made, fullest, accumulated, released = 0, Moment(0, 0), 0, Moment(0, 0)
     outlives = sum(t.nbytes for s in segments for t in s.tape.outlives)  # and are there in every moment
     before = [n + outlives for n in before]
+    table = max(map(_table, segments), default=0)
     waited: dict[str, int] = {}  # gradients of shared tensors that wait for the segment that made them
     for s, ahead in zip(reversed(segments), reversed(before), strict=True):
         run = s.backward(frozenset(waited))
@@ -251,11 +257,21 @@ def _backward(segments: list[_Segment], before: list[int]) -> tuple[Moment, int,
             rerun = left + x + s.forward.kept + run.waiting + s.again.peak
             fullest = max(fullest, Moment(rerun, made), key=sum)
             accumulated = max(accumulated, rerun)
+            released = max(released, Moment(rerun, table), key=sum)
             left += s.again.left + x * (id(s.tape.x) not in {id(t) for op in s.tape.ops for t in op.saved})
         fullest = max(fullest, Moment(left + run.activations, made + run.gradients), key=sum)
         accumulated = max(accumulated, left + run.most)
+        # Of a tied table the head's half waits for the embedding's, where both halves and their sum are there.
+        waiting = table * (s.kind != "loss") + _table(s)
+        released = max(released, Moment(left + run.released[0], run.released[1] + waiting), key=sum)
         made += run.total
         waited |= {
             name: s.tape.shared[name].nbytes for name in s.reads if s.tape.shared[name].requires and name not in waited
         }
-    return fullest, accumulated, made
+    return fullest, accumulated, made, released
+
+
+def _table(s: _Segment) -> int:
+    """Bytes of the gradient of an embedding which is the head's weight too, that the segment adds to the head's."""
+    sources = (op for op in s.tape.ops if op.ins and not op.ins[0].numel and not op.gradients)
+    return max((op.backward_tmp for op in sources), default=0)

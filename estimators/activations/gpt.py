@@ -10,6 +10,7 @@ from estimators.activations.blocks import (
     alike,
     attend,
     attention,
+    causal_mask,
     fused_attention,
     layer_norm,
     mlp,
@@ -37,14 +38,25 @@ def gpt2(f: Fields, step: Step, kv: int = 0, act: str = "gelu_new") -> Network:
         return t.dropout(t.add(words, t.embedding(step.seq, positions, width)), dropped)
 
     def layer(t: Tape, x: Tensor) -> Tensor:
-        y = fused_attention(t, step, layer_norm(t, x, width), width, a, bias=True, out_bias=True, rope=False)
+        y = fused_attention(
+            t,
+            step,
+            layer_norm(t, x, width),
+            width,
+            a,
+            bias=True,
+            out_bias=True,
+            rope=False,
+            drop=f.share("attn_pdrop", 0.1),
+            narrow="" if kv else "gpt2",
+        )
         x = t.add(x, t.dropout(y, p))
         return t.add(x, t.dropout(mlp(t, layer_norm(t, x, width), width, ffn, act), p))
 
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab)
 
-    return Network(embed, alike(layer, f.layers("n_layer")), head)
+    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=causal_mask(step))
 
 
 def gpt_bigcode(f: Fields, step: Step) -> Network:
@@ -189,7 +201,7 @@ def opt(f: Fields, step: Step) -> Network:
         x = t.linear(x, width, narrow) if narrow != width else x
         return loss(t, step, x, narrow, vocab)
 
-    return Network(embed, alike(layer, f.layers()), head)
+    return Network(embed, alike(layer, f.layers()), head, masks=causal_mask(step))
 
 
 def phi(f: Fields, step: Step) -> Network:

@@ -37,7 +37,8 @@ class Backward(NamedTuple):
     of activations, temporaries; the segment's input counts if it is saved) and ``gradients`` of parameters made so
     far. ``total`` are the parameters' gradients at the end. ``waiting`` are the gradients of activations that are
     alive when the first saved tensor is asked for: under checkpointing the segment runs again at that moment.
-    ``most`` are the activations of the moment that has most of them, whatever gradients of parameters there are.
+    ``most`` are the activations of the moment that has most of them, whatever gradients of parameters there are;
+    ``released`` are both, at the fullest moment where a gradient goes as soon as its operation is done.
     ``begins`` and ``leaves`` are the gradients that are there at the start and at the end, by the ``id`` of their
     tensor."""
 
@@ -48,13 +49,14 @@ class Backward(NamedTuple):
     most: int
     begins: dict[int, "_Gradient"]
     leaves: dict[int, "_Gradient"]
+    released: tuple[int, int]
 
 
 def forward(tape: Tape, keeping: str = "saved", log: Log | None = None) -> Forward:
     """Tensors go when their last reader is done, unless they are kept or held. ``keeping``: what autograd saves
     (``saved``), ``nothing`` under full checkpointing, results of matrix products and fused attention (``products``)
-    under selective checkpointing."""
-    kept = {"saved": _saved, "nothing": lambda _: {}, "products": _products}[keeping](tape)
+    under selective checkpointing, those of every second product alone (``alternate``) under torchtitan's."""
+    kept = _saved(tape) if keeping == "saved" else kept_by(tape, keeping)
     stay = {id(t) for t in tape.held} | kept.keys() | tape.boundary
     last_read = _last_reads(tape)
     made: dict[int, int] = {}
@@ -82,7 +84,7 @@ def forward(tape: Tape, keeping: str = "saved", log: Log | None = None) -> Forwa
 def again(tape: Tape, keeping: str = "nothing", log: Log | None = None) -> Again:
     """The second run stops where the last tensor is saved: before that operation, unless it is its result. Products
     that were kept are taken, not computed, and go as everything else does when they are read and not saved."""
-    saved, kept = _saved(tape), _products(tape) if keeping == "products" else {}
+    saved, kept = _saved(tape), kept_by(tape, keeping)
     stop = max((i for i, op in enumerate(tape.ops) if op.saved), default=-1)
     last_read = _last_reads(tape)
     there: dict[int, int] = {}
@@ -112,8 +114,17 @@ def _saved(tape: Tape) -> dict[int, Tensor]:
     return {id(t): t for op in tape.ops for t in op.saved}
 
 
-def _products(tape: Tape) -> dict[int, Tensor]:
-    return {id(t): t for op in tape.ops for t in op.products}
+def kept_by(tape: Tape, keeping: str) -> dict[int, Tensor]:
+    """What checkpointing keeps of the first run. Fused attention is told from other products by its statistics."""
+    if keeping not in ("products", "alternate"):
+        return {}
+    kept: dict[int, Tensor] = {}
+    products = 0
+    for op in tape.ops:
+        products += len(op.products) == 1
+        if keeping == "products" or len(op.products) > 1 or products % 2:
+            kept |= {id(t): t for t in op.products}
+    return kept
 
 
 def _last_reads(tape: Tape) -> dict[int, int]:
@@ -143,7 +154,7 @@ class _Gradient:
 class _Pass:
     """The state of a backward pass."""
 
-    __slots__ = ("gradients", "live", "log", "made", "most", "peak", "saved", "savers")
+    __slots__ = ("gradients", "live", "log", "made", "most", "peak", "released", "saved", "savers")
 
     def __init__(self, tape: Tape, log: Log | None = None) -> None:
         self.log: Log = [] if log is None else log
@@ -156,7 +167,7 @@ class _Pass:
         self.live = sum(tensors.values())
         self.made = 0
         self.gradients: dict[int, _Gradient] = {}
-        self.peak = (self.live, 0)
+        self.peak = self.released = (self.live, 0)
         self.most = self.live
 
     def note(self, extra: int = 0) -> None:
@@ -205,6 +216,7 @@ class _Pass:
                 self.live += tensor.nbytes
                 self.log.append((outgoing[-1][1], tensor.nbytes))
         self.note(op.backward_tmp)
+        self.released = max(self.released, (self.live + op.backward_tmp, op.gradients), key=sum)
         self.log += [(key, n) for key, n in ((None, op.backward_tmp), (op, op.gradients)) if n]
         incoming.holders -= 1
         for tensor, gradient in outgoing:
@@ -243,4 +255,4 @@ def backward(
                 state.log.append((RERUN, 0))
             state.run(op)
     leaves = {key: g for key, g in state.gradients.items() if g.nbytes}
-    return Backward(*state.peak, state.made, waiting or 0, state.most, begins, leaves)
+    return Backward(*state.peak, state.made, waiting or 0, state.most, begins, leaves, state.released)
