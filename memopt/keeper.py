@@ -182,6 +182,8 @@ class Keeper(torch.optim.Optimizer):
 
     def _watch(self) -> None:
         """Tell the homes of parameters and groups as they are now, and whose gradients may go elsewhere."""
+        if self.release is not None:
+            self.release.follow()
         if self.homes.watches:
             released = self.release.covers if self.release is not None else lambda p: False
             entries = list(self._parameters())

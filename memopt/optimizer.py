@@ -119,14 +119,24 @@ class Optimizer(Keeper):
             )
         if self.integrity.marks:
             self.integrity.check()
-        if self._plan is not None and self._plan.refresh(self):  # the tensors of the last step, with new gradients
-            if self.nonfinite == "propagate" or not self._stopped_by(self._plan.non_finite()):
-                self._plan.step(self.seed)
-                increment_version(self._plan.parameters)
+        plan = self._plan if self.release is None else None  # what a release leaves over is another every time
+        if plan is not None and plan.refresh(self):  # the tensors of the last step, with new gradients
+            if self.nonfinite == "propagate" or not self._stopped_by(plan.non_finite()):
+                plan.step(self.seed)
+                increment_version(plan.parameters)
             return loss
         check_replaced(self)
         with self.partition.at_step(self.param_groups):
-            self._step_anew()
+            before = self._skipped
+            try:
+                self._step_anew()
+            except BaseException:
+                if self.release is not None:
+                    self.release.give_up()
+                raise
+            if self.release is not None:
+                self.release.finish(counted=self._skipped > before)
+            self._commit()
         return loss
 
     def _step_anew(self) -> None:
@@ -147,11 +157,8 @@ class Optimizer(Keeper):
             if self._stopped_by(bad):
                 return
         works = self._step_some(ready, [self._own(entry[2], g) for entry, (_, g) in zip(ready, gradients, strict=True)])
-        if works:  # a step without any gradient leaves the plan, which counts, to the next one
+        if works and self.release is None:  # a step without any gradient leaves the plan, which counts, to the next one
             self._plan = kernels.make_plan(self, works) if self.partition.plannable else None
-        if self.release is not None:
-            self.release.finish()
-        self._commit()
 
     def _step_some(
         self, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from memopt.clipping import EPS, PartialNorm
 from memopt.gradients import check_gradient, non_finite
+from memopt.groups import STEPPED
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -44,15 +45,27 @@ class Release:
         self._optimizer = optimizer
         self._lock = threading.RLock()  # autograd runs the hooks of several devices in several threads
         self._begin()
-        self._hooks = {
-            p: p.register_post_accumulate_grad_hook(self._arrived)
-            for _, p, _ in optimizer._parameters()
-            if p.requires_grad
-        }
+        self._hooks: dict[Tensor, Any] = {}
+        self._entries: dict[int, tuple[int, str, dict[str, Any]]] = {}
+        self.follow()
+
+    def follow(self) -> None:
+        """Release the gradients of all parameters that the optimizer has now, of those that are frozen from the moment
+        at which they are not."""
+        for _, p, _ in self._optimizer._parameters():
+            if p not in self._hooks and p.dtype in STEPPED:
+                frozen = not p.requires_grad
+                try:
+                    p.requires_grad_(True)  # a frozen one takes no hook, and keeps the one it has
+                    self._hooks[p] = p.register_post_accumulate_grad_hook(self._arrived)
+                finally:
+                    if frozen:
+                        p.requires_grad_(False)
+        self._entries = {}
 
     def _begin(self) -> None:
         """Nothing of the next step is known yet."""
-        self._entries: dict[int, tuple[int, str, dict[str, Any]]] = {}
+        self._entries = {}
         self._passes: dict[int, int] = {}  # by identity of the parameter: how often its gradient has come
         self._partial = PartialNorm()
         self._skipped: list[str] = []
@@ -70,8 +83,9 @@ class Release:
     def covers(self, p: Tensor) -> bool:
         return p in self._hooks
 
-    def finish(self) -> None:
-        """The end of a step; called by ``optimizer.step()``."""
+    def finish(self, counted: bool = False) -> None:
+        """The end of a step; called by ``optimizer.step()``. ``counted``: it was skipped for a gradient that was not
+        released, and has been counted as skipped."""
         try:
             self._optimizer.homes.settle()  # what steps beside backward() has stepped
         except BaseException:
@@ -86,12 +100,21 @@ class Release:
                 "loss.backward(retain_graph=True) and loss.backward(); nothing was changed, and "
                 f"the gradient of {once[0]} came once"
             )
-        if skipped:
+        if skipped and not counted:
             self._optimizer.skipped_steps += 1
+
+    def give_up(self) -> None:
+        """The step has failed: the next backward pass begins another."""
+        self._begin()
 
     @torch.no_grad()
     def _arrived(self, p: Tensor) -> None:
         with self._lock:
+            if id(p) not in self._entries:
+                found = enumerate(self._optimizer._parameters())
+                self._entries = {id(q): (i, name, group) for i, (name, q, group) in found}
+            if id(p) not in self._entries:  # not the optimizer's any more
+                return
             try:
                 self._take(p)
             except BaseException:
@@ -101,9 +124,6 @@ class Release:
                 p.grad = None
 
     def _take(self, p: Tensor) -> None:
-        if not self._entries:
-            found = enumerate(self._optimizer._parameters())
-            self._entries = {id(q): (i, name, group) for i, (name, q, group) in found}
         name = self._entries[id(p)][1]
         check_gradient(name, p)
         _refuse_replica(name, p)
@@ -167,7 +187,8 @@ class Release:
     def explain(self) -> str:
         """One sentence: what happens in ``backward()``."""
         clip = "" if self.max_norm is None else f", clipped to a norm of {self.max_norm} by a first pass"
-        return f"released: {len(self._hooks)} parameters step inside backward(){clip}"
+        count = sum(p.requires_grad for p in self._hooks)
+        return f"released: {count} parameters step inside backward(){clip}"
 
 
 def _refuse_model(model: Any) -> None:

@@ -90,6 +90,12 @@ def cutter(row: int, start: int = 0, stop: int | None = None) -> Callable[[Tenso
     return cut
 
 
+def _mark(optimizer: torch.optim.Optimizer, p: Tensor) -> object:
+    """The tensors of a parameter's state, and how often torch has seen each written to."""
+    tensors = [x for x in optimizer.state.get(p, {}).values() if isinstance(x, Tensor)]
+    return p.shape, [(id(x), x._version) for x in tensors]
+
+
 def _liveliest(p: Tensor) -> int:
     """The row with the largest gradient: of an embedding, most rows have none."""
     g = _local(p.grad) if p.grad is not None else _local(p)
@@ -110,7 +116,7 @@ def _torchs(optimizer: torch.optim.Optimizer, rule: Rule) -> Callable[[Tensor], 
             state = optimizer.state[p]
             return {m.name: (cut(state[m.name]).float(), _dtype(state[m.name]), not m.signed) for m in kinds}
 
-        return Sample(names.get(id(p), index[id(p)]), p, cut, moments)
+        return Sample(names.get(id(p), index[id(p)]), p, cut, moments, lambda: _mark(optimizer, p))
 
     return make
 
@@ -145,7 +151,7 @@ def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
                 )
             return values
 
-        return Sample(slot.name, p, cut, moments)
+        return Sample(slot.name, p, cut, moments, lambda: _mark(optimizer, p))
 
     return make
 

@@ -17,12 +17,14 @@ NUMEL = 512
 
 class Sample(NamedTuple):
     """Some elements of one parameter: ``cut`` takes them out of a tensor of its shape; ``moments()`` decodes the same
-    elements of what is stored: name -> (values, format, never negative)."""
+    elements of what is stored: name -> (values, format, never negative). ``mark()`` is another where somebody other
+    than a step has written to what is stored, or put something else in its place."""
 
     name: str
     p: Tensor
     cut: Callable[[Tensor], Tensor]
     moments: Callable[[], dict[str, tuple[Tensor, str, bool]]]
+    mark: Callable[[], object]
 
 
 class Flat:
@@ -44,7 +46,8 @@ class Flat:
 
 
 class Shadow:
-    """Samples of one param group, stepped together. Begins with what is stored at its first step."""
+    """Samples of one param group, stepped together. Begins with what is stored at its first step. A sample whose
+    parameter has no gradient in a step is not stepped in it."""
 
     def __init__(self, rule: Rule, group: Mapping[str, Any], samples: list[Sample], step: int) -> None:
         self.rule, self.group, self.samples = rule, group, samples
@@ -53,22 +56,46 @@ class Shadow:
         names = stored[0]
         self.state = Flat({m: torch.cat([s[m][0] for s in stored]).float() for m in names})
         self.sizes = [len(next(iter(s.values()))[0]) for s in stored]
+        self.marks: list[object] = []
+        self.note()
 
-    def gather(self) -> tuple[Tensor, Tensor] | None:
-        """(weights, gradients) of all samples before a step, flat fp32, where their state is; None where a gradient is
-        missing."""
+    def note(self) -> None:
+        """The step is over: what is stored now is what the next step is to find."""
+        self.marks = [sample.mark() for sample in self.samples]
+
+    @property
+    def is_current(self) -> bool:
+        """Whether what is stored is what the last step left; else the shadow is of a state that is gone."""
+        return [sample.mark() for sample in self.samples] == self.marks
+
+    def gather(self) -> tuple[Tensor, Tensor, list[int]] | None:
+        """(weights, gradients) of all samples before a step, flat fp32, where their state is, and which samples have no
+        gradient; None where none has, or one has another shape than before."""
         grads = [s.p.grad for s in self.samples]
-        if any(g is None for g in grads):
+        idle = [i for i, g in enumerate(grads) if g is None]
+        if len(idle) == len(grads):
             return None
         device = next(iter(self.state.tensors.values())).device
         p = torch.cat([s.cut(s.p.detach()) for s in self.samples]).to(device).float()
-        g = torch.cat([s.cut(g) for s, g in zip(self.samples, grads, strict=True) if g is not None]).to(device).float()
-        return p, -g if self.group.get("maximize") else g
+        g = torch.cat(
+            [
+                p.new_zeros(n) if g is None else s.cut(g).to(device).float()
+                for s, g, n in zip(self.samples, grads, self.sizes, strict=True)
+            ]
+        )
+        if len(p) != sum(self.sizes) or len(g) != len(p):
+            return None
+        return p, -g if self.group.get("maximize") else g, idle
 
-    def advance(self, p: Tensor, g: Tensor) -> None:
-        """One step of the rule. ``p`` is changed to what an exact step would have made of it."""
+    def advance(self, p: Tensor, g: Tensor, idle: list[int]) -> None:
+        """One step of the rule. ``p`` is changed to what an exact step would make of it; samples in ``idle`` stay."""
         self.step += 1
+        before = {name: [x.clone() for x in t.split(self.sizes)] for name, t in self.state.tensors.items() if idle}
         self.rule.update(p, g, self.state, self.step, self.group)
+        for name, parts in before.items():
+            now = self.state.tensors[name].split(self.sizes)
+            for i in idle:
+                now[i].copy_(parts[i])
 
     def compare(self) -> list[MomentReading]:
         readings = []

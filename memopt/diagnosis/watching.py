@@ -37,7 +37,8 @@ class Watch:
         self._logs = logs
         self._pending: list[tuple[int, Tensor]] = []  # losses that nobody has waited for yet
         self._shadows: list[Shadow] | None = None
-        self._gathered: list[tuple[Tensor, Tensor] | None] = []
+        self._made_for: object = None
+        self._gathered: list[tuple[Tensor, Tensor, list[int]] | None] = []
         self._before: list[tuple[Tensor, Tensor] | None] | None = None
         self._skipped = getattr(optimizer, "skipped_steps", 0)
         self._told: set[str] = set()
@@ -80,8 +81,14 @@ class Watch:
 
     def _pre(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.step += 1
+        if self._shadows is not None and not self._is_current():
+            self._shadows = None  # a conversion, a load, a hand in the state: begin again from what is there
         self._gathered = [shadow.gather() for shadow in self._shadows or ()]
         self._before = [_spread(group) for group in optimizer.param_groups] if self._due() else None
+
+    def _is_current(self) -> bool:
+        """Whether the shadows are of the state that is there, under the rule and in the groups that there are."""
+        return self._made_for == _plan_of(self.optimizer) and all(shadow.is_current for shadow in self._shadows or ())
 
     @torch.no_grad()
     def _post(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -90,11 +97,14 @@ class Watch:
             self._skipped = optimizer.skipped_steps  # type: ignore[attr-defined]
             self._note_nonfinite(skipped=True)
         elif self._shadows is None:
-            self._shadows = list(shadows(optimizer))
+            self._shadows, self._made_for = list(shadows(optimizer)) or None, _plan_of(optimizer)
+            spec = getattr(optimizer, "spec", None)
+            self.history.master = getattr(spec, "master", "none")
         else:
             for shadow, gathered in zip(self._shadows, self._gathered, strict=True):
                 if gathered is not None:
                     shadow.advance(*gathered)
+                shadow.note()
         if self._before is not None:
             self._read(self._before)
             self._before = None
@@ -107,7 +117,7 @@ class Watch:
     def _read(self, before: list[tuple[Tensor, Tensor] | None]) -> None:
         groups = tuple(
             _group(i, group, spread, self.history.master)
-            for i, (group, spread) in enumerate(zip(self.optimizer.param_groups, before, strict=True))
+            for i, (group, spread) in enumerate(zip(self.optimizer.param_groups, before, strict=False))
         )
         if any(g.nonfinite for g in groups):
             self._note_nonfinite(skipped=False)
@@ -162,6 +172,11 @@ def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         named += list(zip(names, group["params"], strict=True))
         index += len(group["params"])
     return named
+
+
+def _plan_of(optimizer: torch.optim.Optimizer) -> object:
+    """What shadows are made for: spec and parameters."""
+    return str(getattr(optimizer, "spec", "")), [[id(p) for p in group["params"]] for group in optimizer.param_groups]
 
 
 def _spread(group: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
