@@ -56,5 +56,5 @@ $(READY): pyproject.toml constraints.txt
 	@mkdir -p "$$TMPDIR"
 	@echo "Installing into $(VENV); this happens once and takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[all,test]'
 	@touch $@

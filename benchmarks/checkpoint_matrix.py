@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import write_result
 from torch import nn
 
 import memopt
@@ -254,9 +254,8 @@ def main() -> int:
     print(text)
     if args.out:
         short = [[*list(row.values())[:4], round(row["error"], 5)] for row in rows]
-        results = {"torch": torch.__version__, "within": short, "tools": tools, "across": crossed, "masters": kept}
-        lines = [f'"{key}": {json.dumps(value)}' for key, value in results.items()]
-        args.out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+        results = {"within": short, "tools": tools, "across": crossed, "masters": kept}
+        write_result(args.out, results, flat=True)
         args.out.with_suffix(".md").write_text(text)
     return 0
 

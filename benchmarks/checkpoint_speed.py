@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 import torch
+from provenance import write_result
 
 import memopt
 
@@ -146,7 +147,7 @@ def main() -> int:
             shutil.rmtree(folder)
         print(json.dumps(results[-1], indent=1), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"torch": torch.__version__, "threads": 1, "runs": results}, indent=1) + "\n")
+        write_result(args.out, {"torch": torch.__version__, "threads": 1, "runs": results})
     return 0
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import write_result
 
 import memopt
 from memopt.checkpoint import source_of
@@ -235,10 +236,9 @@ def main() -> int:
             "full_disk": full_sweep(Path(directory, "full"), args.full),
             "kill_export": kill_exports(Path(directory, "export"), args.kills),
         }
-    text = json.dumps(results, indent=1)
-    print(text)
+    print(json.dumps(results, indent=1))
     if args.out:
-        args.out.write_text(text + "\n")
+        write_result(args.out, results)
     return 0
 
 

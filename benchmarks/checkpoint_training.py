@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import write_result
 from torch import nn
 
 import memopt
@@ -74,7 +75,7 @@ def main() -> int:
             results["runs"].append(run)
             print(json.dumps(run), flush=True)
     if args.out:
-        args.out.write_text(json.dumps(results, indent=1) + "\n")
+        write_result(args.out, results)
     return 0
 
 

@@ -12,7 +12,6 @@ Bytes are to be those of memopt.price.
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import flattened
 import ranks
 from cases import HYPER
+from provenance import write_result
 
 FORMATS = ("32bit", "8bit", "4bit", "factored")
 #: Stage, offload to the CPU, dtype of the weights.
@@ -119,7 +119,7 @@ def main() -> int:
                     )
     record = {"steps": args.steps, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "deepspeed_matrix.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_result(args.out / "deepspeed_matrix.json", record)
     (args.out / "deepspeed_matrix.md").write_text(page(record))
     print(page(record))
     return 0 if all(row["priced"] and not row["other"] for row in rows) else 1

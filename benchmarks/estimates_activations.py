@@ -9,8 +9,8 @@ and an optimizer step of memopt's own. Writes ``benchmarks/results/estimates_act
 
 from __future__ import annotations
 
+import argparse
 import gc
-import json
 import os
 import sys
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from estimates_models import ADAPTED, FAMILIES, ONLY_EAGER, SIZES, Selective, build, checkpoint, config, inputs
+from provenance import write_result
 
 import memopt
 from estimators.costs import estimate
@@ -118,6 +119,7 @@ def cases() -> list[tuple[Any, ...]]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     results = []
@@ -139,8 +141,7 @@ def main() -> None:
         "cases": len(results),
         "worst": worst,
     }
-    text = json.dumps({**header, "results": results}, indent=1)
-    (out / "estimates_activations.json").write_text(text + "\n")
+    write_result(out / "estimates_activations.json", {**header, "results": results})
     (out / "estimates_activations.md").write_text(table(results, header))
     print(worst)
 

@@ -9,7 +9,7 @@ DeepSpeed's what its estimate_zero2_model_states_mem_needs says for one GPU with
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
 from pathlib import Path
 
@@ -20,11 +20,13 @@ from accelerate.utils import calculate_maximum_sizes
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as deepspeeds
+from provenance import write_result
 
 CASES = [("llama", 1, "none"), ("llama", 1, "full"), ("gpt2", 1, "none"), ("bert", 1, "none"), ("mixtral", 1, "none")]
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.set_num_threads(1)
     real.SPEC = "adamw"
     results = []
@@ -46,7 +48,7 @@ def main() -> None:
     for r in results:
         print(r, f"{r['memopt_nbytes'] / r['measured_nbytes']:.3f} {r['accelerate_nbytes'] / r['measured_nbytes']:.3f}")
     path = Path(__file__).parent / "results" / "estimates_compared.json"
-    path.write_text(json.dumps({"torch": torch.__version__, "results": results}, indent=1) + "\n")
+    write_result(path, {"torch": torch.__version__, "results": results})
 
 
 if __name__ == "__main__":

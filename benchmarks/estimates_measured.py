@@ -11,14 +11,14 @@ often and by how much the upper bound holds. ``--write`` writes ``benchmarks/res
 from __future__ import annotations
 
 import csv
-import json
 import shlex
-import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any, NamedTuple
+
+from provenance import write_result
 
 from estimators.costs import Estimate, estimate
 from memopt.cli import estimate as verb
@@ -235,13 +235,12 @@ def main() -> None:
     print(text.partition("## Every row")[0])
     if args.write:
         as_json: dict[str, Any] = {
-            "command": "python " + " ".join(sys.argv),
             "t4": {name: summary(chosen) for name, chosen in groups(cards).items()},
             "published": {name: summary(chosen) for name, chosen in groups(found).items()},
             "rows": [f._asdict() for f in [*cards, *found]],
             "unsaid": [u._asdict() for u in unsaid],
         }
-        (RESULTS / "estimates_measured.json").write_text(json.dumps(as_json, indent=1) + "\n")
+        write_result(RESULTS / "estimates_measured.json", as_json)
         (RESULTS / "estimates_measured.md").write_text(text)
 
 

@@ -9,7 +9,7 @@ Live: the bytes of every tensor in the optimizer's state after ``init_state()``,
 
 from __future__ import annotations
 
-import json
+import argparse
 import sys
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import memopt
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from cases import HYPER, live_nbytes
 from estimates_models import FAMILIES, SIZES, build, config
+from provenance import write_result
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,6 +30,7 @@ def specs() -> list[str]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     torch.manual_seed(0)
     chosen, wrong, compared = specs(), [], 0
     for family in FAMILIES:
@@ -44,7 +46,7 @@ def main() -> int:
                 wrong.append({"family": family, "spec": spec, "predicted": predicted, "live": live})
         print(f"{family}: {compared} compared, {len(wrong)} differ", file=sys.stderr, flush=True)
     found = {"families": len(FAMILIES), "specs": len(chosen), "compared": compared, "differ": wrong}
-    (RESULTS / "estimates_state.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_result(RESULTS / "estimates_state.json", found)
     print(f"{compared} live optimizers: {len(wrong)} differ from what was predicted")
     return 1 if wrong else 0
 

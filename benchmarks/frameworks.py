@@ -5,7 +5,6 @@ python benchmarks/frameworks.py            writes benchmarks/results/frameworks.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from argparse import ArgumentParser
@@ -16,6 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import frameworks
 import loops
+from provenance import write_result
 
 PACKAGES = ("torch", "accelerate", "transformers", "lightning", "deepspeed")
 
@@ -46,7 +46,7 @@ def main() -> int:
         print(rows[-1], flush=True)
     record = {"versions": {name: version(name) for name in PACKAGES}, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "frameworks.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_result(args.out / "frameworks.json", record)
     (args.out / "frameworks.md").write_text(page(record))
     print(page(record))
     return 0 if all(row["right"] for row in rows) else 1

@@ -10,7 +10,6 @@ not.
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -23,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
+from provenance import write_result
 from torch import nn
 
 import memopt
@@ -236,7 +236,7 @@ def main() -> int:
         "runs": results,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "masters.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_result(args.out / "masters.json", record)
     (args.out / "masters.md").write_text(page(record))
     print(page(record))
     for sentence in failures(record["summary"]):

@@ -7,13 +7,13 @@ One thread, steps of all masters interleaved in one process, the least CPU time 
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from time import process_time
 
 import torch
+from provenance import write_result
 
 import memopt
 from memopt import kernels
@@ -79,7 +79,7 @@ def main() -> int:
         "nanoseconds": measure(args.size, args.repeats),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "masters_step.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_result(args.out / "masters_step.json", record)
     (args.out / "masters_step.md").write_text(page(record))
     print(page(record))
     return 0

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_capped import GIB, capped
+from provenance import write_result
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -227,7 +228,7 @@ def main() -> None:
     if args.only != "capped":
         results["cpu"] = in_turns(2**23 if args.quick else 2**26, processes=1 if args.quick else 5)
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    write_result(path, results)
     (RESULTS / "offload.md").write_text(table(results))
     print(table(results))
 

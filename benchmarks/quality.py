@@ -7,7 +7,6 @@ The bar: the validation loss with 8-bit AdamW stays within half a percent of 32-
 
 from __future__ import annotations
 
-import json
 import platform
 import sys
 from argparse import ArgumentParser
@@ -18,6 +17,7 @@ from statistics import mean, stdev
 from typing import Any, NamedTuple
 
 import torch
+from provenance import write_result
 
 from memopt.spec import parse
 from memopt.train.job import Job, Result
@@ -146,7 +146,7 @@ def main() -> int:
         "runs": [to_json(result) for result in runs],
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "quality.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_result(args.out / "quality.json", record)
     (args.out / "quality.md").write_text(page(rows, record))
     print(page(rows, record))
 

@@ -13,7 +13,6 @@ started twice, for the matrix and for what the others have saved.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import ranks
 import sharded
 from cases import HYPER
+from provenance import write_result
 
 WORLDS = (1, 2, 3, 4)
 FORMATS = ("32bit", "8bit", "4bit", "factored")
@@ -239,7 +239,7 @@ def main() -> int:
         "resharded": grid,
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "sharding_matrix.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_result(args.out / "sharding_matrix.json", record)
     (args.out / "sharding_matrix.md").write_text(page(record))
     print(page(record))
     return 1 if any(row["outside"] for row in rows + grid) else 0

@@ -7,7 +7,6 @@ The bar: the process grows by at most its own state and one tensor (a moment of 
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from argparse import ArgumentParser
@@ -24,6 +23,7 @@ from memopt.train.resident import peak_resident
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import ranks
+from provenance import write_result
 
 MIB = 2**20
 WIDTH, LAYERS = 2048, 8
@@ -109,7 +109,7 @@ def main() -> int:
             print(rows[-1], flush=True)
     record = {"width": WIDTH, "layers": LAYERS, "torch": torch.__version__, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "sharding_memory.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_result(args.out / "sharding_memory.json", record)
     (args.out / "sharding_memory.md").write_text(page(record))
     print(page(record))
     return 1 if any(row["grown"] > row["state"] + row["tensor"] for row in rows) else 0

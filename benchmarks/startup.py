@@ -6,13 +6,15 @@ Writes ``benchmarks/results/startup.json``. Run it in the environment of ``make 
 start of every Python (``.pth`` files) make the bare start slower and the ratio meaningless.
 """
 
-import json
+import argparse
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from statistics import median
+
+from provenance import write_result
 
 RUNS = 40
 COMMANDS = {
@@ -24,6 +26,7 @@ COMMANDS = {
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for run in range(RUNS + 1):
@@ -40,7 +43,7 @@ def main() -> None:
     for name, row in results.items():
         print(f"{name:<42} {row['median_ms']:7.1f} ms  {row['ratio_to_bare']:5.2f} x")
     path = Path(__file__).parent / "results" / "startup.json"
-    path.write_text(json.dumps({"runs": RUNS, "python": sys.version.split()[0], "results": results}, indent=2) + "\n")
+    write_result(path, {"runs": RUNS, "python": sys.version.split()[0], "results": results})
 
 
 if __name__ == "__main__":

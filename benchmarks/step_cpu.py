@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import write_result
 from settled import settle
 from step_cpu_table import BARS, SETTINGS, plot, table
 
@@ -295,7 +296,7 @@ def run(args: argparse.Namespace) -> int:
         report["scaling"] = scaling(args.largest, args.rounds)
     report["load_after"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "step_cpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_result(args.out / "step_cpu.json", report)
     (args.out / "step_cpu.md").write_text(table(report))
     if args.scaling:
         plot(report["scaling"], args.out / "step_cpu.png")

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import write_result
 from step_gpu_peers import Build, Step, others, said
 from step_gpu_table import table
 
@@ -247,7 +247,7 @@ class Comparison:
 
     def write(self) -> None:
         self.args.out.mkdir(parents=True, exist_ok=True)
-        (self.args.out / "step_gpu.json").write_text(json.dumps(self.report, indent=1) + "\n")
+        write_result(self.args.out / "step_gpu.json", self.report)
         (self.args.out / "step_gpu.md").write_text(table(self.report))
 
 

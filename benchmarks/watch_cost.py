@@ -7,7 +7,6 @@ results/watch_cost.json and .md.
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentParser
 from pathlib import Path
 from statistics import median
@@ -15,6 +14,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from provenance import write_result
 
 import memopt
 from memopt.train.job import ModelConfig
@@ -105,7 +105,7 @@ def main() -> None:
     found = [measure(spec, corpus, args.batch, args.intervals) for spec in SPECS]
     RESULTS.mkdir(exist_ok=True)
     setting = {"torch": torch.__version__, "threads": args.threads, "batch": args.batch, "every": EVERY}
-    (RESULTS / "watch_cost.json").write_text(json.dumps({**setting, "runs": found}, indent=2) + "\n")
+    write_result(RESULTS / "watch_cost.json", {**setting, "runs": found})
     lines = [
         "# What memopt.watch costs",
         "",

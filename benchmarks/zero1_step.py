@@ -9,7 +9,6 @@ buckets with nothing computed.
 
 from __future__ import annotations
 
-import json
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -26,6 +25,7 @@ from memopt.partitions.base import owned
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import ranks
+from provenance import write_result
 
 BAR = 1.2
 SPECS = ("adamw", "adamw-8bit")
@@ -85,7 +85,7 @@ def main() -> int:
         )
     record = {"layers": args.layers, "width": args.width, "rounds": args.rounds, "bar": BAR, "rows": rows}
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "zero1_step.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_result(args.out / "zero1_step.json", record)
     (args.out / "zero1_step.md").write_text(page(record))
     print(page(record))
     return 1 if any(row["ratio"] > BAR for row in rows) else 0

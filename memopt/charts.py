@@ -7,6 +7,8 @@ from math import floor, isfinite, log10
 from pathlib import Path
 from textwrap import wrap
 
+from memopt.extras import require
+
 #: Dots of one braille cell, by column and row from the top.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
 
@@ -82,11 +84,7 @@ def save_png(
 ) -> None:
     """One curve for each entry of ``ys``, and a vertical line for each of ``marks``. Raises ImportError, with the line
     that installs it, where matplotlib is missing, and ValueError for a file that is no picture."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("a plot needs matplotlib: pip install matplotlib") from error
-    matplotlib.use("Agg")
+    require("matplotlib", "a plot").use("Agg")
     from matplotlib import pyplot
 
     if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):

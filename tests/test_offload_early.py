@@ -137,7 +137,7 @@ def test_optimizers_and_models_that_nobody_refers_to_are_gone(device):
 
 @pytest.mark.parametrize("spec", ["adamw@cpu", "adamw@cpu/zero1", "adamw@cpu/zero2"])
 def test_gradients_come_down_in_the_step_unless_something_else_is_asked_for(spec):
-    """No card has shown yet that copies in ``backward()`` gain; gradients of shards are averaged after they are ready."""
+    """No card has shown yet that copies in ``backward()`` gain."""
     opt = memopt.create(odd_model(), spec)
     assert not opt.homes.watches
     assert opt.homes.of("")._early is None

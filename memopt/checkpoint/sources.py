@@ -10,6 +10,7 @@ import torch
 
 from memopt.checkpoint.foreign import deepspeed, distributed, inert, read_state_dict
 from memopt.checkpoint.stored import Source
+from memopt.extras import require
 
 #: Tools that write folders: ``find(path)`` is the one that path means, or None.
 FOLDERS = (deepspeed, distributed)
@@ -47,8 +48,7 @@ def _read(path: Path) -> Any:
     except ValueError as error:
         if "torchao" not in str(error):
             raise
-        import torchao.optim  # noqa: F401  # it registers its own tensor classes as harmless
-
+        require("torchao.optim", f"{path} holds torchao's tensors, and reading them")  # which it registers as harmless
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

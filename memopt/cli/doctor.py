@@ -26,12 +26,13 @@ OK, NOTE, MISSING = "ok", "note", "missing"
 PACKAGES = {
     "torch": (True, "training; estimates work without it"),
     "psutil": (True, "memory figures"),
-    "safetensors": (True, "checkpoints"),
-    "accelerate": (True, "distributed training"),
     "rich": (True, "progress bars"),
     "bitsandbytes": (False, "engine='bitsandbytes', and @paged on CUDA"),
     "transformers": (False, "its Trainer and its models"),
+    "accelerate": (False, "its loops, and configurations for them"),
     "deepspeed": (False, "memopt.deepspeed_config: ZeRO under its engine"),
+    "torchao": (False, "state from and for its optimizers"),
+    "matplotlib": (False, "plots"),
 }
 _MEMORY_FILE_SYSTEMS = ("tmpfs", "ramfs")
 #: Where a container's limit of memory stands, in cgroups of version 2 and 1.

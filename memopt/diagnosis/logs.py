@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from memopt.diagnosis.readings import Finding, Reading
+from memopt.extras import require
 
 
 class Log(Protocol):
@@ -34,10 +35,9 @@ class TensorBoard:
     """Scalars by group and by moment; sentences as text."""
 
     def __init__(self, folder: str | Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("logging to TensorBoard needs it: pip install tensorboard") from error
+        require("tensorboard", "a log for TensorBoard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(folder))
 
     def write(self, reading: Reading, findings: Sequence[Finding]) -> None:

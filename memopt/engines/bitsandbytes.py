@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
+from memopt import extras
 from memopt.engines.base import Engine
 from memopt.geometry import Rows
 from memopt.hyper import SpecError
@@ -39,12 +40,8 @@ MAX_NUMEL = 2**31 - 1
 
 def require() -> Any:
     """bitsandbytes, or an ImportError that says how to install it."""
-    try:
-        import bitsandbytes
-        import bitsandbytes.functional
-    except ImportError as error:
-        raise ImportError("engine='bitsandbytes' needs the package: pip install bitsandbytes") from error
-    return bitsandbytes
+    extras.require("bitsandbytes.functional", "engine='bitsandbytes'")
+    return extras.require("bitsandbytes", "engine='bitsandbytes'")
 
 
 @final

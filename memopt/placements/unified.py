@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memopt.extras import require
 from memopt.ledger import Line
 from memopt.placements.paged import AHEAD
 
@@ -75,9 +76,4 @@ def _prefetch(works: Sequence[Work]) -> None:
 
 
 def _library() -> Any:
-    from memopt.engines.bitsandbytes import require
-
-    require()
-    from bitsandbytes.cextension import lib
-
-    return lib
+    return require("bitsandbytes.cextension", "@paged on CUDA").lib

@@ -15,6 +15,7 @@ from memopt.checkpoint.flat import FlatBlocks
 from memopt.checkpoint.stored import Record, Source
 from memopt.checkpoint.torchao_codes import book_of_4_bits, torchao4, torchao_fp8
 from memopt.engines.bitsandbytes import BLOCK
+from memopt.extras import require
 from memopt.spec import OptimSpec
 
 #: Elements of a block unless its optimizers are told otherwise.
@@ -28,10 +29,7 @@ def _plan(source: Source, fmt: FlatBlocks, make: Make) -> Plan:
     rule = source.spec.rule
     if rule not in ("adam", "adamw"):
         raise ValueError(f"torchao has no {rule} in low precision; it has adam, adamw")
-    try:
-        import torchao.optim  # noqa: F401
-    except ImportError as error:
-        raise ImportError("state for torchao needs the package: pip install torchao") from error
+    require("torchao.optim", "state for torchao")
 
     def state(record: Record, parts: State) -> State:
         moments = by_moment(parts).items()
