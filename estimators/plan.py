@@ -2,56 +2,22 @@
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from estimators.costs import Estimate, estimate
 from estimators.fields import InputError, shown
 from estimators.hardware import capacity
+from estimators.methods import CHECKPOINTINGS, METHODS, SHARDINGS, Method, asked_for
 from estimators.model import Model, resolve
-from estimators.training import Training, default_seq
+from estimators.positions import default_seq, positions
+from estimators.units import gib
+from memopt.spec import SpecError
 
-#: Adapters are tried with this rank, the one most examples of PEFT and QLoRA use.
-RANK = 16
+__all__ = ["CHECKPOINTINGS", "METHODS", "SHARDINGS", "Method", "Plan", "Plans", "plans", "title"]
+
 _MORE = 8 * 2**30
 _MOST_BATCH, _MOST_SEQ, _MOST_RANKS = 4096, 2**20, 1024
-
-
-class Method(NamedTuple):
-    """What is given up, from nothing on: a spec, adapters, and one sentence."""
-
-    spec: str
-    why: str
-    lora: int = 0
-    quantised: str = ""
-
-
-#: In the order of what they cost in quality, then in speed.
-METHODS = (
-    Method("adamw", "nothing is given up: AdamW with 32-bit state"),
-    Method("adamw-8bit", "state in 8 bits: a quarter of its size"),
-    Method("adamw-8bit@paged", "8-bit state that moves to the host while the card is full: slower when it does"),
-    Method("adafactor", "factored second moment, no first moment: another update rule, rates need a look"),
-    Method("adamw-4bit", "state in 4 bits: an eighth of its size, noisier updates"),
-    Method("adamw", "adapters of rank 16 train, the weights do not: less can be learnt", RANK),
-    Method("adamw-8bit@paged", "adapters on 4-bit weights (QLoRA): the weights are rounded too", RANK, "nf4-double"),
-)
-
-
-#: Partition -> what it costs, from the least communication on; tried where there are several GPUs.
-SHARDINGS = {
-    "": "",
-    "zero1": "state is sharded, and updated rows are gathered after the step",
-    "zero2": "weights, gradients and state are sharded (FSDP2): weights are gathered once in every pass, and held",
-    "zero3": "weights, gradients and state are sharded (FSDP2): weights are gathered twice in every pass",
-}
-
-#: Checkpointing -> what it costs, from the least on.
-CHECKPOINTINGS = {
-    "none": "",
-    "selective": "selective checkpointing keeps results of matrix products and attention and computes the rest twice",
-    "full": "checkpointing computes every layer's forward pass twice, about a third more time",
-}
 
 
 class Plan(NamedTuple):
@@ -72,9 +38,12 @@ class Plan(NamedTuple):
     @property
     def why(self) -> str:
         parts = [part for part in (self.method.why, SHARDINGS[self.sharding]) if part]
+        host = self.estimate.peak.host
+        if host >= 2**20:
+            parts.append(f"{gib(host)} of host memory")
         if self.accumulate > 1:
             parts.append(f"{self.accumulate} micro-batches give the same gradient in {self.accumulate} passes")
-        return "; ".join([*parts, *filter(None, [CHECKPOINTINGS[self.checkpointing]])])
+        return "; ".join([*parts, *filter(None, [CHECKPOINTINGS.get(self.checkpointing, "")])])
 
     @property
     def cost(self) -> tuple[int, int, int, int]:
@@ -82,7 +51,7 @@ class Plan(NamedTuple):
             self.level,
             list(SHARDINGS).index(self.sharding),
             self.accumulate,
-            list(CHECKPOINTINGS).index(self.checkpointing),
+            list(CHECKPOINTINGS).index(self.checkpointing) if self.checkpointing in CHECKPOINTINGS else 0,
         )
 
 
@@ -105,18 +74,34 @@ class Plans(NamedTuple):
     gpus: int = 1
 
 
-def plans(model: Any, gpu: "str | int", *, seq: int = 0, batch: int = 8, gpus: int = 1) -> Plans:
+def plans(
+    model: Any,
+    gpu: "str | int",
+    *,
+    seq: int = 0,
+    batch: int = 8,
+    gpus: int = 1,
+    optim: Sequence[Any] = (),
+    **options: Any,
+) -> Plans:
     """Search over methods, sharding over ``gpus`` cards, checkpointing and micro-batch x accumulation (their product is
     ``batch``, sequences per step and card). ``seq=0`` is 2048, or as many tokens as the model has positions for.
-    Raises :class:`InputError`."""
+
+    ``options`` are keywords of :func:`estimators.estimate`, which hold for all that is tried; ``optim`` are specs to
+    try in place of :data:`METHODS`. Raises :class:`InputError`.
+    """
     described, nbytes = resolve(model), gpu if isinstance(gpu, int) else capacity(gpu)
-    seq = seq or default_seq(described.config)
+    seq = seq or default_seq(described.config, described.name)
     if not seq:
         raise InputError("a plan needs activations, and only shapes are known; name an architecture or a config.json")
     if isinstance(gpus, bool) or not isinstance(gpus, int) or not 1 <= gpus <= _MOST_RANKS:
         raise InputError(f"gpus={shown(gpus)} is not allowed; it is from 1 to {_MOST_RANKS}")
-    Training(batch, seq).checked()
-    run = _Runs(described, nbytes)
+    most = positions(described.config, described.name)
+    if most and seq > most:
+        raise InputError(f"seq={seq} is not allowed: the model has {most} positions")
+    # Refuses what contradicts itself before anything is tried.
+    estimate(described, optim or METHODS[0].spec, gpu=gpu, seq=seq, **{"batch": batch, **options})
+    run = _Runs(described, gpu, options, asked_for(optim, options))
     found = _search(run, nbytes, seq, batch, gpus)
     largest = longest = 0
     if found:
@@ -126,7 +111,7 @@ def plans(model: Any, gpu: "str | int", *, seq: int = 0, batch: int = 8, gpus: i
             return _fits(run(best.method, tokens, micro, 1, best.checkpointing, gpus, best.sharding), nbytes)
 
         largest = _largest(lambda n: fits(n, seq), _MOST_BATCH)
-        longest = _largest(lambda n: fits(1, n), _MOST_SEQ)
+        longest = _largest(lambda n: fits(1, n), most or _MOST_SEQ)
     return Plans(
         described,
         nbytes,
@@ -135,9 +120,9 @@ def plans(model: Any, gpu: "str | int", *, seq: int = 0, batch: int = 8, gpus: i
         found,
         largest,
         longest,
-        _ranks(run, nbytes, seq, "zero1"),
+        _ranks(run, nbytes, seq, batch, "zero1"),
         _more(run, nbytes, seq, batch, gpus, found),
-        _ranks(run, nbytes, seq, "zero3"),
+        _ranks(run, nbytes, seq, batch, "zero3"),
         gpus,
     )
 
@@ -147,10 +132,17 @@ def _sharded(method: Method, sharding: str) -> str:
 
 
 class _Runs:
-    """Estimates of one model for one card, each made once: what a run needs does not depend on the card."""
+    """Estimates of one model for one card, each made once. ``options`` hold for all; ``methods`` are what is tried."""
 
-    def __init__(self, model: Model, gpu: int) -> None:
+    def __init__(
+        self,
+        model: Model,
+        gpu: "str | int",
+        options: Mapping[str, Any] | None = None,
+        methods: Sequence[Method] = METHODS,
+    ) -> None:
         self._model, self._gpu = model, gpu
+        self.options, self.methods = dict(options or {}), tuple(methods)
         self._known: dict[tuple[Any, ...], Estimate] = {}
 
     def __call__(
@@ -158,25 +150,29 @@ class _Runs:
     ) -> Estimate:
         key = (method, seq, micro, accumulate, checkpointing, world, sharding)
         if key not in self._known:
+            given = {
+                "checkpointing": checkpointing,
+                "lora": method.lora,
+                "quantised": method.quantised,
+                "release_gradients": method.release,
+            }
+            told = {"offload_gradients": True} if method.offload_gradients else {}
+            options = {**self.options, **given, **told, "batch": micro, "accumulate": accumulate}
             self._known[key] = estimate(
-                self._model,
-                _sharded(method, sharding),
-                gpu=self._gpu,
-                seq=seq,
-                batch=micro,
-                accumulate=accumulate,
-                checkpointing=checkpointing,
-                lora=method.lora,
-                quantised=method.quantised,
-                world_size=world,
+                self._model, _sharded(method, sharding), gpu=self._gpu, seq=seq, world_size=world, **options
             )
         return self._known[key]
 
+    @property
+    def checkpointings(self) -> tuple[str, ...]:
+        return (self.options["checkpointing"],) if "checkpointing" in self.options else tuple(CHECKPOINTINGS)
+
 
 def _fits(e: Estimate, gpu: int) -> bool:
+    """At most, so that a plan leaves what is not certain free."""
     if e.activations is None:
         raise InputError(f"a plan needs activations: without {'; '.join(e.without)}")
-    return e.peak.nbytes <= gpu
+    return e.columns[0].verdict(gpu) == "FITS"
 
 
 def _search(run: _Runs, gpu: int, seq: int, batch: int, gpus: int) -> tuple[Plan, ...]:
@@ -184,9 +180,9 @@ def _search(run: _Runs, gpu: int, seq: int, batch: int, gpus: int) -> tuple[Plan
     that fit, the ones that no other beats in method, sharding, passes and checkpointing at once."""
     tried = [
         _largest_micro_batch(run, gpu, seq, batch, gpus, level, sharding, checkpointing)
-        for level, method in enumerate(METHODS)
+        for level, method in enumerate(run.methods)
         for sharding in _shardings(method, gpus)
-        for checkpointing in CHECKPOINTINGS
+        for checkpointing in run.checkpointings
     ]
     fitting = [p for p in tried if p is not None]
     kept = [p for p in fitting if not any(_beats(q, p) for q in fitting)]
@@ -197,14 +193,21 @@ def _largest_micro_batch(
     run: _Runs, gpu: int, seq: int, batch: int, gpus: int, level: int, sharding: str, checkpointing: str
 ) -> Plan | None:
     """The plan with the largest micro-batch that fits; one with a smaller is beaten by it."""
-    method = METHODS[level]
+    method = run.methods[level]
+    held = run.options.get("accumulate", 1 if method.release else 0)
 
     def at(micro: int) -> Estimate:
         return run(method, seq, micro, batch // micro, checkpointing, gpus, sharding)
 
-    if checkpointing == "selective" and at(1).activations is None:
-        return None  # torch refuses it for this family
-    micro = _largest_divisor(batch, lambda n: _fits(at(n), gpu))
+    try:
+        if checkpointing == "selective" and at(batch).activations is None:
+            return None  # torch refuses it for this family
+        if held:
+            micro = batch // held if batch % held == 0 and _fits(at(batch // held), gpu) else 0
+        else:
+            micro = _largest_divisor(batch, lambda n: _fits(at(n), gpu))
+    except SpecError:
+        return None  # a placement that does not go with this partition, or a format with an option
     return Plan(level, method, micro, batch // micro, checkpointing, at(micro), sharding) if micro else None
 
 
@@ -220,8 +223,15 @@ def _largest_divisor(n: int, fits: Callable[[int], bool]) -> int:
 
 
 def _shardings(method: Method, gpus: int) -> tuple[str, ...]:
-    """FSDP2 does not cut 4-bit weights by rows."""
-    return ("",) if gpus == 1 else tuple(s for s in SHARDINGS if s in ("", "zero1") or not method.quantised)
+    """FSDP2 does not cut 4-bit weights by rows. A gradient that was released is not there to be reduced, unless FSDP2
+    does it; gradients that are offloaded are those of one rank."""
+    if gpus == 1:
+        return ("",)
+    if method.offload_gradients or "/" in method.spec:
+        return ("",) if "/" in method.spec else ()
+    if method.release:
+        return ("zero2", "zero3")
+    return tuple(s for s in SHARDINGS if s in ("", "zero1") or not method.quantised)
 
 
 def _beats(q: Plan, p: Plan) -> bool:
@@ -241,12 +251,15 @@ def _largest(fits: Callable[[int], bool], most: int) -> int:
     return low
 
 
-def _ranks(run: _Runs, gpu: int, seq: int, sharding: str) -> "int | None":
-    """The least number of ranks on which 32-bit AdamW fits sharded so, one sequence each, checkpointed."""
+def _ranks(run: _Runs, gpu: int, seq: int, batch: int, sharding: str) -> "int | None":
+    """The least number of ranks on which 32-bit AdamW fits sharded so, one sequence at a time, checkpointed."""
+    method = METHODS[0]._replace(lora=run.options.get("lora", 0), quantised=run.options.get("quantised", ""))
+    if sharding == "zero3" and method.quantised:
+        return None
 
     def fits(ranks: int) -> bool:
         cut = sharding if ranks > 1 else ""
-        return _fits(run(METHODS[0], seq, 1, 1, "full", ranks, cut), gpu)
+        return _fits(run(method, seq, 1, batch, "full", ranks, cut), gpu)
 
     low, high = 0, 1
     while high <= _MOST_RANKS and not fits(high):
@@ -274,7 +287,9 @@ def _more(run: _Runs, gpu: int, seq: int, batch: int, gpus: int, now: tuple[Plan
 
 def title(plan: Plan) -> str:
     """A configuration in a few words."""
-    kind = "QLoRA, " if plan.method.quantised else "LoRA, " if plan.method.lora else ""
-    kinds = {"none": "", "selective": ", selective checkpointing", "full": ", checkpointing"}
-    checkpointing = kinds[plan.checkpointing]
-    return f"{kind}{plan.spec}, {plan.micro_batch} x {plan.accumulate}{checkpointing}"
+    method = plan.method
+    kind = "QLoRA, " if method.quantised else "LoRA, " if method.lora else ""
+    kinds = {"none": "", "full": ", checkpointing"}
+    checkpointing = kinds.get(plan.checkpointing, f", {plan.checkpointing} checkpointing")
+    gradients = ", gradients released" * method.release + ", gradients offloaded" * method.offload_gradients
+    return f"{kind}{plan.spec}{gradients}, {plan.micro_batch} x {plan.accumulate}{checkpointing}"

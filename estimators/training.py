@@ -237,12 +237,3 @@ def notes(config: Any, training: Training) -> tuple[str, ...]:
     if field and isinstance(positions, int) and training.seq > positions:
         found.append(f"--seq {training.seq:,} does not run: the model has {positions:,} positions ({field})")
     return tuple(found)
-
-
-def default_seq(config: Any) -> int:
-    """2048 tokens, or as many as the model has positions for where that is fewer; 0 without a configuration."""
-    if config is None:
-        return 0
-    limits = (config.get(k) for k in ("max_position_embeddings", "n_positions", "max_target_positions"))
-    known = [n for n in limits if isinstance(n, int) and not isinstance(n, bool) and n > 0]
-    return min([2048, *known])

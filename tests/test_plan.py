@@ -30,6 +30,8 @@ def again(p, seq, *, micro=None, tokens=None, gpu=24 * GIB):
         checkpointing=p.checkpointing,
         lora=p.method.lora,
         quantised=p.method.quantised,
+        release_gradients=p.method.release,
+        **({"offload_gradients": True} if p.method.offload_gradients else {}),
     )
 
 
@@ -91,6 +93,7 @@ def test_several_cards():
             checkpointing=p.checkpointing,
             lora=p.method.lora,
             quantised=p.method.quantised,
+            release_gradients=p.method.release,
             world_size=4,
         )
         assert e.fits
@@ -101,10 +104,45 @@ def test_several_cards():
 
 
 def test_a_smaller_card_never_has_a_gentler_plan():
-    first = [plans("qwen3-0.6b", n * GIB, seq=512, batch=4).found for n in (4, 8, 16, 32)]
+    first = [plans("qwen3-0.6b", n * GIB, seq=512, batch=2, checkpointing="full").found for n in (4, 8, 32)]
     costs = [p[0].cost if p else (99, 0, 0, 0) for p in first]
     assert costs == sorted(costs, reverse=True)
     assert costs[0] != costs[-1]
+
+
+def test_offload_comes_before_adapters():
+    """All weights of an 8B model train on 24 GiB, where state and gradients are on the host."""
+    first = plans("llama-3.1-8b", 24 * GIB, batch=1, checkpointing="full").found[0]
+    assert (first.method.spec, first.method.offload_gradients) == ("adamw-8bit@cpu", True)
+    assert first.estimate.peak.host > 30 * 10**9
+    assert "of host memory" in first.why
+
+
+def test_what_is_asked_for_is_held():
+    given = {"checkpointing": "full", "loss": "fused", "attention": "eager"}
+    for options, specs in (({}, ("adamw", "lion-8bit")), ({"lora": 8}, ()), ({"release_gradients": True}, ())):
+        found = plans("llama-3.2-1b", 24 * GIB, seq=512, batch=2, optim=specs, **given, **options).found
+        assert found
+        for p in found:
+            assert all(getattr(p.estimate.training, k) == v for k, v in {**given, **options}.items())
+            assert not specs or p.spec in specs
+    with pytest.raises(InputError, match="needs adapters"):
+        plans("llama-3.2-1b", 24 * GIB, seq=512, quantised="nf4")
+
+
+def test_a_plan_offers_no_more_tokens_than_the_model_has_positions():
+    assert plans("llama-2-7b", 80 * GIB, batch=1, lora=8, optim=("adamw-8bit",)).longest_seq == 4096
+    with pytest.raises(InputError, match="the model has 4096 positions"):
+        plans("llama-2-7b", 80 * GIB, seq=8192)
+
+
+def test_plan_and_estimate_say_the_same_of_several_cards():
+    """13B: 32-bit AdamW needs more than 8 cards by the count, so no plan for 8 has it; with the count it has."""
+    eight = plans("llama-2-13b", 24 * GIB, batch=1, gpus=8, checkpointing="full", optim=("adamw",))
+    assert eight.ranks_zero3 > 8
+    assert not eight.found
+    enough = plans("llama-2-13b", 24 * GIB, batch=1, gpus=eight.ranks_zero3, checkpointing="full", optim=("adamw",))
+    assert [p.spec for p in enough.found] == ["adamw/zero3"]
 
 
 def test_nothing_fits():
@@ -157,7 +195,7 @@ def test_the_largest_micro_batch_that_fits_is_found_without_looking_at_all(model
                 found = plan._largest_micro_batch(run, capacity(gpu), 512, 12, gpus, level, sharding, checkpointing)
                 fits = [
                     n
-                    for n in (12, 6, 4, 3, 2, 1)
+                    for n in ((12,) if method.release else (12, 6, 4, 3, 2, 1))
                     if plan._fits(run(method, 512, n, 12 // n, checkpointing, gpus, sharding), capacity(gpu))
                 ]
                 assert (found.micro_batch if found else None) == (fits[0] if fits else None)

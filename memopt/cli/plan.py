@@ -1,13 +1,16 @@
 """The configurations of a model that fit a card, the gentlest first, each with one sentence of why.
 
-The search is over optimizer, sharding (with --gpus), checkpointing, micro-batch x accumulation and adapters. The exit
-code is 0 if something fits, 1 if nothing does, 2 if the input cannot be used.
+The search is over optimizer, gradient release, offload, sharding (with --gpus), checkpointing, micro-batch x
+accumulation and adapters; what a flag says is held. A plan fits by what it takes at most. The exit code is 0 if
+something fits, 1 if nothing does, 2 if the input cannot be used.
 """
 
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
+
+from memopt.cli import hyper, placing, step_flags
 
 if TYPE_CHECKING:
     from estimators.plan import Plans
@@ -18,24 +21,34 @@ SUMMARY = "the configurations that fit a card, the gentlest first"
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="an architecture, a config.json or a folder")
     parser.add_argument("--gpu", metavar="SIZE|NAME", required=True, help="24GiB, or a name such as rtx-4090")
-    parser.add_argument("--seq", metavar="N", help="tokens of each sequence (default 2048, or the model's positions)")
-    parser.add_argument("--batch", metavar="N", default="8", help="sequences per step and card (default 8)")
     parser.add_argument(
         "--gpus", metavar="N", default="1", help="cards of that size (default 1): sharding is tried too"
     )
+    parser.add_argument("--optim", metavar="SPEC", nargs="+", action="extend", help="specs to try in place of ours")
+    parser.add_argument("--weights", metavar="DTYPE", help="bf16 (default), fp32 or fp16")
+    parser.add_argument("--gradients", metavar="DTYPE", help="by default as the weights")
+    step_flags.add_arguments(parser)
+    parser.set_defaults(batch="8")  # sequences per step and card
+    hyper.add_arguments(parser)
+    placing.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(args: Namespace) -> int:
     from estimators.plan import plans
-    from memopt.cli.estimate import whole
 
+    options = step_flags.given(args)
+    specs = hyper.with_hyper(args.optim or (), hyper.given(args.hyper)) if args.optim else ()
     result = plans(
         args.model,
         args.gpu,
-        seq=whole(args.seq, "--seq") if args.seq else 0,
-        batch=whole(args.batch, "--batch"),
-        gpus=whole(args.gpus, "--gpus"),
+        seq=options.pop("seq", 0),
+        batch=options.pop("batch"),
+        gpus=step_flags.whole(args.gpus, "--gpus"),
+        optim=specs,
+        **{name: value for name in ("weights", "gradients") if (value := getattr(args, name))},
+        **options,
+        **placing.told(args),
     )
     if args.json:
         import json
@@ -48,6 +61,8 @@ def run(args: Namespace) -> int:
 
 def as_json(result: Plans) -> dict[str, object]:
     """Schema ``memopt.plan/1``: bytes are integers."""
+    from estimators.rows import FIGURES
+
     return {
         "schema": "memopt.plan/1",
         "model": result.model.name,
@@ -62,7 +77,11 @@ def as_json(result: Plans) -> dict[str, object]:
                 "micro_batch": p.micro_batch,
                 "accumulate": p.accumulate,
                 "checkpointing": p.checkpointing,
+                "release_gradients": p.method.release,
+                "offload_gradients": p.method.offload_gradients,
                 "peak_nbytes": p.estimate.peak.nbytes,
+                "peak": {name: getattr(p.estimate.columns[0], name)._asdict() for name in FIGURES},
+                "host_nbytes": p.estimate.peak.host,
                 "why": p.why,
             }
             for p in result.found
@@ -85,7 +104,8 @@ def as_lines(result: Plans) -> list[str]:
     title_ = f"{result.model.name} on {cards}{gib(result.gpu)}, {result.batch} x {result.seq:,} tokens per step{each}"
     lines = [title_, ""]
     for number, plan in enumerate(result.found, 1):
-        lines.append(f"{number}. {title(plan)}: {gib(plan.estimate.peak.nbytes)}")
+        _, expected, high = plan.estimate.columns[0].process
+        lines.append(f"{number}. {title(plan)}: {gib(expected)}, at most {gib(high)}")
         lines += [f"   {line}" for line in wrap(f"{plan.why}.", 77)]
     if not result.found:
         lines.append("Nothing fits, not even adapters on 4-bit weights.")
