@@ -95,7 +95,7 @@ def switch(t: Twin, r: Random) -> None:
 def wrong_value(t: Twin, r: Random) -> None:
     """A value that is not allowed is refused at the next step, which changes nothing."""
     group = t.ours.opt.param_groups[0]
-    key, value = r.choice([("lr", "1e-4"), ("lr", -1.0), ("lr", float("nan")), ("weight_decay", "0.1")])
+    key, value = r.choice([("lr", "1e-4"), ("lr", float("nan")), ("weight_decay", "0.1")])
     before, group[key] = group[key], value
     t.ours.gradients(t.draw(r))
     t.refused(t.ours.step, key)
@@ -186,7 +186,7 @@ def refused_group(t: Twin, r: Random) -> None:
 @operation(1)
 def empty_group(t: Twin, r: Random) -> None:
     for side in t.sides:
-        side.opt.add_param_group({"params": []})
+        side.opt.add_param_group({"params": [], "lr": 1e-3, "weight_decay": 0.0})
     t.ours.scheduler = t.theirs.scheduler = None
 
 

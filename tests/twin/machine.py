@@ -22,6 +22,8 @@ from twin.sides import Bag, Side, kernels_off, twin_optimizer
 
 #: What a refusal may be: an exception whose text is for a person.
 REFUSALS = (RuntimeError, ValueError, TypeError, FloatingPointError)
+#: Keys of a group that are put right when they are looked at.
+NAMES = ("params", "param_names")
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -205,7 +207,7 @@ class Twin:
                 found[f"{name}.{key}"] = value.clone() if isinstance(value, Tensor) else value
         for i, group in enumerate(opt.param_groups):
             found[f"group {i}"] = [id(p) for p in group["params"]]
-            found.update({f"group {i}.{k}": copy.deepcopy(v) for k, v in group.items() if k != "params"})
+            found.update({f"group {i}.{k}": copy.deepcopy(v) for k, v in group.items() if k not in NAMES})
         return found
 
     def unchanged(self, before: Any, what: str) -> None:
@@ -287,7 +289,7 @@ def _same(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and a.shape == b.shape and _bits(a) == _bits(b)
     if isinstance(a, tuple) and isinstance(b, tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and bool(a == b)
+    return type(a) is type(b) and bool(a == b or (a != a and b != b))
 
 
 def _bits(x: Tensor) -> bytes:
