@@ -23,7 +23,7 @@ TORCH_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 def packed(optimizer: Keeper) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """State and groups with numbers for parameters, as torch.optim has them; what is under another key stays there.
     State of parameters that are in no group any more is the process's alone."""
-    numbers = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    numbers = {id(p): i for i, (_, p, _) in enumerate(optimizer._parameters())}  # which puts names right, too
     groups = [{**g, "params": [numbers[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
     state = {
         numbers[id(key)] if isinstance(key, Tensor) else key: value
@@ -55,12 +55,13 @@ def plan_load(optimizer: Keeper, state_dict: Mapping[str, Any]) -> LoadPlan:
         state_dict = unwrapped(state_dict)
     else:
         _check_world(optimizer, metadata)
+    here = list(optimizer._parameters())  # which puts names right, too
     groups = _plan_groups(optimizer, state_dict["param_groups"])
 
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     states, without = [], []
     origin = _origin(optimizer, metadata)
-    for saved_id, (name, p, group) in zip(saved_ids, optimizer._parameters(), strict=True):
+    for saved_id, (name, p, group) in zip(saved_ids, here, strict=True):
         saved = state_dict["state"].get(saved_id)
         if not saved:
             without.append(p)

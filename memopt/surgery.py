@@ -53,6 +53,8 @@ def append_rows(optimizer: Optimizer, p: Tensor, rows: Tensor | None, into: Tens
         weights = torch.cat([p.detach(), rows.to(p.device, p.dtype)])
     else:
         weights = (p if into is None else into).detach()
+        if not optimizer.state.get(p) and into is None:
+            return  # it is made at the first step, for the weight as it is then
         if len(weights) <= before:
             raise ValueError(f"{name} has {len(weights)} rows and state of {before}: there is none to append")
     index = torch.full((len(weights),), -1, device=p.device)
@@ -129,9 +131,22 @@ def _movable(optimizer: Optimizer, p: Tensor, into: Tensor | None) -> tuple[str,
 
 
 def _shape_of_state(optimizer: Optimizer, p: Tensor) -> tuple[int, ...]:
-    """The shape for which its state was made; its data may be of another by now."""
-    made = [m.shape for m in optimizer._made_for if m.parameter() is p]
-    return made[0] if made else tuple(p.shape)
+    """The shape for which its state was made; its data may be of another by now. That of the weight where there is no
+    state, or where no number of rows fits it."""
+    state, shape = optimizer.state.get(p), tuple(p.shape)
+    if not state or not shape:
+        return shape
+    slot, partition = _slot(optimizer, p), optimizer.partition
+    there = {key: tuple(x.shape) for key, x in state.items() if isinstance(x, Tensor)}
+    made = [m.shape[0] for m in optimizer._made_for if m.parameter() is p and m.shape[1:] == shape[1:]]
+    lengths = [x.shape[0] for x in state.values() if isinstance(x, Tensor) and x.dim()]
+    halves = [2 * n - odd for n in lengths for odd in (0, 1)] if len(shape) == 1 else []  # two codes in a byte
+    for rows in dict.fromkeys([*made, shape[0], *lengths, *halves]):
+        tried = rows, *shape[1:]
+        here = slot._replace(rows=partition.rows(tried, partition.rank, partition.world_size))
+        if all(there.get(line.key) == line.shape for line in here.lines()):
+            return tried
+    return shape
 
 
 def _check_shape(optimizer: Optimizer, slot: Slot, p: Tensor) -> None:

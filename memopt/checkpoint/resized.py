@@ -55,8 +55,9 @@ def changed(record: Record, there: Slot, change_of: Callable[[str], Change]) -> 
             x = stored.decode(change.before)
             fmt, parts = FORMATS["32bit"], {"": _rows_of(x, change.index)}
         if name in begin:
-            new = (change.index < 0).to(parts[""].device)
-            parts[""][new] = change.weights[change.index < 0].to(parts[""])
+            new, rows = change.index < 0, max(len(change.index), 1)
+            there = parts[""].reshape(rows, -1)  # a view; a single number is a row of one
+            there[new.to(there.device)] = change.weights.reshape(rows, -1)[new].to(there)
         piece = LivePiece(change.after, parts)
         moments[name] = Stored(stored.moment, fmt, change.after.shape, (piece,))
     change, kept = change_of(""), record.kept

@@ -266,6 +266,7 @@ def swap_parameter(t: Twin, r: Random) -> None:
         if old in side.opt.state:
             side.opt.state[new] = side.opt.state.pop(old)
         side.model.register_parameter(name, new)
+    repr(t.ours.opt)  # before the group changes again, for a name is that of the place
 
 
 @operation(1)

@@ -278,6 +278,14 @@ class Twin:
             for group in side.opt.param_groups:
                 group.pop("initial_lr", None)
 
+    def current_moments(self) -> None:
+        """Skip where a moment is there that the hyperparameters of now do not keep: it need not travel."""
+        opt = self.ours.opt
+        for name, p, group in opt._parameters():
+            wanted = {line.key for line in opt._lines(name, p, group)}
+            if opt.state.get(p) and opt.state[p].keys() != wanted:
+                raise Skip
+
     def plain_groups(self) -> bool:
         """Whether all state is of parameters in groups."""
         inside = {id(p) for group in self.ours.opt.param_groups for p in group["params"]}

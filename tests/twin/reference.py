@@ -26,7 +26,7 @@ def step(t: Twin, gradients: Mapping[str, Tensor]) -> tuple[Bag, Any] | None:
     if t.edited or not any(ours.of(name).requires_grad for name in gradients):
         return None
     spec = ours.opt.spec
-    overrides = {pattern: text.partition("@")[0] for pattern, text in spec.overrides.items()}
+    overrides = {n: text.partition("@")[0] for n, text in spec.overrides.items() if n in t.names}
     spec = spec.replace(
         placement="device", partition="none", options={}, overrides={k: v for k, v in overrides.items() if v}
     )

@@ -156,6 +156,8 @@ def scaler(t: Twin, r: Random) -> None:
     g, overflow, unscale = t.draw(r), r.random() < 0.25, r.random() < 0.5
     if t.case.dtype == torch.float16:
         raise Skip  # GradScaler refuses gradients in fp16
+    if not any(t.ours.of(n).requires_grad for n in t.names):
+        raise Skip
     if overflow and not any(p.requires_grad and p.numel() for p in (t.ours.of(n) for n in t.names)):
         raise Skip
 
