@@ -137,7 +137,7 @@ def reset_state(t: Twin, r: Random) -> None:
 @operation(1)
 def surgery_refused(t: Twin, r: Random) -> None:
     """Rows that are not there, and weights of another shape: one sentence, and nothing has changed."""
-    name = t.pick(r, lambda n: t.ours.of(n).dim() > 1 and t.ours.of(n).numel() > 0)
+    name = t.pick(r, lambda n: t.stepped(n) and t.ours.of(n).dim() > 1 and t.ours.of(n).numel() > 0)
     p, opt = t.ours.of(name), t.ours.opt
     bad: list[Any] = [
         lambda: opt.append_rows(p),
