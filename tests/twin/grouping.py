@@ -93,7 +93,7 @@ def switch(t: Twin, r: Random) -> None:
 
 @operation(1)
 def wrong_value(t: Twin, r: Random) -> None:
-    """A value that is not allowed is refused at the next step, which changes nothing."""
+    """A value that is no number is refused at the next step, which changes nothing."""
     group = t.ours.opt.param_groups[0]
     key, value = r.choice([("lr", "1e-4"), ("lr", float("nan")), ("weight_decay", "0.1")])
     before, group[key] = group[key], value

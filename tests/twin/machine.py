@@ -200,6 +200,7 @@ class Twin:
         """Everything of ours that an operation might change."""
         opt = self.ours.opt
         opt.settle()
+        list(opt._parameters())  # names in the groups are put right when somebody looks
         found: dict[str, Any] = {"skipped": opt.skipped_steps, "spec": str(opt.spec), "seed": opt.seed}
         for name, p in self.ours.model.named_parameters():
             found[name] = (id(p), p.requires_grad, p.detach().clone())
