@@ -289,8 +289,8 @@ class Twin:
 
     def plain_groups(self) -> bool:
         """Whether all state is of parameters in groups."""
-        inside = {id(p) for group in self.ours.opt.param_groups for p in group["params"]}
-        return all(id(p) in inside for p, s in self.ours.opt.state.items() if s)
+        inside = {id(p) for side in self.sides for group in side.opt.param_groups for p in group["params"]}
+        return all(id(p) in inside for side in self.sides for p in side.opt.state)
 
 
 def _same(a: Any, b: Any) -> bool:
