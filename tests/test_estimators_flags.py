@@ -1,0 +1,150 @@
+"""Thousands of combinations of flags: no traceback, no FITS without activations, and more never costs less."""
+
+import json
+import random
+
+import pytest
+
+from estimators import InputError, estimate
+from estimators.known import KNOWN
+from estimators.rows import FIGURES
+from memopt.cli import main
+
+COMBINATIONS = 2_000
+SEED = 20261130
+#: Small ones of several kinds, with grouped heads and without, experts, encoders.
+MODELS = (
+    "gpt2",
+    "qwen3-0.6b",
+    "smollm2-135m",
+    "bert-base-uncased",
+    "t5-small",
+    "whisper-tiny",
+    "pythia-70m",
+    "opt-125m",
+)
+#: Few layers, so that thousands of them take seconds.
+SHORT = {
+    name: {
+        **KNOWN[name],
+        **{k: 2 for k in KNOWN[name] if k in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")},
+    }
+    for name in MODELS
+}
+VALUES = {
+    "seq": (0, 0, 16, 64, 128),
+    "batch": (1, 2, 3),
+    "accumulate": (1, 1, 2),
+    "checkpointing": ("none", "full", "selective", "selective-2", "every-2"),
+    "attention": ("sdpa", "flash", "eager"),
+    "loss": ("full", "chunked", "fused"),
+    "outputs": ("dropped", "kept"),
+    "lora": (0, 0, 1, 8),
+    "lora_targets": ("all-linear", "attention", "default", "q_proj", "nothing"),
+    "lora_dtype": ("fp32", "bf16"),
+    "lora_dropout": (0.0, 0.1),
+    "lora_kind": ("lora", "dora", "rslora"),
+    "modules_to_save": ("", "lm_head", "embed_tokens"),
+    "quantised": ("", "nf4", "nf4-double", "int8", "gptq"),
+    "kbit_prepare": ("", "yes", "no"),
+    "frozen": ("", "embed", "*.weight", "zzz"),
+    "train": ("", "norm", "*"),
+    "release_gradients": (False, True),
+    "mixed": ("", "bf16", "fp16"),
+    "offload_activations": (False, True),
+    "offload_params": (False, True),
+    "compile": (False, True),
+    "float8": (False, True),
+    "deepspeed": (False, True),
+    "weights": (None, "bf16", "fp32"),
+    "gradients": (None, "fp32"),
+    "world_size": (1, 1, 2, 8),
+    "device": ("cuda", "cuda", "cpu"),
+}
+SPECS = ("adamw", "adamw-8bit", "adamw-8bit@paged", "adamw@cpu", "adafactor", "adamw/zero1", "adamw-8bit/zero3", "sgd")
+#: Key -> values of which each needs at least as much as the one before.
+RISING = {
+    "batch": (1, 2, 4),
+    "seq": (16, 32, 64),
+    "lora": (1, 8, 64),
+    "outputs": ("dropped", "kept"),
+    "gradients": ("bf16", "fp32"),
+    "lora_targets": ("q_proj", "q_proj,v_proj", "attention", "all-linear"),
+}
+
+
+def drawn(rng, most=6):
+    """A model, a spec and a few flags."""
+    keys = rng.sample(list(VALUES), rng.randrange(1, most))
+    given = {key: rng.choice(VALUES[key]) for key in keys}
+    if "seq" not in given and rng.random() < 0.8:
+        given["seq"] = 32
+    return rng.choice(MODELS), rng.choice(SPECS), given
+
+
+@pytest.mark.parametrize("count", [COMBINATIONS, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_thousands_of_combinations(count):
+    rng = random.Random(SEED)
+    said, refused, verdicts = 0, 0, set()
+    for _ in range(count):
+        name, spec, given = drawn(rng)
+        sentence = ""
+        try:
+            e = estimate(SHORT[name], spec, gpu=rng.choice((2**28, 2**30, 2**34)), **given)
+        except ValueError as error:  # InputError and SpecError: one sentence
+            sentence = str(error)
+        if sentence:
+            assert sentence.isprintable(), (name, spec, given)
+            assert 10 < len(sentence) < 700, (name, spec, given)
+            refused += 1
+            continue
+        said += 1
+        column = e.columns[0]
+        verdict = e.verdict(column)
+        verdicts.add(verdict)
+        assert verdict != "FITS" or (e.activations is not None and not e.without), (name, spec, given)
+        for figure in FIGURES:
+            low, expected, high = getattr(column, figure)
+            assert 0 <= low <= expected <= high, (name, spec, given, figure)
+        assert column.allocated.expected <= column.reserved.expected <= column.process.expected
+        json.dumps(e.to_json())
+    assert verdicts == {"FITS", "TIGHT", "over", ""}
+    assert said > count // 4
+    assert refused > count // 10
+
+
+@pytest.mark.parametrize("count", [COMBINATIONS // 4, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_more_never_needs_less(count):
+    rng = random.Random(SEED + 1)
+    compared = 0
+    for _ in range(count):
+        name, spec, given = drawn(rng, 4)
+        key = rng.choice(list(RISING))
+        given = {"seq": 32, **({"lora": 4} if key.startswith("lora") else {}), **given}
+        if key.startswith("lora"):
+            name = rng.choice(("qwen3-0.6b", "smollm2-135m"))
+        before = None
+        for value in RISING[key]:
+            try:
+                column = estimate(SHORT[name], spec, **{**given, key: value}).columns[0]
+            except ValueError:
+                break
+            now = [getattr(column, figure).expected for figure in FIGURES]
+            for figure, a, b in zip(FIGURES, before or now, now, strict=True):
+                assert a <= b, (name, spec, given, key, value, figure, a, b)
+            compared += before is not None
+            before = now
+    assert compared > count // 20
+
+
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw", "lomo", "schedule_free_adamw"])
+def test_optimizers_of_others_are_known_and_not_priced(name, capsys):
+    with pytest.raises(InputError, match="known, not priced yet"):
+        estimate("gpt2", name)
+    assert main(["estimate", "gpt2", "--optim", name]) == 2
+    assert "known, not priced yet" in capsys.readouterr().err
+
+
+def test_torchs_foreach_step_makes_a_copy():
+    plain, named = (estimate("gpt2", name, seq=64).columns[0] for name in ("adamw", "adamw_torch"))
+    assert named.nbytes("temporaries") - plain.nbytes("temporaries") == 4 * 124_439_808
