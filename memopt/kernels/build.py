@@ -8,6 +8,7 @@ The compiler is ``$CXX``, else c++, g++ or clang++. Nothing but a C++17 compiler
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import platform
@@ -16,10 +17,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+from memopt.ownership import open_own, own_directory
 
 SOURCES = Path(__file__).parent / "src"
 NAME = "libmemopt_kernels.so"
+#: In the cache: the SHA-256 of its content is in its name.
+_HASHED = "libmemopt_kernels-{}.so"
 
 #: -ffp-contract=off: a multiplication and an addition are fused only where the source says so, because results are
 #: compared with torch's operations bit for bit.
@@ -102,27 +109,73 @@ def build(directory: str | os.PathLike[str], extra: Sequence[str] = ()) -> Path:
 
 
 def cached() -> Path:
-    """The library in the user's cache, compiled if it is not there yet. Raises :class:`BuildError`."""
-    directory = cache_root() / fingerprint()
-    library = directory / NAME
-    if library.exists():
-        return library
-    print("memopt: compiling its CPU kernels, once, in about a minute", file=sys.stderr, flush=True)
+    """The library in the user's cache, compiled if it is not there yet; :func:`verified` opens it. Raises
+    :class:`BuildError`."""
     try:
-        return build(directory)
+        directory = cache_root() / fingerprint()
+        own_directory(directory)
+        for path in sorted(directory.glob(_HASHED.format("*"))):
+            with suppress(BuildError):
+                os.close(verified(path))
+                return path
+        print("memopt: compiling its CPU kernels, once, in about a minute", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".new-") as scratch:
+            built = build(scratch)
+            built.chmod(0o700)
+            target = directory / _HASHED.format(hashlib.sha256(built.read_bytes()).hexdigest())
+            with open(built, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(built, target)
     except OSError as error:
         raise BuildError(
-            f"{directory} cannot be written ({error.strerror}); set MEMOPT_CACHE to a directory that can be"
+            f"{error.filename or 'the cache of compiled kernels'} cannot be used ({error.strerror}); set MEMOPT_CACHE "
+            "to a directory of your own"
         ) from error
+    return target
+
+
+def verified(path: Path) -> int:
+    """A descriptor of a library of the cache: a file of this user's alone, with the content that was compiled. Raises
+    :class:`BuildError` for any other: whoever could write there would run what they like in this process."""
+    try:
+        descriptor = open_own(path, os.O_RDONLY)
+    except OSError as error:
+        raise BuildError(f"{path} is not loaded: {error.strerror}") from error
+    with open(descriptor, "rb", closefd=False) as file:
+        digest = hashlib.sha256(file.read()).hexdigest()
+    if path.name != _HASHED.format(digest):
+        os.close(descriptor)
+        raise BuildError(f"{path} is not loaded: it is not what was compiled (its SHA-256 is {digest})")
+    return descriptor
 
 
 def cache_root() -> Path:
-    """``$MEMOPT_CACHE``, else ``memopt`` in the user's cache directory."""
+    """``$MEMOPT_CACHE``, else ``memopt`` in the user's cache directory, else, where no home can be written, a folder of
+    the user's own among the temporary files. Raises OSError for one that is not the user's alone."""
     given = os.environ.get("MEMOPT_CACHE")
     if given:
+        own_directory(given)
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "memopt"
+    root = Path(base) / "memopt"
+    if root.is_absolute():  # a user without a home is "~"
+        with suppress(OSError):
+            own_directory(root)
+            return root
+    root = Path(tempfile.gettempdir()) / f"memopt-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
+    with suppress(OSError):
+        if not root.is_symlink():
+            own_directory(root)
+            return root
+    return _for_this_process()
+
+
+@cache
+def _for_this_process() -> Path:
+    """Somebody else has taken the name of the folder."""
+    root = tempfile.mkdtemp(prefix="memopt-")
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return Path(root)
 
 
 def fingerprint() -> str:

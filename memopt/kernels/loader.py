@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from memopt.kernels import abi
-from memopt.kernels.build import NAME, BuildError, cached
+from memopt.kernels.build import NAME, BuildError, cached, verified
 
 #: Where a build at installation leaves the library.
 INSTALLED = Path(__file__).parent / NAME
@@ -57,7 +57,14 @@ def _load() -> Library | Missing:
     except (OSError, BuildError) as error:
         errors.append(f"{INSTALLED}: {error}")
     try:
-        return open_library(cached())
+        path = cached()
+        descriptor = verified(path)
+        try:
+            # What was verified is what is loaded, whatever becomes of its name meanwhile.
+            same = Path(f"/proc/self/fd/{descriptor}")
+            return open_library(same if same.exists() else path)._replace(path=path)
+        finally:
+            os.close(descriptor)
     except (OSError, BuildError) as error:
         errors.append(str(error))
     return Missing("; ".join(errors))
