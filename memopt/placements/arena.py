@@ -6,6 +6,7 @@ import os
 import tempfile
 from typing import Any
 
+from memopt.ownership import open_own
 from memopt.placements.leases import PAGE
 from memopt.placements.mapping import map_file, punch
 
@@ -27,13 +28,14 @@ class Arena:
         self.what = what
         directory = os.path.dirname(path) if path else tempfile.gettempdir()
         refuse_memory(directory, what, "directory=" if path else "TMPDIR")
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
         try:
             if path is None:
                 self._file, name = tempfile.mkstemp(prefix="memopt-", suffix=".state")
             else:
-                self._file, name = os.open(path, flags, 0o600), path
+                self._file, name = open_own(path, os.O_RDWR | os.O_CREAT), path
             self._direct = _open_direct(name)
+            if self._direct is not None and not os.path.samestat(os.fstat(self._direct), os.fstat(self._file)):
+                raise OSError(116, "its name leads to another file already")
             if path is None:
                 os.unlink(name)
         except OSError as error:
@@ -128,7 +130,7 @@ def _open_direct(path: str) -> int | None:
     if not _NEVER_CACHED:
         return None
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | _NEVER_CACHED)
+        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | _NEVER_CACHED)
     except OSError:
         return None
 

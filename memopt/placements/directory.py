@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 from memopt.ledger import ITEMSIZE, Line
+from memopt.ownership import own_directory
 from memopt.placements.arena import Arena
 from memopt.placements.entry import Entry, Sum
-from memopt.placements.journal import Journal, Lock
+from memopt.placements.journal import Journal, Lock, sync_directory
 from memopt.placements.leases import PAGE, Setting
+from memopt.untrusted import laid_out
+from memopt.untrusted.documents import parse_json
 
 #: The form of the record; another one is refused.
 FORMAT = 1
@@ -31,9 +35,10 @@ class Directory:
         rank = f"{setting.rank:05d}-of-{setting.world_size:05d}"
         self.retired: list[Entry] = []
         self.announced = False
+        self.pending: dict[str, dict[str, Any]] = {}
         self._buffer = memoryview(mmap.mmap(-1, PAGE))
         try:
-            os.makedirs(path, exist_ok=True)
+            own_directory(path)
             _refuse_other_world(path, rank)
             self.lock = Lock(os.path.join(path, f"lock-{rank}"))
         except OSError as error:
@@ -44,7 +49,11 @@ class Directory:
             self.arena = Arena(os.path.join(path, f"state-{rank}"), "disk")
             try:
                 self.journal = Journal(os.path.join(path, f"record-{rank}"))
-                self.pending = self._open()
+                try:
+                    self.pending = self._open()
+                except BaseException:
+                    self.journal.close()
+                    raise
             except BaseException:
                 self.arena.close()
                 raise
@@ -57,7 +66,24 @@ class Directory:
     def _open(self) -> dict[str, dict[str, Any]]:
         """What the last record speaks of, verified; the rest of the file is given back."""
         record = self.journal.read()
-        body: dict[str, Any] = json.loads(record) if record else {"format": FORMAT, "parameters": {}}
+        if record is None:
+            self._begin()
+            return {}
+        with laid_out(f"disk: {self.journal.path}", "a record"):
+            return self._read(parse_json(record, self.journal.path))
+
+    def _begin(self) -> None:
+        """The record of no state, before there is any: from here on, state without a record is state whose record was
+        lost."""
+        if self.arena.end:
+            raise ValueError(
+                f"disk: {self.arena.path} holds state, and its record {self.journal.path} is lost, without which "
+                "nobody knows what is where. Nothing was changed: put the record back, or give another directory and "
+                "load a checkpoint"
+            )
+        self.commit({}, {})
+
+    def _read(self, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if body["format"] != FORMAT:
             raise ValueError(
                 f"disk: {self.path} was written by another version of memopt (form {body['format']}, "
@@ -76,6 +102,8 @@ class Directory:
             self._verify(name, entry)
         end = 0
         for begin, stop in [*sorted(used), (self.arena.end, self.arena.end)]:
+            if begin < end and begin < stop:
+                raise ValueError(f"disk: {self.journal.path} is damaged: byte {begin:,} is of two parameters")
             if begin > end:
                 self.arena.release(end, begin - end)
             end = max(end, stop)
@@ -108,6 +136,13 @@ class Directory:
             self.arena.read(self._buffer[: -(-(shift + size) // PAGE) * PAGE], offset - shift)
             crc, offset = zlib.crc32(self._buffer[shift : shift + size], crc), offset + size
         return crc
+
+    @property
+    def note(self) -> str:
+        """A word where the state is not that of the last record."""
+        if not self.journal.torn:
+            return ""
+        return ", by the record before one that is not whole (a process ended while it wrote it, or the disk lost it)"
 
     def expect(self, lines: Mapping[str, Sequence[Line]]) -> None:
         """Raise ValueError where what is pending is not of these parameters, or of another layout."""
@@ -184,8 +219,9 @@ class Directory:
         try:
             self.retired, self.pending = [], {}
             self.commit({}, {})
-            for path in (self.arena.path, self.journal.path):
-                os.unlink(str(path))  # tensors that someone still holds keep their bytes
+            os.unlink(str(self.arena.path))  # tensors that someone still holds keep their bytes
+            sync_directory(self.path)  # the record of no state goes last
+            os.unlink(self.journal.path)
         except OSError:
             pass  # the directory is gone, and with it the state that was in it
 
@@ -212,9 +248,22 @@ def _shown(parts: Sequence[tuple[str, str, tuple[int, ...]]]) -> str:
 def _refuse_other_world(path: str, rank: str) -> None:
     """Raise RuntimeError for a directory that holds the state of another number of ranks."""
     mine = rank.rpartition("-")[2]
-    others = {name.rpartition("-of-")[2] for name in os.listdir(path) if name.startswith("record-")} - {mine}
-    if others:
-        raise RuntimeError(
-            f"disk: {path} holds the state of {int(min(others))} ranks, and there are {int(mine)} now; "
-            "save and load a checkpoint to change their number"
-        )
+    for name in sorted(os.listdir(path)):
+        there = re.fullmatch(r"record-[0-9]{5}-of-([0-9]{5})", name)
+        if there is not None and there[1] != mine and _holds_state(os.path.join(path, name)):
+            raise RuntimeError(
+                f"disk: {path} holds the state of {int(there[1])} ranks, and there are {int(mine)} now; "
+                "save and load a checkpoint to change their number"
+            )
+
+
+def _holds_state(path: str) -> bool:
+    """Whether a record speaks of any; of one that cannot be read, it is better thought so."""
+    journal = Journal(path)
+    try:
+        record = journal.read()
+        return record is not None and bool(json.loads(record)["parameters"])
+    except (ValueError, LookupError, TypeError):
+        return True
+    finally:
+        journal.close()

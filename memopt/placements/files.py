@@ -84,7 +84,7 @@ class Files(Streamed):
             self.directory.announced = True
             warnings.warn(
                 f"disk: state of earlier steps is in {self.directory.path} and is gone on with; {name} has "
-                f"stepped {step:.0f} times. Remove the directory to begin anew",
+                f"stepped {step:.0f} times{self.directory.note}. Remove the directory to begin anew",
                 stacklevel=2,
             )
         return entry.tensors(), step

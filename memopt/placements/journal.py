@@ -6,22 +6,28 @@ import fcntl
 import os
 import struct
 import zlib
+from contextlib import suppress
 
+from memopt.ownership import open_own
 from memopt.placements.leases import PAGE
 
-_MAGIC = b"memopt01"
-#: magic, number of the record, bytes of it, its CRC-32.
-_HEADER = struct.Struct("<8sQQI")
+_MAGIC = b"memopt02"
+#: magic, bytes of an area, number of the record, bytes of it, its CRC-32.
+_HEADER = struct.Struct("<8sQQQI")
 
 
 class Journal:
     """Two areas of a file that was reserved beforehand, written in turn. The record is the one with the higher number
-    among those that are whole: a process that dies while it writes, or a disk that fails, leaves the one before."""
+    among those that are whole: a process that dies while it writes, or a disk that fails, leaves the one before.
+    ``torn`` says that there is one that is not whole. The lock of the directory must be held."""
 
     def __init__(self, path: str) -> None:
         self.path = path
+        self.torn = False
         self._number = 0
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        with suppress(FileNotFoundError):
+            os.unlink(_unfinished(path))  # of a process that ended before it had its name
+        self._file = open_own(path, os.O_RDWR | os.O_CREAT)
         self._capacity = os.fstat(self._file).st_size // 2 // PAGE * PAGE
 
     def read(self) -> bytes | None:
@@ -33,12 +39,20 @@ class Journal:
             if len(head) < _HEADER.size or not any(head):
                 continue
             written = True
-            magic, number, nbytes, crc = _HEADER.unpack(head)
+            magic, capacity, number, nbytes, crc = _HEADER.unpack(head)
+            if magic == _MAGIC and capacity != self._capacity:
+                raise ValueError(
+                    f"{self.path} is damaged: it has areas of {self._capacity:,} bytes, and {capacity:,} were written"
+                )
             body = os.pread(self._file, min(nbytes, self._capacity), area * self._capacity + _HEADER.size)
             if magic == _MAGIC and len(body) == nbytes and zlib.crc32(body) == crc:
                 found[number] = body
+            else:
+                self.torn = True
         if written and not found:
-            raise ValueError(f"{self.path} is damaged: neither of its two records is whole")
+            raise ValueError(
+                f"{self.path} is damaged: neither of its two records is whole (or another version of memopt wrote it)"
+            )
         self._number = max(found, default=0)
         return found.get(self._number)
 
@@ -48,8 +62,8 @@ class Journal:
         if needed <= self._capacity:
             return
         record = self.read()
-        temporary = f"{self.path}.new"
-        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        temporary = _unfinished(self.path)
+        descriptor = open_own(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
             os.posix_fallocate(descriptor, 0, 4 * needed)
             before = self._file, self._capacity
@@ -60,13 +74,14 @@ class Journal:
                 else:
                     os.fsync(descriptor)
                 os.rename(temporary, self.path)
-                _sync_directory(os.path.dirname(self.path))
+                sync_directory(os.path.dirname(self.path))
             except BaseException:
                 self._file, self._capacity = before
                 raise
         except BaseException:
             os.close(descriptor)
-            os.unlink(temporary)
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
             raise
         os.close(before[0])
 
@@ -74,7 +89,7 @@ class Journal:
         """Replace the record. Everything that it speaks of must be on the disk already."""
         assert len(record) + _HEADER.size <= self._capacity, "reserve() first"
         number = self._number + 1
-        head = _HEADER.pack(_MAGIC, number, len(record), zlib.crc32(record))
+        head = _HEADER.pack(_MAGIC, self._capacity, number, len(record), zlib.crc32(record))
         text, offset = memoryview(head + record), number % 2 * self._capacity
         while len(text):
             count = os.pwrite(self._file, text, offset)
@@ -95,7 +110,11 @@ class Journal:
         os.close(self._file)
 
 
-def _sync_directory(path: str) -> None:
+def _unfinished(path: str) -> str:
+    return f"{path}.new"
+
+
+def sync_directory(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -107,13 +126,14 @@ class Lock:
     """A directory's lock, held until :meth:`close` or the end of the process, however it ends."""
 
     def __init__(self, path: str) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = open_own(path, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             holder = os.pread(self._file, 32, 0).decode(errors="replace").strip()
             os.close(self._file)
-            who = "another optimizer of this process" if holder == str(os.getpid()) else f"process {holder}"
+            who = f"process {holder}" if holder.isdecimal() else "another process"
+            who = "another optimizer of this process" if holder == str(os.getpid()) else who
             raise RuntimeError(
                 f"disk: {os.path.dirname(path)} is in use by {who}; "
                 "two optimizers cannot keep their state in one directory"
