@@ -6,6 +6,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memopt.untrusted.text import shown
+
 #: Ten times the widest published dimension (vocabularies of about 260,000 rows, widths of about 54,000).
 MAX_DIMENSION = 2**22
 #: Several times the deepest published model (128 layers).
@@ -19,20 +21,6 @@ _REQUIRED = object()
 
 class InputError(ValueError):
     """A model, a size or an option that cannot be used; the message names the value and what is allowed."""
-
-
-def shown(value: Any) -> str:
-    """A value of unknown size and kind, short enough for one sentence.
-
-    >>> shown("x" * 100)
-    "'xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx…"
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**30:
-        return f"an integer of {value.bit_length()} bits"
-    if isinstance(value, (dict, list)):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)} items"
-    text = "".join(c if c.isprintable() else "?" for c in repr(value))
-    return text if len(text) <= 40 else text[:37] + "…"
 
 
 class Fields:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import json
-from os.path import basename, dirname, getsize, isdir, isfile, join
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os.path import dirname, isdir, isfile, join
+from pathlib import Path
 from typing import Any
 
 from estimators.fields import InputError, shown
 from estimators.model import Model
+from memopt.untrusted import Refused, documents
+from memopt.untrusted.headers import read_header
+from memopt.untrusted.names import component, label, within
+from memopt.untrusted.opening import open_regular, read_file
 
-#: The longest header that the safetensors format allows.
+#: The longest configuration or index that is read.
 MAX_JSON_NBYTES = 100_000_000
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -23,7 +29,8 @@ def from_path(path: str) -> Model:
     if isdir(path):
         for name in ("config.json", _INDEX, _SINGLE):
             if isfile(join(path, name)):
-                return from_path(join(path, name))
+                with refused():
+                    return from_path(str(within(Path(path), name, shown(path))))
         raise InputError(f"the folder {shown(path)} has none of config.json, {_INDEX}, {_SINGLE}")
     if path.endswith(".safetensors"):
         return from_headers([path], path)
@@ -38,19 +45,22 @@ def from_path(path: str) -> Model:
 
 
 def read_json(path: str) -> Any:
-    if getsize(path) > MAX_JSON_NBYTES:
-        raise InputError(f"{shown(path)} has {getsize(path):,} bytes; a configuration has at most {MAX_JSON_NBYTES:,}")
-    with open(path, "rb") as file:
-        return parse_json(file.read(), path)
+    with refused():
+        return parse_json(read_file(path, MAX_JSON_NBYTES, "a configuration"), path)
 
 
 def parse_json(data: bytes, path: str) -> Any:
+    with refused():
+        return documents.parse_json(data, shown(path))
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """What is refused of a file is an :class:`InputError` of the calculator's."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
-    except RecursionError:
-        raise InputError(f"{shown(path)} is nested too deeply to be a configuration") from None
-    except ValueError as error:
-        raise InputError(f"{shown(path)} is not JSON: {str(error)[:100]}") from None
+        yield
+    except Refused as error:
+        raise InputError(str(error)) from None
 
 
 def _kind(value: Any) -> str:
@@ -59,9 +69,15 @@ def _kind(value: Any) -> str:
 
 def _shards(path: str, weight_map: dict[str, Any]) -> list[str]:
     """The files of an index, which must lie beside it: the index itself has no shapes."""
-    names = sorted({name for name in weight_map.values() if isinstance(name, str)})
+    for name in weight_map.values():
+        with refused():
+            component(name, shown(path))
+    names = sorted(set(weight_map.values()))
+    folder = Path(path).parent
     for name in names:
-        if name != basename(name) or not isfile(join(dirname(path), name)):
+        with refused():
+            found = within(folder, name, path)
+        if not found.is_file():
             raise InputError(
                 f"{shown(path)} has no shapes of its own and {shown(name)} is not beside it; pass the "
                 "model's config.json instead"
@@ -75,29 +91,17 @@ def from_headers(paths: list[str], source: str) -> Model:
     shapes: list[tuple[str, tuple[int, ...]]] = []
     dtypes: dict[str, str] = {}
     for path in paths:
-        for name, entry in read_header(path).items():
-            if name == "__metadata__":
-                continue
-            shape, dtype = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
-            if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**62 for n in shape):
-                raise InputError(f"{shown(path)}: the entry {shown(name)} has no shape")
-            if dtype not in _DTYPES:
+        with refused(), open_regular(path) as file:
+            header = read_header(file, shown(path))
+        for name, entry in header.items():
+            if entry.dtype not in _DTYPES:
                 raise InputError(
-                    f"{shown(path)}: {shown(name)} has the dtype {shown(dtype)}; only weights in "
+                    f"{shown(path)}: {shown(name)} has the dtype {shown(entry.dtype)}; only weights in "
                     f"{', '.join(_DTYPES)} train"
                 )
-            shapes.append((name, tuple(shape)))
-            dtypes[name] = _DTYPES[dtype]
+            with refused():
+                shapes.append((label(name, shown(path)), entry.shape))
+            if name in dtypes:
+                raise InputError(f"{shown(path)}: {shown(name)} is in two files of the model")
+            dtypes[name] = _DTYPES[entry.dtype]
     return Model(source, tuple(shapes), "exact", dtypes=dtypes)
-
-
-def read_header(path: str) -> dict[str, Any]:
-    """The JSON header of a safetensors file: eight bytes of length, then text."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= min(MAX_JSON_NBYTES, getsize(path)):
-            raise InputError(f"{shown(path)} is not a safetensors file: its header would have {length:,} bytes")
-        header = parse_json(file.read(length), path)
-    if not isinstance(header, dict):
-        raise InputError(f"{shown(path)} is not a safetensors file: its header is {_kind(header)}")
-    return header

@@ -35,7 +35,7 @@ class Activations(NamedTuple):
     copies of weights at the end of the forward pass, which the moments of forward and loss contain (the former without
     the head's). ``walked`` is what they follow from, for whoever asks for the order of it all. ``output`` are bytes
     that live as long as the model's output, and ``kept`` is the same step with an output that lives until the backward
-    pass is over. ``away`` are saved bytes on the host."""
+    pass is over."""
 
     saved: int
     forward: Moment
@@ -48,7 +48,6 @@ class Activations(NamedTuple):
     output: int = 0
     kept: "Activations | None" = None
     released: Moment = Moment(0, 0)
-    away: int = 0
 
 
 class _Segment(NamedTuple):
@@ -181,7 +180,7 @@ def composed(network: Network, step: Step, checkpointing: str, parameters: Param
     for outputs in (step.outputs, True):
         chain.step = step._replace(outputs=outputs)
         loss = chain.run(lambda tape: network.head(tape, tape.x), parameters.root(-1), "loss")
-        ran.append(_walk([*chain.segments, loss], tables, masks, step.offload))
+        ran.append(_walk([*chain.segments, loss], tables, masks))
     return ran[0]._replace(kept=ran[1])
 
 
@@ -195,18 +194,15 @@ def _kept_shared(segments: list[_Segment]) -> set[str]:
     return kept
 
 
-def _walk(segments: list[_Segment], tables: int, masks: int, offload: bool = False) -> Activations:
-    """Forward through the segments, then backward, noting the fullest moment of each phase. ``offload``: what layers
-    keep goes to the host, and comes back when the layer's backward pass begins."""
+def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
+    """Forward through the segments, then backward, noting the fullest moment of each phase."""
     stays = _kept_shared(segments)
     called = masks * any(s.checkpointed for s in segments)  # what a layer is called with stays until it has run again
     held = top = tables + called
     passing = {"masks": masks - called}  # shared tensors that nobody keeps
     out_kept = False
     before: list[int] = []  # bytes kept ahead of each segment
-    away = copies = in_loss = cached = (
-        0  # ``cached``: copies of weights, which checkpointing does not keep but autocast does
-    )
+    copies = in_loss = cached = 0  # ``cached``: copies of weights, which checkpointing does not keep but autocast does
     for s in segments:
         before.append(held)
         loss = s.kind == "loss"
@@ -215,10 +211,9 @@ def _walk(segments: list[_Segment], tables: int, masks: int, offload: bool = Fal
         passing = {name: n for name, n in passing.items() if name == "memory"} if loss else passing
         alive = held + sum(passing.values()) + (0 if out_kept else s.tape.x.nbytes) + s.forward.peak + cached
         in_loss, top = (alive, top) if loss else (0, max(top, alive))
-        more = s.forward.kept + (s.tape.x.nbytes if s.keeps_input and not out_kept else 0)
+        held += s.forward.kept + (s.tape.x.nbytes if s.keeps_input and not out_kept else 0)
         out_kept = s.keeps_output
-        more += s.out if out_kept else 0
-        away, held = (away + more, held) if offload and s.kind == "layer" else (away, held + more)
+        held += s.out if out_kept else 0
         passing = {} if "memory" in s.tape.shares else passing
         for name, tensor in s.tape.shares.items():
             if name in stays:
@@ -229,18 +224,17 @@ def _walk(segments: list[_Segment], tables: int, masks: int, offload: bool = Fal
     # Tables that only checkpointed layers are called with are alive, but not saved.
     unsaved = called + tables * all(s.checkpointed for s in segments if s.kind == "layer")
     return Activations(
-        held + away - unsaved,
+        held - unsaved,
         Moment(top, 0),
         Moment(in_loss, 0),
         fullest,
         Moment(accumulated, made),
         copies + segments[-1].tape.cached,
         copies,
-        None if offload else Walked(tuple(segments), tables, masks),
+        Walked(tuple(segments), tables, masks),
         sum(t.nbytes for s in segments for t in s.tape.outlives),
         None,
         released,
-        away,
     )
 
 

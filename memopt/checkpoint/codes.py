@@ -89,7 +89,10 @@ def stored_rows(fmt: Format, moment: Moment, rows: Rows) -> Rows:
 
 
 def chunks(rows: Rows, numel: int = CHUNK_NUMEL) -> Iterator[Rows]:
-    """These rows in pieces of about ``numel`` elements, at least one row each."""
+    """These rows in pieces of about ``numel`` elements, at least one row each; all at once where they have none."""
+    if not rows.numel:
+        yield rows
+        return
     height = max(numel // max(rows.cols, 1), 1)
     for first in range(rows.first, rows.stop, height):
         yield rows._replace(first=first, stop=min(first + height, rows.stop))

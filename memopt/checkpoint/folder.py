@@ -11,8 +11,10 @@ import re
 import shutil
 from pathlib import Path
 
+from memopt.untrusted.names import within
+
 MANIFEST = "manifest.json"
-_NAME = re.compile(r"(\d{8})-step(\d+)")
+_NAME = re.compile(r"([0-9]{8})-step([0-9]+)")
 WRITING, REMOVING = ".writing-", ".removing-"
 
 
@@ -30,7 +32,7 @@ def find(path: Path) -> Path:
         return path  # one that has lost its manifest
     if not found:
         raise FileNotFoundError(f"there is no checkpoint in {path}")
-    return found[-1]
+    return within(path, found[-1].name, str(path))
 
 
 def next_name(folder: Path, step: int) -> str:

@@ -11,10 +11,18 @@ import os
 from pathlib import Path
 from typing import Any
 
+from memopt.checkpoint import described
 from memopt.checkpoint.folder import MANIFEST
 from memopt.checkpoint.tensorfile import DamagedFile, FileInfo
+from memopt.untrusted import Refused
+from memopt.untrusted.documents import parse_json
+from memopt.untrusted.names import within
+from memopt.untrusted.opening import read_file
+from memopt.untrusted.text import shown
 
 SCHEMA = "memopt.checkpoint/1"
+#: Bytes of a manifest; one of a million parameters has about a tenth.
+MAX_NBYTES = 2 * 2**30
 
 
 def dump(body: dict[str, Any]) -> bytes:
@@ -31,22 +39,29 @@ def write(directory: Path, body: dict[str, Any]) -> None:
 
 
 def read(directory: Path) -> dict[str, Any]:
-    """The content. Raises :class:`DamagedFile` for a manifest that is not, byte for byte, what was written, and
-    ValueError for one of a schema that this version does not know."""
+    """The content. Raises :class:`DamagedFile` for a manifest that is not, byte for byte, what was written, or whose
+    account of the checkpoint cannot be true, and ValueError for one of a schema that this version does not know."""
     path = directory / MANIFEST
     try:
-        text = path.read_bytes()
-        body = json.loads(text)
-        schema = body["schema"]
+        text = read_file(within(directory, MANIFEST, str(directory)), MAX_NBYTES, "a manifest")
+        body = parse_json(text, str(path))
+        if not isinstance(body, dict) or "sha256" not in body:
+            raise Refused(f"{path} is {shown(body)} without a sha256")
+        schema = body.get("schema")
         del body["sha256"]
     except FileNotFoundError:
         raise DamagedFile(f"{path} is missing") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except Refused as error:
         raise DamagedFile(f"{path} is damaged: {error}") from None
     if schema != SCHEMA and str(schema).startswith("memopt.checkpoint/"):
-        raise ValueError(f"{path} has the schema {schema!r}; this version of memopt reads {SCHEMA!r}")
-    if dump(body) != text:
+        raise ValueError(f"{path} has the schema {shown(schema)}; this version of memopt reads {SCHEMA!r}")
+    try:
+        same = dump(body) == text
+    except ValueError:  # numbers that JSON has no form for
+        same = False
+    if not same:
         raise DamagedFile(f"{path} is damaged: it is not what was written (its sha256 does not match)")
+    described.check(body, str(path))
     return body
 
 

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint import contents, folder, manifest, plain, whole
+from memopt.checkpoint import contents, folder, manifest, plain, rng, whole
 from memopt.checkpoint.codes import CODES
 from memopt.checkpoint.kept import Kept, Raw
 from memopt.checkpoint.stored import Group, Piece, Record, Source, Span, Stored
@@ -23,6 +23,8 @@ from memopt.partitions import PARTITIONS
 from memopt.partitions.dtensor import chunk
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
+from memopt.untrusted.names import within
+from memopt.untrusted.text import printable
 
 
 @final
@@ -73,10 +75,35 @@ class Checkpoint:
         self.body = manifest.read(self.path)
         self.step: int = self.body["step"]
         for name, info in manifest.file_infos(self.body).items():
+            path = within(self.path, name, f"{self.path / folder.MANIFEST}")
             if verify:
-                verify_file(self.path / name, info, progress)
-            self._files[name] = TensorFile(self.path / name)
-        self.extra: dict[str, Any] = plain.decode(self.body["extra"])
+                verify_file(path, info, progress)
+            self._files[name] = TensorFile(path)
+        self._check_model()
+        self.extra: dict[str, Any] = self._decoded(self.body["extra"], "extra")
+
+    def _decoded(self, value: Any, what: str) -> Any:
+        try:
+            return plain.decode(value)
+        except ValueError as error:
+            raise DamagedFile(f"{self.path / folder.MANIFEST} is damaged: {what}: {error}") from None
+
+    def _check_model(self) -> None:
+        """The manifest's account of the model is that of the files."""
+        model = self.body.get("model", {"tied": {}, "sharded": {}})
+        world = self.body["world_size"]
+        for name, spec in self.sharded_model.items():
+            for rank in range(world):
+                file, rows = self._files[contents.rank_file(rank, world)], chunk(spec.shape, rank, world)
+                there = TensorSpec(spec.dtype, rows.local_shape)
+                if file.specs.get(contents.SHARDED_MODEL + name) != there:
+                    raise DamagedFile(f"{file.path} does not have the rows of {name} that the manifest says ({there})")
+        for name, same in model["tied"].items():
+            if same not in self.model_specs:
+                raise DamagedFile(f"{self.path}: {name} is tied to {same}, which is not there")
+        for name in self.model_specs:
+            if not name.isprintable():
+                raise DamagedFile(f"{self.path}: a tensor of the model has the name {printable(name, 60)}")
 
     def close(self) -> None:
         for file in self._files.values():
@@ -122,7 +149,14 @@ class Checkpoint:
         """The generators' state of one rank, empty where that rank was not saved."""
         file = self._files.get(contents.rank_file(rank, self.body["world_size"]))
         names = [n for n in file.specs if n.startswith(contents.RANDOM)] if file and self.body["random"] else []
-        return {name.removeprefix(contents.RANDOM): file.read(name) for name in names} if file else {}
+        if not names or file is None:
+            return {}
+        states = {name.removeprefix(contents.RANDOM): file.read(name) for name in names}
+        try:
+            rng.check(states)
+        except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
+            raise DamagedFile(f"{file.path} has no random state that can be: {printable(str(error), 100)}") from None
+        return states
 
     def optimizer_of(self, rule: str | None = None) -> Source:
         """The optimizer's state. Raises ValueError where there is none, and for another rule than was said."""
@@ -143,9 +177,12 @@ class Checkpoint:
             return None
         spec = OptimSpec(
             **{**_axes(saved["spec"]), "engine": saved["engine"], "overrides": saved["overrides"]},
-            hyper=plain.decode(saved["hyper"]),
+            hyper=self._decoded(saved["hyper"], "the hyperparameters"),
         )
-        groups = [Group(group["parameters"], plain.decode(group["hyper"])) for group in saved["groups"]]
+        groups = [
+            Group(group["parameters"], self._decoded(group["hyper"], f"param group {i}"))
+            for i, group in enumerate(saved["groups"])
+        ]
         records = {name: self._record(name, entry, saved) for name, entry in saved["parameters"].items()}
         return Source(spec, groups, records, str(self.path), saved["named"], saved["seed"], saved["skipped_steps"])
 

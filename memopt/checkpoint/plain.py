@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from memopt.checkpoint.tensorfile import DTYPES
+from memopt.untrusted import Refused
+from memopt.untrusted.pickles import is_key
+from memopt.untrusted.text import printable, shown
 
 #: Elements up to which a tensor may stand in the manifest.
 MAX_NUMEL = 64
@@ -30,7 +33,7 @@ def encode(value: Any, where: str) -> Any:
         return {"$tuple": encode(list(value), where)}
     if type(value) is dict and all(isinstance(k, str) and not k.startswith("$") for k in value):
         return {k: encode(v, f"{where}[{k!r}]") for k, v in value.items()}
-    if isinstance(value, dict):
+    if isinstance(value, dict) and all(map(is_key, value)):
         pairs = [[encode(k, where), encode(v, f"{where}[{k!r}]")] for k, v in value.items()]
         return {"$counter" if isinstance(value, Counter) else "$dict": pairs}
     if isinstance(value, torch.Tensor) and value.numel() <= MAX_NUMEL:
@@ -44,30 +47,58 @@ def encode(value: Any, where: str) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """The inverse of :func:`encode`. Raises ValueError for an object with another key."""
+    """The inverse of :func:`encode`. Raises ValueError for what it would not have written."""
+    try:
+        return _decode(value)
+    except Refused:
+        raise
+    except (ValueError, TypeError, LookupError, RuntimeError, OverflowError) as error:
+        raise Refused(f"a value that cannot be: {printable(str(error), 100)}") from None
+
+
+def _decode(value: Any) -> Any:
     if isinstance(value, list):
-        return [decode(v) for v in value]
+        return [_decode(v) for v in value]
     if not isinstance(value, dict):
         return value
     if not any(k.startswith("$") for k in value):
-        return {k: decode(v) for k, v in value.items()}
+        return {k: _decode(v) for k, v in value.items()}
     ((kind, content),) = value.items()
     if kind not in _DECODERS:
-        raise ValueError(f"unknown kind of value {kind!r}")
+        raise Refused(f"unknown kind of value {shown(kind)}")
     return _DECODERS[kind](content)
+
+
+def _float(content: Any) -> float:
+    if content not in ("nan", "inf", "-inf"):
+        raise Refused(f"{shown(content)} is not nan, inf or -inf")
+    return float(content)
+
+
+def _pairs(content: Any) -> dict[Any, Any]:
+    return {_key(_decode(key)): _decode(v) for key, v in content}
+
+
+def _key(key: Any) -> Any:
+    """What :func:`encode` has for a key."""
+    if not is_key(key):
+        raise Refused(f"{shown(key)} as a key")
+    return key
 
 
 def _tensor(content: Any) -> torch.Tensor:
     dtype, shape, numbers = content
     if dtype not in DTYPES.values():
-        raise ValueError(f"unknown dtype {dtype!r}")
-    return torch.tensor(decode(numbers), dtype=getattr(torch, dtype)).view(shape)
+        raise Refused(f"unknown dtype {shown(dtype)}")
+    if not isinstance(numbers, list) or len(numbers) > MAX_NUMEL:
+        raise Refused(f"a tensor of {shown(numbers)}")
+    return torch.tensor(_decode(numbers), dtype=getattr(torch, dtype)).view(shape)
 
 
 _DECODERS: dict[str, Callable[[Any], Any]] = {
-    "$float": float,
-    "$tuple": lambda content: tuple(decode(content)),
-    "$dict": lambda content: {decode(k): decode(v) for k, v in content},
-    "$counter": lambda content: Counter({decode(k): decode(v) for k, v in content}),
+    "$float": _float,
+    "$tuple": lambda content: tuple(_decode(content)),
+    "$dict": _pairs,
+    "$counter": lambda content: Counter(_pairs(content)),
     "$tensor": _tensor,
 }

@@ -29,6 +29,22 @@ def get() -> dict[str, Tensor]:
     return states
 
 
+def check(states: dict[str, Tensor]) -> None:
+    """Raise (ValueError, TypeError, KeyError, RuntimeError or OverflowError) for states that the generators do not
+    take; none of those that are in use is touched."""
+    torch.Generator().set_state(states["torch"])
+    version, *words = states["python"].tolist()
+    random.Random().setstate((version, tuple(words), None if isnan(float(states["python.gauss"])) else 0.0))
+    for name, state in states.items():
+        if name.startswith("cuda.") and (state.dtype != torch.uint8 or state.dim() != 1 or state.numel() > 64):
+            raise ValueError(f"{name} is {state.dtype} {tuple(state.shape)}")
+    if "numpy" in states:
+        *words, position, has_gauss = states["numpy"].tolist()
+        possible = len(words) == 624 and all(0 <= word < 2**32 for word in words)
+        if not possible or not 0 <= position <= 624 or has_gauss not in (0, 1) or states["numpy.gauss"].numel() != 1:
+            raise ValueError("numpy's generator has another form")
+
+
 def set_(states: dict[str, Tensor]) -> None:
     """Put the generators back; those that were not saved, or whose devices are not here, stay as they are."""
     torch.set_rng_state(states["torch"])

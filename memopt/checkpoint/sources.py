@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from memopt.checkpoint.foreign import deepspeed, distributed, inert, read_state_dict
 from memopt.checkpoint.stored import Source
-from memopt.extras import require
 
 #: Tools that write folders: ``find(path)`` is the one that path means, or None.
 FOLDERS = (deepspeed, distributed)
@@ -39,17 +36,7 @@ def read_file(path: Path, rule: str | None = None) -> Source:
 
     Raises ValueError for a file that cannot be read without executing what it says.
     """
-    return read_state_dict(_optimizer_in(_read(path), path), str(path), rule)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return inert.load(path)
-    except ValueError as error:
-        if "torchao" not in str(error):
-            raise
-        require("torchao.optim", f"{path} holds torchao's tensors, and reading them")  # which it registers as harmless
-        return torch.load(path, map_location="cpu", weights_only=True)
+    return read_state_dict(_optimizer_in(inert.load(path), path), str(path), rule)
 
 
 def _optimizer_in(content: Any, path: Path) -> Mapping[str, Any]:

@@ -7,7 +7,6 @@ dies of a signal, which no ``except`` sees. Here bytes go straight between the f
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +18,10 @@ import torch
 from torch import Tensor
 
 from memopt.ledger import ITEMSIZE, TensorSpec
+from memopt.untrusted import Refused
+from memopt.untrusted.headers import read_header
+from memopt.untrusted.opening import open_regular
+from memopt.untrusted.text import shown
 
 #: safetensors' names of dtypes.
 DTYPES = {
@@ -41,8 +44,6 @@ ITEMSIZES = {**ITEMSIZE, "bool": 1}
 CHUNK_NBYTES = 16 * 2**20
 #: Bytes that go through a buffer at a time.
 BUFFER_NBYTES = 4 * 2**20
-#: safetensors' own bound on the header.
-MAX_HEADER_NBYTES = 100_000_000
 
 #: ``progress(nbytes)``: so many more bytes are done.
 Progress = Callable[[int], None]
@@ -55,7 +56,7 @@ class FileInfo(NamedTuple):
     crc32: list[str]
 
 
-class DamagedFile(ValueError):
+class DamagedFile(Refused):
     """A file is not what was written; the message names it."""
 
 
@@ -81,7 +82,7 @@ def checksums(path: Path, progress: Progress = lambda nbytes: None) -> Iterator[
     """The CRC-32 of each chunk of a file, as eight hexadecimal digits."""
     buffer = memoryview(bytearray(BUFFER_NBYTES))
     crc = done = 0
-    with open(path, "rb", buffering=0) as file:
+    with open_regular(path) as file:
         while count := file.readinto(buffer[: min(BUFFER_NBYTES, CHUNK_NBYTES - done)]):
             crc = zlib.crc32(buffer[:count], crc)
             done += count
@@ -95,12 +96,14 @@ def checksums(path: Path, progress: Progress = lambda nbytes: None) -> Iterator[
 
 def verify_file(path: Path, info: FileInfo, progress: Progress = lambda nbytes: None) -> None:
     """Raise :class:`DamagedFile` unless every byte is the one that was written."""
-    if not path.is_file():
+    if not path.exists():
         raise DamagedFile(f"{path} is missing")
     nbytes = path.stat().st_size
     if nbytes != info.nbytes:
         state = "truncated" if nbytes < info.nbytes else "too long"
         raise DamagedFile(f"{path} is {state}: it has {nbytes:,} bytes, and {info.nbytes:,} were written")
+    if len(info.crc32) != -(-nbytes // CHUNK_NBYTES):
+        raise DamagedFile(f"{path} has {nbytes:,} bytes, and {len(info.crc32):,} checksums were written")
     for i, (found, expected) in enumerate(zip(checksums(path, progress), info.crc32, strict=True)):
         if found != expected:
             first, last = i * CHUNK_NBYTES, min((i + 1) * CHUNK_NBYTES, nbytes) - 1
@@ -115,32 +118,23 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = open(path, "rb", buffering=0)  # noqa: SIM115  # it stays open as long as the object
+        self._file = open_regular(path)  # it stays open as long as the object
         try:
             self.specs, self._offsets = self._header()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except Refused as error:
             self._file.close()
-            raise DamagedFile(f"{path} is not a safetensors file, or its header is damaged: {error}") from None
+            raise DamagedFile(str(error)) from None
 
     def close(self) -> None:
         self._file.close()
 
     def _header(self) -> tuple[dict[str, TensorSpec], dict[str, int]]:
-        size = os.fstat(self._file.fileno()).st_size
-        length = int.from_bytes(self._file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_NBYTES):
-            raise ValueError(f"a header of {length:,} bytes in a file of {size:,}")
-        header = json.loads(self._file.read(length))
         specs, offsets = {}, {}
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            spec = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
-            start, stop = entry["data_offsets"]
-            whole = all(isinstance(n, int) and n >= 0 for n in (*spec.shape, start, stop))
-            if not whole or stop - start != nbytes_of(spec) or 8 + length + stop > size:
-                raise ValueError(f"{name!r} is said to be bytes {start} to {stop}")
-            specs[name], offsets[name] = spec, 8 + length + start
+        for name, tensor in read_header(self._file, str(self.path)).items():
+            if tensor.dtype not in DTYPES:
+                raise Refused(f"{self.path}: {shown(name)} has the dtype {tensor.dtype}, which no state has")
+            specs[name] = TensorSpec(DTYPES[tensor.dtype], tensor.shape)
+            offsets[name] = tensor.begin
         return specs, offsets
 
     def read(self, name: str, span: tuple[int, int] | None = None) -> Tensor:

@@ -49,7 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             # Errors of these kinds are written for the person at the keyboard; a defect of ours still shows its trace.
-            print(f"memopt {verb}: {error}", file=sys.stderr)
+            from memopt.untrusted.text import printable_lines
+
+            print(f"memopt {verb}: {printable_lines(str(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print(file=sys.stderr)

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memopt.untrusted.text import printable, printable_lines
+
 if TYPE_CHECKING:
     from memopt.checkpoint.tensorfile import Progress
 
@@ -61,14 +63,16 @@ def run(args: Namespace) -> int:
 
     converted = Converted(source, parse(args.to, engine=args.engine or "native"), fill)
     nbytes = sum(nbytes_of(spec) for spec in converted.layout().values())
-    print(f"{source.origin}: {converted.report.before} -> {converted.report.after}, {nbytes:,} bytes of state")
+    print(
+        printable(f"{source.origin}: {converted.report.before} -> {converted.report.after}, {nbytes:,} bytes of state")
+    )
     if args.dry_run:
         return 0
     if checkpoint is not None and checkpoint.model is not None:
         nbytes += sum(nbytes_of(spec) for spec in checkpoint.model_specs.values())
     with bar("converting", nbytes) as progress:
         path = rewrite(converted, checkpoint, Path(args.out), progress)
-    print(f"{converted.report}\nwritten: {path}")
+    print(printable_lines(f"{converted.report}\nwritten: {path}"))
     return 0
 
 
@@ -91,13 +95,15 @@ def _export(source: Any, checkpoint: Any, args: Namespace, fill: dict[str, Any])
     if args.engine is not None:
         raise ValueError(f"--engine {args.engine} is of a spec of ours; --to {args.to} is a tool")
     found = exported(source, args.to, fill)
-    print(f"{source.origin}: {len(source.records)} parameters for {args.to}, {found.nbytes:,} bytes of state")
+    print(
+        printable(f"{source.origin}: {len(source.records)} parameters for {args.to}, {found.nbytes:,} bytes of state")
+    )
     if args.dry_run:
         return 0
     out = Path(args.out)
     with bar("exporting", found.nbytes) as progress:
         write(found, out, checkpoint, progress)
-    print(f"{found.report}\nwritten: {out}")
+    print(printable_lines(f"{found.report}\nwritten: {out}"))
     return 0
 
 

@@ -11,6 +11,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from memopt.untrusted.text import printable
+
 SUMMARY = "what is in a checkpoint, and whether its numbers are healthy"
 
 #: Width of the histograms, in characters, and their bars.
@@ -42,7 +44,7 @@ def run(args: Namespace) -> int:
 
         print(json.dumps({**head, "moments": [moment.to_json() for moment in found]}, indent=2))
     else:
-        print("\n".join(_text(head, found)))
+        print("\n".join(map(printable, _text(head, found))))
     return 1 if any(moment.non_finite for moment in found) else 0
 
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from estimators.fields import InputError, shown
+from estimators.files import refused
 from memopt.cli import placing, step_flags
 from memopt.cli.emit import MARK
+from memopt.untrusted.documents import parse_yaml
+from memopt.untrusted.names import within
+from memopt.untrusted.opening import read_file
 
 #: Options that are numbers on the command line and text in a Namespace.
 _NUMBERS = ("seq", "world", *(flag.name for flag in step_flags.FLAGS if flag.kind in ("number", "share")))
@@ -65,14 +70,14 @@ def read_into(args: Namespace, path: str) -> None:
 
 def read(path: str) -> dict[str, Any]:
     """Options by name."""
-    with open(path, encoding="utf-8", errors="replace") as file:
-        text = file.read(_MOST)
+    data = _content(path)
+    text = data.decode("utf-8", errors="replace")
     line = next((part for part in text.splitlines() if part.startswith(MARK)), None)
     if line is not None:
         return _object(line.removeprefix(MARK), path)
     if text.lstrip().startswith("{"):
         return deepspeed(_object(text, path), path)
-    content = _yaml(text, path)
+    content = _yaml(data, path)
     if not isinstance(content, dict) or "distributed_type" not in content:
         raise InputError(f"{shown(path)} is neither what --emit wrote, nor a DeepSpeed configuration, nor accelerate's")
     return accelerate(content, path)
@@ -87,15 +92,17 @@ def _object(text: str, path: str) -> dict[str, Any]:
     return value
 
 
-def _yaml(text: str, path: str) -> Any:
+def _content(path: str) -> bytes:
+    with refused():
+        return read_file(path, _MOST, "a launch configuration")
+
+
+def _yaml(data: bytes, path: str) -> Any:
     try:
-        import yaml
-    except ImportError:
-        raise InputError(f"{shown(path)} is read with PyYAML: pip install pyyaml") from None
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{shown(path)} is not YAML: {' '.join(str(error).split())[:100]}") from None
+        with refused():
+            return parse_yaml(data, shown(path))
+    except ImportError as error:
+        raise InputError(str(error)) from None
 
 
 def _section(config: Mapping[str, Any], name: str, path: str) -> Mapping[str, Any]:
@@ -243,11 +250,9 @@ def _accelerated_deepspeed(section: Mapping[str, Any], mixed: str | None, path: 
     """DeepSpeed's own file where there is one, or accelerate's few fields."""
     file = section.get("deepspeed_config_file")
     if isinstance(file, str) and file != "none":
-        from os.path import dirname, join
-
-        beside = join(dirname(path), file)
-        with open(beside, encoding="utf-8", errors="replace") as opened:
-            return deepspeed(_object(opened.read(_MOST), beside), beside)
+        with refused():
+            beside = str(within(Path(path).parent, file, f"deepspeed_config_file in {shown(path)}"))
+        return deepspeed(_object(_content(beside).decode("utf-8", errors="replace"), beside), beside)
     return deepspeed(
         {
             "zero_optimization": {

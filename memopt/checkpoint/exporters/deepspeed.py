@@ -35,6 +35,7 @@ from memopt.checkpoint.tensorfile import Progress
 from memopt.geometry import Rows
 from memopt.masters import master_of
 from memopt.spec import OptimSpec
+from memopt.untrusted.names import component
 
 if TYPE_CHECKING:
     from memopt.checkpoint.opened import Checkpoint
@@ -56,6 +57,8 @@ def _plan(source: Source) -> Plan:
             f"{source.origin} has numbers for the names of parameters, and DeepSpeed goes by name: give "
             "memopt.create the model or model.named_parameters()"
         )
+    for name in source.records:  # each is a folder
+        component(name, f"{source.origin}, a parameter,")
     without = next((name for name, record in source.records.items() if record.weights is None), None)
     if without is not None:
         raise ValueError(

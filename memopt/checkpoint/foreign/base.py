@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import isfinite, prod
 from typing import Any, NamedTuple
 
 import torch
@@ -65,20 +66,54 @@ def stored(name: str, tag: str, shape: Shape, parts: Mapping[str, Tensor], signe
 
 
 def encoded(name: str, fmt: Format, shape: Shape, parts: Mapping[str, Tensor], signed: bool | None = None) -> Stored:
-    """A moment in an encoding; ``signed`` is its code's sign, by default the moment's."""
+    """A moment in an encoding; ``signed`` is its code's sign, by default the moment's. Raises ValueError for parts that
+    are not those of the shape."""
     moment = Moment(name, signed=name not in NON_NEGATIVE if signed is None else signed)
+    for part, spec in fmt.layout(moment, Rows.whole(shape)).items():
+        found = parts.get(part)
+        if not isinstance(found, Tensor) or found.numel() != prod(spec.shape):
+            numel = f"{found.numel():,}" if isinstance(found, Tensor) else "no"
+            raise ValueError(
+                f"{name} has {numel} {part or 'values'}, and its shape {list(shape)} has {prod(spec.shape):,}"
+            )
+        if part == "codes" and found.dtype != getattr(torch, spec.dtype):
+            raise ValueError(f"{name} has codes of {found.dtype}, and {spec.dtype} is what the format has")
+        if part != "codes" and not found.is_floating_point():
+            raise ValueError(f"{name} has {part or 'values'} of {found.dtype}, which are no floating-point numbers")
     return Stored(moment, fmt, shape, (LivePiece(Rows.whole(shape), parts),))
 
 
 def plain(name: str, value: Tensor) -> Stored:
     """A moment kept as an ordinary tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        what = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name} is {what}, not a tensor of floating-point numbers")
     if value.dtype == torch.bfloat16:
         return stored(name, "bf16", tuple(value.shape), {"": value})
     code = "" if value.dtype == torch.float32 else str(value.dtype).removeprefix("torch.")
     return gathered(name, tuple(value.shape), lambda first, stop: value.reshape(-1)[first:stop], code, {"": value})
 
 
+def steps(number: float, where: str) -> float:
+    """``number`` of steps that were taken. Raises ValueError for one that cannot be."""
+    if not isfinite(number) or not 0 <= number < 2**53:
+        raise ValueError(f"{where} has taken {number} steps")
+    return number
+
+
+def is_book(theirs: Any, ours: Tensor) -> bool:
+    """Whether a file's code book is the one that is known."""
+    return (
+        isinstance(theirs, Tensor)
+        and theirs.shape == ours.shape
+        and theirs.is_floating_point()
+        and torch.allclose(theirs.cpu().float(), ours, rtol=0, atol=1e-7)
+    )
+
+
 def factors(row: Tensor, col: Tensor) -> Stored:
     """A factored second moment: ``row`` [..., rows, 1] and ``col`` [..., 1, columns]."""
+    if row.dim() < 2 or row.shape[-1] != 1 or col.shape != (*row.shape[:-2], 1, col.shape[-1]):
+        raise ValueError(f"the factors {list(row.shape)} and {list(col.shape)} are not those of one matrix")
     shape = (*row.shape[:-1], col.shape[-1])
     return stored("exp_avg_sq", "factored", shape, {"row": row.float(), "col": col.float()})

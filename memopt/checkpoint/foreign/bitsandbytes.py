@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.dynamic import code_book
-from memopt.checkpoint.foreign.base import State, Tool, plain, stored
+from memopt.checkpoint.foreign.base import State, Tool, is_book, plain, stored
 from memopt.checkpoint.stored import Stored
 from memopt.engines.bitsandbytes import BLOCK
 
@@ -64,7 +64,7 @@ def _moment(state: dict[str, Any], i: int, name: str) -> Stored:
     signed = i == 1
     if scales is None or scales.numel() != -(-codes.numel() // BLOCK):
         raise ValueError(f"this bitsandbytes state is not in blocks of {BLOCK}; only block-wise 8-bit state is read")
-    if not torch.allclose(state[f"qmap{i}"].cpu(), code_book(signed), rtol=0, atol=1e-7):
+    if not is_book(state[f"qmap{i}"], code_book(signed)):
         raise ValueError(f"qmap{i} of this bitsandbytes state is not the dynamic code book")
     return stored(name, "dynamic8", tuple(codes.shape), {"codes": codes, "scales": scales}, signed)
 

@@ -20,12 +20,17 @@ from torch import Tensor
 
 from memopt.checkpoint.foreign import inert, torch_optim
 from memopt.checkpoint.foreign.base import choose, group_of
+from memopt.checkpoint.foreign.base import steps as steps_of
 from memopt.checkpoint.foreign.gathered import GatheredPiece, from_fragments, gathered
 from memopt.checkpoint.kept import kept_of
 from memopt.checkpoint.stored import Record, Source
 from memopt.geometry import Shape
 from memopt.masters.base import LOW_PRECISION
 from memopt.spec import OptimSpec
+from memopt.untrusted import Refused, laid_out
+from memopt.untrusted.names import MAX_COMPONENT, component, label, within
+from memopt.untrusted.opening import read_file
+from memopt.untrusted.text import shown
 
 NAME = "DeepSpeed"
 _OPTIM, _MODEL, _UNIVERSAL = "*_optim_states.pt", "*_model_states.pt", "zero"
@@ -40,24 +45,28 @@ def find(path: Path) -> Path | None:
     """The checkpoint that ``path`` is, or the one that its ``latest`` names; None where there is none."""
     for latest in ("latest", "latest_universal"):
         if (path / latest).is_file():
-            path = path / (path / latest).read_text(errors="replace").strip()
+            named = read_file(within(path, latest, str(path)), MAX_COMPONENT + 2, "the name of a folder")
+            path = within(path, named.decode(errors="replace").strip(), str(path / latest))
             break
     there = path.is_dir() and (any(path.glob(_OPTIM)) or (path / _UNIVERSAL / "optimizer_state.pt").is_file())
     return path if there else None
 
 
+def _load(file: Path) -> Any:
+    """A file of the folder's, which is no link to somewhere else."""
+    return inert.load(within(file.parent, file.name, str(file.parent)))
+
+
 def read(path: Path, rule: str | None) -> Source:
     """The optimizer state of the checkpoint ``path``. Raises ValueError for what is damaged, missing, or cut in other
     ways (experts, tensor or pipeline parallelism)."""
-    shapes, dtypes = _parameters(path)
-    try:
+    with laid_out(str(path), "a checkpoint of DeepSpeed"):
+        shapes, dtypes = _parameters(path)
         if (path / _UNIVERSAL).is_dir():
-            groups, fragments, steps = _universal(path / _UNIVERSAL, shapes)
+            groups, fragments, steps = _universal(within(path, _UNIVERSAL, str(path)), shapes)
         else:
             groups, fragments, steps = _partitioned(_rank_files(path), shapes)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not laid out as DeepSpeed's checkpoints are known here: {error!r}") from None
-    return _source(path, rule, groups, shapes, dtypes, fragments, steps)
+        return _source(path, rule, groups, shapes, dtypes, fragments, steps)
 
 
 def _parameters(path: Path) -> tuple[list[dict[str, Shape]], dict[str, str]]:
@@ -67,14 +76,26 @@ def _parameters(path: Path) -> tuple[list[dict[str, Shape]], dict[str, str]]:
         raise ValueError(f"{path} has no {_MODEL}, which tells the names of parameters")
     if any("mp_rank_00" not in file.name for file in files):
         raise ValueError(f"{path} is cut by tensor or pipeline parallelism, which is not read")
-    content = inert.load(files[0])
+    content = _load(files[0])
     try:
-        shapes = [{name: tuple(shape) for name, shape in group.items()} for group in content["param_shapes"]]
+        shapes = [
+            {component(name, f"{files[0]}, a parameter,"): _shape(name, shape) for name, shape in group.items()}
+            for group in content["param_shapes"]
+        ]
         module = content["module"]
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in module.items() if isinstance(t, Tensor)}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{files[0]} is not a model's file of DeepSpeed: it lacks {error}") from None
+    if len({name for group in shapes for name in group}) != sum(map(len, shapes)) or not shapes:
+        raise Refused(f"{files[0]} has param_shapes with no groups, or with a parameter in two of them")
     return shapes, dtypes
+
+
+def _shape(name: str, shape: Any) -> Shape:
+    good = isinstance(shape, (tuple, list)) and all(type(n) is int and n >= 0 for n in shape)
+    if not good or prod(n for n in shape if n) >= 2**62:
+        raise Refused(f"{name} has the shape {shown(shape)}")
+    return tuple(shape)
 
 
 def _in_order(files: Iterator[Path]) -> list[Path]:
@@ -84,7 +105,7 @@ def _in_order(files: Iterator[Path]) -> list[Path]:
 
 def _rank_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
     files = _in_order(path.glob(_OPTIM))
-    found = [(file, inert.load(file)["optimizer_state_dict"]) for file in files]
+    found = [(file, _load(file)["optimizer_state_dict"]) for file in files]
     ranks = {max(n) if isinstance(n := content["partition_count"], list) else n for _, content in found}
     if ranks != {len(files)}:
         raise ValueError(f"{path} has the optimizer state of {len(files)} ranks, and {max(ranks)} wrote it")
@@ -104,7 +125,7 @@ def _partitioned(
         if not isinstance(base, Mapping):
             raise ValueError(f"{file} is an elastic checkpoint, whose optimizer state is not that of flat partitions")
         weights = content["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]
-        flats = [_flat(base["state"].get(i, {}), w) for i, w in enumerate(weights)]
+        flats = [_flat(base["state"].get(i, {}), w, file) for i, w in enumerate(weights)]
         if third:
             _cut_evenly(flats, shapes, len(files), fragments)
         else:
@@ -117,18 +138,35 @@ def _partitioned(
 
 
 def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
-    return float(state.get("step", group.get("step", 1)))
+    step = state.get("step", group.get("step", 1))
+    if not (isinstance(step, Tensor) and step.numel() == 1) and type(step) not in (int, float):
+        raise Refused(f"the number of steps is {shown(step)}")
+    return steps_of(float(step), "a param group")
 
 
-def _flat(state: Mapping[str, Any], weights: Tensor) -> dict[str, Tensor]:
+def _flat(state: Mapping[str, Any], weights: Any, file: Path) -> dict[str, Tensor]:
     """The flat tensors of one group on one rank."""
-    return {_WEIGHTS: weights} | {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and k != "step"}
+    moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and k != "step"}
+    for name, tensor in ((_WEIGHTS, weights), *moments.items()):
+        label(name, str(file))
+        _numbers(tensor, f"{file}: {name}")
+        if tensor.dim() != 1:
+            raise Refused(f"{file}: {name} is {list(tensor.shape)}, and flat tensors have one dimension")
+    return {_WEIGHTS: weights} | moments
+
+
+def _numbers(tensor: Any, what: str) -> Tensor:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise Refused(f"{what} is {shown(tensor)}, not a tensor of floating-point numbers")
+    return tensor
 
 
 def _cut_as_said(flats: list[dict[str, Tensor]], mappings: list[dict[str, Any]], found: Fragments) -> None:
     for flat, mapping in zip(flats, mappings, strict=True):
         for name, address in mapping.items():
             for moment, tensor in flat.items():
+                if not all(type(n) is int and n >= 0 for n in (address.start, address.numel)):
+                    raise Refused(f"{name} is at {shown(address.start)}")
                 piece = tensor[address.start : address.start + address.numel]
                 found[name].setdefault(moment, []).append(piece)
 
@@ -145,19 +183,24 @@ def _cut_evenly(flats: list[dict[str, Tensor]], shapes: list[dict[str, Shape]], 
 
 
 def _universal(folder: Path, shapes: list[dict[str, Shape]]) -> tuple[list[dict[str, Any]], Fragments, list[float]]:
-    state = inert.load(folder / "optimizer_state.pt")
+    state = _load(folder / "optimizer_state.pt")
     base = state.get("optimizer_state_dict", state)
     # For stage 3 the nested groups are those of one rank's file, or what all groups have in common.
     groups, fragments, steps = state.get("param_groups", base["param_groups"]), {}, []
     for i, group in enumerate(shapes):
         counted = base.get("state", {}).get(i, {})
         for name in group:
-            files = {file.stem: file for file in sorted((folder / name).glob("*.pt"))}
+            inside = within(folder, name, str(folder))
+            files = {label(file.stem, str(inside)): file for file in sorted(inside.glob("*.pt"))}
             if "step" in files:
-                counted = {"step": inert.load(files.pop("step"))}
-            contents = {moment: inert.load(file) for moment, file in files.items()}
+                counted = {"step": _load(files.pop("step"))}
+            contents = {moment: _load(file) for moment, file in files.items()}
             fragments[name] = {
-                moment: [(content["param"] if isinstance(content, Mapping) else content).reshape(-1)]
+                moment: [
+                    _numbers(
+                        content["param"] if isinstance(content, Mapping) else content, f"{inside}: {moment}"
+                    ).reshape(-1)
+                ]
                 for moment, content in contents.items()
             }
         steps.append(_step(counted, groups[i]))

@@ -7,6 +7,7 @@ The pieces are what ``torch.save`` wrote, one after another in a rank's file.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from math import prod
@@ -17,11 +18,15 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.foreign import inert, torch_optim
-from memopt.checkpoint.foreign.base import choose, factors, group_of
+from memopt.checkpoint.foreign.base import choose, factors, group_of, steps
 from memopt.checkpoint.foreign.gathered import gathered
 from memopt.checkpoint.stored import Record, Source, Stored
 from memopt.geometry import Shape
 from memopt.spec import OptimSpec
+from memopt.untrusted import Refused, laid_out
+from memopt.untrusted.names import label, within
+from memopt.untrusted.opening import open_regular, read_exactly, read_file, size_of
+from memopt.untrusted.text import shown
 
 NAME = "torch.distributed.checkpoint"
 METADATA = ".metadata"
@@ -33,7 +38,8 @@ _MODULES = (
     "pathlib",
     "pathlib._local",
 )
-_DAMAGE = (KeyError, IndexError, TypeError, AttributeError, ValueError)
+#: Bytes of the metadata; of a model of a thousand shards for each of ten thousand tensors it has about a tenth.
+MAX_METADATA_NBYTES = 2**33
 
 
 class _Chunk(NamedTuple):
@@ -59,6 +65,11 @@ def find(path: Path) -> Path | None:
 
 def read(path: Path, rule: str | None) -> Source:
     """The optimizer state in the folder. Raises ValueError for what is damaged, missing, or of another optimizer."""
+    with laid_out(str(path), "a checkpoint of torch.distributed.checkpoint"):
+        return _read(path, rule)
+
+
+def _read(path: Path, rule: str | None) -> Source:
     entries = _entries(path)
     read_chunk = _reader(path)
     prefix = _optimizer(path, entries)
@@ -79,21 +90,63 @@ def read(path: Path, rule: str | None) -> Source:
 
 
 def _entries(path: Path) -> list[_Entry]:
-    metadata = inert.tree((path / METADATA).read_bytes(), _MODULES, str(path / METADATA))
-    try:
+    file = within(path, METADATA, str(path))
+    content = read_file(file, MAX_METADATA_NBYTES, "metadata")
+    metadata = inert.tree(content, _MODULES, str(file))
+    with laid_out(str(file), "the metadata of torch.distributed.checkpoint"):
         where: dict[str, list[_Chunk]] = {}
+        sizes: dict[str, int] = {}
         for index, info in metadata.storage_data.items():
-            if Path(info.relative_path).name != info.relative_path or getattr(info, "transform_descriptors", None):
-                raise ValueError(f"{info.relative_path} is elsewhere or compressed, and is not read")
-            chunk = _Chunk(tuple(getattr(index, "offset", None) or ()), info.relative_path, info.offset, info.length)
+            if getattr(info, "transform_descriptors", None):
+                raise Refused(f"{file}: {shown(info.relative_path)} is compressed, and is not read")
+            offsets = _numbers(getattr(index, "offset", None) or (), f"{file}: the offsets of a piece")
+            chunk = _Chunk(offsets, info.relative_path, *_numbers((info.offset, info.length), f"{file}: a range"))
+            if chunk.file not in sizes:
+                sizes[chunk.file] = _size(path, chunk.file, str(file))
+            if chunk.offset + chunk.nbytes > sizes[chunk.file]:
+                raise Refused(
+                    f"{path / chunk.file} is truncated: it ends before byte {chunk.offset + chunk.nbytes:,}, where "
+                    f"{file} says that a piece of {shown(index.fqn)} ends"
+                )
             where.setdefault(index.fqn, []).append(chunk)
+        _refuse_overlaps([chunk for chunks in where.values() for chunk in chunks], str(file))
         found = []
         for key, kind in metadata.state_dict_metadata.items():
-            shape = tuple(kind.size) if hasattr(kind, "chunks") else None
-            found.append(_Entry(tuple(metadata.planner_data[key]), shape, where[key]))
+            shape = _numbers(kind.size, f"{file}: the shape of {shown(key)}") if hasattr(kind, "chunks") else None
+            parts = tuple(metadata.planner_data[key])
+            for part in parts:
+                label(part if isinstance(part, str) else str(_numbers((part,), f"{file}: a key")), str(file))
+            chunks = sorted(where[key], key=lambda chunk: chunk.offsets)
+            if not parts or (shape is not None and prod(shape) > 8 * sum(chunk.nbytes for chunk in chunks)):
+                raise Refused(f"{file}: {shown(key)} has the shape {shown(shape)}, and there are too few bytes for it")
+            if shape is not None and any(len(chunk.offsets) != len(shape) for chunk in chunks if shape):
+                raise Refused(f"{file}: the pieces of {shown(key)} have other dimensions than it has")
+            found.append(_Entry(parts, shape, chunks))
         return found
-    except _DAMAGE as error:
-        raise ValueError(f"{path / METADATA} is damaged, or of a version that is not known here: {error}") from None
+
+
+def _refuse_overlaps(chunks: list[_Chunk], origin: str) -> None:
+    """Pieces that lie within each other would be read as often as they are named."""
+    name, end = "", 0
+    for chunk in sorted(chunks, key=lambda chunk: (chunk.file, chunk.offset)):
+        if chunk.file == name and chunk.offset < end:
+            raise Refused(f"{origin}: two pieces have byte {chunk.offset:,} of {chunk.file}")
+        name, end = chunk.file, chunk.offset + chunk.nbytes
+
+
+def _numbers(values: Any, what: str) -> Shape:
+    """Whole numbers, as a shape or offsets have them."""
+    if not isinstance(values, (tuple, list)) or not all(type(n) is int and 0 <= n < 2**62 for n in values):
+        raise Refused(f"{what} is {shown(values)}, not whole numbers")
+    return tuple(values)
+
+
+def _size(path: Path, name: Any, origin: str) -> int:
+    try:
+        with open_regular(within(path, name, origin)) as opened:
+            return size_of(opened)
+    except OSError as error:
+        raise ValueError(f"{path / name} cannot be read: {error.strerror}") from None
 
 
 def _optimizer(path: Path, entries: list[_Entry]) -> tuple[Any, ...]:
@@ -138,8 +191,14 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise Refused(f"{where} has taken {shown(value)} steps")
+    return steps(float(value), where)
+
+
 def _record(name: str, state: dict[str, _Entry], read_chunk: Callable[[_Chunk], Any]) -> Record:
-    step = float(read_chunk(state["step"].chunks[0])) if "step" in state else 1.0
+    step = _number(_plain(read_chunk(state["step"].chunks[0])), name) if "step" in state else 1.0
     moments: dict[str, Stored] = {}
     for key, entry in state.items():
         if key not in ("step", "row_var", "col_var") and entry.shape is not None:
@@ -150,7 +209,11 @@ def _record(name: str, state: dict[str, _Entry], read_chunk: Callable[[_Chunk], 
         moments["exp_avg_sq"] = factors(row, col)
     if not moments:
         return Record(name, (), stepped=False)
-    return Record(name, next(iter(moments.values())).shape, step, moments)
+    shape = next(iter(moments.values())).shape
+    other = next((moment for moment, stored in moments.items() if stored.shape != shape), None)
+    if other is not None:
+        raise Refused(f"{name} is {list(shape)}, and its {other} is {list(moments[other].shape)}")
+    return Record(name, shape, step, moments)
 
 
 def _whole(entry: _Entry, read_chunk: Callable[[_Chunk], Any]) -> Tensor:
@@ -161,34 +224,48 @@ def _whole(entry: _Entry, read_chunk: Callable[[_Chunk], Any]) -> Tensor:
 def _gather(entry: _Entry, shape: Shape, read_chunk: Callable[[_Chunk], Any]) -> Callable[[int, int], Tensor]:
     """Elements of the flattened tensor; the range must be of whole rows."""
     inner = prod(shape[1:])
+    begins = sorted({chunk.offsets[0] for chunk in entry.chunks}) if shape else []
 
     def gather(first: int, stop: int) -> Tensor:
+        where = ".".join(map(str, entry.path))
         if not shape:
-            return torch.as_tensor(read_chunk(entry.chunks[0])).reshape(1)
+            return _tensor_of(read_chunk(entry.chunks[0]), where).reshape(1)
         low, high = (first // inner, stop // inner) if inner else (0, 0)
-        out, filled = torch.empty(high - low, *shape[1:]), 0
-        for box in _overlapping(entry.chunks, low, high):
-            piece = read_chunk(box)
+        out = torch.empty(high - low, *shape[1:])
+        seen = torch.zeros(out.shape, dtype=torch.bool)
+        for box in _overlapping(entry.chunks, begins, low, high):
+            piece = _tensor_of(read_chunk(box), where)
+            ends = [offset + n for offset, n in zip(box.offsets, piece.shape, strict=False)]
+            if piece.dim() != len(shape) or any(end > n for end, n in zip(ends, shape, strict=True)):
+                raise Refused(f"{where}: a piece of {list(piece.shape)} at {list(box.offsets)} is not in {list(shape)}")
             begin, end = box.offsets[0], box.offsets[0] + piece.shape[0]
             piece = piece[max(low - begin, 0) : high - begin]
             rows = slice(max(begin - low, 0), min(end, high) - low)
             rest = [slice(o, o + n) for o, n in zip(box.offsets[1:], piece.shape[1:], strict=True)]
             out[(rows, *rest)] = piece
-            filled += piece.numel()
-        if filled != out.numel():
-            raise ValueError(f"{'.'.join(map(str, entry.path))}: {filled:,} of {out.numel():,} elements are there")
+            seen[(rows, *rest)] = True
+        if not seen.all():
+            raise ValueError(f"{where}: {int(seen.sum()):,} of {out.numel():,} elements are there")
         return out.view(-1)
 
     return gather
 
 
-def _overlapping(chunks: list[_Chunk], low: int, high: int) -> Iterator[_Chunk]:
-    """Boxes that may have rows ``[low, high)``: of those that begin before them, none that another ends."""
-    begins = sorted({chunk.offsets[0] for chunk in chunks})
-    for chunk in chunks:
-        after = next((b for b in begins if b > chunk.offsets[0]), None)
-        if chunk.offsets[0] < high and (after is None or after > low):
-            yield chunk
+def _tensor_of(value: Any, where: str) -> Tensor:
+    if not isinstance(value, Tensor) or not (value.is_floating_point() or value.dtype == torch.int64):
+        raise Refused(f"{where} is {shown(value)}, not a tensor of numbers")
+    return value
+
+
+def _overlapping(chunks: list[_Chunk], begins: list[int], low: int, high: int) -> Iterator[_Chunk]:
+    """Boxes that may have rows ``[low, high)``: of those that begin before them, none that another ends. ``chunks`` are
+    in the order of their offsets, ``begins`` are the first of those, each once."""
+    at = bisect_right(begins, low) - 1  # the last that begins at or before the rows
+    first = begins[at] if at >= 0 else 0
+    for chunk in chunks[bisect_left(chunks, first, key=lambda chunk: chunk.offsets[0]) :]:
+        if chunk.offsets[0] >= high:
+            return
+        yield chunk
 
 
 def _reader(path: Path) -> Callable[[_Chunk], Any]:
@@ -197,9 +274,9 @@ def _reader(path: Path) -> Callable[[_Chunk], Any]:
     @lru_cache(maxsize=2)
     def read_chunk(chunk: _Chunk) -> Any:
         try:
-            with open(path / chunk.file, "rb") as file:
+            with open_regular(within(path, chunk.file, str(path / METADATA))) as file:
                 file.seek(chunk.offset)
-                content = file.read(chunk.nbytes)
+                content = read_exactly(file, chunk.nbytes)
         except OSError as error:
             raise ValueError(f"{path / chunk.file} cannot be read: {error.strerror}") from None
         if len(content) != chunk.nbytes:

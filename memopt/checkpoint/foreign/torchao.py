@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memopt.checkpoint.dynamic import code_book, dynamic8
 from memopt.checkpoint.flat import FlatBlocks
-from memopt.checkpoint.foreign.base import State, Tool, encoded, plain
+from memopt.checkpoint.foreign.base import State, Tool, encoded, is_book, plain
 from memopt.checkpoint.stored import Stored
 from memopt.checkpoint.torchao_codes import book_of_4_bits, torchao4, torchao_fp8
 
+#: Elements of a block; torchao's own are of 128 and 256.
+MAX_BLOCK = 65536
 #: Its classes, with their encoding and its code book.
 _CLASSES: dict[str, tuple[Callable[[int], FlatBlocks], Callable[[bool], Tensor] | None]] = {
     "OptimState8bit": (dynamic8, code_book),
@@ -23,7 +24,8 @@ _CLASSES: dict[str, tuple[Callable[[int], FlatBlocks], Callable[[bool], Tensor] 
 
 
 def moments(state: State) -> dict[str, Stored]:
-    return {name: _moment(name, v) for name, v in state.items() if name != "step" and isinstance(v, Tensor)}
+    mine = {name: v for name, v in state.items() if isinstance(v, Tensor) or type(v).__name__ in _CLASSES}
+    return {name: _moment(name, v) for name, v in mine.items() if name != "step"}
 
 
 def _moment(name: str, value: Any) -> Stored:
@@ -32,8 +34,10 @@ def _moment(name: str, value: Any) -> Stored:
         return plain(name, value)
     fmt, book = _CLASSES[kind]
     signed = None if book is None else bool(value.signed)
-    if book is not None and not torch.allclose(value.qmap.cpu(), book(bool(signed)), rtol=0, atol=1e-7):
+    if book is not None and not is_book(value.qmap, book(bool(signed))):
         raise ValueError(f"{name} is not in the code book that torchao 0.18 has for {kind}")
+    if type(value.block_size) is not int or not 1 <= value.block_size <= MAX_BLOCK:
+        raise ValueError(f"{name} is in blocks of {value.block_size}; a block has 1 to {MAX_BLOCK:,} elements")
     parts = {"codes": value.codes, "scales": value.scale}
     return encoded(name, fmt(value.block_size), tuple(value.shape), parts, signed)
 
