@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from estimators.fields import InputError, shown
+from estimators.foreign import foreach
 from estimators.hardware import capacity
 from estimators.held import SHARDS_ALSO, rows_of, step_temporaries
 from estimators.model import Model, resolve
@@ -172,7 +173,8 @@ def estimate(
     weight_dtype = weight_dtype or ("float32" if mixed else None)
     gradient_dtype = None if gradients is None else dtype(gradients, "gradients")
     described = as_trained(described, training, weight_dtype)
-    runs = {own: run(described, training, own) for own in {_own_precision(s, training) for s in specs}}
+    card = gpu if isinstance(gpu, str) else ""
+    runs = {own: run(described, training, own, card) for own in {_own_precision(s, training) for s in specs}}
     ran, missing = runs[_own_precision(specs[0], training)]
     columns = []
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
@@ -190,8 +192,9 @@ def estimate(
             training,
             runs[_own_precision(one, training)][0],
             of_the_step,
-            gpu if isinstance(gpu, str) else "",
+            card,
         )
+        held += foreach(spec, one, described, training)
         columns.append(Column(str(one), held, one.options, one.hyper, lacks))
     return Estimate(
         described,
@@ -228,6 +231,14 @@ def _parsed(spec: Any, fields: dict[str, Any]) -> "list[OptimSpec]":
     given = spec_fields(fields)
     unique: dict[str, OptimSpec] = {}
     for one in several:
-        parsed = parse(one, **given)
+        try:
+            parsed = parse(one, **given)
+        except ValueError:
+            from estimators.foreign import not_priced
+
+            sentence = not_priced(one) if isinstance(one, str) else None
+            if sentence is None:
+                raise
+            raise InputError(sentence) from None
         unique.setdefault(str(parsed), parsed)
     return list(unique.values())

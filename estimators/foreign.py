@@ -9,9 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import prod
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimators.fields import InputError, shown
+from estimators.model import Model
+from estimators.rows import GPU, Row
+from estimators.training import Training
+
+if TYPE_CHECKING:
+    from memopt.spec import OptimSpec
 
 _LEAST, _STEP = 4096, 4
 
@@ -44,3 +50,49 @@ def torchao_nbytes(shapes: Iterable[tuple[int, ...]], kind: str, itemsize: int =
         else:
             total += 2 * n * itemsize + _STEP
     return total
+
+
+#: Optimizers of other tools that have a name and no formula here -> what their state depends on.
+NOT_PRICED = {
+    "galore": "projections of gradients, of a rank",
+    "q_galore": "projections of gradients, of a rank",
+    "apollo": "projections of gradients, of a rank",
+    "fira": "projections of gradients, of a rank",
+    "lomo": "gradients that are stepped as they are made",
+    "adalomo": "gradients that are stepped as they are made",
+    "badam": "the block that is stepped",
+    "lisa": "the layers that are stepped",
+    "shampoo": "factors of preconditioners",
+    "soap": "factors of preconditioners",
+    "kron": "factors of preconditioners",
+    "psgd": "factors of preconditioners",
+    "muon": "which parameters are matrices",
+    "sophia": "an estimate of the Hessian",
+    "grokadamw": "a copy of the gradients",
+    "schedule_free": "a second copy of the weights",
+    "prodigy": "copies of the weights",
+    "dadapt": "copies of the weights",
+}
+
+
+def not_priced(text: str) -> str | None:
+    """One sentence about an optimizer that is known, and not priced yet; None for any other."""
+    name = text.strip().lower().replace("-", "_")
+    found = next((n for n in sorted(NOT_PRICED, key=len, reverse=True) if name.startswith(n)), None)
+    return f"{shown(text)} is known, not priced yet: its state depends on {NOT_PRICED[found]}" if found else None
+
+
+#: Names of torch's optimizers that step all parameters together (``foreach``) -> of how many fp32 copies of what trains
+#: a step allocates at once: AdamW's square roots of the second moment (torch/optim/adam.py, _multi_tensor_adam).
+FOREACH = {"adamw_torch": 1}
+
+
+def foreach(given: Any, spec: OptimSpec, model: Model, training: Training) -> list[Row]:
+    """The row of such a step, where one of the names that were ``given`` for this spec is such an optimizer's."""
+    named = [given] if isinstance(given, str) else given if isinstance(given, (list, tuple)) else []
+    copies = max((FOREACH.get(one.lower(), 0) for one in named if isinstance(one, str)), default=0)
+    if not copies or not training.seq or training.device == "cpu" or str(spec) != "adamw":
+        return []
+    numel = sum(prod(shape) for name, shape in model.shapes if name not in model.frozen)
+    detail = "torch's foreach: roots of a moment"
+    return [Row(str(spec), "temporaries", detail, 4 * numel * copies, GPU, ("step",), "formula")]

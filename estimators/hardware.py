@@ -53,6 +53,15 @@ def _plain(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 
 
+def plain_name(card: str) -> str:
+    """A card's name as it is compared with others.
+
+    >>> plain_name("NVIDIA GeForce RTX 2080 Ti")
+    'rtx2080ti'
+    """
+    return _plain(card).removeprefix("nvidia").removeprefix("geforce").removeprefix("tesla")
+
+
 def capacity(gpu: str) -> int:
     """Bytes of a card's memory.
 

@@ -9,7 +9,7 @@ from estimators.fields import InputError
 from estimators.lora import NF4
 from estimators.model import Model, Shape
 from estimators.reserved import runtime
-from estimators.rows import GPU, PHASES, Row
+from estimators.rows import GPU, HOST, PHASES, PINNED, Row
 from estimators.state import state_nbytes, temporaries, weight_dtype
 from estimators.step_rows import one_gradient, released, rows
 from estimators.training import Training
@@ -98,6 +98,9 @@ def rows_of(
             Row(name, "state", moment, n, tier, phases, known)
             for (moment, tier), n in state_nbytes(model, spec, world_size, weights).items()
         ]
+    if training.offload_params:
+        held = _params_offloaded(held, model, spec, world_size, gradients)
+        of_the_step = 0
     if training.seq and training.device != "cpu":
         if of_the_step:
             held.append(
@@ -115,6 +118,26 @@ def rows_of(
             )
         held += runtime(held, model, spec, training, ran, world_size, card)
     return held
+
+
+def _params_offloaded(
+    rows_: list[Row], model: Model, spec: "OptimSpec", world_size: int, gradients: str | None
+) -> list[Row]:
+    """Shards of weights and gradients in pinned memory and the state on the host, where the step runs (FSDP2's
+    CPUOffloadPolicy, DeepSpeed's offload_param at stage 3); what is gathered is on the card."""
+    if not SHARDS_ALSO[spec.partition][1]:
+        raise InputError(f"'{spec}': offload_params is for parameters that are sharded; name a spec with /zero3")
+    tiers = {"weights": PINNED, "gradients": PINNED, "state": HOST}
+    stays = ("gathered", "whole, before", "bucket")
+    found = [
+        row._replace(tier=tiers[row.what])
+        if row.tier == GPU and row.what in tiers and not row.detail.startswith(stays)
+        else row
+        for row in rows_
+    ]
+    if not any(row.detail.startswith("gathered") for row in found):  # one rank gathers from the host too
+        found += _whole_at_work(model, spec, None, gradients)
+    return found
 
 
 def _offloaded(model: Model, spec: "OptimSpec", gradients: str | None, releases: bool, known: str) -> list[Row]:

@@ -5,15 +5,20 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from estimators.hardware import plain_name
 from estimators.model import Model, Shape
-from estimators.rows import GPU, PHASES, Row
+from estimators.rows import GPU, PHASES, PINNED, Row
 from estimators.training import Training
 
 if TYPE_CHECKING:
     from estimators.activations import Activations
 
 
-def run(model: Model, training: Training, sharded: bool = False) -> "tuple[Activations | None, str]":
+#: Cards before Ampere: torch's flash kernel does not run on them, and the memory-efficient one knows no grouped heads.
+WITHOUT_FLASH = ("t4", "p100", "v10016gb", "v10032gb", "gtx1080ti", "rtx2080ti")
+
+
+def run(model: Model, training: Training, sharded: bool = False, card: str = "") -> "tuple[Activations | None, str]":
     """The activations of a step, or None and why they are not known. ``sharded``: FSDP2 has its own mixed precision."""
     if not training.seq:
         return None, "activations (say --seq)"
@@ -54,6 +59,8 @@ def run(model: Model, training: Training, sharded: bool = False) -> "tuple[Activ
         training.outputs == "kept",
         training.loss,
         training.float8,
+        training.offload_activations,
+        plain_name(card) in WITHOUT_FLASH,
     )
     try:
         return activations(model.config, model.name, step, training.checkpointing, parameters(entries)), ""
@@ -107,6 +114,8 @@ def rows(
     held.append(
         Row(name, activations, "left, and at work", alive, GPU, ("backward",), "formula", alive if high else None, high)
     )
+    if ran.away:
+        held.append(Row(name, activations, "offloaded", ran.away, PINNED, PHASES[1:4], "formula"))
     if kept.output:
         output = ran.output
         held.append(

@@ -95,7 +95,7 @@ class Keeper(torch.optim.Optimizer):
         group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
         align_names(group, self.param_groups)
         super().add_param_group(group)
-        self._remember()
+        self._remember(edited=True)
         self._watch()
 
     def _parameters(self) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
@@ -103,15 +103,19 @@ class Keeper(torch.optim.Optimizer):
         if self.partition.is_flattened or replaced_by_vectors(self):
             yield from self.partition.entries(self.param_groups)
             return
-        for group, names in zip(self.param_groups, self._live.names(self.param_groups, self.spec), strict=True):
+        found = self._live.names(self.param_groups, self.spec, self.state)
+        for group, names in zip(self.param_groups, found, strict=True):
             for name, p in zip(names, group["params"], strict=True):
                 yield name, p, group
 
-    def _remember(self) -> None:
-        """What the optimizer has as parameters, for another tool may replace it."""
+    def _remember(self, edited: bool = False) -> None:
+        """What the optimizer has as parameters, for another tool may replace it. Where groups were ``edited``, the
+        shapes of parameters that were there stay those of their state."""
+        before = {id(one.parameter()): one.shape for one in self._made_for} if edited else {}
         entries = list(self._parameters())
         self._made_for = [
-            Made(name, ref(p), tuple(p.shape) if has_shape(p) else (), group) for name, p, group in entries
+            Made(name, ref(p), before.get(id(p)) or (tuple(p.shape) if has_shape(p) else ()), group)
+            for name, p, group in entries
         ]
         self._seen_ids = [id(p) for _, p, _ in entries]
 
@@ -260,6 +264,7 @@ class Keeper(torch.optim.Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self.partition.shown(self):
+            list(self._parameters())  # names are put right where groups were edited
             state, groups = packed(self)
             state = as_dtensors.wrapped(self, state)
         cut = self.partition.cut()

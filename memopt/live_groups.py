@@ -7,7 +7,7 @@ long as it lives; names in ``group["param_names"]`` are put right.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
@@ -54,6 +54,7 @@ class LiveGroups:
         self._seen: list[_Seen] = []
         self._names: dict[int, tuple[ref[Tensor], str]] = {}  # by identity, of every parameter that was ever here
         self._values: dict[int, list[Any]] = {}
+        self._states: dict[int, str] = {}  # by identity of the state, whose state it is
         self._unnamed = 0
         #: How many parameters took the place of another one, in its slot.
         self.swapped = 0
@@ -62,15 +63,19 @@ class LiveGroups:
         """Whether parameters or names are others than when :meth:`names` was called last."""
         return len(groups) != len(self._seen) or not all(s.same(g) for s, g in zip(self._seen, groups, strict=True))
 
-    def names(self, groups: Groups, spec: OptimSpec) -> Iterator[list[str]]:
+    def note_state(self, name: str, state: Mapping[str, Any]) -> None:
+        """This is the state of the parameter of this name: who moves it to another tensor moves the name with it."""
+        self._states[id(state)] = name
+
+    def names(self, groups: Groups, spec: OptimSpec, state: Mapping[Any, Any]) -> Iterator[list[str]]:
         """The names of each group's parameters; without names, numbers."""
         if self.changed(groups):
-            self._look(groups, spec)
+            self._look(groups, spec, state)
         return (seen.names for seen in self._seen)
 
     # Who is who ------------------------------------------------------------------------------------------------
 
-    def _look(self, groups: Groups, spec: OptimSpec) -> None:
+    def _look(self, groups: Groups, spec: OptimSpec, state: Mapping[Any, Any]) -> None:
         before = {id(seen.group): seen for seen in self._seen}
         self._names = {key: (weak, name) for key, (weak, name) in self._names.items() if weak() is not None}
         self._check_new(groups, spec, before)
@@ -85,7 +90,10 @@ class LiveGroups:
                 names = own
             else:
                 names = [
-                    self._known(p) or self._unclaimed(slots[i], claimed) or self._fresh(claimed, named)
+                    self._known(p)
+                    or self._unclaimed(self._states.get(id(state.get(p))), claimed)
+                    or self._unclaimed(slots[i], claimed)
+                    or self._fresh(claimed, named)
                     for i, p in enumerate(group["params"])
                 ]
             for p, name in zip(group["params"], names, strict=True):

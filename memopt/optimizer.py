@@ -180,6 +180,8 @@ class Optimizer(Keeper):
                 self.partition.publish(parameters[first:stop])
             self.partition.finish()
         increment_version(parameters)
+        for work in works:
+            self._live.note_state(work.name, work.state)
         return works
 
     def _local_gradient(self, name: str, p: Tensor) -> Tensor:

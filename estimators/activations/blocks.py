@@ -16,7 +16,8 @@ class Step(NamedTuple):
     whether it runs on a CPU, bytes of one element of what autocast computes (0: no autocast), the adapters' dropout,
     whether the model's output, logits included, lives until the backward pass is over; whether the loss makes all
     logits (``full``), those of some tokens at a time (``chunked``), or gradients with them (``fused``); whether linear
-    layers are torchao's float8."""
+    layers are torchao's float8, whether what layers save goes to the host, and whether ``sdpa`` has no kernel for
+    grouped heads, so that keys and values are repeated."""
 
     batch: int
     seq: int
@@ -29,6 +30,8 @@ class Step(NamedTuple):
     outputs: bool = False
     loss: str = "full"
     float8: bool = False
+    offload: bool = False
+    expand: bool = False
 
     @property
     def tokens(self) -> int:
@@ -152,6 +155,8 @@ def attend(
     size = step.tokens * a.n * a.dim
     if step.attention != "eager":
         q, k, v = (t.cast(x, t.mm) for x in (q, k, v))
+        if step.expand and step.attention == "sdpa" and a.n != a.kv:
+            k, v = t.copy(k, size), t.copy(v, size)
         result, added = t.tensor(step.tokens * a.n, FP32), [t.tensor(mask, t.mm)] if mask else []
         out = t.op(
             [q, k, v], size, t.mm, saves=[q, k, v, *added, result], saves_out=True, product=True, beside=[result]

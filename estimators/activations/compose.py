@@ -35,7 +35,7 @@ class Activations(NamedTuple):
     copies of weights at the end of the forward pass, which the moments of forward and loss contain (the former without
     the head's). ``walked`` is what they follow from, for whoever asks for the order of it all. ``output`` are bytes
     that live as long as the model's output, and ``kept`` is the same step with an output that lives until the backward
-    pass is over."""
+    pass is over. ``away`` are saved bytes on the host."""
 
     saved: int
     forward: Moment
@@ -48,6 +48,7 @@ class Activations(NamedTuple):
     output: int = 0
     kept: "Activations | None" = None
     released: Moment = Moment(0, 0)
+    away: int = 0
 
 
 class _Segment(NamedTuple):
@@ -180,7 +181,7 @@ def composed(network: Network, step: Step, checkpointing: str, parameters: Param
     for outputs in (step.outputs, True):
         chain.step = step._replace(outputs=outputs)
         loss = chain.run(lambda tape: network.head(tape, tape.x), parameters.root(-1), "loss")
-        ran.append(_walk([*chain.segments, loss], tables, masks))
+        ran.append(_walk([*chain.segments, loss], tables, masks, step.offload))
     return ran[0]._replace(kept=ran[1])
 
 
@@ -194,15 +195,18 @@ def _kept_shared(segments: list[_Segment]) -> set[str]:
     return kept
 
 
-def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
-    """Forward through the segments, then backward, noting the fullest moment of each phase."""
+def _walk(segments: list[_Segment], tables: int, masks: int, offload: bool = False) -> Activations:
+    """Forward through the segments, then backward, noting the fullest moment of each phase. ``offload``: what layers
+    keep goes to the host, and comes back when the layer's backward pass begins."""
     stays = _kept_shared(segments)
     called = masks * any(s.checkpointed for s in segments)  # what a layer is called with stays until it has run again
     held = top = tables + called
     passing = {"masks": masks - called}  # shared tensors that nobody keeps
     out_kept = False
     before: list[int] = []  # bytes kept ahead of each segment
-    copies = in_loss = cached = 0  # ``cached``: copies of weights, which checkpointing does not keep but autocast does
+    away = copies = in_loss = cached = (
+        0  # ``cached``: copies of weights, which checkpointing does not keep but autocast does
+    )
     for s in segments:
         before.append(held)
         loss = s.kind == "loss"
@@ -211,9 +215,10 @@ def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
         passing = {name: n for name, n in passing.items() if name == "memory"} if loss else passing
         alive = held + sum(passing.values()) + (0 if out_kept else s.tape.x.nbytes) + s.forward.peak + cached
         in_loss, top = (alive, top) if loss else (0, max(top, alive))
-        held += s.forward.kept + (s.tape.x.nbytes if s.keeps_input and not out_kept else 0)
+        more = s.forward.kept + (s.tape.x.nbytes if s.keeps_input and not out_kept else 0)
         out_kept = s.keeps_output
-        held += s.out if out_kept else 0
+        more += s.out if out_kept else 0
+        away, held = (away + more, held) if offload and s.kind == "layer" else (away, held + more)
         passing = {} if "memory" in s.tape.shares else passing
         for name, tensor in s.tape.shares.items():
             if name in stays:
@@ -224,17 +229,18 @@ def _walk(segments: list[_Segment], tables: int, masks: int) -> Activations:
     # Tables that only checkpointed layers are called with are alive, but not saved.
     unsaved = called + tables * all(s.checkpointed for s in segments if s.kind == "layer")
     return Activations(
-        held - unsaved,
+        held + away - unsaved,
         Moment(top, 0),
         Moment(in_loss, 0),
         fullest,
         Moment(accumulated, made),
         copies + segments[-1].tape.cached,
         copies,
-        Walked(tuple(segments), tables, masks),
+        None if offload else Walked(tuple(segments), tables, masks),
         sum(t.nbytes for s in segments for t in s.tape.outlives),
         None,
         released,
+        away,
     )
 
 

@@ -31,6 +31,7 @@ class Tape:
         "autocast",
         "cached",
         "cpu",
+        "float8",
         "held",
         "holds",
         "input_gradients",
@@ -53,6 +54,7 @@ class Tape:
         self.item = step.item
         self.autocast = bool(step.mixed)
         self.mm = step.mixed or step.item
+        self.float8 = step.float8
         self.lora_dropout = step.lora_dropout
         #: Whether the model's output lives until the backward pass is over.
         self.outputs = step.outputs
@@ -213,6 +215,8 @@ class Tape:
                     once = cols * rows * self.mm
         elif p.item > x.item:
             x, item = self.cast(x, p.item), p.item
+        # torchao's Float8Linear saves its input as it is, and casts both operands to 8 bits for each product.
+        eight = self.float8 and p.trains
         y = self.op(
             [x],
             tokens * rows,
@@ -220,8 +224,9 @@ class Tape:
             product=True,
             saves=[*([x] if p.trains else []), *copies],
             gradients=cols * rows * p.trains * p.item + rows * self._trained_bias(p, bias),
-            forward_tmp=once,
-            backward_tmp=cols * rows * self.mm * (bool(copies) and p.trains),
+            forward_tmp=once + eight * (cols * rows + tokens * cols),
+            backward_tmp=cols * rows * self.mm * (bool(copies) and p.trains)
+            + eight * (max(cols * rows, tokens * cols) + tokens * rows),
         )
         if not p.adapter:
             return y

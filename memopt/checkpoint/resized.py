@@ -56,8 +56,8 @@ def changed(record: Record, there: Slot, change_of: Callable[[str], Change]) -> 
             fmt, parts = FORMATS["32bit"], {"": _rows_of(x, change.index)}
         if name in begin:
             new, rows = change.index < 0, max(len(change.index), 1)
-            there = parts[""].reshape(rows, -1)  # a view; a single number is a row of one
-            there[new.to(there.device)] = change.weights.reshape(rows, -1)[new].to(there)
+            values = parts[""].reshape(rows, -1)  # a view; a single number is a row of one
+            values[new.to(values.device)] = change.weights.reshape(rows, -1)[new].to(values)
         piece = LivePiece(change.after, parts)
         moments[name] = Stored(stored.moment, fmt, change.after.shape, (piece,))
     change, kept = change_of(""), record.kept

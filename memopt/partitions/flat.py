@@ -73,7 +73,7 @@ def check_replaced(optimizer: Keeper) -> None:
         optimizer.partition = _flattened(optimizer)
         return
     swapped = optimizer._live.swapped
-    optimizer._remember()
+    optimizer._remember(edited=True)
     optimizer._watch()
     if optimizer._live.swapped > swapped:
         _warn_of_orphans(optimizer, set(optimizer._seen_ids))
@@ -91,8 +91,10 @@ def replaced_by_vectors(optimizer: Keeper) -> bool:
 
     made = optimizer._made_for
     now = [p for group in optimizer.param_groups for p in group["params"]]
-    vectors = bool(now) and all(p.dim() == 1 for p in now) and any(len(one.shape) > 1 for one in made)
-    return (vectors and not {id(one.parameter()) for one in made} & {id(p) for p in now}) or is_flattened(made)
+    flat = {one.shape for one in made if len(one.shape) == 1}
+    vectors = any(tuple(p.shape) not in flat for p in now) and all(p.dim() == 1 for p in now)
+    known = {id(one.parameter()) for one in made} & {id(p) for p in now}
+    return (vectors and not known and any(len(one.shape) > 1 for one in made)) or is_flattened(made)
 
 
 def _flattened(optimizer: Keeper) -> Partition:
