@@ -54,10 +54,10 @@ def changed(record: Record, there: Slot, change_of: Callable[[str], Change]) -> 
         if parts is None:
             x = stored.decode(change.before)
             fmt, parts = FORMATS["32bit"], {"": _rows_of(x, change.index)}
-        if name in begin:
-            new, rows = change.index < 0, max(len(change.index), 1)
-            values = parts[""].reshape(rows, -1)  # a view; a single number is a row of one
-            values[new.to(values.device)] = change.weights.reshape(rows, -1)[new].to(values)
+        new = change.index < 0
+        if name in begin and bool(new.any()):
+            values, weights = (x if x.dim() else x.view(1) for x in (parts[""], change.weights))
+            values[new.to(values.device)] = weights[new].to(values)
         piece = LivePiece(change.after, parts)
         moments[name] = Stored(stored.moment, fmt, change.after.shape, (piece,))
     change, kept = change_of(""), record.kept
