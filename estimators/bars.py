@@ -19,15 +19,17 @@ _WIDTH = 60
 
 
 def bars(e: Estimate, colour: bool = False) -> list[str]:
-    """Each letter is the same number of bytes on every line; ``|`` is the card's memory, where it is on the scale."""
-    most = max([c.peak.nbytes for c in e.columns] + [e.gpu or 0]) or 1
+    """Each letter is the same number of bytes on every line; ``.`` goes on to what it is at most; ``|`` is the card's
+    memory, where it is on the scale."""
+    most = max([c.high for c in e.columns] + [e.gpu or 0]) or 1
     names = max(len(column.spec) for column in e.columns)
     narrow = max(10, min(_WIDTH, 79 - names - 1))
     lines = [f"{column.spec:<{names}} {_bar(column, e.gpu, most, narrow, colour)}" for column in e.columns]
     used = [kind for kind in KINDS if any(column.at_peak(kind) for column in e.columns)]
     key = ", ".join(f"{KINDS[kind][0]} {kind}" for kind in used)
+    more = ", . at most" if any(c.high > c.peak.nbytes for c in e.columns) else ""
     card = f"; | is {gib(e.gpu)}" if e.gpu else ""
-    return [*lines, f"{' ' * names} one letter is {gib(most // narrow)}: {key}{card}"]
+    return [*lines, f"{' ' * names} one letter is {gib(most // narrow)}: {key}{more}{card}"]
 
 
 def _bar(column: Column, gpu: int | None, most: int, width: int, colour: bool) -> str:
@@ -37,6 +39,7 @@ def _bar(column: Column, gpu: int | None, most: int, width: int, colour: bool) -
     for kind, (letter, code) in KINDS.items():
         total += column.at_peak(kind)
         cells += [(letter, code)] * (round(total * width / most) - len(cells))
+    cells += [(".", "2")] * (round(column.high * width / most) - len(cells))
     if gpu:
         at = min(width, round(gpu * width / most))
         cells += [(" ", "")] * (at - len(cells))
