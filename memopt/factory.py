@@ -40,6 +40,7 @@ def create(
     t_alpha: int | Unset | None = RULE_DEFAULT,
     t_beta3: int | Unset | None = RULE_DEFAULT,
     final_lr: float | Unset = RULE_DEFAULT,
+    base_lr: float | Unset | None = RULE_DEFAULT,
     gamma: float | Unset = RULE_DEFAULT,
     lookahead_steps: int | Unset = RULE_DEFAULT,
     lookahead_rate: float | Unset = RULE_DEFAULT,
@@ -101,6 +102,8 @@ def create(
         t_alpha: Steps over which ``alpha`` grows from 0; None has it at once. ademamix. Default None.
         t_beta3: Steps over which the slow mean's half-life grows; None has it at once. ademamix. Default None.
         final_lr: Rate of SGD at the end, as for the initial ``lr``. adabound. Default 0.1.
+        base_lr: The rate that ``final_lr`` belongs to; None is the one that the group was made with. adabound.
+            Default None.
         gamma: Speed at which the bounds close, per step, in (0, 1). adabound. Default 1e-3.
         lookahead_steps: Steps between two updates of the slow weights. lookahead(RULE). Default 5.
         lookahead_rate: Share of the way to the fast weights, in (0, 1]. lookahead(RULE). Default 0.5.

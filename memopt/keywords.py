@@ -60,6 +60,7 @@ class Hyperparameters(TypedDict, total=False):
     t_alpha: int | None
     t_beta3: int | None
     final_lr: float
+    base_lr: float | None
     gamma: float
     lookahead_steps: int
     lookahead_rate: float

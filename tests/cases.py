@@ -23,7 +23,9 @@ SPECS = [
     str(spec)
     for spec in memopt.specs()
     if spec.master == "none"
-    and (spec.partition in ("none", "zero1") or (spec.partition == "zero3" and spec.placement in ("device", "disk")))
+    and (
+        spec.partition not in ("zero2", "zero3") or (spec.partition == "zero3" and spec.placement in ("device", "disk"))
+    )
 ]
 #: One spec for each rule × format, where the state is and who owns it being the plain default.
 PLAIN_SPECS = [s for s in SPECS if "@" not in s and "/" not in s]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -63,7 +64,9 @@ def as_sharded(x: Tensor, p: Any) -> Tensor:
         return x
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(x, p.device_mesh, p.placements, src_data_rank=None)
+    # All ranks have the same x. Before torch 2.7 it is sent round all the same.
+    alone = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
+    return distribute_tensor(x, p.device_mesh, p.placements, **alone)
 
 
 def whole(p: Any) -> Tensor:

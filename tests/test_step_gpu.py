@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.usefixtures("interpreted")
 SHAPES = [(17, 300), (33,)]
 

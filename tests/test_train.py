@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
+from ranks import FSDP_ON_CPU, NO_FSDP
 
 from memopt.cli import main
 from memopt.cli.train import KINDS
@@ -71,6 +72,7 @@ def test_where_state_lives_does_not_change_what_is_learned(five_kinds: tuple[str
     assert max(halves) < 0.51 * runs["adamw"]["state_bytes_live"][0]
 
 
+@pytest.mark.skipif(not FSDP_ON_CPU, reason=NO_FSDP)
 def test_a_sharded_model_learns_the_same(five_kinds: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     short = ("--steps", "4", "--batch", "4", "--context", "32", "--json", file)

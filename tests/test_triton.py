@@ -12,7 +12,7 @@ from torch import Tensor
 import memopt
 from memopt.masters import MASTERS
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 

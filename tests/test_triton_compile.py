@@ -13,7 +13,7 @@ import pytest
 import memopt
 from memopt.masters import MASTERS
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 
 H100, A100, T4, MI300 = ("cuda", 90, 32), ("cuda", 80, 32), ("cuda", 75, 32), ("hip", "gfx942", 64)
 #: Every format, a master with dither, row means and slow weights, factored moments of two rules, sums over a tensor.

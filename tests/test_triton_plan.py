@@ -16,7 +16,7 @@ from memopt.kernels import triton
 from memopt.kernels.triton import upload
 from memopt.kernels.triton.upload import write_by_value
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 

@@ -9,7 +9,7 @@ from interpreting import DEVICE, stepped
 import memopt
 from memopt.geometry import Rows
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.usefixtures("interpreted")
 
 

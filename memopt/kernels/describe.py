@@ -117,6 +117,8 @@ def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, g: Tensor) 
     known = wrapper in ("", "lookahead") and rule in abi.RULES and fmt in abi.FORMATS
     if not known or any(m.name not in (*abi.SLOT, SLOW.name) for m, _, _ in moments):
         return f"there is no kernel for {spec.rule} in {spec.format}"
+    if spec.master not in abi.MASTERS:
+        return f"there is no kernel for +{spec.master}"
     if p.dim() > 255:
         return f"the kernels take at most 255 dimensions, and it has {p.dim()}"
     if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):

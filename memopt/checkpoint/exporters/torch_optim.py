@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,9 +67,14 @@ def _plan_dcp(source: Source) -> Plan:
 def _write_dcp(exported: Exported, path: Path, zeros: Zeros, checkpoint: Checkpoint | None, progress: Progress) -> None:
     import torch.distributed.checkpoint as dcp
 
+    state = {"optimizer": exported.state_dict(counted(zeros, progress))}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)  # one process is what is meant
-        dcp.save({"optimizer": exported.state_dict(counted(zeros, progress))}, checkpoint_id=path, no_dist=True)
+        if "no_dist" in signature(dcp.save).parameters:
+            dcp.save(state, checkpoint_id=path, no_dist=True)
+        else:  # torch 2.6, where only the older function can be told so
+            warnings.filterwarnings("ignore", "`save_state_dict` is deprecated", FutureWarning)
+            dcp.save_state_dict(state, dcp.FileSystemWriter(path), no_dist=True)
     sync_directory(path)
 
 

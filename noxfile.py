@@ -1,0 +1,39 @@
+"""The suite on the oldest and the newest Python and torch that pyproject.toml claims: ``nox``, or ``nox -s oldest``.
+
+Both need their Python installed, and the download of a torch. ``nox -s oldest -- tests/test_spec.py`` runs a part.
+"""
+
+from __future__ import annotations
+
+import nox
+
+nox.options.sessions = ["lint", "oldest", "newest"]
+nox.options.reuse_existing_virtualenvs = True
+
+TESTS = ("-m", "not slow", "--doctest-modules", "--doctest-ignore-import-errors", "memopt", "estimators", "tests")
+#: What the session of the oldest versions needs beside torch; frameworks are tested with the newest.
+SMALL = ("pytest>=8", "hypothesis>=6.100", "expecttest", "numpy", "safetensors", "psutil", "rich")
+
+
+@nox.session(python="3.11")
+def lint(session: nox.Session) -> None:
+    """ruff, its formatter and mypy, with the versions of constraints.txt."""
+    session.install("-c", "constraints.txt", "-e", ".[all,test]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session(python="3.10")
+def oldest(session: nox.Session) -> None:
+    """Python 3.10 and torch 2.6. Its Triton is older than the GPU kernels need, whose tests are skipped."""
+    session.install("torch==2.6.0", *SMALL)
+    session.install("--no-deps", "-e", ".")
+    session.run("python", "-m", "pytest", *(session.posargs or TESTS))
+
+
+@nox.session(python="3.11")
+def newest(session: nox.Session) -> None:
+    """Python 3.11 and torch 2.13, with every extra: what ``make test`` runs."""
+    session.install("-c", "constraints.txt", "-e", ".[all,test]")
+    session.run("python", "-m", "pytest", *(session.posargs or TESTS))

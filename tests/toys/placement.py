@@ -1,0 +1,19 @@
+"""Ordinary memory under another name."""
+
+from typing import final
+
+from memopt.placements.base import Home, Placement
+
+
+@final
+class Elsewhere(Placement):
+    """Beside the parameter; the ledger says ``toy:DEVICE``."""
+
+    name = "toyplace"
+    summary = "a placement of a test"
+
+    def location(self, device):
+        return f"toy:{device}"
+
+    def home(self, setting):
+        return Home(self)
