@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--replay", help="one sequence as text, in this process")
     parser.add_argument("--child", type=int, help="how many sequences this process runs")
+    parser.add_argument("--kernels", type=Path, help="the library that it loads")
     arguments = parser.parse_args()
     if arguments.child is not None or arguments.replay:
         sys.path.insert(0, str(ROOT / "tests"))
@@ -56,6 +57,10 @@ def _child(arguments: Namespace) -> int:
     from twin.cases import draw_case
     from twin.sequences import Failed, draw, replay
 
+    if arguments.kernels:
+        from memopt.kernels import loader
+
+        loader._loaded = loader.open_library(arguments.kernels)
     for seed in range(arguments.first, arguments.first + arguments.child):
         text = draw(seed, arguments.without.split(","))
         _say({"begun": seed, "text": text, "spec": draw_case(seed).spec})
@@ -87,6 +92,7 @@ def _replay(text: str) -> int:
 def _parent(arguments: Namespace) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     if not arguments.plain:
+        arguments.kernels = _sanitized()
         environment |= _sanitizing()
     done: dict[str, Any] = {"sequences": 0, "operations": Counter(), "axes": {}, "failed": [], "died": []}
     start = time.time()
@@ -101,15 +107,20 @@ def _parent(arguments: Namespace) -> int:
     return 1 if done["failed"] or done["died"] else 0
 
 
-def _sanitizing() -> dict[str, str]:
-    """The environment in which Python loads kernels with sanitizers, which are built if they are not there."""
+def _sanitized() -> Path:
+    """The kernels with sanitizers, built if they are not there."""
     from memopt.kernels import build
 
-    cache = ROOT / "build" / "sanitized"
-    directory = cache / build.fingerprint()
+    directory = ROOT / "build" / "sanitized" / build.fingerprint()
     if not (directory / build.NAME).exists():
         print("building the kernels with sanitizers, some minutes", flush=True)
         build.build(directory, SANITIZED)
+    return directory / build.NAME
+
+
+def _sanitizing() -> dict[str, str]:
+    """The environment in which Python can load them."""
+    from memopt.kernels import build
 
     def library(name: str) -> str:
         found = subprocess.run([*build.compiler(), f"-print-file-name={name}"], capture_output=True, text=True)
@@ -120,7 +131,6 @@ def _sanitizing() -> dict[str, str]:
         "LD_PRELOAD": " ".join(library(n) for n in ("libasan.so", "libubsan.so", "libstdc++.so")),
         "ASAN_OPTIONS": "detect_leaks=0:malloc_context_size=4:quarantine_size_mb=64",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
-        "MEMOPT_CACHE": str(cache),
     }
 
 
@@ -129,6 +139,7 @@ def _batch(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Seeds and what became of them; a process that dies ends the batch with the seed that it had begun."""
     command = [sys.executable, __file__, "--child", str(count), "--first", str(first), "--without", arguments.without]
+    command += ["--kernels", str(arguments.kernels)] if arguments.kernels else []
     log = ROOT / "build" / "twin.stderr"
     log.parent.mkdir(exist_ok=True)
     with log.open("w") as errors:
