@@ -199,7 +199,7 @@ def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor
     try:
         p.grad = None
         if into is None:
-            p.data = weights.contiguous()
+            _set_data(p, weights.contiguous())
         else:
             group["params"][next(i for i, q in enumerate(group["params"]) if q is p)] = into
         optimizer._remember()
@@ -209,13 +209,21 @@ def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor
                 optimizer.state[target] = optimizer.state.pop(p)
     except BaseException:
         if into is None:
-            p.data, p.grad = old_data, old_grad
+            _set_data(p, old_data)
+            p.grad = old_grad
         else:
             group["params"][next(i for i, q in enumerate(group["params"]) if q is into)] = p
         optimizer._remember()
         raise
     optimizer._watch()
     optimizer._take_place()
+
+
+def _set_data(p: Tensor, data: Tensor) -> None:
+    """``p.data = data``, and autograd forgets how large ``p`` was. It keeps the node that adds gradients up, with the
+    size, while any graph is alive (a loss that is still in a variable, say), but makes a new one for another dtype."""
+    p.data = p.data.new_empty(0, dtype=torch.float32 if p.dtype == torch.float64 else torch.float64)
+    p.data = data
 
 
 def _group_of(optimizer: Optimizer, p: Tensor) -> dict[str, Any]:

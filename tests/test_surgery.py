@@ -174,6 +174,23 @@ def test_a_weight_that_has_grown_already():
     assert opt.state[model.weight]["exp_avg.codes"].shape == (100, 64)
 
 
+def test_a_loss_that_is_still_in_a_variable():
+    """Its graph holds the node that adds up gradients of the old size."""
+    embedding = nn.Embedding(50, 64)
+    opt = memopt.create(embedding, "adamw")
+    loss = embedding(torch.arange(50)).square().sum()
+    loss.backward()
+    opt.step()
+    opt.append_rows(embedding.weight, torch.zeros(3, 64))
+    again = embedding(torch.arange(53)).square().sum()
+    again.backward()
+    opt.step()
+    opt.select_rows(embedding.weight, range(20))
+    embedding(torch.arange(20)).square().sum().backward()
+    opt.step()
+    assert embedding.weight.shape == (20, 64)
+
+
 def test_a_weight_that_becomes_large_enough_to_be_coded():
     p = nn.Parameter(torch.randn(40, 64))
     opt = memopt.create([p], "adamw-8bit")
