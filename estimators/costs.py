@@ -12,7 +12,7 @@ from estimators.foreign import foreach
 from estimators.hardware import capacity
 from estimators.held import SHARDS_ALSO, rows_of, step_temporaries
 from estimators.model import Model, resolve
-from estimators.peft import is_folder, read
+from estimators.peft import dropout, is_folder, read
 from estimators.result import Column, Estimate
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
 from estimators.step_rows import run
@@ -164,13 +164,16 @@ def estimate(
         defaults = Training()._asdict()
         asked = asked._replace(**{k: v for k, v in said.items() if getattr(asked, k) == defaults[k]})
     training = asked.checked()
+    if hasattr(model, "peft_config"):
+        training = training._replace(lora_dropout=dropout(model, training.lora_dropout))
     specs = _parsed(spec, dict(fields))
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
     described = resolve(model)
     weight_dtype = None if weights is None else dtype(weights, "weights")
     if mixed and not training.lora and weight_dtype not in (None, "float32"):
         raise InputError(f"mixed={mixed!r} is for weights in float32, not {weight_dtype}, unless adapters train")
-    weight_dtype = weight_dtype or ("float32" if mixed else None)
+    if mixed and not hasattr(model, "named_parameters"):  # a live module's weights are what they are
+        weight_dtype = weight_dtype or "float32"
     gradient_dtype = None if gradients is None else dtype(gradients, "gradients")
     described = as_trained(described, training, weight_dtype)
     card = gpu if isinstance(gpu, str) else ""

@@ -16,6 +16,13 @@ def is_folder(model: Any) -> bool:
     return isinstance(path, str) and "\0" not in path and isfile(join(path, FILE))
 
 
+def dropout(module: Any, given: float) -> float:
+    """The adapters' dropout of a module that PEFT wrapped, unless another is given."""
+    configs = module.peft_config.values() if isinstance(module.peft_config, dict) else ()
+    found = [p for p in (getattr(c, "lora_dropout", 0.0) for c in configs) if isinstance(p, float) and 0 <= p < 1]
+    return given or max(found, default=0.0)
+
+
 def read(folder: str) -> tuple[str, dict[str, Any]]:
     """The base model's name and keywords of :func:`estimators.estimate`. Raises :class:`InputError`."""
     from estimators.files import read_json

@@ -85,7 +85,7 @@ def gptj(f: Fields, step: Step) -> Network:
 
     def layer(t: Tape, x: Tensor) -> Tensor:
         y = layer_norm(t, x, width)
-        q, k, v = (t.linear(y, width, width) for _ in range(3))
+        q, k, v = (t.linear(y, width, width, name=name) for name in ("q_proj", "k_proj", "v_proj"))
         k, q = (t.copy(t.cast(turned(t, z), FP32)) for z in (k, q))
         scores = t.copy(
             t.copy(t.op([q, k], scores_size, FP32, saves=[q, k], product=True))
@@ -186,9 +186,9 @@ def opt(f: Fields, step: Step) -> Network:
     def layer(t: Tape, x: Tensor) -> Tensor:
         y = layer_norm(t, x, width) if first else x
         q, k, v = (
-            t.copy(t.linear(y, width, width, bias)),
-            t.linear(y, width, width, bias),
-            t.linear(y, width, width, bias),
+            t.copy(t.linear(y, width, width, bias, "q_proj")),
+            t.linear(y, width, width, bias, "k_proj"),
+            t.linear(y, width, width, bias, "v_proj"),
         )
         y = t.linear(attend(t, step, q, k, v, a), width, width, bias)
         x = t.add(x, t.dropout(y, p))

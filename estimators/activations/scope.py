@@ -58,13 +58,15 @@ class Scope:
                 table.setdefault(p.shape, []).append(p)
                 self.trains = self.trains or (table is self._by_shape and p.trains)
 
-    def take(self, *shapes: Shape) -> "Parameter | None":
-        """The next parameter that has one of these shapes: of this segment, else of another that shares it."""
+    def take(self, *shapes: Shape, name: str = "") -> "Parameter | None":
+        """The next parameter that has one of these shapes: of this segment, else of another that shares it. ``name``:
+        the end of its module's, where modules of one shape run in another order than they are defined in."""
         for table in (self._by_shape, self._after):
             for shape in shapes:
                 left = table.get(shape)
                 if left:
-                    return left.pop(0)
+                    named = (i for i, p in enumerate(left) if p.name.endswith(f"{name}.weight"))
+                    return left.pop(next(named, 0) if name else 0)
         return None
 
 
@@ -117,7 +119,8 @@ def parameters(entries: Iterable[tuple[str, Shape, str, bool]]) -> Parameters:
 
 
 def _resolved(group: list[tuple[str, Shape, str, bool]]) -> tuple[Parameter, ...]:
-    """Weights with their adapters and biases."""
+    """Weights with their adapters and biases, as [out, in]: transformers' Conv1D stores [in, out]."""
+    turned = any(name.endswith("attn.c_attn.weight") and shape[0] < shape[1] for name, shape, _, _ in group)
     by_name = {name: (shape, dtype, trains) for name, shape, dtype, trains in group}
     found = []
     for name, shape, dtype, trains in group:
@@ -135,7 +138,7 @@ def _resolved(group: list[tuple[str, Shape, str, bool]]) -> tuple[Parameter, ...
         found.append(
             Parameter(
                 name,
-                shape,
+                shape[::-1] if turned and len(shape) == 2 else shape,
                 _ITEM.get(dtype, _DECODED),
                 trains,
                 storage,

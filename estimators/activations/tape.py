@@ -155,9 +155,11 @@ class Tape:
             [a, b], large.numel, max(a.item, b.item), saves=saves, backward_tmp=tmp, forward_tmp=self._converted(a, b)
         )
 
-    def parameter(self, *shapes: tuple[int, ...]) -> Parameter:
+    def parameter(self, *shapes: tuple[int, ...], name: str = "") -> Parameter:
         """The next parameter of one of these shapes; where there is none, one as the others are."""
-        return self.scope.take(*shapes) or Parameter("", shapes[0], self.item, self.trains, "", None, self.trains)
+        return self.scope.take(*shapes, name=name) or Parameter(
+            "", shapes[0], self.item, self.trains, "", None, self.trains
+        )
 
     def weighted(self, x: Tensor, width: int, item: int | None = None) -> Tensor:
         """``x`` times a vector: saves ``x`` for the vector's gradient."""
@@ -192,10 +194,11 @@ class Tape:
 
     # Layers ----------------------------------------------------------------------------------------------------
 
-    def linear(self, x: Tensor, cols: int, rows: int, bias: bool = False) -> Tensor:
-        """torch.nn.Linear(cols, rows), or what a quantised weight makes of it, and its adapter where there is one."""
+    def linear(self, x: Tensor, cols: int, rows: int, bias: bool = False, name: str = "") -> Tensor:
+        """torch.nn.Linear(cols, rows), or what a quantised weight makes of it, and its adapter where there is one.
+        ``name``: the module's, where modules of this shape are not defined in the order in which they run."""
         tokens, given = x.numel // cols, x
-        p = self.parameter((rows, cols), (cols, rows))
+        p = self.parameter((rows, cols), name=name)
         if p.storage:
             from estimators.activations.adapters import adapted, quantised
 

@@ -12,8 +12,9 @@ from estimators.fields import Fields
 
 def _attended(t: Tape, step: Step, x: Tensor, memory: Tensor, width: int, n: int) -> Tensor:
     """Queries of ``x``, keys and values of ``memory``, all laid out head by head. Keys have no bias."""
-    q = t.copy(t.copy(t.linear(x, width, width, bias=True)))  # scaled, then laid out
-    k, v = t.copy(t.linear(memory, width, width)), t.copy(t.linear(memory, width, width, bias=True))
+    q = t.copy(t.copy(t.linear(x, width, width, True, "q_proj")))  # scaled, then laid out
+    k = t.copy(t.linear(memory, width, width, name="k_proj"))
+    v = t.copy(t.linear(memory, width, width, True, "v_proj"))
     over = memory.numel // width // step.batch
     return t.linear(
         attend(t, step, q, k, v, Heads(n, n, width // n), over=over, relaid=True, plain=True), width, width, bias=True

@@ -251,9 +251,30 @@ def _python(e: Estimate, column: Column) -> str:
     return f"{imports}import memopt\n\n# {_loading(e)}\n{before}{shard}{made}{after}{release}"
 
 
+def _adapters(t: Training) -> str:
+    """What PEFT is told, in words for a comment."""
+    if not t.lora:
+        return ""
+    given: dict[str, Any] = {"r": t.lora}
+    names = [name for name in t.lora_targets.replace(",", " ").split() if name]
+    if t.lora_targets == "all-linear":
+        given["target_modules"] = "all-linear"
+    elif t.lora_targets != "default":
+        given["target_modules"] = names
+    if t.modules_to_save:
+        given["modules_to_save"] = t.modules_to_save.replace(",", " ").split()
+    if t.lora_dropout:
+        given["lora_dropout"] = t.lora_dropout
+    if t.lora_kind != "lora":
+        given[f"use_{t.lora_kind}"] = True
+    prepared = ", then peft.prepare_model_for_kbit_training(model)" if t.kbit else ""
+    told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    return f"{prepared}, then PEFT's LoraConfig({told})"
+
+
 def _loading(e: Estimate) -> str:
     dtype = "bfloat16" if e.weights == "mixed" else e.weights
-    adapters = f", then PEFT's LoraConfig(r={e.training.lora}, target_modules='all-linear')" if e.training.lora else ""
+    adapters = _adapters(e.training)
     attention = "flash_attention_2" if e.training.attention == "flash" else e.training.attention
     made = _AUTO.get(str((e.model.config or {}).get("model_type")), "AutoModelForCausalLM")
     return f"model = {made}.from_pretrained(..., dtype='{dtype}', attn_implementation='{attention}'){adapters}"
