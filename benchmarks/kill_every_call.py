@@ -11,6 +11,7 @@ succeed afterwards and leave nothing else behind. On two ranks one is killed; th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -18,6 +19,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import system_calls
 from checkpoint_sweep import require
+from provenance import provenance
 
 import memopt
 from memopt.checkpoint import lock, source_of
 from memopt.checkpoint.converted import Converted
 from memopt.checkpoint.exporting import exported, write
 from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.ranks import Ranks as Group
 from memopt.checkpoint.rewrite import rewrite
 
 WIDTH = 72
 #: A rank that outlives another ends within so many seconds.
-PATIENCE_S = 60
+PATIENCE_S = 40
 
 
 def made(value: float, spec: str = "adamw", **fields: Any) -> tuple[torch.nn.Linear, memopt.Optimizer]:
@@ -57,11 +61,6 @@ def value_of(path: Path, **keywords: Any) -> float:
     model, opt = made(-1.0)
     if (path / "manifest.json").exists() or any(path.glob("0*")):
         memopt.load(path, model=model, optimizer=opt, rng=False, **keywords)
-        values = {
-            float(x) for p in model.parameters() for t in (p.detach(), opt.state[p]["exp_avg"]) for x in t.unique()
-        }
-    else:
-        memopt.load(path, optimizer=opt, hyper=False, rule="adamw", **keywords)
         tensors = [t for p in model.parameters() for t in (p.detach(), opt.state[p]["exp_avg"])]
     else:
         memopt.load(path, optimizer=opt, hyper=False, rule="adamw", **keywords)
@@ -203,15 +202,109 @@ class Disk(Scenario):
         return len(list((folder / "state").iterdir())) == 3
 
 
-SCENARIOS: list[Scenario] = [
-    Save("save"),
-    Save("save, keep=1", keep=1),
-    Save("save, asynchronous", asynchronous=True),
-    Convert(),
-    *(Export(tool) for tool in ("torch", "torchao", "dcp", "deepspeed")),
-    Disk("@disk, the first step", 0),
-    Disk("@disk, a step", 2),
-]
+class Ranks(Scenario):
+    """Two ranks share a ``/zero1`` state; ``victim`` is killed, and the other must end by itself."""
+
+    def __init__(self, victim: int, what: str, **keywords: Any) -> None:
+        self.name = f"two ranks, {what}, rank {victim} killed"
+        self.victim, self.keywords = victim, keywords
+        self.disk = "@disk" in what
+
+    def prepare(self, folder: Path) -> None:
+        self.run(folder, 1.0, 0)
+
+    def work(self, folder: Path) -> None:
+        raise NotImplementedError
+
+    def rank(self, rank: int, folder: Path, value: float) -> None:
+        import torch.distributed as dist
+
+        store = dist.FileStore(str(folder / "meet"), 2)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE_S // 2)
+        )
+        Group()  # else a rank waits for one that died before it joined, for as long as gloo does: half an hour
+        dist.barrier()
+        system_calls.mark()
+        if self.disk:
+            found = folder / f"found-{rank}"
+            try:
+                found.write_text("{} {}".format(*self.step(folder, value)))
+            except Exception as error:
+                found.write_text(str(error))
+                raise
+        else:
+            model, opt = made(value, "adamw/zero1")
+            memopt.save(folder / "run", model=model, optimizer=opt, rng=False, **self.keywords).wait()
+        dist.barrier()
+
+    def found(self, folder: Path) -> str:
+        """What both ranks find: old or new."""
+        if not self.disk:
+            return {1.0: "old", 2.0: "new"}[value_of(folder / "run")]
+        trace, code = self.run(folder, 0.0, 0)
+        said = [(folder / f"found-{rank}").read_text() for rank in range(2)]
+        require(trace.status == 0 and code == 0, f"the state cannot be read: {said}")
+        require(said[0] == said[1], f"the ranks are at different steps: {said}")
+        return {"1.0 0.1": "old", "2.0 0.29": "new"}[said[0]]
+
+    def step(self, folder: Path, value: float) -> tuple[float, float]:
+        """One more step of gradients that are all one number, or with 0 none: the step and the moment there."""
+        model = torch.nn.Linear(WIDTH, WIDTH)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            opt = memopt.create(model, "adamw@disk/zero1", directory=folder / "state", workspace="1MiB")
+            opt.init_state()
+        if value:
+            for p in model.parameters():
+                p.grad = torch.full_like(p, value)
+            opt.step()
+        found = {(float(s["step"]), round(float(x), 6)) for s in opt.state.values() for x in s["exp_avg"].unique()}
+        require(len(found) == 1, f"states of several steps: {sorted(found)}")
+        opt.close()
+        return found.pop()
+
+    def run(self, folder: Path, value: float, number: int, torn: bool = False) -> tuple[system_calls.Trace, int]:
+        """Both ranks: what became of the victim, and the exit code of the other."""
+        folder.mkdir(exist_ok=True)
+        (folder / "meet").unlink(missing_ok=True)
+        other = os.fork()
+        if not other:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # a sentence that is expected
+            code = 1
+            try:
+                self.rank(1 - self.victim, folder, value)
+                code = 0
+            finally:
+                os._exit(code)
+        child = system_calls.begin(lambda: self.rank(self.victim, folder, value))
+        trace = system_calls.follow(child, number, torn, {other}, marked=True)
+        return trace, system_calls.wait(other, PATIENCE_S)
+
+
+def sweep_ranks(scenario: Ranks, folder: Path, every: int = 1) -> dict[str, Any]:
+    template, here = folder / "template", folder / "here"
+    scenario.prepare(template)
+    copy_of(template, here)
+    whole, code = scenario.run(here, 2.0, 0)
+    require(whole.status == 0 and code == 0, f"{scenario.name}: the work fails")
+    outcomes: Counter[str] = Counter()
+    at: Counter[str] = Counter()
+    for number in range(1, whole.calls.total() + 1, every):
+        copy_of(template, here)
+        trace, code = scenario.run(here, 2.0, number)
+        if not os.WIFSIGNALED(trace.status):
+            continue
+        what = f"{scenario.name}, killed before call {number} ({trace.last})"
+        try:
+            require(code >= 0, "the other rank did not end")
+            outcomes[scenario.found(here)] += 1
+            again, code = scenario.run(here, 2.0, 0)
+            require(again.status == 0 and code == 0, "the work fails afterwards")
+        except Exception as error:
+            raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+        at[trace.last] += 1
+    return {"calls": dict(whole.calls), "kills": at.total(), "at": dict(at), "outcomes": dict(outcomes)}
 
 
 def copy_of(template: Path, folder: Path) -> Path:
@@ -251,6 +344,20 @@ def sweep(scenario: Scenario, folder: Path, every: int = 1, torn: bool = True) -
     return {"calls": dict(whole.calls), "kills": at.total(), "at": dict(at), "outcomes": dict(outcomes)}
 
 
+SCENARIOS: list[Scenario] = [
+    Save("save"),
+    Save("save, keep=1", keep=1),
+    Save("save, asynchronous", asynchronous=True),
+    Convert(),
+    *(Export(tool) for tool in ("torch", "torchao", "dcp", "deepspeed")),
+    Disk("@disk, the first step", 0),
+    Disk("@disk, a step", 2),
+    *(Ranks(victim, "save") for victim in range(2)),
+    *(Ranks(victim, "save, asynchronous", asynchronous=True) for victim in range(2)),
+    *(Ranks(victim, "a step of @disk") for victim in range(2)),
+]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -260,16 +367,43 @@ def main() -> None:
     reason = system_calls.available()
     require(reason is None, str(reason))
     torch.set_num_threads(1)
-    rows = {}
+    rows: dict[str, Any] = {}
+    failed = 0
     for scenario in SCENARIOS:
         if arguments.only in scenario.name:
             begin = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:
                 try:
-                    rows[scenario.name] = sweep(scenario, Path(folder), arguments.every)
+                    run = sweep_ranks if isinstance(scenario, Ranks) else sweep
+                    rows[scenario.name] = run(scenario, Path(folder), arguments.every)  # type: ignore[operator]
                 except AssertionError as error:
                     rows[scenario.name] = {"failed": str(error)}
+                    failed += 1
             print(f"{scenario.name}: {rows[scenario.name]} {time.monotonic() - begin:.0f} s", flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(table(rows))
+    sys.exit(failed > 0)
+
+
+def table(rows: dict[str, Any]) -> str:
+    lines = [
+        "# Killed at every system call",
+        "",
+        "`benchmarks/kill_every_call.py`: how often a process was killed before a call that changes a file system, or",
+        "in the middle of a write, and whether what it left was as before or as after; anything else fails.",
+        "",
+        "| work | calls | kills | old | new |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in rows.items():
+        if "failed" in row:
+            lines.append(f"| {name} | | | failed: {row['failed']} | |")
+            continue
+        outcomes = row["outcomes"]
+        numbers = sum(row["calls"].values()), row["kills"], outcomes.get("old", 0), outcomes.get("new", 0)
+        lines.append(f"| {name} | {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

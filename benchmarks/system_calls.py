@@ -12,8 +12,9 @@ import ctypes
 import os
 import platform
 import signal
+import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import NamedTuple
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -32,6 +33,7 @@ _X86 = {
 }  # fmt: skip
 #: Where the third argument of a call is in the registers of x86-64.
 _RDX = 96
+_GETPPID = 110
 _WRITES = ("write", "pwrite64")
 
 
@@ -73,11 +75,32 @@ def begin(work: Callable[[], None]) -> int:
         os._exit(code)
 
 
-def follow(child: int, number: int, torn: bool = False) -> Trace:
-    """Let the child run, and kill it at call ``number`` (from 1; 0 lets it end)."""
+def wait(child: int, seconds: float) -> int:
+    """The exit code of a child that is not traced; -1 if it has not ended by then, and has been killed."""
+    end = time.monotonic() + seconds
+    while child not in _ENDED and time.monotonic() < end:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            _ENDED[child] = status
+        time.sleep(0.005)
+    if child not in _ENDED:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return -1
+    return os.waitstatus_to_exitcode(_ENDED.pop(child)) & 0xFF
+
+
+#: Children that are not traced and ended while another was followed.
+_ENDED: dict[int, int] = {}
+
+
+def follow(child: int, number: int, torn: bool = False, others: Container[int] = (), marked: bool = False) -> Trace:
+    """Let the child run, and kill it at call ``number`` (from 1; 0 lets it end). ``others`` are not traced.
+    ``marked``: count from where the child calls :func:`mark`."""
     calls: Counter[str] = Counter()
     info = ctypes.create_string_buffer(88)
     torn_by, last, status = 0, "", 0
+    counting = not marked
     _LIBC.ptrace(_SYSCALL, child, None, None)
     while True:
         try:
@@ -87,11 +110,15 @@ def follow(child: int, number: int, torn: bool = False) -> Trace:
         if os.WIFEXITED(status) or os.WIFSIGNALED(status):
             if who == child:
                 return Trace(calls, status, last)
+            if who in others:
+                _ENDED[who] = status
             continue
         pass_on = 0
         if os.WSTOPSIG(status) == signal.SIGTRAP | 0x80:
             _LIBC.ptrace(_SYSCALL_INFO, who, 88, info)
-            name = _changes(info.raw) if info.raw[0] == 1 else None
+            if info.raw[0] == 1 and int.from_bytes(info.raw[24:32], "little") == _GETPPID:
+                counting = True
+            name = _changes(info.raw) if info.raw[0] == 1 and counting else None
             if info.raw[0] == 2 and torn_by == who:
                 os.kill(child, signal.SIGKILL)
             elif name is not None:
@@ -107,6 +134,11 @@ def follow(child: int, number: int, torn: bool = False) -> Trace:
         elif os.WSTOPSIG(status) not in (signal.SIGTRAP, signal.SIGSTOP):
             pass_on = os.WSTOPSIG(status)
         _LIBC.ptrace(_SYSCALL, who, None, pass_on)
+
+
+def mark() -> None:
+    """Calls are counted from here."""
+    os.getppid()
 
 
 def killed_at(work: Callable[[], None], number: int, torn: bool = False) -> Trace:

@@ -117,8 +117,8 @@ class Optimizer(Keeper):
                 "backward(), before it has unscaled them, and this backward pass has stepped them "
                 "with scaled gradients. Train in bfloat16, which needs no scaler"
             )
-        if self.integrity.marks:
-            self.integrity.check()
+        if self.integrity.marks or self.unfinished is not None:
+            self._check_finished()
         plan = self._plan if self.release is None else None  # what a release leaves over is another every time
         if plan is not None and plan.refresh(self):  # the tensors of the last step, with new gradients
             if self.nonfinite == "propagate" or not self._stopped_by(plan.non_finite()):

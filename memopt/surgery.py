@@ -86,10 +86,11 @@ def reset_state(
             unknown = sorted(chosen - kept)[0]
             raise SpecError(f"{slot.name} has no moment {unknown!r}; it has {', '.join(sorted(kept)) or 'none'}")
         plans.append((p, slot, index, chosen or kept))
-    for p, slot, index, names in plans:
-        if optimizer.state.get(p):
-            _reset(optimizer, p, slot, index, names, step)
-    optimizer._take_place()
+    with optimizer.integrity.changing("reset_state"):
+        for p, slot, index, names in plans:
+            if optimizer.state.get(p):
+                _reset(optimizer, p, slot, index, names, step)
+        optimizer._take_place()
 
 
 # What is asked for -----------------------------------------------------------------------------------------------
@@ -196,27 +197,28 @@ def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor
         change = Change(Rows.whole(shape), Rows.whole(after), index, weights)
         made = _made(there, changed(record, there, lambda name: change), here)
     old_data, old_grad, target = p.data, p.grad, p if into is None else into
-    try:
-        p.grad = None
-        if into is None:
-            _set_data(p, weights.contiguous())
-        else:
-            group["params"][next(i for i, q in enumerate(group["params"]) if q is p)] = into
-        optimizer._remember()
-        if state:
-            _put(optimizer, p, here, there, made)
-            if into is not None:
-                optimizer.state[target] = optimizer.state.pop(p)
-    except BaseException:
-        if into is None:
-            _set_data(p, old_data)
-            p.grad = old_grad
-        else:
-            group["params"][next(i for i, q in enumerate(group["params"]) if q is into)] = p
-        optimizer._remember()
-        raise
-    optimizer._watch()
-    optimizer._take_place()
+    with optimizer.integrity.changing("a change of rows"):
+        try:
+            p.grad = None
+            if into is None:
+                _set_data(p, weights.contiguous())
+            else:
+                group["params"][next(i for i, q in enumerate(group["params"]) if q is p)] = into
+            optimizer._remember()
+            if state:
+                _put(optimizer, p, here, there, made)
+                if into is not None:
+                    optimizer.state[target] = optimizer.state.pop(p)
+        except BaseException:
+            if into is None:
+                _set_data(p, old_data)
+                p.grad = old_grad
+            else:
+                group["params"][next(i for i, q in enumerate(group["params"]) if q is into)] = p
+            optimizer._remember()
+            raise
+        optimizer._watch()
+        optimizer._take_place()
 
 
 def _set_data(p: Tensor, data: Tensor) -> None:

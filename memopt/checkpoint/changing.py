@@ -95,12 +95,12 @@ def _one_by_one(optimizer: Optimizer, work: Work) -> None:
             work.between = True
             _replace(optimizer.state[entry[0]], state)
             done.append(entry[1].name)
-            work.between = False
+            work.between = len(done) == len(todo)  # until the optimizer is of the new spec
     except BaseException as error:
         if work.between or not todo:
             raise
         work.between = True
-        stopped = todo[min(len(done), len(todo) - 1)]
+        stopped = todo[len(done)]
         _put_back(optimizer, stopped)
         now, mixed = optimizer.partition, mixture(old, new, done, [name for name, _, _ in optimizer._parameters()])
         homes = Homes(mixed, now.rank, now.world_size, optimizer.homes, stopped[2].homes)
@@ -125,7 +125,7 @@ def _one_by_one_or_unfinished(optimizer: Optimizer, work: Work) -> None:
             _replace(optimizer.state[p], state)
             del work.todo[0]
             work.done += 1
-            work.between = False
+            work.between = not work.todo
     except BaseException as error:
         if work.between:
             raise
@@ -133,7 +133,7 @@ def _one_by_one_or_unfinished(optimizer: Optimizer, work: Work) -> None:
             _say(error, work.todo[0][1].name, f"Nothing was changed, it is still {str(optimizer.spec)!r}")
             raise
         optimizer.unfinished = work
-        _say(error, work.todo[0][1].name if work.todo else "its end", str(work))
+        _say(error, work.todo[0][1].name, str(work))
         raise
 
 
@@ -150,7 +150,6 @@ def _all_or_none(optimizer: Optimizer, work: Work) -> None:
         work.between = True
         for p, state in made:
             _replace(optimizer.state[p], state)
-        work.between = False
     except BaseException as error:
         if work.between or not work.todo:
             raise

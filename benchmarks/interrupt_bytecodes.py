@@ -1,0 +1,330 @@
+"""Ctrl-C at random bytecodes of a step, a load, a conversion and a save: unchanged, complete, or said.
+
+    python benchmarks/interrupt_bytecodes.py --tries 2000 --out benchmarks/results/interrupt_bytecodes.json
+
+KeyboardInterrupt is raised before a bytecode of memopt's own functions, drawn at random from all that the work
+executes, in every placement. Then the optimizer must be as it was before, as it is after the work, or refuse a step,
+``save``, ``state_dict`` and ``convert_`` with a sentence; a conversion may also have stopped between two parameters,
+which the same call finishes. Where it refused, a checkpoint is loaded. In all cases it is stepped on, and must go where
+a twin goes that nobody interrupted: parameters, state and counts to the bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checkpoint_sweep import require
+from provenance import provenance
+
+import memopt
+from memopt.checkpoint.opened import Checkpoint
+
+HERE = os.path.dirname(memopt.__file__) + os.sep
+WIDTH = 72
+PLACES = ("device", "paged", "paged resident", "host", "cpu", "disk", "disk kept", "mixed")
+WORKS = ("step", "first step", "load", "load_state_dict", "convert_ format", "convert_ rule", "convert_ place", "save")
+
+Snapshot = tuple[Any, ...]
+
+
+class Interrupt:
+    """Raise KeyboardInterrupt before the ``at``-th bytecode (from 1; 0 only counts) of memopt's functions."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.count = at, 0
+
+    def _enter(self, frame: Any, event: str, argument: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(HERE):
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return self._inside
+
+    def _inside(self, frame: Any, event: str, argument: Any) -> Any:
+        if event == "opcode":
+            self.count += 1
+            if self.count == self.at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self._inside
+
+    def run(self, work: Callable[[], Any]) -> bool:
+        """Whether it was interrupted."""
+        sys.settrace(self._enter)
+        try:
+            work()
+        except KeyboardInterrupt:
+            return True
+        finally:
+            sys.settrace(None)
+        return False
+
+
+class Case:
+    """One optimizer in one placement, and what is done with it, from checkpoints after two and four steps."""
+
+    def __init__(self, place: str, folder: Path, spec: str = "adamw") -> None:
+        self.place, self.folder, self.spec, self.number = place, folder, spec, 0
+        for steps in (2, 4):
+            model, opt = self.fresh()
+            for i in range(steps):
+                step(model, opt, i)
+            memopt.save(folder / f"after{steps}", model=model, optimizer=opt)
+            self.done(opt)
+
+    def fresh(self) -> tuple[torch.nn.Module, memopt.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(WIDTH, WIDTH), torch.nn.Linear(WIDTH, WIDTH))
+        name, _, how = self.place.partition(" ")
+        more: dict[str, Any] = {"resident": "1MiB"} if how == "resident" else {}
+        if how == "kept":
+            self.number += 1
+            more = {"directory": self.folder / f"state{self.number}"}
+        if name == "mixed":
+            more = {"overrides": {"0.*": "8bit@disk", "1.bias": "32bit@paged"}}
+        suffix = "" if name in ("device", "mixed") else f"@{name}"
+        return model, memopt.create(model, self.spec + suffix, lr=1e-2, **more)
+
+    def done(self, opt: memopt.Optimizer) -> None:
+        opt.close()
+        shutil.rmtree(self.folder / f"state{self.number}", ignore_errors=True)
+
+    def ready(self) -> tuple[torch.nn.Module, memopt.Optimizer]:
+        """After two steps, and with a step behind it that prepared what the next needs."""
+        model, opt = self.fresh()
+        memopt.load(self.folder / "after2", model=model, optimizer=opt)
+        return model, opt
+
+    def work(self, what: str, model: torch.nn.Module, opt: memopt.Optimizer) -> Callable[[], Any]:
+        spec = memopt.parse(self.spec)
+        if what in ("step", "first step"):
+            gradients(model, 2)
+            if what == "step":  # what a step prepares is there
+                opt.step()
+                gradients(model, 3)
+            return opt.step
+        if what == "load":
+            return lambda: memopt.load(self.folder / "after4", model=model, optimizer=opt)
+        if what == "load_state_dict":
+            other_model, other = self.fresh()
+            memopt.load(self.folder / "after4", model=other_model, optimizer=other)
+            state = other.state_dict()
+            state["state"] = {
+                k: {n: t.clone() if isinstance(t, torch.Tensor) else t for n, t in v.items()}
+                for k, v in state["state"].items()
+            }
+            self.done(other)
+            return lambda: opt.load_state_dict(state)
+        if what == "save":
+            return lambda: memopt.save(self.folder / "saved", model=model, optimizer=opt)
+        target, more = {
+            "convert_ format": (str(opt.spec).replace(spec.rule, f"{spec.rule}-8bit"), {}),
+            "convert_ rule": (str(opt.spec).replace(spec.rule, "lion"), {"lr": 1e-4}),
+            "convert_ place": (f"{self.spec}@{'paged' if 'paged' not in self.place else 'device'}", {}),
+        }[what]
+        return lambda: opt.convert_(target, **more)
+
+
+def gradients(model: torch.nn.Module, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=draw)
+
+
+def step(model: torch.nn.Module, opt: memopt.Optimizer, seed: int) -> None:
+    gradients(model, seed)
+    opt.step()
+
+
+def snapshot(model: torch.nn.Module, opt: memopt.Optimizer) -> Snapshot:
+    """Everything that training goes on from. State of zeros that no step has touched is as good as none."""
+    state = [
+        {k: t.detach().clone() for k, t in opt.state[p].items()}
+        if opt.state.get(p) and float(opt.state[p]["step"])
+        else {}
+        for p in model.parameters()
+    ]
+    hyper = [{k: v for k, v in g.items() if k != "params"} for g in opt.param_groups]
+    return [p.detach().clone() for p in model.parameters()], state, repr(hyper), str(opt.spec), opt.seed
+
+
+def same(a: Snapshot, b: Snapshot) -> bool:
+    return (
+        all(torch.equal(x, y) for x, y in zip(a[0], b[0], strict=True))
+        and all(
+            x.keys() == y.keys() and all(torch.equal(t, y[k]) for k, t in x.items())
+            for x, y in zip(a[1], b[1], strict=True)
+        )
+        and a[2:] == b[2:]
+    )
+
+
+def refuses(case: Case, model: torch.nn.Module, opt: memopt.Optimizer) -> None:
+    gradients(model, 9)
+    for use in (
+        opt.step,
+        opt.state_dict,
+        lambda: opt.convert_("adamw-4bit"),
+        lambda: memopt.save(case.folder / "refused", model=model, optimizer=opt),
+    ):
+        try:
+            use()
+        except RuntimeError as error:
+            require("Load a checkpoint" in str(error) or "the same call" in str(error), str(error))
+        else:
+            raise AssertionError("state that may be torn was taken for whole")
+
+
+def one(case: Case, what: str, at: int, states: dict[str, Snapshot], beyond: dict[str, Snapshot]) -> str:
+    """What became of it: "unchanged", "complete", "between" (a conversion, gone on with) or "refused". ``states`` are
+    what an uninterrupted twin has, ``beyond`` what it has a step later."""
+    model, opt = case.ready()
+    work = case.work(what, model, opt)
+    interrupted = Interrupt(at).run(work)
+    if what == "save":
+        saved = memopt.load(case.folder / "saved").step
+        require(saved == 2, f"the newest is of step {saved}")
+        for path in (case.folder / "saved").glob("0*"):
+            Checkpoint(path).close()
+    if opt.unfinished is not None:
+        refuses(case, model, opt)
+        work()
+        require(same(snapshot(model, opt), states["complete"]), "the same call did not finish")
+        outcome, then = "between", "complete"
+    elif opt.integrity.torn is not None:
+        refuses(case, model, opt)
+        memopt.load(case.folder / "after2", model=model, optimizer=opt)
+        outcome, then = "refused", "loaded"
+        if str(opt.spec) != states["loaded"][3]:  # a conversion that had taken the new spec already
+            other, twin = case.fresh()
+            twin.convert_(str(opt.spec), lr=opt.param_groups[0]["lr"])
+            memopt.load(case.folder / "after2", model=other, optimizer=twin)
+            require(same(snapshot(model, opt), snapshot(other, twin)), "what was loaded is not what a twin loads")
+            step(other, twin, 7)
+            beyond = {"loaded": snapshot(other, twin)}
+            case.done(twin)
+        else:
+            require(same(snapshot(model, opt), states["loaded"]), "what was loaded is not what was saved")
+    else:
+        now = snapshot(model, opt)
+        found = [name for name in ("complete", "unchanged") if same(now, states[name])]
+        outcome = then = found[0] if found else "between"
+        if not found:
+            require(what.startswith("convert_"), "neither as before nor as after, and not refused")
+            spec = memopt.parse(states["complete"][3])
+            opt.convert_(spec if case.place == "mixed" else spec.replace(overrides={}))
+            require(same((*snapshot(model, opt)[:2], *now[2:]), (*states["complete"][:2], *now[2:])), "cannot go on")
+            then = "complete"
+    step(model, opt, 7)
+    gone = snapshot(model, opt)
+    require(same((*gone[:2], 0), (*beyond[then][:2], 0)), f"{outcome}, and goes elsewhere than its twin")
+    case.done(opt)
+    return outcome if interrupted else f"{outcome}, in a destructor"
+
+
+def sweep(place: str, what: str, tries: int, seed: int = 0, spec: str = "adamw") -> dict[str, Any]:
+    draw = random.Random(f"{place} {what} {seed}")
+    with tempfile.TemporaryDirectory() as name:
+        case = Case(place, Path(name), spec)
+        if what == "save":
+            model, opt = case.ready()
+            memopt.save(case.folder / "saved", model=model, optimizer=opt)
+            case.done(opt)
+        model, opt = case.ready()
+        loaded = snapshot(model, opt)
+        step(model, opt, 7)
+        beyond = {"loaded": snapshot(model, opt)}
+        case.done(opt)
+        model, opt = case.ready()
+        work = case.work(what, model, opt)
+        before = snapshot(model, opt)
+        counter = Interrupt(0)
+        counter.run(work)
+        after = snapshot(model, opt)
+        step(model, opt, 7)
+        beyond["complete"] = snapshot(model, opt)
+        case.done(opt)
+        model, opt = case.ready()
+        case.work(what, model, opt)
+        step(model, opt, 7)
+        beyond["unchanged"] = snapshot(model, opt)
+        case.done(opt)
+        states = {"loaded": loaded, "unchanged": before, "complete": after}
+        outcomes: Counter[str] = Counter()
+        for _ in range(tries):
+            at = draw.randrange(1, counter.count + 1)
+            try:
+                outcomes[one(case, what, at, states, beyond)] += 1
+            except Exception as error:
+                if os.environ.get("SHOW"):
+                    raise
+                raise AssertionError(
+                    f"{place}, {what}, bytecode {at} of {counter.count}: {type(error).__name__}: {error}"
+                ) from error
+    return {"bytecodes": counter.count, "outcomes": dict(outcomes)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tries", type=int, default=2000, help="of each work, over all placements")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", default="")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows: dict[str, Any] = {}
+    failed = 0
+    for what in WORKS:
+        for place in PLACES:
+            if arguments.only not in f"{what}, {place}":
+                continue
+            begin = time.monotonic()
+            try:
+                rows[f"{what}, {place}"] = sweep(place, what, -(-arguments.tries // len(PLACES)), arguments.seed)
+            except AssertionError as error:
+                rows[f"{what}, {place}"] = {"failed": str(error)}
+                failed += 1
+            print(f"{what}, {place}: {rows[f'{what}, {place}']} {time.monotonic() - begin:.0f} s", flush=True)
+    if arguments.out:
+        arguments.out.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+        arguments.out.with_suffix(".md").write_text(table(rows))
+    sys.exit(failed > 0)
+
+
+def table(rows: dict[str, Any]) -> str:
+    kinds = ("unchanged", "complete", "between", "refused")
+    lines = [
+        "# Ctrl-C at random bytecodes",
+        "",
+        "`benchmarks/interrupt_bytecodes.py`: what became of the optimizer. Where it refused, a checkpoint was loaded;",
+        "a conversion that was between two parameters was gone on with. All then stepped to the bit as their twins.",
+        "",
+        f"| work, placement | bytecodes | tries | {' | '.join(kinds)} |",
+        f"|---|---|---|{'---|' * len(kinds)}",
+    ]
+    for name, row in rows.items():
+        if "failed" in row:
+            lines.append(f"| {name} | failed: {row['failed']} |")
+            continue
+        counts = [sum(n for k, n in row["outcomes"].items() if k.startswith(kind)) for kind in kinds]
+        lines.append(f"| {name} | {row['bytecodes']} | {sum(counts)} | {' | '.join(map(str, counts))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
