@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 import memopt
-from memopt.ledger import dtype_name
-from memopt.masters import master_of
+from memopt.masters import MASTERS
 from twin.sides import Bag, kernels_off
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ def compare(t: Twin, expected: tuple[Bag, Any]) -> None:
         mine, other = t.ours.opt.state.get(p, {}), opt.state.get(q, {})
         if mine.keys() != other.keys():
             raise Difference(f"{name} has state {sorted(mine)}, the plain path {sorted(other)}")
-        master = master_of(t.ours.opt.spec, dtype_name(p))
+        master = MASTERS[t.ours.opt.spec.master if p.dtype in (torch.bfloat16, torch.float16) else "none"]
         for key, value in mine.items():
             if key == master.key:  # what both stand for; the bits beside a weight depend on its last one
                 both = [master.read(w.detach(), x) for w, x in ((p, value), (q, other[key]))]
