@@ -2,7 +2,7 @@
 
 ``python tests/golden_bits.py`` writes ``tests/golden/*.json`` anew: only where bits are meant to change, and the commit
 says why. ``kernels.json`` is of the C++ kernels in AVX2: their results depend on the instruction set in the last bit,
-and on nothing else (``docs/kernels.md``). ``reference.json`` is of the reference path, whose sums and roots are torch's:
+and on nothing else (``docs/kernels.md``). ``reference.json`` is of the reference path, whose sums are torch's:
 it holds for the version and the instruction set of torch that stand in it. Parameters and gradients are multiples of
 powers of two from whole random numbers, the same everywhere.
 """
@@ -104,10 +104,8 @@ def run(case: Case, *, ending: str = "", planned: bool = True, save: bool = Fals
     opt = memopt.create(model, text + ending, **hyper, **options)
     for step in range(1, STEPS + 1):
         give_gradients(model, step)
-        if not planned:
-            opt.param_groups = [
-                dict(group) for group in opt.param_groups
-            ]  # other groups: nothing that was prepared fits
+        if not planned:  # other groups: nothing that was prepared fits
+            opt.param_groups = [dict(group) for group in opt.param_groups]
         opt.step()
     found = hashes(model, opt)
     if save:
