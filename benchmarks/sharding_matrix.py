@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import memopt
-from memopt.engines.native import moment_formats
 from memopt.geometry import Rows
 from memopt.kernels import loader
+from memopt.layout.param import resolve
 from memopt.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -136,9 +136,9 @@ def starts(opt: memopt.Optimizer, name: str, p: Tensor, group: dict[str, Any]) -
     rows = opt.partition.held(p)
     before = Rows(rows.shape, 0, rows.first, rows.flat)
     return {
-        f"{moment.name}.{part}" if part else moment.name: tensor.shape[0]
-        for moment, fmt, _ in moment_formats(opt.spec, group, name, rows)
-        for part, tensor in fmt.layout(moment, before).items()
+        key: m.format.layout(m.moment, before)[part].shape[0]
+        for m in resolve(opt.spec, group, name, 0, rows, "float32").moments
+        for part, key in m.keys
     }
 
 

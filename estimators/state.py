@@ -133,6 +133,7 @@ def tier(line: Line) -> str:
 
 def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     """Elements of a parameter that are stepped at once where its state is streamed."""
+    from memopt.layout.param import resolve
     from memopt.placements import disk, host
     from memopt.placements.homes import held
     from memopt.placements.leases import lease_rows, target_of
@@ -141,7 +142,9 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     placement = spec.for_parameter(name)[1]
     most, target = {"host": (host.MOST, host.TARGET), "disk": (disk.MOST, disk.TARGET)}[placement]
     workspace = of_placement(spec.options, placement)["workspace"]
-    step = lease_rows(*held(spec, name, spec.resolve(), rows, dtype)[:3], target_of(workspace, target, most))
+    step = lease_rows(
+        *held(resolve(spec, spec.resolve(), name, 0, rows, dtype))[:3], target_of(workspace, target, most)
+    )
     return rows.numel if step is None else min(step, rows.count) * rows.cols
 
 

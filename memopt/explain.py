@@ -30,12 +30,13 @@ def explain(optimizer: Optimizer) -> str:
     kept: dict[str, list[str]] = {}
     slow: dict[str, list[str]] = {}
     places: dict[tuple[str, str], int] = {}
-    for name, p, group in optimizer._parameters():
-        for moment, reason in optimizer.engine.kept_in_32bit(spec, group, name, optimizer._rows(p)):
-            kept.setdefault(reason, []).append(f"{name}.{moment}")
+    for name, p, _, layout in optimizer._all_layouts():
+        for moment in layout.moments:
+            if moment.fallback_reason:
+                kept.setdefault(moment.fallback_reason, []).append(f"{name}.{moment.moment.name}")
         ranks = optimizer.partition.world_size if optimizer.partition.groups(p) else 1
         cut_row = optimizer.partition.cuts_a_row(p)
-        path = optimizer.engine.slow_path(spec, group, name, optimizer._rows(p), p, ranks, cut_row)
+        path = optimizer.engine.slow_path(layout, p, ranks, cut_row)
         if path:
             slow.setdefault(path, []).append(name)
         place = optimizer.homes.of(name).explain(p.device)

@@ -23,6 +23,11 @@ def check_gradient(name: str, p: Tensor) -> Tensor:
     check_steppable(name, p)
     if g.layout is not torch.strided:
         raise RuntimeError(f"{name} has a sparse gradient; memopt takes dense ones (nn.Embedding(sparse=False))")
+    if g.shape != p.shape:
+        raise RuntimeError(
+            f"{name} has a gradient of shape {list(g.shape)} and is itself of shape {list(p.shape)}: call zero_grad() "
+            "and backward() again after a parameter has changed its shape; nothing was stepped"
+        )
     if not g.is_floating_point():
         raise RuntimeError(f"{name} has a gradient of dtype {g.dtype}; a gradient must be real floating point")
     return on_host(g)

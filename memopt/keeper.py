@@ -16,21 +16,23 @@ from memopt.engines import Engine
 from memopt.geometry import Rows
 from memopt.groups import STEPPED, align_names, check_group
 from memopt.integrity import Integrity
+from memopt.layout import param
 from memopt.ledger import Ledger, Line, dtype_name
 from memopt.live_groups import LiveGroups, has_shape
+from memopt.optim.layouts import Entry, Layouts
 from memopt.partitions import Partition
 from memopt.partitions.flat import check_replaced, replaced_by_vectors
 from memopt.partitions.recovering import Made
 from memopt.partitions.slab import check_slab
-from memopt.placements.homes import Homes
-from memopt.placements.leases import Held
-from memopt.pricing import state_lines
+from memopt.placements.homes import Homes, held
 from memopt.rules import Rule
 from memopt.spec import OptimSpec
 from memopt.state import LoadPlan, packed, plan_load
+from memopt.takeover import take_over
 
 if TYPE_CHECKING:
     from memopt.checkpoint.changing import Work
+    from memopt.layout.param import ParamLayout
     from memopt.release import Release
 
 
@@ -55,6 +57,7 @@ class Keeper(torch.optim.Optimizer):
     _unshaped: list[Tensor]
     #: A conversion that was stopped where the parameters done and the others are of two rules.
     unfinished: Work | None = None
+    _layouts: Layouts
 
     def _check_finished(self) -> None:
         """Raise RuntimeError where a change of the state was interrupted, so that nobody takes it for whole."""
@@ -122,6 +125,26 @@ class Keeper(torch.optim.Optimizer):
     def _rows(self, p: Tensor) -> Rows:
         return self.partition.held(p)
 
+    def _layouts_of(self, entries: Iterable[Entry]) -> list[ParamLayout]:
+        return self._layouts.of(entries, self.spec, self.partition, self.seed)
+
+    def _all_layouts(self) -> list[tuple[str, Tensor, dict[str, Any], ParamLayout]]:
+        """Every parameter that may be stepped, with its layout: ``(name, parameter, group, layout)``."""
+        numbered = enumerate(self._parameters())
+        entries = [(i, *entry) for i, entry in numbered if has_shape(entry[1]) and entry[1].dtype in STEPPED]
+        return [(*entry[1:], layout) for entry, layout in zip(entries, self._layouts_of(entries), strict=True)]
+
+    def _check_state(self, layout: ParamLayout, p: Tensor, local: Tensor) -> None:
+        """Hold the state of ``p``, of which ``local`` are the rows here, against its layout. What somebody else has put
+        there is taken over where that can be done; RuntimeError with the reason where not."""
+        state = self.state.get(p)
+        problem = layout.misfit(local, state) if state else None
+        if problem and state:
+            fits = take_over(layout, local, state, p.device if self.capturable else torch.device("cpu"))
+            if fits is None:
+                raise RuntimeError(problem)
+            self.state[p] = fits
+
     # State -----------------------------------------------------------------------------------------------------
 
     def init_state(self, *, anew: bool = False) -> None:
@@ -136,7 +159,7 @@ class Keeper(torch.optim.Optimizer):
             self._check_finished()
         check_replaced(self)
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
-        wanted = [entry for entry in self._parameters() if entry[1].requires_grad and has_shape(entry[1])]
+        wanted = [(layout, p, group) for _, p, group, layout in self._all_layouts() if p.requires_grad]
         if not anew:
             self._allocate_missing(wanted)
             self._take_place()
@@ -147,16 +170,16 @@ class Keeper(torch.optim.Optimizer):
                 self._allocate(*entry, fresh=True)
             self._take_place()
 
-    def _allocate_missing(self, parameters: Iterable[tuple[str, Tensor, dict[str, Any]]]) -> None:
+    def _allocate_missing(self, parameters: Iterable[tuple[ParamLayout, Tensor, Mapping[str, Any]]]) -> None:
         """State for those that have none; all of it or, where there is no room, none."""
         if self._unshaped and all(has_shape(p) for p in self._unshaped):
             self._watch()
         fresh: list[Tensor] = []
         try:
-            for name, p, group in parameters:
-                if not self.state[p]:
+            for layout, p, group in parameters:
+                if not self.state.get(p):
                     fresh.append(p)
-                    self._allocate(name, p, group)
+                    self._allocate(layout, p, group)
             self._prepare(fresh)
         except BaseException:
             for p in fresh:
@@ -174,15 +197,12 @@ class Keeper(torch.optim.Optimizer):
         """Allocate what stepping parameters that have state needs; with ``fresh``, for these besides the others."""
         if self.homes.elsewhere and fresh != []:
             known = None if fresh is None else {id(p) for p in fresh}
-            held = {
-                name: (self._held(name, p, group), p.device)
-                for name, p, group in self._parameters()
+            stepping = {
+                name: (held(layout), p.device)
+                for name, p, _, layout in self._all_layouts()
                 if self.state.get(p) and (known is None or id(p) in known)
             }
-            self.homes.prepare(held, also=fresh is not None)
-
-    def _held(self, name: str, p: Tensor, group: Mapping[str, Any]) -> Held:
-        return self.homes.held(name, group, self._rows(p), dtype_name(p))
+            self.homes.prepare(stepping, also=fresh is not None)
 
     def _watch(self) -> None:
         """Tell the homes of parameters and groups as they are now, and whose gradients may go elsewhere."""
@@ -190,13 +210,8 @@ class Keeper(torch.optim.Optimizer):
             self.release.follow()
         if self.homes.watches:
             released = self.release.covers if self.release is not None else lambda p: False
-            entries = list(self._parameters())
-            self._unshaped = [p for _, p, _ in entries if not has_shape(p)]
-            self.homes.watch(
-                (name, p, self._held(name, p, group), not released(p))
-                for name, p, group in entries
-                if has_shape(p) and p.dtype in STEPPED
-            )
+            self._unshaped = [p for _, p, _ in self._parameters() if not has_shape(p)]
+            self.homes.watch((name, p, held(layout), not released(p)) for name, p, _, layout in self._all_layouts())
 
     def _commit(self) -> None:
         if not self.homes.elsewhere:
@@ -219,23 +234,35 @@ class Keeper(torch.optim.Optimizer):
         self.homes.close()
         lock.release(id(self))
 
-    def _lines(self, name: str, p: Tensor, group: Mapping[str, Any]) -> list[Line]:
-        where = str(p.device)
-        return state_lines(self.spec, group, name, self._rows(p), where, dtype_name(p), self.capturable)
+    def _resolved(self, name: str, p: Tensor, h: Mapping[str, Any]) -> ParamLayout:
+        """The layout that a parameter would have with the hyperparameters ``h``."""
+        return param.resolve(self.spec, h, name, 0, self._rows(p), dtype_name(p), self.seed)
 
-    def _allocate(self, name: str, p: Tensor, group: Mapping[str, Any], *, fresh: bool = False) -> dict[str, Tensor]:
+    def _lines(self, name: str, p: Tensor, group: Mapping[str, Any]) -> list[Line]:
+        return self._resolved(name, p, group).lines(str(p.device), self.capturable)
+
+    def _allocate(
+        self, layout: ParamLayout, p: Tensor, group: Mapping[str, Any], *, fresh: bool = False
+    ) -> dict[str, Tensor]:
         """State from the ledger's lines: what an earlier process left unless ``fresh``, else zeros."""
-        check_slab(self.spec, group, name, self._rows(p), p)
-        step, *lines = self._lines(name, p, group)
-        home = self.homes.of(name)
+
+        def whole() -> ParamLayout:
+            return param.resolve(self.spec, group, layout.name, 0, Rows.whole(tuple(p.shape)), layout.dtype)
+
+        check_slab(layout, p, whole)
+        step, *lines = layout.lines(str(p.device), self.capturable)
+        name, home = layout.name, self.homes.of(layout.name)
         tensors, count = (None if fresh else home.survivor(name, lines)) or (home.allocate(name, lines, p.device), 0.0)
         self.state[p] = {step.key: torch.full((), count, dtype=torch.float32, device=step.location), **tensors}
         return self.state[p]
 
     def _to_overwrite(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that may be written over, none of its values being wanted any more."""
-        there = self.state[p] if self.homes.of(name).rewritable else None
-        return there or self._allocate(name, p, group, fresh=True)
+        layout = self._resolved(name, p, group)
+        there = self.state.get(p) if self.homes.of(name).rewritable else None
+        if there and layout.misfit(self.partition.local(p, layout.rows, p), there) is None:
+            return there
+        return self._allocate(layout, p, group, fresh=True)
 
     def ledger(self) -> Ledger:
         """What the state costs now, read from the live tensors; parameters that have not stepped have none."""
@@ -247,7 +274,7 @@ class Keeper(torch.optim.Optimizer):
                 where = str(tensor.device) if key == "step" else placement.location(str(p.device))
                 nbytes = tensor.numel() * tensor.element_size()
                 lines.append(Line(name, moment, part, dtype_name(tensor), tuple(tensor.shape), nbytes, where))
-        return Ledger([*lines, *self.engine.shared_lines(self.spec, lines), *self.homes.workspace()])
+        return Ledger([*lines, *self.engine.shared_lines(lines), *self.homes.workspace()])
 
     # Saving and loading ----------------------------------------------------------------------------------------
 
@@ -365,9 +392,9 @@ class Keeper(torch.optim.Optimizer):
         # A copy of a tensor is ordinary memory: put it back where the placement says.
         copied = dict(self.state)
         self.state = defaultdict(dict)
-        for name, p, group in self._parameters():
+        for _, p, group, layout in self._all_layouts():
             if copied.get(p):
-                target = self._allocate(name, p, group, fresh=True)
+                target = self._allocate(layout, p, group, fresh=True)
                 for key, value in copied[p].items():
                     target[key].copy_(value.view(target[key].dtype))
         self._watch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,13 +12,15 @@ from torch.autograd.graph import increment_version  # kernels write where autogr
 
 from memopt import amp, kernels
 from memopt.engines import ENGINES
-from memopt.engines.work import Work
+from memopt.engines.work import Work, count_steps
 from memopt.gradients import POLICIES, check_gradient, non_finite
 from memopt.groups import STEPPED, named_groups
 from memopt.hyper import SpecError
 from memopt.integrity import Integrity
 from memopt.keeper import Keeper
+from memopt.layout.check import check
 from memopt.live_groups import LiveGroups, has_shape
+from memopt.optim.layouts import Layouts
 from memopt.partitions import PARTITIONS
 from memopt.partitions.flat import check_replaced
 from memopt.placements.homes import Homes
@@ -27,7 +29,18 @@ from memopt.spec import OptimSpec, parse
 
 if TYPE_CHECKING:
     from memopt.checkpoint.report import Conversion
+    from memopt.layout.param import ParamLayout
     from memopt.release import Release
+
+
+class Ready(NamedTuple):
+    """A parameter that has a gradient, and what is stepped here of the two: of their layout."""
+
+    layout: ParamLayout
+    p: Tensor
+    group: dict[str, Any]
+    local: Tensor
+    gradient: Tensor
 
 
 class Optimizer(Keeper):
@@ -95,6 +108,7 @@ class Optimizer(Keeper):
         self.partition = PARTITIONS[self.spec.partition](process_group)
         self.process_group = process_group
         self.homes = Homes(self.spec, self.partition.rank, self.partition.world_size)
+        self._layouts = Layouts()
         self._plan: kernels.Plan | None = None
         self._captured: list[kernels.Plan] = []  # plans whose tables a CUDA graph reads
         self.release: Release | None = None
@@ -141,42 +155,58 @@ class Optimizer(Keeper):
 
     def _step_anew(self) -> None:
         """A step of whatever has a gradient now, without a plan."""
-        ready = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
+        entries = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
         self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
         if self.spec.options.get("offload_gradients") is True and self.release is None:
             self.homes.settle()
-            for _, name, p, _ in ready:
+            for _, name, p, _ in entries:
                 self.homes.of(name).bring(name, p)
-        gradients = [(name, self._local_gradient(name, p)) for _, name, p, _ in ready]
+        gradients = [(name, self._local_gradient(name, p)) for _, name, p, _ in entries]
+        ready = self._check(entries, [self._own(entry[2], g) for entry, (_, g) in zip(entries, gradients, strict=True)])
         if self.capturable:
-            kernels.check_capturable(self, ready)
+            kernels.check_capturable([(one.layout, one.p) for one in ready], self.partition.world_size)
         if amp.stopped_by_scaler(self, gradients):
             return
         if self.nonfinite != "propagate":
-            bad = self.partition.agree(non_finite(gradients), [p for _, _, p, _ in ready])
+            bad = self.partition.agree(non_finite(gradients), [one.p for one in ready])
             if self._stopped_by(bad):
                 return
-        works = self._step_some(ready, [self._own(entry[2], g) for entry, (_, g) in zip(ready, gradients, strict=True)])
+        works = self._step_some(ready)
         if works and self.release is None:  # a step without any gradient leaves the plan, which counts, to the next one
             self._plan = kernels.make_plan(self, works) if self.partition.plannable else None
 
-    def _step_some(
-        self, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
-    ) -> list[Work]:
-        """Step these ``(place among all, name, parameter, group)`` with what is stepped here of their gradients.
-        ``p.grad`` is not looked at: it is another thread's where gradients are released."""
+    def _check(
+        self, entries: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
+    ) -> list[Ready]:
+        """These parameters with what is stepped here of them and of their gradients, each held against its layout, and
+        its state with it. RuntimeError for what does not fit, before anything is stepped or counted. ``p.grad`` is not
+        looked at: it is another thread's where gradients are released."""
+        ready = []
+        for (_, _, p, group), layout, g in zip(entries, self._layouts_of(entries), gradients, strict=True):
+            local = self.partition.local(p, layout.rows, p)
+            check(layout, local, g, cut=not self.partition.plannable)
+            self._check_state(layout, p, local)
+            ready.append(Ready(layout, p, group, local, g))
+        return ready
+
+    def _step_some(self, ready: Sequence[Ready]) -> list[Work]:
+        """Step what :meth:`_check` has found to fit."""
         self._check_finished()
         self.homes.check()
-        self._allocate_missing([entry[1:] for entry in ready])
-        parameters = [p for _, _, p, _ in ready]
+        self._allocate_missing([one[:3] for one in ready])
+        works = [
+            Work(one.layout, one.local, one.gradient, state, int(state["step"]) + 1, one.group, groups)
+            for one, state, groups in ((one, self.state[one.p], self.partition.groups(one.p)) for one in ready)
+        ]
+        parameters = [one.p for one in ready]
 
         def run(some: Sequence[Work]) -> None:
-            self.engine.step(self.spec, some, self.partition, self.seed)
+            self.engine.step(some, self.partition, self.seed)
 
         with self.integrity.changing("a step"):  # whatever can be refused has been refused before
-            works = [self._work(*entry, g) for entry, g in zip(ready, gradients, strict=True)]
             for first, stop in self.partition.buckets(parameters):  # one travels while the next is stepped
                 self.homes.step(self.partition.gather(works[first:stop]), run)
+                count_steps(works[first:stop])
                 self.partition.publish(parameters[first:stop])
             self.partition.finish()
         increment_version(parameters)
@@ -192,12 +222,6 @@ class Optimizer(Keeper):
     def _own(self, p: Tensor, g: Tensor) -> Tensor:
         """Of a gradient from :meth:`_local_gradient`, the rows that are stepped here."""
         return self.partition.local(p, self._rows(p), g) if g is p.grad else g
-
-    def _work(self, index: int, name: str, p: Tensor, group: dict[str, Any], g: Tensor) -> Work:
-        state = self.state[p]
-        state["step"] += 1
-        rows, local, groups = self._rows(p), self.partition.local, self.partition.groups(p)
-        return Work(name, index, rows, local(p, rows, p), g, state, int(state["step"]), group, groups)
 
     @property
     def skipped_steps(self) -> int:

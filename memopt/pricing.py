@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from memopt.engines import ENGINES
 from memopt.geometry import Rows
 from memopt.hyper import SpecError
+from memopt.layout.param import resolve
 from memopt.ledger import ITEMSIZE, Ledger, Line, TensorSpec
-from memopt.masters import master_of
 from memopt.naming import clean_names
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS, Placement
@@ -21,24 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from memopt.keywords import SpecKeywords
-
-#: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number, in host memory unless the
-#: optimizer is capturable.
-STEP = TensorSpec("float32", ())
-
-
-def state_lines(
-    spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, device: str, dtype: str, capturable: bool = False
-) -> list[Line]:
-    """The state of these rows of one parameter of this dtype, in the order in which it is allocated."""
-    _, placement, _ = spec.for_parameter(name)
-    where = PLACEMENTS[placement].location(device)
-    lines = [Line(name, "step", "", STEP.dtype, STEP.shape, STEP.nbytes, device if capturable else "cpu")]
-    for moment, part, tensor in ENGINES[spec.engine].layout(spec, h, name, rows):
-        lines.append(Line(name, moment, part, tensor.dtype, tensor.shape, tensor.nbytes, where))
-    for key, tensor in master_of(spec, dtype).layout(rows, dtype).items():
-        lines.append(Line(name, key, "", tensor.dtype, tensor.shape, tensor.nbytes, where))
-    return lines
 
 
 def price(
@@ -107,8 +89,8 @@ def price(
         owned = [(name, rows, "float32") for name, rows in rows_of_rank(spec, shapes, rank, size, deepspeed)]
     lines: list[Line] = []
     for name, rows, kind in owned:
-        lines += state_lines(spec, h, name, rows, device, kind, capturable)
-    shared = ENGINES[spec.engine].shared_lines(spec, lines)
+        lines += resolve(spec, h, name, 0, rows, kind).lines(device, capturable)
+    shared = ENGINES[spec.engine].shared_lines(lines)
     return Ledger([*lines, *shared, *workspace_lines(spec, h, owned, device)])
 
 
@@ -130,7 +112,7 @@ def workspace_lines(
             fmt, place, _ = spec.for_parameter(n)
             if place == name:
                 key = (fmt, place, rows, dtype)
-                mine.append(known.get(key) or known.setdefault(key, held(spec, n, h, rows, dtype)))
+                mine.append(known.get(key) or known.setdefault(key, held(resolve(spec, h, n, 0, rows, dtype))))
         lines += PLACEMENTS[name].workspace(mine, device, of_placement(spec.options, name))
     return lines
 

@@ -170,7 +170,8 @@ class Release:
                 self._stop(name, "it and what comes after it in this backward pass is as it was; others have stepped")
             ready = [(entry, gradient) for entry, gradient in ready if entry[1] not in bad]
         if ready:
-            optimizer._step_some([entry for entry, _ in ready], [gradient for _, gradient in ready])
+            checked = optimizer._check([entry for entry, _ in ready], [gradient for _, gradient in ready])
+            optimizer._step_some(checked)
 
     def _stop(self, name: str, what: str) -> None:
         if self._optimizer.nonfinite == "raise":

@@ -136,7 +136,7 @@ class OptimSpec:
 
     def _all_moments(self) -> tuple[Moment, ...]:
         rule = RULES[self.rule]
-        return rule.moments(rule.resolve({**self.hyper, **_MOST_STATE.get(self.rule, {})}), (2, 2))
+        return rule.moments(rule.resolve({**self.hyper, **rule.example}), (2, 2))
 
     def _override(self, pattern: str) -> tuple[str, str]:
         text = self.overrides[pattern]
@@ -219,10 +219,6 @@ class OptimSpec:
     def __reduce__(self) -> tuple[Any, ...]:
         fields = {name: getattr(self, name) for name in FIELDS}
         return _rebuild, ({k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in fields.items()},)
-
-
-#: Hyperparameters that make a rule keep state it may do without: what ``sgd-8bit`` is for.
-_MOST_STATE: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9, "nesterov": False}}
 
 
 def _rebuild(fields: dict[str, Any]) -> OptimSpec:

@@ -12,8 +12,8 @@ from flattened import CASES, STEPS, session, whole
 import memopt
 from memopt.geometry import Rows
 from memopt.kernels import loader
+from memopt.layout.param import resolve
 from memopt.partitions.recovering import Made, Unknown, recover
-from memopt.pricing import state_lines
 
 pytest.importorskip("deepspeed")
 #: What kernels round otherwise than torch, relative to the largest element.
@@ -31,7 +31,8 @@ def rows_of(state, rows, spec, h, name):
     """The same rows of every part of one process's state."""
 
     def shapes(some):
-        return {line.key: line.shape for line in state_lines(spec, h, name, some, "", "float32")}
+        layout = resolve(spec, h, name, 0, some, "float32")
+        return {line.key: line.shape for line in layout.lines("")}
 
     before, mine = shapes(Rows(rows.shape, 0, rows.first)), shapes(rows)
     return {

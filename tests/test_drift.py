@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import memopt
-from memopt.engines.native import moment_formats
 from memopt.formats import FORMATS, Shard
 from memopt.geometry import Rows
+from memopt.layout.param import resolve
 
 ROWS, COLS = 16, 256
 LARGE, SMALL = 300, 3000
@@ -35,10 +35,9 @@ def second_moment(fmt):
         opt.step()
         truth = 0.999 * truth + 0.001 * p.grad.double() ** 2
     rows = Rows.whole((ROWS, COLS))
-    moment, used, _ = moment_formats(opt.spec, opt.param_groups[0], "0", rows)[1]
-    assert used is FORMATS[fmt]
-    parts = {k: opt.state[p][f"exp_avg_sq.{k}" if k else "exp_avg_sq"] for k in used.layout(moment, rows)}
-    return used.read(parts, moment, Shard(rows)).double()[drops], truth[drops]
+    second = resolve(opt.spec, opt.param_groups[0], "0", 0, rows, "float32").moments[1]
+    assert second.format is FORMATS[fmt]
+    return second.format.read(second.parts(opt.state[p]), second.moment, Shard(rows)).double()[drops], truth[drops]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -7,6 +7,7 @@ import memopt
 from memopt import kernels
 from memopt.engines.work import Work
 from memopt.geometry import Rows
+from memopt.layout.param import resolve
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
 
@@ -18,7 +19,8 @@ def work_of(spec, shape=(40, 24)):
     p.grad = torch.randn(shape)
     opt = memopt.create([("w", p)], spec)
     opt.step()
-    return Work("w", 0, Rows.whole(shape), p.detach(), p.grad, opt.state[p], 2, opt.param_groups[0], ("ranks",))
+    layout = resolve(opt.spec, opt.param_groups[0], "w", 0, Rows.whole(shape), "float32")
+    return Work(layout, p.detach(), p.grad, opt.state[p], 2, opt.param_groups[0], ("ranks",))
 
 
 def run(work, spec, total):

@@ -7,7 +7,10 @@ import torch
 from interpreting import DEVICE, stepped
 
 import memopt
+from memopt.engines.work import Work
 from memopt.geometry import Rows
+from memopt.layout.param import resolve
+from memopt.rules import RULES
 
 pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -43,20 +46,21 @@ def test_launchers_without_a_plan_are_found_again_and_bounded(on) -> None:
     for shape in [(17, 300), (33,), (5, 70)]:
         [p], _, opt = stepped(spec, {}, on, 1, [shape], plain_steps=0)
         p.grad = torch.zeros_like(p)
-        work = opt._work(0, "0", p, opt.param_groups[0], p.grad)
-        held = plan.moment_formats(spec, work.h, work.name, work.rows)
-        described.append(plan.describe_all(spec, [(work, held)], 0, opt.param_groups, False))
-    size = plan.Launcher(spec, described[0], device, 1).nbytes
+        layout = resolve(spec, opt.param_groups[0], "0", 0, Rows.whole(tuple(p.shape)), "float32")
+        opt.init_state()
+        work = Work(layout, p, p.grad, opt.state[p], 1, opt.param_groups[0])
+        described.append(plan.describe_all([work], 0, opt.param_groups, False))
+    rule = RULES[spec.rule]
+    size = plan.Launcher(rule, described[0], device, 1).nbytes
     kept = plan.Launchers(2 * size + size // 2)
-    first, second = (kept.find(spec, made, device, 1) for made in described[:2])
-    assert kept.find(spec, described[0], device, 1) is first
-    kept.find(spec, described[2], device, 1)  # takes the place of the one met longest ago
-    assert kept.find(spec, described[0], device, 1) is first
-    assert kept.find(spec, described[1], device, 1) is not second
+    first, second = (kept.find(rule, made, device, 1) for made in described[:2])
+    assert kept.find(rule, described[0], device, 1) is first
+    kept.find(rule, described[2], device, 1)  # takes the place of the one met longest ago
+    assert kept.find(rule, described[0], device, 1) is first
+    assert kept.find(rule, described[1], device, 1) is not second
 
 
 def test_vectors_that_are_cut_anywhere_and_dithered_take_the_plain_path(on) -> None:
-    from memopt.engines.native import moment_formats
     from memopt.kernels.triton import tables
 
     on(True)
@@ -64,7 +68,7 @@ def test_vectors_that_are_cut_anywhere_and_dithered_take_the_plain_path(on) -> N
     for master, refused in (("split", True), ("stochastic", True), ("kahan", False)):
         spec = memopt.parse("adamw").replace(master=master)
         p = torch.zeros(600, dtype=torch.bfloat16, device=DEVICE)
-        reason = tables.refuse(spec, moment_formats(spec, hyper, "p", rows), rows, p, 1)
+        reason = tables.refuse(resolve(spec, hyper, "p", 0, rows, "bfloat16"), p, 1)
         assert (reason is not None) == refused, (master, reason)
 
 

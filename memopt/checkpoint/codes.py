@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from memopt.checkpoint.dynamic import dynamic8
-from memopt.checkpoint.flat import FlatBlocks
-from memopt.engines.bitsandbytes import BLOCK, SECOND_MOMENT
-from memopt.engines.native import moment_formats
+from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats import HELD, Format
+from memopt.formats.foreign.dynamic import dynamic8
 from memopt.geometry import FLAT_ROW, Rows, Shape
-from memopt.rules import RULES, Moment
+from memopt.layout.param import resolve
+from memopt.rules import Moment
 from memopt.spec import OptimSpec
 
 #: Every encoding that a checkpoint may hold: its tag in the manifest -> format.
@@ -23,47 +22,11 @@ CHUNK_NUMEL = 1 << 18
 MomentCodes = list[tuple[Moment, Format]]
 
 
-def _native(spec: OptimSpec, h: Mapping[str, Any], name: str, shape: Shape) -> MomentCodes:
-    return [(moment, fmt) for moment, fmt, _ in moment_formats(spec, h, name, Rows.whole(shape))]
-
-
-def _bitsandbytes(spec: OptimSpec, h: Mapping[str, Any], name: str, shape: Shape) -> MomentCodes:
-    low = spec.for_parameter(name)[0] == "8bit"
-    chosen = []
-    for moment in RULES[spec.rule].moments(h, shape):
-        moment = moment._replace(signed=moment.name != SECOND_MOMENT)
-        encoded = low and CODES["dynamic8"].declines(moment, shape) is None
-        chosen.append((moment, CODES["dynamic8" if encoded else "32bit"]))
-    return chosen
-
-
-_BY_ENGINE: dict[str, Callable[..., MomentCodes]] = {"native": _native, "bitsandbytes": _bitsandbytes}
-
-
 def moment_codes(spec: OptimSpec, h: Mapping[str, Any], name: str, shape: Shape) -> MomentCodes:
     """``(moment, format)`` for each moment of a parameter, ``signed`` being the code's sign (bitsandbytes keeps some
     non-negative moments in its signed code)."""
-    return _BY_ENGINE[spec.engine](spec, h, name, shape)
-
-
-def is_shared(fmt: Format, moment: Moment, shape: Shape, part: str) -> bool:
-    """Whether every shard holds the whole part, as it does the column means of a matrix."""
-    none, whole = Rows(shape, 0, 0), Rows.whole(shape)
-    return fmt.layout(moment, none)[part].shape == fmt.layout(moment, whole)[part].shape
-
-
-def span(fmt: Format, moment: Moment, part: str, outer: Rows, inner: Rows) -> tuple[int, int] | None:
-    """Where the rows ``inner`` stand along dimension 0 of the part that holds the rows ``outer``; None is all of it.
-
-    >>> span(HELD["8bit"], Moment("exp_avg"), "scales", Rows((1024,), 1, 4), Rows((1024,), 2, 3))
-    (1, 2)
-    """
-    if inner == outer or is_shared(fmt, moment, outer.shape, part):
-        return None
-    if isinstance(fmt, FlatBlocks):
-        return fmt.span(part, outer, inner)
-    start = fmt.layout(moment, outer._replace(stop=inner.first))[part].shape[0]
-    return start, start + fmt.layout(moment, inner)[part].shape[0]
+    layout = resolve(spec, h, name, 0, Rows.whole(shape), "float32")
+    return [(m.moment, m.format) for m in layout.moments]
 
 
 def common(a: Rows, b: Rows) -> Rows | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
-from memopt.checkpoint.flat import FlatBlocks, relative
+from memopt.formats.foreign.flat import FlatBlocks, relative
 from memopt.geometry import Shape
 from memopt.rules.base import Moment
 

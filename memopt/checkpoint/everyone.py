@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.codes import is_shared, moment_codes
+from memopt.checkpoint.codes import moment_codes
 from memopt.checkpoint.fit import Slot
 from memopt.checkpoint.kept import kept_of
 from memopt.checkpoint.stored import LivePiece, Record, Stored
@@ -28,7 +28,7 @@ def record_of_all(slot: Slot, state: Mapping[str, Tensor], partition: Zero1) -> 
     kept = mine.kept
     if kept is not None:
         whole = _gathered(slot, state, partition, kept.stored.moment, kept.stored.format)
-        kept = kept_of(master_of(slot.spec, slot.dtype).name, slot.dtype, slot.shape, whole.pieces, None)
+        kept = kept_of(master_of(slot.spec.master, slot.dtype).name, slot.dtype, slot.shape, whole.pieces, None)
     return Record(slot.name, slot.shape, mine.step, moments, dtype=slot.dtype, kept=kept)
 
 
@@ -39,7 +39,7 @@ def _gathered(slot: Slot, state: Mapping[str, Tensor], partition: Zero1, moment:
         parts = {}
         for part, spec in fmt.layout(moment, rows).items():
             mine = state[f"{moment.name}.{part}" if part else moment.name]
-            shared = is_shared(fmt, moment, slot.shape, part)
+            shared = fmt.is_shared(moment, part, slot.shape)
             parts[part] = mine if shared else _sent(mine, spec, rank, partition, slot.device)
         pieces.append(LivePiece(rows, parts))
     return Stored(moment, fmt, slot.shape, tuple(pieces))

@@ -20,10 +20,10 @@ from memopt.checkpoint.transfer import Target, transfer
 from memopt.formats import Shard
 from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
+from memopt.layout.param import resolve
 from memopt.ledger import Line, TensorSpec
 from memopt.masters import Master, master_of
 from memopt.placements.homes import Homes
-from memopt.pricing import state_lines
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
 
@@ -33,7 +33,7 @@ class Encoding(NamedTuple):
     ``master(spec, dtype)`` is what stands beside the weight."""
 
     codes: Callable[[OptimSpec, Mapping[str, Any], str, Shape], MomentCodes] = moment_codes
-    master: Callable[[OptimSpec, str], Master] = master_of
+    master: Callable[[OptimSpec, str], Master] = lambda spec, dtype: master_of(spec.master, dtype)
 
 
 #: That of our own optimizers; other tools have others.
@@ -80,8 +80,8 @@ class Slot(NamedTuple):
 
     def lines(self) -> list[Line]:
         """The tensors of the state, the step first."""
-        where = str(self.device)
-        return state_lines(self.spec, self.h, self.name, self.rows, where, self.dtype, self.capturable)
+        layout = resolve(self.spec, self.h, self.name, self.index, self.rows, self.dtype, self.seed)
+        return layout.lines(str(self.device), self.capturable)
 
     def allocate(self) -> dict[str, Tensor]:
         """Zeroed state where the placement says."""

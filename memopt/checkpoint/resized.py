@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.fit import Slot
-from memopt.checkpoint.flat import FlatBlocks
+from memopt.formats.foreign.flat import FlatBlocks
 from memopt.checkpoint.kept import kept_of
 from memopt.checkpoint.stored import LivePiece, Record, Stored
 from memopt.formats import FORMATS, Format

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.codes import common, is_shared, span, stored_rows
+from memopt.checkpoint.codes import common, stored_rows
 from memopt.formats import Format, Shard
 from memopt.geometry import Rows, Shape
 from memopt.rules import Moment
@@ -65,11 +65,11 @@ class Stored(NamedTuple):
 
     def part(self, part: str, rows: Rows) -> Tensor:
         """The part for these rows, assembled from the pieces; a view where one piece has them all."""
-        if is_shared(self.format, self.moment, self.shape, part):
+        if self.format.is_shared(self.moment, part, self.shape):
             return self.pieces[0].read(part, None)
         rows = stored_rows(self.format, self.moment, rows)
         found = [
-            piece.read(part, span(self.format, self.moment, part, here, both))
+            piece.read(part, self.format.span(self.moment, part, here, both))
             for piece, here in self._located()
             if (both := common(here, rows)) is not None
         ]
@@ -95,14 +95,14 @@ class Stored(NamedTuple):
         """These rows, bit for bit, into parts of the same format."""
         rows = stored_rows(self.format, self.moment, rows)
         for part, target in parts.items():
-            if is_shared(self.format, self.moment, self.shape, part):
+            if self.format.is_shared(self.moment, part, self.shape):
                 self.pieces[0].copy(part, None, target)
                 continue
             for piece, held in self._located():
                 both = common(held, rows)
                 if both is not None:
-                    there = span(self.format, self.moment, part, rows, both)
-                    here = span(self.format, self.moment, part, held, both)
+                    there = self.format.span(self.moment, part, rows, both)
+                    here = self.format.span(self.moment, part, held, both)
                     piece.copy(part, here, target if there is None else target[slice(*there)])
 
 

@@ -7,12 +7,12 @@ from typing import NamedTuple, final
 
 from torch import Tensor
 
-from memopt.checkpoint.codes import CHUNK_NUMEL, chunks, span
-from memopt.checkpoint.flat import FlatBlocks
+from memopt.checkpoint.codes import CHUNK_NUMEL, chunks
 from memopt.checkpoint.report import Loss
 from memopt.checkpoint.stored import LivePiece, Stored
 from memopt.formats import Format, Shard
 from memopt.formats.base import Parts
+from memopt.formats.foreign.flat import FlatBlocks
 from memopt.geometry import Rows
 from memopt.rules import Moment
 
@@ -39,7 +39,7 @@ class Target(NamedTuple):
         for rows in pieces:
             parts = {}
             for part, tensor in self.parts.items():
-                where = span(self.format, self.moment, part, self.shard.rows, rows)
+                where = self.format.span(self.moment, part, self.shard.rows, rows)
                 parts[part] = tensor if where is None else tensor[slice(*where)]
             x = read(rows).to(next(iter(parts.values())).device)
             self.format.write(x, parts, self.moment, self.shard._replace(rows=rows, total=total))

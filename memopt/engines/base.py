@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.geometry import Rows
-from memopt.ledger import Line, TensorSpec
+from memopt.ledger import Line
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.engines.work import Work
+    from memopt.formats import Format
+    from memopt.layout.param import ParamLayout
     from memopt.partitions import Partition
+    from memopt.rules import Moment
     from memopt.spec import OptimSpec
 
 
@@ -36,27 +39,25 @@ class Engine(ABC):
         """Raise ImportError, with the line that installs it, for a package that is missing."""
 
     @abstractmethod
-    def layout(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows
-    ) -> Sequence[tuple[str, str, TensorSpec]]:
-        """``(moment, part, tensor)`` for these rows of a parameter."""
+    def refuse_rows(self, rows: Rows) -> str | None:
+        """Why the engine cannot take these rows of a parameter, or None; the parameter's name comes before it."""
 
     @abstractmethod
-    def shared_lines(self, spec: OptimSpec, lines: Sequence[Line]) -> Sequence[Line]:
+    def code_of(self, moment: Moment, asked: str) -> tuple[Moment, Format]:
+        """How the engine codes a moment in the format ``asked``: the moment with the sign that its code has, and the
+        format."""
+
+    @abstractmethod
+    def shared_lines(self, lines: Sequence[Line]) -> Sequence[Line]:
         """Tables that all these lines use together."""
 
     @abstractmethod
-    def kept_in_32bit(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str]]:
-        """``(moment, reason)`` for each moment that is not held in the format asked for."""
+    def step(self, works: Sequence[Work], partition: Partition, seed: int) -> None:
+        """Execute one step of these parameters; state and parameters are changed in place. What is given fits its
+        layout: :meth:`memopt.layout.param.ParamLayout.check` has been called."""
 
     @abstractmethod
-    def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
-        """Execute one step of these parameters; state and parameters are changed in place."""
-
-    @abstractmethod
-    def slow_path(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, ranks: int, cut_row: bool
-    ) -> str | None:
+    def slow_path(self, layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str | None:
         """Why this parameter is not stepped by the code that :meth:`explain` names, or None. ``ranks`` share it, and
         with ``cut_row`` one of its rows."""
 

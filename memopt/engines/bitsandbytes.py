@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any, final
 
 from memopt import extras
 from memopt.engines.base import Engine
+from memopt.formats import FORMATS, Format
+from memopt.formats.foreign.dynamic import dynamic8
 from memopt.geometry import Rows
-from memopt.hyper import SpecError
-from memopt.ledger import Line, TensorSpec
-from memopt.rules import RULES
+from memopt.ledger import Line
+from memopt.rules import Moment
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.engines.work import Work
+    from memopt.layout.param import ParamLayout
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
 
@@ -31,8 +33,7 @@ FIXED: dict[str, dict[str, Any]] = {
 }
 #: The one moment with the unsigned code book: rules with a single moment use the signed one, whatever its sign.
 SECOND_MOMENT = "exp_avg_sq"
-#: From this many elements on state is in 8 bits; blocks run over the flattened tensor.
-MIN_8BIT_NUMEL = 4096
+#: Elements of a block of the flattened tensor.
 BLOCK = 256
 #: Its kernels take the number of elements as a C int.
 MAX_NUMEL = 2**31 - 1
@@ -81,23 +82,20 @@ class BitsAndBytes(Engine):
     def require(self) -> None:
         require()
 
-    def layout(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str, TensorSpec]]:
-        if rows.numel > MAX_NUMEL:
-            raise SpecError(
-                f"{name} has {rows.numel:,} elements, and bitsandbytes counts them in 32 bits (at most "
-                f"{MAX_NUMEL:,}); the engine for it is native"
-            )
-        low = spec.for_parameter(name)[0] == "8bit" and rows.numel >= MIN_8BIT_NUMEL
-        parts: list[tuple[str, str, TensorSpec]] = []
-        for moment in RULES[spec.rule].moments(h, rows.shape):
-            if low:
-                parts.append((moment.name, "codes", TensorSpec("uint8", rows.shape)))
-                parts.append((moment.name, "scales", TensorSpec("float32", (-(-rows.numel // BLOCK),))))
-            else:
-                parts.append((moment.name, "", TensorSpec("float32", rows.shape)))
-        return parts
+    def refuse_rows(self, rows: Rows) -> str | None:
+        if rows.numel <= MAX_NUMEL:
+            return None
+        return (
+            f"has {rows.numel:,} elements, and bitsandbytes counts them in 32 bits (at most {MAX_NUMEL:,}); the engine "
+            "for it is native"
+        )
 
-    def shared_lines(self, spec: OptimSpec, lines: Sequence[Line]) -> list[Line]:
+    def code_of(self, moment: Moment, asked: str) -> tuple[Moment, Format]:
+        if asked != "8bit":
+            return moment, FORMATS[asked]
+        return moment._replace(signed=moment.name != SECOND_MOMENT), dynamic8(BLOCK)
+
+    def shared_lines(self, lines: Sequence[Line]) -> list[Line]:
         books: dict[str, str] = {}
         for line in lines:
             if line.part == "codes":
@@ -107,66 +105,56 @@ class BitsAndBytes(Engine):
             Line("(all)", "code_book", book, "float32", (256,), 1024, where, "shared") for book, where in books.items()
         ]
 
-    def kept_in_32bit(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str]]:
-        if spec.for_parameter(name)[0] != "8bit" or rows.numel >= MIN_8BIT_NUMEL:
-            return []
-        return [(m.name, f"fewer than {MIN_8BIT_NUMEL} elements") for m in RULES[spec.rule].moments(h, rows.shape)]
-
-    def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
+    def step(self, works: Sequence[Work], partition: Partition, seed: int) -> None:
         with _in_order({work.p.device for work in works}):
-            self._step(spec, works)
+            for work in works:
+                if work.p.numel():
+                    self._step(work)
 
-    def _step(self, spec: OptimSpec, works: Sequence[Work]) -> None:
-        functional = require().functional
-        kernel = KERNELS[spec.rule]
-        for work in works:
-            if not work.p.numel():
-                continue
-            h = work.h
-            moments = RULES[spec.rule].moments(h, work.rows.shape)
-            if not moments:  # sgd without momentum keeps nothing, and has no kernel
-                RULES[spec.rule].update(work.p, -work.g if h["maximize"] else work.g, _NO_STATE, work.step, h)
-                continue
-            if h["maximize"]:
-                work = work._replace(g=work.g.neg())
-            first, second = (*(m.name for m in moments), None)[:2]
-            state1, state2 = _tensors(work, first), _tensors(work, second)
-            beta1, beta2 = _betas(spec.rule, h)
-            common = {
-                "weight_decay": h["weight_decay"],
-                "eps": h.get("eps", 0.0),
-                "step": work.step,
-                "lr": float(h["lr"]),
-                "beta1": beta1,
-                "beta2": beta2,
-            }
-            # Its kernels read parameter and gradient as one dtype, the gradient's.
-            dtype = _stepped_as(kernel, state1[1] is not None, work.p)
-            target, grad = work.p.to(dtype).contiguous(), work.g.to(dtype).contiguous()
-            if state1[1] is None:
-                functional.optimizer_update_32bit(kernel, grad, target, state1[0], state2=state2[0], **common)
-            else:
-                books = [code_book(m.name != SECOND_MOMENT, work.p.device) for m in moments]
-                functional.optimizer_update_8bit_blockwise(
-                    kernel,
-                    grad,
-                    target,
-                    state1[0],
-                    state2[0],
-                    qmap1=books[0],
-                    qmap2=books[1] if second else None,
-                    absmax1=state1[1],
-                    absmax2=state2[1],
-                    beta3=0.0,
-                    alpha=0.0,
-                    **common,
-                )
-            if target is not work.p:
-                work.p.copy_(target)
+    def _step(self, work: Work) -> None:
+        functional, h = require().functional, work.h
+        rule, moments = work.layout.rule, [m.moment for m in work.layout.moments]
+        kernel = KERNELS[rule.name]
+        grad = work.g.neg() if h["maximize"] else work.g
+        if not moments:  # sgd without momentum keeps nothing, and has no kernel
+            rule.update(work.p, grad, _NO_STATE, work.step, h)
+            return
+        first, second = (*(m.name for m in moments), None)[:2]
+        state1, state2 = _tensors(work, first), _tensors(work, second)
+        beta1, beta2 = _betas(rule.name, h)
+        common = {
+            "weight_decay": h["weight_decay"],
+            "eps": h.get("eps", 0.0),
+            "step": work.step,
+            "lr": float(h["lr"]),
+            "beta1": beta1,
+            "beta2": beta2,
+        }
+        # Its kernels read parameter and gradient as one dtype, the gradient's.
+        dtype = _stepped_as(kernel, state1[1] is not None, work.p)
+        target, grad = work.p.to(dtype).contiguous(), grad.to(dtype).contiguous()
+        if state1[1] is None:
+            functional.optimizer_update_32bit(kernel, grad, target, state1[0], state2=state2[0], **common)
+        else:
+            books = [code_book(m.signed, work.p.device) for m in moments]
+            functional.optimizer_update_8bit_blockwise(
+                kernel,
+                grad,
+                target,
+                state1[0],
+                state2[0],
+                qmap1=books[0],
+                qmap2=books[1] if second else None,
+                absmax1=state1[1],
+                absmax2=state2[1],
+                beta3=0.0,
+                alpha=0.0,
+                **common,
+            )
+        if target is not work.p:
+            work.p.copy_(target)
 
-    def slow_path(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, ranks: int, cut_row: bool
-    ) -> str | None:
+    def slow_path(self, layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str | None:
         return None
 
     def explain(self) -> str:

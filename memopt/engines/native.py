@@ -8,36 +8,20 @@ from typing import TYPE_CHECKING, Any, final
 from memopt import noise
 from memopt.engines.base import Engine
 from memopt.engines.pieces import pieces
-from memopt.formats import FORMATS, HELD, Format, Shard
+from memopt.formats import FORMATS, Format, Shard
 from memopt.geometry import Rows
-from memopt.ledger import Line, TensorSpec, dtype_name
-from memopt.masters import master_of
+from memopt.ledger import Line
 from memopt.masters.base import ORDER
-from memopt.partitions import PARTITIONS
-from memopt.rules import RULES, Moment
+from memopt.rules import Moment
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from memopt.engines.work import Work
+    from memopt.layout.param import ParamLayout
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
-
-
-def moment_formats(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[Moment, Format, str]]:
-    """For each moment of a parameter: the format that holds it, and why where that is not the one asked for.
-    Decided from the name and the global shape only."""
-    asked = FORMATS[spec.for_parameter(name)[0]]
-    uncut = PARTITIONS[spec.partition].declines(rows.shape) if asked.name != "32bit" else None
-    chosen = []
-    for moment in RULES[spec.rule].moments(h, rows.shape):
-        if moment.held:
-            chosen.append((moment, HELD[moment.held], moment.held_because if moment.held != asked.name else ""))
-            continue
-        reason = asked.declines(moment, rows.shape) or uncut or ""
-        chosen.append((moment, FORMATS["32bit"] if reason else asked, reason))
-    return chosen
 
 
 @final
@@ -46,37 +30,25 @@ class ParameterState:
 
     __slots__ = ("_counted", "_dtype", "_moments", "_rows", "_shard", "_state", "_total")
 
-    def __init__(
-        self,
-        work: Work,
-        moments: Sequence[tuple[Moment, Format, str]],
-        total: Callable[[Tensor], Tensor],
-        seed: int,
-        dtype: torch.dtype,
-    ) -> None:
+    def __init__(self, work: Work, total: Callable[[Tensor], Tensor], seed: int, dtype: torch.dtype) -> None:
         self._state = work.state
         self._dtype = dtype
         self._total = total
         self._rows, self._counted = work.rows, work.counted
-        self._moments = {m.name: (m, fmt) for m, fmt, _ in moments}
+        self._moments = {m.moment.name: m for m in work.layout.moments}
         self._shard = {
-            m.name: Shard(work.rows, noise.key(seed, work.index, j), work.step, total, work.counted)
-            for j, (m, _, _) in enumerate(moments)
+            name: Shard(work.rows, noise.key(seed, work.index, j), work.step, total, work.counted)
+            for j, name in enumerate(self._moments)
         }
 
-    def _parts(self, name: str) -> tuple[Moment, Format, Shard, dict[str, Tensor]]:
-        moment, fmt = self._moments[name]
-        shard = self._shard[name]
-        layout = fmt.layout(moment, shard.rows)
-        return moment, fmt, shard, {part: self._state[f"{name}.{part}" if part else name] for part in layout}
-
     def read(self, name: str) -> Tensor:
-        moment, fmt, shard, parts = self._parts(name)
-        return fmt.read(parts, moment, shard).to(self._dtype)
+        m = self._moments[name]
+        return m.format.read(m.parts(self._state), m.moment, self._shard[name]).to(self._dtype)
 
     def write(self, name: str, value: Tensor, floor: float = 0.0) -> Tensor:
-        moment, fmt, shard, parts = self._parts(name)
-        return fmt.write(value.float(), parts, moment, shard, floor).to(self._dtype)
+        m = self._moments[name]
+        parts = m.parts(self._state)
+        return m.format.write(value.float(), parts, m.moment, self._shard[name], floor).to(self._dtype)
 
     def rms(self, x: Tensor) -> Tensor:
         """Root mean square over the whole parameter, in ``x``'s dtype []. Summed in fp64, where the order of a sum, and
@@ -104,45 +76,39 @@ class Native(Engine):
     def require(self) -> None:
         pass
 
-    def layout(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str, TensorSpec]]:
-        return [
-            (moment.name, part, tensor)
-            for moment, fmt, _ in moment_formats(spec, h, name, rows)
-            for part, tensor in fmt.layout(moment, rows).items()
-        ]
+    def refuse_rows(self, rows: Rows) -> str | None:
+        return None
 
-    def shared_lines(self, spec: OptimSpec, lines: Sequence[Line]) -> list[Line]:
+    def code_of(self, moment: Moment, asked: str) -> tuple[Moment, Format]:
+        return moment, FORMATS[asked]
+
+    def shared_lines(self, lines: Sequence[Line]) -> list[Line]:
         return []
 
-    def kept_in_32bit(self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> list[tuple[str, str]]:
-        return [(moment.name, reason) for moment, _, reason in moment_formats(spec, h, name, rows) if reason]
-
-    def step(self, spec: OptimSpec, works: Sequence[Work], partition: Partition, seed: int) -> None:
+    def step(self, works: Sequence[Work], partition: Partition, seed: int) -> None:
         from memopt import kernels
 
         ranks = partition.world_size
-        shared = [bool(work.groups) and kernels.needs_ranks(spec, work, ranks) for work in works]
-        for work in kernels.step(spec, [w for w, its in zip(works, shared, strict=True) if not its], 1, seed):
-            plain_step(spec, work, lambda x: x, seed)
+        shared = [bool(work.groups) and kernels.needs_ranks(work.layout, ranks) for work in works]
+        for work in kernels.step([w for w, its in zip(works, shared, strict=True) if not its], 1, seed):
+            plain_step(work, lambda x: x, seed)
         if any(shared):
             from memopt.partitions.together import Total, Update, run_together
 
             def update(work: Work) -> Update:
                 def run(total: Total) -> None:
-                    if kernels.step(spec, [work], ranks, seed, total):
-                        plain_step(spec, work, total, seed)
+                    if kernels.step([work], ranks, seed, total):
+                        plain_step(work, total, seed)
 
                 numel = -(-Rows.whole(work.rows.shape).numel // ranks)
                 return Update(run, work.groups, numel, work.p.device)
 
             run_together([update(work) for work, its in zip(works, shared, strict=True) if its])
 
-    def slow_path(
-        self, spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows, p: Tensor, ranks: int, cut_row: bool
-    ) -> str | None:
+    def slow_path(self, layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str | None:
         from memopt import kernels
 
-        return kernels.slow_path(spec, moment_formats(spec, h, name, rows), rows, p, ranks, cut_row)
+        return kernels.slow_path(layout, p, ranks, cut_row)
 
     def explain(self) -> str:
         from memopt import kernels
@@ -150,36 +116,27 @@ class Native(Engine):
         return kernels.status()
 
 
-def plain_step(spec: OptimSpec, work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
+def plain_step(work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
     """The definition of every rule × format × master. Parameters under 32 bits are updated in fp32 and rounded back.
     Rules that look at each element alone go through a large parameter in pieces."""
-    moments = moment_formats(spec, work.h, work.name, work.rows)
-    kept = master_of(spec, dtype_name(work.p)).key
-    for piece in pieces(work, moments, RULES[spec.rule].element_wise, kept):
-        _plain_piece(spec, piece, moments, total, seed)
+    for piece in pieces(work):
+        _plain_piece(piece, total, seed)
 
 
-def _plain_piece(
-    spec: OptimSpec,
-    work: Work,
-    moments: Sequence[tuple[Moment, Format, str]],
-    total: Callable[[Tensor], Tensor],
-    seed: int,
-) -> None:
+def _plain_piece(work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
     import torch
 
-    p = work.p
+    p, rule, master = work.p, work.layout.rule, work.layout.master
     wide = p.dtype in (torch.float32, torch.float64)
     dtype = p.dtype if wide else torch.float32
     g = work.g.to(dtype)
     if work.h["maximize"]:
         g = g.neg()
-    state = ParameterState(work, moments, total, seed, dtype)
+    state = ParameterState(work, total, seed, dtype)
     if wide:
-        RULES[spec.rule].update(p, g, state, work.step, work.h)
+        rule.update(p, g, state, work.step, work.h)
         return
-    master = master_of(spec, dtype_name(p))
     kept = work.state.get(master.key)
     exact = master.read(p, kept)
-    RULES[spec.rule].update(exact, g, state, work.step, work.h)
+    rule.update(exact, g, state, work.step, work.h)
     master.write(exact, p, kept, Shard(work.rows, noise.key(seed, work.index, ORDER), work.step, total))

@@ -55,6 +55,8 @@ class Format(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    #: Whether a part stands for all elements of a matrix together: then it is stepped at once, and summed over ranks.
+    whole_tensor: ClassVar[bool] = False
 
     @abstractmethod
     def declines(self, moment: Moment, shape: Shape) -> str | None:
@@ -63,6 +65,23 @@ class Format(ABC):
     @abstractmethod
     def layout(self, moment: Moment, rows: Rows) -> dict[str, TensorSpec]:
         """The tensors that hold these rows of the moment: part -> dtype and shape. A single part has no name."""
+
+    def span(self, moment: Moment, part: str, outer: Rows, inner: Rows) -> tuple[int, int] | None:
+        """Where the rows ``inner`` stand along dimension 0 of the part that holds ``outer``; None is all of it.
+
+        >>> from memopt.formats import HELD
+        >>> HELD["8bit"].span(Moment("exp_avg"), "scales", Rows((1024,), 1, 4), Rows((1024,), 2, 3))
+        (1, 2)
+        """
+        if inner == outer or self.is_shared(moment, part, outer.shape):
+            return None
+        start = self.layout(moment, outer._replace(stop=inner.first))[part].shape[0]
+        return start, start + self.layout(moment, inner)[part].shape[0]
+
+    def is_shared(self, moment: Moment, part: str, shape: Shape) -> bool:
+        """Whether whoever holds some rows holds the whole part, as it does the column means of a matrix."""
+        none, whole = Rows(shape, 0, 0), Rows.whole(shape)
+        return self.layout(moment, none)[part].shape == self.layout(moment, whole)[part].shape
 
     @abstractmethod
     def read(self, parts: Parts, moment: Moment, shard: Shard) -> Tensor:

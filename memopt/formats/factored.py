@@ -30,6 +30,7 @@ class Factored(Format):
     """
 
     name = "factored"
+    whole_tensor = True
     summary = "row and column means of non-negative moments; the others in 32 bits"
 
     def declines(self, moment: Moment, shape: Shape) -> str | None:

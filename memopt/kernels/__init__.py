@@ -17,10 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.engines.work import Work
-    from memopt.geometry import Rows
     from memopt.kernels.pages import Pages
+    from memopt.layout.param import ParamLayout
     from memopt.optimizer import Optimizer
-    from memopt.spec import OptimSpec
 
 __all__ = [
     "Plan",
@@ -77,70 +76,62 @@ def status() -> str:
     return f"{on_cpu()}; on CUDA {triton.status('cuda')}" if torch.cuda.is_available() else on_cpu()
 
 
-def slow_path(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, ranks: int, cut_row: bool) -> str | None:
+def slow_path(layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str | None:
     """Why the plain torch path steps this parameter where :func:`status` says that kernels do, or None. ``ranks`` share
     it, and with ``cut_row`` one of its rows."""
     from memopt.kernels import describe, triton
 
     if not p.is_cpu:
-        reason = triton.refuse(spec, moments, rows, p, ranks)
+        reason = triton.refuse(layout, p, ranks)
     elif library() is None:
         reason = None
-    elif cut_row and describe.needs_ranks(spec, moments, rows, ranks):
-        reason = f"{spec.rule} needs sums, and a row that two ranks step is to be in them once"
+    elif cut_row and describe.needs_ranks(layout, ranks):
+        reason = f"{layout.rule.name} needs sums, and a row that two ranks step is to be in them once"
     else:
-        reason = describe.refuse(spec, moments, rows, p, p)
+        reason = describe.refuse(layout, p, p)
     return f"the plain torch path: {reason}" if reason else None
 
 
-def check_capturable(optimizer: Optimizer, ready: Sequence[tuple[int, str, Tensor, dict[str, Any]]]) -> None:
-    """Raise RuntimeError where a step cannot go into a CUDA graph."""
-    from memopt.engines.native import moment_formats
+def check_capturable(layouts: Sequence[tuple[ParamLayout, Tensor]], world_size: int) -> None:
+    """Raise RuntimeError where a step of these parameters cannot go into a CUDA graph."""
     from memopt.kernels import triton
 
-    if optimizer.partition.world_size > 1:
+    if world_size > 1:
         raise RuntimeError("capturable=True is for state that is not sharded: ranks agree on a step on the host")
-    devices = sorted({str(p.device) for _, _, p, _ in ready})
+    devices = sorted({str(p.device) for _, p in layouts})
     if len(devices) > 1:
         raise RuntimeError(f"capturable=True is for parameters on one device, and these are on {', '.join(devices)}")
-    for _, name, p, group in ready:
-        rows = optimizer._rows(p)
-        moments = moment_formats(optimizer.spec, group, name, rows)
-        reason = triton.refuse(optimizer.spec, moments, rows, p, optimizer.partition.world_size)
+    for layout, p in layouts:
+        reason = triton.refuse(layout, p, world_size)
         if reason:
-            raise RuntimeError(f"capturable=True needs kernels that run on the device, and for {name} {reason}")
-    if ready and triton.capturing(ready[0][2].device):
+            raise RuntimeError(f"capturable=True needs kernels that run on the device, and for {layout.name} {reason}")
+    if layouts and triton.capturing(layouts[0][1].device):
         raise RuntimeError(
             "a step that allocates state or meets new parameters cannot be captured; "
             "take a step or two before capturing"
         )
 
 
-def needs_ranks(spec: OptimSpec, work: Work, world_size: int) -> bool:
+def needs_ranks(layout: ParamLayout, world_size: int) -> bool:
     """Whether the update of a parameter takes sums over the ranks that share it. The same on all of them."""
-    from memopt.engines.native import moment_formats
     from memopt.kernels import describe
 
-    moments = moment_formats(spec, work.h, work.name, work.rows)
-    return describe.needs_ranks(spec, moments, work.rows, world_size) is not None
+    return describe.needs_ranks(layout, world_size) is not None
 
 
 def step(
-    spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int, total: Callable[[Tensor], Tensor] | None = None
+    works: Sequence[Work], world_size: int, seed: int, total: Callable[[Tensor], Tensor] | None = None
 ) -> list[Work]:
     """Step the parameters that the kernels can step; returns the others. ``total`` adds up over the ranks that share
     them, in their order; without it nothing that :func:`needs_ranks` may be given."""
     from memopt.kernels import triton
 
-    return _step_on_cpu(spec, triton.step(spec, works, world_size, seed), seed, total)
+    return _step_on_cpu(triton.step(works, world_size, seed), seed, total)
 
 
-def _step_on_cpu(
-    spec: OptimSpec, works: Sequence[Work], seed: int, total: Callable[[Tensor], Tensor] | None
-) -> list[Work]:
+def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Tensor] | None) -> list[Work]:
     import torch
 
-    from memopt.engines.native import moment_formats
     from memopt.kernels import abi, describe
 
     found = library()
@@ -152,17 +143,14 @@ def _step_on_cpu(
     tensors = (abi.TensorStep * len(works))()
     count = 0
     for work in works:
-        moments = moment_formats(spec, work.h, work.name, work.rows)
         twice = total is not None and work.counted is not ...  # rows that are not to be in the sums here
-        if twice or describe.refuse(spec, moments, work.rows, work.p, work.g):
+        if twice or describe.refuse(work.layout, work.p, work.g):
             left.append(work)
             continue
         if id(work.h) not in group_of:
             group_of[id(work.h)] = len(groups)
-            groups.append(describe.describe_group(spec, work.h))
-        if describe.describe(tensors[count], spec, work, moments, group_of[id(work.h)]):
-            left.append(work)
-            continue
+            groups.append(describe.describe_group(work.layout.rule, work.h))
+        describe.describe(tensors[count], work, group_of[id(work.h)])
         count += 1
     if count:
         packed = (abi.Group * len(groups))(*groups)

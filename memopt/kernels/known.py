@@ -2,85 +2,90 @@
 
 Describing a parameter to the kernels costs some ten microseconds of Python, more than stepping a small one. So plans
 keep what they have described; before each step they look whether everything is as it was and take the new gradients.
+Tensors are the same objects, and each has the address, the dtype, the shape and the strides that it had when it was
+held against its layout: state that was replaced, and memory that was swapped or resized behind a tensor, are seen.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from itertools import chain
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from memopt.kernels import describe
+from memopt.kernels.signature import Signature
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
     from memopt.optimizer import Optimizer
 
 
-class Entry(NamedTuple):
-    name: str
-    p: Tensor
-    state: dict[str, Tensor]
-    shape: torch.Size
-    grad_dtype: torch.dtype
-    address: int
-    addresses: list[int]  # of the state
-    strides: tuple[int, ...] | None  # of the gradient and the parameter where it or the parameter is not contiguous
-
-    @classmethod
-    def of(cls, work: Work) -> Entry:
-        p, g, addresses = work.p, work.g, [t.data_ptr() for t in work.state.values()]
-        strides = None if p.is_contiguous() and g.is_contiguous() else g.stride() + p.stride()
-        return cls(work.name, p, work.state, p.shape, g.dtype, p.data_ptr(), addresses, strides)
+def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether these are the same objects."""
+    return len(a) == len(b) and all(map(is_, a, b))
 
 
 class Known:
     """All parameters that had a gradient when the plan was made, and that the others had none."""
 
-    def __init__(self, optimizer: Optimizer, entries: list[Entry]) -> None:
+    def __init__(self, optimizer: Optimizer, works: Sequence[Work]) -> None:
         self.spec, self.partition, self.seed = optimizer.spec, optimizer.partition, optimizer.seed
+        self.rule = works[0].layout.rule
         self.groups = list(optimizer.param_groups)
-        self.flags = [describe.flags(self.spec, group) for group in self.groups]
+        self.flags = [describe.flags(self.rule, group) for group in self.groups]
         self.all = [p for group in self.groups for p in group["params"]]
-        self.entries = entries
-        self.parameters = [entry.p for entry in entries]
+        self.names = [work.name for work in works]
+        self.parameters = [work.p for work in works]
         stepped = set(map(id, self.parameters))
         self.idle = [p for p in self.all if id(p) not in stepped]
+        # State: the dictionary's keys and values, what stands in each value, and what of that a step touches.
+        self._owners = list(optimizer.state)
+        self._all_states = list(optimizer.state.values())
+        self._states = [work.state for work in works]
+        self._keys = [("step", *work.layout.tensors) for work in works]
+        self._entries = self._everything()
+        self.tensors_of_state = self._touched()
+        self._lasting: list[Tensor] = [*self.parameters, *self.tensors_of_state]
+        self._addresses = list(map(Tensor.data_ptr, self._lasting))
+        self._signature = Signature(self._lasting)
+        self._gradients = Signature([work.g for work in works])
+
+    def _touched(self) -> list[Any]:
+        return [state.get(key) for state, keys in zip(self._states, self._keys, strict=True) for key in keys]
+
+    def _everything(self) -> list[Any]:
+        return list(chain.from_iterable([state.values() for state in self._states]))
 
     def same(self, optimizer: Optimizer) -> bool:
         """Whether spec, groups and parameters are those that the plan was made for."""
         groups = optimizer.param_groups
         same = optimizer.spec is self.spec and optimizer.partition is self.partition and optimizer.seed == self.seed
-        if not same or len(groups) != len(self.groups):
+        if not same or not _same(groups, self.groups):
             return False
-        now = [p for group in groups for p in group["params"]]
-        if len(now) != len(self.all) or any(a is not b for a, b in zip(now, self.all, strict=True)):
+        if not _same([p for group in groups for p in group["params"]], self.all):
             return False
-        if any(p.grad is not None for p in self.idle):
+        if self.idle and any(p.grad is not None for p in self.idle):
             return False
-        return all(
-            group is mine and describe.flags(self.spec, group) == flags
-            for group, mine, flags in zip(groups, self.groups, self.flags, strict=True)
-        )
+        return all(describe.flags(self.rule, group) == flags for group, flags in zip(groups, self.flags, strict=True))
+
+    def _same_state(self, optimizer: Optimizer) -> bool:
+        state = optimizer.state
+        if not (_same(list(state), self._owners) and _same(list(state.values()), self._all_states)):
+            return False
+        if not _same(self._everything(), self._entries):
+            # Entries of the user's own may come and go.
+            if not _same(self._touched(), self.tensors_of_state):
+                return False
+            self._entries = self._everything()
+        unmoved = list(map(Tensor.data_ptr, self._lasting)) == self._addresses
+        return unmoved and self._signature.matches(self._lasting)
 
     def gradients(self, optimizer: Optimizer) -> list[int] | None:
         """Where this step's gradients are; None if a parameter, its state or the kind of its gradient is another."""
-        found = []
-        all_state = optimizer.state
-        for _, p, state, shape, dtype, address, addresses, strides in self.entries:
-            g = p.grad
-            if (
-                type(g) is not Tensor
-                or g.layout is not torch.strided
-                or g.dtype is not dtype
-                or (not g.is_contiguous() if strides is None else g.stride() + p.stride() != strides)
-                or p.data_ptr() != address
-                or p.shape != shape
-                or (strides is None and not p.is_contiguous())
-                or all_state.get(p) is not state
-                or [t.data_ptr() for t in state.values()] != addresses
-            ):
-                return None
-            found.append(g.data_ptr())
-        return found
+        if not self._same_state(optimizer):
+            return None
+        gradients: list[Any] = [p.grad for p in self.parameters]
+        return list(map(Tensor.data_ptr, gradients)) if self._gradients.matches(gradients) else None

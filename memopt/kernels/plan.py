@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from memopt.engines.native import moment_formats
 from memopt.kernels import abi, describe
-from memopt.kernels.known import Entry, Known
+from memopt.kernels.known import Known
 from memopt.kernels.loader import library
 from memopt.kernels.pages import SMALLEST, Pages
 
@@ -28,10 +27,10 @@ class Plan(Known):
 
     takes_scale = False
 
-    def __init__(self, optimizer: Optimizer, entries: list[Entry], tensors: ctypes.Array[abi.TensorStep]) -> None:
-        super().__init__(optimizer, entries)
+    def __init__(self, optimizer: Optimizer, works: Sequence[Work], tensors: ctypes.Array[abi.TensorStep]) -> None:
+        super().__init__(optimizer, works)
         self.tensors = tensors
-        self.spans = (abi.Span * len(entries))()
+        self.spans = (abi.Span * len(works))()
         for span, tensor in zip(self.spans, tensors, strict=True):
             span.numel, span.dtype = tensor.numel, tensor.g_dtype
         self.hyper = (abi.Group * len(self.groups))()
@@ -39,7 +38,7 @@ class Plan(Known):
         # reference to the optimizer, without waiting for the garbage collector.
         spans = self.spans
         large = [(i, p.nbytes) for i, p in enumerate(self.parameters) if p.nbytes >= SMALLEST]
-        lasting = [x for entry in entries for x in (entry.p, *entry.state.values())]
+        lasting = [*self.parameters, *self.tensors_of_state]
         self.pages = Pages(
             [(x.data_ptr(), x.nbytes) for x in lasting], lambda: [(spans[i].data, nbytes) for i, nbytes in large]
         )
@@ -49,7 +48,7 @@ class Plan(Known):
         if not self.same(optimizer):
             return False
         for i, group in enumerate(self.groups):
-            self.hyper[i] = describe.describe_group(self.spec, group)
+            self.hyper[i] = describe.describe_group(self.rule, group)
         addresses = self.gradients(optimizer)
         if addresses is None:
             return False
@@ -62,10 +61,10 @@ class Plan(Known):
         found = library()
         assert found is not None
         if found.handle.memopt_all_finite(
-            ctypes.byref(self.spans), len(self.entries), torch.get_num_threads(), found.index
+            ctypes.byref(self.spans), len(self.names), torch.get_num_threads(), found.index
         ):
             return []
-        return [entry.name for entry, span in zip(self.entries, self.spans, strict=True) if span.bad]
+        return [name for name, span in zip(self.names, self.spans, strict=True) if span.bad]
 
     def step(self, seed: int) -> None:
         """Step all parameters; the kernels count the steps."""
@@ -75,7 +74,7 @@ class Plan(Known):
         if found.handle.memopt_step(
             ctypes.byref(self.hyper),
             ctypes.byref(self.tensors),
-            len(self.entries),
+            len(self.names),
             seed & 0xFFFFFFFF,
             torch.get_num_threads(),
             found.index,
@@ -99,20 +98,14 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
     originals = {i: p for i, (_, p, _) in enumerate(optimizer._parameters())}
     tensors = (abi.TensorStep * len(works))()
-    entries = []
     for target, work in zip(tensors, works, strict=True):
         p, counter = originals[work.index], work.state["step"]
         g, placed = p.grad, optimizer.homes.in_place(work.name, p.device)
         # Views of a part of the parameter (a rank's rows) would have to be cut again at every step.
         if g is None or not placed or work.p is not p or not describe.dense(g):
             return None
-        moments = moment_formats(spec, work.h, work.name, work.rows)
-        if describe.refuse(spec, moments, work.rows, p, g):
+        if describe.refuse(work.layout, p, g) or not counter.is_cpu:
             return None
-        if describe.describe(target, spec, work, moments, numbers[id(work.h)]):
-            return None
-        if counter.dtype is not torch.float32 or not counter.is_cpu:
-            return None
+        describe.describe(target, work, numbers[id(work.h)])
         target.counter = counter.data_ptr()
-        entries.append(Entry.of(work))
-    return Plan(optimizer, entries, tensors)
+    return Plan(optimizer, works, tensors)

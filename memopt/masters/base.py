@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.formats.base import Shard
-    from memopt.spec import OptimSpec
 
 #: dtypes in which an update is lost; wider parameters hold it themselves, and nothing is kept for them.
 LOW_PRECISION = ("bfloat16", "float16")
@@ -78,11 +77,11 @@ class Bare(Master):
         pass
 
 
-def master_of(spec: OptimSpec, dtype: str) -> Master:
-    """The master that a parameter of this dtype has under ``spec``: none where it is wide enough itself."""
+def master_of(name: str, dtype: str) -> Master:
+    """The master ``name`` as a parameter of this dtype has it: none where it is wide enough itself."""
     from memopt.masters import MASTERS
 
-    return MASTERS[spec.master if dtype in LOW_PRECISION else "none"]
+    return MASTERS[name if dtype in LOW_PRECISION else "none"]
 
 
 def words(shard: Shard, x: Tensor) -> Tensor:

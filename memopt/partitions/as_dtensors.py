@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from memopt.geometry import Rows, Shape
+from memopt.layout.param import resolve
 from memopt.ledger import dtype_name
 from memopt.partitions.dtensor import is_dtensor, like
-from memopt.pricing import state_lines
 
 if TYPE_CHECKING:
     from memopt.keeper import Keeper
@@ -52,7 +52,8 @@ def _shapes(optimizer: Keeper, name: str, p: Tensor, group: Mapping[str, Any]) -
     none = Rows(shape, 0, 0, here.flat)
 
     def lines(rows: Rows) -> dict[str, Shape]:
-        return {line.key: line.shape for line in state_lines(optimizer.spec, group, name, rows, "cpu", dtype_name(p))}
+        layout = resolve(optimizer.spec, group, name, 0, rows, dtype_name(p))
+        return {line.key: line.shape for line in layout.lines("cpu")}
 
     empty = lines(none)
     return {key: (full, empty[key] == full) for key, full in lines(whole).items() if key != "step"}

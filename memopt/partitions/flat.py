@@ -6,9 +6,9 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from memopt.engines.native import moment_formats
 from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
+from memopt.layout.param import resolve
 from memopt.partitions.base import Entry, Partition
 from memopt.rules import RULES
 
@@ -131,7 +131,8 @@ def needs_shapes(spec: OptimSpec) -> str | None:
         return "has overrides by name, and flat vectors have none"
     if not RULES[spec.rule].element_wise:
         return f"needs the parameters' shapes: {spec.rule} takes statistics of whole tensors"
-    held = {fmt.name for _, fmt, _ in moment_formats(spec, spec.resolve(), "", Rows.whole((4096, 4096)))}
+    layout = resolve(spec, spec.resolve(), "", 0, Rows.whole((4096, 4096)), "float32")
+    held = {m.format.name for m in layout.moments}
     whole = held & {"factored", "rowmean"}
     return f"needs the parameters' shapes: a moment is held as {whole.pop()}" if whole else None
 

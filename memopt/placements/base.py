@@ -29,6 +29,9 @@ class Placement(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    #: Whether state is in host memory, or mapped into it, wherever the parameter is; and whether the step runs there.
+    keeps_on_host: ClassVar[bool] = False
+    steps_on_host: ClassVar[bool] = False
 
     @abstractmethod
     def location(self, device: str) -> str:

@@ -33,6 +33,8 @@ class Cpu(Placement):
     """
 
     name = "cpu"
+    keeps_on_host = True
+    steps_on_host = True
     summary = "in host memory, and the step on the host's processor"
 
     def location(self, device: str) -> str:

@@ -25,6 +25,7 @@ class Disk(Placement):
     """
 
     name = "disk"
+    keeps_on_host = True
     summary = "in files, streamed through a bounded number of buffers"
 
     def location(self, device: str) -> str:

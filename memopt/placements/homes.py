@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memopt.geometry import Rows
-from memopt.ledger import Line, dtype_name
+from memopt.ledger import Line
 from memopt.placements import PLACEMENTS
 from memopt.placements.base import Home, Run
 from memopt.placements.leases import Held, Setting
 from memopt.placements.options import of_placement
-from memopt.rules import RULES
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from memopt.engines.work import Work
+    from memopt.layout.param import ParamLayout
     from memopt.spec import OptimSpec
 
 
-def held(spec: OptimSpec, name: str, h: Mapping[str, Any], rows: Rows, dtype: str) -> Held:
-    """These rows of a parameter of this dtype, for cutting."""
-    from memopt.pricing import state_lines
+def held(layout: ParamLayout) -> Held:
+    """The rows of a parameter with its state, for cutting."""
 
-    def layout(some: Rows) -> list[Line]:
-        return state_lines(spec, h, name, some, "", dtype)[1:]
+    def lines(some: Rows) -> list[Line]:
+        return layout.at(some).lines("")[1:]
 
-    return Held(rows, layout, not RULES[spec.rule].element_wise, dtype)
+    return Held(layout.rows, lines, not layout.rule.element_wise, layout.dtype)
 
 
 class Homes:
@@ -93,11 +92,9 @@ class Homes:
         for home, mine in groups.values():
             home.step(mine, run, self._held)
 
-    def _held(self, work: Work) -> Held:
-        return self.held(work.name, work.h, work.rows, dtype_name(work.p))
-
-    def held(self, name: str, h: Mapping[str, Any], rows: Rows, dtype: str) -> Held:
-        return held(self.spec, name, h, rows, dtype)
+    @staticmethod
+    def _held(work: Work) -> Held:
+        return held(work.layout)
 
     def prepare(self, states: Mapping[str, tuple[Held, torch.device]], also: bool = False) -> None:
         """These are the parameters that have state; ``also``: besides those of before."""

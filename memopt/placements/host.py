@@ -24,6 +24,7 @@ class Host(Placement):
     """
 
     name = "host"
+    keeps_on_host = True
     summary = "in pinned host memory, streamed through the device"
 
     def location(self, device: str) -> str:

@@ -36,7 +36,9 @@ class Loan(NamedTuple):
         start = rows.bounds[0] - self.work.rows.bounds[0]
         stop = rows.bounds[1] - self.work.rows.bounds[0]
         p, g = (cut(t, self.work.rows, rows, start, stop) for t in (self.work.p, self.work.g))
-        return self.work._replace(rows=rows, p=p, g=g, state={"step": self.work.state["step"], **state})
+        return self.work._replace(
+            layout=self.work.layout.at(rows), p=p, g=g, state={"step": self.work.state["step"], **state}
+        )
 
 
 def cut(x: Tensor, outer: Rows, inner: Rows, start: int, stop: int) -> Tensor:

@@ -70,4 +70,9 @@ RULE = Rule(
     presets=presets,
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
+    kernel_fields=lambda h: {
+        "final_lr": h["final_lr"],
+        "gamma": h["gamma"],
+        "peak": h["base_lr"] or 0.0,
+    },
 )

@@ -98,6 +98,10 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     p.sub_(u)
 
 
+def kernel_fields(h: Hyper) -> dict[str, float]:
+    return {"beta1": h["beta1"] or 0.0, "beta2": h["beta2_decay"], "MOMENTUM": h["beta1"] is not None}
+
+
 RULE = Rule(
     name="adafactor",
     summary="factored second moment, no first moment, relative rate",
@@ -108,4 +112,6 @@ RULE = Rule(
     default_format="factored",
     element_wise=False,
     presets=presets,
+    moments_by=("beta1",),
+    kernel_fields=kernel_fields,
 )

@@ -28,6 +28,7 @@ RULE = Rule(
     source="Kingma & Ba 2015",
     defaults={**adamw.DEFAULTS, "weight_decay": 0.0},
     moments=adamw.moments,
+    moments_by=("amsgrad",),
     update=update,
     refuse=adamw.refuse,
 )

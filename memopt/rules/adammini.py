@@ -46,4 +46,5 @@ RULE = Rule(
     defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
     moments=lambda h, shape: (EXP_AVG, ROW_SQ),
     update=update,
+    decoupled=lambda h: True,
 )

@@ -64,6 +64,8 @@ RULE = Rule(
     source="Loshchilov & Hutter 2019",
     defaults=DEFAULTS,
     moments=moments,
+    moments_by=("amsgrad",),
     update=update,
+    decoupled=lambda h: True,
     refuse=refuse,
 )

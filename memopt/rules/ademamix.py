@@ -65,4 +65,10 @@ RULE = Rule(
     },
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SLOW, EXP_AVG_SQ),
     update=update,
+    kernel_fields=lambda h: {
+        "alpha": h["alpha"],
+        "alpha_steps": h["t_alpha"] or 0,
+        "beta3_steps": h["t_beta3"] or 0,
+    },
+    decoupled=lambda h: True,
 )

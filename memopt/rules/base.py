@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from memopt.geometry import Shape
@@ -56,8 +57,15 @@ class Rule(NamedTuple):
     """A value on the rule axis.
 
     ``defaults`` are the hyperparameters and their defaults; ``presets`` change them by the value of one of them.
-    ``moments(h, shape)`` are what the rule keeps. ``refuse(h, format)`` gives a reason why this format cannot hold
-    them, or None. ``element_wise`` is False for rules that need statistics of the whole tensor.
+    ``moments(h, shape)`` are what the rule keeps; of the hyperparameters it may look at those in ``moments_by``, and
+    whether they are None, 0 or False is all that counts. ``refuse(h, format)`` gives a reason why this format cannot
+    hold them, or None. ``element_wise`` is False for rules that need statistics of the whole tensor.
+
+    ``decoupled(h)``: whether weight decay multiplies the parameter instead of joining the gradient. ``example`` are
+    hyperparameters with which a rule that may do without state keeps some.
+    ``kernel_fields(h)`` are the numbers and flags that its kernel takes beside those which all take
+    (:data:`memopt.kernels.abi.HYPER`). ``wrapper`` and ``inner`` are the two names in ``lookahead(adamw)``; of a plain
+    rule there is no wrapper, and ``inner`` is its own name.
     """
 
     name: str
@@ -70,6 +78,20 @@ class Rule(NamedTuple):
     element_wise: bool = True
     presets: Callable[[Hyper], dict[str, Any]] = lambda given: {}
     refuse: Callable[[Hyper, str], str | None] = lambda h, fmt: None
+    moments_by: tuple[str, ...] = ()
+    decoupled: Callable[[Hyper], bool] = lambda h: False
+    example: Mapping[str, Any] = MappingProxyType({})
+    kernel_fields: Callable[[Hyper], dict[str, float]] = lambda h: {}
+    wrapper: str = ""
+    wrapped: str = ""
+
+    @property
+    def inner(self) -> str:
+        return self.wrapped or self.name
+
+    def moments_key(self, h: Hyper) -> tuple[bool | None, ...]:
+        """All of ``h`` that :attr:`moments` depends on."""
+        return tuple(None if h[name] is None else bool(h[name]) for name in self.moments_by)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

@@ -55,6 +55,7 @@ RULE = Rule(
     defaults={"lr": 2e-4, "betas": (0.9, 0.999, 0.9999), "eps": (1e-30, 1e-16), "d": 1.0, "weight_decay": 0.0},
     moments=moments,
     update=update,
+    decoupled=lambda h: True,
     default_format="factored",
     element_wise=False,
 )

@@ -34,4 +34,5 @@ RULE = Rule(
     defaults={"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
     moments=lambda h, shape: (EXP_AVG,),
     update=update,
+    decoupled=lambda h: True,
 )

@@ -43,6 +43,8 @@ def wrap(inner: Rule) -> Rule:
 
     return inner._replace(
         name=f"lookahead({inner.name})",
+        wrapper="lookahead",
+        wrapped=inner.name,
         summary=f"{inner.summary}; slow weights every few steps",
         source=f"Zhang et al. 2019; {inner.source}",
         defaults={**inner.defaults, "lookahead_steps": 5, "lookahead_rate": 0.5},

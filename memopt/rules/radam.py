@@ -61,4 +61,5 @@ RULE = Rule(
     },
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
+    decoupled=lambda h: bool(h["decoupled_weight_decay"]),
 )

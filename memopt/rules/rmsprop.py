@@ -66,4 +66,6 @@ RULE = Rule(
     moments=moments,
     update=update,
     refuse=refuse,
+    moments_by=("centered", "momentum"),
+    kernel_fields=lambda h: {"beta1": h["alpha"], "beta2": h["alpha"]},
 )

@@ -59,4 +59,6 @@ RULE = Rule(
     update=update,
     presets=presets,
     refuse=refuse,
+    moments_by=("momentum",),
+    example={"momentum": 0.9, "nesterov": False},
 )

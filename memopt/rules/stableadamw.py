@@ -42,5 +42,6 @@ RULE = Rule(
     defaults={"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "d": 1.0, "weight_decay": 1e-2},
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
+    decoupled=lambda h: True,
     element_wise=False,
 )

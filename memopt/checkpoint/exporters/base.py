@@ -13,11 +13,11 @@ from torch import Tensor
 from memopt.checkpoint.codes import CODES, MomentCodes
 from memopt.checkpoint.converted import Converted, Zeros, in_memory
 from memopt.checkpoint.fit import OURS, Encoding
-from memopt.checkpoint.flat import FlatBlocks
 from memopt.checkpoint.plan import Fill
 from memopt.checkpoint.report import Conversion
 from memopt.checkpoint.stored import Record, Source
 from memopt.checkpoint.tensorfile import Progress
+from memopt.formats.foreign.flat import FlatBlocks
 from memopt.geometry import Shape
 from memopt.rules import RULES
 from memopt.spec import OptimSpec

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from memopt.checkpoint.dynamic import code_book
 from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment
 from memopt.checkpoint.stored import Record, Source
 from memopt.engines.bitsandbytes import KERNELS
+from memopt.formats.foreign.dynamic import code_book
 from memopt.spec import OptimSpec
 
 

@@ -123,7 +123,7 @@ def _parameters(converted: Converted, zeros: Zeros) -> Iterator[tuple[str, dict[
 def _weight(spec: OptimSpec, record: Record, state: State) -> Tensor:
     """What the weight and its master stand for."""
     assert record.weights is not None
-    p, master = record.weights(Rows.whole(record.shape)), master_of(spec, record.dtype)
+    p, master = record.weights(Rows.whole(record.shape)), master_of(spec.master, record.dtype)
     return (master.read(p, state[master.key]) if master.key in state else p.float()).clone().view(record.shape)
 
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.dynamic import code_book, dynamic8
 from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment, in_blocks
 from memopt.checkpoint.fit import Encoding
-from memopt.checkpoint.flat import FlatBlocks
 from memopt.checkpoint.stored import Record, Source
 from memopt.checkpoint.torchao_codes import book_of_4_bits, torchao4, torchao_fp8
 from memopt.engines.bitsandbytes import BLOCK
 from memopt.extras import require
+from memopt.formats.foreign.dynamic import code_book, dynamic8
+from memopt.formats.foreign.flat import FlatBlocks
 from memopt.spec import OptimSpec
 
 #: Elements of a block unless its optimizers are told otherwise.

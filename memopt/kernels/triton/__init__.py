@@ -11,17 +11,16 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib import util
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from memopt.engines.work import Work
-    from memopt.geometry import Rows
     from memopt.kernels.triton.plan import Plan
+    from memopt.layout.param import ParamLayout
     from memopt.optimizer import Optimizer
-    from memopt.spec import OptimSpec
 
 #: Device types that Triton compiles for. Tests add "cpu", which its interpreter executes.
 DEVICES = {"cuda", "xpu"}
@@ -84,23 +83,23 @@ def serves(works: Sequence[Work]) -> bool:
     return any(missing(work.p.device.type) is None for work in works)
 
 
-def refuse(spec: OptimSpec, moments: Any, rows: Rows, p: Tensor, world_size: int) -> str | None:
+def refuse(layout: ParamLayout, p: Tensor, world_size: int) -> str | None:
     """Why this parameter is stepped by the plain torch path, or None."""
     reason = missing(p.device.type)
     if reason:
         return reason
     from memopt.kernels.triton import tables
 
-    return tables.refuse(spec, moments, rows, p, world_size)
+    return tables.refuse(layout, p, world_size)
 
 
-def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
+def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     """Step the parameters that the kernels can step; returns the others."""
     if not serves(works):
         return list(works)
     from memopt.kernels.triton import plan
 
-    return plan.step(spec, works, world_size, seed)
+    return plan.step(works, world_size, seed)
 
 
 def make_plan(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:

@@ -14,10 +14,9 @@ from memopt.kernels.triton import fields as f
 from memopt.kernels.triton.finite import finite_kernel
 from memopt.kernels.triton.rules import RENEWALS, STEPS, SUMS
 from memopt.kernels.triton.upload import Uploaded
-from memopt.rules import RULES
 
 if TYPE_CHECKING:
-    from memopt.spec import OptimSpec
+    from memopt.rules import Rule
 
 #: Additions and multiplications are fused where the source says so, as in the C++ kernels.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
@@ -30,16 +29,15 @@ class Launcher:
 
     def __init__(
         self,
-        spec: OptimSpec,
+        rule: Rule,
         made: Sequence[tables.Tensors],
         device: torch.device,
         groups: int,  # how many param groups there are
     ) -> None:
-        self.spec = spec
         self.device = device
-        wrapper, self.name = RULES.parts(spec.rule)
+        self.name = rule.inner
         self.rule = scalars.NUMBER[self.name]
-        self.step = {"RULE": STEPS[self.name], "LOOKAHEAD": wrapper == "lookahead"}
+        self.step = {"RULE": STEPS[self.name], "LOOKAHEAD": rule.wrapper == "lookahead"}
         self.summed = dict(zip(("SUM", "M"), SUMS.get(self.name, ()), strict=False))
         self.launches: list[Callable[[Tensor], None]] = []
         self.workspace = 0  # fp32 numbers

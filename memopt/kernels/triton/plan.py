@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.engines.native import moment_formats
-from memopt.kernels.known import Entry, Known
+from memopt.kernels.known import Known
 from memopt.kernels.triton import capturing, tables
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton.launch import Launcher
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from memopt.engines.work import Work
     from memopt.kernels.pages import Pages
     from memopt.optimizer import Optimizer
-    from memopt.spec import OptimSpec
+    from memopt.rules import Rule
 
 
 class Plan(Known):
@@ -33,18 +32,18 @@ class Plan(Known):
     pages: Pages | None = None
     takes_scale = True
 
-    def __init__(self, optimizer: Optimizer, entries: list[Entry], launcher: Launcher) -> None:
-        super().__init__(optimizer, entries)
+    def __init__(self, optimizer: Optimizer, works: Sequence[Work], launcher: Launcher) -> None:
+        super().__init__(optimizer, works)
         self.optimizer = optimizer
         self.capturable = optimizer.capturable
         self.launcher = launcher
         # Whether the kernels count on a gradient's alignment.
         self.aligned = [bucket.align > 1 for bucket in launcher.buckets]
-        self.counters = [entry.state["step"] for entry in entries]
+        self.counters = [work.state["step"] for work in works]
         self.pending: tuple[Tensor, Any] | None = None  # flags on their way to the host, and when they are there
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
-        self.steps = [0.0] * len(entries)
+        self.steps = [0.0] * len(works)
 
     # Before a step ---------------------------------------------------------------------------------------------
 
@@ -63,7 +62,7 @@ class Plan(Known):
         launcher.gradients.set(addresses)
         if not self.capturable:
             self.steps = (torch.stack(self.counters) + 1).tolist() if self.counters else []
-        numbers = [number for group in self.groups for number in tables.hyper_row(self.spec, group)]
+        numbers = [number for group in self.groups for number in tables.hyper_row(self.rule, group)]
         self.launcher.numbers.set([*numbers, *self.steps])
         for i, group in enumerate(self.groups):
             for key in tables.rates_on_device(group):
@@ -80,7 +79,7 @@ class Plan(Known):
 
     def _names(self, flags: Tensor) -> list[str]:
         found = flags.tolist()
-        return [entry.name for entry, bad in zip(self.entries, found, strict=False) if bad] if found[-2] else []
+        return [name for name, bad in zip(self.names, found, strict=False) if bad] if found[-2] else []
 
     def rehearse(self, optimizer: Optimizer) -> None:
         """Launch all that the step before did without a plan, and what only a capture does: nothing can be compiled or
@@ -145,27 +144,27 @@ class Plan(Known):
         return int(self.launcher.skipped) if self.capturable else 0
 
 
-def refuse_work(spec: OptimSpec, work: Work, moments: tables.Moments, world_size: int) -> str | None:
-    """Why the kernels cannot take this parameter, this gradient and this state as they lie, or None."""
-    reason = tables.refuse(spec, moments, work.rows, work.p, world_size)
+def refuse_work(work: Work, world_size: int) -> str | None:
+    """Why the kernels cannot take this parameter and this gradient as they lie, or None."""
+    reason = tables.refuse(work.layout, work.p, world_size)
     if reason:
         return reason
     if work.g.dtype not in tables.TYPES or not work.g.is_contiguous() or work.g.device != work.p.device:
         return "its gradient is not contiguous, or of another device or dtype"
-    held = [t for key, t in work.state.items() if key != "step"]
-    if not all(t.is_contiguous() and t.device == work.p.device for t in held):
-        return "its state is not contiguous on its device"
-    return None
+    return None if all(x.device == work.p.device for x in _parts(work)) else "its state is not on its device"
 
 
-def describe_all(
-    spec: OptimSpec, pairs: Sequence[tuple[Work, tables.Moments]], seed: int, groups: Sequence[Any], counters: bool
-) -> list[tables.Tensors]:
+def _parts(work: Work) -> list[Tensor]:
+    """The tensors of its state that the kernels read and write."""
+    return [work.state[key] for key in work.layout.tensors]
+
+
+def describe_all(works: Sequence[Work], seed: int, groups: Sequence[Any], counters: bool) -> list[tables.Tensors]:
     """``counters``: whether ``state["step"]`` is on the device and counted there."""
     numbers = {id(group): i for i, group in enumerate(groups)}
     return [
-        tables.Tensors(spec, work, held, seed, numbers[id(work.h)], work.state["step"].data_ptr() if counters else 0)
-        for work, held in pairs
+        tables.Tensors(work, seed, numbers[id(work.h)], work.state["step"].data_ptr() if counters else 0)
+        for work in works
     ]
 
 
@@ -178,11 +177,11 @@ class Launchers:
         self._kept: OrderedDict[Any, Launcher] = OrderedDict()
         self._left = nbytes
 
-    def find(self, spec: OptimSpec, made: Sequence[tables.Tensors], device: torch.device, groups: int) -> Launcher:
-        key = spec.rule, device, groups, tuple((t.bucket, *t.row) for t in made)
+    def find(self, rule: Rule, made: Sequence[tables.Tensors], device: torch.device, groups: int) -> Launcher:
+        key = rule.name, device, groups, tuple((t.bucket, *t.row) for t in made)
         found = self._kept.pop(key, None)
         if found is None:
-            found = Launcher(spec, made, device, groups)
+            found = Launcher(rule, made, device, groups)
             self._left -= found.nbytes
         self._kept[key] = found
         while self._left < 0 and len(self._kept) > 1:
@@ -193,26 +192,25 @@ class Launchers:
 _LAUNCHERS = Launchers(32 * 2**20)
 
 
-def step(spec: OptimSpec, works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
+def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     """Step the parameters that the kernels can step, without a plan; returns the others."""
     left: list[Work] = []
-    mine: dict[torch.device, list[tuple[Work, tables.Moments]]] = {}
+    mine: dict[torch.device, list[Work]] = {}
     for work in works:
-        moments = moment_formats(spec, work.h, work.name, work.rows)
-        if refuse_work(spec, work, moments, world_size):
+        if refuse_work(work, world_size):
             left.append(work)
         else:
-            mine.setdefault(work.p.device, []).append((work, moments))
-    for device, pairs in mine.items():
-        chosen = [work for work, _ in pairs]
+            mine.setdefault(work.p.device, []).append(work)
+    for device, chosen in mine.items():
         groups: list[Any] = []
         for work in chosen:
             if not any(work.h is group for group in groups):
                 groups.append(work.h)
-        launcher = _LAUNCHERS.find(spec, describe_all(spec, pairs, seed, groups, False), device, len(groups))
+        rule = chosen[0].layout.rule
+        launcher = _LAUNCHERS.find(rule, describe_all(chosen, seed, groups, False), device, len(groups))
         launcher.gradients.set([work.g.data_ptr() for work in chosen])
         known = [{**group, **{key: float(group[key]) for key in tables.rates_on_device(group)}} for group in groups]
-        numbers = [number for group in known for number in tables.hyper_row(spec, group)]
+        numbers = [number for group in known for number in tables.hyper_row(rule, group)]
         launcher.numbers.set([*numbers, *(float(work.step) for work in chosen)])
         launcher.run()
     return left
@@ -225,19 +223,18 @@ def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
     if spec.engine != "native" or partition.world_size > 1 or not one:  # sharded gradients are agreed on by the ranks
         return None
     originals = {i: p for i, (_, p, _) in enumerate(optimizer._parameters())}
-    moments = [moment_formats(spec, work.h, work.name, work.rows) for work in works]
-    for work, held in zip(works, moments, strict=True):
+    for work in works:
         # A CUDA graph steps @paged without asking for its pages beforehand.
         placed = optimizer.capturable or optimizer.homes.in_place(work.name, work.p.device)
         counted = optimizer.capturable or work.state["step"].device.type == "cpu"
-        if not placed or not counted or work.p is not originals[work.index] or refuse_work(spec, work, held, 1):
+        if not placed or not counted or work.p is not originals[work.index] or refuse_work(work, 1):
             return None
     groups = optimizer.param_groups
-    made = describe_all(spec, list(zip(works, moments, strict=True)), optimizer.seed, groups, optimizer.capturable)
-    launcher = Launcher(spec, made, works[0].p.device, len(groups))
+    made = describe_all(works, optimizer.seed, groups, optimizer.capturable)
+    launcher = Launcher(works[0].layout.rule, made, works[0].p.device, len(groups))
     if isinstance(optimizer._plan, Plan) and optimizer._plan.launcher.device == launcher.device:
         launcher.skipped = optimizer._plan.launcher.skipped
-    plan = Plan(optimizer, [Entry.of(work) for work in works], launcher)
+    plan = Plan(optimizer, works, launcher)
     if optimizer.capturable:
         plan.rehearse(optimizer)
     return plan

@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from memopt import noise
-from memopt.engines.native import moment_formats
 from memopt.formats.rowmean import span
 from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi, describe
@@ -19,15 +18,13 @@ from memopt.kernels.triton import masters, missing, row_means
 from memopt.kernels.triton.bands import HEIGHT
 from memopt.kernels.triton.codes import KINDS
 from memopt.kernels.triton.scalars import NUMBER
-from memopt.ledger import dtype_name
-from memopt.masters import master_of
 from memopt.masters.base import ORDER
-from memopt.rules import RULES
 from memopt.rules.lookahead import SLOW
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
-    from memopt.spec import OptimSpec
+    from memopt.layout.param import ParamLayout
+    from memopt.rules import Rule
 
 #: dtype -> Triton's name of it.
 TYPES: dict[torch.dtype, Any] = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -42,7 +39,6 @@ WIDE, NARROW = (512, 4), (64, 32)
 WORKSPACE = 32 * 2**20
 #: Rates that may be tensors on the device, and their columns of ``hyper``.
 RATES = {"lr": f.LR.value}
-Moments = describe.Moments
 
 
 class Bucket(NamedTuple):
@@ -73,24 +69,25 @@ class Bucket(NamedTuple):
         return max(WARPS * 32 * elements // self.width, 1)
 
 
-def refuse(spec: OptimSpec, moments: Moments, rows: Rows, p: Tensor, world_size: int) -> str | None:
+def refuse(layout: ParamLayout, p: Tensor, world_size: int) -> str | None:
     """Why this parameter cannot be stepped by the kernels, or None."""
     reason = missing(p.device.type)
     if reason:
         return reason
     if p.dtype not in TYPES:
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
-    wrapper, rule = RULES.parts(spec.rule)
-    known = wrapper in ("", "lookahead") and rule in NUMBER and describe.format_of(moments) in (*KINDS, "factored")
-    if not known or any(m.name not in (*abi.SLOT, SLOW.name) for m, _, _ in moments):
-        return f"there is no kernel for {spec.rule} in {spec.format}"
-    if spec.master not in masters.KINDS:
-        return f"there is no Triton kernel for +{spec.master}"
+    rule = layout.rule
+    known = rule.wrapper in ("", "lookahead") and rule.inner in NUMBER
+    known = known and describe.format_of(layout) in (*KINDS, "factored")
+    if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
+        return f"there is no kernel for {rule.name} in {layout.asked}"
+    if layout.master.name not in masters.KINDS:
+        return f"there is no Triton kernel for +{layout.master.name}"
     if not p.is_contiguous():
         return "it is not contiguous"
-    if rows.flat != FLAT_ROW and master_of(spec, dtype_name(p)).name in masters.DITHERED:
-        return f"the random bits of +{spec.master} begin within a row of the kernels' view"
-    return describe.needs_ranks(spec, moments, rows, world_size)
+    if layout.rows.flat != FLAT_ROW and layout.master.name in masters.DITHERED:
+        return f"the random bits of +{layout.master.name} begin within a row of the kernels' view"
+    return describe.needs_ranks(layout, world_size)
 
 
 def rates_on_device(h: Mapping[str, Any]) -> list[str]:
@@ -98,11 +95,11 @@ def rates_on_device(h: Mapping[str, Any]) -> list[str]:
     return [key for key in RATES if isinstance(h.get(key), Tensor) and h[key].device.type != "cpu"]
 
 
-def hyper_row(spec: OptimSpec, h: Mapping[str, Any]) -> list[float]:
+def hyper_row(rule: Rule, h: Mapping[str, Any]) -> list[float]:
     """A row of ``hyper``; rates on the device are 0 here and copied there."""
-    group = describe.describe_group(spec, {**h, **dict.fromkeys(rates_on_device(h), 0.0)})
+    group = describe.describe_group(rule, {**h, **dict.fromkeys(rates_on_device(h), 0.0)})
     flags = group.flags
-    torch_adafactor = RULES.parts(spec.rule)[1] == "adafactor" and not flags & abi.TRANSFORMERS
+    torch_adafactor = rule.inner == "adafactor" and not flags & abi.TRANSFORMERS
     row = [getattr(group, name) for name in abi.HYPER]
     row += [float(bool(flags & abi.MAXIMIZE)), float(bool(flags & abi.DECOUPLED or torch_adafactor))]
     for flag in (abi.NESTEROV, abi.TRANSFORMERS, abi.SCALE_PARAMETER, abi.RELATIVE_STEP, abi.WARMUP_INIT):
@@ -124,14 +121,14 @@ def division(divisor: int) -> tuple[int, int]:
 class Tensors:
     """Static rows of one tensor: its bucket and its columns of ``table``."""
 
-    def __init__(self, spec: OptimSpec, work: Work, moments: Moments, seed: int, group: int, counter: int) -> None:
-        p, rows = work.p, work.rows
-        fmt = describe.format_of(moments)
+    def __init__(self, work: Work, seed: int, group: int, counter: int) -> None:
+        layout, p, rows = work.layout, work.p, work.rows
+        fmt = describe.format_of(layout)
         row = [0] * f.FIELDS.value
         slots, x_signed, addresses = [False] * abi.SLOTS, False, [p.data_ptr(), work.g.data_ptr()]
         means = row_means.NONE.value
-        for order, (moment, kept, _) in enumerate(moments):
-            parts = [work.state[f"{moment.name}.{part}" if part else moment.name] for part in kept.layout(moment, rows)]
+        for order, (moment, kept, _, keys) in enumerate(layout.moments):
+            parts = [work.state[key] for _, key in keys]
             if moment is SLOW:
                 row[f.SLOW.value] = parts[0].data_ptr()
                 addresses.append(row[f.SLOW.value])
@@ -147,7 +144,7 @@ class Tensors:
             row[f.AUX0.value + slot] = parts[1].data_ptr() if len(parts) > 1 else 0
             row[f.KEY0.value + slot] = noise.key(seed, work.index, order)
             addresses.append(parts[0].data_ptr())
-        master = master_of(spec, dtype_name(p))
+        master = layout.master
         row[f.BESIDE_KEY.value] = noise.key(seed, work.index, ORDER)
         if master.key in work.state:
             row[f.BESIDE.value] = work.state[master.key].data_ptr()
@@ -233,4 +230,4 @@ def bands(row: Sequence[int], width: int) -> tuple[int, int, int]:
     return numel // (cols * height), -(-height // HEIGHT.value), -(-cols // width)
 
 
-__all__ = ["Bucket", "Tensors", "bands", "hyper_row", "moment_formats", "pieces_of_programs", "programs", "refuse"]
+__all__ = ["Bucket", "Tensors", "bands", "hyper_row", "pieces_of_programs", "programs", "refuse"]

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
-from memopt.engines.bitsandbytes import MIN_8BIT_NUMEL
 from memopt.formats.base import Format, Parts, Shard
 from memopt.geometry import Rows, Shape
 from memopt.ledger import TensorSpec
@@ -14,6 +13,9 @@ from memopt.rules.base import Moment
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: From this many elements on the other tools keep state in 8 bits; blocks run over the flattened tensor.
+MIN_8BIT_NUMEL = 4096
 
 
 class FlatBlocks(Format):
@@ -48,8 +50,9 @@ class FlatBlocks(Format):
         codes = TensorSpec(self.codes_dtype(moment), rows.local_shape)
         return {"codes": codes, "scales": TensorSpec(self.scale_dtype, (stop - first,))}
 
-    def span(self, part: str, outer: Rows, inner: Rows) -> tuple[int, int]:
-        """Where the rows ``inner`` stand along dimension 0 of the part that holds the rows ``outer``."""
+    def span(self, moment: Moment, part: str, outer: Rows, inner: Rows) -> tuple[int, int] | None:
+        if inner == outer or self.is_shared(moment, part, outer.shape):
+            return None
         where = self.where_codes if part == "codes" else self.blocks_of
         (begin, _), (first, stop) = where(outer), where(inner)
         return first - begin, stop - begin

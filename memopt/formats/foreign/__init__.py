@@ -1,0 +1,1 @@
+"""Codes of other tools, which state may be in: read, written and converted; no value of a spec."""

@@ -1,0 +1,216 @@
+"""``resolve``: what a spec means for one parameter on this rank. Price, allocation, checks and steps read it.
+
+State keys are made here and nowhere else, and here alone rows are found in the parts of a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+
+from memopt.engines import ENGINES
+from memopt.formats import FORMATS, HELD, Format
+from memopt.geometry import Rows
+from memopt.hyper import SpecError
+from memopt.layout.check import check, misfit
+from memopt.ledger import Line, TensorSpec
+from memopt.masters import Master, master_of
+from memopt.partitions import PARTITIONS
+from memopt.placements import PLACEMENTS, Placement
+from memopt.rules import RULES, Moment, Rule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from memopt.spec import OptimSpec
+
+#: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number, in host memory unless the
+#: optimizer is capturable.
+STEP = TensorSpec("float32", ())
+
+
+class MomentLayout(NamedTuple):
+    """One moment of a parameter, and the format that holds it; ``fallback_reason`` says why where that is not the one
+    asked for. ``keys`` are ``(part, state key)`` in the order of allocation."""
+
+    moment: Moment
+    format: Format
+    fallback_reason: str
+    keys: tuple[tuple[str, str], ...]
+
+    def parts(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of this moment: part -> tensor."""
+        return {part: state[key] for part, key in self.keys}
+
+
+@final
+class ParamLayout:
+    """``rows`` of the parameter ``name`` of ``dtype``, the ``index``-th of its optimizer: everything that decides where
+    its state is, what is in it and how it is rounded. ``asked`` is the format that the spec names for it,
+    ``partitioned`` whether ranks share parameters out, ``key`` what of the hyperparameters the moments depend on."""
+
+    __slots__ = (
+        "_dtypes",
+        "_tensors",
+        "asked",
+        "dtype",
+        "index",
+        "key",
+        "master",
+        "moments",
+        "name",
+        "partitioned",
+        "placement",
+        "rows",
+        "rule",
+        "seed",
+    )
+
+    def __init__(
+        self,
+        name: str,
+        index: int,
+        rows: Rows,
+        dtype: str,
+        rule: Rule,
+        moments: tuple[MomentLayout, ...],
+        master: Master,
+        placement: Placement,
+        seed: int = 0,
+        *,
+        asked: str = "32bit",
+        partitioned: bool = False,
+        key: tuple[bool | None, ...] = (),
+    ) -> None:
+        self.name, self.index, self.rows, self.dtype = name, index, rows, dtype
+        self.rule, self.moments, self.master, self.placement, self.seed = rule, moments, master, placement, seed
+        self.asked, self.partitioned, self.key = asked, partitioned, key
+        self._tensors: dict[str, TensorSpec] | None = None
+        self._dtypes: tuple[Any, list[tuple[str, Any, Any]]] | None = None
+
+    def at(self, rows: Rows) -> ParamLayout:
+        """The same of other rows."""
+        return ParamLayout(
+            self.name,
+            self.index,
+            rows,
+            self.dtype,
+            self.rule,
+            self.moments,
+            self.master,
+            self.placement,
+            self.seed,
+            asked=self.asked,
+            partitioned=self.partitioned,
+            key=self.key,
+        )
+
+    @property
+    def needs_whole(self) -> bool:
+        """Whether a step needs all of the parameter at once: statistics of the whole, or a format that keeps such."""
+        return not self.rule.element_wise or any(m.format.whole_tensor for m in self.moments)
+
+    @property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """The tensors of the state but the step: key -> dtype and shape, in the order of allocation."""
+        if self._tensors is None:
+            found = {}
+            for moment, fmt, _, keys in self.moments:
+                parts = fmt.layout(moment, self.rows)
+                found.update({key: parts[part] for part, key in keys})
+            self._tensors = found | self.master.layout(self.rows, self.dtype)
+        return self._tensors
+
+    def lines(self, device: str, capturable: bool = False) -> list[Line]:
+        """The lines of the ledger, that of the step first, for a parameter on ``device``: what is allocated and what it
+        costs."""
+        where = self.placement.location(device)
+        lines = [Line(self.name, "step", "", STEP.dtype, STEP.shape, STEP.nbytes, device if capturable else "cpu")]
+        for key, tensor in self.tensors.items():
+            moment, _, part = key.partition(".")
+            lines.append(Line(self.name, moment, part, tensor.dtype, tensor.shape, tensor.nbytes, where))
+        return lines
+
+    def slices(self, rows: Rows) -> dict[str, slice]:
+        """Where these rows of the parameter stand along dimension 0 of each part of the state: key -> slice, of a part
+        that all rows share the whole."""
+        found = {}
+        for moment, fmt, _, keys in self.moments:
+            for part, key in keys:
+                span = fmt.span(moment, part, self.rows, rows)
+                found[key] = slice(None) if span is None else slice(*span)
+        if self.master.layout(self.rows, self.dtype):
+            begin = self.rows.bounds[0]
+            found[self.master.key] = slice(*(bound - begin for bound in rows.bounds))
+        return found
+
+    def expected(self) -> tuple[torch.dtype, list[tuple[str, torch.dtype, torch.Size]]]:
+        """torch's dtype of the parameter, and key, dtype and shape of each tensor of its state but the step."""
+        if self._dtypes is None:
+            import torch
+
+            tensors = self.tensors.items()
+            parts = [(key, getattr(torch, t.dtype), torch.Size(t.shape)) for key, t in tensors]
+            self._dtypes = getattr(torch, self.dtype), parts
+        return self._dtypes
+
+    def check(self, p: Tensor, grad: Tensor, state: Mapping[str, Any], *, cut: bool = False) -> None:
+        """Raise RuntimeError, with one sentence, unless the rows ``p`` of the parameter, their gradient and their state
+        have the dtypes, sizes and devices of this layout. ``cut``: p and grad are some elements of the rows."""
+        check(self, p, grad, cut)
+        if problem := self.misfit(p, state):
+            raise RuntimeError(problem)
+
+    def misfit(self, p: Tensor, state: Mapping[str, Any]) -> str | None:
+        """The sentence for a state that is not of this layout, or None."""
+        return misfit(self, p, state)
+
+
+@lru_cache(maxsize=4096)
+def _moments(
+    engine: str, rule: str, values: tuple[bool | None, ...], asked: str, partition: str, rows: Rows
+) -> tuple[MomentLayout, ...]:
+    executes, keeps = ENGINES[engine], RULES[rule]
+    uncut = PARTITIONS[partition].declines(rows.shape) if asked != "32bit" else None
+    chosen = []
+    for moment in keeps.moments(dict(zip(keeps.moments_by, values, strict=True)), rows.shape):
+        if moment.held:
+            fmt, reason = HELD[moment.held], moment.held_because if moment.held != asked else ""
+        else:
+            moment, fmt = executes.code_of(moment, asked)
+            reason = fmt.declines(moment, rows.shape) or uncut or ""
+            fmt = FORMATS["32bit"] if reason else fmt
+        keys = tuple((part, f"{moment.name}.{part}" if part else moment.name) for part in fmt.layout(moment, rows))
+        chosen.append(MomentLayout(moment, fmt, reason, keys))
+    return tuple(chosen)
+
+
+def resolve(
+    spec: OptimSpec, h: Mapping[str, Any], name: str, index: int, rows: Rows, dtype: str, seed: int = 0
+) -> ParamLayout:
+    """The layout of these rows of a parameter of ``dtype`` under ``spec`` with the hyperparameters ``h``.
+
+    Formats are chosen moment by moment, from the name and the global shape alone. Raises SpecError for a parameter
+    that the engine cannot take.
+    """
+    if reason := ENGINES[spec.engine].refuse_rows(rows):
+        raise SpecError(f"{name} {reason}")
+    asked, placement, _ = spec.for_parameter(name)
+    rule = RULES[spec.rule]
+    key = rule.moments_key(h)
+    return ParamLayout(
+        name,
+        index,
+        rows,
+        dtype,
+        rule,
+        _moments(spec.engine, spec.rule, key, asked, spec.partition, rows),
+        master_of(spec.master, dtype),
+        PLACEMENTS[placement],
+        seed,
+        asked=asked,
+        partitioned=spec.partition != "none",
+        key=key,
+    )

@@ -1,0 +1,70 @@
+"""The layouts of an optimizer's parameters, each resolved once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, final
+from weakref import ref
+
+from torch import Tensor, nn
+
+from memopt.layout import param
+from memopt.ledger import dtype_name
+from memopt.partitions.dtensor import is_dtensor
+from memopt.rules import RULES
+
+if TYPE_CHECKING:
+    import torch
+
+    from memopt.layout.param import ParamLayout
+    from memopt.partitions import Partition
+    from memopt.spec import OptimSpec
+
+#: Place among all parameters, name, parameter, group.
+Entry = tuple[int, str, Tensor, Mapping[str, Any]]
+
+
+class _Known(NamedTuple):
+    owner: ref[Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    layout: ParamLayout
+
+
+@final
+class Layouts:
+    """``of`` resolves a parameter when it is met first, and again where something has changed of what its layout
+    depends on: spec, partition, seed, name, place, shape, dtype, and the hyperparameters that choose the moments."""
+
+    def __init__(self) -> None:
+        self._made_for: Any = None
+        self._known: dict[int, _Known] = {}
+
+    def of(self, entries: Iterable[Entry], spec: OptimSpec, partition: Partition, seed: int) -> list[ParamLayout]:
+        """The layouts of these parameters, in order."""
+        made_for = spec, partition, seed
+        if self._made_for is None or any(a is not b for a, b in zip(made_for, self._made_for, strict=True)):
+            self._made_for, self._known = made_for, {}
+        rule, known = RULES[spec.rule], self._known
+        keys: dict[int, Any] = {}  # by group
+        found = []
+        for index, name, p, group in entries:
+            key = keys.get(id(group))
+            if key is None:
+                key = keys[id(group)] = rule.moments_key(group)
+            one = known.get(id(p))
+            if one is None or not _holds(one, index, name, p, key, partition):
+                rows = partition.held(p)
+                layout = param.resolve(spec, group, name, index, rows, dtype_name(p), seed)
+                one = known[id(p)] = _Known(ref(p), p.shape, p.dtype, layout)
+            found.append(one.layout)
+        return found
+
+
+def _holds(known: _Known, index: int, name: str, p: Tensor, key: Any, partition: Partition) -> bool:
+    owner, shape, dtype, layout = known
+    if owner() is not p or p.dtype is not dtype or p.shape != shape:
+        return False
+    if layout.key != key or layout.index != index or layout.name != name:
+        return False
+    return type(p) is nn.Parameter or not is_dtensor(p) or layout.rows == partition.held(p)
