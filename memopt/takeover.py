@@ -26,5 +26,6 @@ def take_over(layout: ParamLayout, p: Tensor, state: Mapping[str, Any], device: 
         if counter.numel() != 1 or counter.is_complex():
             return None
         counter = float(counter)
-    fits = {**state, "step": torch.full((), counter, dtype=torch.float32, device=device)}
+    fits = {key: x.contiguous() if key in layout.tensors and isinstance(x, Tensor) else x for key, x in state.items()}
+    fits["step"] = torch.full((), counter, dtype=torch.float32, device=device)
     return fits if layout.misfit(p, fits) is None else None

@@ -132,7 +132,7 @@ def _checkpoint(model: nn.Module, opt: memopt.Optimizer) -> str:
     found = hashlib.sha256()
     with tempfile.TemporaryDirectory() as folder:
         memopt.save(Path(folder) / "c", model=model, optimizer=opt)
-        for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        for path in sorted(p for p in Path(folder).rglob("*") if p.suffix in (".json", ".safetensors")):
             found.update(path.name.encode())
             if path.name == "manifest.json":
                 manifest = json.loads(path.read_text())

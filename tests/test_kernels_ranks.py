@@ -24,7 +24,7 @@ def work_of(spec, shape=(40, 24)):
 
 
 def run(work, spec, total):
-    return kernels.step(memopt.parse(spec), [work], 2, 0, total)
+    return kernels.step([work], 2, 0, total)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_sums_are_those_of_the_plain_path(spec, numbers, monkeypatch):
         else:
             from memopt.engines.native import plain_step
 
-            plain_step(memopt.parse(spec), work, total, 0)
+            plain_step(work, total, 0)
         taken[path] = sums, work.p
     (mine, p), (theirs, q) = taken["kernels"], taken["torch"]
     assert [x.numel() for x in mine] == [x.numel() for x in theirs] == numbers
@@ -66,7 +66,7 @@ def test_a_sum_over_two_ranks_is_used():
     """Both ranks have the same rows: twice the sums and twice the elements."""
     alone, shared = work_of("lamb"), work_of("lamb")
     run(alone, "lamb", lambda x: x)
-    run(shared._replace(rows=Rows((80, 24), 0, 40)), "lamb", lambda x: 2 * x)
+    run(shared._replace(layout=shared.layout.at(Rows((80, 24), 0, 40))), "lamb", lambda x: 2 * x)
     assert torch.equal(alone.p, shared.p)
     run(shared, "lamb", lambda x: 4 * x)
     assert not torch.equal(alone.p, shared.p)

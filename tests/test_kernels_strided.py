@@ -91,8 +91,7 @@ def test_a_plan_is_kept_and_sees_another_layout() -> None:
     assert p.isfinite().all()
 
 
-def test_a_parameter_that_is_given_up_leaves_nothing_to_the_next() -> None:
-    """State that is not contiguous goes to torch; what had been described of its parameter is not the next one's."""
+def test_state_that_is_not_contiguous_is_made_so() -> None:
     torch.manual_seed(0)
     given_up, p, alone = (torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 80), (40, 30), (40, 30)))
     given_up.data = transposed(given_up.data)

@@ -13,6 +13,7 @@ from torch import nn
 import memopt
 from memopt.geometry import Rows
 from memopt.hyper import SpecError
+from memopt.layout.param import resolve
 from memopt.placements import PLACEMENTS, bus, leases
 from memopt.placements.homes import held
 from memopt.placements.pipeline import Operation, stream
@@ -185,7 +186,7 @@ def test_nan_skips_a_step_and_changes_nothing():
 @pytest.mark.parametrize("spec", PLAIN_SPECS)
 def test_pieces_are_the_whole_without_overlap_or_gap(spec, shape):
     parsed = memopt.parse(spec)
-    one = held(parsed, "w", parsed.resolve(HYPER.get(parsed.rule)), Rows.whole(shape), "float32")
+    one = held(resolve(parsed, parsed.resolve(HYPER.get(parsed.rule)), "w", 0, Rows.whole(shape), "float32"))
     found = leases.pieces("w", *one[:3], target=40_000)
     assert [p.rows.first for p in found[1:]] == [p.rows.stop for p in found[:-1]]
     ends: dict[str, int] = {}
