@@ -169,7 +169,7 @@ def test_where_gradients_are_released(damage):
 @pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_fits_goes_on(spec, fast, monkeypatch):
-    """Other memory with the same in it, also with gaps, entries of the user's own, and steps that are numbers: as without."""
+    """Other memory with the same in it, also with gaps, entries of the user's own, steps that are numbers."""
     if not fast:
         monkeypatch.setattr(signature, "_GUARDS", None)
     (model, opt), (twin, same) = _made(spec), _made(spec)

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.fit import Slot
-from memopt.formats.foreign.flat import FlatBlocks
 from memopt.checkpoint.kept import kept_of
 from memopt.checkpoint.stored import LivePiece, Record, Stored
 from memopt.formats import FORMATS, Format
 from memopt.formats.base import Parts
+from memopt.formats.foreign.flat import FlatBlocks
 from memopt.geometry import Rows, row_count
 
 
