@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,11 +25,12 @@ from memopt.partitions import Partition
 from memopt.partitions.flat import check_replaced, replaced_by_vectors
 from memopt.partitions.recovering import Made
 from memopt.partitions.slab import check_slab
+from memopt.placements.base import Home
 from memopt.placements.homes import Homes, held
 from memopt.rules import Rule
 from memopt.spec import OptimSpec
-from memopt.state import LoadPlan, packed, plan_load
-from memopt.takeover import take_over
+from memopt.state import LoadPlan, packed, packed_bytes, plan_load, unpacked_bytes
+from memopt.takeover import Here, is_own, is_plain, own_entries, stands, taken_over
 
 if TYPE_CHECKING:
     from memopt.checkpoint.changing import Work
@@ -134,16 +136,53 @@ class Keeper(torch.optim.Optimizer):
         entries = [(i, *entry) for i, entry in numbered if has_shape(entry[1]) and entry[1].dtype in STEPPED]
         return [(*entry[1:], layout) for entry, layout in zip(entries, self._layouts_of(entries), strict=True)]
 
-    def _check_state(self, layout: ParamLayout, p: Tensor, local: Tensor) -> None:
-        """Hold the state of ``p``, of which ``local`` are the rows here, against its layout. What somebody else has put
-        there is taken over where that can be done; RuntimeError with the reason where not."""
+    def _check_state(self, layout: ParamLayout, p: Tensor, local: Tensor, group: Mapping[str, Any]) -> None:
+        """Hold the state of ``p``, of which ``local`` are the rows here, against its layout and its placement. What
+        somebody else has put there is taken over where that can be done; RuntimeError with the reason where not."""
         state = self.state.get(p)
-        problem = layout.misfit(local, state) if state else None
-        if problem and state:
-            fits = take_over(layout, local, state, p.device if self.capturable else torch.device("cpu"))
-            if fits is None:
-                raise RuntimeError(problem)
-            self.state[p] = fits
+        if not state:
+            return
+        home = self.homes.of(layout.name)
+        problem = layout.misfit(local, state)
+        fits = problem is None and not is_plain(layout, state)
+        if fits and home.holds(layout.name, {key: state[key] for key in layout.tensors}):
+            return
+        partition = self.partition
+
+        def rows_of(x: Tensor) -> Tensor:
+            return partition.local(p, layout.rows, x)
+
+        here = Here(local, layout.rows.local_shape, group, p.shape, rows_of, partition.total_of(p))
+        values = taken_over(layout, here, state)
+        if values is None:
+            raise RuntimeError(problem or f"{layout.name}: its state has a moment of torch.optim's that does not fit")
+        self._put_state(layout, p, state, values)
+
+    def _put_state(self, layout: ParamLayout, p: Tensor, state: dict[str, Any], values: dict[str, Any]) -> None:
+        """``values`` are the state now, where the placement says, with what else stands there."""
+        beside = stands(layout, state, values)
+        step, *lines = layout.lines(str(p.device), self.capturable)
+        count = torch.full((), values.pop("step"), dtype=torch.float32, device=step.location)
+        home = self.homes.of(layout.name)
+        if type(home) is Home:  # tensors that fit are the state, as in torch.optim
+            dtypes = {line.key: getattr(torch, line.dtype) for line in lines}
+            made = {key: x.detach().to(p.device, dtypes[key]).contiguous() for key, x in values.items()}
+        else:
+            # They may lie where there will be room.
+            values = {key: x.clone() for key, x in values.items()}
+            beside = {key: x.clone() if isinstance(x, Tensor) else x for key, x in beside.items()}
+            made = home.allocate(layout.name, lines, p.device)
+            for key, x in values.items():
+                made[key].copy_(x)
+        state.clear()
+        state.update({"step": count, **made, **beside})
+        self._prepare([p])
+
+    def _check_states(self) -> None:
+        """Before anybody takes the state for that of the parameters: hold all of it against the layouts."""
+        for _, p, group, layout in self._all_layouts():
+            if self.state.get(p):
+                self._check_state(layout, p, self.partition.local(p, layout.rows, p), group)
 
     # State -----------------------------------------------------------------------------------------------------
 
@@ -265,13 +304,17 @@ class Keeper(torch.optim.Optimizer):
         return self._allocate(layout, p, group, fresh=True)
 
     def ledger(self) -> Ledger:
-        """What the state costs now, read from the live tensors; parameters that have not stepped have none."""
+        """What the state costs now, read from the live tensors; parameters that have not stepped have none. Tensors
+        that the user has put beside the state are in it."""
         lines = []
         for name, p, _ in self._parameters():
             placement = self.homes.of(name).placement
             for key, tensor in self.state.get(p, {}).items():
+                if not isinstance(tensor, Tensor):  # a number of the user's own
+                    continue
                 moment, _, part = key.partition(".")
-                where = str(tensor.device) if key == "step" else placement.location(str(p.device))
+                own = key == "step" or is_own(self.spec.rule, key)
+                where = str(tensor.device) if own else placement.location(str(p.device))
                 nbytes = tensor.numel() * tensor.element_size()
                 lines.append(Line(name, moment, part, dtype_name(tensor), tuple(tensor.shape), nbytes, where))
         return Ledger([*lines, *self.engine.shared_lines(lines), *self.homes.workspace()])
@@ -291,7 +334,7 @@ class Keeper(torch.optim.Optimizer):
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self.partition.shown(self):
-            list(self._parameters())  # names are put right where groups were edited
+            self._check_states()
             state, groups = packed(self)
             state = as_dtensors.wrapped(self, state)
         cut = self.partition.cut()
@@ -336,7 +379,8 @@ class Keeper(torch.optim.Optimizer):
         """Raise ValueError for a dictionary whose tensors are the state itself where that was interrupted."""
         if self.integrity.torn is None:
             return
-        own = {t.data_ptr() for state in self.state.values() for t in state.values() if t.numel()}
+        states = [state for state in self.state.values() if isinstance(state, dict)]
+        own = {t.data_ptr() for state in states for t in state.values() if isinstance(t, Tensor) and t.numel()}
         for (name, _, _), saved in plan.states:
             if any(isinstance(t, Tensor) and t.numel() and t.data_ptr() in own for t in saved.values()):
                 raise ValueError(
@@ -346,9 +390,13 @@ class Keeper(torch.optim.Optimizer):
 
     def _load(self, plan: LoadPlan) -> None:
         for (name, p, group), saved in plan.states:
-            target = self._to_overwrite(name, p, {**group, **plan.hyper_of(group)})
+            h = self.rule.keeping({**group, **plan.hyper_of(group)}, saved)
+            target = self._to_overwrite(name, p, h)
+            for key in [key for key in target if is_own(self.spec.rule, key)]:
+                del target[key]
             for key, tensor in target.items():
                 tensor.copy_(torch.as_tensor(saved[key])) if key in saved else tensor.zero_()
+            target.update(copy.deepcopy(own_entries(self.spec.rule, saved)))
         for p in plan.without_state:
             self.state.pop(p, None)
         for other in [key for key in self.state if not isinstance(key, Tensor)]:
@@ -373,13 +421,10 @@ class Keeper(torch.optim.Optimizer):
                 "an optimizer with a directory cannot be pickled or copied, two would write there; use state_dict()"
             )
         self.settle()
+        self._check_states()
         ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "capturable")}
         ours["_skipped"] = self.skipped_steps
-        # pickle cannot carry torch's 8-bit floats: their bytes travel instead.
-        state = {
-            p: {k: t.view(torch.uint8) if t.is_floating_point() and t.itemsize == 1 else t for k, t in parts.items()}
-            for p, parts in self.state.items()
-        }
+        state = {p: packed_bytes(x) if isinstance(x, dict) else x for p, x in self.state.items()}
         return {**super().__getstate__(), "state": state, "memopt": ours}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -390,12 +435,17 @@ class Keeper(torch.optim.Optimizer):
         self._configure()
         self._remember()
         # A copy of a tensor is ordinary memory: put it back where the placement says.
-        copied = dict(self.state)
+        copied = {p: unpacked_bytes(x) if isinstance(x, dict) else x for p, x in self.state.items()}
         self.state = defaultdict(dict)
         for _, p, group, layout in self._all_layouts():
-            if copied.get(p):
+            parts = copied.pop(p, None)
+            if parts:
                 target = self._allocate(layout, p, group, fresh=True)
-                for key, value in copied[p].items():
-                    target[key].copy_(value.view(target[key].dtype))
+                for key, value in parts.items():
+                    if key in target:
+                        target[key].copy_(value)
+                    else:
+                        target[key] = value
+        self.state.update(copied)
         self._watch()
         self._take_place()

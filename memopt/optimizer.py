@@ -185,7 +185,7 @@ class Optimizer(Keeper):
         for (_, _, p, group), layout, g in zip(entries, self._layouts_of(entries), gradients, strict=True):
             local = self.partition.local(p, layout.rows, p)
             check(layout, local, g, cut=not self.partition.plannable)
-            self._check_state(layout, p, local)
+            self._check_state(layout, p, local, group)
             ready.append(Ready(layout, p, group, local, g))
         return ready
 

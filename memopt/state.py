@@ -12,6 +12,7 @@ from torch import Tensor
 from memopt.masters import MASTERS
 from memopt.naming import clean_names
 from memopt.partitions.as_dtensors import has_dtensors, unwrapped
+from memopt.takeover import own_entries
 
 if TYPE_CHECKING:
     from memopt.keeper import Keeper
@@ -31,6 +32,28 @@ def packed(optimizer: Keeper) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
         if not isinstance(key, Tensor) or id(key) in numbers
     }
     return state, groups
+
+
+class _Bytes(NamedTuple):
+    """A tensor of torch's 8-bit floats, which pickle cannot carry: its bytes travel instead."""
+
+    dtype: torch.dtype
+    values: Tensor
+
+
+def packed_bytes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What pickle can carry of a parameter's state."""
+    return {
+        key: _Bytes(x.dtype, x.view(torch.uint8))
+        if isinstance(x, Tensor) and x.is_floating_point() and x.itemsize == 1
+        else x
+        for key, x in state.items()
+    }
+
+
+def unpacked_bytes(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of :func:`packed_bytes`."""
+    return {key: x.values.view(x.dtype) if isinstance(x, _Bytes) else x for key, x in state.items()}
 
 
 class LoadPlan(NamedTuple):
@@ -132,7 +155,9 @@ def _comparable(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
 def _check_state(
     optimizer: Keeper, name: str, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], origin: str
 ) -> None:
-    lines = {line.key: line for line in optimizer._lines(name, p, group)}
+    own = own_entries(optimizer.spec.rule, saved)
+    saved = {key: value for key, value in saved.items() if key not in own}
+    lines = {line.key: line for line in optimizer._lines(name, p, optimizer.rule.keeping(group, saved))}
     # A master of zeros stands for the weights as they are: state without one needs nothing made up.
     master = MASTERS[optimizer.spec.master].key
     lacking = [key for key in lines if key not in saved and key != master]

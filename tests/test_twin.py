@@ -18,16 +18,7 @@ from twin.operations import load_all
 from twin.sequences import draw, load_checkpoints, perform, replay
 
 #: Operations whose meaning is not there yet, and why.
-NOT_YET: dict[str, str] = {
-    "grown": "the boundary",
-    "wrong_moment": "the boundary",
-    "wrong_gradient": "the boundary",
-    "strided": "the boundary",
-    "cast": "the boundary",
-    "reset_by_hand": "the boundary",
-    "own_keys": "changes made by hand in mid-training",
-    "switch": "changes made by hand in mid-training",
-}
+NOT_YET: dict[str, str] = {}
 #: Sequences that went wrong once, cut down to the operations that it took.
 FOUND: list[str] = [
     "1000974: clip/528",  # memopt.clip_grad_norm_ of gradients in double precision

@@ -15,9 +15,11 @@ from memopt.checkpoint.plan import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Record, Source
 from memopt.groups import TORCH_KEYS, is_named
+from memopt.live_groups import has_shape
 from memopt.naming import matching
 from memopt.rules import RULES
 from memopt.state import TORCH_EXECUTION
+from memopt.takeover import own_entries
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -37,9 +39,12 @@ class Plan:
         self._groups = self._merged_groups(names) if hyper else [dict(group) for group in optimizer.param_groups]
         self._seed = optimizer.seed if source.seed is None or not hyper else source.seed
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
+        if not all(has_shape(p) for _, p, _ in optimizer._parameters()):
+            raise ValueError("a parameter of a lazy module has no shape yet: it must see data before it is loaded")
+        keys = [record.moments for record in self._records]
         self._slots = [
             (p, slot._replace(seed=self._seed))
-            for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition)
+            for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition, keys=keys)
         ]
         if not strict:
             shapes = {name: record.shape for name, record in source.records.items()}
@@ -76,7 +81,7 @@ class Plan:
             notes = {k: v for k, v in saved.hyper.items() if k not in known and k not in TORCH_EXECUTION}
             h = {**group, **notes, **carried(source.spec.rule, optimizer.spec.rule, saved.hyper)}
             optimizer.rule.check(h)
-            optimizer.spec.resolve({k: h[k] for k in optimizer.rule.hyperparameters})
+            optimizer.spec.check_live({k: h[k] for k in optimizer.rule.hyperparameters})
             merged.append(h)
         return merged
 
@@ -91,6 +96,9 @@ class Plan:
                 optimizer.state.pop(p, None)
         for group, h in zip(optimizer.param_groups, self._groups, strict=True):
             group.update({k: _kept_in_place(group.get(k), v) for k, v in h.items() if k not in TORCH_KEYS})
+        for other in [key for key in optimizer.state if not isinstance(key, Tensor)]:
+            del optimizer.state[other]
+        optimizer.state.update(source.others)
         optimizer.seed = self._seed
         if source.skipped_steps is not None:
             optimizer.skipped_steps = source.skipped_steps
@@ -103,7 +111,12 @@ class Plan:
         """Into the memory that is there, where the layout is the same."""
         state = self._optimizer.state[p]
         lines = self._optimizer._lines(slot.name, p, slot.h)
-        there = {key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for key, t in state.items()}
+        for key in own_entries(slot.spec.rule, state):
+            del state[key]
+        there = {
+            key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) if isinstance(t, Tensor) else None
+            for key, t in state.items()
+        }
         same = there == {line.key: (line.dtype, line.shape) for line in lines}
         if not same or not self._optimizer.homes.of(slot.name).rewritable:
             state.clear()
@@ -113,6 +126,8 @@ class Plan:
                 tensor.zero_()
         old = self._source.spec, self._old_hyper[record.name]
         fill_slot(slot, state, record, old, self._fill, report)
+        if record.own is not None:
+            state.update(record.own(self._optimizer.partition.rank))
 
 
 def _match(source: Source, names: list[str], named: bool) -> list[Record]:

@@ -22,6 +22,7 @@ from memopt.partitions.zero1 import Zero1
 from memopt.placements.base import Home
 from memopt.placements.homes import Homes
 from memopt.spec import OptimSpec
+from memopt.takeover import own_entries
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -93,7 +94,7 @@ def _one_by_one(optimizer: Optimizer, work: Work) -> None:
         for entry in todo:
             state = _made(optimizer, work, entry)
             work.between = True
-            _replace(optimizer.state[entry[0]], state)
+            _replace(optimizer.state[entry[0]], state, work.old.rule)
             done.append(entry[1].name)
             work.between = len(done) == len(todo)  # until the optimizer is of the new spec
     except BaseException as error:
@@ -122,7 +123,7 @@ def _one_by_one_or_unfinished(optimizer: Optimizer, work: Work) -> None:
             if here.spec.for_parameter(here.name)[1] == there.spec.for_parameter(there.name)[1]:
                 _share(optimizer.state[p], state)
             work.between = True
-            _replace(optimizer.state[p], state)
+            _replace(optimizer.state[p], state, work.old.rule)
             del work.todo[0]
             work.done += 1
             work.between = not work.todo
@@ -149,7 +150,7 @@ def _all_or_none(optimizer: Optimizer, work: Work) -> None:
             made.append((p, state))
         work.between = True
         for p, state in made:
-            _replace(optimizer.state[p], state)
+            _replace(optimizer.state[p], state, work.old.rule)
     except BaseException as error:
         if work.between or not work.todo:
             raise
@@ -168,9 +169,9 @@ def _put_back(optimizer: Optimizer, entry: tuple[Tensor, Slot, Slot]) -> None:
     home = here.homes.of(here.name)
     if home is there.homes.of(there.name) and not home.holds(here.name, optimizer.state[p]):
         room = here.allocate()
-        for key, tensor in optimizer.state[p].items():
-            room[key].copy_(tensor)
-        _replace(optimizer.state[p], room)
+        for key, tensor in room.items():
+            tensor.copy_(optimizer.state[p][key])
+        _replace(optimizer.state[p], room, here.spec.rule)
 
 
 def _made(optimizer: Optimizer, work: Work, entry: tuple[Tensor, Slot, Slot]) -> dict[str, Tensor]:
@@ -199,11 +200,12 @@ def _record(optimizer: Optimizer, here: Slot, there: Slot, state: Mapping[str, T
     return here.record(state)
 
 
-def _replace(state: dict[str, Tensor], made: dict[str, Tensor]) -> None:
-    """The step keeps its tensor, which others may hold."""
+def _replace(state: dict[str, Tensor], made: dict[str, Tensor], rule: str) -> None:
+    """The step keeps its tensor, which others may hold, and what is the user's own stays."""
     made["step"] = state["step"].copy_(made["step"])
+    own = own_entries(rule, state)
     state.clear()
-    state.update(made)
+    state.update({**made, **own})
 
 
 def _share(state: Mapping[str, Tensor], made: dict[str, Tensor]) -> None:

@@ -13,10 +13,12 @@ import memopt
 from memopt.checkpoint import plain
 from memopt.checkpoint.codes import moment_codes
 from memopt.groups import is_named
+from memopt.live_groups import has_shape
 from memopt.masters import MASTERS
 from memopt.naming import clean_names
 from memopt.partitions.dtensor import chunk, held, is_dtensor
 from memopt.spec import OptimSpec
+from memopt.takeover import own_entries
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -121,19 +123,31 @@ def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
     optimizer._check_finished()
     check_rows(optimizer)
     optimizer.settle()
+    optimizer._check_states()
     parameters = {}
     for name, p, group in optimizer._parameters():
+        if not has_shape(p):
+            raise ValueError(f"{name} has no shape yet: a lazy module must see data before it can be saved")
         entry: dict[str, Any] = {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
         if optimizer.state.get(p):
-            codes = moment_codes(optimizer.spec, group, name, tuple(p.shape))
+            state = optimizer.state[p]
+            h = optimizer.rule.keeping(group, state)
+            codes = moment_codes(optimizer.spec, h, name, tuple(p.shape))
             entry["step"] = float(optimizer.state[p]["step"])
             entry["moments"] = {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in codes}
             if MASTERS[optimizer.spec.master].key in optimizer.state[p]:
                 entry["master"] = optimizer.spec.master
+            own = own_entries(optimizer.spec.rule, state)
+            plain_ones = {key: x for key, x in own.items() if not isinstance(x, Tensor)}
+            if own:
+                entry["own"] = plain.encode(plain_ones, f"state of {name}")
+                entry["own_tensors"] = [key for key in own if key not in plain_ones]
         if name in parameters:
             raise ValueError(f"two parameters are called {name!r}; a checkpoint needs distinct names")
         parameters[name] = entry
+    others = {key: x for key, x in optimizer.state.items() if not isinstance(key, Tensor)}
     return {
+        **({"others": plain.encode(others, "the optimizer's state")} if others else {}),
         **spec_json(optimizer.spec),
         "seed": optimizer.seed,
         "skipped_steps": optimizer.skipped_steps,
@@ -159,5 +173,5 @@ def optimizer_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """This rank's rows: ``parameter/moment`` or ``parameter/moment.part``; steps are in the manifest."""
     for name, p, _ in optimizer._parameters():
         for key, tensor in optimizer.state.get(p, {}).items():
-            if key != "step":
+            if key != "step" and isinstance(tensor, Tensor):
                 yield f"{name}/{key}", tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from memopt.checkpoint.report import Conversion, spelled
 from memopt.engines import ENGINES
 from memopt.hyper import SpecError
 from memopt.ledger import dtype_name
+from memopt.live_groups import has_shape
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements.homes import Homes
 from memopt.pricing import spec_fields
@@ -30,20 +31,28 @@ Groups = list[dict[str, Any]]
 
 
 def slots(
-    optimizer: Optimizer, spec: OptimSpec, hypers: Groups, partition: Partition, homes: Homes | None = None
+    optimizer: Optimizer,
+    spec: OptimSpec,
+    hypers: Groups,
+    partition: Partition,
+    homes: Homes | None = None,
+    keys: Sequence[Iterable[str]] | None = None,
 ) -> Iterator[tuple[Tensor, Slot]]:
     """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups', ``homes`` the
-    optimizer's own unless others are given."""
+    optimizer's own unless others are given. ``keys`` are those of each parameter's state, by default of what it has:
+    moments that are switched off at present have their place too."""
     homes = homes or optimizer.homes
     optimizer.settle()
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
     for index, (name, p, group) in enumerate(optimizer._parameters()):
+        if not has_shape(p):
+            continue  # it has no state either
         rows, total = partition.held(p), partition.total_of(p)
         yield (
             p,
             Slot(
                 spec,
-                of_group[id(group)],
+                RULES[spec.rule].keeping(of_group[id(group)], keys[index] if keys else optimizer.state.get(p) or ()),
                 name,
                 index,
                 rows,
@@ -101,6 +110,7 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
 
 def _planned(optimizer: Optimizer, new: OptimSpec, given: dict[str, Any], fill: dict[str, Any]) -> Work:
     """Everything that can be refused is refused here, before anything is changed."""
+    optimizer._check_states()
     old = optimizer.spec
     hypers = [target_hyper(old, new, group, given) for group in optimizer.param_groups]
     new = new.for_names([name for name, _, _ in optimizer._parameters()])

@@ -184,7 +184,9 @@ class Checkpoint:
             for i, group in enumerate(saved["groups"])
         ]
         records = {name: self._record(name, entry, saved) for name, entry in saved["parameters"].items()}
-        return Source(spec, groups, records, str(self.path), saved["named"], saved["seed"], saved["skipped_steps"])
+        others = plain.decode(saved.get("others", {}))
+        named, seed, skipped = saved["named"], saved["seed"], saved["skipped_steps"]
+        return Source(spec, groups, records, str(self.path), named, seed, skipped, others=others)
 
     def _record(self, name: str, entry: dict[str, Any], saved: dict[str, Any]) -> Record:
         shape = tuple(entry["shape"])
@@ -195,7 +197,19 @@ class Checkpoint:
         dtype = entry.get("dtype", "")
         kept = self._kept(name, entry["master"], dtype, shape, saved) if "master" in entry else None
         weights = self._weights(name, dtype, shape)
-        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry, dtype, kept, weights)
+        own = self._own(name, entry, saved) if "own" in entry else None
+        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry, dtype, kept, weights, own)
+
+    def _own(self, name: str, entry: dict[str, Any], saved: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
+        """What the user has put beside the state: of tensors what the rank had, or the first."""
+
+        def read(rank: int) -> dict[str, Any]:
+            of = rank if rank < saved["world_size"] else 0
+            file = self._files[contents.rank_file(of, self.body["world_size"])]
+            tensors = {key: file.read(f"{name}/{key}").clone() for key in entry["own_tensors"]}
+            return {**plain.decode(entry["own"]), **tensors}
+
+        return read
 
     def _kept(self, name: str, master: str, dtype: str, shape: Shape, saved: dict[str, Any]) -> Kept:
         if master not in MASTERS:

@@ -14,6 +14,7 @@ from torch import Tensor
 from memopt.checkpoint import background, contents, folder, lock, manifest, plain, whole
 from memopt.checkpoint import rng as random_state
 from memopt.checkpoint.background import Saving
+from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.tensorfile import FileInfo, spec_of
 from memopt.checkpoint.writing import Syncing, file_order, write_file
@@ -72,9 +73,18 @@ class _Job:
     def _commit(self, everyone: list[dict[str, list[Any]]]) -> None:
         files = {name: FileInfo(*info)._asdict() for infos in everyone for name, info in infos.items()}
         manifest.write(self.temporary, {**self.body, "files": files})
+        self._check()
         final = folder.commit(self.temporary)
         whole.remember(final)
         whole.prune(final, self.keep)
+
+    def _check(self) -> None:
+        """Nothing is committed, and nothing earlier removed, that loading would refuse."""
+        written = Checkpoint(self.temporary, verify=False)  # every byte has just been summed while it was written
+        try:
+            written.optimizer()
+        finally:
+            written.close()
 
     @staticmethod
     def _attempt(work: Any) -> BaseException | None:
@@ -169,7 +179,9 @@ def _contents(
         mine.update({contents.SHARDED_MODEL + name: x for name, x in sharded.items()})
     if optimizer is not None:
         body["optimizer"] = contents.optimizer_json(optimizer)
-        body["step"] = int(max((float(s["step"]) for s in optimizer.state.values() if s), default=0))
+        body["step"] = int(
+            max((entry.get("step", 0.0) for entry in body["optimizer"]["parameters"].values()), default=0)
+        )
         if ranks.rank == 0 or optimizer.partition.world_size > 1:
             mine.update(contents.optimizer_tensors(optimizer))
     if scheduler is not None:

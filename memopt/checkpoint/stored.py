@@ -110,7 +110,7 @@ class Stored(NamedTuple):
 class Record:
     """The state of one parameter; no moments where it has never been stepped. ``dtype`` is the parameter's, empty where
     that was not saved; ``kept`` is what its master keeps beside it; ``weights(rows)`` is the parameter itself, where it
-    is at hand."""
+    is at hand. ``own(rank)`` is what the user has put beside it."""
 
     name: str
     shape: Shape
@@ -120,6 +120,7 @@ class Record:
     dtype: str = ""
     kept: Kept | None = None
     weights: Callable[[Rows], Tensor] | None = None
+    own: Callable[[int], dict[str, Any]] | None = None
 
 
 @dataclass
@@ -143,3 +144,4 @@ class Source:
     seed: int | None = None
     skipped_steps: int | None = None
     label: str = ""
+    others: dict[Any, Any] = field(default_factory=dict)  # state under keys that are no parameters

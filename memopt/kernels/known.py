@@ -17,6 +17,7 @@ from torch import Tensor
 
 from memopt.kernels import describe
 from memopt.kernels.signature import Signature
+from memopt.takeover import is_plain
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
@@ -46,6 +47,7 @@ class Known:
         self._all_states = list(optimizer.state.values())
         self._states = [work.state for work in works]
         self._keys = [("step", *work.layout.tensors) for work in works]
+        self._layouts = [work.layout for work in works]
         self._entries = self._everything()
         self.tensors_of_state = self._touched()
         self._lasting: list[Tensor] = [*self.parameters, *self.tensors_of_state]
@@ -76,8 +78,8 @@ class Known:
         if not (_same(list(state), self._owners) and _same(list(state.values()), self._all_states)):
             return False
         if not _same(self._everything(), self._entries):
-            # Entries of the user's own may come and go.
-            if not _same(self._touched(), self.tensors_of_state):
+            # Entries of the user's own may come and go; a moment in torch's plain layout is to be taken over.
+            if not _same(self._touched(), self.tensors_of_state) or any(map(is_plain, self._layouts, self._states)):
                 return False
             self._entries = self._everything()
         unmoved = list(map(Tensor.data_ptr, self._lasting)) == self._addresses

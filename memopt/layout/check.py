@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 #: What helps where state is not that of its parameter.
 REMEDY = (
-    "opt.state.pop(parameter) begins it anew, memopt.load and opt.load_state_dict load another, and opt.convert_ goes "
-    "to another spec"
+    "opt.append_rows and opt.select_rows change its rows, opt.state.pop(parameter) begins it anew, memopt.load and "
+    "opt.load_state_dict load another, and opt.convert_ goes to another spec"
 )
 
 

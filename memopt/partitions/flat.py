@@ -138,7 +138,7 @@ def needs_shapes(spec: OptimSpec) -> str | None:
 
 
 def _warn_of_orphans(optimizer: Keeper, ids: set[int]) -> None:
-    orphans = sum(1 for p, state in optimizer.state.items() if state and id(p) not in ids)
+    orphans = sum(1 for p, state in optimizer.state.items() if isinstance(state, dict) and state and id(p) not in ids)
     if orphans:
         warnings.warn(
             f"the optimizer holds state of {orphans} parameters that it no longer has: something (accelerate.prepare, "

@@ -73,7 +73,9 @@ class Files(Streamed):
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
         entry = self.entries.get(name)
         known = entry.tensors() if entry is not None else {}
-        return all(key in state and state[key].data_ptr() == t.data_ptr() for key, t in known.items() if t.numel())
+        if known.keys() != state.keys() - {"step"}:  # moments have been switched on or off
+            return False
+        return all(state[key].data_ptr() == t.data_ptr() for key, t in known.items() if t.numel())
 
     def survivor(self, name: str, lines: Sequence[Line]) -> Survivor | None:
         if self.directory is None or name not in self.directory.pending:

@@ -157,7 +157,7 @@ class Streamed(Home):
 
     def _cut(self, work: Work, held: Callable[[Work], Held]) -> list[Piece]:
         """Pieces of a work's state. They depend on its layout, of which the shapes in it tell the changes."""
-        key = (work.rows, *((k, t.dtype, t.shape) for k, t in work.state.items()))
+        key = (work.rows, *((k, t.dtype, t.shape) for k in work.layout.tensors for t in [work.state[k]]))
         if self._known.get(work.name, ((), []))[0] != key:
             one = held(work)
             self._known[work.name] = key, pieces(work.name, *one[:3], self._target)

@@ -55,7 +55,7 @@ def fetched(works: Sequence[Work]) -> Iterator[list[Work]]:
     few: list[Work] = []
     nbytes = 0
     for work in works:
-        size = sum(t.nbytes for t in work.state.values())
+        size = sum(work.state[key].nbytes for key in work.layout.tensors)
         if few and nbytes + size > AHEAD:
             _prefetch(few)
             yield few
@@ -70,7 +70,7 @@ def fetched(works: Sequence[Work]) -> Iterator[list[Work]]:
 def _prefetch(works: Sequence[Work]) -> None:
     lib = _library()
     for work in works:
-        for t in work.state.values():
+        for t in (work.state[key] for key in work.layout.tensors):
             if t.is_cuda and t.nbytes:
                 lib.cprefetch(ctypes.c_void_p(t.data_ptr()), ctypes.c_size_t(t.nbytes), ctypes.c_int32(t.device.index))
 

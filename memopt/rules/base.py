@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -88,6 +88,17 @@ class Rule(NamedTuple):
     @property
     def inner(self) -> str:
         return self.wrapped or self.name
+
+    def keeping(self, h: Hyper, keys: Iterable[str]) -> Hyper:
+        """``h`` with what has been switched off since, and of which a state with these keys still has the moments,
+        switched on: they are kept until it is switched on again."""
+        names = {key.partition(".")[0] for key in keys}
+        for switch in self.moments_by:
+            if not h[switch] and names:
+                on = {**h, switch: 0.5}
+                if names & ({m.name for m in self.moments(on, (2, 2))} - {m.name for m in self.moments(h, (2, 2))}):
+                    h = on
+        return h
 
     def moments_key(self, h: Hyper) -> tuple[bool | None, ...]:
         """All of ``h`` that :attr:`moments` depends on."""
