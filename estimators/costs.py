@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from estimators.fields import InputError, shown
-from estimators.foreign import foreach
 from estimators.hardware import capacity
 from estimators.held import SHARDS_ALSO, rows_of, step_temporaries
 from estimators.model import Model, resolve
-from estimators.peft import dropout, is_folder, read
 from estimators.result import Column, Estimate
 from estimators.rows import GPU, HOST, PAGEABLE, PHASES, Peak, Row, peak
 from estimators.step_rows import run
@@ -159,12 +157,16 @@ def estimate(
         compile=compile,
         float8=float8,
     )
-    if is_folder(model):
+    if is_adapter(model):
+        from estimators.peft import read
+
         model, said = read(os.fspath(model))
         defaults = Training()._asdict()
         asked = asked._replace(**{k: v for k, v in said.items() if getattr(asked, k) == defaults[k]})
     training = asked.checked()
     if hasattr(model, "peft_config"):
+        from estimators.peft import dropout
+
         training = training._replace(lora_dropout=dropout(model, training.lora_dropout))
     specs = _parsed(spec, dict(fields))
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
@@ -197,7 +199,10 @@ def estimate(
             of_the_step,
             card,
         )
-        held += foreach(spec, one, described, training)
+        if training.seq and training.device != "cpu" and str(one) == "adamw":
+            from estimators.foreign import foreach
+
+            held += foreach(spec, one, described)
         columns.append(Column(str(one), held, one.options, one.hyper, lacks))
     return Estimate(
         described,
@@ -210,6 +215,12 @@ def estimate(
         ran,
         tuple(dict.fromkeys(one for column in columns for one in column.without)),
     )
+
+
+def is_adapter(model: Any) -> bool:
+    """Whether this is the path of a folder that PEFT saved."""
+    path = model.__fspath__() if hasattr(model, "__fspath__") else model
+    return isinstance(path, str) and "\0" not in path and os.path.isfile(os.path.join(path, "adapter_config.json"))
 
 
 def _own_precision(spec: "OptimSpec", training: Training) -> bool:

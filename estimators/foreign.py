@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from estimators.fields import InputError, shown
 from estimators.model import Model
 from estimators.rows import GPU, Row
-from estimators.training import Training
 
 if TYPE_CHECKING:
     from memopt.spec import OptimSpec
@@ -87,11 +86,11 @@ def not_priced(text: str) -> str | None:
 FOREACH = {"adamw_torch": 1}
 
 
-def foreach(given: Any, spec: OptimSpec, model: Model, training: Training) -> list[Row]:
+def foreach(given: Any, spec: OptimSpec, model: Model) -> list[Row]:
     """The row of such a step, where one of the names that were ``given`` for this spec is such an optimizer's."""
     named = [given] if isinstance(given, str) else given if isinstance(given, (list, tuple)) else []
     copies = max((FOREACH.get(one.lower(), 0) for one in named if isinstance(one, str)), default=0)
-    if not copies or not training.seq or training.device == "cpu" or str(spec) != "adamw":
+    if not copies:
         return []
     numel = sum(prod(shape) for name, shape in model.shapes if name not in model.frozen)
     detail = "torch's foreach: roots of a moment"

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from os.path import isfile, join
+from os.path import join
 from typing import Any
 
 from estimators.fields import InputError, shown
 
 FILE = "adapter_config.json"
-
-
-def is_folder(model: Any) -> bool:
-    """Whether this is the path of a folder that PEFT saved."""
-    path = model.__fspath__() if hasattr(model, "__fspath__") else model
-    return isinstance(path, str) and "\0" not in path and isfile(join(path, FILE))
 
 
 def dropout(module: Any, given: float) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
-
 from estimators.fields import InputError, shown
 from estimators.lora import NF4
 from estimators.model import Model
@@ -31,6 +29,8 @@ def as_trained(model: Model, training: Training, weights: str | None) -> Model:
 def _frozen(model: Model, training: Training) -> Model:
     """Patterns, separated by commas, are matched as a shell matches file names; one without ``*`` or ``?`` matches
     every name that contains it."""
+    from fnmatch import fnmatchcase
+
     what = "frozen" if training.frozen else "train"
     patterns = [p for p in (training.frozen or training.train).replace(",", " ").split() if p]
     names = [name for name, _ in model.shapes]

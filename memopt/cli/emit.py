@@ -35,6 +35,8 @@ _SAID = (
     "compile",
     "float8",
 )
+#: Options that the script has to see to.
+_BESIDE = ("frozen", "train", "loss", "outputs", "offload_activations", "offload_params", "compile", "float8")
 KINDS = ("accelerate", "deepspeed", "transformers", "python")
 MARK = "# memopt estimate: "
 #: Where accelerate's configuration points for DeepSpeed's.
@@ -143,11 +145,19 @@ def _accelerate(e: Estimate, column: Column) -> str:
 
 
 def _checkpointed(t: Training) -> list[str]:
-    """Lines of Python that turn checkpointing on, on a transformers model."""
+    """Lines of Python that turn checkpointing on, on a transformers model, and comments about what else was counted."""
+    counted = [f"{name}={getattr(t, name)!r}" for name in _BESIDE if getattr(t, name) != Training._field_defaults[name]]
+    before = [f"# counted too, and up to the script: {', '.join(counted)}"] if counted else []
     if t.checkpointing == "none":
-        return []
+        return before
     if t.checkpointing == "full":
-        return ["model.gradient_checkpointing_enable()"]
+        return [*before, "model.gradient_checkpointing_enable()"]
+    if t.checkpointing == "selective-2":
+        raise InputError("--emit does not write selective-2, which is torchtitan's own policy (selective, op)")
+    return [*before, *_partly(t)]
+
+
+def _partly(t: Training) -> list[str]:
     if t.checkpointing == "selective":
         kept = ", ".join(
             f"aten.{op}.default"
