@@ -77,25 +77,27 @@ class Block:
     """A range of a segment. ``before`` and ``after`` are its neighbours there; ``unused_since`` orders free blocks by
     age for the garbage collection."""
 
-    __slots__ = ("address", "after", "before", "free", "size", "small", "unused_since")
+    __slots__ = ("address", "after", "before", "free", "requested", "size", "small", "unused_since")
 
     def __init__(self, address: int, size: int, small: bool) -> None:
         self.address = address
         self.size = size
         self.small = small
         self.free = False
+        self.requested = 0
         self.before: Block | None = None
         self.after: Block | None = None
         self.unused_since = 0
 
 
 class Allocator:
-    """``allocated`` and ``reserved`` are bytes of now, ``most_allocated`` and ``most_reserved`` their maxima, as
-    torch.cuda.max_memory_allocated() and max_memory_reserved() have them."""
+    """``requested`` are the bytes asked for, ``allocated`` those of the blocks, ``reserved`` those of all segments;
+    ``most_allocated`` and ``most_reserved`` are what torch.cuda.max_memory_allocated() and max_memory_reserved() say."""
 
     def __init__(self, settings: Settings = DEFAULT) -> None:
         self.settings = settings
-        self.allocated = self.reserved = self.most_allocated = self.most_reserved = 0
+        self.requested = self.allocated = self.reserved = 0
+        self.most_requested = self.most_allocated = self.most_reserved = 0
         self.collected = 0  # how often unused segments were given back
         #: Free blocks of the large and the small pool by (size, address), and the block at an address.
         self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
@@ -133,6 +135,10 @@ class Allocator:
                 self._last[small] = left
             block.after, block.size = left, size
             self._release(left)
+        block.requested = nbytes
+        self.requested += nbytes
+        if self.requested > self.most_requested:
+            self.most_requested = self.requested
         self.allocated += block.size
         if self.allocated > self.most_allocated:
             self.most_allocated = self.allocated
@@ -143,6 +149,7 @@ class Allocator:
         if block is None:
             return
         self.allocated -= block.size
+        self.requested -= block.requested
         before, after, small = block.before, block.after, block.small
         if after is not None and after.free:
             self._take(after)

@@ -2,7 +2,7 @@
 
 The tape of each segment (:mod:`estimators.activations`) says what comes and goes in it; segments of one kind have one
 program, which is run once per layer. Weights come first, parameter by parameter; then steps follow: forward, backward,
-the optimizer's step. From the second step on state is there, so three steps are run.
+the optimizer's step. From the second step on state is there, so two steps are run.
 """
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
@@ -39,8 +39,9 @@ class Held(NamedTuple):
 
 
 class Replayed(NamedTuple):
-    """The most that was allocated and reserved, overall and at the end of loading."""
+    """The most that was asked for, allocated (blocks may be larger) and reserved, and what loading had reserved."""
 
+    requested: int
     allocated: int
     reserved: int
     loaded: int
@@ -133,7 +134,7 @@ def _left(program: Program) -> list[int]:
     return list(live)
 
 
-def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps: int = 3) -> Replayed:
+def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps: int = 2) -> Replayed:
     """What the allocator hands out and reserves in the first steps. ``ran`` is the tape of one micro-batch."""
     return _Replay(ran, held, settings).run(steps)
 
@@ -155,7 +156,7 @@ class _Replay:
             if nbytes:
                 there[key] = a.malloc(nbytes)
             else:
-                a.free(there.pop(key))
+                a.free(there.pop(key, None))
         loaded = a.most_reserved
         if held.empty:
             a.give_back()
@@ -170,7 +171,7 @@ class _Replay:
                 a.free(block)
             while self.gradients:
                 a.free(self.gradients.pop())
-        return Replayed(a.most_allocated, a.most_reserved, loaded)
+        return Replayed(a.most_requested, a.most_allocated, a.most_reserved, loaded)
 
     def micro_batch(self, first: bool) -> None:
         """Forward and backward through all segments. A block between two segments is the result of the one and the

@@ -21,7 +21,7 @@ class Exact:
     """An allocator that hands out what is asked for; a block is the number of its bytes, in a list."""
 
     def __init__(self) -> None:
-        self.allocated = self.most_allocated = self.most_reserved = 0
+        self.allocated = self.most_requested = self.most_allocated = self.most_reserved = 0
 
     def malloc(self, nbytes):
         self.allocated += nbytes
