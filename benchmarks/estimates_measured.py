@@ -22,6 +22,7 @@ from provenance import write_result
 
 from estimators.costs import Estimate, estimate
 from memopt.cli import estimate as verb
+from memopt.cli.step_flags import given
 
 MEASURED = Path(__file__).parent / "measured"
 RESULTS = Path(__file__).parent / "results"
@@ -62,30 +63,22 @@ def said(command: str) -> Estimate:
     """The estimate of one ``memopt estimate`` command with one spec."""
     parser = ArgumentParser(exit_on_error=False)
     verb.add_arguments(parser)
-    words = shlex.split(command)
-    for flag in [w for w in words if w.startswith("--") and w not in parser._option_string_actions]:
-        at = words.index(flag)  # an option of the next version, so that rows can be written before it is there
-        del words[at : at + 2]
-    args = parser.parse_args(words)
+    args = parser.parse_args(shlex.split(command))
     model = MEASURED / args.model if args.model.startswith("configs/") else args.model
     return estimate(
         model,
         args.optim[0],
+        gpu=args.gpu,
         weights=args.weights,
         gradients=args.gradients,
-        world_size=verb.whole(args.world, "--world"),
-        **verb.step_options(args),
+        world_size=int(args.world),
+        **given(args),
     )
 
 
 def three(e: Estimate) -> dict[str, tuple[int, int, int]]:
     """Low, expected and high of each figure, as the documented JSON has them."""
     peak = e.to_json()["specs"][0]["peak"]
-    if "allocated" not in peak:  # before there were three figures: tensors, and everything
-        runtime = [r for r in e.rows if r.what == "runtime"]
-        least, some, most = (sum(r.bounded(which) for r in runtime) for which in ("low", "expected", "high"))
-        low, expected, high = peak["low_nbytes"], peak["gpu_nbytes"], peak["high_nbytes"]
-        return {"allocated": (low - least, expected - some, high - most), "process": (low, expected, high)}
     return {name: tuple(peak[name][which] for which in ("low", "expected", "high")) for name in FIGURES}
 
 
@@ -104,6 +97,7 @@ def t4_command(row: dict[str, str]) -> str:
         f"{row['model']} --seq {row['seq']} --batch {row['batch']} --weights {row['precision']}"
         f" --attention {row['attention']} --checkpointing {row['checkpointing']} --lora {row['lora_rank']}"
         f" --lora-targets {row['lora_targets'].replace(' ', ',')}{quantised} --outputs kept --optim {row['optimizer']}"
+        " --gpu t4"
     )
 
 
@@ -144,8 +138,7 @@ def published() -> Iterator[Figure | Unsaid]:
                 continue
             figure = KINDS[row["kind"]]
             found = three(said(today["command"]))
-            bounds = found.get(figure) or found["process"]
-            yield Figure(row["id"], row["class"], figure, float(row["measured_gib"]) * GIB, *bounds)
+            yield Figure(row["id"], row["class"], figure, float(row["measured_gib"]) * GIB, *found[figure])
 
 
 # Figures over rows -----------------------------------------------------------------------------------------------

@@ -49,6 +49,34 @@ GPUS = {
 }
 
 
+#: generation -> beginnings of the names of its cards, without signs between.
+_GENERATIONS = {
+    "pascal": ("p100", "gtx10"),
+    "volta": ("v100",),
+    "turing": ("t4", "rtx20"),
+    "ampere-server": ("a100", "a30"),
+    "ampere": ("a10", "a40", "rtx30", "rtxa"),
+    "ada": ("l4", "rtx40", "rtx6000ada"),
+    "hopper": ("h100", "h200", "gh200"),
+    "blackwell": ("b200", "rtx50"),
+    "cdna2": ("mi2",),
+    "cdna3": ("mi3",),
+}
+
+
+def generation(card: str) -> str:
+    """Of a card by its name; empty where that is not known, or is a size.
+
+    >>> generation("Tesla T4"), generation("NVIDIA GeForce RTX 3090"), generation("a100-40gb"), generation("24GiB")
+    ('turing', 'ampere', 'ampere-server', '')
+    """
+    name = _plain(card)
+    for vendor in ("nvidia", "tesla", "geforce", "amd", "instinct"):
+        name = name.removeprefix(vendor)
+    found = (kind for kind, starts in _GENERATIONS.items() if any(name.startswith(one) for one in starts))
+    return next(found, "")
+
+
 def _plain(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
 

@@ -35,10 +35,11 @@ _ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8
 
 class Overhead(NamedTuple):
     """``rounding``: by how much blocks are larger than what was asked for, which counts as allocated. ``reserved``: what
-    is reserved beside what is allocated, each at its most."""
+    is reserved beside what is allocated, each at its most. ``block``: the largest tensor that a layer makes."""
 
     rounding: int
     reserved: int
+    block: int
 
 
 def overhead(
@@ -52,7 +53,9 @@ def overhead(
     from estimators.replay import replayed
 
     found = replayed(ran, held(rows, model, training), settings)
-    return Overhead(max(0, found.allocated - found.requested), found.reserved - found.allocated)
+    layers = [s.tape.ops for s in ran.walked.segments if s.kind == "layer"] if ran.walked else []
+    block = max((op.out.nbytes for ops in layers for op in ops), default=0)
+    return Overhead(max(0, found.allocated - found.requested), found.reserved - found.allocated, block)
 
 
 def held(rows: Sequence[Row], model: Model, training: Training) -> "Held":

@@ -16,13 +16,14 @@ GPU, PAGEABLE, HOST, PINNED, DISK = "GPU", "pageable", "host", "pinned", "disk"
 #: Rows of ``runtime``, by their detail: what torch allocates, what its allocator reserves beyond what is allocated, and
 #: what the driver and NCCL take beside it.
 WORKSPACES = "cuBLAS workspaces"
-RESERVED = "allocator: rounding, fragments"
+ROUNDING = "blocks larger than what is asked for"
+RESERVED = "allocator: what is reserved beside it"
 CONTEXT, NCCL = "CUDA context", "NCCL, one communicator"
 #: The three figures, from the least on -> details of ``runtime`` that it contains; the other rows are in all three.
 FIGURES = {
-    "allocated": (WORKSPACES,),
-    "reserved": (WORKSPACES, RESERVED),
-    "process": (WORKSPACES, RESERVED, CONTEXT, NCCL),
+    "allocated": (WORKSPACES, ROUNDING),
+    "reserved": (WORKSPACES, ROUNDING, RESERVED),
+    "process": (WORKSPACES, ROUNDING, RESERVED, CONTEXT, NCCL),
 }
 
 
