@@ -39,7 +39,9 @@ def runtime(
     """``rows`` are all others; ``card`` is the name of the card, or a size or empty where only that is known."""
     name = str(spec)
     one, known = workspace(card), context(card)
-    workspaces = Row(name, "runtime", WORKSPACES, THREADS * one, GPU, PHASES[1:], "formula", one, THREADS * one + 4 * _MIB)
+    workspaces = Row(
+        name, "runtime", WORKSPACES, THREADS * one, GPU, PHASES[1:], "formula", one, THREADS * one + 4 * _MIB
+    )
     measured = "measured constant" if generation(card) in CONTEXTS else "assumed"
     found = [
         workspaces,
