@@ -92,7 +92,7 @@ class Block:
 
 class Allocator:
     """``requested`` are the bytes asked for, ``allocated`` those of the blocks, ``reserved`` those of all segments;
-    ``most_allocated`` and ``most_reserved`` are what torch.cuda.max_memory_allocated() and max_memory_reserved() say."""
+    ``most_allocated`` and ``most_reserved`` are what torch.cuda.max_memory_allocated and max_memory_reserved say."""
 
     def __init__(self, settings: Settings = DEFAULT) -> None:
         self.settings = settings

@@ -1,7 +1,7 @@
 """What a process holds on a card before a tensor is there, by the card's generation: the CUDA context and workspaces.
 
-The driver's context holds its own structures and the kernels that were loaded. Since CUDA 11.7 and torch 1.13 kernels are
-loaded when they first run (torch sets CUDA_MODULE_LOADING=LAZY); before, all of torch's were, over a GiB.
+The driver's context holds its own structures and the kernels that were loaded. Since CUDA 11.7 and torch 1.13 kernels
+are loaded when they first run (torch sets CUDA_MODULE_LOADING=LAZY); before, all of torch's were, over a GiB.
 """
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.

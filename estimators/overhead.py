@@ -1,7 +1,7 @@
 """What torch's allocator reserves beyond what is allocated, from a replay of the first steps.
 
-Rows say how many bytes there are of a kind; a replay needs them tensor by tensor and in order. Weights come parameter by
-parameter, as a model is loaded: 4-bit ones after the 16-bit tensor that they are made of, what k-bit preparation turns
+Rows say how many bytes there are of a kind; a replay needs them tensor by tensor and in order. Weights come one by one,
+as a model is loaded: 4-bit ones after the 16-bit tensor that they are made of, what k-bit preparation turns
 to fp32 twice, adapters last. State comes with the first step, in a tensor per parameter and moment. Where a rank holds
 less than whole tensors, each is scaled.
 """
@@ -26,16 +26,17 @@ if TYPE_CHECKING:
 _BUCKET = 25 * MIB
 #: Names of PEFT's parameters, which are made when the model is there.
 _ADDED = (".lora_", ".modules_to_save.")
-#: A tensor in 16 bits that is quantised; how many of them transformers has loaded ahead (its GLOBAL_WORKERS).
-_PASSING, _AHEAD = "16 bits", 16
+#: A tensor in 16 bits that is quantised, and how many of them are loaded ahead by transformers' threads: fitted to the
+#: runs of benchmarks/measured/t4_lora.csv, where 12 to 24 do equally well.
+_PASSING, AHEAD = "16 bits", 16
 #: bitsandbytes' table of the sixteen values, which each weight has.
 _CODE = 64
 _ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8": 1}
 
 
 class Overhead(NamedTuple):
-    """``rounding``: by how much blocks are larger than what was asked for, which counts as allocated. ``reserved``: what
-    is reserved beside what is allocated, each at its most. ``block``: the largest tensor that a layer makes."""
+    """``rounding``: by how much blocks are larger than what was asked for, which counts as allocated. ``reserved``:
+    what is reserved beside what is allocated, each at its most. ``block``: the largest tensor that a layer makes."""
 
     rounding: int
     reserved: int
@@ -76,9 +77,7 @@ def held(rows: Sequence[Row], model: Model, training: Training) -> "Held":
             whole += _pieces(r.nbytes, _BUCKET)
         elif r.what == "gradients" and sharded and "step" in r.phases:
             whole += _split(r.nbytes, trainable)
-        elif r.what == "buffers" or (r.what == "weights" and "gathered" in r.detail):
-            whole.append(r.nbytes)
-        elif r.what == "temporaries" and r not in step:
+        elif r.what == "buffers" or "gathered" in r.detail or (r.what == "temporaries" and r not in step):
             whole.append(r.nbytes)
     kept = any(r.what == "gradients" and "step" in r.phases for r in on_gpu)
     return Held(
@@ -130,7 +129,7 @@ def _loaded(model: Model, training: Training, nbytes: int) -> list[tuple[object,
         else:
             events.append(((name, _PASSING), 2 * numel))
             ahead.append((name, numel, kind))
-            if len(ahead) > _AHEAD:
+            if len(ahead) > AHEAD:
                 stored(*ahead.pop(0))
     for one in ahead:
         stored(*one)

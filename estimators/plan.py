@@ -11,6 +11,7 @@ from estimators.hardware import capacity
 from estimators.methods import CHECKPOINTINGS, METHODS, SHARDINGS, Method, asked_for
 from estimators.model import Model, resolve
 from estimators.positions import default_seq, positions
+from estimators.reserved import searched
 from estimators.units import gib
 from memopt.spec import SpecError
 
@@ -158,9 +159,10 @@ class _Runs:
             }
             told = {"offload_gradients": True} if method.offload_gradients else {}
             options = {**self.options, **given, **told, "batch": micro, "accumulate": accumulate}
-            self._known[key] = estimate(
-                self._model, _sharded(method, sharding), gpu=self._gpu, seq=seq, world_size=world, **options
-            )
+            with searched(capacity(self._gpu) if isinstance(self._gpu, str) else self._gpu):
+                self._known[key] = estimate(
+                    self._model, _sharded(method, sharding), gpu=self._gpu, seq=seq, world_size=world, **options
+                )
         return self._known[key]
 
     @property

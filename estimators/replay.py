@@ -16,7 +16,7 @@ from estimators.activations.simulate import RERUN, Log, again, backward, forward
 from estimators.allocator import DEFAULT, Allocator, Block, Settings
 
 if TYPE_CHECKING:
-    from estimators.activations.compose import Activations, _Segment
+    from estimators.activations.compose import Activations, Walked, _Segment
 
 #: What an instruction does with a slot: free it, allocate into it, allocate and free, allocate a gradient, run again.
 FREE, TAKE, INSIDE, GRADIENT, AGAIN = range(5)
@@ -134,6 +134,20 @@ def _left(program: Program) -> list[int]:
     return list(live)
 
 
+#: The last tape that was replayed, and its programs: several specs follow each other.
+_LAST: "list[tuple[Walked, list[_Programs]]]" = []
+
+
+def _programs(walked: "Walked") -> list[_Programs]:
+    if not (_LAST and _LAST[0][0] is walked):
+        known: dict[int, _Programs] = {}
+        for s in walked.segments:
+            if id(s) not in known:
+                known[id(s)] = _Programs(s)
+        _LAST[:] = [(walked, [known[id(s)] for s in walked.segments])]
+    return _LAST[0][1]
+
+
 def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps: int = 2) -> Replayed:
     """What the allocator hands out and reserves in the first steps. ``ran`` is the tape of one micro-batch."""
     return _Replay(ran, held, settings).run(steps)
@@ -146,8 +160,7 @@ class _Replay:
         self.walked, self.held = ran.walked, held
         self.allocator = Allocator(settings)
         self.gradients: list[Block | None] = []
-        known: dict[int, _Programs] = {}
-        self.programs = [known.setdefault(id(s), _Programs(s)) for s in self.walked.segments]
+        self.programs = _programs(ran.walked)
 
     def run(self, steps: int) -> Replayed:
         a, held = self.allocator, self.held
@@ -163,13 +176,13 @@ class _Replay:
         for nbytes in held.whole:
             a.malloc(nbytes)
         for step in range(steps):
-            for batch in range(held.batches):
-                self.micro_batch(first=not batch)
+            # The last of several micro-batches meets state and all gradients: it stands for the rest of its step.
+            self.micro_batch(first=not step or held.batches == 1)
             for nbytes in held.state if not step else ():
                 a.malloc(nbytes)
             for block in [a.malloc(nbytes) for nbytes in held.step]:
                 a.free(block)
-            while self.gradients:
+            while self.gradients and (held.batches == 1 or step == steps - 1):
                 a.free(self.gradients.pop())
         return Replayed(a.most_requested, a.most_allocated, a.most_reserved, loaded)
 

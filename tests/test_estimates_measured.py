@@ -30,7 +30,18 @@ def test_every_published_row_is_estimated_or_has_a_reason(measured) -> None:
     assert all(f.reason for f in found if isinstance(f, measured.Unsaid))
 
 
-def test_every_run_of_the_t4_is_estimated(measured) -> None:
+def test_every_run_of_the_t4_is_within_the_bars(measured) -> None:
     figures = list(measured.t4())
     assert len({f.row for f in figures}) == len(measured.t4_rows()) == 67
     assert all(0 < f.low <= f.expected <= f.high for f in figures)
+    found = {name: measured.summary(chosen) for name, chosen in measured.groups(figures).items()}
+    # allocated: median and worst error in percent
+    assert (found["sdpa allocated"]["median"], found["sdpa allocated"]["worst"]) < (0.5, 2)
+    assert found["sdpa allocated"]["worst"] < 2
+    assert found["eager allocated"]["median"] < 1
+    assert found["eager allocated"]["worst"] < 4
+    process = found["all process"]
+    assert process["mean"] < 3
+    assert process["worst"] < 10
+    assert process["above_high"] == 0
+    assert process["median_slack"] < 12
