@@ -1,0 +1,95 @@
+"""A part of ``benchmarks/fuzz.py`` that takes seconds, and whether its harness would see what it looks for."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+INPUTS = 600
+
+CODE = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import fuzzing_harness
+watch = fuzzing_harness.Watch()
+fuzzing_harness.limited()
+fuzzer = fuzzing_harness.Fuzzer(20261130, Path(sys.argv[1]), watch)
+fuzzer.run(0, int(sys.argv[2]))
+print(dict(fuzzer.counts))
+for failure in fuzzer.failures:
+    print(failure, file=sys.stderr)
+"""
+
+
+def in_its_own_process(code, *arguments):
+    """Its audit hook stays, and its memory is measured."""
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=os.path.dirname(__file__))
+
+
+def test_hostile_inputs(tmp_path):
+    done = in_its_own_process(CODE, tmp_path, INPUTS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "{'input'" not in done.stderr, done.stderr[-3000:]
+    assert f"'inputs': {INPUTS}" in done.stdout
+    for reader in ("inspect", "convert", "load", "estimate", "estimate --from"):  # some are still good, most are not
+        assert f"'{reader}: exit code 2'" in done.stdout or f"'{reader}: refused'" in done.stdout
+        assert f"'{reader}: exit code 0'" in done.stdout or f"'{reader}: read'" in done.stdout
+
+
+WRONG = """
+import os, pickle, subprocess, sys, time
+from pathlib import Path
+import fuzzing_harness
+watch = fuzzing_harness.Watch()
+fuzzing_harness.limited()
+fuzzer = fuzzing_harness.Fuzzer(1, Path(sys.argv[1]), watch)
+
+def page(root):
+    (root / "page.html").write_text("\\x1b[2J")
+
+def hold(root):
+    assert len(bytes(80 * 2**20).replace(b"\\0", b"\\1")) > 0
+
+def busy(root):
+    end = time.process_time() + 1.2
+    while time.process_time() < end:
+        pass
+
+readers = {
+    "reads outside": lambda root: open("/etc/passwd").close(),
+    "writes outside": lambda root: open(root.parent / "x", "w").close(),
+    "changes outside": lambda root: os.mkdir(root.parent / "y"),
+    "os.system": lambda root: os.system("true"),
+    "subprocess": lambda root: subprocess.run(["true"]),
+    "pickle.find_class": lambda root: pickle.loads(b"cbuiltins\\nset\\n."),
+    "socket": lambda root: __import__("socket").getaddrinfo("localhost", 1),
+    "a trace: KeyError": lambda root: {}["x"],
+    "a trace: TimeoutError": lambda root: time.sleep(30),
+    "a trace: MemoryError": lambda root: bytearray(2**36),
+    "control characters": lambda root: print("\\x1b[2J"),
+    "control characters: {": page,
+    "MiB": hold,
+    " s": busy,
+}
+for problem, call in readers.items():
+    root = Path(sys.argv[1]) / "case"
+    root.mkdir(exist_ok=True)
+    fuzzer.failures.clear()
+    (root / "page.html").unlink(missing_ok=True)
+    fuzzing_harness.HANGING = 2 if "Timeout" in problem else 60
+    fuzzer._watched(0, "x", "inspect", lambda: call(root), root, 0)
+    found = [f["problem"] for f in fuzzer.failures]
+    assert any(problem in one for one in found), (problem, found)
+print("seen:", len(readers))
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="the harness wants a POSIX system")
+def test_the_harness_sees_what_it_looks_for(tmp_path):
+    done = in_its_own_process(WRONG, tmp_path)
+    assert "seen: 14" in done.stdout, done.stderr[-2000:]
