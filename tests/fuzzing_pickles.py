@@ -1,4 +1,4 @@
-"""Pickles and the archives that torch.save writes, changed where their structure says; and any bytes, changed blindly."""
+"""Pickles and the archives that torch.save writes, changed where their structure says; any bytes, changed blindly."""
 
 from __future__ import annotations
 

@@ -16,7 +16,9 @@ import torch
 from hostile import call, name, number, state_dict, tensor, text
 
 import memopt
+from memopt.checkpoint import exporting, health, rewrite  # noqa: F401 - imported before times are taken
 from memopt.checkpoint.foreign import inert
+from memopt.cli import convert, estimate, inspect  # noqa: F401
 from memopt.untrusted import Refused
 from memopt.untrusted.documents import parse_json, parse_yaml
 from memopt.untrusted.headers import read_header
@@ -399,6 +401,21 @@ def test_metadata_that_names_bytes_again_and_again(tmp_path):
         folder(shape, pieces)
         with pytest.raises(ValueError, match=message):
             memopt.load(tmp_path, optimizer=memopt.create(torch.nn.Linear(2, 2), "adamw"))
+
+
+def test_means_that_stand_for_terabytes(tmp_path, run):
+    """Two vectors are the state of a matrix of any size: what is looked at is what is there, and what is written is
+    refused where there is no room for it."""
+    side = 10**6
+    state = {"step": torch.tensor(1.0), "row_var": torch.ones(side, 1), "col_var": torch.ones(1, side)}
+    group = {**torch.optim.Adafactor([torch.zeros(2, 2)]).state_dict()["param_groups"][0], "params": [0]}
+    torch.save({"state": {0: state}, "param_groups": [group]}, tmp_path / "x.pt")
+    code, out, _ = run("inspect", str(tmp_path / "x.pt"))
+    assert (code, "2,000,000 elements in 1 tensors" in out) == (0, True)
+    for to in ("adafactor-32bit", "adamw"):
+        code, _, err = run("convert", str(tmp_path / "x.pt"), str(tmp_path / "out"), "--to", to, "--fill", "exp_avg=0")
+        assert code == 2
+    assert ("bytes are free" in err or "are free in" in err, (tmp_path / "out").exists()) == (True, False)
 
 
 def test_devices_have_no_end(run):

@@ -12,6 +12,7 @@ import torch
 from memopt.checkpoint.exporters import EXPORTERS, Exported
 from memopt.checkpoint.folder import WRITING, sync_directory
 from memopt.checkpoint.plan import Fill
+from memopt.checkpoint.room import refuse_too_much
 from memopt.checkpoint.scratch import Scratch
 from memopt.checkpoint.stored import Source
 from memopt.checkpoint.tensorfile import Progress
@@ -57,6 +58,7 @@ def write(
         raise ValueError(f"{out.parent} is not a folder")
     if exporter.folder and out.exists():
         raise ValueError(f"{out} exists; name a folder that does not")
+    refuse_too_much(found.converted, out)
     unfinished = out.with_name(WRITING + out.name)
     _remove(unfinished)  # of an export that was stopped
     try:

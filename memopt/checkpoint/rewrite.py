@@ -13,6 +13,7 @@ from torch import Tensor
 from memopt.checkpoint import contents, folder, lock, manifest, plain, whole
 from memopt.checkpoint.converted import Converted
 from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.room import refuse_too_much
 from memopt.checkpoint.tensorfile import FileInfo, Progress, spec_of
 from memopt.checkpoint.writing import file_order, write_file
 from memopt.geometry import Rows
@@ -24,6 +25,7 @@ def rewrite(
 ) -> Path:
     """Commit ``converted`` as a checkpoint in the folder ``out``, for one process; model, scheduler, random state of
     rank 0 and extras are those of ``checkpoint``. One parameter's state is in memory at a time."""
+    refuse_too_much(converted, out)
     out.mkdir(parents=True, exist_ok=True)
     lock.begin(out)
     try:
