@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from memopt.checkpoint.dynamic import code_book
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import memopt
+from memopt.formats.foreign.dynamic import code_book
 
 Folder = dict[str, Any]
 
