@@ -18,7 +18,7 @@ def plausible_width(parameters: int) -> int:
     (4416, 9088)
     """
     width = (parameters * _WIDTH_PER_LAYER / _SQUARES_PER_LAYER) ** (1 / 3)
-    return max(_ROUND_TO, round(width / _ROUND_TO) * _ROUND_TO)
+    return int(max(_ROUND_TO, round(width / _ROUND_TO) * _ROUND_TO))
 
 
 def counted(parameters: int) -> Model:

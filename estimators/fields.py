@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memopt.untrusted.text import shown
+from memopt.untrusted.text import shown as shown  # every module here says its values so
 
 #: Ten times the widest published dimension (vocabularies of about 260,000 rows, widths of about 54,000).
 MAX_DIMENSION = 2**22

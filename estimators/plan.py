@@ -13,7 +13,7 @@ from estimators.model import Model, resolve
 from estimators.positions import default_seq, positions
 from estimators.reserved import searched
 from estimators.units import gib
-from memopt.spec import SpecError
+from memopt.hyper import SpecError
 
 __all__ = ["CHECKPOINTINGS", "METHODS", "SHARDINGS", "Method", "Plan", "Plans", "plans", "title"]
 

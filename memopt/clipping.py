@@ -186,7 +186,8 @@ def _parameters(what: Any) -> Iterable[Any]:
                 "all of them; use release_gradients(model, max_norm=…)"
             )
         return (p for group in what.param_groups for p in group["params"])
-    return what
+    parameters: Iterable[Any] = what
+    return parameters
 
 
 def _cut(g: Tensor) -> tuple[Any, tuple[int, ...]] | None:

@@ -292,8 +292,9 @@ class Keeper(torch.optim.Optimizer):
         step, *lines = layout.lines(str(p.device), self.capturable)
         name, home = layout.name, self.homes.of(layout.name)
         tensors, count = (None if fresh else home.survivor(name, lines)) or (home.allocate(name, lines, p.device), 0.0)
-        self.state[p] = {step.key: torch.full((), count, dtype=torch.float32, device=step.location), **tensors}
-        return self.state[p]
+        state = {step.key: torch.full((), count, dtype=torch.float32, device=step.location), **tensors}
+        self.state[p] = state
+        return state
 
     def _to_overwrite(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that may be written over, none of its values being wanted any more."""

@@ -68,8 +68,9 @@ def bits(k: int, step: int, first_row: int, rows: int, cols: int, device: object
     """The words, int32 [rows, cols]; rows are counted from ``first_row``."""
     import torch
 
-    row = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)  # type: ignore[call-overload]
+    row: Tensor = torch.arange(first_row, first_row + rows, dtype=torch.int64, device=device)  # type: ignore[call-overload]
     row = (row & MASK) ^ k
     row = torch.where(row >= 1 << 31, row - (1 << 32), row).to(torch.int32)
     col = torch.arange(cols, dtype=torch.int32, device=device).mul_(_signed(ALONG))  # type: ignore[call-overload]
-    return _mix(row).add_(_signed(step * GOLDEN))[:, None] + col
+    words: Tensor = _mix(row).add_(_signed(step * GOLDEN))[:, None] + col
+    return words

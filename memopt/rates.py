@@ -38,7 +38,7 @@ def scale_rate(lr: float, batch: float, base_batch: float, rule: str = "sqrt") -
         raise SpecError(f"unknown scaling {rule!r}; allowed: {', '.join(SCALINGS)}")
     for name, value in {"lr": lr, "batch": batch, "base_batch": base_batch}.items():
         _check(name, value)
-    return lr * (batch / base_batch) ** SCALINGS[rule][0]
+    return lr * float((batch / base_batch) ** SCALINGS[rule][0])
 
 
 def _check(name: str, value: Any) -> None:

@@ -73,4 +73,5 @@ def buffers(model_type: str, fields: Fields) -> int:
 
 def builder(model_type: str) -> Callable[[Fields], Any]:
     module = import_module(f"estimators.families.{FAMILIES[model_type]}")
-    return getattr(module, model_type.replace("-", "_"))
+    family: Callable[[Fields], Any] = getattr(module, model_type.replace("-", "_"))
+    return family

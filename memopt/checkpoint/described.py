@@ -173,4 +173,4 @@ def _all(values: Any, good: Callable[[Any], bool]) -> bool:
 def _is_shape(value: Any) -> bool:
     if not _all(value, lambda n: type(n) is int and 0 <= n <= MAX_LENGTH) or len(value) > MAX_DIMENSIONS:
         return False
-    return prod(n for n in value if n) <= MAX_LENGTH
+    return bool(prod(n for n in value if n) <= MAX_LENGTH)

@@ -49,9 +49,8 @@ def _sent(mine: Tensor, spec: TensorSpec, rank: int, partition: Zero1, device: t
     """The part of one rank, on all. Bytes travel: not every backend knows every dtype."""
     import torch.distributed as dist
 
-    out: Any = mine.to(device) if rank == partition.rank else None
-    if out is None:
-        out = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+    here = rank == partition.rank
+    out = mine.to(device) if here else torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
     if out.numel():
         group: Any = partition.group or dist.group.WORLD
         dist.broadcast(out.reshape(-1).view(torch.uint8), src=dist.get_global_rank(group, rank), group=group)

@@ -27,7 +27,8 @@ def read_path(path: Path, rule: str | None = None) -> Source:
     for tool in FOLDERS:
         found = tool.find(path)
         if found is not None:
-            return tool.read(found, rule)
+            source: Source = tool.read(found, rule)
+            return source
     raise FileNotFoundError(f"there is no optimizer state of another tool in {path}")
 
 

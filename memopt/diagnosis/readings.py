@@ -53,7 +53,7 @@ class Reading:
 
     def to_json(self) -> dict[str, Any]:
         """Numbers that are not finite are null: JSON has no word for them."""
-        return _clean({"schema": "memopt.watch/1", **asdict(self)})
+        return dict(_clean({"schema": "memopt.watch/1", **asdict(self)}))
 
     def __str__(self) -> str:
         parts = [f"step {self.step}"]

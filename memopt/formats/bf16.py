@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, final
 
 from memopt import noise
-from memopt.formats.base import FLAT_ROW, Format, Parts, Shard, too_small
-from memopt.geometry import Rows, Shape
+from memopt.formats.base import Format, Parts, Shard, too_small
+from memopt.geometry import FLAT_ROW, Rows, Shape
 from memopt.ledger import TensorSpec
 from memopt.rules.base import Moment
 

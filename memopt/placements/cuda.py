@@ -28,7 +28,7 @@ class _Done:
         self.event.synchronize()
 
     def done(self) -> bool:
-        return self.event.query()
+        return bool(self.event.query())
 
 
 @final

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import final
 
-from memopt.placements.base import Home, Placement, Setting
+from memopt.placements.base import Home, Placement
+from memopt.placements.leases import Setting
 
 
 @final

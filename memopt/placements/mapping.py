@@ -82,4 +82,4 @@ def punch(descriptor: int, offset: int, nbytes: int) -> bool:
     """Give the blocks of a range back to the file system; the range reads as zeros. False where that cannot be done."""
     if sys.platform != "linux" or not nbytes:
         return not nbytes
-    return _libc().fallocate(descriptor, _KEEP_SIZE_AND_PUNCH_HOLE, offset, nbytes) == 0
+    return bool(_libc().fallocate(descriptor, _KEEP_SIZE_AND_PUNCH_HOLE, offset, nbytes) == 0)

@@ -81,7 +81,8 @@ class Rank:
         except (EOFError, OSError):
             kind, value = "error", self._last_words()
         if kind == "step":
-            return value
+            step, loss = value
+            return step, loss
         if kind == "result":
             self.result = value
         else:

@@ -29,7 +29,8 @@ class Block(nn.Module):
         q, k, v = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # [batch, heads, time, width / heads]
         x = x + self.projection(attended.transpose(1, 2).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+        out: Tensor = x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+        return out
 
 
 class LanguageModel(nn.Module):

@@ -64,7 +64,7 @@ def parse_yaml(data: bytes, origin: str) -> Any:
     except ImportError:
         raise ImportError(f"{origin} is read with PyYAML: pip install pyyaml") from None
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Without aliases: a few lines of them stand for more than memory holds."""
 
         levels = 0

@@ -22,7 +22,7 @@ def component(name: Any, where: str) -> str:
     separators = {"/", "\\", os.sep, os.altsep or os.sep, ":"}
     if name in (".", "..") or separators & set(name) or name != name.strip() or len(name.encode()) > MAX_COMPONENT:
         raise Refused(f"{where} has the name {shown(name)}, which is not that of a file in its folder")
-    return name
+    return str(name)
 
 
 def label(name: Any, where: str) -> str:
@@ -32,7 +32,7 @@ def label(name: Any, where: str) -> str:
     if not name or len(name) > MAX_NAME or not name.isprintable():
         what = "an empty name" if not name else f"the name {shown(name)}"
         raise Refused(f"{where} has {what}; a name has 1 to {MAX_NAME} characters, all of them printable")
-    return name
+    return str(name)
 
 
 def within(folder: Path, name: Any, where: str) -> Path:

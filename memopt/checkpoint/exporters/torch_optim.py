@@ -65,7 +65,8 @@ def _plan_dcp(source: Source) -> Plan:
 
 
 def _write_dcp(exported: Exported, path: Path, zeros: Zeros, checkpoint: Checkpoint | None, progress: Progress) -> None:
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict_saver as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
     state = {"optimizer": exported.state_dict(counted(zeros, progress))}
     with warnings.catch_warnings():
@@ -74,7 +75,7 @@ def _write_dcp(exported: Exported, path: Path, zeros: Zeros, checkpoint: Checkpo
             dcp.save(state, checkpoint_id=path, no_dist=True)
         else:  # torch 2.6, where only the older function can be told so
             warnings.filterwarnings("ignore", "`save_state_dict` is deprecated", FutureWarning)
-            dcp.save_state_dict(state, dcp.FileSystemWriter(path), no_dist=True)
+            dcp.save_state_dict(state, FileSystemWriter(path), no_dist=True)
     sync_directory(path)
 
 

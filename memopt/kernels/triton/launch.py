@@ -69,7 +69,8 @@ class Launcher:
         """Triton launches on the current device, which need not be that of the parameters."""
         if self.device.type == "cpu":
             return nullcontext()
-        return torch.get_device_module(self.device).device(self.device)
+        guard: AbstractContextManager[Any] = torch.get_device_module(self.device).device(self.device)
+        return guard
 
     # Making launches -------------------------------------------------------------------------------------------
 
