@@ -12,7 +12,6 @@ a twin goes that nobody interrupted: parameters, state and counts to the bit.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -29,7 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_sweep import require
-from provenance import provenance
+from provenance import write_result
 
 import memopt
 from memopt.checkpoint.opened import Checkpoint
@@ -301,7 +300,7 @@ def main() -> None:
                 failed += 1
             print(f"{what}, {place}: {rows[f'{what}, {place}']} {time.monotonic() - begin:.0f} s", flush=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+        write_result(arguments.out, {"rows": rows})
         arguments.out.with_suffix(".md").write_text(table(rows))
     sys.exit(failed > 0)
 

@@ -11,7 +11,6 @@ succeed afterwards and leave nothing else behind. On two ranks one is killed; th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -28,7 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 import system_calls
 from checkpoint_sweep import require
-from provenance import provenance
+from provenance import write_result
 
 import memopt
 from memopt.checkpoint import lock, source_of
@@ -381,7 +380,7 @@ def main() -> None:
                     failed += 1
             print(f"{scenario.name}: {rows[scenario.name]} {time.monotonic() - begin:.0f} s", flush=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps({**provenance(), "rows": rows}, indent=1) + "\n")
+        write_result(arguments.out, {"rows": rows})
         arguments.out.with_suffix(".md").write_text(table(rows))
     sys.exit(failed > 0)
 

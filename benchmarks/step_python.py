@@ -11,7 +11,6 @@ under ``/zero1`` on two ranks, and for ``@cpu`` and ``@host`` beside a device th
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import subprocess
@@ -20,6 +19,8 @@ from argparse import ArgumentParser
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+from provenance import write_result
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -176,7 +177,7 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-    (RESULTS / "step_python.json").write_text(json.dumps({**facts, "scenarios": found}, indent=1) + "\n")
+    write_result(RESULTS / "step_python.json", {**facts, "scenarios": found})
     rows = [
         f"| {name} | {one['before_ms']:.2f} | {one['here_ms']:.2f} | {one['ratio']:.2f} | "
         f"{one['quarters'][0]:.2f} to {one['quarters'][1]:.2f} |"

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from provenance import write_result
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "twin.json"
 SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
@@ -192,8 +194,7 @@ def _write(arguments: Namespace, done: dict[str, Any], seconds: float) -> None:
         "seconds": round(seconds),
         **done,
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_result(arguments.out, record)
     arguments.out.with_suffix(".md").write_text(_table(record))
 
 

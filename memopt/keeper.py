@@ -299,7 +299,7 @@ class Keeper(torch.optim.Optimizer):
     def _to_overwrite(self, name: str, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that may be written over, none of its values being wanted any more."""
         layout = self._resolved(name, p, group)
-        there = self.state.get(p) if self.homes.of(name).rewritable else None
+        there: dict[str, Tensor] | None = self.state.get(p) if self.homes.of(name).rewritable else None
         if there and layout.misfit(self.partition.local(p, layout.rows, p), there) is None:
             return there
         return self._allocate(layout, p, group, fresh=True)
