@@ -6,6 +6,7 @@ A row is one index of dimension 0. What becomes of each part of the state is in 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,6 +80,7 @@ def reset_state(
     plans = []
     for p in given:
         slot = _slot(optimizer, p)
+        _take_over(optimizer, p)
         _check_shape(optimizer, slot, p)
         index = None if rows is None else _indices(slot.name, rows, _length(slot.rows.shape), p.device)
         kept = {moment.name for moment, _ in slot.codes}
@@ -119,6 +121,7 @@ def _movable(optimizer: Optimizer, p: Tensor, into: Tensor | None) -> tuple[str,
         raise RuntimeError(f"{name} is stepped inside backward(), by hooks that know its size: release.remove() first")
     if p.dim() == 0:
         raise ValueError(f"{name} is a single number and has no rows")
+    _take_over(optimizer, p)
     if into is None:
         return name, _shape_of_state(optimizer, p)[0]
     if into.dtype != p.dtype or into.device != p.device or into.shape[1:] != p.shape[1:] or into.dim() != p.dim():
@@ -129,6 +132,24 @@ def _movable(optimizer: Optimizer, p: Tensor, into: Tensor | None) -> tuple[str,
     if not into.is_leaf or any(into is q for _, q, _ in optimizer._parameters()):
         raise ValueError(f"into is {'no leaf' if not into.is_leaf else 'a parameter of this optimizer already'}")
     return name, _shape_of_state(optimizer, p)[0]
+
+
+def _take_over(optimizer: Optimizer, p: Tensor) -> None:
+    """What somebody else has put into its state is taken over first, as before a step. A weight that has another size
+    than its state by now is held against the layout of that size later."""
+    for _, q, group, layout in optimizer._all_layouts():
+        if q is p and optimizer.state.get(p):
+            with suppress(RuntimeError):
+                optimizer._check_state(layout, p, optimizer.partition.local(p, layout.rows, p.detach()), group)
+
+
+def _check_keys(slot: Slot, state: dict[str, Any]) -> None:
+    missing = [line.key for line in slot.lines() if line.key not in state]
+    if missing:
+        raise RuntimeError(
+            f"the state of {slot.name} has no {missing[0]!r}; it has {', '.join(map(str, state))}. "
+            "opt.state.pop(parameter) begins it anew"
+        )
 
 
 def _shape_of_state(optimizer: Optimizer, p: Tensor) -> tuple[int, ...]:
@@ -191,6 +212,7 @@ def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor
     if state:
         old = partition.rows(shape, partition.rank, partition.world_size)
         here = _slot(optimizer, p)._replace(rows=old, parameter=None)
+        _check_keys(here, state)
         there = here._replace(rows=rows, parameter=partition.local(p, rows, weights))
         gathered = isinstance(partition, Zero1) and partition.world_size > 1
         record = record_of_all(here, state, partition) if gathered else here.record(state)  # type: ignore[arg-type]

@@ -149,6 +149,7 @@ def copied(t: Twin, r: Random) -> None:
 @operation(3)
 def save(t: Twin, r: Random) -> None:
     """A checkpoint; it loads into a fresh pair, which is ours bit for bit and goes on, perhaps."""
+    t.current_moments()
     make = blueprint(t)
     path = t.folder.name + "/checkpoints"
     saving = memopt.save(
