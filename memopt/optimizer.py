@@ -99,6 +99,23 @@ class Optimizer(Keeper):
                 if has_shape(p) and p.dtype in STEPPED
             }
         )
+        self._check_left(process_group)
+
+    def _check_left(self, process_group: Any) -> None:
+        """Raise RuntimeError, on every rank, where an earlier run left the ranks at different steps."""
+        left = self.homes.left() if self.partition.world_size > 1 else None
+        if left is None:
+            return
+        from memopt.checkpoint.ranks import Ranks
+
+        steps = [max(found.values(), default=0.0) for found in Ranks(process_group).gather(left)]
+        if len(set(steps)) > 1:
+            self.homes.close()
+            said = ", ".join(f"rank {rank}: {step:.0f}" for rank, step in enumerate(steps))
+            raise RuntimeError(
+                f"disk: an earlier run was ended while some ranks had committed a step and others had not ({said} "
+                "steps); their state is of two steps. Load a checkpoint, with another directory"
+            )
 
     def _configure(self, process_group: Any = None) -> None:
         self.integrity = Integrity()

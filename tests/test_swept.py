@@ -18,7 +18,9 @@ traced = pytest.mark.skipif(system_calls.available() is not None, reason=str(sys
 
 
 @traced
-@pytest.mark.parametrize("name", ["save, asynchronous", "save, keep=1", "convert", "export torch", "@disk, a step"])
+@pytest.mark.parametrize(
+    "name", ["save, asynchronous", "save, keep=1", "convert", "export torch", "@disk, a step", "@disk, the first step"]
+)
 def test_a_process_killed_at_a_system_call_leaves_the_old_or_the_new(name, tmp_path):
     (scenario,) = [s for s in kill_every_call.SCENARIOS if s.name == name]
     found = kill_every_call.sweep(scenario, tmp_path, EVERY, torn=False)

@@ -11,6 +11,9 @@ from saved import assert_same_model, assert_same_state
 import memopt
 from memopt.checkpoint import changing
 from memopt.checkpoint.tensorfile import TensorFile
+from memopt.ledger import Line
+from memopt.placements.arena import Arena
+from memopt.placements.entry import Entry
 
 #: Placements that differ in how a step brings state to where it is stepped.
 PLACES = ["adamw", "adamw@paged", "adamw@paged resident", "adamw@host", "adamw@cpu", "adamw@disk", "adamw@disk kept"]
@@ -182,3 +185,26 @@ def test_an_error_before_the_first_change_refuses_nothing(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     model.zero_grad()
     step(model, opt, 1)
+
+
+def test_the_first_record_of_a_directory_torn_in_the_middle_is_no_state(tmp_path):
+    """A process that is killed while it writes that record has no state yet, and the next begins."""
+    model, opt = made("adamw@disk kept", tmp_path / "state")
+    opt.close()
+    (record,) = (tmp_path / "state").glob("record-*")
+    data = bytearray(record.read_bytes())
+    half = len(data) // 2
+    data[half + 60 :] = bytes(len(data) - half - 60)
+    record.write_bytes(data)
+    model, opt = made("adamw@disk kept", tmp_path / "state")
+    step(model, opt, 0)
+    opt.close()
+
+
+def test_what_a_commit_gives_back_is_given_back_once():
+    arena = Arena(None, "disk")
+    entry = Entry.allocate(arena, [Line("", "exp_avg", "", "float32", (2048,), 8192, "disk")], 2)
+    entry.release(arena)
+    entry.release(arena)
+    first, second = (Entry.allocate(arena, [Line("", "m", "", "float32", (4096,), 16384, "disk")], 1) for _ in range(2))
+    assert first.begins[0] + 16384 <= second.begins[0] or second.begins[0] + 16384 <= first.begins[0]

@@ -81,6 +81,10 @@ class Home:
     def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
         """Raise ValueError if what an earlier process left is not of these parameters: name -> lines without step."""
 
+    def left(self) -> dict[str, float] | None:
+        """After how many steps an earlier process left the state of each parameter; None where it cannot have."""
+        return None
+
     def check(self) -> None:
         """Raise, before a step changes anything, if the state cannot be reached any more."""
 

@@ -49,10 +49,10 @@ class Entry:
 
     def release(self, arena: Arena) -> None:
         """Give the room back, each copy when nobody holds a tensor of it any more."""
-        for memory, begin in zip(self._maps, self.begins, strict=True):
+        maps, self._maps, self._tensors = self._maps, [], []  # once, whatever interrupts it
+        for memory, begin in zip(maps, self.begins[: len(maps)], strict=True):
             if memory is not None:
                 weakref.finalize(memory, arena.release, begin, self.nbytes).atexit = False
-        self._maps, self._tensors = [], []
 
     def begin(self, copy: int) -> int:
         return self.begins[copy]

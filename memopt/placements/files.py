@@ -95,6 +95,9 @@ class Files(Streamed):
         if self.directory and self.directory.pending:
             self.directory.expect(lines())
 
+    def left(self) -> dict[str, float] | None:
+        return {n: float(entry["step"]) for n, entry in self.directory.pending.items()} if self.directory else None
+
     def _retire(self, name: str) -> None:
         """The state of this parameter is another from now on; what was committed is kept until the next commit."""
         old = self.entries.pop(name, None)

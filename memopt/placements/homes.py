@@ -76,6 +76,11 @@ class Homes:
         for home in self._homes.values():
             home.expect(lines)
 
+    def left(self) -> dict[str, float] | None:
+        """What an earlier process left: parameter -> steps; None where no placement keeps state that long."""
+        found = [x for x in (home.left() for home in self._homes.values()) if x is not None]
+        return {name: step for one in found for name, step in one.items()} if found else None
+
     def check(self) -> None:
         for home in self._homes.values():
             home.check()

@@ -49,12 +49,19 @@ class Journal:
                 found[number] = body
             else:
                 self.torn = True
+        if written and not found and self._only_the_first():
+            return None
         if written and not found:
             raise ValueError(
                 f"{self.path} is damaged: neither of its two records is whole (or another version of memopt wrote it)"
             )
         self._number = max(found, default=0)
         return found.get(self._number)
+
+    def _only_the_first(self) -> bool:
+        """Whether all that was ever written is the beginning of the first record, which speaks of no state."""
+        heads = [os.pread(self._file, _HEADER.size, area * self._capacity) for area in (0, 1)]
+        return not any(heads[0]) and len(heads[1]) == _HEADER.size and _HEADER.unpack(heads[1])[2] <= 1
 
     def reserve(self, nbytes: int) -> None:
         """Room for records of so many bytes, so that a full disk is found out now."""
