@@ -70,6 +70,7 @@ def findings() -> Iterator[Finding]:
     for name in PACKAGES:
         yield package(name)
     yield cuda()
+    yield from context()
     yield memory()
     yield place("pinned memory", places.pinned_memory())
     yield place("unified memory", places.unified_memory())
@@ -113,6 +114,22 @@ def cuda() -> Finding:
         return Finding("CUDA", NOTE, f"{why}; training runs on the CPU")
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return Finding("CUDA", OK, ", ".join(f"{c.name} {c.total_memory / 2**30:.1f} GiB" for c in cards))
+
+
+def context() -> Iterator[Finding]:
+    """What the driver takes of the card that is there, beside what is assumed for its generation."""
+    if util.find_spec("torch") is None:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        return
+    from estimators.contexts import context as known
+    from memopt.diagnosis.measured import context_nbytes
+
+    here, assumed = (context_nbytes() or 0) / 2**20, known(torch.cuda.get_device_properties(0).name)
+    text = f"{here:.0f} MiB here; estimates take {assumed.expected / 2**20:.0f} ({assumed.source})"
+    yield Finding("CUDA context", OK, text)
 
 
 def memory() -> Finding:

@@ -48,6 +48,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--html", metavar="FILE", help="write a page that needs nothing else")
     parser.add_argument("--plot", metavar="FILE", help="write a picture (needs matplotlib)")
+    parser.add_argument("--against", metavar="FILE", help="lay the estimate beside a row of memopt measure")
     parser.add_argument("--json", action="store_true", help="print the documented JSON instead of a table")
     parser.add_argument(
         "--accept-tight", action="store_true", help="exit code 0 where only the expected figure fits, too"
@@ -106,6 +107,10 @@ def run(args: Namespace) -> int:
         print(json.dumps(result.to_json(), indent=2))
     else:
         print(as_text(result, colour=wants_colour(), bars=sys.stdout.isatty()))
+        if args.against:
+            from estimators.against import compared, read
+
+            print("\n" + "\n".join(compared(result, read(args.against))))
     return 0 if result.gpu is None or good(result, args.accept_tight) else 1
 
 
