@@ -82,6 +82,7 @@ def reset_state(
         slot = _slot(optimizer, p)
         _take_over(optimizer, p)
         _check_shape(optimizer, slot, p)
+        _check_keys(slot, optimizer.state.get(p))
         index = None if rows is None else _indices(slot.name, rows, _length(slot.rows.shape), p.device)
         kept = {moment.name for moment, _ in slot.codes}
         if chosen and not chosen <= kept:
@@ -143,11 +144,11 @@ def _take_over(optimizer: Optimizer, p: Tensor) -> None:
                 optimizer._check_state(layout, p, optimizer.partition.local(p, layout.rows, p.detach()), group)
 
 
-def _check_keys(slot: Slot, state: dict[str, Any]) -> None:
-    missing = [line.key for line in slot.lines() if line.key not in state]
+def _check_keys(slot: Slot, state: dict[str, Any] | None) -> None:
+    missing = [line.key for line in slot.lines() if state and line.key not in state]
     if missing:
         raise RuntimeError(
-            f"the state of {slot.name} has no {missing[0]!r}; it has {', '.join(map(str, state))}. "
+            f"the state of {slot.name} has no {missing[0]!r}; it has {', '.join(map(str, state or ()))}. "
             "opt.state.pop(parameter) begins it anew"
         )
 
