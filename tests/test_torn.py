@@ -55,12 +55,12 @@ def stop_in_step(opt, model, folder, patch, error):
     engine, left = type(opt.engine), [2]
     real = engine.step
 
-    def failing(self, spec, works, partition, seed):
+    def failing(self, works, partition, seed):
         for work in works:
             left[0] -= 1
             if left[0] < 0:
                 raise error
-            real(self, spec, [work], partition, seed)
+            real(self, [work], partition, seed)
 
     patch.setattr(engine, "step", failing)
     opt._plan = None  # the kernels step all parameters in one call
@@ -94,7 +94,7 @@ def stop_in_state_dict(opt, model, folder, patch, error):
 
 
 def stop_in_conversion(opt, model, folder, patch, error):
-    def failing(state, new):
+    def failing(state, new, rule):
         state.clear()
         raise error
 
