@@ -27,6 +27,7 @@ FOUND: list[str] = [
     "40: remove_group/804 come_back/2588 state_dict/9602",
     "3: reorder/508 state_dict_back/6350",
     "24: swap_parameter/8226 append_rows/5180",  # a weight that had grown when it was looked at
+    "1068: watch/7801 our_schedule/8874 switch/8468",  # a moment that begins while it is watched
 ]
 
 

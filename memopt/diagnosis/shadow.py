@@ -34,6 +34,8 @@ class Flat:
         self.tensors = tensors
 
     def read(self, name: str) -> Tensor:
+        if name not in self.tensors:  # a hyperparameter that was switched on: it begins at zero
+            self.tensors[name] = torch.zeros_like(next(iter(self.tensors.values())))
         return self.tensors[name]
 
     def write(self, name: str, value: Tensor, floor: float = 0.0) -> Tensor:
@@ -92,10 +94,10 @@ class Shadow:
         self.step += 1
         before = {name: [x.clone() for x in t.split(self.sizes)] for name, t in self.state.tensors.items() if idle}
         self.rule.update(p, g, self.state, self.step, self.group)
-        for name, parts in before.items():
-            now = self.state.tensors[name].split(self.sizes)
+        for name, tensor in self.state.tensors.items() if idle else ():
+            now, parts = tensor.split(self.sizes), before.get(name)
             for i in idle:
-                now[i].copy_(parts[i])
+                now[i].zero_() if parts is None else now[i].copy_(parts[i])
 
     def compare(self) -> list[MomentReading]:
         readings = []

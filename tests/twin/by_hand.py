@@ -88,6 +88,7 @@ def own_keys(t: Twin, r: Random) -> None:
 def wrong_moment(t: Twin, r: Random) -> None:
     """A moment of another size is refused, and nothing is stepped; so is one that is no tensor."""
     not_released(t)
+    t.current_moments()  # or they are put right on the way to the refusal
     name = t.pick(r, lambda n: _with_first(t, n) and t.ours.of(n).numel() > 1 and t.ours.of(n).requires_grad)
     state = t.ours.state_of(name)
     key = r.choice([k for k in state if k != "step"])
@@ -136,6 +137,7 @@ def strided(t: Twin, r: Random) -> None:
 def grown(t: Twin, r: Random) -> None:
     """The weight grows by .data and nobody tells the optimizer: refused, as torch does; then it is put back."""
     not_released(t)
+    t.current_moments()  # or they are put right on the way to the refusal
     name = t.pick(r, lambda n: t.stepped(n) and t.ours.of(n).dim() >= 1 and t.ours.of(n).numel() > 0)
     p = t.ours.of(name)
     if not p.requires_grad:
@@ -160,6 +162,7 @@ def grown(t: Twin, r: Random) -> None:
 def wrong_gradient(t: Twin, r: Random) -> None:
     """A gradient of the size that the weight had before."""
     not_released(t)
+    t.current_moments()  # or they are put right on the way to the refusal
     name = t.pick(r, lambda n: t.ours.of(n).dim() == 2 and len(t.ours.of(n)) > 2 and t.ours.of(n).numel() > 0)
     p = t.ours.of(name)
     if not p.requires_grad:

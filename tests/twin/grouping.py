@@ -230,6 +230,7 @@ def remove_parameter(t: Twin, r: Random) -> None:
         if state_too:
             side.opt.state.pop(p, None)
             t.lost_master(name)
+    repr(t.ours.opt)  # before the group changes again, for a name is that of the place
 
 
 @operation()
@@ -242,6 +243,8 @@ def come_back(t: Twin, r: Random) -> None:
     name, i = r.choice(out), r.randrange(len(t.ours.opt.param_groups))
     for side in t.sides:
         side.opt.param_groups[i]["params"].append(side.of(name))
+    if t.case.named:  # an optimizer that was made without it cannot know its name
+        t.ours.opt.param_groups[i]["param_names"] = t.ours.names()[i]
 
 
 @operation()
