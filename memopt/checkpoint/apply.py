@@ -41,10 +41,14 @@ class Plan:
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
         if not all(has_shape(p) for _, p, _ in optimizer._parameters()):
             raise ValueError("a parameter of a lazy module has no shape yet: it must see data before it is loaded")
-        keys = [record.moments for record in self._records]
+        rule = RULES[source.spec.rule]
+        full = {name: {**rule.hyperparameters, **h} for name, h in self._old_hyper.items()}
+        dormant = [
+            rule.dormant(full.get(record.name, rule.hyperparameters), record.moments) for record in self._records
+        ]
         self._slots = [
             (p, slot._replace(seed=self._seed))
-            for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition, keys=keys)
+            for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition, dormant=dormant)
         ]
         if not strict:
             shapes = {name: record.shape for name, record in source.records.items()}

@@ -36,11 +36,11 @@ def slots(
     hypers: Groups,
     partition: Partition,
     homes: Homes | None = None,
-    keys: Sequence[Iterable[str]] | None = None,
+    dormant: Sequence[Iterable[str]] | None = None,
 ) -> Iterator[tuple[Tensor, Slot]]:
     """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups', ``homes`` the
-    optimizer's own unless others are given. ``keys`` are those of each parameter's state, by default of what it has:
-    moments that are switched off at present have their place too."""
+    optimizer's own unless others are given. ``dormant`` are the moments of each parameter that are switched off and
+    have their place too, by default those that its state has."""
     homes = homes or optimizer.homes
     optimizer.settle()
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
@@ -48,11 +48,12 @@ def slots(
         if not has_shape(p):
             continue  # it has no state either
         rows, total = partition.held(p), partition.total_of(p)
+        off = optimizer.rule.dormant(group, optimizer.state.get(p) or ()) if dormant is None else dormant[index]
         yield (
             p,
             Slot(
                 spec,
-                RULES[spec.rule].keeping(of_group[id(group)], keys[index] if keys else optimizer.state.get(p) or ()),
+                RULES[spec.rule].keeping(of_group[id(group)], off),
                 name,
                 index,
                 rows,

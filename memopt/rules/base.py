@@ -89,6 +89,12 @@ class Rule(NamedTuple):
     def inner(self) -> str:
         return self.wrapped or self.name
 
+    def dormant(self, h: Hyper, keys: Iterable[str]) -> set[str]:
+        """Of a state with these keys the moments that are switched off in ``h``."""
+        active = {m.name for m in self.moments(h, (2, 2))}
+        on = {**h, **dict.fromkeys(self.moments_by, 0.5)}
+        return {key.partition(".")[0] for key in keys} & {m.name for m in self.moments(on, (2, 2))} - active
+
     def keeping(self, h: Hyper, keys: Iterable[str]) -> Hyper:
         """``h`` with what has been switched off since, and of which a state with these keys still has the moments,
         switched on: they are kept until it is switched on again."""
