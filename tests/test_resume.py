@@ -109,7 +109,6 @@ def broken(opt, edit):
     [
         (lambda s: s.pop("state"), "lacks 'state'"),
         (lambda s: s["state"][0].pop("exp_avg.scales"), "weight: the saved state lacks 'exp_avg.scales'"),
-        (lambda s: s["state"][0].update(extra=torch.ones(1)), "has 'extra', which is not kept here"),
         (lambda s: s["state"][0].update({"exp_avg.codes": torch.zeros(64, 80)}), "(64, 80), here it is torch.int8"),
         (lambda s: s["state"][0].update({"exp_avg.scales": torch.zeros(3, 1)}), "here it is torch.float32 (64, 1)"),
         (lambda s: s["state"][0].update({"exp_avg.codes": 3}), "is a int, not a tensor"),
