@@ -58,7 +58,7 @@ def train(spec: str, layers: int, steps: int, options: dict[str, Any]) -> None:
     opt = memopt.create(model, spec, lr=1e-3, **options)
     opt.release_gradients(model)
     took = 0.0
-    inner = opt._step_some
+    inner = opt.stepper.step_some
 
     def timed(*args: Any) -> Any:
         nonlocal took
@@ -67,7 +67,7 @@ def train(spec: str, layers: int, steps: int, options: dict[str, Any]) -> None:
         took += time.perf_counter() - begin
         return result
 
-    opt._step_some = timed  # type: ignore[method-assign]
+    opt.stepper.step_some = timed  # type: ignore[method-assign]
     x, y = (torch.randn(8, width).bfloat16() for _ in "xy")
     for step in range(steps):
         took = 0.0

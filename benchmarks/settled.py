@@ -12,5 +12,5 @@ def settle(opt: torch.optim.Optimizer) -> None:
     """Steps until nothing is made or moved any more: the large pages at once, which are otherwise spread over steps."""
     for _ in range(2 * SETTLED):
         opt.step()
-    if isinstance(opt, memopt.Optimizer) and opt._plan is not None and opt._plan.pages is not None:
-        opt._plan.pages.after(float("inf"))
+    if isinstance(opt, memopt.Optimizer) and opt.stepper.plan is not None and opt.stepper.plan.pages is not None:
+        opt.stepper.plan.pages.after(float("inf"))

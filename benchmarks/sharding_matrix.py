@@ -121,7 +121,7 @@ def one(spec: str, steps: int, folder: str) -> dict[str, Any]:
 def compare(model: nn.Module, opt: memopt.Optimizer, expected: dict[str, Any]) -> dict[str, Any]:
     """The largest error of a parameter over its largest element, and how many numbers of the state are others."""
     error, other = 0.0, 0
-    for name, p, group in opt._parameters():
+    for name, p, group in opt.params.entries():
         whole, state = expected[name]
         error = max(error, float((sharded.whole(p) - whole).abs().max() / whole.abs().max()))
         for key, start in starts(opt, name, p, group).items():

@@ -16,7 +16,7 @@ from estimators.activations.simulate import RERUN, Log, again, backward, forward
 from estimators.allocator import DEFAULT, Allocator, Block, Settings
 
 if TYPE_CHECKING:
-    from estimators.activations.compose import Activations, Walked, _Segment
+    from estimators.activations.compose import Activations, Segment, Walked
 
 #: What an instruction does with a slot: free it, allocate into it, allocate and free, allocate a gradient, run again.
 FREE, TAKE, INSIDE, GRADIENT, AGAIN = range(5)
@@ -59,7 +59,7 @@ class _Backward(NamedTuple):
 class _Programs:
     """One segment's programs. Slots 0 and 1 are its input and its result (which may be its input)."""
 
-    def __init__(self, segment: "_Segment") -> None:
+    def __init__(self, segment: "Segment") -> None:
         self.segment = segment
         tape = segment.tape
         self.slots: dict[int, int] = {id(tape.x): 0}

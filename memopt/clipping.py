@@ -59,7 +59,7 @@ def clip_grad_norm_(what: Any, max_norm: float, norm_type: float = 2.0) -> Tenso
         return norm  # nothing to scale; elsewhere to know it would cost a synchronisation
     scale = (max_norm / (norm.double() + EPS)).clamp(max=1.0)
     scale = scale.where(norm.isfinite(), 1.0).float()
-    for device, tensors in _by_device(map(_local, gradients)).items():
+    for device, tensors in _by_device(map(local_part, gradients)).items():
         torch._foreach_mul_(tensors, scale.to(device))
     scaled(gradients)
     return norm
@@ -82,7 +82,7 @@ def clip_grad_value_(what: Any, max_value: float) -> None:
     tensor([ 1.0000, -0.5000])
     """
     _check("max_value", max_value)
-    for tensors in _by_device(map(_local, _gradients(what))).values():
+    for tensors in _by_device(map(local_part, _gradients(what))).values():
         torch._foreach_clamp_min_(tensors, -max_value)
         torch._foreach_clamp_max_(tensors, max_value)
 
@@ -105,7 +105,7 @@ class PartialNorm:
         return bool(self._powers)
 
     def add(self, g: Tensor) -> None:
-        self._powers.setdefault(_cut(g), []).append(_power([_local(g)], 2.0))
+        self._powers.setdefault(_cut(g), []).append(_power([local_part(g)], 2.0))
 
     def total(self) -> Tensor:
         """The norm, fp32 []; the next begins at zero. Collective where gradients are cut over ranks."""
@@ -121,7 +121,7 @@ def _norm(gradients: list[Tensor], p: float) -> Tensor:
         return torch.zeros(())
     cut: dict[Any, list[Tensor]] = {}
     for g in gradients:
-        cut.setdefault(_cut(g), []).append(_local(g))
+        cut.setdefault(_cut(g), []).append(local_part(g))
     total = _sum(
         [
             _over_ranks(_sum([_power(part, p) for part in _by_device(tensors).values()], p), where, p)
@@ -204,7 +204,7 @@ def _cut(g: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     return (g.device_mesh, dims) if dims else None
 
 
-def _local(g: Tensor) -> Tensor:
+def local_part(g: Tensor) -> Tensor:
     """The part that is here, as a view; of a gradient that is in host memory, that."""
     if type(g) is Tensor:
         return g

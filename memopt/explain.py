@@ -9,7 +9,6 @@ import torch
 from memopt.formats import FORMATS
 from memopt.ledger import dtype_name
 from memopt.masters import LOW_PRECISION, MASTERS, Master
-from memopt.partitions.flat import check_replaced
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 def explain(optimizer: Optimizer) -> str:
     """Lines of ``label  text``; parameters kept in 32 bits are listed with the reason."""
-    check_replaced(optimizer)
+    optimizer.store.notice_replaced()
     spec = optimizer.spec
     rows = [
         ("spec", str(spec)),
@@ -30,7 +29,8 @@ def explain(optimizer: Optimizer) -> str:
     kept: dict[str, list[str]] = {}
     slow: dict[str, list[str]] = {}
     places: dict[tuple[str, str], int] = {}
-    for name, p, _, layout in optimizer._all_layouts():
+    for layout, p, _ in optimizer.params.resolved():
+        name = layout.name
         for moment in layout.moments:
             if moment.fallback_reason:
                 kept.setdefault(moment.fallback_reason, []).append(f"{name}.{moment.moment.name}")
@@ -49,7 +49,7 @@ def explain(optimizer: Optimizer) -> str:
     rows += [("override", f"{pattern!r} -> {value}") for pattern, value in spec.overrides.items()]
     rows += [("stepped by", f"{reason}: {_some(names)}") for reason, names in slow.items()]
     rows += [("in 32 bits", f"{reason}: {_some(moments)}") for reason, moments in kept.items()]
-    pages = optimizer._plan.pages if optimizer._plan is not None else None
+    pages = optimizer.stepper.plan.pages if optimizer.stepper.plan is not None else None
     if pages is not None and pages.wanted:
         rows.append(("pages", pages.explain()))
     rows += _masters(optimizer)
@@ -63,7 +63,7 @@ def _masters(optimizer: Optimizer) -> list[tuple[str, str]]:
     """What is kept for whom, and how many weights somebody else has changed since."""
     name = optimizer.spec.master
     master = MASTERS[name]
-    parameters = [(n, p, dtype_name(p)) for n, p, _ in optimizer._parameters()]
+    parameters = [(n, p, dtype_name(p)) for n, p, _ in optimizer.params.entries()]
     low = [n for n, _, dtype in parameters if dtype in LOW_PRECISION]
     if name == "none":
         lost = "of 16 bits are rounded to nearest: updates under half a unit in the last place are lost"
@@ -88,7 +88,7 @@ def _masters(optimizer: Optimizer) -> list[tuple[str, str]]:
 def _foreign(optimizer: Optimizer, master: Master, p: Tensor) -> int:
     kept = optimizer.state[p][master.key]
     with torch.no_grad():
-        local = optimizer.partition.local(p, optimizer._rows(p), p)
+        local = optimizer.partition.local(p, optimizer.partition.held(p), p)
     return int((master.foreign(local, kept) & (kept != 0)).sum())
 
 

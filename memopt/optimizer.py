@@ -2,48 +2,54 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+from weakref import proxy
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version  # kernels write where autograd does not look
 
-from memopt import amp, kernels
-from memopt.engines import ENGINES
-from memopt.engines.work import Work, count_steps
-from memopt.gradients import POLICIES, check_gradient, non_finite
-from memopt.groups import STEPPED, named_groups
+from memopt.engines import Engine
+from memopt.groups import align_names, check_group, named_groups
 from memopt.hyper import SpecError
 from memopt.integrity import Integrity
-from memopt.keeper import Keeper
-from memopt.layout.check import check
-from memopt.live_groups import LiveGroups, has_shape
-from memopt.optim.layouts import Layouts
-from memopt.partitions import PARTITIONS
-from memopt.partitions.flat import check_replaced
+from memopt.ledger import Ledger
+from memopt.optim.params import Params
+from memopt.optim.setup import Setup
+from memopt.optim.state_dict import dump, load, packed_bytes, restore_copied
+from memopt.optim.stepping import Scaler, Stepper
+from memopt.optim.store import StateStore
+from memopt.partitions import Partition
+from memopt.partitions.as_dtensors import refuse_helpers
 from memopt.placements.homes import Homes
-from memopt.rules import RULES
+from memopt.rules import Rule
 from memopt.spec import OptimSpec, parse
 
 if TYPE_CHECKING:
     from memopt.checkpoint.report import Conversion
-    from memopt.layout.param import ParamLayout
     from memopt.release import Release
 
 
-class Ready(NamedTuple):
-    """A parameter that has a gradient, and what is stepped here of the two: of their layout."""
-
-    layout: ParamLayout
-    p: Tensor
-    group: dict[str, Any]
-    local: Tensor
-    gradient: Tensor
+def _of_setup() -> Any:
+    """An attribute that stands in ``optimizer.setup``, under the same name."""
+    return _OfSetup()
 
 
-class Optimizer(Keeper):
+class _OfSetup:
+    __slots__ = ("_name",)
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        return self if instance is None else getattr(instance.setup, self._name)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance.setup, self._name, value)
+
+
+class Optimizer(torch.optim.Optimizer):
     """An ordinary optimizer whose state is what ``spec`` says. Made by :func:`memopt.create`.
 
     State keys are a moment's name (``exp_avg``) or name and part (``exp_avg.codes``), and ``step``, an fp32 number in
@@ -59,6 +65,19 @@ class Optimizer(Keeper):
     kernels that run there for every parameter.
     """
 
+    spec: OptimSpec = _of_setup()
+    rule: Rule = _of_setup()
+    engine: Engine = _of_setup()
+    partition: Partition = _of_setup()
+    homes: Homes = _of_setup()
+    integrity: Integrity = _of_setup()
+    process_group: Any = _of_setup()
+    nonfinite: str = _of_setup()
+    seed: int = _of_setup()
+    capturable: bool = _of_setup()
+    release: Release | None = _of_setup()
+    unfinished: Any = _of_setup()
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -73,31 +92,13 @@ class Optimizer(Keeper):
         from memopt.pricing import spec_fields
 
         spec = parse(spec, **spec_fields(fields))
-        if nonfinite not in POLICIES:
-            raise SpecError(f"nonfinite={nonfinite!r} is not allowed; it must be one of {', '.join(POLICIES)}")
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise SpecError(f"seed={seed!r} is not allowed; it must be an integer")
-        if not isinstance(capturable, bool):
-            raise SpecError(f"capturable={capturable!r} is not allowed; it must be True or False")
-        if capturable and spec.engine != "native":
-            raise SpecError(f"capturable=True is not allowed with engine={spec.engine!r}; the engine for it is native")
-        if capturable and spec.placements - {"device", "paged"}:
-            raise SpecError(f"capturable=True is not allowed with '{spec}': a CUDA graph cannot stream state")
-        self.spec = spec
-        self.nonfinite = nonfinite
-        self.seed = seed
-        self.capturable = capturable
-        self._skipped = 0
-        self._configure(process_group)
+        self._make(
+            Setup(spec, nonfinite=nonfinite, seed=seed, capturable=capturable, process_group=process_group),
+        )
         super().__init__(named_groups(params), spec.resolve())
-        self.spec = spec.for_names([name for name, _, _ in self._parameters()])
-        self.homes.spec = self.spec
+        self.spec = self.homes.spec = spec.for_names([name for name, _, _ in self.params.entries()])
         self.homes.expect(
-            lambda: {
-                name: self._lines(name, p, group)[1:]
-                for name, p, group in self._parameters()
-                if has_shape(p) and p.dtype in STEPPED
-            }
+            lambda: {one.layout.name: one.layout.lines(str(one.p.device))[1:] for one in self.params.resolved()}
         )
         self._check_left(process_group)
 
@@ -117,20 +118,13 @@ class Optimizer(Keeper):
                 "steps); their state is of two steps. Load a checkpoint, with another directory"
             )
 
-    def _configure(self, process_group: Any = None) -> None:
-        self.integrity = Integrity()
-        self.rule = RULES[self.spec.rule]
-        self.engine = ENGINES[self.spec.engine]
-        self.engine.require()
-        self.partition = PARTITIONS[self.spec.partition](process_group)
-        self.process_group = process_group
-        self.homes = Homes(self.spec, self.partition.rank, self.partition.world_size)
-        self._layouts = Layouts()
-        self._plan: kernels.Plan | None = None
-        self._captured: list[kernels.Plan] = []  # plans whose tables a CUDA graph reads
-        self.release: Release | None = None
-        self._live = LiveGroups()
-        self._made_for, self._seen_ids, self._unshaped = [], [], []
+    def _make(self, setup: Setup) -> None:
+        """The collaborators. They know the optimizer as torch.optim does, weakly: it is freed with the last reference
+        to it, without waiting for the garbage collector."""
+        self.setup = setup
+        self.params = Params(setup, proxy(self))
+        self.store = StateStore(self.params)
+        self.stepper = Stepper(self.store)
 
     # The step --------------------------------------------------------------------------------------------------
 
@@ -141,119 +135,30 @@ class Optimizer(Keeper):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._live.check_values(self.param_groups, self.spec)
-        if self.release is not None and getattr(self, "grad_scale", None) is not None:
+        scaler = Scaler(getattr(self, "found_inf", None), getattr(self, "grad_scale", None))
+        if scaler.grad_scale is not None and self.release is not None:
             raise RuntimeError(
                 "torch.amp.GradScaler cannot be used with released gradients: parameters step inside "
                 "backward(), before it has unscaled them, and this backward pass has stepped them "
                 "with scaled gradients. Train in bfloat16, which needs no scaler"
             )
-        if self.integrity.marks or self.unfinished is not None:
-            self._check_finished()
-        plan = self._plan if self.release is None else None  # what a release leaves over is another every time
-        if plan is not None and plan.refresh(self):  # the tensors of the last step, with new gradients
-            if self.nonfinite == "propagate" or not self._stopped_by(plan.non_finite()):
-                plan.step(self.seed)
-                increment_version(plan.parameters)
-            return loss
-        check_replaced(self)
-        with self.partition.at_step(self.param_groups):
-            before = self._skipped
-            try:
-                self._step_anew()
-            except BaseException:
-                if self.release is not None:
-                    self.release.give_up()
-                raise
-            if self.release is not None:
-                self.release.finish(counted=self._skipped > before)
-            self._commit()
+        self.stepper.step(scaler)
         return loss
-
-    def _step_anew(self) -> None:
-        """A step of whatever has a gradient now, without a plan."""
-        entries = [(i, name, p, group) for i, (name, p, group) in enumerate(self._parameters()) if p.grad is not None]
-        self.partition.admit([(name, p) for name, p, _ in self._parameters()], str(self.spec))
-        if self.spec.options.get("offload_gradients") is True and self.release is None:
-            self.homes.settle()
-            for _, name, p, _ in entries:
-                self.homes.of(name).bring(name, p)
-        gradients = [(name, self._local_gradient(name, p)) for _, name, p, _ in entries]
-        ready = self._check(entries, [self._own(entry[2], g) for entry, (_, g) in zip(entries, gradients, strict=True)])
-        if self.capturable:
-            kernels.check_capturable([(one.layout, one.p) for one in ready], self.partition.world_size)
-        if amp.stopped_by_scaler(self, gradients):
-            return
-        if self.nonfinite != "propagate":
-            bad = self.partition.agree(non_finite(gradients), [one.p for one in ready])
-            if self._stopped_by(bad):
-                return
-        works = self._step_some(ready)
-        if works and self.release is None:  # a step without any gradient leaves the plan, which counts, to the next one
-            self._plan = kernels.make_plan(self, works) if self.partition.plannable else None
-
-    def _check(
-        self, entries: Sequence[tuple[int, str, Tensor, dict[str, Any]]], gradients: Sequence[Tensor]
-    ) -> list[Ready]:
-        """These parameters with what is stepped here of them and of their gradients, each held against its layout, and
-        its state with it. RuntimeError for what does not fit, before anything is stepped or counted. ``p.grad`` is not
-        looked at: it is another thread's where gradients are released."""
-        ready = []
-        for (_, _, p, group), layout, g in zip(entries, self._layouts_of(entries), gradients, strict=True):
-            local = self.partition.local(p, layout.rows, p)
-            check(layout, local, g, cut=not self.partition.plannable)
-            self._check_state(layout, p, local, group)
-            ready.append(Ready(layout, p, group, local, g))
-        return ready
-
-    def _step_some(self, ready: Sequence[Ready]) -> list[Work]:
-        """Step what :meth:`_check` has found to fit."""
-        self._check_finished()
-        self.homes.check()
-        self._allocate_missing([one[:3] for one in ready])
-        works = [
-            Work(one.layout, one.local, one.gradient, state, int(state["step"]) + 1, one.group, groups)
-            for one, state, groups in ((one, self.state[one.p], self.partition.groups(one.p)) for one in ready)
-        ]
-        parameters = [one.p for one in ready]
-
-        def run(some: Sequence[Work]) -> None:
-            self.engine.step(some, self.partition, self.seed)
-
-        with self.integrity.changing("a step"):  # whatever can be refused has been refused before
-            for first, stop in self.partition.buckets(parameters):  # one travels while the next is stepped
-                self.homes.step(self.partition.gather(works[first:stop]), run)
-                count_steps(works[first:stop])
-                self.partition.publish(parameters[first:stop])
-            self.partition.finish()
-        increment_version(parameters)
-        for work in works:
-            self._live.note_state(work.name, work.state)
-        return works
-
-    def _local_gradient(self, name: str, p: Tensor) -> Tensor:
-        """What is here of the gradient; of a replicated parameter the whole, whose NaN every rank must see."""
-        g = check_gradient(name, p)
-        return g if type(g) is Tensor else self.partition.local(p, self._rows(p), g)
-
-    def _own(self, p: Tensor, g: Tensor) -> Tensor:
-        """Of a gradient from :meth:`_local_gradient`, the rows that are stepped here."""
-        return self.partition.local(p, self._rows(p), g) if g is p.grad else g
 
     @property
     def skipped_steps(self) -> int:
         """Steps that did not happen because of NaN or Inf, or because torch.amp.GradScaler's scale was too large."""
         self.settle()
-        return self._skipped + (self._plan.skipped_on_device() if self._plan is not None else 0)
+        plan = self.stepper.plan
+        return self.stepper.skipped + (plan.skipped_on_device() if plan is not None else 0)
 
     @skipped_steps.setter
     def skipped_steps(self, count: int) -> None:
-        self._skipped += count - self.skipped_steps
+        self.stepper.skipped += count - self.skipped_steps
 
     def settle(self) -> None:
         """Take note of what became of the last step, where kernels run beside the host."""
-        if self._plan is not None:
-            self._plan.settle()
+        self.stepper.settle()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -261,22 +166,8 @@ class Optimizer(Keeper):
         and where gradients are released, to be refused."""
         if self.release is not None:
             return True
-        return self.nonfinite == "skip" and self._plan is not None and self._plan.takes_scale
-
-    def _stopped_by(self, bad: list[str]) -> bool:
-        if not bad:
-            return False
-        shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        if self.nonfinite == "raise":
-            raise FloatingPointError(f"NaN or Inf in the gradient of {shown}; nothing was changed")
-        if not self._skipped:
-            warnings.warn(
-                f"NaN or Inf in the gradient of {shown}: this step was skipped, parameters and state are as they "
-                "were. Later skips are only counted, in optimizer.skipped_steps.",
-                stacklevel=3,
-            )
-        self._skipped += 1
-        return True
+        plan = self.stepper.plan
+        return self.nonfinite == "skip" and plan is not None and plan.takes_scale
 
     def release_gradients(self, model: torch.nn.Module, *, max_norm: float | None = None) -> Release:
         """Step each parameter inside ``backward()`` as soon as its gradient is there, and free the gradient.
@@ -300,13 +191,119 @@ class Optimizer(Keeper):
                 "capturable=True steps all parameters at once, in opt.step(); released gradients step "
                 "one by one inside backward(); use one of them"
             )
-        self._check_finished()
+        self.setup.check_whole()
         self.settle()
         if self.release is not None:
             self.release.remove()
-        self.release = Release(self, model, max_norm)
-        self._watch()
+        self.release = Release(self.stepper, model, max_norm)
+        self.store.watch()
         return self.release
+
+    # Groups and state ------------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch.optim.Optimizer's; a hyperparameter that the rule does not have, or a value that is not allowed,
+        and a parameter that is already there raise an error and leave the optimizer as it was."""
+        self.setup.check_whole()
+        if self.partition.is_flattened:
+            raise RuntimeError("DeepSpeed has taken the parameters of this optimizer; no group can be added")
+        group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
+        align_names(group, self.param_groups)
+        super().add_param_group(group)
+        self.params.remember(edited=True)
+        self.store.watch()
+
+    def init_state(self, *, anew: bool = False) -> None:
+        """Allocate the state of every parameter that requires a gradient and has none; zeros, as before the first step.
+        Those of lazy modules that have no shape yet get theirs at their first step.
+
+        Args:
+            anew: forget the state that is there, too, and begin again: moments are zero and no step has been taken.
+                Ends the refusals that follow a step, a load or a conversion which stopped in the middle.
+        """
+        self.store.init(anew)
+
+    def ledger(self) -> Ledger:
+        """What the state costs now, read from the live tensors; parameters that have not stepped have none. Tensors
+        that the user has put beside the state are in it."""
+        return self.store.ledger()
+
+    def close(self) -> None:
+        """Give back what others may want: the directory of ``@disk``, threads, the folders of checkpoints that this
+        process has locked for it. State can still be read."""
+        from memopt.checkpoint import lock
+
+        self.homes.close()
+        lock.release(id(self))
+
+    # Saving and loading ----------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's dictionary (plain tensors, this rank's rows; of sharded parameters DTensors, as
+        torch.distributed.checkpoint takes them), and under ``"memopt"`` what is needed to tell whether it fits: spec,
+        rank, world size and the seed of the stochastic rounding. Hooks see all of it, and what they return is what is
+        returned; state under a key that is no parameter goes along."""
+        refuse_helpers(self.spec, self.partition)
+        self.setup.check_whole()
+        self.settle()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        with self.partition.shown(self):
+            self.store.check_all()
+            found = dump(self.params, self.skipped_steps)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, found)
+            found = found if replaced is None else replaced
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or a torch.optim dictionary whose state has the same keys.
+
+        Everything is checked before anything is changed. dtypes stay as saved and state goes where the placement
+        says (torch.optim's own method casts it to the parameter's dtype and device). Raises ValueError with the
+        parameter and the key that do not fit.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self.store.notice_replaced()
+        with self.partition.shown(self):
+            metadata = load(self.store, state_dict)
+        self.skipped_steps = metadata.get("skipped_steps", self.skipped_steps)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.setup.check_whole()
+        if self.process_group is not None:
+            raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
+        if self.partition.is_flattened:
+            raise TypeError(
+                "an optimizer of DeepSpeed's vectors cannot be pickled or copied; use the engine's save_checkpoint"
+            )
+        if not self.homes.copyable:
+            raise TypeError(
+                "an optimizer with a directory cannot be pickled or copied, two would write there; use state_dict()"
+            )
+        self.settle()
+        self.store.check_all()
+        ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "capturable", "skipped_steps")}
+        state = {p: packed_bytes(x) if isinstance(x, dict) else x for p, x in self.state.items()}
+        return {**super().__getstate__(), "state": state, "memopt": ours}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        ours = state.pop("memopt", None)
+        if ours is not None:
+            skipped = ours.pop("skipped_steps")
+            self._make(Setup(ours.pop("spec"), **ours))
+            self.stepper.skipped = skipped
+        super().__setstate__(state)
+        copied = dict(self.state)
+        self.state = defaultdict(dict)
+        self.params.remember()
+        restore_copied(self.store, copied)
 
     # Another spec ----------------------------------------------------------------------------------------------
 
@@ -409,7 +406,7 @@ class Optimizer(Keeper):
         """What runs and where, and every place where that is not literally what the spec asked for."""
         from memopt.explain import explain
 
-        self._check_finished()
+        self.setup.check_whole()
         return explain(self)
 
     def __repr__(self) -> str:

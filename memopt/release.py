@@ -15,7 +15,7 @@ from memopt.gradients import check_gradient, non_finite
 from memopt.groups import STEPPED
 
 if TYPE_CHECKING:
-    from memopt.optimizer import Optimizer
+    from memopt.optim.stepping import Stepper
 
 
 #: Place among all parameters, name, parameter, group.
@@ -29,10 +29,10 @@ class Release:
     ``max_norm`` it comes twice: the first backward pass adds up the norm, the second scales by it and steps.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, max_norm: float | None) -> None:
+    def __init__(self, stepper: Stepper, model: nn.Module, max_norm: float | None) -> None:
         _refuse_model(model)
         known = {id(p) for p in model.parameters()}
-        for name, p, _ in optimizer._parameters():
+        for name, p, _ in stepper.params.entries():
             if id(p) not in known:
                 raise ValueError(
                     f"{name} of shape {tuple(p.shape)} is not a parameter of the model; create the "
@@ -42,7 +42,7 @@ class Release:
         self.max_norm = max_norm
         #: The norm of all gradients of the last step, as a number; None without ``max_norm``.
         self.norm: float | None = None
-        self._optimizer = optimizer
+        self._stepper, self._setup = stepper, stepper.setup
         self._lock = threading.RLock()  # autograd runs the hooks of several devices in several threads
         self._begin()
         self._hooks: dict[Tensor, Any] = {}
@@ -52,7 +52,7 @@ class Release:
     def follow(self) -> None:
         """Release the gradients of all parameters that the optimizer has now, of those that are frozen from the moment
         at which they are not."""
-        for _, p, _ in self._optimizer._parameters():
+        for _, p, _ in self._stepper.params.entries():
             if p not in self._hooks and p.dtype in STEPPED:
                 frozen = not p.requires_grad
                 try:
@@ -75,10 +75,10 @@ class Release:
         for hook in self._hooks.values():
             hook.remove()
         self._hooks.clear()
-        if self._optimizer.release is self:
-            self._optimizer.release = None
-            self._optimizer._watch()
-            self._optimizer.homes.settle()
+        if self._setup.release is self:
+            self._setup.release = None
+            self._stepper.store.watch()
+            self._setup.homes.settle()
 
     def covers(self, p: Tensor) -> bool:
         return p in self._hooks
@@ -87,7 +87,7 @@ class Release:
         """The end of a step; called by ``optimizer.step()``. ``counted``: it was skipped for a gradient that was not
         released, and has been counted as skipped."""
         try:
-            self._optimizer.homes.settle()  # what steps beside backward() has stepped
+            self._setup.homes.settle()  # what steps beside backward() has stepped
         except BaseException:
             self._begin()
             raise
@@ -101,7 +101,7 @@ class Release:
                 f"the gradient of {once[0]} came once"
             )
         if skipped and not counted:
-            self._optimizer.skipped_steps += 1
+            self._stepper.skipped += 1
 
     def give_up(self) -> None:
         """The step has failed: the next backward pass begins another."""
@@ -111,7 +111,7 @@ class Release:
     def _arrived(self, p: Tensor) -> None:
         with self._lock:
             if id(p) not in self._entries:
-                found = enumerate(self._optimizer._parameters())
+                found = enumerate(self._stepper.params.entries())
                 self._entries = {id(q): (i, name, group) for i, (name, q, group) in found}
             if id(p) not in self._entries:  # not the optimizer's any more
                 return
@@ -127,7 +127,7 @@ class Release:
         name = self._entries[id(p)][1]
         check_gradient(name, p)
         _refuse_replica(name, p)
-        self._optimizer.partition.admit([(name, p)], str(self._optimizer.spec))
+        self._setup.partition.admit([(name, p)], str(self._setup.spec))
         count = self._passes[id(p)] = self._passes.get(id(p), 0) + 1
         passes = 1 if self.max_norm is None else 2
         if count > passes:
@@ -143,40 +143,41 @@ class Release:
             self._step(p, name)
 
     def _step(self, p: Tensor, name: str) -> None:
-        optimizer = self._optimizer
+        setup, stepper = self._setup, self._stepper
         assert p.grad is not None
         if self.max_norm is not None:
             if self._partial.pending:
                 self.norm = float(self._partial.total())
             assert self.norm is not None
-            if not isfinite(self.norm) and optimizer.nonfinite != "propagate":
+            if not isfinite(self.norm) and setup.nonfinite != "propagate":
                 self._stop(name, "the norm of all gradients is not finite, and nothing was changed")
                 return
             if isfinite(self.norm):
                 p.grad.mul_(min(1.0, self.max_norm / (self.norm + EPS)))
         index, name, group = self._entries[id(p)]
         entry = index, name, p, group
-        if not optimizer.homes.of(name).aside(name, p, entry, self._step_those):
-            self._step_those([(entry, optimizer._own(p, optimizer._local_gradient(name, p)))])
+        if not setup.homes.of(name).aside(name, p, entry, self._step_those):
+            [layout] = stepper.params.layouts_of([entry])
+            self._step_those([(entry, stepper.own(layout, p, stepper.local_gradient(layout, p)))])
 
     @torch.no_grad()
     def _step_those(self, ready: list[tuple[Entry, Tensor]]) -> None:
         """Step parameters with these gradients: one, or in another thread and later than ``_step`` perhaps several."""
-        optimizer = self._optimizer
-        if self.max_norm is None and optimizer.nonfinite != "propagate":
+        setup, stepper = self._setup, self._stepper
+        if self.max_norm is None and setup.nonfinite != "propagate":
             found = non_finite([(entry[1], gradient) for entry, gradient in ready])
-            bad = set(optimizer.partition.agree(found, [entry[2] for entry, _ in ready]))
+            bad = set(setup.partition.agree(found, [entry[2] for entry, _ in ready]))
             for name in sorted(bad):
                 self._stop(name, "it and what comes after it in this backward pass is as it was; others have stepped")
             ready = [(entry, gradient) for entry, gradient in ready if entry[1] not in bad]
         if ready:
-            checked = optimizer._check([entry for entry, _ in ready], [gradient for _, gradient in ready])
-            optimizer._step_some(checked)
+            entries, gradients = zip(*ready, strict=True)
+            stepper.step_some(stepper.check(entries, gradients))
 
     def _stop(self, name: str, what: str) -> None:
-        if self._optimizer.nonfinite == "raise":
+        if self._setup.nonfinite == "raise":
             raise FloatingPointError(f"NaN or Inf in the gradient of {name}: {what}")
-        if not self._skipped and not self._optimizer.skipped_steps:
+        if not self._skipped and not self._stepper.skipped:
             scope = "no parameter was stepped" if self.max_norm is not None else "it was not stepped, others were"
             warnings.warn(
                 f"NaN or Inf in the gradient of {name}: {scope}. Later skips are only counted, in "

@@ -75,7 +75,7 @@ def reset_state(
     if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
         raise SpecError(f"step={step!r} is not allowed; it is a number of steps, or None")
     chosen = None if moments is None else {moments} if isinstance(moments, str) else set(moments)
-    known = [p for _, p, _ in optimizer._parameters()]
+    known = [p for _, p, _ in optimizer.params.entries()]
     given = known if parameters is None else [parameters] if isinstance(parameters, Tensor) else list(parameters)
     plans = []
     for p in given:
@@ -93,14 +93,14 @@ def reset_state(
         for p, slot, index, names in plans:
             if optimizer.state.get(p):
                 _reset(optimizer, p, slot, index, names, step)
-        optimizer._take_place()
+        optimizer.store.flush()
 
 
 # What is asked for -----------------------------------------------------------------------------------------------
 
 
 def _slot(optimizer: Optimizer, p: Tensor) -> Slot:
-    optimizer._check_finished()
+    optimizer.setup.check_whole()
     optimizer.homes.check()
     for q, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition):
         if q is p:
@@ -130,7 +130,7 @@ def _movable(optimizer: Optimizer, p: Tensor, into: Tensor | None) -> tuple[str,
             f"into is {into.dtype} {tuple(into.shape)} on {into.device}; in the place of {name} goes {p.dtype} "
             f"{('n', *p.shape[1:])} on {p.device}"
         )
-    if not into.is_leaf or any(into is q for _, q, _ in optimizer._parameters()):
+    if not into.is_leaf or any(into is q for _, q, _ in optimizer.params.entries()):
         raise ValueError(f"into is {'no leaf' if not into.is_leaf else 'a parameter of this optimizer already'}")
     return name, _shape_of_state(optimizer, p)[0]
 
@@ -161,7 +161,7 @@ def _shape_of_state(optimizer: Optimizer, p: Tensor) -> tuple[int, ...]:
         return shape
     slot, partition = _slot(optimizer, p), optimizer.partition
     there = {key: tuple(x.shape) for key, x in state.items() if isinstance(x, Tensor)}
-    made = [m.shape[0] for m in optimizer._made_for if m.parameter() is p and m.shape[1:] == shape[1:]]
+    made = [m.shape[0] for m in optimizer.params.made if m.parameter() is p and m.shape[1:] == shape[1:]]
     lengths = [x.shape[0] for x in state.values() if isinstance(x, Tensor) and x.dim()]
     halves = [2 * n - odd for n in lengths for odd in (0, 1)] if len(shape) == 1 else []  # two codes in a byte
     for rows in dict.fromkeys([*made, shape[0], *lengths, *halves]):
@@ -227,7 +227,7 @@ def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor
                 _set_data(p, weights.contiguous())
             else:
                 group["params"][next(i for i, q in enumerate(group["params"]) if q is p)] = into
-            optimizer._remember()
+            optimizer.params.remember()
             if state:
                 _put(optimizer, p, here, there, made)
                 if into is not None:
@@ -238,10 +238,10 @@ def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor
                 p.grad = old_grad
             else:
                 group["params"][next(i for i, q in enumerate(group["params"]) if q is into)] = p
-            optimizer._remember()
+            optimizer.params.remember()
             raise
-        optimizer._watch()
-        optimizer._take_place()
+        optimizer.store.watch()
+        optimizer.store.flush()
 
 
 def _set_data(p: Tensor, data: Tensor) -> None:

@@ -141,7 +141,7 @@ def test_a_plan_notices_what_changes() -> None:
 
     step(a, b)
     step(a, b)
-    assert opt._plan is not None
+    assert opt.stepper.plan is not None
     frozen = b.detach().clone()
     step(a)  # b has no gradient
     assert torch.equal(b, frozen)

@@ -54,7 +54,7 @@ def stepped(steps: int, keep: bool = True) -> tuple[torch.nn.Parameter, memopt.O
 
 def test_the_system_says_so() -> None:
     p, opt = stepped(SETTLED + 3)
-    found = opt._plan.pages
+    found = opt.stepper.plan.pages
     found.after(1e6)
     assert found.settled
     assert found.asked >= 2 * 7 + 1  # parameter and gradient, each of 8 pages that need not begin at one; some state
@@ -70,7 +70,7 @@ def test_same_bits_without(monkeypatch) -> None:
     monkeypatch.setenv("MEMOPT_HUGE_PAGES", "off")
     without, opt = stepped(8)
     assert torch.equal(with_them, without)
-    assert opt._plan.pages.asked == 0
+    assert opt.stepper.plan.pages.asked == 0
     assert "MEMOPT_HUGE_PAGES=off" in opt.explain()
 
 
@@ -125,7 +125,7 @@ def test_an_old_system_is_asked_once(monkeypatch) -> None:
 
     monkeypatch.setattr(pages, "advise", advise)
     _, opt = stepped(3)
-    assert opt._plan.pages.given == 0
+    assert opt.stepper.plan.pages.given == 0
     assert "in its own time" in opt.explain()
 
 

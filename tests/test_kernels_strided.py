@@ -80,7 +80,7 @@ def test_a_plan_is_kept_and_sees_another_layout() -> None:
     for turned in (True, True, True, False, False):
         p.grad = lay[turned](torch.randn(64, 80))
         opt.step()
-        plans.append(opt._plan)
+        plans.append(opt.stepper.plan)
     assert plans[0] is plans[1] is plans[2] is not None
     assert plans[3] is not plans[2]
     assert plans[4] is plans[3] is not None

@@ -13,7 +13,7 @@ from memopt.partitions.base import owned
 
 def exact_values(opt):
     master = MASTERS[opt.spec.master]
-    return [master.read(p.detach(), opt.state[p].get(master.key)) for _, p, _ in opt._parameters()]
+    return [master.read(p.detach(), opt.state[p].get(master.key)) for _, p, _ in opt.params.entries()]
 
 
 def stepped(spec, steps=3):
@@ -84,7 +84,10 @@ def load_sharded(folder):
     opt = memopt.create(model, "adamw-8bit+split16/zero1", lr=1e-4)
     memopt.load(folder, model=model, optimizer=opt)
     master = MASTERS["split16"]
-    values = [master.read(owned(p.detach(), opt._rows(p)), opt.state[p]["correction"]) for _, p, _ in opt._parameters()]
+    values = [
+        master.read(owned(p.detach(), opt.partition.held(p)), opt.state[p]["correction"])
+        for _, p, _ in opt.params.entries()
+    ]
     drive(model, opt, 3, 1)
     return values, [p.detach() for p in model.parameters()]
 

@@ -91,8 +91,8 @@ def test_released_those_that_have_come_are_stepped_together(monkeypatch, poisone
     made = simulated.ThreadedBus(beside=0.02)
     monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
     (model, opt), twin = twins("adamw-8bit@cpu", Deep, workspace="8MiB")
-    steps, real = [], opt._step_some
-    monkeypatch.setattr(opt, "_step_some", lambda some: (steps.append(len(some)), real(some))[1])
+    steps, real = [], opt.stepper.step_some
+    monkeypatch.setattr(opt.stepper, "step_some", lambda some: (steps.append(len(some)), real(some))[1])
     bad = [m.layers[3].weight for m in (model, twin[0])] if poisoned else []
     opt.release_gradients(model)
     twin[1].release_gradients(twin[0])

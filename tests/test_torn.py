@@ -63,7 +63,7 @@ def stop_in_step(opt, model, folder, patch, error):
             real(self, [work], partition, seed)
 
     patch.setattr(engine, "step", failing)
-    opt._plan = None  # the kernels step all parameters in one call
+    opt.stepper.plan = None  # the kernels step all parameters in one call
     step(model, opt, 5)
 
 

@@ -234,9 +234,9 @@ def test_a_plan_notices_what_changes(on) -> None:
         opt.zero_grad()
 
     step(a, b)
-    first = opt._plan
+    first = opt.stepper.plan
     step(a, b)
-    assert opt._plan is first
+    assert opt.stepper.plan is first
     frozen = b.detach().clone()
     step(a)
     assert torch.equal(b, frozen)

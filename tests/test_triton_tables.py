@@ -80,7 +80,7 @@ def test_the_tables_cost_what_the_estimate_says(spec, on) -> None:
     on(True)
     shapes = [(300, 256), (17, 300), (33,)]
     _, _, opt = stepped(spec, {}, on, 2, shapes, plain_steps=0)
-    launcher = opt._plan.launcher
+    launcher = opt.stepper.plan.launcher
     seen: dict[int, int] = {}
 
     def count(value: object) -> None:

@@ -51,7 +51,7 @@ class Activations(NamedTuple):
     away: int = 0
 
 
-class _Segment(NamedTuple):
+class Segment(NamedTuple):
     """A part of the model, run forward. ``checkpointing`` is the layer's own: ``none``, ``full`` or ``selective``."""
 
     tape: Tape
@@ -94,7 +94,7 @@ class _Segment(NamedTuple):
 class Walked(NamedTuple):
     """The segments in their order, and the bytes of tables and masks that they are called with."""
 
-    segments: tuple[_Segment, ...]
+    segments: tuple[Segment, ...]
     tables: int
     masks: int
 
@@ -112,8 +112,8 @@ class _Chain:
         self.layers = 0
         self.x = Tensor(0, step.item, requires=False)
         self.shared: dict[str, Tensor] = {}
-        self.segments: list[_Segment] = []
-        self.seen: dict[tuple[Any, ...], _Segment] = {}
+        self.segments: list[Segment] = []
+        self.seen: dict[tuple[Any, ...], Segment] = {}
 
     @property
     def next_layer(self) -> str:
@@ -122,18 +122,16 @@ class _Chain:
             return "none" if self.layers % self.every else "full"
         return self.checkpointing
 
-    def run(
-        self, body: Callable[[Tape], Tensor], scope: Scope, kind: str = "", checkpointing: str = "none"
-    ) -> _Segment:
+    def run(self, body: Callable[[Tape], Tensor], scope: Scope, kind: str = "", checkpointing: str = "none") -> Segment:
         tape = Tape(self.step, scope, self.x)
         tape.input_gradients = self.checkpointing != "none"
         tape.shared = {name: _like(t) for name, t in self.shared.items()}
         tape.out = body(tape)
         keeping = KEEPING[checkpointing]
         rerun = Again(0, 0) if checkpointing == "none" else again(tape, keeping)
-        return _Segment(tape, checkpointing, forward(tape, keeping), rerun, kind, {})
+        return Segment(tape, checkpointing, forward(tape, keeping), rerun, kind, {})
 
-    def append(self, segment: _Segment) -> None:
+    def append(self, segment: Segment) -> None:
         self.segments.append(segment)
         self.shared |= segment.tape.shares
         self.x = _like(segment.tape.out)
@@ -185,7 +183,7 @@ def composed(network: Network, step: Step, checkpointing: str, parameters: Param
     return ran[0]._replace(kept=ran[1])
 
 
-def _kept_shared(segments: list[_Segment]) -> set[str]:
+def _kept_shared(segments: list[Segment]) -> set[str]:
     """Shared tensors that stay for the backward pass: saved by a segment, or what a checkpointed one is called with."""
     kept: set[str] = set()
     for s in segments:
@@ -195,7 +193,7 @@ def _kept_shared(segments: list[_Segment]) -> set[str]:
     return kept
 
 
-def _walk(segments: list[_Segment], tables: int, masks: int, offload: bool = False) -> Activations:
+def _walk(segments: list[Segment], tables: int, masks: int, offload: bool = False) -> Activations:
     """Forward through the segments, then backward, noting the fullest moment of each phase. ``offload``: what layers
     keep goes to the host, and comes back when the layer's backward pass begins."""
     stays = _kept_shared(segments)
@@ -244,7 +242,7 @@ def _walk(segments: list[_Segment], tables: int, masks: int, offload: bool = Fal
     )
 
 
-def _backward(segments: list[_Segment], before: list[int]) -> tuple[Moment, int, int, Moment]:
+def _backward(segments: list[Segment], before: list[int]) -> tuple[Moment, int, int, Moment]:
     """The fullest moment, that of activations alone, the bytes of parameters' gradients at the end, and the fullest
     moment where gradients go at once."""
     made, fullest, accumulated, released = 0, Moment(0, 0), 0, Moment(0, 0)
@@ -277,7 +275,7 @@ def _backward(segments: list[_Segment], before: list[int]) -> tuple[Moment, int,
     return fullest, accumulated, made, released
 
 
-def _table(s: _Segment) -> int:
+def _table(s: Segment) -> int:
     """Bytes of the gradient of an embedding which is the head's weight too, that the segment adds to the head's."""
     sources = (op for op in s.tape.ops if op.ins and not op.ins[0].numel and not op.gradients)
     return max((op.backward_tmp for op in sources), default=0)

@@ -17,8 +17,8 @@ from memopt.checkpoint.stored import Record, Source
 from memopt.groups import TORCH_KEYS, is_named
 from memopt.live_groups import has_shape
 from memopt.naming import matching
+from memopt.optim.state_dict import TORCH_EXECUTION
 from memopt.rules import RULES
-from memopt.state import TORCH_EXECUTION
 from memopt.takeover import own_entries
 
 if TYPE_CHECKING:
@@ -33,13 +33,13 @@ class Plan:
         #: What was taken and what was not, unless ``strict``.
         self.notes: list[str] = []
         check_fill(fill, optimizer.spec.rule)
-        names = [name for name, _, _ in optimizer._parameters()]
+        names = [name for name, _, _ in optimizer.params.entries()]
         named = is_named(optimizer.param_groups)
         self._records = _match(source, names, named) if strict else partial.records(source, optimizer)
         self._groups = self._merged_groups(names) if hyper else [dict(group) for group in optimizer.param_groups]
         self._seed = optimizer.seed if source.seed is None or not hyper else source.seed
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
-        if not all(has_shape(p) for _, p, _ in optimizer._parameters()):
+        if not all(has_shape(p) for _, p, _ in optimizer.params.entries()):
             raise ValueError("a parameter of a lazy module has no shape yet: it must see data before it is loaded")
         rule = RULES[source.spec.rule]
         full = {name: {**rule.hyperparameters, **h} for name, h in self._old_hyper.items()}
@@ -108,13 +108,13 @@ class Plan:
             optimizer.skipped_steps = source.skipped_steps
         if self._slots:
             sum_over_ranks(report, optimizer.partition, self._slots[0][0].device)
-        optimizer._take_place()
+        optimizer.store.flush()
         return report
 
     def _write(self, p: Tensor, slot: Slot, record: Record, report: Conversion) -> None:
         """Into the memory that is there, where the layout is the same."""
         state = self._optimizer.state[p]
-        lines = self._optimizer._lines(slot.name, p, slot.h)
+        lines = self._optimizer.store.lines(slot.name, p, slot.h)
         for key in own_entries(slot.spec.rule, state):
             del state[key]
         there = {

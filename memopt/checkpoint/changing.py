@@ -62,8 +62,8 @@ class Work:
 def move(optimizer: Optimizer, homes: Homes) -> None:
     """State is in these homes now."""
     optimizer.homes, left = homes, optimizer.homes
-    optimizer._watch()
-    optimizer._take_place()
+    optimizer.store.watch()
+    optimizer.store.flush()
     left.replaced_by(homes)
 
 
@@ -103,7 +103,7 @@ def _one_by_one(optimizer: Optimizer, work: Work) -> None:
         work.between = True
         stopped = todo[len(done)]
         _put_back(optimizer, stopped)
-        now, mixed = optimizer.partition, mixture(old, new, done, [name for name, _, _ in optimizer._parameters()])
+        now, mixed = optimizer.partition, mixture(old, new, done, [name for name, _, _ in optimizer.params.entries()])
         homes = Homes(mixed, now.rank, now.world_size, optimizer.homes, stopped[2].homes)
         optimizer.spec = mixed
         move(optimizer, homes)

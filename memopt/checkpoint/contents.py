@@ -104,7 +104,7 @@ def check_rows(optimizer: Optimizer) -> None:
             "the optimizer steps DeepSpeed's flat vectors, which memopt.save does not take; save with the "
             "engine's save_checkpoint"
         )
-    for name, p, _ in optimizer._parameters():
+    for name, p, _ in optimizer.params.entries():
         if partition.held(p) != partition.rows(tuple(p.shape), partition.rank, partition.world_size):
             raise ValueError(_OTHER_MESH.format(name))
 
@@ -120,12 +120,12 @@ def spec_json(spec: OptimSpec) -> dict[str, Any]:
 
 def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
     """Everything about the optimizer that is not a tensor."""
-    optimizer._check_finished()
+    optimizer.setup.check_whole()
     check_rows(optimizer)
     optimizer.settle()
-    optimizer._check_states()
+    optimizer.store.check_all()
     parameters = {}
-    for name, p, group in optimizer._parameters():
+    for name, p, group in optimizer.params.entries():
         if not has_shape(p):
             raise ValueError(f"{name} has no shape yet: a lazy module must see data before it can be saved")
         entry: dict[str, Any] = {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
@@ -160,7 +160,7 @@ def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def groups_json(optimizer: Optimizer) -> list[dict[str, Any]]:
-    names = iter([name for name, _, _ in optimizer._parameters()])
+    names = iter([name for name, _, _ in optimizer.params.entries()])
     found = []
     for i, group in enumerate(optimizer.param_groups):
         hyper = {k: v for k, v in group.items() if k not in ("params", "param_names")}
@@ -171,7 +171,7 @@ def groups_json(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 def optimizer_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
     """This rank's rows: ``parameter/moment`` or ``parameter/moment.part``; steps are in the manifest."""
-    for name, p, _ in optimizer._parameters():
+    for name, p, _ in optimizer.params.entries():
         for key, tensor in optimizer.state.get(p, {}).items():
             if key != "step" and isinstance(tensor, Tensor):
                 yield f"{name}/{key}", tensor

@@ -44,7 +44,7 @@ def slots(
     homes = homes or optimizer.homes
     optimizer.settle()
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
-    for index, (name, p, group) in enumerate(optimizer._parameters()):
+    for index, (name, p, group) in enumerate(optimizer.params.entries()):
         if not has_shape(p):
             continue  # it has no state either
         rows, total = partition.held(p), partition.total_of(p)
@@ -78,7 +78,7 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
     old = optimizer.spec
     new = target_spec(old, spec, fields)
     given = dict(spec_fields(fields).get("hyper", {}))
-    work = optimizer.unfinished
+    work: Work | None = optimizer.unfinished
     if work is None:
         work = _planned(optimizer, new, given, dict(fill or {}))
     elif (new, given, dict(fill or {})) != (work.new, work.given, work.fill):
@@ -111,10 +111,10 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
 
 def _planned(optimizer: Optimizer, new: OptimSpec, given: dict[str, Any], fill: dict[str, Any]) -> Work:
     """Everything that can be refused is refused here, before anything is changed."""
-    optimizer._check_states()
+    optimizer.store.check_all()
     old = optimizer.spec
     hypers = [target_hyper(old, new, group, given) for group in optimizer.param_groups]
-    new = new.for_names([name for name, _, _ in optimizer._parameters()])
+    new = new.for_names([name for name, _, _ in optimizer.params.entries()])
     ENGINES[new.engine].require()
     check_fill(fill, new.rule)
     partition = _partition(optimizer, new)

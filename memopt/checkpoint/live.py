@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def source_of(optimizer: Optimizer) -> Source:
     """The optimizer's state in its own memory. Raises ValueError on one of several ranks, which has not all rows."""
-    optimizer._check_finished()
+    optimizer.setup.check_whole()
     if optimizer.partition.world_size > 1:
         raise ValueError(
             f"this is rank {optimizer.partition.rank} of {optimizer.partition.world_size}, which holds "

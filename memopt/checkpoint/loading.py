@@ -137,7 +137,7 @@ def _changing(optimizer: Optimizer | None, path: Path) -> Iterator[None]:
     """Around all that is changed by loading, which has been checked. What stops in the middle is refused by the
     optimizer from then on; where there is none, a warning is all that can be left."""
     if optimizer is not None:
-        with optimizer._restoring("memopt.load"):
+        with optimizer.store.restoring("memopt.load"):
             yield
         return
     try:
@@ -162,7 +162,7 @@ def _load_foreign(
         source, where = read_path(Path(path), rule), Path(path)
     plan = Plan(optimizer, source, hyper, fill, strict)
     step = int(max((record.step for record in source.records.values()), default=0))
-    with optimizer._restoring("memopt.load"):
+    with optimizer.store.restoring("memopt.load"):
         return Loaded(where, step, plan.apply(), notes=plan.notes)
 
 

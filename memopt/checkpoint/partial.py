@@ -32,7 +32,7 @@ def records(source: Source, optimizer: Optimizer) -> list[Record]:
     if not (source.named and is_named(optimizer.param_groups)):
         who = source.origin if not source.named else "the optimizer"
         raise ValueError(f"strict=False matches parameters by name, and {who} has numbers only")
-    here = list(optimizer._parameters())
+    here = list(optimizer.params.entries())
     theirs, ours = matching(list(source.records), [name for name, _, _ in here])
     known = dict(zip(theirs, source.records.values(), strict=True))
     return [

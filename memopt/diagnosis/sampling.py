@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.clipping import _local
+from memopt.clipping import local_part
 from memopt.diagnosis.shadow import NUMEL, Sample, Shadow
 from memopt.geometry import FLAT_ROW, Rows
 from memopt.hyper import SpecError
@@ -51,7 +51,7 @@ def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
         ready = [
             p for p in group["params"] if optimizer.state.get(p) and p.grad is not None and _has_rows(optimizer, p)
         ]
-        largest = sorted(ready, key=lambda p: -_local(p).numel())[:each]
+        largest = sorted(ready, key=lambda p: -local_part(p).numel())[:each]
         samples = [reader(p) for p in largest]
         if samples:
             h = {**rule.hyperparameters, **{k: group[k] for k in rule.hyperparameters if k in group}}
@@ -61,7 +61,9 @@ def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
 
 def _has_rows(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
     """Whether state of some elements of it is on this rank."""
-    return bool(_local(p).numel()) and (not isinstance(optimizer, Optimizer) or optimizer._rows(p).numel > 0)
+    return bool(local_part(p).numel()) and (
+        not isinstance(optimizer, Optimizer) or optimizer.partition.held(p).numel > 0
+    )
 
 
 class _Live(Mapping[str, Any]):
@@ -84,7 +86,7 @@ def cutter(row: int, start: int = 0, stop: int | None = None) -> Callable[[Tenso
     """The first NUMEL elements of ``row`` of a matrix, of a vector those between ``start`` and ``stop``; flat."""
 
     def cut(x: Tensor) -> Tensor:
-        x = _local(x)
+        x = local_part(x)
         return x[row].reshape(-1)[:NUMEL] if x.dim() > 1 else x.reshape(-1)[start:stop][:NUMEL]
 
     return cut
@@ -98,7 +100,7 @@ def _mark(optimizer: torch.optim.Optimizer, p: Tensor) -> object:
 
 def _liveliest(p: Tensor) -> int:
     """The row with the largest gradient: of an embedding, most rows have none."""
-    g = _local(p.grad) if p.grad is not None else _local(p)
+    g = local_part(p.grad) if p.grad is not None else local_part(p)
     return int(g.detach().abs().flatten(1).amax(1).argmax()) if g.dim() > 1 else 0
 
 
@@ -130,7 +132,7 @@ def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
     def make(p: Tensor) -> Sample:
         slot = found[id(p)]
         rows = slot.rows
-        whole = _local(p).numel() == Rows.whole(rows.shape).numel  # else p is its rows alone
+        whole = local_part(p).numel() == Rows.whole(rows.shape).numel  # else p is its rows alone
         if len(rows.shape) >= 2:
             row = _liveliest(p) + (0 if whole else rows.first)
             row = min(max(row, rows.first), rows.stop - 1)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.clipping import _local, grad_norm
+from memopt.clipping import grad_norm, local_part
 from memopt.diagnosis.causes import find
 from memopt.diagnosis.logs import Log, open_logs
 from memopt.diagnosis.readings import Finding, GroupReading, History, NonFinite, Reading
@@ -144,8 +144,10 @@ class Watch:
         self._collect_losses()
         if len(self.history.nonfinite) >= 100:
             return
-        named = [(n, _local(p.grad)) for n, p in _named(self.optimizer) if p.grad is not None]
-        finite = all(bool(torch.isfinite(_local(p)).all()) for _, p in _named(self.optimizer)) if not skipped else True
+        named = [(n, local_part(p.grad)) for n, p in _named(self.optimizer) if p.grad is not None]
+        finite = (
+            all(bool(torch.isfinite(local_part(p)).all()) for _, p in _named(self.optimizer)) if not skipped else True
+        )
         loss = next((x for step, x in reversed(self.history.losses) if step == self.step), None)
         names = tuple(non_finite(named))
         self.history.nonfinite.append(NonFinite(self.step, names, loss, skipped, finite))
@@ -165,7 +167,7 @@ class Watch:
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
     if isinstance(optimizer, Optimizer):
-        return [(name, p) for name, p, _ in optimizer._parameters()]
+        return [(name, p) for name, p, _ in optimizer.params.entries()]
     named, index = [], 0
     for group in optimizer.param_groups:
         names = group.get("param_names") or [str(index + i) for i in range(len(group["params"]))]
@@ -181,7 +183,7 @@ def _plan_of(optimizer: torch.optim.Optimizer) -> object:
 
 def _spread(group: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """(weights, gradients) of a group before the step: SPREAD elements of each parameter, in their own dtype."""
-    stepped = [p for p in group["params"] if p.grad is not None and _local(p).numel()]
+    stepped = [p for p in group["params"] if p.grad is not None and local_part(p).numel()]
     if not stepped:
         return None
     return torch.cat([_strided(p.detach()) for p in stepped]), torch.cat(
@@ -190,7 +192,7 @@ def _spread(group: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
 
 
 def _strided(x: Tensor) -> Tensor:
-    x = _local(x)
+    x = local_part(x)
     flat = x.view(-1) if x.is_contiguous() else x.reshape(-1)
     return flat[:: max(flat.numel() // SPREAD, 1)][:SPREAD]
 
@@ -204,13 +206,13 @@ def _group(i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None, 
     if before is None:
         return GroupReading(i, shown, rate, norm, 0, None, None, "")
     weights, gradients = before
-    stepped = [p for p in group["params"] if p.grad is not None and _local(p).numel()]
+    stepped = [p for p in group["params"] if p.grad is not None and local_part(p).numel()]
     parts = [_strided(p.detach()) for p in stepped]
     after, touched = torch.cat(parts), gradients != 0
     alike = float((touched & (after == weights)).sum()) / max(float(touched.sum()), 1.0)
     nonfinite = 0
     if not norm < float("inf"):
-        nonfinite = sum(int((~torch.isfinite(_local(p.grad))).sum()) for p in stepped)
+        nonfinite = sum(int((~torch.isfinite(local_part(p.grad))).sum()) for p in stepped)
     ratio = _typical_ratio(weights.float(), after.float(), [len(x) for x in parts])
     return GroupReading(
         i,

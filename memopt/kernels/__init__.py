@@ -8,21 +8,26 @@ environment turns them off, ``MEMOPT_KERNELS=avx2`` or ``baseline`` chooses an i
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from memopt.kernels.loader import library, missing
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from memopt.engines.work import Work
+    from memopt.integrity import Integrity
     from memopt.kernels.pages import Pages
     from memopt.layout.param import ParamLayout
-    from memopt.optimizer import Optimizer
+    from memopt.partitions import Partition
+    from memopt.spec import OptimSpec
 
 __all__ = [
     "Plan",
+    "StepContext",
+    "StepOutcome",
     "check_capturable",
     "library",
     "make_plan",
@@ -36,27 +41,65 @@ __all__ = [
 ]
 
 
+class StepContext(NamedTuple):
+    """What a cached step is told of the optimizer: what it must be as it was, and what is new at every step."""
+
+    spec: OptimSpec
+    partition: Partition
+    groups: Sequence[dict[str, Any]]
+    state: Mapping[Any, Any]
+    seed: int
+    nonfinite: str
+    capturable: bool
+    integrity: Integrity
+    found_inf: Tensor | None = None  # torch.amp.GradScaler's
+    grad_scale: Tensor | None = None
+
+
+class StepOutcome(NamedTuple):
+    """What became of a step that kernels took beside the host: how many were ``skipped``, and the ``names`` of
+    parameters whose gradient was the reason, if it was a gradient."""
+
+    skipped: int
+    names: list[str]
+
+
 class Plan(Protocol):
     """A whole optimizer's step, prepared once and repeated while nothing but the gradients changes."""
 
     #: Whether it takes torch.amp.GradScaler's ``grad_scale`` and ``found_inf``.
     takes_scale: bool
     parameters: list[Tensor]
+    #: Whether a CUDA graph has recorded it, which reads its tables from now on.
+    recorded: bool
 
     @property
     def pages(self) -> Pages | None: ...  # large ones, under what it steps on the CPU
-    def refresh(self, optimizer: Optimizer) -> bool: ...
+    def check_recording(self) -> None: ...  # raises RuntimeError where it cannot be part of the graph that is captured
+    def refresh(self, context: StepContext) -> bool: ...
     def non_finite(self) -> list[str]: ...
-    def step(self, seed: int) -> None: ...
-    def settle(self) -> None: ...
+    def step(self) -> None: ...
+    def settle(self) -> StepOutcome | None: ...
     def skipped_on_device(self) -> int: ...
 
 
-def make_plan(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
-    """A plan for these parameters, after they have stepped; None where not all of them can go one way."""
+def make_plan(
+    context: StepContext,
+    works: Sequence[Work],
+    originals: Mapping[int, Tensor],
+    in_place: Callable[[str, torch.device], bool],
+    before: Plan | None,
+) -> Plan | None:
+    """A plan for these parameters, after they have stepped; None where not all of them can go one way.
+
+    ``originals`` are all parameters by their place, ``in_place(name, device)`` says whether state is stepped where it
+    lies, ``before`` is the plan of the step before.
+    """
     from memopt.kernels import plan, triton
 
-    return triton.make_plan(optimizer, works) or plan.make(optimizer, works)
+    return triton.make_plan(context, works, originals, in_place, before) or plan.make(
+        context, works, originals, in_place
+    )
 
 
 def on_cpu() -> str:

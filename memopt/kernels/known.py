@@ -21,7 +21,7 @@ from memopt.takeover import is_plain
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
-    from memopt.optimizer import Optimizer
+    from memopt.kernels import StepContext
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
@@ -32,10 +32,12 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 class Known:
     """All parameters that had a gradient when the plan was made, and that the others had none."""
 
-    def __init__(self, optimizer: Optimizer, works: Sequence[Work]) -> None:
-        self.spec, self.partition, self.seed = optimizer.spec, optimizer.partition, optimizer.seed
+    recorded = False
+
+    def __init__(self, context: StepContext, works: Sequence[Work]) -> None:
+        self.spec, self.partition, self.seed = context.spec, context.partition, context.seed
         self.rule = works[0].layout.rule
-        self.groups = list(optimizer.param_groups)
+        self.groups = list(context.groups)
         self.flags = [describe.flags(self.rule, group) for group in self.groups]
         self.all = [p for group in self.groups for p in group["params"]]
         self.names = [work.name for work in works]
@@ -43,8 +45,8 @@ class Known:
         stepped = set(map(id, self.parameters))
         self.idle = [p for p in self.all if id(p) not in stepped]
         # State: the dictionary's keys and values, what stands in each value, and what of that a step touches.
-        self._owners = list(optimizer.state)
-        self._all_states = list(optimizer.state.values())
+        self._owners = list(context.state)
+        self._all_states = list(context.state.values())
         self._states = [work.state for work in works]
         self._keys = [("step", *work.layout.tensors) for work in works]
         self._layouts = [work.layout for work in works]
@@ -61,10 +63,10 @@ class Known:
     def _everything(self) -> list[Any]:
         return list(chain.from_iterable([state.values() for state in self._states]))
 
-    def same(self, optimizer: Optimizer) -> bool:
+    def same(self, context: StepContext) -> bool:
         """Whether spec, groups and parameters are those that the plan was made for."""
-        groups = optimizer.param_groups
-        same = optimizer.spec is self.spec and optimizer.partition is self.partition and optimizer.seed == self.seed
+        groups = context.groups
+        same = context.spec is self.spec and context.partition is self.partition and context.seed == self.seed
         if not same or not _same(groups, self.groups):
             return False
         if not _same([p for group in groups for p in group["params"]], self.all):
@@ -73,8 +75,8 @@ class Known:
             return False
         return all(describe.flags(self.rule, group) == flags for group, flags in zip(groups, self.flags, strict=True))
 
-    def _same_state(self, optimizer: Optimizer) -> bool:
-        state = optimizer.state
+    def _same_state(self, context: StepContext) -> bool:
+        state = context.state
         if not (_same(list(state), self._owners) and _same(list(state.values()), self._all_states)):
             return False
         if not _same(self._everything(), self._entries):
@@ -85,9 +87,9 @@ class Known:
         unmoved = list(map(Tensor.data_ptr, self._lasting)) == self._addresses
         return unmoved and self._signature.matches(self._lasting)
 
-    def gradients(self, optimizer: Optimizer) -> list[int] | None:
+    def gradients(self, context: StepContext) -> list[int] | None:
         """Where this step's gradients are; None if a parameter, its state or the kind of its gradient is another."""
-        if not self._same_state(optimizer):
+        if not self._same_state(context):
             return None
         gradients: list[Any] = [p.grad for p in self.parameters]
         return list(map(Tensor.data_ptr, gradients)) if self._gradients.matches(gradients) else None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,8 +18,10 @@ from memopt.kernels.loader import library
 from memopt.kernels.pages import SMALLEST, Pages
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from memopt.engines.work import Work
-    from memopt.optimizer import Optimizer
+    from memopt.kernels import StepContext, StepOutcome
 
 
 class Plan(Known):
@@ -27,8 +29,8 @@ class Plan(Known):
 
     takes_scale = False
 
-    def __init__(self, optimizer: Optimizer, works: Sequence[Work], tensors: ctypes.Array[abi.TensorStep]) -> None:
-        super().__init__(optimizer, works)
+    def __init__(self, context: StepContext, works: Sequence[Work], tensors: ctypes.Array[abi.TensorStep]) -> None:
+        super().__init__(context, works)
         self.tensors = tensors
         self.spans = (abi.Span * len(works))()
         for span, tensor in zip(self.spans, tensors, strict=True):
@@ -43,13 +45,16 @@ class Plan(Known):
             [(x.data_ptr(), x.nbytes) for x in lasting], lambda: [(spans[i].data, nbytes) for i, nbytes in large]
         )
 
-    def refresh(self, optimizer: Optimizer) -> bool:
+    def check_recording(self) -> None:
+        """No graph records what runs on the host."""
+
+    def refresh(self, context: StepContext) -> bool:
         """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
-        if not self.same(optimizer):
+        if not self.same(context):
             return False
         for i, group in enumerate(self.groups):
             self.hyper[i] = describe.describe_group(self.rule, group)
-        addresses = self.gradients(optimizer)
+        addresses = self.gradients(context)
         if addresses is None:
             return False
         for tensor, span, address in zip(self.tensors, self.spans, addresses, strict=True):
@@ -66,7 +71,7 @@ class Plan(Known):
             return []
         return [name for name, span in zip(self.names, self.spans, strict=True) if span.bad]
 
-    def step(self, seed: int) -> None:
+    def step(self) -> None:
         """Step all parameters; the kernels count the steps."""
         found = library()
         assert found is not None
@@ -75,7 +80,7 @@ class Plan(Known):
             ctypes.byref(self.hyper),
             ctypes.byref(self.tensors),
             len(self.names),
-            seed & 0xFFFFFFFF,
+            self.seed & 0xFFFFFFFF,
             torch.get_num_threads(),
             found.index,
             abi.ALONE,
@@ -83,29 +88,33 @@ class Plan(Known):
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
         self.pages.after(time.perf_counter() - start)
 
-    def settle(self) -> None:
+    def settle(self) -> StepOutcome | None:
         """Nothing is left to be noted: the kernels are done when a step returns."""
+        return None
 
     def skipped_on_device(self) -> int:
         return 0
 
 
-def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
+def make(
+    context: StepContext,
+    works: Sequence[Work],
+    originals: Mapping[int, Tensor],
+    in_place: Callable[[str, torch.device], bool],
+) -> Plan | None:
     """A plan for these parameters, after they have stepped; None where not all of them can go this way."""
-    spec, partition = optimizer.spec, optimizer.partition
-    if library() is None or spec.engine != "native" or partition.world_size > 1 or not works:
+    if library() is None or context.spec.engine != "native" or context.partition.world_size > 1 or not works:
         return None
-    numbers = {id(group): i for i, group in enumerate(optimizer.param_groups)}
-    originals = {i: p for i, (_, p, _) in enumerate(optimizer._parameters())}
+    numbers = {id(group): i for i, group in enumerate(context.groups)}
     tensors = (abi.TensorStep * len(works))()
     for target, work in zip(tensors, works, strict=True):
         p, counter = originals[work.index], work.state["step"]
-        g, placed = p.grad, optimizer.homes.in_place(work.name, p.device)
+        g = p.grad
         # Views of a part of the parameter (a rank's rows) would have to be cut again at every step.
-        if g is None or not placed or work.p is not p or not describe.dense(g):
+        if g is None or not in_place(work.name, p.device) or work.p is not p or not describe.dense(g):
             return None
         if describe.refuse(work.layout, p, g) or not counter.is_cpu:
             return None
         describe.describe(target, work, numbers[id(work.h)])
         target.counter = counter.data_ptr()
-    return Plan(optimizer, works, tensors)
+    return Plan(context, works, tensors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final
 
@@ -15,7 +14,7 @@ from memopt.rules import RULES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.keeper import Keeper
+    from memopt.partitions.recovering import Made
     from memopt.spec import OptimSpec
 
 
@@ -58,50 +57,24 @@ class Flat(Partition):
             )
 
 
-def check_replaced(optimizer: Keeper) -> None:
-    """Notice that another tool has put other tensors in the place of the parameters the optimizer was made with.
-
-    DTensors of the same shapes (FSDP2, through accelerate) and anything of the same shape go on. Vectors in place of
-    matrices are DeepSpeed's: the optimizer goes on over :class:`Flat`, or where the rule or the format needs the shapes
-    over :class:`~memopt.partitions.fragments.Fragments`; RuntimeError where these cannot be recovered. State that was
-    made for parameters that are gone is said once, in a warning.
-    """
-    if optimizer.partition.is_flattened or _ids(optimizer) == optimizer._seen_ids:
-        return
-    if replaced_by_vectors(optimizer):
-        optimizer._seen_ids = _ids(optimizer)
-        optimizer.partition = _flattened(optimizer)
-        return
-    swapped = optimizer._live.swapped
-    optimizer._remember(edited=True)
-    optimizer._watch()
-    if optimizer._live.swapped > swapped:
-        _warn_of_orphans(optimizer, set(optimizer._seen_ids))
-
-
-def _ids(optimizer: Keeper) -> list[int]:
-    return [id(p) for group in optimizer.param_groups for p in group["params"]]
-
-
-def replaced_by_vectors(optimizer: Keeper) -> bool:
-    """Whether what stands in the groups are DeepSpeed's vectors, and not what was put there by the owner."""
-    if not optimizer._made_for or _ids(optimizer) == optimizer._seen_ids:
-        return False
+def are_vectors(made: Sequence[Made], now: Sequence[Tensor]) -> bool:
+    """Whether what stands in the groups ``now`` are DeepSpeed's vectors in the place of what the optimizer was made
+    with, and not what was put there by its owner."""
     from memopt.partitions.recovering import is_flattened
 
-    made = optimizer._made_for
-    now = [p for group in optimizer.param_groups for p in group["params"]]
     flat = {one.shape for one in made if len(one.shape) == 1}
     vectors = any(tuple(p.shape) not in flat for p in now) and all(p.dim() == 1 for p in now)
     known = {id(one.parameter()) for one in made} & {id(p) for p in now}
     return (vectors and not known and any(len(one.shape) > 1 for one in made)) or is_flattened(made)
 
 
-def _flattened(optimizer: Keeper) -> Partition:
+def flattened(spec: OptimSpec, made: Sequence[Made]) -> Partition:
+    """The partition on which an optimizer goes on whose parameters DeepSpeed has replaced by vectors: :class:`Flat`, or
+    where the rule or the format needs the shapes :class:`~memopt.partitions.fragments.Fragments`. Raises RuntimeError
+    where these cannot be recovered."""
     from memopt.partitions.fragments import Fragments
     from memopt.partitions.recovering import Unknown, recover
 
-    spec = optimizer.spec
     if spec.partition != "none":
         raise RuntimeError(
             f"'{spec}' shards by itself, and DeepSpeed has put flat vectors in the place of the "
@@ -116,7 +89,7 @@ def _flattened(optimizer: Keeper) -> Partition:
     if not reason:
         return Flat()
     try:
-        return Fragments(recover(optimizer._made_for))
+        return Fragments(recover(made))
     except Unknown as unknown:
         raise RuntimeError(
             f"the parameters were replaced by flat vectors (DeepSpeed does so), '{spec}' {reason}, and they cannot be "
@@ -135,13 +108,3 @@ def needs_shapes(spec: OptimSpec) -> str | None:
     held = {m.format.name for m in layout.moments}
     whole = held & {"factored", "rowmean"}
     return f"needs the parameters' shapes: a moment is held as {whole.pop()}" if whole else None
-
-
-def _warn_of_orphans(optimizer: Keeper, ids: set[int]) -> None:
-    orphans = sum(1 for p, state in optimizer.state.items() if isinstance(state, dict) and state and id(p) not in ids)
-    if orphans:
-        warnings.warn(
-            f"the optimizer holds state of {orphans} parameters that it no longer has: something (accelerate.prepare, "
-            "fully_shard) replaced them after the state was made. Make or load the state afterwards",
-            stacklevel=3,
-        )

@@ -200,7 +200,7 @@ class Twin:
         """Everything of ours that an operation might change."""
         opt = self.ours.opt
         opt.settle()
-        list(opt._parameters())  # names in the groups are put right when somebody looks
+        list(opt.params.entries())  # names in the groups are put right when somebody looks
         found: dict[str, Any] = {"skipped": opt.skipped_steps, "spec": str(opt.spec), "seed": opt.seed}
         for name, p in self.ours.model.named_parameters():
             found[name] = (id(p), p.requires_grad, p.detach().clone())
@@ -282,8 +282,8 @@ class Twin:
     def current_moments(self) -> None:
         """Skip where a moment is there that the hyperparameters of now do not keep: it need not travel."""
         opt = self.ours.opt
-        for name, p, group in opt._parameters():
-            wanted = {line.key for line in opt._lines(name, p, group)}
+        for name, p, group in opt.params.entries():
+            wanted = {line.key for line in opt.store.lines(name, p, group)}
             if opt.state.get(p) and opt.state[p].keys() != wanted:
                 raise Skip
 

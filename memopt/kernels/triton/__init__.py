@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import util
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.engines.work import Work
+    from memopt.kernels import StepContext
     from memopt.kernels.triton.plan import Plan
     from memopt.layout.param import ParamLayout
-    from memopt.optimizer import Optimizer
 
 #: Device types that Triton compiles for. Tests add "cpu", which its interpreter executes.
 DEVICES = {"cuda", "xpu"}
@@ -102,13 +102,19 @@ def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     return plan.step(works, world_size, seed)
 
 
-def make_plan(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
+def make_plan(
+    context: StepContext,
+    works: Sequence[Work],
+    originals: Mapping[int, Tensor],
+    in_place: Callable[[str, torch.device], bool],
+    before: object,
+) -> Plan | None:
     """A prepared step for all of these parameters, or None."""
     if not serves(works):
         return None
     from memopt.kernels.triton import plan
 
-    return plan.make(optimizer, works)
+    return plan.make(context, works, originals, in_place, before)
 
 
 def capturing(device: torch.device) -> bool:

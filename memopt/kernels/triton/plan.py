@@ -7,12 +7,13 @@ must know before it goes on.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from memopt.kernels import StepOutcome
 from memopt.kernels.known import Known
 from memopt.kernels.triton import capturing, tables
 from memopt.kernels.triton import fields as f
@@ -21,8 +22,8 @@ from memopt.kernels.triton.upload import write_by_value
 
 if TYPE_CHECKING:
     from memopt.engines.work import Work
+    from memopt.kernels import StepContext
     from memopt.kernels.pages import Pages
-    from memopt.optimizer import Optimizer
     from memopt.rules import Rule
 
 
@@ -32,10 +33,9 @@ class Plan(Known):
     pages: Pages | None = None
     takes_scale = True
 
-    def __init__(self, optimizer: Optimizer, works: Sequence[Work], launcher: Launcher) -> None:
-        super().__init__(optimizer, works)
-        self.optimizer = optimizer
-        self.capturable = optimizer.capturable
+    def __init__(self, context: StepContext, works: Sequence[Work], launcher: Launcher) -> None:
+        super().__init__(context, works)
+        self.nonfinite, self.capturable, self.integrity = context.nonfinite, context.capturable, context.integrity
         self.launcher = launcher
         # Whether the kernels count on a gradient's alignment.
         self.aligned = [bucket.align > 1 for bucket in launcher.buckets]
@@ -47,18 +47,19 @@ class Plan(Known):
 
     # Before a step ---------------------------------------------------------------------------------------------
 
-    def refresh(self, optimizer: Optimizer) -> bool:
-        """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
-        recording = capturing(self.launcher.device)
-        if recording and not self.capturable:
+    def check_recording(self) -> None:
+        """Raise RuntimeError for a step that a CUDA graph records and that counts on the host."""
+        if not self.capturable and capturing(self.launcher.device):
             raise RuntimeError("a step inside a CUDA graph counts on the device: memopt.create(..., capturable=True)")
-        self.settle()
-        addresses = self.gradients(optimizer) if self.same(optimizer) else None
+
+    def refresh(self, context: StepContext) -> bool:
+        """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
+        addresses = self.gradients(context) if self.same(context) else None
         if addresses is None or any(a % tables.VECTOR for a, yes in zip(addresses, self.aligned, strict=True) if yes):
             return False
+        self.nonfinite = context.nonfinite
         launcher = self.launcher
-        if recording and self not in optimizer._captured:
-            optimizer._captured.append(self)
+        self.recorded = self.recorded or capturing(launcher.device)
         launcher.gradients.set(addresses)
         if not self.capturable:
             self.steps = (torch.stack(self.counters) + 1).tolist() if self.counters else []
@@ -67,24 +68,23 @@ class Plan(Known):
         for i, group in enumerate(self.groups):
             for key in tables.rates_on_device(group):
                 self.launcher.hyper[i * f.HYPER.value + tables.RATES[key]].copy_(group[key])
-        self.found_inf = getattr(optimizer, "found_inf", None)
-        self.grad_scale = getattr(optimizer, "grad_scale", None)
+        self.found_inf, self.grad_scale = context.found_inf, context.grad_scale
         return True
 
     def non_finite(self) -> list[str]:
         """Look at the gradients on the device. The kernels heed what they find themselves; only ``"raise"`` waits."""
         self.launcher.flags.zero_()
         self.launcher.look()
-        return self._names(self.launcher.flags) if self.optimizer.nonfinite == "raise" else []
+        return self._names(self.launcher.flags) if self.nonfinite == "raise" else []
 
     def _names(self, flags: Tensor) -> list[str]:
         found = flags.tolist()
         return [name for name, bad in zip(self.names, found, strict=False) if bad] if found[-2] else []
 
-    def rehearse(self, optimizer: Optimizer) -> None:
+    def rehearse(self, context: StepContext) -> None:
         """Launch all that the step before did without a plan, and what only a capture does: nothing can be compiled or
         loaded any more while a CUDA graph is captured."""
-        if self.refresh(optimizer):
+        if self.refresh(context):
             launcher = self.launcher
             for table in (launcher.gradients, launcher.numbers):
                 write_by_value(table.tensor, table.values)
@@ -92,9 +92,9 @@ class Plan(Known):
 
     # The step --------------------------------------------------------------------------------------------------
 
-    def step(self, seed: int) -> None:
+    def step(self) -> None:
         """Step all parameters, unless the kernels find that this step does not happen."""
-        if self.optimizer.nonfinite == "propagate":
+        if self.nonfinite == "propagate":
             self.launcher.flags.zero_()
         # torch.amp.GradScaler's are where the loss is, which is another device in a model cut across several.
         device = self.launcher.device
@@ -102,11 +102,11 @@ class Plan(Known):
             None if x is None else x.reshape(1).to(device, torch.float32, non_blocking=True)
             for x in (self.found_inf, self.grad_scale)
         ]
-        with self.optimizer.integrity.changing("a step"):  # one launch for each kind of parameter
+        with self.integrity.changing("a step"):  # one launch for each kind of parameter
             self.launcher.run(*scaled)
             if not self.capturable:
                 torch._foreach_add_(self.counters, 1)
-                if self.optimizer.nonfinite == "skip" or self.found_inf is not None:
+                if self.nonfinite == "skip" or self.found_inf is not None:
                     self._send_flags()
 
     def _send_flags(self) -> None:
@@ -122,22 +122,20 @@ class Plan(Known):
             arrived.record()
         self.pending = host, arrived
 
-    def settle(self) -> None:
-        """Where the last step did not happen, count it so: called before anybody looks at the numbers of steps."""
+    def settle(self) -> StepOutcome | None:
+        """Where the last step did not happen, count it so and say so: called before anybody looks at the numbers of
+        steps."""
         if self.pending is None:
-            return
+            return None
         flags, arrived = self.pending
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
-        if int(flags[-1]):
-            with self.optimizer.integrity.changing("counting a step that was skipped"):
-                torch._foreach_sub_(self.counters, 1)
-            names = self._names(flags)
-            if names:
-                self.optimizer._stopped_by(names)
-            else:
-                self.optimizer._skipped += 1  # torch.amp.GradScaler looks for a scale that is not too large
+        if not int(flags[-1]):
+            return None
+        with self.integrity.changing("counting a step that was skipped"):
+            torch._foreach_sub_(self.counters, 1)
+        return StepOutcome(1, self._names(flags))  # without names torch.amp.GradScaler looks for a smaller scale
 
     def skipped_on_device(self) -> int:
         """Steps that the kernels left out, where the host does not count them; waits for the device."""
@@ -216,25 +214,29 @@ def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     return left
 
 
-def make(optimizer: Optimizer, works: Sequence[Work]) -> Plan | None:
+def make(
+    context: StepContext,
+    works: Sequence[Work],
+    originals: Mapping[int, Tensor],
+    in_place: Callable[[str, torch.device], bool],
+    before: object,
+) -> Plan | None:
     """A plan for these parameters, after they have stepped; None where not all of them can go this way."""
-    spec, partition = optimizer.spec, optimizer.partition
     one = len({work.p.device for work in works}) == 1
-    if spec.engine != "native" or partition.world_size > 1 or not one:  # sharded gradients are agreed on by the ranks
+    # Sharded gradients are agreed on by the ranks.
+    if context.spec.engine != "native" or context.partition.world_size > 1 or not one:
         return None
-    originals = {i: p for i, (_, p, _) in enumerate(optimizer._parameters())}
     for work in works:
         # A CUDA graph steps @paged without asking for its pages beforehand.
-        placed = optimizer.capturable or optimizer.homes.in_place(work.name, work.p.device)
-        counted = optimizer.capturable or work.state["step"].device.type == "cpu"
+        placed = context.capturable or in_place(work.name, work.p.device)
+        counted = context.capturable or work.state["step"].device.type == "cpu"
         if not placed or not counted or work.p is not originals[work.index] or refuse_work(work, 1):
             return None
-    groups = optimizer.param_groups
-    made = describe_all(works, optimizer.seed, groups, optimizer.capturable)
-    launcher = Launcher(works[0].layout.rule, made, works[0].p.device, len(groups))
-    if isinstance(optimizer._plan, Plan) and optimizer._plan.launcher.device == launcher.device:
-        launcher.skipped = optimizer._plan.launcher.skipped
-    plan = Plan(optimizer, works, launcher)
-    if optimizer.capturable:
-        plan.rehearse(optimizer)
+    made = describe_all(works, context.seed, context.groups, context.capturable)
+    launcher = Launcher(works[0].layout.rule, made, works[0].p.device, len(context.groups))
+    if isinstance(before, Plan) and before.launcher.device == launcher.device:
+        launcher.skipped = before.launcher.skipped
+    plan = Plan(context, works, launcher)
+    if context.capturable:
+        plan.rehearse(context)
     return plan

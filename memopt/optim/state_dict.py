@@ -1,4 +1,4 @@
-"""Whether a saved state fits an optimizer, decided before anything is changed."""
+"""``state_dict`` and ``load_state_dict``: a saved state is held against the optimizer before anything is changed."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from torch import Tensor
 
 from memopt.masters import MASTERS
 from memopt.naming import clean_names
-from memopt.partitions.as_dtensors import has_dtensors, unwrapped
-from memopt.takeover import own_entries
+from memopt.partitions.as_dtensors import has_dtensors, unwrapped, wrapped
+from memopt.takeover import is_own, own_entries
 
 if TYPE_CHECKING:
-    from memopt.keeper import Keeper
+    from memopt.optim.params import Params
+    from memopt.optim.store import StateStore
 
 #: Keys that torch.optim keeps in a group and that say how it computes, not what.
 TORCH_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 
 
-def packed(optimizer: Keeper) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+def packed(params: Params) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
     """State and groups with numbers for parameters, as torch.optim has them; what is under another key stays there.
     State of parameters that are in no group any more is the process's alone."""
-    numbers = {id(p): i for i, (_, p, _) in enumerate(optimizer._parameters())}  # which puts names right, too
-    groups = [{**g, "params": [numbers[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+    numbers = {id(p): i for i, (_, p, _) in enumerate(params.entries())}  # which puts names right, too
+    groups = [{**g, "params": [numbers[id(p)] for p in g["params"]]} for g in params.owner.param_groups]
     state = {
         numbers[id(key)] if isinstance(key, Tensor) else key: value
-        for key, value in optimizer.state.items()
+        for key, value in params.owner.state.items()
         if not isinstance(key, Tensor) or id(key) in numbers
     }
     return state, groups
@@ -68,7 +69,7 @@ class LoadPlan(NamedTuple):
         return self.groups[self.group_ids.index(id(group))]
 
 
-def plan_load(optimizer: Keeper, state_dict: Mapping[str, Any]) -> LoadPlan:
+def plan_load(params: Params, state_dict: Mapping[str, Any]) -> LoadPlan:
     """Match a saved dictionary with the optimizer's parameters. Raises ValueError with what does not fit."""
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
@@ -77,31 +78,33 @@ def plan_load(optimizer: Keeper, state_dict: Mapping[str, Any]) -> LoadPlan:
     if has_dtensors(state_dict):
         state_dict = unwrapped(state_dict)
     else:
-        _check_world(optimizer, metadata)
-    here = list(optimizer._parameters())  # which puts names right, too
-    groups = _plan_groups(optimizer, state_dict["param_groups"])
+        _check_world(params, metadata)
+    here = list(params.entries())  # which puts names right, too
+    groups = _plan_groups(params, state_dict["param_groups"])
 
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     states, without = [], []
-    origin = _origin(optimizer, metadata)
+    origin = _origin(params, metadata)
     for saved_id, (name, p, group) in zip(saved_ids, here, strict=True):
         saved = state_dict["state"].get(saved_id)
         if not saved:
             without.append(p)
             continue
-        hyper = groups[next(i for i, g in enumerate(optimizer.param_groups) if g is group)]
-        _check_state(optimizer, name, p, {**group, **hyper}, saved, origin)
+        hyper = groups[next(i for i, g in enumerate(params.owner.param_groups) if g is group)]
+        _check_state(params, name, p, {**group, **hyper}, saved, origin)
         states.append(((name, p, group), saved))
     others = {key: value for key, value in state_dict["state"].items() if key not in set(saved_ids)}
     lost = [key for key in others if isinstance(key, int)]
     if lost:
         raise ValueError(f"the state_dict has state for {len(lost)} parameters that are in none of its groups")
-    return LoadPlan(states, without, copy.deepcopy(others), groups, [id(g) for g in optimizer.param_groups], metadata)
+    return LoadPlan(
+        states, without, copy.deepcopy(others), groups, [id(g) for g in params.owner.param_groups], metadata
+    )
 
 
-def _origin(optimizer: Keeper, metadata: Mapping[str, Any]) -> str:
+def _origin(params: Params, metadata: Mapping[str, Any]) -> str:
     """What an error says of a state that is of another spec, and what would convert it."""
-    old, new = metadata.get("spec"), str(optimizer.spec)
+    old, new = metadata.get("spec"), str(params.setup.spec)
     if old is None:
         return "; memopt.load(state_dict, optimizer=...) reads and converts the state of other tools"
     if old == new:
@@ -112,23 +115,23 @@ def _origin(optimizer: Keeper, metadata: Mapping[str, Any]) -> str:
     )
 
 
-def _check_world(optimizer: Keeper, metadata: Mapping[str, Any]) -> None:
+def _check_world(params: Params, metadata: Mapping[str, Any]) -> None:
     saved = metadata.get("rank", 0), metadata.get("world_size", 1)
-    if saved != (optimizer.partition.rank, optimizer.partition.world_size):
+    if saved != (params.setup.partition.rank, params.setup.partition.world_size):
         raise ValueError(
             f"this state is rank {metadata.get('rank')} of {metadata.get('world_size')}, and it is loaded "
-            f"on rank {optimizer.partition.rank} of {optimizer.partition.world_size}; "
+            f"on rank {params.setup.partition.rank} of {params.setup.partition.world_size}; "
             "a sharded state loads on the rank and world size that saved it"
         )
-    if metadata and metadata.get("cut") != optimizer.partition.cut():
+    if metadata and metadata.get("cut") != params.setup.partition.cut():
         raise ValueError(
             "this state is of parameters that were cut elsewhere; it loads under the DeepSpeed stage and "
             "with the param groups that saved it"
         )
 
 
-def _plan_groups(optimizer: Keeper, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    ours = optimizer.param_groups
+def _plan_groups(params: Params, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours = params.owner.param_groups
     counts = [len(g["params"]) for g in saved], [len(g["params"]) for g in ours]
     if counts[0] != counts[1]:
         raise ValueError(f"the param groups differ: saved with {counts[0]} parameters each, here {counts[1]}")
@@ -140,7 +143,7 @@ def _plan_groups(optimizer: Keeper, saved: list[dict[str, Any]]) -> list[dict[st
             first = next((a, b) for a, b in zip(*names, strict=True) if a != b)
             raise ValueError(f"the parameters differ: saved {first[0]!r} where there is {first[1]!r} here")
         keys = {k: v for k, v in theirs.items() if k not in ("params", "param_names", *TORCH_EXECUTION)}
-        optimizer.rule.check({**mine, **keys})
+        params.setup.rule.check({**mine, **keys})
         planned.append(copy.deepcopy(keys))
     return planned
 
@@ -153,13 +156,13 @@ def _comparable(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
 
 
 def _check_state(
-    optimizer: Keeper, name: str, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], origin: str
+    params: Params, name: str, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], origin: str
 ) -> None:
-    own = own_entries(optimizer.spec.rule, saved)
+    own = own_entries(params.setup.spec.rule, saved)
     saved = {key: value for key, value in saved.items() if key not in own}
-    lines = {line.key: line for line in optimizer._lines(name, p, optimizer.rule.keeping(group, saved))}
+    lines = {line.key: line for line in params.resolve(name, p, params.setup.rule.keeping(group, saved)).lines("cpu")}
     # A master of zeros stands for the weights as they are: state without one needs nothing made up.
-    master = MASTERS[optimizer.spec.master].key
+    master = MASTERS[params.setup.spec.master].key
     lacking = [key for key in lines if key not in saved and key != master]
     unknown = [key for key in saved if key not in lines]
     if lacking or unknown:
@@ -179,3 +182,85 @@ def _check_state(
                 f"{name}: the saved {key!r} is {value.dtype} {tuple(value.shape)}, "
                 f"here it is {dtype} {line.shape}{origin}"
             )
+
+
+def dump(params: Params, skipped_steps: int) -> dict[str, Any]:
+    """torch.optim's dictionary with what is needed to tell whether it fits."""
+    setup = params.setup
+    state, groups = packed(params)
+    state = wrapped(setup.spec, setup.partition, params.entries(), state)
+    cut = setup.partition.cut()
+    return {
+        "state": state,
+        "param_groups": groups,
+        "memopt": {
+            "spec": str(setup.spec),
+            "rank": setup.partition.rank,
+            "world_size": setup.partition.world_size,
+            "seed": setup.seed,
+            "skipped_steps": skipped_steps,
+            **({} if cut is None else {"cut": cut}),
+        },
+    }
+
+
+def load(store: StateStore, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Check all of it, then write it; returns what was saved beside the state."""
+    plan = plan_load(store.params, state_dict)
+    _refuse_own(store, plan)
+    with store.restoring("load_state_dict()"):
+        _write(store, plan)
+    return plan.metadata
+
+
+def _refuse_own(store: StateStore, plan: LoadPlan) -> None:
+    """Raise ValueError for a dictionary whose tensors are the state itself where that was interrupted."""
+    torn = store.setup.integrity.torn
+    if torn is None:
+        return
+    states = [state for state in store.state.values() if isinstance(state, dict)]
+    own = {t.data_ptr() for state in states for t in state.values() if isinstance(t, Tensor) and t.numel()}
+    for (name, _, _), saved in plan.states:
+        if any(isinstance(t, Tensor) and t.numel() and t.data_ptr() in own for t in saved.values()):
+            raise ValueError(
+                f"{name}: the state_dict holds the optimizer's own tensors, as state_dict() returns them, and they "
+                f"are what {torn.split(':')[0]} left; load a copy or a checkpoint"
+            )
+
+
+def _write(store: StateStore, plan: LoadPlan) -> None:
+    setup, rule = store.setup, store.setup.spec.rule
+    for (name, p, group), saved in plan.states:
+        h = setup.rule.keeping({**group, **plan.hyper_of(group)}, saved)
+        target = store.to_overwrite(name, p, h)
+        for key in [key for key in target if is_own(rule, key)]:
+            del target[key]
+        for key, tensor in target.items():
+            tensor.copy_(torch.as_tensor(saved[key])) if key in saved else tensor.zero_()
+        target.update(copy.deepcopy(own_entries(rule, saved)))
+    for p in plan.without_state:
+        store.state.pop(p, None)
+    for other in [key for key in store.state if not isinstance(key, Tensor)]:
+        del store.state[other]
+    store.state.update(plan.others)
+    for group, loaded in zip(store.params.owner.param_groups, plan.groups, strict=True):
+        group.update(loaded)
+    setup.seed = plan.metadata.get("seed", setup.seed)
+    store.flush()
+
+
+def restore_copied(store: StateStore, copied: dict[Any, Any]) -> None:
+    """Put the state of a pickle or a copy, which is ordinary memory, back where the placement says."""
+    copied = {p: unpacked_bytes(x) if isinstance(x, dict) else x for p, x in copied.items()}
+    for one in store.params.resolved():
+        parts = copied.pop(one.p, None)
+        if parts:
+            target = store.allocate(one, fresh=True)
+            for key, value in parts.items():
+                if key in target:
+                    target[key].copy_(value)
+                else:
+                    target[key] = value
+    store.state.update(copied)
+    store.watch()
+    store.flush()

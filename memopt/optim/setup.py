@@ -1,0 +1,70 @@
+"""What an optimizer is at this moment: its spec, what the spec names, and how it treats a step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, final
+
+from memopt.engines import ENGINES, Engine
+from memopt.gradients import POLICIES
+from memopt.hyper import SpecError
+from memopt.integrity import Integrity
+from memopt.partitions import PARTITIONS, Partition
+from memopt.placements.homes import Homes
+from memopt.rules import RULES, Rule
+
+if TYPE_CHECKING:
+    from memopt.release import Release
+    from memopt.spec import OptimSpec
+
+
+@final
+class Setup:
+    """Shared by the collaborators of one optimizer. ``convert_`` puts another spec here with what it names, and where
+    DeepSpeed has taken the parameters another partition.
+
+    Raises SpecError for a value that is not allowed, and ImportError for an engine that is not installed.
+    """
+
+    spec: OptimSpec
+    rule: Rule
+    engine: Engine
+    partition: Partition
+    homes: Homes
+    #: A conversion that was stopped where the parameters done and the others are of two rules; its ``str`` says so.
+    unfinished: Any
+
+    def __init__(
+        self,
+        spec: OptimSpec,
+        *,
+        nonfinite: str = "skip",
+        seed: int = 0,
+        capturable: bool = False,
+        process_group: Any = None,
+    ) -> None:
+        if nonfinite not in POLICIES:
+            raise SpecError(f"nonfinite={nonfinite!r} is not allowed; it must be one of {', '.join(POLICIES)}")
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise SpecError(f"seed={seed!r} is not allowed; it must be an integer")
+        if not isinstance(capturable, bool):
+            raise SpecError(f"capturable={capturable!r} is not allowed; it must be True or False")
+        if capturable and spec.engine != "native":
+            raise SpecError(f"capturable=True is not allowed with engine={spec.engine!r}; the engine for it is native")
+        if capturable and spec.placements - {"device", "paged"}:
+            raise SpecError(f"capturable=True is not allowed with '{spec}': a CUDA graph cannot stream state")
+        self.spec, self.nonfinite, self.seed, self.capturable = spec, nonfinite, seed, capturable
+        self.process_group = process_group
+        self.integrity = Integrity()
+        self.rule = RULES[spec.rule]
+        self.engine = ENGINES[spec.engine]
+        self.engine.require()
+        self.partition = PARTITIONS[spec.partition](process_group)
+        self.homes = Homes(spec, self.partition.rank, self.partition.world_size)
+        self.release: Release | None = None
+        self.unfinished = None
+
+    def check_whole(self) -> None:
+        """Raise RuntimeError where a change of the state was interrupted, so that nobody takes it for whole."""
+        self.integrity.check()
+        if self.unfinished is not None:
+            raise RuntimeError(str(self.unfinished))
