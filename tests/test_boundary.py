@@ -10,6 +10,7 @@ from torch import nn
 
 import memopt
 from memopt.kernels import loader, signature
+from memopt.rules import RULES
 
 SPECS = ["adamw", "adamw-8bit", "adam-bf16", "lion-4bit", "sgd-fp8", "rmsprop-factored", "came", "adamw-8bit+split"]
 ENDINGS = ["", "@paged", "@host", "@cpu", "@disk", "/zero1"]
@@ -192,3 +193,51 @@ def test_what_fits_goes_on(spec, fast, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(model.values(), twin.values(), strict=True))
         assert float(opt.state[model["w"]]["step"]) == float(same.state[twin["w"]]["step"])
     assert opt.state[model["w"]]["mine"] == 6
+
+
+@pytest.mark.parametrize("ending", ["", "@paged", "@disk", "/zero1"])
+def test_a_parameter_is_resolved_once(ending, monkeypatch):
+    """In the first step, and never in a later one, with a plan and without."""
+    from memopt.layout import param
+
+    counted, real = [], param.resolve
+    monkeypatch.setattr(param, "resolve", lambda *a: (counted.append(a[2]), real(*a))[1])
+    for planned in (True, False):
+        model, opt = _made("adamw-8bit" + ending)
+        counted.clear()
+        _steps(model, opt, 1)
+        assert sorted(counted) == ["a", "w", "z"]
+        counted.clear()
+        for _ in range(3):
+            if not planned:
+                opt.param_groups = [dict(group) for group in opt.param_groups]
+            _steps(model, opt, 1)
+        assert not counted
+        opt.close()
+
+
+class _Watched(dict):
+    """Hyperparameters that know which were asked for."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.asked = set()
+
+    def __getitem__(self, key):
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key, default=None):
+        self.asked.add(key)
+        return super().get(key, default)
+
+
+@pytest.mark.parametrize("name", [*RULES, "lookahead(adamw)"])
+def test_moments_depend_on_what_the_rule_says(name):
+    """And on nothing else: layouts are kept for as long as that is the same."""
+    rule = RULES[name]
+    for values in ({}, dict.fromkeys(rule.moments_by, 0.5)):
+        h = _Watched({**rule.hyperparameters, **values})
+        for shape in ((), (7,), (5000,), (70, 80), (3, 70, 80)):
+            rule.moments(h, shape)
+        assert h.asked <= set(rule.moments_by)
