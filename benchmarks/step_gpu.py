@@ -115,7 +115,7 @@ def moved(spec: str, shapes: list[tuple[int, ...]], dtype: torch.dtype, nonfinit
 
 def check(spec: str, dtype: torch.dtype) -> str:
     """Empty where kernels and plain path agree after three steps each, else what differs."""
-    from memopt.kernels import triton
+    from memopt.kernels.triton import available as triton
 
     results = []
     for devices in ({DEVICE}, set()):
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("step_gpu.py needs a CUDA device, and torch sees none here.", file=sys.stderr)
         return 1
-    from memopt.kernels import triton
+    from memopt.kernels.triton import available as triton
 
     reason = triton.missing("cuda")
     if reason:

@@ -106,7 +106,7 @@ def rest(
 
 
 def _by_rows(spec: OptimSpec) -> bool:
-    from memopt.partitions.flat import needs_shapes
+    from memopt.layout.flattened import needs_shapes
 
     return stage(spec) > 0 and needs_shapes(spec.replace(partition="none")) is not None
 

@@ -134,13 +134,13 @@ def tier(line: Line) -> str:
 def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     """Elements of a parameter that are stepped at once where its state is streamed."""
     from memopt.layout.param import resolve
-    from memopt.placements import disk, host
+    from memopt.placements import workspaces as w
     from memopt.placements.homes import held
     from memopt.placements.leases import lease_rows, target_of
     from memopt.placements.options import of_placement
 
     placement = spec.for_parameter(name)[1]
-    most, target = {"host": (host.MOST, host.TARGET), "disk": (disk.MOST, disk.TARGET)}[placement]
+    most, target = {"host": (w.HOST_MOST, w.HOST_TARGET), "disk": (w.DISK_MOST, w.DISK_TARGET)}[placement]
     workspace = of_placement(spec.options, placement)["workspace"]
     step = lease_rows(
         *held(resolve(spec, spec.resolve(), name, 0, rows, dtype))[:3], target_of(workspace, target, most)
@@ -156,8 +156,8 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
         return None
     from memopt.partitions import PARTITIONS
     from memopt.partitions.base import NUMEL_TOGETHER
-    from memopt.placements.cpu import looking
     from memopt.placements.options import of_placement
+    from memopt.placements.workspaces import looking
     from memopt.rules import RULES
 
     rows = PARTITIONS[spec.partition].rows

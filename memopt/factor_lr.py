@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-
-from memopt.schedules import Factor
 
 
 class FactorLR(LambdaLR):
@@ -16,7 +15,7 @@ class FactorLR(LambdaLR):
     The decay that a group began with stands in it as ``initial_decay``, as torch keeps ``initial_lr``.
     """
 
-    def __init__(self, optimizer: Optimizer, factor: Factor, decay_with_rate: bool) -> None:
+    def __init__(self, optimizer: Optimizer, factor: Callable[[int], float], decay_with_rate: bool) -> None:
         self.decay_with_rate = decay_with_rate
         if decay_with_rate:
             for group in optimizer.param_groups:

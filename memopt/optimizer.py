@@ -15,13 +15,13 @@ from memopt.groups import align_names, check_group, named_groups
 from memopt.hyper import SpecError
 from memopt.integrity import Integrity
 from memopt.ledger import Ledger
+from memopt.optim.as_dtensors import refuse_helpers
 from memopt.optim.params import Params
 from memopt.optim.setup import Setup
 from memopt.optim.state_dict import dump, load, packed_bytes, restore_copied
 from memopt.optim.stepping import Scaler, Stepper
 from memopt.optim.store import StateStore
 from memopt.partitions import Partition
-from memopt.partitions.as_dtensors import refuse_helpers
 from memopt.placements.homes import Homes
 from memopt.rules import Rule
 from memopt.spec import OptimSpec, parse

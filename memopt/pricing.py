@@ -83,7 +83,7 @@ def price(
             for name, tensor in parameters
         ]
     else:
-        from memopt.integrations.deepspeed import rows_of_rank
+        from memopt.layout.flattened import rows_of_rank
 
         shapes = {name: tensor.shape for name, tensor in parameters}
         owned = [(name, rows, "float32") for name, rows in rows_of_rank(spec, shapes, rank, size, deepspeed)]

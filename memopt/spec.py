@@ -12,14 +12,10 @@ from types import MappingProxyType
 from typing import Any
 
 from memopt.aliases import ALIASES
-from memopt.engines import ENGINES
-from memopt.formats import FORMATS
 from memopt.hyper import SpecError
-from memopt.masters import MASTERS
 from memopt.naming import clean_pattern
-from memopt.partitions import PARTITIONS
-from memopt.placements import PLACEMENTS
 from memopt.placements.options import checked
+from memopt.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS
 from memopt.rules import RULES, Moment, Rule
 
 _GRAMMAR = re.compile(

@@ -138,10 +138,10 @@ def _movable(optimizer: Optimizer, p: Tensor, into: Tensor | None) -> tuple[str,
 def _take_over(optimizer: Optimizer, p: Tensor) -> None:
     """What somebody else has put into its state is taken over first, as before a step. A weight that has another size
     than its state by now is held against the layout of that size later."""
-    for _, q, group, layout in optimizer._all_layouts():
-        if q is p and optimizer.state.get(p):
+    for one in optimizer.params.resolved():
+        if one.p is p and optimizer.state.get(p):
             with suppress(RuntimeError):
-                optimizer._check_state(layout, p, optimizer.partition.local(p, layout.rows, p.detach()), group)
+                optimizer.store.check(one, optimizer.partition.local(p, one.layout.rows, p.detach()))
 
 
 def _check_keys(slot: Slot, state: dict[str, Any] | None) -> None:

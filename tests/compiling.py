@@ -24,7 +24,7 @@ from triton.runtime import driver
 
 import memopt
 from memopt.kernels import loader
-from memopt.kernels import triton as kernels
+from memopt.kernels.triton import available
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -138,7 +138,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     CompiledKernel._init_handles = _loaded
     driver.set_active(_Driver(GPUTarget(*json.loads(sys.argv[1]))))
-    kernels.DEVICES = {"cpu"}
+    available.DEVICES = {"cpu"}
     loader._loaded = loader.Missing("a test of the Triton kernels")
     for which in sys.argv[2:]:
         step(which)

@@ -80,9 +80,9 @@ def on(monkeypatch, interpreted):
     """``on(True)`` turns the Triton kernels on for the device of these tests, ``on(False)`` off."""
     from interpreting import DEVICE
 
-    from memopt.kernels import triton
+    from memopt.kernels.triton import available
 
-    return lambda yes: monkeypatch.setattr(triton, "DEVICES", {DEVICE} if yes else set())
+    return lambda yes: monkeypatch.setattr(available, "DEVICES", {DEVICE} if yes else set())
 
 
 @pytest.fixture

@@ -4,8 +4,8 @@ import pytest
 import torch
 from cases import assert_same_bits
 
-from memopt.placements.cpu import AT_ONCE, WIDTH, looking
 from memopt.placements.fingerprint import fingerprint
+from memopt.placements.workspaces import AT_ONCE, WIDTH, looking
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8])

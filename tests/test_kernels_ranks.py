@@ -5,9 +5,9 @@ import torch
 
 import memopt
 from memopt import kernels
-from memopt.engines.work import Work
 from memopt.geometry import Rows
 from memopt.layout.param import resolve
+from memopt.layout.work import Work
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
 

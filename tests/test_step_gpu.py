@@ -26,7 +26,7 @@ class Event:
 @pytest.fixture
 def bench(monkeypatch, tmp_path):
     """``bench(*argv)`` runs the script and returns (exit code, report, table); ``bench.module`` is the script."""
-    from memopt.kernels import triton
+    from memopt.kernels.triton import available as triton
 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     import step_gpu

@@ -13,7 +13,7 @@ from test_kernels import assert_close
 
 import memopt
 from memopt import kernels
-from memopt.kernels import triton
+from memopt.kernels.triton import available as triton
 from memopt.kernels.triton import upload
 from memopt.kernels.triton.upload import write_by_value
 
@@ -288,4 +288,4 @@ def test_explain_and_slow_path(on) -> None:
     on(True)
     assert "Triton" in triton.status(DEVICE)
     assert "stepped by" not in memopt.create(params, "adamw").explain()
-    assert kernels.make_plan(opt, []) is None
+    assert kernels.make_plan(None, [], {}, bool, None) is None

@@ -7,9 +7,9 @@ import torch
 from interpreting import DEVICE, stepped
 
 import memopt
-from memopt.engines.work import Work
 from memopt.geometry import Rows
 from memopt.layout.param import resolve
+from memopt.layout.work import Work
 from memopt.rules import RULES
 
 pytest.importorskip("triton", minversion="3.3")

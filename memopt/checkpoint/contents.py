@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-import memopt
 from memopt.checkpoint import plain
 from memopt.checkpoint.codes import moment_codes
 from memopt.groups import is_named
@@ -19,6 +18,7 @@ from memopt.naming import clean_names
 from memopt.partitions.dtensor import chunk, held, is_dtensor
 from memopt.spec import OptimSpec
 from memopt.takeover import own_entries
+from memopt.version import __version__
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -41,7 +41,7 @@ def rank_file(rank: int, world_size: int) -> str:
 
 
 def written_by() -> dict[str, str]:
-    return {"memopt": memopt.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {"memopt": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:

@@ -16,6 +16,7 @@ from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.engines import ENGINES
 from memopt.hyper import SpecError
+from memopt.layout.flattened import needs_shapes
 from memopt.ledger import dtype_name
 from memopt.live_groups import has_shape
 from memopt.partitions import PARTITIONS, Partition
@@ -137,7 +138,7 @@ def _partition(optimizer: Optimizer, new: OptimSpec) -> Partition:
     """The partition of the new spec. A rank takes some rows of the whole, or collects those of ``/zero1``; sharded
     parameters are sharded by the model, and stay."""
     now, group = optimizer.partition, optimizer.process_group
-    now.refuse_conversion(new)
+    now.refuse_conversion(new, needs_shapes(new) if now.is_flattened else None)
     if new.partition == optimizer.spec.partition:
         return now
     replicated = {optimizer.spec.partition, new.partition} == {"none", "zero1"}

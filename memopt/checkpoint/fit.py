@@ -15,7 +15,7 @@ from memopt.checkpoint.codes import MomentCodes, moment_codes
 from memopt.checkpoint.meaning import share
 from memopt.checkpoint.plan import Fill, feeds
 from memopt.checkpoint.report import Conversion, Loss
-from memopt.checkpoint.stored import LivePiece, Record, Stored
+from memopt.checkpoint.stored import Kept, LivePiece, Record, Stored
 from memopt.checkpoint.transfer import Target, transfer
 from memopt.formats import Shard
 from memopt.geometry import Rows, Shape
@@ -191,7 +191,7 @@ def fill_slot(
         _fill_kept(slot, state, record.kept, report)
 
 
-def _fill_kept(slot: Slot, state: dict[str, Tensor], before: kept.Kept, report: Conversion) -> None:
+def _fill_kept(slot: Slot, state: dict[str, Tensor], before: Kept, report: Conversion) -> None:
     """Zeros, which stand for the weights as they are, are right where there was no master before."""
     master = slot.master
     if master.key in state and before.dtype == slot.dtype:

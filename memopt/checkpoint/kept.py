@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, final
+from typing import final
 
 from torch import Tensor
 
 from memopt.checkpoint.codes import CHUNK_NUMEL, chunks
 from memopt.checkpoint.report import Loss
-from memopt.checkpoint.stored import LivePiece, Piece, Stored
+from memopt.checkpoint.stored import Kept, LivePiece, Piece, Stored
 from memopt.formats.base import Format, Parts, Shard
 from memopt.geometry import Rows, Shape
 from memopt.ledger import TensorSpec
@@ -39,16 +39,6 @@ class Raw(Format):
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
         parts[""].copy_(x)
         return x
-
-
-class Kept(NamedTuple):
-    """The tensor of one parameter's master. ``weights(rows)`` are the weights beside which it stands, None where they
-    are not at hand."""
-
-    master: Master
-    dtype: str  # of the parameter
-    stored: Stored
-    weights: Callable[[Rows], Tensor] | None = None
 
 
 def kept_of(

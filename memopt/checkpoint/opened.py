@@ -12,8 +12,8 @@ from torch import Tensor
 
 from memopt.checkpoint import contents, folder, manifest, plain, rng, whole
 from memopt.checkpoint.codes import CODES
-from memopt.checkpoint.kept import Kept, Raw
-from memopt.checkpoint.stored import Group, Piece, Record, Source, Span, Stored
+from memopt.checkpoint.kept import Raw
+from memopt.checkpoint.stored import Group, Kept, Piece, Record, Source, Span, Stored
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
 from memopt.formats import Format
 from memopt.geometry import Rows, Shape
@@ -60,7 +60,7 @@ class Checkpoint:
             self.close()
             if path == self.path:
                 raise
-            other = whole.newest(path, self.path)
+            other = whole.newest(path, self.path, Checkpoint)
             rest = (
                 f"the newest whole checkpoint there is {other.name}" if other else "no other checkpoint there is whole"
             )

@@ -49,7 +49,7 @@ def _rewrite(converted: Converted, checkpoint: Checkpoint | None, out: Path, pro
         manifest.write(temporary, {**body, "files": {n: info._asdict() for n, info in files.items()}})
         final = folder.commit(temporary)
         whole.remember(final)
-        whole.prune(final, keep=2)
+        whole.prune(final, 2, Checkpoint)
         return final
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

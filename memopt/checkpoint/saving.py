@@ -76,7 +76,7 @@ class _Job:
         self._check()
         final = folder.commit(self.temporary)
         whole.remember(final)
-        whole.prune(final, self.keep)
+        whole.prune(final, self.keep, Checkpoint)
 
     def _check(self) -> None:
         """Nothing is committed, and nothing earlier removed, that loading would refuse."""

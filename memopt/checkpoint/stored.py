@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from torch import Tensor
 from memopt.checkpoint.codes import common, stored_rows
 from memopt.formats import Format, Shard
 from memopt.geometry import Rows, Shape
+from memopt.masters import Master
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
-
-if TYPE_CHECKING:
-    from memopt.checkpoint.kept import Kept
 
 #: A range along dimension 0; None is the whole tensor.
 Span = tuple[int, int] | None
@@ -104,6 +102,16 @@ class Stored(NamedTuple):
                     there = self.format.span(self.moment, part, rows, both)
                     here = self.format.span(self.moment, part, held, both)
                     piece.copy(part, here, target if there is None else target[slice(*there)])
+
+
+class Kept(NamedTuple):
+    """The tensor of one parameter's master. ``weights(rows)`` are the weights beside which it stands, None where they
+    are not at hand."""
+
+    master: Master
+    dtype: str  # of the parameter
+    stored: Stored
+    weights: Callable[[Rows], Tensor] | None = None
 
 
 @dataclass

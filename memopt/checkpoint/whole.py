@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from memopt.checkpoint import folder
 from memopt.checkpoint.tensorfile import DamagedFile
 
+#: What opens a checkpoint and reads all of it.
+Opener = Callable[[Path], Any]
 #: Of each file of a checkpoint: name, bytes, when it was changed, and which file it is.
 _Signature = tuple[tuple[str, int, int, int], ...]
 #: Checkpoints that this process has written or verified, and their files as they were then.
@@ -28,14 +32,12 @@ def remember(path: Path) -> None:
     _KNOWN[path] = _signature(path)
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Files that this process wrote or verified, and that are as they were,
-    are not read again."""
-    from memopt.checkpoint.opened import Checkpoint
-
+def damage(path: Path, opened: Opener) -> str | None:
+    """What is wrong with a checkpoint, or None: what ``opened(path)`` raises, which reads all of it. Files that this
+    process wrote or verified, and that are as they were, are not read again."""
     try:
         if _KNOWN.get(path.resolve()) != _signature(path):
-            Checkpoint(path).close()
+            opened(path).close()
     except (DamagedFile, OSError) as error:
         return str(error)
     except ValueError:  # of a later version: not ours to judge
@@ -43,20 +45,20 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def newest(among: Path, but: Path) -> Path | None:
+def newest(among: Path, but: Path, opened: Opener) -> Path | None:
     """The newest whole checkpoint of a folder other than ``but``."""
     others = [path for path in folder.checkpoints(among) if path.resolve() != but.resolve()]
-    return next((path for path in reversed(others) if damage(path) is None), None)
+    return next((path for path in reversed(others) if damage(path, opened) is None), None)
 
 
-def prune(new: Path, keep: int) -> None:
+def prune(new: Path, keep: int, opened: Opener) -> None:
     """Leave ``keep`` checkpoints beside and with ``new``, which was just committed: the damaged go first, then the
     oldest. A damaged one that goes is named in a warning."""
     found = folder.checkpoints(new.parent)
     excess = len(found) - keep
     if excess <= 0:
         return
-    wrong = {path: why for path in found if path != new and (why := damage(path)) is not None}
+    wrong = {path: why for path in found if path != new and (why := damage(path, opened)) is not None}
     doomed = [*wrong, *(path for path in found if path not in wrong and path != new)][:excess]
     for path in doomed:
         if path in wrong:

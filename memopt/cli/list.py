@@ -78,6 +78,7 @@ def matrix_text() -> list[str]:
     from memopt.masters import MASTERS
     from memopt.partitions import PARTITIONS
     from memopt.placements import PLACEMENTS
+    from memopt.registry import WRAPPERS
     from memopt.rules import RULES
     from memopt.spec import specs
 
@@ -96,10 +97,7 @@ def matrix_text() -> list[str]:
         "",
         "yes: RULE-FORMAT; default: what RULE alone means; - : refused, with the reason",
         "",
-        *[
-            f"{f'{name}(RULE)':<21} any rule inside {name}, in its formats: {name}(adamw)-8bit"
-            for name in RULES.wrappers
-        ],
+        *[f"{f'{name}(RULE)':<21} any rule inside {name}, in its formats: {name}(adamw)-8bit" for name in WRAPPERS],
         "",
         *_axis("master", MASTERS, "none"),
         *_axis("placement", PLACEMENTS, "device"),

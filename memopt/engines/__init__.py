@@ -1,12 +1,9 @@
 """Who executes, one file each. ``ENGINES`` is the axis: name -> :class:`~memopt.engines.base.Engine`."""
 
-from memopt.axis import Axis
+from memopt import registry
 from memopt.engines.base import Engine
+from memopt.registry import Axis
 
-ENGINES: Axis[Engine] = Axis(
-    "memopt.engines",
-    {"native": "native.Native", "bitsandbytes": "bitsandbytes.BitsAndBytes"},
-    lambda kind: kind(),
-)
+ENGINES: Axis[Engine] = registry.ENGINES
 
 __all__ = ["ENGINES", "Engine"]

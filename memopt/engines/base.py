@@ -12,9 +12,9 @@ from memopt.ledger import Line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.engines.work import Work
     from memopt.formats import Format
     from memopt.layout.param import ParamLayout
+    from memopt.layout.work import Work
     from memopt.partitions import Partition
     from memopt.rules import Moment
     from memopt.spec import OptimSpec

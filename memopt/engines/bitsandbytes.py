@@ -17,8 +17,8 @@ from memopt.rules import Moment
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.engines.work import Work
     from memopt.layout.param import ParamLayout
+    from memopt.layout.work import Work
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
-from memopt.partitions import cuts
-from memopt.partitions.flat import needs_shapes
 from memopt.spec import OptimSpec, parse
 
 _STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
-_FLATTENING = (1, 2, 3)
 
 
 def deepspeed_config(
@@ -71,23 +67,6 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         **more,
     }
-
-
-def rows_of_rank(
-    spec: OptimSpec, shapes: Mapping[str, Shape], rank: int, world_size: int, stage: int
-) -> list[tuple[str, Rows]]:
-    """What a rank steps of these parameters, all in one group: ``(name, rows)``. Flat vectors, called by their number;
-    of a spec that needs shapes, the rows of the parameters behind them. Raises SpecError for a spec or a stage that
-    flattens nothing."""
-    if stage not in _FLATTENING or isinstance(stage, bool):
-        raise SpecError(f"deepspeed={stage!r} is not allowed; it is DeepSpeed's stage, one of 1, 2, 3")
-    if spec.partition != "none":
-        raise SpecError(f"'{spec}' with deepspeed={stage}: the stage takes the place of /{spec.partition}")
-    if not needs_shapes(spec):
-        found = cuts.vectors(list(shapes.values()), world_size, stage)
-        return [(str(i), Rows.whole((numel,))) for i, numel in enumerate(found)]
-    mine = cuts.rows_of_rank(list(shapes.values()), rank, world_size, stage)
-    return [(name, rows) for name, rows in zip(shapes, mine, strict=True) if rows is not None]
 
 
 def check_engine(engine: Any) -> None:

@@ -17,8 +17,8 @@ from memopt.rules.lookahead import SLOW
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.engines.work import Work
     from memopt.layout.param import ParamLayout
+    from memopt.layout.work import Work
     from memopt.rules import Rule
 
 DTYPES = {getattr(torch, name): code for name, code in abi.DTYPES.items()}

@@ -20,8 +20,8 @@ from memopt.kernels.signature import Signature
 from memopt.takeover import is_plain
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
-    from memopt.kernels import StepContext
+    from memopt.kernels.context import StepContext
+    from memopt.layout.work import Work
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:

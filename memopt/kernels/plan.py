@@ -20,8 +20,8 @@ from memopt.kernels.pages import SMALLEST, Pages
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.engines.work import Work
-    from memopt.kernels import StepContext, StepOutcome
+    from memopt.kernels.context import StepContext, StepOutcome
+    from memopt.layout.work import Work
 
 
 class Plan(Known):

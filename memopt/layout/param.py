@@ -7,21 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple, final
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
-from memopt.engines import ENGINES
 from memopt.formats import FORMATS, HELD, Format
 from memopt.geometry import Rows
 from memopt.hyper import SpecError
-from memopt.layout.check import check, misfit
+from memopt.layout.check import Expected, Place
 from memopt.ledger import Line, TensorSpec
 from memopt.masters import Master, master_of
 from memopt.partitions import PARTITIONS
-from memopt.placements import PLACEMENTS, Placement
+from memopt.registry import ENGINES, PLACEMENTS
 from memopt.rules import RULES, Moment, Rule
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from memopt.spec import OptimSpec
@@ -29,6 +27,13 @@ if TYPE_CHECKING:
 #: The number of steps a parameter has taken, as torch.optim keeps it: one fp32 number, in host memory unless the
 #: optimizer is capturable.
 STEP = TensorSpec("float32", ())
+
+
+class Coding(Protocol):
+    """An engine, as far as a layout knows of it."""
+
+    def refuse_rows(self, rows: Rows) -> str | None: ...
+    def code_of(self, moment: Moment, asked: str) -> tuple[Moment, Format]: ...
 
 
 class MomentLayout(NamedTuple):
@@ -52,7 +57,7 @@ class ParamLayout:
     ``partitioned`` whether ranks share parameters out, ``key`` what of the hyperparameters the moments depend on."""
 
     __slots__ = (
-        "_dtypes",
+        "_expected",
         "_tensors",
         "asked",
         "dtype",
@@ -77,7 +82,7 @@ class ParamLayout:
         rule: Rule,
         moments: tuple[MomentLayout, ...],
         master: Master,
-        placement: Placement,
+        placement: Place,
         seed: int = 0,
         *,
         asked: str = "32bit",
@@ -88,7 +93,7 @@ class ParamLayout:
         self.rule, self.moments, self.master, self.placement, self.seed = rule, moments, master, placement, seed
         self.asked, self.partitioned, self.key = asked, partitioned, key
         self._tensors: dict[str, TensorSpec] | None = None
-        self._dtypes: tuple[Any, list[tuple[str, Any, Any]]] | None = None
+        self._expected: Expected | None = None
 
     def at(self, rows: Rows) -> ParamLayout:
         """The same of other rows."""
@@ -146,33 +151,40 @@ class ParamLayout:
             found[self.master.key] = slice(*(bound - begin for bound in rows.bounds))
         return found
 
-    def expected(self) -> tuple[torch.dtype, list[tuple[str, torch.dtype, torch.Size]]]:
-        """torch's dtype of the parameter, and key, dtype and shape of each tensor of its state but the step."""
-        if self._dtypes is None:
+    @property
+    def expected(self) -> Expected:
+        """What parameter, gradient and state are held against."""
+        if self._expected is None:
             import torch
 
-            tensors = self.tensors.items()
-            parts = [(key, getattr(torch, t.dtype), torch.Size(t.shape)) for key, t in tensors]
-            self._dtypes = getattr(torch, self.dtype), parts
-        return self._dtypes
+            parts = [(key, getattr(torch, t.dtype), torch.Size(t.shape)) for key, t in self.tensors.items()]
+            by = f"{self.rule.name} in {self.asked}"
+            dtype, shape = getattr(torch, self.dtype), self.rows.local_shape
+            self._expected = Expected(self.name, dtype, shape, parts, self.placement, by)
+        return self._expected
 
     def check(self, p: Tensor, grad: Tensor, state: Mapping[str, Any], *, cut: bool = False) -> None:
         """Raise RuntimeError, with one sentence, unless the rows ``p`` of the parameter, their gradient and their state
         have the dtypes, sizes and devices of this layout. ``cut``: p and grad are some elements of the rows."""
-        check(self, p, grad, cut)
+        self.check_gradient(p, grad, cut=cut)
         if problem := self.misfit(p, state):
             raise RuntimeError(problem)
 
+    def check_gradient(self, p: Tensor, grad: Tensor, *, cut: bool = False) -> None:
+        """The same of the parameter and its gradient alone."""
+        self.expected.check(p, grad, cut)
+
     def misfit(self, p: Tensor, state: Mapping[str, Any]) -> str | None:
         """The sentence for a state that is not of this layout, or None."""
-        return misfit(self, p, state)
+        return self.expected.misfit(p, state)
 
 
 @lru_cache(maxsize=4096)
 def _moments(
     engine: str, rule: str, values: tuple[bool | None, ...], asked: str, partition: str, rows: Rows
 ) -> tuple[MomentLayout, ...]:
-    executes, keeps = ENGINES[engine], RULES[rule]
+    executes: Coding = ENGINES[engine]
+    keeps = RULES[rule]
     uncut = PARTITIONS[partition].declines(rows.shape) if asked != "32bit" else None
     chosen = []
     for moment in keeps.moments(dict(zip(keeps.moments_by, values, strict=True)), rows.shape):
@@ -195,7 +207,8 @@ def resolve(
     Formats are chosen moment by moment, from the name and the global shape alone. Raises SpecError for a parameter
     that the engine cannot take.
     """
-    if reason := ENGINES[spec.engine].refuse_rows(rows):
+    engine: Coding = ENGINES[spec.engine]
+    if reason := engine.refuse_rows(rows):
         raise SpecError(f"{name} {reason}")
     asked, placement, _ = spec.for_parameter(name)
     rule = RULES[spec.rule]

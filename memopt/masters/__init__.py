@@ -1,19 +1,15 @@
 """How 16-bit parameters keep what an update is too small to touch, one file each. ``MASTERS`` is the axis."""
 
-from memopt.axis import Axis
-from memopt.masters.base import LOW_PRECISION, Master, master_of
+from memopt import registry
+from memopt.masters.base import LOW_PRECISION, Master
+from memopt.registry import Axis
 
-MASTERS: Axis[Master] = Axis(
-    "memopt.masters",
-    {
-        "none": "rounded.Rounded",
-        "fp32": "fp32.FP32Copy",
-        "kahan": "kahan.Kahan",
-        "stochastic": "stochastic.Stochastic",
-        "split": "split.Split",
-        "split16": "split.Split16",
-    },
-    lambda kind: kind(),
-)
+MASTERS: Axis[Master] = registry.MASTERS
+
+
+def master_of(name: str, dtype: str) -> Master:
+    """The master ``name`` as a parameter of this dtype has it: none where it is wide enough itself."""
+    return MASTERS[name if dtype in LOW_PRECISION else "none"]
+
 
 __all__ = ["LOW_PRECISION", "MASTERS", "Master", "master_of"]

@@ -77,13 +77,6 @@ class Bare(Master):
         pass
 
 
-def master_of(name: str, dtype: str) -> Master:
-    """The master ``name`` as a parameter of this dtype has it: none where it is wide enough itself."""
-    from memopt.masters import MASTERS
-
-    return MASTERS[name if dtype in LOW_PRECISION else "none"]
-
-
 def words(shard: Shard, x: Tensor) -> Tensor:
     """The dither's int32 words for the rows of ``x`` [local_shape], in its shape."""
     from memopt import noise

@@ -15,7 +15,7 @@ from memopt.layout import param
 from memopt.ledger import dtype_name
 from memopt.live_groups import LiveGroups, has_shape
 from memopt.optim.layouts import Entry, Layouts
-from memopt.partitions.flat import are_vectors, flattened
+from memopt.optim.replaced import are_vectors, flattened
 from memopt.partitions.recovering import Made
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Params:
 
         DTensors of the same shapes (FSDP2, through accelerate) and anything of the same shape go on. Vectors in place
         of matrices are DeepSpeed's: the optimizer goes on over the partition that
-        :func:`memopt.partitions.flat.flattened` finds. State that was made for parameters that are gone is said once,
+        :func:`memopt.optim.replaced.flattened` finds. State that was made for parameters that are gone is said once,
         in a warning.
         """
         if self.setup.partition.is_flattened or self._ids() == self._seen:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any, Protocol, final
 
 from memopt.engines import ENGINES, Engine
 from memopt.gradients import POLICIES
@@ -13,8 +13,20 @@ from memopt.placements.homes import Homes
 from memopt.rules import RULES, Rule
 
 if TYPE_CHECKING:
-    from memopt.release import Release
+    from torch import Tensor
+
     from memopt.spec import OptimSpec
+
+
+class Releasing(Protocol):
+    """Gradient release, as far as a step and the store know of it."""
+
+    def follow(self) -> None: ...  # take the gradients of all parameters there are now
+    def covers(self, p: Tensor) -> bool: ...
+    def give_up(self) -> None: ...  # the step has failed
+    def finish(self, counted: bool = False) -> None: ...  # the step ends
+    def remove(self) -> None: ...
+    def explain(self) -> str: ...
 
 
 @final
@@ -60,7 +72,7 @@ class Setup:
         self.engine.require()
         self.partition = PARTITIONS[spec.partition](process_group)
         self.homes = Homes(spec, self.partition.rank, self.partition.world_size)
-        self.release: Release | None = None
+        self.release: Releasing | None = None
         self.unfinished = None
 
     def check_whole(self) -> None:

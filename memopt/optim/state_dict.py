@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memopt.masters import MASTERS
 from memopt.naming import clean_names
-from memopt.partitions.as_dtensors import has_dtensors, unwrapped, wrapped
+from memopt.optim.as_dtensors import has_dtensors, unwrapped, wrapped
 from memopt.takeover import is_own, own_entries
 
 if TYPE_CHECKING:

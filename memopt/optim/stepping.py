@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # kernels write where autograd does not look
 
 from memopt import amp, kernels
-from memopt.engines.work import Work, count_steps
 from memopt.gradients import check_gradient, non_finite
-from memopt.layout.check import check
+from memopt.layout.work import Work, count_steps
 from memopt.optim.params import Resolved
 from memopt.optim.store import StateStore
 
@@ -163,7 +162,7 @@ class Stepper:
 
     def _check(self, p: Tensor, group: dict[str, Any], layout: ParamLayout, g: Tensor) -> Ready:
         local = self.setup.partition.local(p, layout.rows, p)
-        check(layout, local, g, cut=not self.setup.partition.plannable)
+        layout.check_gradient(local, g, cut=not self.setup.partition.plannable)
         self.store.check(Resolved(layout, p, group), local)
         return Ready(layout, p, group, local, g)
 

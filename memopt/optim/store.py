@@ -14,7 +14,7 @@ from memopt.layout import param
 from memopt.ledger import Ledger, Line, dtype_name
 from memopt.live_groups import has_shape
 from memopt.optim.params import Params, Resolved
-from memopt.partitions.slab import check_slab
+from memopt.optim.slab import check_slab
 from memopt.placements.base import Home
 from memopt.placements.homes import held
 from memopt.takeover import Here, is_own, is_plain, stands, taken_over

@@ -8,18 +8,15 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.geometry import Rows, Shape
-from memopt.partitions.world import answered, membership
+from memopt.partitions.world import Groups, answered, membership
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.engines.work import Work
     from memopt.spec import OptimSpec
 
 #: ``(name, parameter, group)``.
 Entry = tuple[str, "Tensor", dict[str, Any]]
-#: The process groups over which a parameter's rows are cut, in the order in which sums are taken; none: all are here.
-Groups = tuple[Any, ...]
 #: Elements on one rank whose updates are under way at once where they need sums over ranks: it bounds temporaries.
 NUMEL_TOGETHER = 4 * 2**20
 
@@ -75,7 +72,7 @@ class Partition(ABC):
         """Where parameters are cut, by name, where rank and world size do not say it."""
         return None
 
-    def refuse_conversion(self, spec: OptimSpec) -> None:  # noqa: B027
+    def refuse_conversion(self, spec: OptimSpec, needs_shapes: str | None) -> None:  # noqa: B027
         """Raise SpecError where ``convert_`` cannot go to this spec of the same partition."""
 
     def admit(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
@@ -135,7 +132,7 @@ class Partition(ABC):
         """Ranges of the parameters that are stepped and published one after the other."""
         return [(0, len(parameters))]
 
-    def gather(self, works: Sequence[Work]) -> Sequence[Work]:
+    def gather(self, works: Sequence[Any]) -> Sequence[Any]:
         """These works, one of :meth:`buckets`, with what other ranks have of their rows."""
         return works
 

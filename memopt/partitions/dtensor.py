@@ -6,7 +6,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.geometry import FLAT_ROW, Rows, Shape
-from memopt.partitions.base import Groups
+from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from memopt.geometry import Rows, Shape
 from memopt.hyper import SpecError
-from memopt.partitions.base import NUMEL_TOGETHER, Entry, Groups, Partition, sum_over
+from memopt.partitions.base import NUMEL_TOGETHER, Entry, Partition, sum_over
 from memopt.partitions.cuts import Span, cut_rows
+from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
     from memopt.spec import OptimSpec
 
 
@@ -182,7 +182,7 @@ class Fragments(Partition):
     def cut(self) -> dict[str, list[int]]:
         return {f.origin.name: [f.span.start, f.span.stop] for f in self.fragments}
 
-    def refuse_conversion(self, spec: OptimSpec) -> None:
+    def refuse_conversion(self, spec: OptimSpec, needs_shapes: str | None) -> None:
         raise SpecError(
             f"convert_ cannot go to '{spec}' while DeepSpeed has the parameters: make the optimizer with it"
         )
@@ -199,11 +199,11 @@ class Fragments(Partition):
                 total += numel
         return list(zip([0, *ends], [*ends, len(parameters)], strict=True))
 
-    def gather(self, works: Sequence[Work]) -> Sequence[Work]:
+    def gather(self, works: Sequence[Any]) -> Sequence[Any]:
         """Shared parameters first: ranks step them in the same order, and the others as they have them."""
         pairs = [(self.fragments[work.index], work) for work in works]
         shared = [(f, work) for f, work in pairs if f.is_shared]
-        alike: dict[Any, list[tuple[Fragment, Work]]] = {}
+        alike: dict[Any, list[tuple[Fragment, Any]]] = {}
         for f, work in shared:
             if f.cut:
                 alike.setdefault((f.origin.process_group, work.p.dtype, work.p.device), []).append((f, work))
@@ -216,7 +216,7 @@ class Fragments(Partition):
             *(work for f, work in pairs if not f.is_shared),
         ]
 
-    def _with_rows(self, f: Fragment, work: Work, cut: Tensor | None) -> Work:
+    def _with_rows(self, f: Fragment, work: Any, cut: Tensor | None) -> Any:
         p, g = (f.whole_rows(x, None if cut is None else cut[i]) for i, x in enumerate((work.p, work.g)))
         if f.mine:
             self._to_publish.append((f, p))
@@ -228,7 +228,7 @@ class Fragments(Partition):
         self._to_publish.clear()
 
 
-def _sum_of_parts(some: Sequence[tuple[Fragment, Work]], process_group: Any) -> list[Tensor]:
+def _sum_of_parts(some: Sequence[tuple[Fragment, Any]], process_group: Any) -> list[Tensor]:
     """For each, the whole cut rows of p and g [2, cut rows, columns], in one collective."""
     sizes = [(2, len(f.cut), f.rows.cols) for f, _ in some]
     buffer = some[0][1].p.new_zeros(sum(map(prod, sizes)))

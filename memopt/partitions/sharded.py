@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.geometry import Rows, Shape
-from memopt.partitions.base import Groups, Partition
+from memopt.partitions.base import Partition
 from memopt.partitions.dtensor import Held, chunk, held, is_dtensor
+from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:
     from torch import Tensor

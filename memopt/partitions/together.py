@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memopt.partitions.base import NUMEL_TOGETHER, Groups, sum_over
+from memopt.partitions.base import NUMEL_TOGETHER, sum_over
+from memopt.partitions.world import Groups
 
 #: Updates under way at once.
 WIDTH = 64

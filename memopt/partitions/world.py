@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+#: The process groups over which a parameter's rows are cut, in the order in which sums are taken; none: all are here.
+Groups = tuple[Any, ...]
+
 
 @contextmanager
 def answered(what: str) -> Iterator[None]:

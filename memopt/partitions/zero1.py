@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from memopt.geometry import Rows, Shape, row_count
-from memopt.partitions.base import Groups, Partition, owned
-from memopt.partitions.world import answered
+from memopt.partitions.base import Partition, owned
+from memopt.partitions.world import Groups, answered
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from memopt.engines.work import Work
+    from memopt.layout.work import Work
 
 #: ``run(works)`` executes the step of these works, whose state lies where the parameter is (for ``cpu``: on the host).
 Run = Callable[[Sequence["Work"]], None]

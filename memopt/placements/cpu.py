@@ -5,17 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, final
 
-from memopt.geometry import Rows
 from memopt.ledger import Line, TensorSpec
 from memopt.placements.base import Home, Placement
-from memopt.placements.disk import buffer_lines
-from memopt.placements.leases import Held, Setting, buffers, divisible, extents, target_of
-from memopt.placements.options import EARLY
-
-#: Bytes of a lease and the number of its buffers: one comes down, one is stepped, one goes up.
-TARGET, MOST = 64 * 2**20, 4
-#: Elements of a gradient that have a constant each when its bits are looked at, and elements that are at once.
-WIDTH, AT_ONCE = 2**16, 2**20
+from memopt.placements.leases import Held, Setting, buffers, extents, target_of
+from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
 
 
 @final
@@ -49,36 +42,9 @@ class Cpu(Placement):
         if device == "cpu":
             return []
         most = most_of(options)
-        target = target_of(options["workspace"], TARGET, most)
+        target = target_of(options["workspace"], CPU_TARGET, most)
         kept = options["offload_gradients"] is True
         staged = {id(h): staging(h, kept) for h in held}
         wanted = buffers(extents([staged[id(h)] for h in held], target), target, options["workspace"], most)
         nbytes = sum(TensorSpec(h.dtype, h.rows.local_shape).nbytes for h in held)
         return [*buffer_lines(wanted, "pinned", "cpu"), *(gradient_line(nbytes) if kept else [])]
-
-
-def most_of(options: Mapping[str, Any]) -> int:
-    """The largest number of buffers: what a step needs, or more where gradients come down before it and there is a
-    workspace for them."""
-    return max(MOST, options["workspace"] // TARGET) if options["offload_gradients"] else MOST
-
-
-def staging(held: Held, gradient_is_there: bool) -> Held:
-    """How a parameter and its gradient, unless that is in host memory, are cut: each with room for 32 bits."""
-    what = ("p",) if gradient_is_there else ("p", "g")
-
-    def layout(some: Rows) -> list[Line]:
-        tensor = TensorSpec("float32", some.local_shape)
-        return [Line("", one, "", tensor.dtype, tensor.shape, tensor.nbytes, "") for one in what]
-
-    return Held(held.rows, layout, held.whole or not divisible(held.rows, held.layout), held.dtype)
-
-
-def looking(numel: int, options: Mapping[str, Any]) -> int:
-    """Bytes of the card that it takes for a moment to look at the bits of a gradient of so many elements."""
-    return 16 * min(numel, AT_ONCE) + 8 * min(numel, WIDTH) if options["offload_gradients"] == EARLY else 0
-
-
-def gradient_line(nbytes: int) -> list[Line]:
-    """Gradients in host memory, where they are kept there."""
-    return [Line("", "gradients", "", "uint8", (nbytes,), nbytes, "pinned", "workspace")] if nbytes else []

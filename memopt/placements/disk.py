@@ -7,10 +7,8 @@ from typing import Any, final
 
 from memopt.ledger import Line
 from memopt.placements.base import Home, Placement
-from memopt.placements.leases import Buffers, Held, Setting, buffers, extents, target_of
-
-#: Bytes of a lease and the number of its buffers: enough that reading, stepping and writing never wait for each other.
-TARGET, MOST = 16 * 2**20, 6
+from memopt.placements.leases import Held, Setting, buffers, extents, target_of
+from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
 
 @final
@@ -37,23 +35,10 @@ class Disk(Placement):
         return Files(self, setting)
 
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
-        target = target_of(options["workspace"], TARGET, MOST)
-        wanted = buffers(extents(held, target), target, options["workspace"], MOST)
+        target = target_of(options["workspace"], DISK_TARGET, DISK_MOST)
+        wanted = buffers(extents(held, target), target, options["workspace"], DISK_MOST)
         nbytes = sum(line.nbytes for one in held for line in one.layout(one.rows))
         return [
             *buffer_lines(wanted, "pinned" if device.startswith("cuda") else "cpu", device),
             *(spare_line(nbytes) if options["directory"] and nbytes else []),
         ]
-
-
-def buffer_lines(found: Buffers, host: str | None, device: str) -> list[Line]:
-    """The buffers in host memory, and those on the device where there is one."""
-    nbytes = found.number * found.nbytes
-    places = [*([host] if host else []), *([device] if device != "cpu" else [])] if nbytes else []
-    shape = found.number, found.nbytes
-    return [Line("", "buffers", "", "uint8", shape, nbytes, place, "workspace") for place in places]
-
-
-def spare_line(nbytes: int) -> list[Line]:
-    """The second copy, into which the next step writes."""
-    return [Line("", "spare", "", "uint8", (nbytes,), nbytes, "disk", "workspace")]

@@ -23,16 +23,16 @@ from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, Run, Survivor
 from memopt.placements.bus import Bus, bus_of
 from memopt.placements.directory import Directory
-from memopt.placements.disk import MOST, TARGET, buffer_lines, spare_line
 from memopt.placements.entry import Entry, Sum
 from memopt.placements.leases import PAGE, Buffers, Held, Part, Setting
 from memopt.placements.mapping import bytes_view
 from memopt.placements.pipeline import Lanes, Operation
 from memopt.placements.streamed import Loan, Placed, Streamed, tensor_in
 from memopt.placements.threads import Threads
+from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
+    from memopt.layout.work import Work
 
 #: Threads that read and write; a disk needs several requests at once to be as fast as it can.
 WORKERS = {"read": 2, "write": 2}
@@ -42,7 +42,7 @@ WORKERS = {"read": 2, "write": 2}
 class Files(Streamed):
     """With a directory ``rewritable`` is False: what is committed is never written over."""
 
-    target, most = TARGET, MOST
+    target, most = DISK_TARGET, DISK_MOST
 
     def __init__(self, placement: Placement, setting: Setting) -> None:
         super().__init__(placement, setting.options["workspace"])

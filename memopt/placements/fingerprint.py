@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memopt.placements.cpu import AT_ONCE, WIDTH
+from memopt.placements.workspaces import AT_ONCE, WIDTH
 
 #: Odd, so that to multiply by it loses nothing; as a signed number (Steele, Lea, Flood, "Fast splittable pseudorandom
 #: number generators", OOPSLA 2014).

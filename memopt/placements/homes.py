@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from memopt.engines.work import Work
     from memopt.layout.param import ParamLayout
+    from memopt.layout.work import Work
     from memopt.spec import OptimSpec
 
 

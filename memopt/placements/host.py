@@ -7,11 +7,8 @@ from typing import Any, final
 
 from memopt.ledger import Line
 from memopt.placements.base import Home, Placement
-from memopt.placements.disk import buffer_lines
 from memopt.placements.leases import Held, Setting, buffers, extents, target_of
-
-#: Bytes of a lease and the number of its buffers: one is filled, one stepped, one emptied; the fourth evens them out.
-TARGET, MOST = 64 * 2**20, 4
+from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
 
 
 @final
@@ -38,6 +35,6 @@ class Host(Placement):
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
         if device == "cpu":
             return []
-        target = target_of(options["workspace"], TARGET, MOST)
-        wanted = buffers(extents(held, target), target, options["workspace"], MOST)
+        target = target_of(options["workspace"], HOST_TARGET, HOST_MOST)
+        wanted = buffers(extents(held, target), target, options["workspace"], HOST_MOST)
         return buffer_lines(wanted, None, device)

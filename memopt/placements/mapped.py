@@ -21,10 +21,10 @@ from memopt.placements.base import Home, Placement, Run
 from memopt.placements.entry import Entry
 from memopt.placements.files import Files
 from memopt.placements.leases import Held, Setting
-from memopt.placements.paged import AHEAD, window
+from memopt.placements.workspaces import AHEAD, window
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
+    from memopt.layout.work import Work
 
 
 @final

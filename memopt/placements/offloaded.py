@@ -21,16 +21,15 @@ from memopt.ledger import Line
 from memopt.placements.arrivals import Arrivals
 from memopt.placements.base import E, Home, Placement, Run
 from memopt.placements.bus import Bus, bus_of
-from memopt.placements.cpu import TARGET, gradient_line, most_of, staging
-from memopt.placements.disk import buffer_lines
 from memopt.placements.early import Early
 from memopt.placements.leases import Buffers, Held, Piece, Setting, piece
 from memopt.placements.options import EARLY
 from memopt.placements.pipeline import Lanes, Operation
 from memopt.placements.streamed import Loan, Placed, Streamed, bytes_of
+from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
+    from memopt.layout.work import Work
 
 
 #: What is said of the option for parameters in host memory.
@@ -42,7 +41,7 @@ class Offloaded(Streamed):
     """The pieces are of the parameter and of the gradient if it is on the device; ``_parts`` are those of the state of
     the same rows."""
 
-    target = TARGET
+    target = CPU_TARGET
 
     def __init__(self, placement: Placement, setting: Setting) -> None:
         super().__init__(placement, setting.options["workspace"])

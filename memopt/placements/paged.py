@@ -7,17 +7,8 @@ from typing import Any, final
 
 from memopt.ledger import Line
 from memopt.placements.base import Home, Placement
-from memopt.placements.disk import MOST, TARGET, buffer_lines
 from memopt.placements.leases import Held, Setting, buffers, extents, target_of
-
-#: Bytes of state in unified memory that are fetched to the card at once: in bulk, before kernels would fault on them
-#: page by page. With no more state than this nothing is asked for, and the whole step is one launch.
-AHEAD = 256 * 2**20
-
-
-def window(resident: int) -> int:
-    """Of so many bytes that may be resident, those of the buffers through which the rest is streamed."""
-    return min(resident, TARGET * MOST)
+from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, window
 
 
 @final
@@ -49,5 +40,5 @@ class Paged(Placement):
         if options["resident"] is None or device != "cpu":
             return []
         nbytes = window(options["resident"])
-        target = target_of(nbytes, TARGET, MOST)
-        return buffer_lines(buffers(extents(held, target), target, nbytes, MOST), "cpu", device)
+        target = target_of(nbytes, DISK_TARGET, DISK_MOST)
+        return buffer_lines(buffers(extents(held, target), target, nbytes, DISK_MOST), "cpu", device)

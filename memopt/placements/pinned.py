@@ -11,22 +11,21 @@ from torch import Tensor
 from memopt.ledger import Line
 from memopt.placements.base import Placement, Run
 from memopt.placements.bus import Bus, bus_of
-from memopt.placements.disk import buffer_lines
-from memopt.placements.host import MOST, TARGET
 from memopt.placements.leases import Buffers, Held, Part, Setting
 from memopt.placements.mapping import tensors_in
 from memopt.placements.pipeline import Lanes, Operation
 from memopt.placements.streamed import Placed, Streamed, bytes_of, tensor_in
+from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from memopt.engines.work import Work
+    from memopt.layout.work import Work
 
 
 @final
 class Pinned(Streamed):
-    target, most = TARGET, MOST
+    target, most = HOST_TARGET, HOST_MOST
 
     def __init__(self, placement: Placement, setting: Setting) -> None:
         super().__init__(placement, setting.options["workspace"])

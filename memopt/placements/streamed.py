@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from memopt.engines.work import Work
+    from memopt.layout.work import Work
 
 
 class Loan(NamedTuple):

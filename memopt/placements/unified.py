@@ -14,10 +14,10 @@ from torch import Tensor
 
 from memopt.extras import require
 from memopt.ledger import Line
-from memopt.placements.paged import AHEAD
+from memopt.placements.workspaces import AHEAD
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
+    from memopt.layout.work import Work
 
 
 class _Managed:

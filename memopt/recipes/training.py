@@ -15,7 +15,6 @@ from memopt.grouping import param_groups
 from memopt.hyper import SpecError
 from memopt.keywords import Hyperparameters, OptimizerKeywords
 from memopt.optimizer import Optimizer
-from memopt.recipes.making import Recipe
 from memopt.schedules import schedule
 
 #: Keywords that go to the grouping of parameters.
@@ -27,7 +26,7 @@ CREATING = OptimizerKeywords.__annotations__.keys() - Hyperparameters.__annotati
 class Training(NamedTuple):
     """``recipe`` is what was built, with every value; the parts can be used alone, or all of them by :meth:`step`."""
 
-    recipe: Recipe
+    recipe: Any  # a memopt.recipes.Recipe
     optimizer: Optimizer
     scheduler: LRScheduler
 
@@ -44,7 +43,7 @@ class Training(NamedTuple):
         return norm
 
 
-def build(published: Recipe, model: nn.Module, changes: Mapping[str, Any]) -> Training:
+def build(published: Any, model: nn.Module, changes: Mapping[str, Any]) -> Training:
     """See :meth:`memopt.recipes.Recipe.build`."""
     grouping = {k: v for k, v in changes.items() if k in GROUPING}
     creating = {k: v for k, v in changes.items() if k in CREATING}
@@ -65,7 +64,7 @@ def build(published: Recipe, model: nn.Module, changes: Mapping[str, Any]) -> Tr
     return Training(recipe, optimizer, scheduler)
 
 
-def _groups(recipe: Recipe, model: nn.Module, grouping: dict[str, Any]) -> list[dict[str, Any]]:
+def _groups(recipe: Any, model: nn.Module, grouping: dict[str, Any]) -> list[dict[str, Any]]:
     if recipe.decays == "all" and not grouping:
         return [{"params": [(name, p) for name, p in model.named_parameters() if p.requires_grad]}]
     if "layerwise_decay" in grouping:

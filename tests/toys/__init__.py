@@ -6,7 +6,7 @@ table of cases is made.
 
 import os
 
-from memopt.axis import register
+from memopt.registry import register
 
 VALUES = {
     "rule": ("toyrule", "toys.rule:RULE"),

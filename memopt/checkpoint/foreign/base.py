@@ -11,8 +11,7 @@ from torch import Tensor
 
 from memopt.checkpoint.codes import CODES
 from memopt.checkpoint.foreign.gathered import NON_NEGATIVE, gathered
-from memopt.checkpoint.kept import Kept
-from memopt.checkpoint.stored import Group, LivePiece, Stored
+from memopt.checkpoint.stored import Group, Kept, LivePiece, Stored
 from memopt.formats import Format
 from memopt.geometry import Rows, Shape
 from memopt.rules import RULES, Moment

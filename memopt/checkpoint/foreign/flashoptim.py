@@ -17,8 +17,8 @@ from torch import Tensor
 
 from memopt.checkpoint.companded import BLOCK, Companded
 from memopt.checkpoint.foreign.base import State, Tool, encoded, plain
-from memopt.checkpoint.kept import Kept, Raw
-from memopt.checkpoint.stored import LivePiece, Stored
+from memopt.checkpoint.kept import Raw
+from memopt.checkpoint.stored import Kept, LivePiece, Stored
 from memopt.formats.base import Shard
 from memopt.geometry import Rows
 from memopt.masters import Master

@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.kernels import StepOutcome
+from memopt.kernels.context import StepOutcome
 from memopt.kernels.known import Known
-from memopt.kernels.triton import capturing, tables
 from memopt.kernels.triton import fields as f
+from memopt.kernels.triton import tables
+from memopt.kernels.triton.available import capturing
 from memopt.kernels.triton.launch import Launcher
 from memopt.kernels.triton.upload import write_by_value
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
-    from memopt.kernels import StepContext
+    from memopt.kernels.context import StepContext
     from memopt.kernels.pages import Pages
+    from memopt.layout.work import Work
     from memopt.rules import Rule
 
 

@@ -14,7 +14,8 @@ from memopt.formats.rowmean import span
 from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi, describe
 from memopt.kernels.triton import fields as f
-from memopt.kernels.triton import masters, missing, row_means
+from memopt.kernels.triton import masters, row_means
+from memopt.kernels.triton.available import missing
 from memopt.kernels.triton.bands import HEIGHT
 from memopt.kernels.triton.codes import KINDS
 from memopt.kernels.triton.scalars import NUMBER
@@ -22,8 +23,8 @@ from memopt.masters.base import ORDER
 from memopt.rules.lookahead import SLOW
 
 if TYPE_CHECKING:
-    from memopt.engines.work import Work
     from memopt.layout.param import ParamLayout
+    from memopt.layout.work import Work
     from memopt.rules import Rule
 
 #: dtype -> Triton's name of it.

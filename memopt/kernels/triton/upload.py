@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.triton import capturing
+from memopt.kernels.triton.available import capturing
 
 
 class Uploaded:

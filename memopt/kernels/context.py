@@ -1,0 +1,56 @@
+"""What the optimizer and its cached step tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memopt.integrity import Integrity
+    from memopt.kernels.pages import Pages
+    from memopt.partitions import Partition
+    from memopt.spec import OptimSpec
+
+
+class StepContext(NamedTuple):
+    """What a cached step is told of the optimizer: what it must be as it was, and what is new at every step."""
+
+    spec: OptimSpec
+    partition: Partition
+    groups: Sequence[dict[str, Any]]
+    state: Mapping[Any, Any]
+    seed: int
+    nonfinite: str
+    capturable: bool
+    integrity: Integrity
+    found_inf: Tensor | None = None  # torch.amp.GradScaler's
+    grad_scale: Tensor | None = None
+
+
+class StepOutcome(NamedTuple):
+    """What became of a step that kernels took beside the host: how many were ``skipped``, and the ``names`` of
+    parameters whose gradient was the reason, if it was a gradient."""
+
+    skipped: int
+    names: list[str]
+
+
+class Plan(Protocol):
+    """A whole optimizer's step, prepared once and repeated while nothing but the gradients changes."""
+
+    #: Whether it takes torch.amp.GradScaler's ``grad_scale`` and ``found_inf``.
+    takes_scale: bool
+    parameters: list[Tensor]
+    #: Whether a CUDA graph has recorded it, which reads its tables from now on.
+    recorded: bool
+
+    @property
+    def pages(self) -> Pages | None: ...  # large ones, under what it steps on the CPU
+    def check_recording(self) -> None: ...  # raises RuntimeError where it cannot be part of the graph that is captured
+    def refresh(self, context: StepContext) -> bool: ...
+    def non_finite(self) -> list[str]: ...
+    def step(self) -> None: ...
+    def settle(self) -> StepOutcome | None: ...
+    def skipped_on_device(self) -> int: ...

@@ -1,0 +1,56 @@
+"""Parameters that another tool has replaced by flat vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from memopt.layout.flattened import needs_shapes
+from memopt.partitions.flat import Flat
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from memopt.partitions import Partition
+    from memopt.partitions.recovering import Made
+    from memopt.spec import OptimSpec
+
+
+def are_vectors(made: Sequence[Made], now: Sequence[Tensor]) -> bool:
+    """Whether what stands in the groups ``now`` are DeepSpeed's vectors in the place of what the optimizer was made
+    with, and not what was put there by its owner."""
+    from memopt.partitions.recovering import is_flattened
+
+    flat = {one.shape for one in made if len(one.shape) == 1}
+    vectors = any(tuple(p.shape) not in flat for p in now) and all(p.dim() == 1 for p in now)
+    known = {id(one.parameter()) for one in made} & {id(p) for p in now}
+    return (vectors and not known and any(len(one.shape) > 1 for one in made)) or is_flattened(made)
+
+
+def flattened(spec: OptimSpec, made: Sequence[Made]) -> Partition:
+    """The partition on which an optimizer goes on whose parameters DeepSpeed has replaced by vectors: :class:`Flat`, or
+    where the rule or the format needs the shapes :class:`~memopt.partitions.fragments.Fragments`. Raises RuntimeError
+    where these cannot be recovered."""
+    from memopt.partitions.fragments import Fragments
+    from memopt.partitions.recovering import Unknown, recover
+
+    if spec.partition != "none":
+        raise RuntimeError(
+            f"'{spec}' shards by itself, and DeepSpeed has put flat vectors in the place of the "
+            f"parameters: its stage takes the place of /{spec.partition}"
+        )
+    if spec.options.get("offload_gradients"):
+        raise RuntimeError(
+            f"'{spec}' with offload_gradients takes gradients that DeepSpeed is to reduce; leave it "
+            "out, and use DeepSpeed's offload_optimizer"
+        )
+    reason = needs_shapes(spec)
+    if not reason:
+        return Flat()
+    try:
+        return Fragments(recover(made))
+    except Unknown as unknown:
+        raise RuntimeError(
+            f"the parameters were replaced by flat vectors (DeepSpeed does so), '{spec}' {reason}, and they cannot be "
+            f"recovered: {unknown}; use an element-wise rule such as adamw-8bit, or FSDP2: '/zero3'"
+        ) from unknown
