@@ -81,7 +81,7 @@ def taken_over(layout: ParamLayout, here: Here, state: Mapping[str, Any]) -> dic
         found.update(parts)
     for key, spec in layout.master.layout(layout.rows, layout.dtype).items():
         value = state.get(key)
-        if key in state and (not isinstance(value, Tensor) or value.shape != spec.shape):
+        if key in state and not (isinstance(value, Tensor) and value.shape == spec.shape and _has_data(value, here)):
             return None
         # One of another dtype stood beside weights that were of another one, too.
         fits = isinstance(value, Tensor) and value.dtype is getattr(torch, spec.dtype)
@@ -140,7 +140,7 @@ def _moment(
     found = {}
     for key, spec in expected.items():
         value, dtype = state[key], getattr(torch, spec.dtype)
-        if isinstance(value, Tensor) and value.dtype is dtype and value.shape == spec.shape:
+        if isinstance(value, Tensor) and value.dtype is dtype and value.shape == spec.shape and _has_data(value, here):
             found[key] = value
         elif coded:  # another code is no number that could be converted
             return None
@@ -156,9 +156,19 @@ def _zeros(spec: TensorSpec) -> Tensor:
     return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
 
 
+def _has_data(value: Tensor, here: Here) -> bool:
+    """A tensor on the meta device has none to take over, but beside a parameter that has none either."""
+    return not value.is_meta or here.p.is_meta
+
+
 def _rows(here: Here, value: Any) -> Tensor | None:
     """The rows that are here of a moment in the parameter's shape, or None for anything else."""
-    if not isinstance(value, Tensor) or value.is_complex() or value.layout is not torch.strided:
+    if (
+        not isinstance(value, Tensor)
+        or value.is_complex()
+        or value.layout is not torch.strided
+        or not _has_data(value, here)
+    ):
         return None
     value = value.detach()
     if type(value) is Tensor and tuple(value.shape) == here.local:

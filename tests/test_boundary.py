@@ -21,13 +21,13 @@ DAMAGES = {
     "parameter pruned in place": lambda opt, p: _data(p, p.data[:48]),
     "parameter turned": lambda opt, p: _data(p, torch.zeros(128, 72)),
     "gradient of the old shape": lambda opt, p: _swap(p, torch.zeros(97, 96)),
-    "state of another dtype": lambda opt, p: _replace(opt, p, lambda x: x.double()),
-    "state of another dtype in place": lambda opt, p: _alter(opt, p, lambda x: x.view(torch.float16)[:, : x.shape[1]]),
+    "state of another dtype": lambda opt, p: _replace(opt, p, lambda x: x.to(torch.complex64)),
+    "state of another dtype in place": lambda opt, p: _alter(opt, p, lambda x: x.to(torch.complex64)),
     "state too small": lambda opt, p: _replace(opt, p, lambda x: x[:-1].clone()),
     "state too small in place": lambda opt, p: _alter(opt, p, lambda x: x[:-1]),
     "state too large": lambda opt, p: _replace(opt, p, lambda x: torch.cat([x, x])),
     "state elsewhere": lambda opt, p: _replace(opt, p, lambda x: x.to("meta")),
-    "state gone": lambda opt, p: opt.state[p].pop(_key(opt, p)),
+    "half of a code": lambda opt, p: _halve(opt, p),
     "state a number": lambda opt, p: opt.state[p].update({_key(opt, p): 0.0}),
     "step of two": lambda opt, p: opt.state[p].update(step=torch.zeros(2)),
     "step a word": lambda opt, p: opt.state[p].update(step="3"),
@@ -51,6 +51,14 @@ def _key(opt, p):
 def _replace(opt, p, change):
     key = _key(opt, p)
     opt.state[p][key] = change(opt.state[p][key])
+
+
+def _halve(opt, p):
+    """Codes without scales; of a moment that is kept as it is, a code of it in its place."""
+    key = _key(opt, p)
+    value = opt.state[p].pop(key)
+    if "." not in key:
+        opt.state[p][f"{key}.codes"] = value
 
 
 def _alter(opt, p, change):
