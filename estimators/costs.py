@@ -119,9 +119,9 @@ def estimate(
         InputError: for a model, a card or a number that is not allowed.
         SpecError: for a spec or a keyword that is not allowed.
 
-    >>> e = estimate("gpt2", "adamw-8bit", gpu="8GiB")
+    >>> e = estimate("gpt2", "adamw-8bit", gpu="8GiB", seq=1024, batch=1)
     >>> e.parameters, e.fits, e.peak.phase
-    (124439808, True, 'step')
+    (124439808, True, 'backward')
     >>> estimate("llama-3.1-8b", seq=2048, checkpointing="full").activations.saved
     1654693888
     """

@@ -17,7 +17,7 @@ import memopt
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import checkpoint_sweep
 
-from memopt.checkpoint import DamagedFile, folder
+from memopt.checkpoint import DamagedFile, exporting, folder
 from memopt.checkpoint.tensorfile import TensorFile
 
 pytestmark = pytest.mark.usefixtures("impatient_disk")
@@ -135,7 +135,11 @@ def test_what_a_killed_save_left_is_swept_up(tmp_path):
 
 
 @pytest.mark.parametrize("tool", ["torch", "dcp", "deepspeed", "torchao-4bit"])
-def test_an_export_that_finds_the_disk_full_is_said_and_leaves_nothing(small_disk, tmp_path_factory, run, tool):
+def test_an_export_that_finds_the_disk_full_is_said_and_leaves_nothing(
+    small_disk, tmp_path_factory, run, tool, monkeypatch
+):
+    """Here the disk fills up while it is written: the look at what is free, which comes before, sees nothing."""
+    monkeypatch.setattr(exporting, "refuse_too_much", lambda *arguments, **keywords: None)
     if tool == "torchao-4bit":
         pytest.importorskip("torchao")
     model = torch.nn.Linear(256, 256)
