@@ -134,7 +134,10 @@ def test_unified_memory_is_asked_for_before_it_is_stepped(monkeypatch):
 
     step = types.SimpleNamespace(is_cuda=False, nbytes=4)
     works = [
-        types.SimpleNamespace(state={"step": step, "m": OnCard(10 + i, n), "v": OnCard(20 + i, n)})
+        types.SimpleNamespace(
+            state={"step": step, "m": OnCard(10 + i, n), "v": OnCard(20 + i, n)},
+            layout=types.SimpleNamespace(tensors=("m", "v")),
+        )
         for i, n in enumerate((400, 50, 480, 2000, 0, 90))
     ]
     for few in unified.fetched(works):

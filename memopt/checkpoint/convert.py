@@ -99,10 +99,12 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
             try:
                 _commit(optimizer, work)
                 move(optimizer, work.homes)
-            except BaseException:
+            except BaseException as error:
                 _commit(optimizer, work)  # one spec, whose state is then made anew or loaded
                 optimizer.homes = work.homes
-                raise
+                if not isinstance(error, Exception):
+                    raise
+                stopped = error  # all state is the new spec's: what has no room yet is asked for by the next step
     if stopped is not None:
         raise stopped
     if work.every:
