@@ -82,7 +82,6 @@ def reset_state(
         slot = _slot(optimizer, p)
         _take_over(optimizer, p)
         _check_shape(optimizer, slot, p)
-        _check_keys(slot, optimizer.state.get(p))
         index = None if rows is None else _indices(slot.name, rows, _length(slot.rows.shape), p.device)
         kept = {moment.name for moment, _ in slot.codes}
         if chosen and not chosen <= kept:
@@ -144,13 +143,10 @@ def _take_over(optimizer: Optimizer, p: Tensor) -> None:
                 optimizer.store.check(one, optimizer.partition.local(p, one.layout.rows, p.detach()))
 
 
-def _check_keys(slot: Slot, state: dict[str, Any] | None) -> None:
-    missing = [line.key for line in slot.lines() if state and line.key not in state]
-    if missing:
-        raise RuntimeError(
-            f"the state of {slot.name} has no {missing[0]!r}; it has {', '.join(map(str, state or ()))}. "
-            "opt.state.pop(parameter) begins it anew"
-        )
+def _filled(slot: Slot, state: dict[str, Any]) -> dict[str, Any]:
+    """The state with what is not there yet, of a moment that was switched on: it begins at zero."""
+    lines = [line for line in slot.lines() if line.key not in state]
+    return {**state, **{x.key: torch.zeros(x.shape, dtype=getattr(torch, x.dtype), device=slot.device) for x in lines}}
 
 
 def _shape_of_state(optimizer: Optimizer, p: Tensor) -> tuple[int, ...]:
@@ -167,7 +163,8 @@ def _shape_of_state(optimizer: Optimizer, p: Tensor) -> tuple[int, ...]:
     for rows in dict.fromkeys([*made, shape[0], *lengths, *halves]):
         tried = rows, *shape[1:]
         here = slot._replace(rows=partition.rows(tried, partition.rank, partition.world_size))
-        if all(there.get(line.key) == line.shape for line in here.lines()):
+        lines = [line for line in here.lines() if line.key in there and line.key != "step"]
+        if lines and all(there[line.key] == line.shape for line in lines):
             return tried
     return shape
 
@@ -213,7 +210,7 @@ def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor
     if state:
         old = partition.rows(shape, partition.rank, partition.world_size)
         here = _slot(optimizer, p)._replace(rows=old, parameter=None)
-        _check_keys(here, state)
+        state = _filled(here, state)
         there = here._replace(rows=rows, parameter=partition.local(p, rows, weights))
         gathered = isinstance(partition, Zero1) and partition.world_size > 1
         record = record_of_all(here, state, partition) if gathered else here.record(state)  # type: ignore[arg-type]

@@ -274,3 +274,15 @@ def test_explain_names_parameters_that_the_kernels_do_not_step():
         "stepped by  the plain torch path: the kernels take fp32, bf16 and fp16, and it is float64: b"
         in mixed.explain()
     )
+
+
+def test_a_parameter_that_went_to_the_group_beside_it():
+    """All parameters are in the order in which they were, and one has another rate."""
+    params = [torch.nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    opt = memopt.create([{"params": [p], "lr": lr} for p, lr in zip(params, (0.1, 0.2), strict=True)], "sgd")
+    for expected in (0.2, 0.3):
+        for p in params:
+            p.grad = torch.ones(4)
+        opt.step()
+        assert torch.allclose(params[1], torch.full((4,), -expected))
+        opt.param_groups[0]["params"], opt.param_groups[1]["params"] = params, []

@@ -116,6 +116,7 @@ def _planned(optimizer: Optimizer, new: OptimSpec, given: dict[str, Any], fill: 
     """Everything that can be refused is refused here, before anything is changed."""
     optimizer.store.check_all()
     old = optimizer.spec
+    new.resolve()  # what a group that is added later has
     hypers = [target_hyper(old, new, group, given) for group in optimizer.param_groups]
     new = new.for_names([name for name, _, _ in optimizer.params.entries()])
     ENGINES[new.engine].require()

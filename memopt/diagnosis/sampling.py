@@ -43,11 +43,11 @@ def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
     rule = rule_of(optimizer)
     if rule is None:
         return
-    if not rule.moments({**rule.hyperparameters, **optimizer.param_groups[0]}, (2, 2)):
-        return  # SGD without momentum
     each = max(SHADOWS // len(optimizer.param_groups), 1)
     reader = _ours(optimizer) if isinstance(optimizer, Optimizer) else _torchs(optimizer, rule)
     for group in optimizer.param_groups:
+        if not rule.moments({**rule.hyperparameters, **group}, (2, 2)):
+            continue  # SGD without momentum
         ready = [
             p for p in group["params"] if optimizer.state.get(p) and p.grad is not None and _has_rows(optimizer, p)
         ]

@@ -40,6 +40,7 @@ class Known:
         self.groups = list(context.groups)
         self.flags = [describe.flags(self.rule, group) for group in self.groups]
         self.all = [p for group in self.groups for p in group["params"]]
+        self._lengths = [len(group["params"]) for group in self.groups]  # one may have gone to the group beside it
         self.names = [work.name for work in works]
         self.parameters = [work.p for work in works]
         stepped = set(map(id, self.parameters))
@@ -68,6 +69,8 @@ class Known:
         groups = context.groups
         same = context.spec is self.spec and context.partition is self.partition and context.seed == self.seed
         if not same or not _same(groups, self.groups):
+            return False
+        if [len(group["params"]) for group in groups] != self._lengths:
             return False
         if not _same([p for group in groups for p in group["params"]], self.all):
             return False

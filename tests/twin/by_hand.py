@@ -35,6 +35,7 @@ def reset_by_hand(t: Twin, r: Random) -> None:
     """ReLoRA's reset: a moment in torch's layout, in some dtype, in the place of what is there."""
     not_released(t)
     name = t.pick(r, lambda n: _with_first(t, n))
+    t.current_moments()  # not one that is switched off
     key, dtype = _first(t, name), r.choice([torch.float32, torch.bfloat16, torch.float64])
     value = torch.zeros_like(t.theirs.of(name)).detach()
     seconds = [x for k, x in t.theirs.state_of(name).items() if k.endswith("_sq") or k == "square_avg"]
@@ -88,13 +89,13 @@ def own_keys(t: Twin, r: Random) -> None:
 def wrong_moment(t: Twin, r: Random) -> None:
     """A moment of another size is refused, and nothing is stepped; so is one that is no tensor."""
     not_released(t)
-    t.current_moments()  # or they are put right on the way to the refusal
     name = t.pick(r, lambda n: _with_first(t, n) and t.ours.of(n).numel() > 1 and t.ours.of(n).requires_grad)
     state = t.ours.state_of(name)
     key = r.choice([k for k in state if k != "step"])
     before, value = state[key], r.choice([torch.zeros(1), torch.zeros(11, 3)])
     if not isinstance(before, Tensor) or before.numel() in (1, 33):
         raise Skip
+    t.current_moments()
     state[key] = value
     t.ours.gradients(t.draw(r))
     t.refused(t.ours.step)
@@ -137,11 +138,11 @@ def strided(t: Twin, r: Random) -> None:
 def grown(t: Twin, r: Random) -> None:
     """The weight grows by .data and nobody tells the optimizer: refused, as torch does; then it is put back."""
     not_released(t)
-    t.current_moments()  # or they are put right on the way to the refusal
     name = t.pick(r, lambda n: t.stepped(n) and t.ours.of(n).dim() >= 1 and t.ours.of(n).numel() > 0)
     p = t.ours.of(name)
-    if not p.requires_grad:
-        raise Skip
+    if not p.requires_grad or not any(isinstance(x, Tensor) and x.dim() for x in t.ours.state_of(name).values()):
+        raise Skip  # without a moment there is nothing that it must fit
+    t.current_moments()
     before = p.data
     more = r.choice([1, 40, 4000 if p.dim() == 1 else 60])
     if r.random() < 0.5 and len(p) > more:
@@ -162,14 +163,13 @@ def grown(t: Twin, r: Random) -> None:
 def wrong_gradient(t: Twin, r: Random) -> None:
     """A gradient of the size that the weight had before."""
     not_released(t)
-    t.current_moments()  # or they are put right on the way to the refusal
     name = t.pick(r, lambda n: t.ours.of(n).dim() == 2 and len(t.ours.of(n)) > 2 and t.ours.of(n).numel() > 0)
     p = t.ours.of(name)
     if not p.requires_grad:
         raise Skip
     t.ours.gradients(t.draw(r))
-    assert p.grad is not None
     full = p.grad
+    assert full is not None
     full.data = full.data[:-1].clone()
     t.refused(t.ours.step, name if t.case.named else "")
     t.ours.opt.zero_grad()

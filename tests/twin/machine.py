@@ -213,7 +213,11 @@ class Twin:
 
     def unchanged(self, before: Any, what: str) -> None:
         after = self.fingerprint()
-        different = [k for k in {**before, **after} if not _same(before.get(k), after.get(k))]
+        different = [k for k in before if not _same(before[k], after.get(k))]
+        # What a state lacked (a master, after a cast) may be there now, at zero.
+        different += [
+            k for k in after.keys() - before.keys() if not isinstance(after[k], Tensor) or bool(after[k].any())
+        ]
         if different:
             raise Difference(f"{what}; changed: {', '.join(different[:5])}")
 
@@ -265,6 +269,9 @@ class Twin:
         self.detach()
         self.ours.opt.close()
         self.ours = Side(model, opt, True)
+        inside = {id(p) for group in self.theirs.opt.param_groups for p in group["params"]}
+        for p in [p for p in self.theirs.opt.state if id(p) not in inside]:
+            del self.theirs.opt.state[p]  # the state of a parameter in no group does not travel
 
     def detach(self) -> None:
         """No scheduler, no release and no watch."""

@@ -42,7 +42,10 @@ def step(t: Twin, gradients: Mapping[str, Tensor]) -> tuple[Bag, Any] | None:
             group.pop("param_names", None)
             if "param_names" in mine:
                 group["param_names"] = mine["param_names"]
-        opt.load_state_dict(saved)
+        try:
+            opt.load_state_dict(saved)
+        except ValueError:  # state that is put right when it is stepped: a parameter that was in no group for a while
+            return None
         for name, g in gradients.items():
             if ours.of(name).requires_grad:
                 p = getattr(model, name)
