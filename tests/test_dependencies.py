@@ -17,8 +17,8 @@ ROOT = Path(memopt.__file__).parent.parent
 #: Packages by the name that is imported, where it is not the one that is installed.
 NAMES = {"yaml": "pyyaml"}
 #: Imported only where something else has brought them: torch brings numpy, typing_extensions and Triton; PyYAML comes
-#: with accelerate and transformers, and the sentence without it says how to get it. pynvml is a better source of one figure
-#: of a card; without it the card's own is taken.
+#: with accelerate and transformers, and the sentence without it says how to get it. pynvml is a better source of one
+#: figure of a card; without it the card's own is taken.
 BROUGHT = {"numpy", "typing_extensions", "triton", "pyyaml", "tensorboard", "pynvml"}
 
 
