@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import toys
 
-from memopt import axis
+from memopt import registry
 
 ROOT = Path(__file__).parent.parent
 #: Exact ledger, falling loss, NaN policy, bit-exact resume, low-precision weights, released gradients.
@@ -54,7 +54,7 @@ def test_a_value_of_another_package_keeps_the_contracts(passed, kind):
 )
 def test_what_cannot_be_registered_is_one_sentence(wrong, sentence):
     with pytest.raises(ValueError) as error:
-        axis.register(*wrong)
+        registry.register(*wrong)
     assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
