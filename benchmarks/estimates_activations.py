@@ -21,9 +21,9 @@ from estimates_models import ADAPTED, FAMILIES, ONLY_EAGER, SIZES, Selective, bu
 from provenance import write_result
 
 import memopt
-from estimators.costs import estimate
-from estimators.rows import PHASES
-from estimators.trace import saved, traced
+from estimators.calculator import estimate
+from estimators.measure import saved, traced
+from estimators.memory.memory_row import PHASES
 
 SPEC = "adamw-8bit"
 RANK = 8

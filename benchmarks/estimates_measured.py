@@ -21,9 +21,11 @@ from typing import Any, NamedTuple
 
 from provenance import write_result
 
-from estimators import overhead, reserved
-from estimators.costs import Estimate, estimate
-from estimators.rows import PHASES
+from estimators.allocator import overhead
+from estimators.calculator import estimate
+from estimators.memory import runtime
+from estimators.memory.memory_row import PHASES
+from estimators.result import Estimate
 from memopt.cli import estimate as verb
 from memopt.cli.step_flags import given
 
@@ -129,7 +131,7 @@ def left_out() -> list[dict[str, Any]]:
         fit = [row for row in rows if row["model"] in chosen]
         rest = [row for row in rows if row["model"] not in chosen]
         ahead = min(AHEADS, key=lambda a: mean(abs(_error(known[a], row)) for row in fit))
-        share = max(_short(known[ahead], row) for row in fit) + reserved.MARGIN / 100
+        share = max(_short(known[ahead], row) for row in fit) + runtime.MARGIN / 100
         errors = [abs(_error(known[ahead], row)) for row in rest]
         above = sum(_short(known[ahead], row) > share for row in rest)
         found.append(
@@ -153,7 +155,7 @@ FITTED = overhead.AHEAD
 def _parts(e: Estimate) -> tuple[int, int, int]:
     """The process, what of it moves, and half of the largest tensor of a layer."""
     rows = [r for r in e.rows if r.what != "runtime"]
-    moving = max(reserved.of_phase(rows, phase, ("weights", "buffers")) for phase in PHASES)
+    moving = max(runtime.of_phase(rows, phase, ("weights", "buffers")) for phase in PHASES)
     assert e.activations is not None
     assert e.activations.walked is not None
     ops = [op for s in e.activations.walked.segments if s.kind == "layer" for op in s.tape.ops]
@@ -275,8 +277,8 @@ def report(
         *table(cards),
         "",
         "Fitted to these rows: how many 16-bit tensors are loaded ahead of the one that is quantised\n"
-        f"(`estimators.overhead.AHEAD`, {FITTED}), the share of what moves by which `at most` is above the\n"
-        f"replay (`estimators.reserved.SPREAD`, {reserved.SPREAD:.1f} %), and the CUDA context of a T4.\n"
+        f"(`estimators.allocator.overhead.AHEAD`, {FITTED}), the share of what moves by which `at most` is above the\n"
+        f"replay (`estimators.memory.runtime.SPREAD`, {runtime.SPREAD:.1f} %), and the CUDA context of a T4.\n"
         "The first two fitted to some of the models, and judged by the process of the others:",
         "",
         *splits(halves),

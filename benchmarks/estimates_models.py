@@ -250,7 +250,7 @@ class Adapted(torch.nn.Module):
 
 
 def adapt(model: Any, rank: int) -> None:
-    from estimators.lora import adapted
+    from estimators.models.lora import adapted
 
     model.requires_grad_(False)
     for name, module in list(model.named_modules()):

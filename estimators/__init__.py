@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 #: public name -> the module that defines it
 _PUBLIC = {
-    "Column": "estimators.costs",
-    "Estimate": "estimators.costs",
-    "InputError": "estimators.fields",
-    "Model": "estimators.model",
-    "Peak": "estimators.costs",
-    "Row": "estimators.costs",
-    "architectures": "estimators.model",
+    "Column": "estimators.result",
+    "Estimate": "estimators.result",
+    "InputError": "estimators.errors",
+    "Model": "estimators.models.model",
+    "Peak": "estimators.memory.memory_row",
+    "Row": "estimators.memory.memory_row",
+    "architectures": "estimators.models.resolve",
     "capacity": "estimators.hardware",
-    "estimate": "estimators.costs",
-    "resolve": "estimators.model",
+    "estimate": "estimators.calculator",
+    "resolve": "estimators.models.resolve",
 }
 
 __all__ = [
@@ -41,10 +41,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from estimators.costs import Column, Estimate, Peak, Row, estimate
-    from estimators.fields import InputError
+    from estimators.calculator import estimate
+    from estimators.errors import InputError
     from estimators.hardware import capacity
-    from estimators.model import Model, architectures, resolve
+    from estimators.memory.memory_row import Peak, Row
+    from estimators.models.model import Model
+    from estimators.models.resolve import architectures, resolve
+    from estimators.result import Column, Estimate
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from estimators.fields import InputError, shown
+from estimators.errors import InputError, shown
 from estimators.units import size
 
 #: card -> MiB, as its driver reports the total. In-band ECC takes 1/16 of GDDR cards for servers (L4, A10, A40, L40S,

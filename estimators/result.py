@@ -3,16 +3,19 @@
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
 # takes a millisecond per class, and the calculator has to answer at once.
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from estimators.model import Model
-from estimators.rows import FIGURES, GPU, PHASES, Peak, Row, figure, peak
+from estimators.memory.memory_row import FIGURES, GPU, PHASES, Peak, Row, figure, peak
+from estimators.models.model import Model
 from estimators.training import Training
 
 if TYPE_CHECKING:
     from estimators.activations import Activations
+
+#: Version of the JSON form. Keys are only ever added under one number.
+SCHEMA = "memopt.estimate/1"
 
 
 class Column:
@@ -79,6 +82,31 @@ class Column:
         """Pageable bytes that have to be on the host at the peak."""
         return min(self.peak.pageable, max(0, self.peak.nbytes + self.peak.pageable - gpu))
 
+    def to_json(self, gpu: int | None) -> dict[str, Any]:
+        """Its part of the JSON form, for a card of so many bytes."""
+        said = "" if gpu is None else self.verdict(gpu)
+        return {
+            "spec": self.spec,
+            "options": self.options,
+            "hyper": self.hyper,
+            "fits": said == "FITS" if said else None,
+            "verdict": said or None,
+            "without": list(self.without),
+            "over_nbytes": None if gpu is None else self.over(gpu),
+            "paged_out_nbytes": None if gpu is None else self.paged_out(gpu),
+            "state_nbytes": self.nbytes("state"),
+            "peak": {
+                "phase": self.peak.phase,
+                "gpu_nbytes": self.peak.nbytes,
+                "pageable_nbytes": self.peak.pageable,
+                "host_nbytes": self.peak.host,
+                "low_nbytes": self.low,
+                "high_nbytes": self.high,
+                **{name: getattr(self, name)._asdict() for name in FIGURES},
+            },
+            "rows": [{**row._asdict(), "phases": list(row.phases)} for row in self.rows],
+        }
+
 
 class Estimate:
     """What a model costs with each of some specs.
@@ -86,10 +114,12 @@ class Estimate:
     ``columns`` are the estimates by spec, ``rows`` all their rows; ``peak`` is the lowest peak among them (that of
     the spec, if there is one) and names its spec. ``fits`` is whether some spec fits at most; None without a card and
     where that is not known. ``gpu`` is the card's memory in bytes, or None. ``training`` is the step, ``activations``
-    what the model's formula says of it or None, ``without`` what the figures do not contain.
+    what the model's formula says of it or None, ``without`` what the figures do not contain. ``as_text`` writes the
+    table that ``str`` gives.
     """
 
     __slots__ = (
+        "_as_text",
         "activations",
         "columns",
         "gpu",
@@ -114,7 +144,9 @@ class Estimate:
         training: Training,
         activations: "Activations | None",
         without: tuple[str, ...],
+        as_text: "Callable[[Estimate], str]",
     ) -> None:
+        self._as_text = as_text
         self.model = model
         self.columns = tuple(columns)
         self.gpu = gpu
@@ -153,14 +185,29 @@ class Estimate:
 
     def to_json(self) -> dict[str, Any]:
         """The documented JSON form (docs/estimates.md)."""
-        from estimators.report import as_json
-
-        return as_json(self)
+        return {
+            "schema": SCHEMA,
+            "model": {
+                "name": self.model.name,
+                "parameters": self.parameters,
+                "trainable": self.trainable,
+                "tensors": len(self.model.shapes),
+                "provenance": self.model.provenance,
+                "notes": list(self.model.notes),
+            },
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "world_size": self.world_size,
+            "gpu_nbytes": self.gpu,
+            "without": list(self.without),
+            "training": self.training._asdict(),
+            "saved_nbytes": None if self.activations is None else self.activations.saved,
+            "fits": self.fits,
+            "specs": [column.to_json(self.gpu) for column in self.columns],
+        }
 
     def __str__(self) -> str:
-        from estimators.report import as_text
-
-        return as_text(self)
+        return self._as_text(self)
 
     def __repr__(self) -> str:
         specs = ", ".join(c.spec for c in self.columns)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from estimators.fields import InputError, shown
-from estimators.lora import NF4
-from estimators.model import Model
+from estimators.errors import InputError, shown
+from estimators.models.lora import NF4
+from estimators.models.model import Model
 from estimators.training import Training, notes
 
 
@@ -18,7 +18,7 @@ def as_trained(model: Model, training: Training, weights: str | None) -> Model:
     if training.lora:
         if any(".lora_" in name for name, _ in model.shapes):
             raise InputError("the model has adapters already; leave out lora")
-        from estimators.lora import with_adapters
+        from estimators.models.lora import with_adapters
 
         return with_adapters(model, training.lora, training.quantised, training.adapters)
     if training.frozen or training.train:

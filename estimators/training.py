@@ -4,8 +4,8 @@
 
 from typing import Any, NamedTuple
 
-from estimators.fields import InputError, shown
-from estimators.lora import KBIT, NF4, Adapters
+from estimators.errors import InputError, shown
+from estimators.models.lora import KBIT, NF4, Adapters
 from estimators.units import DTYPES
 
 #: ``selective`` keeps the results of matrix products and of fused attention (torch's

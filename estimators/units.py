@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from estimators.fields import MAX_PARAMETERS, InputError, shown
+from estimators.errors import MAX_PARAMETERS, InputError, shown
 
 _COUNT = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SIZE = {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -164,7 +164,7 @@ class TestEstimate:
 
     def test_colour_is_for_terminals_only(self):
         from estimators import estimate
-        from estimators.report import as_text
+        from estimators.report.text import as_text
 
         e = estimate("gpt2", ["adamw", "adafactor"], gpu="1800MiB", seq=128)
         painted = as_text(e, colour=True)
@@ -291,7 +291,7 @@ class TestStep:
 
     def test_bars_are_as_long_as_their_totals(self):
         from estimators import estimate
-        from estimators.bars import bars
+        from estimators.report.bars import bars
 
         e = estimate("llama-3.2-1b", ["adamw", "adamw-8bit"], seq=1024, gpu="24GiB")
         *lines, key = bars(e)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import memopt
-from estimators.model import resolve
+from estimators.models.resolve import resolve
 from memopt.train.job import Job
 
 

@@ -163,7 +163,7 @@ class TestDeepSpeed:
 
     def test_what_is_refused_is_what_the_configuration_refuses(self):
         import memopt
-        from estimators.deepspeed import stage
+        from estimators.memory.deepspeed import stage
 
         for spec in memopt.specs():
             if (spec.partition, spec.placement, spec.master) != ("zero2", "device", "none") or spec.rule == "sgd":

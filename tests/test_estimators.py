@@ -11,10 +11,11 @@ from cases import MASTERED, sampled
 import estimators
 import memopt
 from estimators import InputError, estimate, resolve
-from estimators.costs import PHASES, Column, Row, peak
-from estimators.families import FAMILIES
 from estimators.hardware import GPUS, capacity
-from estimators.known import KNOWN
+from estimators.memory.memory_row import PHASES, Row, peak
+from estimators.models.families import FAMILIES
+from estimators.models.published import KNOWN
+from estimators.result import Column
 from estimators.units import gib
 
 GIB = 2**30

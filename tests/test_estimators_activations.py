@@ -8,8 +8,8 @@ import pytest
 
 from estimators import InputError, estimate
 from estimators.activations import WRITTEN, Step, activations
-from estimators.families import FAMILIES
-from estimators.known import KNOWN
+from estimators.models.families import FAMILIES
+from estimators.models.published import KNOWN
 
 #: What the calculator promises against a real step.
 SAVED_TOLERANCE, PEAK_TOLERANCE = 0.01, 0.05
@@ -204,7 +204,7 @@ class TestEstimates:
         torch = pytest.importorskip("torch")
         transformers = pytest.importorskip("transformers", minversion="5.0")
         import memopt
-        from estimators.trace import traced
+        from estimators.measure import traced
 
         sizes = {
             "hidden_size": 256,

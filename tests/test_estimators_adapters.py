@@ -117,7 +117,7 @@ def test_a_real_step_of_peft(name):
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
     pytest.importorskip("transformers", minversion="5.0")
-    from estimators.trace import saved
+    from estimators.measure import saved
 
     made, given, dtype, autocast = CASES[name]
     m = models()
@@ -147,7 +147,7 @@ def test_a_real_step_with_frozen_parameters(pattern):
     pytest.importorskip("transformers", minversion="5.0")
     from fnmatch import fnmatchcase
 
-    from estimators.trace import saved
+    from estimators.measure import saved
 
     m = models()
     config = m.config("llama", m.SIZES[0][0])

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estimators import InputError
-from estimators.allocator import MIB, Allocator, Block, OutOfMemory, Settings, parsed
+from estimators.allocator.caching_allocator import MIB, Allocator, Block, OutOfMemory, Settings, parsed
 
 KIB = 2**10
 

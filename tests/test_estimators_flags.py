@@ -6,8 +6,8 @@ import random
 import pytest
 
 from estimators import InputError, estimate
-from estimators.known import KNOWN
-from estimators.rows import FIGURES
+from estimators.memory.memory_row import FIGURES
+from estimators.models.published import KNOWN
 from memopt.cli import main
 
 COMBINATIONS = 2_000

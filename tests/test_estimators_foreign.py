@@ -56,7 +56,7 @@ def test_bitsandbytes_8bit():
 def test_torchao(name, kind, dtype, monkeypatch):
     """Codes, scales and maps of torchao's tensor subclasses, one by one."""
     theirs = pytest.importorskip("torchao.optim")
-    from estimators.foreign import torchao_nbytes
+    from estimators.memory.other_optimizers import torchao_nbytes
 
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 512), torch.nn.Linear(512, 300), torch.nn.Linear(300, 7)).to(dtype)

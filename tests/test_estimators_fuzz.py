@@ -5,11 +5,11 @@ import json
 import random
 import time
 
-from estimators.costs import estimate
-from estimators.families import FAMILIES
-from estimators.fields import InputError
-from estimators.files import parse_json
-from estimators.known import KNOWN
+from estimators.calculator import estimate
+from estimators.errors import InputError
+from estimators.models.families import FAMILIES
+from estimators.models.from_files import parse_json
+from estimators.models.published import KNOWN
 from memopt.cli import main
 
 CONFIGS = 6000

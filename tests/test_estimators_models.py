@@ -6,8 +6,8 @@ import pytest
 
 import memopt
 from estimators import InputError, estimate, resolve
-from estimators.config import from_config
-from estimators.known import KNOWN
+from estimators.models.from_config import from_config
+from estimators.models.published import KNOWN
 
 
 class TestLiveModels:

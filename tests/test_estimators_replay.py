@@ -7,8 +7,8 @@ import time
 import pytest
 
 from estimators import estimate
-from estimators.allocator import MIB, Settings
-from estimators.replay import Held, _Replay, replayed
+from estimators.allocator.caching_allocator import MIB, Settings
+from estimators.allocator.replay import Held, _Replay, replayed
 
 MODELS = (
     "gpt2", "llama-3.2-1b", "qwen3-0.6b", "gemma-2-2b", "mixtral-8x7b", "gpt-oss-20b", "falcon-7b", "bert-base-uncased"
@@ -92,8 +92,8 @@ def test_a_large_model_takes_well_under_a_second() -> None:
 
 def test_variables_keep_tensors_alive() -> None:
     """Eager attention returns its probabilities, so they are there while the layer's MLP runs."""
+    from estimators.activations.op_tape import Tensor
     from estimators.activations.simulate import forward
-    from estimators.activations.tape import Tensor
 
     for batch in (1, 2):
         ran = estimate(

@@ -4,7 +4,7 @@ import pytest
 
 import memopt
 from estimators import InputError, estimate
-from estimators.sharding import fsdp2, zero
+from estimators.memory.sharding import fsdp2, zero
 
 
 def test_the_papers_table():

@@ -10,8 +10,8 @@ class TestTemporaries:
     def test_the_plain_step(self, dtype, monkeypatch):
         torch = pytest.importorskip("torch")
         import memopt
-        from estimators.state import COPIES, MASTER, PLAIN_PATH
-        from estimators.trace import traced
+        from estimators.measure import traced
+        from estimators.memory.state import COPIES, MASTER, PLAIN_PATH
 
         for module in ("memopt.kernels", "memopt.kernels.plan"):
             monkeypatch.setattr(f"{module}.library", lambda: None)

@@ -5,10 +5,10 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-from estimators.config import from_config  # noqa: E402
-from estimators.costs import estimate  # noqa: E402
-from estimators.families import FAMILIES  # noqa: E402
-from estimators.known import KNOWN  # noqa: E402
+from estimators.calculator import estimate  # noqa: E402
+from estimators.models.families import FAMILIES  # noqa: E402
+from estimators.models.from_config import from_config  # noqa: E402
+from estimators.models.published import KNOWN  # noqa: E402
 
 _MASKED = transformers.AutoModelForMaskedLM
 #: The class that a family is trained as, where that is not a causal language model.

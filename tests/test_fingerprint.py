@@ -29,7 +29,7 @@ def test_a_fingerprint_tells_apart(dtype, n):
 
 @pytest.mark.parametrize("n", [1000, WIDTH, AT_ONCE, 3 * AT_ONCE + 17])
 def test_what_it_allocates_is_bounded_and_estimated(n):
-    from estimators.trace import traced
+    from estimators.measure import traced
 
     x = torch.randn(n)
     expected = looking(n, {"offload_gradients": "early"})

@@ -143,7 +143,7 @@ def _row(allocated: int) -> dict:
 
 def test_an_estimate_is_laid_beside_a_row_and_names_what_differs(tmp_path, capsys) -> None:
     from estimators import estimate
-    from estimators.against import compared
+    from estimators.report.against import compared
 
     e = estimate("gpt2", "adamw", seq=256, gpu="t4")
     expected = e.columns[0].allocated.expected

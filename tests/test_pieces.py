@@ -41,7 +41,7 @@ def test_pieces_are_the_whole(spec, monkeypatch) -> None:
 
 def test_the_memory_of_a_large_parameter_is_that_of_a_piece() -> None:
     pytest.importorskip("estimators")
-    from estimators.trace import traced
+    from estimators.measure import traced
 
     peaks = []
     for rows in (2048, 8192):

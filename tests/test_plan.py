@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from estimators import InputError, estimate, plan
+from estimators import InputError, estimate
 from estimators.hardware import capacity
-from estimators.known import KNOWN
-from estimators.model import resolve
-from estimators.plan import METHODS, plans
+from estimators.models.published import KNOWN
+from estimators.models.resolve import resolve
+from estimators.planning import plan
+from estimators.planning.plan import METHODS, plans
 from memopt.cli import main
 
 GIB = 2**30

@@ -9,7 +9,7 @@ from cases import HYPER, assert_same_bits, odd_model, train
 from torch import nn
 
 import memopt
-from estimators.trace import traced
+from estimators.measure import traced
 
 SPECS = [
     "adamw",

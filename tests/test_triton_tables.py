@@ -75,7 +75,7 @@ def test_vectors_that_are_cut_anywhere_and_dithered_take_the_plain_path(on) -> N
 @pytest.mark.parametrize("spec", ["adamw-8bit", "adafactor", "adammini"])
 def test_the_tables_cost_what_the_estimate_says(spec, on) -> None:
     """What a step allocates beside the state, against the closed form of ``memopt estimate``."""
-    from estimators.state import kernel_tables
+    from estimators.memory.state import kernel_tables
 
     on(True)
     shapes = [(300, 256), (17, 300), (33,)]

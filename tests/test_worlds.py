@@ -9,7 +9,7 @@ from sharded import uneven_model
 from torch import nn
 
 import memopt
-from estimators.model import resolve
+from estimators.models.resolve import resolve
 from memopt.pricing import named_tensors
 
 SPECS = [

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from estimators.activations.blocks import Network, Step
-from estimators.activations.compose import Activations, Moment, composed
+from estimators.activations.blocks import Network
+from estimators.activations.phases import Activations, Moment, composed
 from estimators.activations.scope import Parameters
 from estimators.activations.scope import parameters as parameters_of
-from estimators.fields import Fields
+from estimators.activations.step import Step
+from estimators.models.config_fields import Fields
 
 __all__ = ["ATTENTIONS", "MIXED", "WRITTEN", "Activations", "Moment", "Network", "Step", "activations", "written"]
 
@@ -87,14 +88,16 @@ def activations(
     configuration's own, all of which train, or adapters of ``step.rank`` on all linear layers in fp32. Raises KeyError
     for a family or a nonlinearity without a formula."""
     module, name = WRITTEN[config["model_type"]]
-    function: Callable[[Fields, Step], Network] = getattr(import_module(f"estimators.activations.{module}"), name)
+    function: Callable[[Fields, Step], Network] = getattr(
+        import_module(f"estimators.activations.families.{module}"), name
+    )
     network = function(Fields(config, source), step)
     return composed(network, step, checkpointing, parameters or _own(config, source, step))
 
 
 def _own(config: Mapping[str, Any], source: str, step: Step) -> Parameters:
-    from estimators.config import from_config
-    from estimators.lora import with_adapters
+    from estimators.models.from_config import from_config
+    from estimators.models.lora import with_adapters
 
     model = from_config(config, source)
     model = with_adapters(model, step.rank) if step.rank else model

@@ -4,8 +4,8 @@ autograd/_functions.py (0.50), PEFT's tuners/lora (0.21), GPTQ's torch kernel.""
 from __future__ import annotations
 
 from estimators.activations.op import FP32, Tensor
+from estimators.activations.op_tape import Tape
 from estimators.activations.scope import Parameter
-from estimators.activations.tape import Tape
 
 #: Bytes of an element of a quantised weight when it is multiplied.
 DECODED = 2

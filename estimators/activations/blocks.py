@@ -5,38 +5,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from estimators.activations.linear import linear
 from estimators.activations.op import FP32, Tensor
-from estimators.activations.tape import Tape
-from estimators.families.parts import Heads
-
-
-class Step(NamedTuple):
-    """One micro-batch: sequences, tokens of each, how attention is computed (``sdpa``, ``flash``, ``eager``), bytes of
-    one element of activations, rank of LoRA's adapters on all linear layers (0: none, or as the parameters say),
-    whether it runs on a CPU, bytes of one element of what autocast computes (0: no autocast), the adapters' dropout,
-    whether the model's output, logits included, lives until the backward pass is over; whether the loss makes all
-    logits (``full``), those of some tokens at a time (``chunked``), or gradients with them (``fused``); whether linear
-    layers are torchao's float8, whether what layers save goes to the host, and whether ``sdpa`` has no kernel for
-    grouped heads, so that keys and values are repeated."""
-
-    batch: int
-    seq: int
-    attention: str
-    item: int
-    rank: int = 0
-    cpu: bool = False
-    mixed: int = 0
-    lora_dropout: float = 0.0
-    outputs: bool = False
-    loss: str = "full"
-    float8: bool = False
-    offload: bool = False
-    expand: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.seq
-
+from estimators.activations.op_tape import Tape
+from estimators.activations.step import Step
+from estimators.models.families.parts import Heads
 
 Layer = Callable[[Tape, Tensor], Tensor]
 
@@ -220,9 +193,9 @@ def attention(
 ) -> Tensor:
     """Separate projections; ``norm`` is applied to queries and to keys, ``table`` the bytes of the tables of rotary
     positions where that is not the weights' dtype; ``partial``: rotated and other elements are concatenated."""
-    q = t.linear(x, width, a.n * a.dim, bias)
-    k = t.linear(x, width, a.kv * a.dim, bias)
-    v = t.linear(x, width, a.kv * a.dim, bias)
+    q = linear(t, x, width, a.n * a.dim, bias)
+    k = linear(t, x, width, a.kv * a.dim, bias)
+    v = linear(t, x, width, a.kv * a.dim, bias)
     if norm:
         q, k = norm(t, q), norm(t, k)
     if rope:
@@ -230,7 +203,7 @@ def attention(
         q, k = rotated(t, q, table), rotated(t, k, table)
         t.hold(*before)
     y = attend(t, step, q, k, v, a, softcap=softcap, relaid=partial, drop=drop, narrow=narrow)
-    out = t.linear(y, a.n * a.dim, width, out_bias)
+    out = linear(t, y, a.n * a.dim, width, out_bias)
     t.hold(x, q, k, v)
     return out
 
@@ -250,13 +223,13 @@ def fused_attention(
 ) -> Tensor:
     """Query, key and value in one matrix, of whose result they are views; with ``rope`` queries and keys are made anew,
     by concatenation."""
-    qkv = t.linear(x, width, (a.n + 2 * a.kv) * a.dim, bias)
+    qkv = linear(t, x, width, (a.n + 2 * a.kv) * a.dim, bias)
     q, k, v = qkv, qkv, qkv
     if rope:
         q = rotated(t, t.op([qkv], step.tokens * a.n * a.dim))
         k = rotated(t, t.op([qkv], step.tokens * a.kv * a.dim))
     y = attend(t, step, q, k, v, a, relaid=rope, drop=drop, narrow=narrow)
-    return t.linear(y, a.n * a.dim, width, out_bias)
+    return linear(t, y, a.n * a.dim, width, out_bias)
 
 
 # MLPs ----------------------------------------------------------------------------------------------------------
@@ -265,19 +238,19 @@ def fused_attention(
 def gated_mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = False, fused: bool = False) -> Tensor:
     """``down(act(gate(x)) * up(x))``; ``fused``: gate and up are halves of one result."""
     if fused:
-        both = t.linear(x, width, 2 * ffn, bias)
+        both = linear(t, x, width, 2 * ffn, bias)
         activated = t.op([both], both.numel // 2, saves=[both])
         product = t.op([both, activated], activated.numel, saves=[both, activated])
     else:
-        gate, up = t.linear(x, width, ffn, bias), t.linear(x, width, ffn, bias)
+        gate, up = linear(t, x, width, ffn, bias), linear(t, x, width, ffn, bias)
         product = t.mul(t.activation(gate, act), up)
-    out = t.linear(product, ffn, width, bias)
+    out = linear(t, product, ffn, width, bias)
     t.hold(x)
     return out
 
 
 def mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = True) -> Tensor:
-    return t.linear(t.activation(t.linear(x, width, ffn, bias), act), ffn, width, bias)
+    return linear(t, t.activation(linear(t, x, width, ffn, bias), act), ffn, width, bias)
 
 
 # Both ends -----------------------------------------------------------------------------------------------------

@@ -3,9 +3,10 @@ fused_linear_cross_entropy."""
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Step
+from estimators.activations.linear import linear
 from estimators.activations.op import FP32, INT64, Tensor
-from estimators.activations.tape import Tape
+from estimators.activations.op_tape import Tape
+from estimators.activations.step import Step
 
 
 def loss(
@@ -27,7 +28,7 @@ def loss(
     """
     if step.loss != "full":
         return _without_logits(t, step, x, width, vocab)
-    logits = t.linear(x, width, vocab, bias)
+    logits = linear(t, x, width, vocab, bias)
     if scaled:
         logits = t.copy(logits)
     if capped:

@@ -5,7 +5,7 @@
 from typing import NamedTuple
 
 from estimators.activations.op import Op, Tensor
-from estimators.activations.tape import Tape
+from estimators.activations.op_tape import Tape
 
 #: What comes and goes, in order: ``(tensor or gradient, bytes)`` when it is allocated, ``(the same, 0)`` when it is
 #: freed, ``(None, bytes)`` for what an operation allocates and frees inside, ``(operation, bytes)`` for gradients of

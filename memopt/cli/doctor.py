@@ -124,7 +124,7 @@ def context() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         return
-    from estimators.contexts import context as known
+    from estimators.allocator.contexts import context as known
     from memopt.diagnosis.measured import context_nbytes
 
     here, assumed = (context_nbytes() or 0) / 2**20, known(torch.cuda.get_device_properties(0).name)

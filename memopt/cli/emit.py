@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from estimators.costs import Column, Estimate
-from estimators.fields import InputError, shown
+from estimators.errors import InputError, shown
+from estimators.result import Column, Estimate
 from estimators.training import Training
 
 #: Options that are said where they are not the default, whatever --seq says.
@@ -197,7 +197,7 @@ def _keywords(column: Column, lr: str = "2e-5", in_dict: bool = False) -> str:
 
 def _deepspeed(e: Estimate, column: Column) -> dict[str, Any]:
     """:func:`memopt.deepspeed_config`, with the precision and the bucket of the estimate."""
-    from estimators.deepspeed import stage
+    from estimators.memory.deepspeed import stage
     from memopt.integrations.deepspeed import deepspeed_config
     from memopt.spec import parse
 

@@ -14,7 +14,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from estimators.costs import Estimate
+    from estimators.result import Estimate
 
 from memopt.cli import hyper, placing, step_flags
 
@@ -59,9 +59,9 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if args.models:
         return _list_models(args)
-    from estimators.costs import estimate
-    from estimators.fields import InputError
-    from estimators.report import as_text
+    from estimators.calculator import estimate
+    from estimators.errors import InputError
+    from estimators.report.text import as_text
 
     if args.source:
         from memopt.cli.launched import read_into
@@ -91,7 +91,7 @@ def run(args: Namespace) -> int:
         **step_options(args),
     )
     if args.html or args.plot:
-        from estimators import pictures
+        from estimators.report import pictures
 
         if args.html:
             pictures.write_html(result, args.html)
@@ -108,7 +108,7 @@ def run(args: Namespace) -> int:
     else:
         print(as_text(result, colour=wants_colour(), bars=sys.stdout.isatty()))
         if args.against:
-            from estimators.against import compared, read
+            from estimators.report.against import compared, read
 
             print("\n" + "\n".join(compared(result, read(args.against))))
     return 0 if result.gpu is None or good(result, args.accept_tight) else 1
@@ -130,8 +130,8 @@ def wants_colour() -> bool:
 
 
 def _list_models(args: Namespace) -> int:
-    from estimators.fields import InputError
-    from estimators.model import architectures
+    from estimators.errors import InputError
+    from estimators.models.resolve import architectures
 
     if args.model is not None:
         raise InputError(f"--models lists the architectures; it does not go with the model {args.model!r}")

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from estimators.fields import InputError, shown
-from estimators.files import refused
+from estimators.errors import InputError, shown
+from estimators.models.from_files import refused
 from memopt.cli import placing, step_flags
 from memopt.cli.emit import MARK
 from memopt.untrusted.documents import parse_yaml
@@ -84,7 +84,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def _object(text: str, path: str) -> dict[str, Any]:
-    from estimators.files import parse_json
+    from estimators.models.from_files import parse_json
 
     value = parse_json(text.encode(), path)
     if not isinstance(value, dict):

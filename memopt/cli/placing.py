@@ -37,7 +37,7 @@ def placed(specs: Iterable[Any], options: Mapping[str, Any]) -> list[Any]:
     """The specs, each with those of the options that its placement has. Raises InputError for one that none has."""
     if not options:
         return list(specs)
-    from estimators.fields import InputError
+    from estimators.errors import InputError
     from memopt.placements.options import OPTIONS
     from memopt.spec import parse
 

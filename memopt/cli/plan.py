@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from memopt.cli import hyper, placing, step_flags
 
 if TYPE_CHECKING:
-    from estimators.plan import Plans
+    from estimators.planning.plan import Plans
 
 SUMMARY = "the configurations that fit a card, the gentlest first"
 
@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from estimators.plan import plans
+    from estimators.planning.plan import plans
 
     options = step_flags.given(args)
     specs = hyper.with_hyper(args.optim or (), hyper.given(args.hyper)) if args.optim else ()
@@ -61,7 +61,7 @@ def run(args: Namespace) -> int:
 
 def as_json(result: Plans) -> dict[str, object]:
     """Schema ``memopt.plan/1``: bytes are integers."""
-    from estimators.rows import FIGURES
+    from estimators.memory.memory_row import FIGURES
 
     return {
         "schema": "memopt.plan/1",
@@ -96,8 +96,8 @@ def as_json(result: Plans) -> dict[str, object]:
 
 
 def as_lines(result: Plans) -> list[str]:
-    from estimators.plan import title
-    from estimators.report import wrap
+    from estimators.planning.plan import title
+    from estimators.report.text import wrap
     from estimators.units import gib
 
     cards, each = (f"{result.gpus} x ", " and card") if result.gpus > 1 else ("", "")

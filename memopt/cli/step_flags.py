@@ -86,7 +86,7 @@ def given(args: Namespace) -> dict[str, Any]:
 
 def whole(text: str, what: str) -> int:
     """A whole number from the command line."""
-    from estimators.fields import InputError, shown
+    from estimators.errors import InputError, shown
 
     if not (text.isascii() and text.isdigit()) or len(text) > 18:
         raise InputError(f"{what} {shown(text)} is not allowed; it is a whole number >= 1")
@@ -95,7 +95,7 @@ def whole(text: str, what: str) -> int:
 
 def share(text: str, what: str) -> float:
     """A number from 0 to 1 from the command line."""
-    from estimators.fields import InputError, shown
+    from estimators.errors import InputError, shown
 
     digits = text.replace(".", "", 1)
     if not (digits.isascii() and digits.isdigit()) or len(text) > 18:

@@ -1,0 +1,58 @@
+"""A linear layer: torch's, one of torchao's in float8, or what quantised weights and adapters make of it."""
+
+from __future__ import annotations
+
+from estimators.activations.adapters import adapted, quantised
+from estimators.activations.op import Tensor
+from estimators.activations.op_tape import Tape
+from estimators.activations.scope import Parameter
+
+
+def linear(t: Tape, x: Tensor, cols: int, rows: int, bias: bool = False, name: str = "") -> Tensor:
+    """torch.nn.Linear(cols, rows), or what a quantised weight makes of it, and its adapter where there is one.
+    ``name``: the module's, where modules of this shape are not defined in the order in which they run."""
+    tokens, given = x.numel // cols, x
+    p = t.parameter((rows, cols), name=name)
+    if p.storage:
+        y = quantised(t, x, p, cols, rows)
+        y = adapted(t, given, y, p, cols, rows) if p.adapter else y
+        t.hold(given)
+        return y
+    copies: list[Tensor] = []
+    item, once = x.item, 0
+    if t.autocast:  # the input is cast for every layer, a weight that trains once, until the forward pass ends
+        x, item = t.cast(x, t.mm), t.mm
+        if p.item != t.mm:
+            copies = [t.tensor(cols * rows, t.mm)] if x.requires else []
+            if p.trains:
+                t.cached += (cols + bias) * rows * t.mm
+            else:
+                once = cols * rows * t.mm
+    elif p.item > x.item:
+        x, item = t.cast(x, p.item), p.item
+    # torchao's Float8Linear saves its input as it is, and casts both operands to 8 bits for each product.
+    eight = t.float8 and p.trains
+    y = t.op(
+        [x],
+        tokens * rows,
+        item,
+        product=True,
+        saves=[*([x] if p.trains else []), *copies],
+        gradients=cols * rows * p.trains * p.item + rows * _trained_bias(t, p, bias),
+        forward_tmp=once + eight * (cols * rows + tokens * cols),
+        backward_tmp=cols * rows * t.mm * (bool(copies) and p.trains)
+        + eight * (max(cols * rows, tokens * cols) + tokens * rows),
+    )
+    if not p.adapter:
+        return y
+    y = adapted(t, given, y, p, cols, rows)
+    t.hold(given)
+    return y
+
+
+def _trained_bias(t: Tape, p: Parameter, bias: bool) -> int:
+    """Bytes of one element of the bias's gradient. That of a head which shares the embedding's weight has a name of
+    its own, and is taken to train with the segment."""
+    if not bias:
+        return 0
+    return p.bias_item * p.bias_trains if p.bias_item else p.item * t.trains

@@ -1,0 +1,33 @@
+"""One micro-batch, as the operations of a forward pass are told of it."""
+
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
+
+from typing import NamedTuple
+
+
+class Step(NamedTuple):
+    """One micro-batch: sequences, tokens of each, how attention is computed (``sdpa``, ``flash``, ``eager``), bytes of
+    one element of activations, rank of LoRA's adapters on all linear layers (0: none, or as the parameters say),
+    whether it runs on a CPU, bytes of one element of what autocast computes (0: no autocast), the adapters' dropout,
+    whether the model's output, logits included, lives until the backward pass is over; whether the loss makes all
+    logits (``full``), those of some tokens at a time (``chunked``), or gradients with them (``fused``); whether linear
+    layers are torchao's float8, whether what layers save goes to the host, and whether ``sdpa`` has no kernel for
+    grouped heads, so that keys and values are repeated."""
+
+    batch: int
+    seq: int
+    attention: str
+    item: int
+    rank: int = 0
+    cpu: bool = False
+    mixed: int = 0
+    lora_dropout: float = 0.0
+    outputs: bool = False
+    loss: str = "full"
+    float8: bool = False
+    offload: bool = False
+    expand: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.seq

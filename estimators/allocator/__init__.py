@@ -1,0 +1,1 @@
+"""torch's CUDA caching allocator, and what it reserves in the first steps."""

@@ -1,0 +1,271 @@
+"""A training step's allocations and frees, in their order, through the model of torch's allocator.
+
+The tape of each segment (:mod:`estimators.activations`) says what comes and goes in it; segments of one kind have one
+program, which is run once per layer. Weights come first, parameter by parameter; then steps follow: forward, backward,
+the optimizer's step. From the second step on state is there, so two steps are run.
+"""
+
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from estimators.activations.op import Op
+from estimators.activations.phases import KEEPING
+from estimators.activations.simulate import RERUN, Log, again, backward, forward, kept_by
+from estimators.allocator.caching_allocator import DEFAULT, Allocator, Block, Settings
+
+if TYPE_CHECKING:
+    from estimators.activations.phases import Activations, Segment, Walked
+
+#: What an instruction does with a slot: free it, allocate into it, allocate and free, allocate a gradient, run again.
+FREE, TAKE, INSIDE, GRADIENT, AGAIN = range(5)
+Program = list[tuple[int, int, int]]
+
+
+class Held(NamedTuple):
+    """What is allocated besides the tape. ``load``: what comes and goes while the model is loaded, as ``(name, bytes)``
+    and ``(name, 0)``. ``empty``: the cache is emptied then. ``state``: of tensors that the first step allocates.
+    ``step``: of those that a step allocates and frees together. ``whole``: held from the first forward pass on.
+    ``batches``: micro-batches per step. ``release``: a gradient goes when the next one is made."""
+
+    load: Sequence[tuple[object, int]]
+    state: Sequence[int] = ()
+    step: Sequence[int] = ()
+    whole: Sequence[int] = ()
+    batches: int = 1
+    release: bool = False
+    empty: bool = False
+
+
+class Replayed(NamedTuple):
+    """The most that was asked for, allocated (blocks may be larger) and reserved, and what loading had reserved."""
+
+    requested: int
+    allocated: int
+    reserved: int
+    loaded: int
+
+
+class _Backward(NamedTuple):
+    """``begins`` and ``leaves`` are the slots of the gradients that are there at the start and at the end: of the
+    result (``out``), of the input (``x``), and of shared tensors by name."""
+
+    program: Program
+    begins: dict[str, int]
+    leaves: dict[str, int]
+
+
+class _Programs:
+    """One segment's programs. Slots 0 and 1 are its input and its result (which may be its input)."""
+
+    def __init__(self, segment: "Segment") -> None:
+        self.segment = segment
+        tape = segment.tape
+        self.slots: dict[int, int] = {id(tape.x): 0}
+        self.size = 2
+        self.keys: list[object] = []  # told apart by id, so they must live
+        self.out = self.slots.setdefault(id(tape.out), 1)
+        self.out_is_shared = id(tape.out) in tape.elsewhere
+        self.shared = {name: self.slot(t) for name, t in tape.shared.items()}
+        self.shares = {name: self.slot(t) for name, t in tape.shares.items()}
+        self.external = {0, self.out, *self.shared.values(), *self.shares.values()}
+        log: Log = []
+        forward(tape, KEEPING[segment.checkpointing], log)
+        self.forward = self.compiled(log)
+        log = []
+        if segment.checkpointed:
+            again(tape, KEEPING[segment.checkpointing], log)
+        self.again = self.compiled(log)
+        self.backwards: dict[frozenset[str], _Backward] = {}
+        saved = {slot for code, slot, _ in self.backward(frozenset()).program if code == FREE}
+        self.again += [(FREE, slot, 0) for slot in _left(self.again) if slot not in saved]
+        # What the forward pass leaves is saved, or kept by selective checkpointing, or lives as long as the model's
+        # output; the rest goes when the segment is done: variables that held it, and what runs again.
+        left = set(_left(self.forward)) - self.external
+        kept = {self.slot(t) for t in kept_by(tape, KEEPING[segment.checkpointing]).values()}
+        stays = kept if segment.checkpointed else saved
+        self.outlives = sorted({self.slot(t) for t in tape.outlives} & left - stays)
+        self.forward += [(FREE, slot, 0) for slot in sorted(left - stays - set(self.outlives))]
+        #: Kept, and asked for by nobody: freed when the segment's backward pass is over.
+        self.left = sorted(left & kept - saved - {slot for code, slot, _ in self.again if code == FREE})
+
+    def slot(self, key: object) -> int:
+        if id(key) not in self.slots:
+            self.slots[id(key)] = self.size
+            self.size += 1
+            self.keys.append(key)
+        return self.slots[id(key)]
+
+    def compiled(self, log: Log) -> Program:
+        program: Program = []
+        for key, nbytes in log:
+            if key is None:
+                program.append((INSIDE, 0, nbytes))
+            elif key is RERUN:
+                program.append((AGAIN, 0, 0))
+            elif isinstance(key, Op):
+                program.append((GRADIENT, 0, nbytes))
+            else:
+                slot = self.slot(key)
+                if nbytes or slot not in self.external:
+                    program.append((TAKE if nbytes else FREE, slot, nbytes))
+        return program
+
+    def backward(self, waited: frozenset[str]) -> "_Backward":
+        if waited not in self.backwards:
+            log: Log = []
+            tape = self.segment.tape
+            ran = backward(tape, gradient=self.segment.kind != "loss", waited=waited, log=log)
+            named = {id(t): name for name, t in (*tape.shared.items(), *tape.shares.items())}
+            named |= {id(tape.out): named.get(id(tape.out), "out"), id(tape.x): named.get(id(tape.x), "x")}
+            begins = {named[key]: self.slot(g) for key, g in ran.begins.items() if key in named}
+            leaves = {named[key]: self.slot(g) for key, g in ran.leaves.items() if key in named}
+            self.backwards[waited] = _Backward(self.compiled(log), begins, leaves)
+        return self.backwards[waited]
+
+
+def _left(program: Program) -> list[int]:
+    """Slots that a program allocates and does not free."""
+    live = dict.fromkeys(slot for code, slot, _ in program if code == TAKE)
+    for code, slot, _ in program:
+        if code == FREE:
+            live.pop(slot, None)
+    return list(live)
+
+
+#: The last tape that was replayed, and its programs: several specs follow each other.
+_LAST: "list[tuple[Walked, list[_Programs]]]" = []
+
+
+def _programs(walked: "Walked") -> list[_Programs]:
+    if not (_LAST and _LAST[0][0] is walked):
+        known: dict[int, _Programs] = {}
+        for s in walked.segments:
+            if id(s) not in known:
+                known[id(s)] = _Programs(s)
+        _LAST[:] = [(walked, [known[id(s)] for s in walked.segments])]
+    return _LAST[0][1]
+
+
+def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps: int = 2) -> Replayed:
+    """What the allocator hands out and reserves in the first steps. ``ran`` is the tape of one micro-batch."""
+    return _Replay(ran, held, settings).run(steps)
+
+
+class _Replay:
+    def __init__(self, ran: "Activations", held: Held, settings: Settings) -> None:
+        if ran.walked is None:
+            raise ValueError("these activations do not say what they follow from")
+        self.walked, self.held = ran.walked, held
+        self.allocator = Allocator(settings)
+        self.gradients: list[Block | None] = []
+        self.programs = _programs(ran.walked)
+
+    def run(self, steps: int) -> Replayed:
+        a, held = self.allocator, self.held
+        there: dict[object, Block | None] = {}
+        for key, nbytes in held.load:
+            if nbytes:
+                there[key] = a.malloc(nbytes)
+            else:
+                a.free(there.pop(key, None))
+        loaded = a.most_reserved
+        if held.empty:
+            a.give_back()
+        for nbytes in held.whole:
+            a.malloc(nbytes)
+        for step in range(steps):
+            # The last of several micro-batches meets state and all gradients: it stands for the rest of its step.
+            self.micro_batch(first=not step or held.batches == 1)
+            for nbytes in held.state if not step else ():
+                a.malloc(nbytes)
+            for block in [a.malloc(nbytes) for nbytes in held.step]:
+                a.free(block)
+            while self.gradients and (held.batches == 1 or step == steps - 1):
+                a.free(self.gradients.pop())
+        return Replayed(a.most_requested, a.most_allocated, a.most_reserved, loaded)
+
+    def micro_batch(self, first: bool) -> None:
+        """Forward and backward through all segments. A block between two segments is the result of the one and the
+        input of the other, whichever keeps it for the backward pass."""
+        a, w = self.allocator, self.walked
+        tables, masks = a.malloc(w.tables), a.malloc(w.masks)
+        x: Block | None = None
+        shared: dict[str, Block | None] = {}
+        runs: list[tuple[_Programs, list[Block | None]]] = []
+        copies = []
+        kept = False  # the segment before keeps its result
+        for program in self.programs:
+            s = program.segment
+            slots: list[Block | None] = [None] * program.size
+            slots[0] = x
+            for name, slot in program.shared.items():
+                slots[slot] = shared.get(name)
+            copies.append(a.malloc(s.tape.cached * s.checkpointed))
+            self.play(program.forward, slots, first)
+            for name, slot in program.shares.items():
+                shared[name] = slots[slot]
+            if not s.keeps_input and not kept and program.out:
+                a.free(x)
+                slots[0] = None
+            x, kept = (None, False) if program.out_is_shared else (slots[program.out], s.keeps_output)
+            runs.append((program, slots))
+        for block in copies:
+            a.free(block)
+        self.backward(runs, shared, first)
+        a.free(x if not kept else None)
+        for block in (tables, masks):
+            a.free(block)
+
+    def backward(
+        self, runs: list[tuple[_Programs, list[Block | None]]], shared: dict[str, Block | None], first: bool
+    ) -> None:
+        a = self.allocator
+        waiting: dict[str, Block | None] = {}
+        for at in range(len(runs) - 1, -1, -1):
+            program, slots = runs[at]
+            s = program.segment
+            incoming = waiting.pop("x", None)
+            how = program.backward(frozenset(waiting))
+            slots += [None] * (program.size - len(slots))
+            for name, slot in how.begins.items():
+                slots[slot] = incoming if name == "out" else waiting.pop(name, None)
+            if "out" not in how.begins:
+                a.free(incoming)
+            self.play(how.program, slots, first, program.again)
+            for name, slot in how.leaves.items():
+                waiting[name] = slots[slot]
+            for slot in program.left:
+                a.free(slots[slot])
+            before = runs[at - 1][0].segment if at else None
+            if slots[0] is not None and program.out and not (before and before.keeps_output):
+                a.free(slots[0])
+            if s.keeps_output and not program.out_is_shared:
+                a.free(slots[program.out])
+            for name in program.shares:
+                a.free(shared.pop(name, None))
+        outlive = [slots[slot] for program, slots in runs for slot in program.outlives]
+        for block in (*waiting.values(), *shared.values(), *outlive):
+            a.free(block)
+
+    def play(self, program: Program, slots: list[Block | None], first: bool, again: Program = []) -> None:  # noqa: B006
+        malloc, free = self.allocator.malloc, self.allocator.free
+        for code, slot, nbytes in program:
+            if code == TAKE:
+                slots[slot] = malloc(nbytes)
+            elif code == FREE:
+                free(slots[slot])
+                slots[slot] = None
+            elif code == INSIDE:
+                free(malloc(nbytes))
+            elif code == AGAIN:
+                self.play(again, slots, first)
+            elif self.held.release:
+                while self.gradients:
+                    free(self.gradients.pop())
+                self.gradients.append(malloc(nbytes))
+            elif first:
+                self.gradients.append(malloc(nbytes))
+            else:  # added to the one that is there
+                free(malloc(nbytes))

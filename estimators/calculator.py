@@ -1,0 +1,265 @@
+"""The estimate: rows of bytes for each of some specs."""
+
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
+# takes a millisecond per class, and the calculator has to answer at once.
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from estimators.errors import InputError, shown
+from estimators.hardware import capacity
+from estimators.memory.rank_memory import SHARDS_ALSO, rows_of, step_temporaries
+from estimators.memory.step_rows import run
+from estimators.models.model import Model
+from estimators.models.resolve import resolve
+from estimators.result import Column, Estimate
+from estimators.trained import as_trained
+from estimators.training import BUCKET, Training, unknown
+from estimators.units import dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from memopt.keywords import SpecKeywords
+    from memopt.spec import OptimSpec
+
+__all__ = ["estimate"]
+
+#: What an estimate without activations does not contain.
+WITHOUT = ("temporaries of the step", "CUDA context", "allocator rounding")
+_MAX_WORLD_SIZE = 10**6
+
+
+def estimate(
+    model: Any,
+    spec: "str | OptimSpec | Sequence[str | OptimSpec]" = "adamw-8bit",
+    *,
+    gpu: str | int | None = None,
+    weights: str | None = None,
+    gradients: str | None = None,
+    world_size: int = 1,
+    batch: int = 1,
+    seq: int = 0,
+    checkpointing: str = "none",
+    attention: str = "sdpa",
+    lora: int = 0,
+    quantised: str = "",
+    accumulate: int = 1,
+    device: str = "cuda",
+    release_gradients: bool = False,
+    deepspeed: bool = False,
+    bucket: int = BUCKET,
+    mixed: str = "",
+    lora_targets: str = "all-linear",
+    lora_dtype: str = "fp32",
+    lora_dropout: float = 0.0,
+    lora_kind: str = "lora",
+    modules_to_save: str = "",
+    kbit_prepare: str = "",
+    loss: str = "full",
+    outputs: str = "dropped",
+    frozen: str = "",
+    train: str = "",
+    offload_activations: bool = False,
+    offload_params: bool = False,
+    compile: bool = False,
+    float8: bool = False,
+    **fields: "Unpack[SpecKeywords]",
+) -> Estimate:
+    """What one rank needs to train ``model`` with one spec or with each of several; does not import torch.
+
+    Args:
+        model: A parameter count (``8_000_000_000``, ``"8B"``), the name of a built-in architecture, the path of a
+            config.json, of a folder that holds one or of safetensors files, a configuration as a mapping, or a
+            ``torch.nn.Module`` (also on the meta device).
+        spec: A spec as of :func:`memopt.create`, or several, which become the columns of a table.
+        gpu: A card's name, a size (``"24GiB"``) or bytes; None asks only what is needed.
+        weights: Their dtype, torch's name; default a module's or file's own, else bfloat16.
+        gradients: Theirs; default as the weights.
+        world_size: Number of data-parallel ranks; figures are those of the fullest one.
+        batch: Sequences in one micro-batch on one rank.
+        seq: Tokens in a sequence; 0 counts weights, gradients and state only, no activations.
+        checkpointing: Activation checkpointing: ``"none"``, ``"full"``, ``"selective"`` or ``"every-K"`` blocks.
+        attention: ``"sdpa"``, ``"flash"`` or ``"eager"``.
+        lora: Rank of adapters, PEFT's LoRA; 0 trains the model itself.
+        quantised: Storage of the linear layers' weights under adapters, ``"nf4"``, ``"nf4-double"``, ``"int8"`` or
+            ``"gptq"``; ``""`` keeps their dtype.
+        accumulate: Micro-batches in one step.
+        device: ``"cuda"`` or ``"cpu"``.
+        release_gradients: Whether :meth:`memopt.Optimizer.release_gradients` steps in ``backward()``.
+        deepspeed: Whether DeepSpeed runs the step, at the stage that the spec's partition names.
+        bucket: Its buckets, in elements.
+        mixed: ``"bf16"`` or ``"fp16"``: weights in fp32 and products in this dtype, by FSDP2's policy under ``/zero2``
+            and ``/zero3``, else by torch.autocast.
+        lora_targets: ``"all-linear"``, ``"attention"``, ``"default"`` (PEFT's for the family) or names of layers,
+            separated by commas.
+        lora_dtype: The adapters' dtype; PEFT makes them fp32 unless told otherwise.
+        lora_dropout: Probability of dropout before each adapter.
+        lora_kind: ``"lora"``, ``"rslora"`` (the same bytes) or ``"dora"``.
+        modules_to_save: Names of modules of which PEFT trains a copy, separated by commas.
+        kbit_prepare: ``"yes"`` or ``"no"``: whether PEFT's ``prepare_model_for_kbit_training`` was called; default
+            yes for bitsandbytes' 4 and 8 bits.
+        loss: ``"full"`` logits, ``"chunked"`` (TRL's, cut cross entropy) or ``"fused"`` (Liger's).
+        outputs: ``"dropped"``, as Trainer does, or ``"kept"``: the model's output, logits included, lives until the
+            backward pass is over. The upper bound always allows for it.
+        frozen: Patterns of names of parameters that do not train, separated by commas.
+        train: Patterns of those that do; the others do not.
+        offload_activations: What layers save goes to pinned host memory.
+        offload_params: Weights, gradients and state live on the host (FSDP2's CPUOffloadPolicy, DeepSpeed's
+            offload_param).
+        compile: torch.compile of the model: figures are those of eager mode, and no verdict.
+        float8: torchao's float8 training of linear layers.
+        fields: Hyperparameters, placement options and fields of :class:`memopt.OptimSpec`, as of :func:`memopt.create`.
+
+    Returns:
+        An :class:`Estimate`: ``columns`` by spec, ``rows`` in bytes, the ``peak`` and its phase, ``fits``.
+
+    Raises:
+        InputError: for a model, a card or a number that is not allowed.
+        SpecError: for a spec or a keyword that is not allowed.
+
+    >>> e = estimate("gpt2", "adamw-8bit", gpu="8GiB", seq=1024, batch=1)
+    >>> e.parameters, e.fits, e.peak.phase
+    (124439808, True, 'backward')
+    >>> estimate("llama-3.1-8b", seq=2048, checkpointing="full").activations.saved
+    1654693888
+    """
+    if isinstance(world_size, bool) or not isinstance(world_size, int) or not 1 <= world_size <= _MAX_WORLD_SIZE:
+        raise InputError(f"world_size={shown(world_size)} is not allowed; it is from 1 to {_MAX_WORLD_SIZE}")
+    if isinstance(gpu, bool) or (isinstance(gpu, int) and gpu < 1):
+        raise InputError(f"gpu={shown(gpu)} is not allowed; it is a card's name, a size such as '24GiB' or bytes >= 1")
+    asked = Training(
+        batch=batch,
+        seq=seq,
+        checkpointing=checkpointing,
+        attention=attention,
+        lora=lora,
+        quantised=quantised,
+        accumulate=accumulate,
+        device=device,
+        release_gradients=release_gradients,
+        deepspeed=deepspeed,
+        bucket=bucket,
+        mixed=mixed,
+        lora_targets=lora_targets,
+        lora_dtype=lora_dtype,
+        lora_dropout=lora_dropout,
+        lora_kind=lora_kind,
+        modules_to_save=modules_to_save,
+        kbit_prepare=kbit_prepare,
+        loss=loss,
+        outputs=outputs,
+        frozen=frozen,
+        train=train,
+        offload_activations=offload_activations,
+        offload_params=offload_params,
+        compile=compile,
+        float8=float8,
+    )
+    if is_adapter(model):
+        from estimators.models.from_adapter import read
+
+        model, said = read(os.fspath(model))
+        defaults = Training()._asdict()
+        asked = asked._replace(**{k: v for k, v in said.items() if getattr(asked, k) == defaults[k]})
+    training = asked.checked()
+    if hasattr(model, "peft_config"):
+        from estimators.models.from_adapter import dropout
+
+        training = training._replace(lora_dropout=dropout(model, training.lora_dropout))
+    specs = _parsed(spec, dict(fields))
+    nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
+    described = resolve(model)
+    weight_dtype = None if weights is None else dtype(weights, "weights")
+    if mixed and not training.lora and weight_dtype not in (None, "float32"):
+        raise InputError(f"mixed={mixed!r} is for weights in float32, not {weight_dtype}, unless adapters train")
+    if mixed and not hasattr(model, "named_parameters"):  # a live module's weights are what they are
+        weight_dtype = weight_dtype or "float32"
+    gradient_dtype = None if gradients is None else dtype(gradients, "gradients")
+    described = as_trained(described, training, weight_dtype)
+    card = gpu if isinstance(gpu, str) else ""
+    runs = {own: run(described, training, own, card) for own in {_own_precision(s, training) for s in specs}}
+    ran, missing = runs[_own_precision(specs[0], training)]
+    columns = []
+    without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
+    without += unknown(training)
+    for one in specs:
+        of_the_step = step_temporaries(described, one, world_size, None, training) if training.seq else 0
+        lacks = without
+        if of_the_step is None and "temporaries of the step" not in without:
+            lacks = (*without, "temporaries of the step")
+        held = rows_of(
+            described,
+            one,
+            gradient_dtype,
+            world_size,
+            training,
+            runs[_own_precision(one, training)][0],
+            of_the_step,
+            card,
+        )
+        if training.seq and training.device != "cpu" and str(one) == "adamw":
+            from estimators.memory.other_optimizers import foreach
+
+            held += foreach(spec, one, described)
+        columns.append(Column(str(one), held, one.options, one.hyper, lacks))
+    return Estimate(
+        described,
+        columns,
+        nbytes,
+        weight_dtype or _one(described, all_=True),
+        gradient_dtype or _one(described, all_=False),
+        world_size,
+        training,
+        ran,
+        tuple(dict.fromkeys(one for column in columns for one in column.without)),
+        _as_text,
+    )
+
+
+def _as_text(e: Estimate) -> str:
+    from estimators.report.text import as_text
+
+    return as_text(e)
+
+
+def is_adapter(model: Any) -> bool:
+    """Whether this is the path of a folder that PEFT saved."""
+    path = model.__fspath__() if hasattr(model, "__fspath__") else model
+    return isinstance(path, str) and "\0" not in path and os.path.isfile(os.path.join(path, "adapter_config.json"))
+
+
+def _own_precision(spec: "OptimSpec", training: Training) -> bool:
+    """Whether mixed precision is FSDP2's, which computes in it throughout."""
+    return bool(training.mixed) and SHARDS_ALSO.get(spec.partition, (False,))[0]
+
+
+def _one(model: Model, *, all_: bool) -> str:
+    """The dtype of all weights, or of those that train; ``mixed`` where there are several."""
+    kinds = {model.dtypes.get(name, "bfloat16") for name, _ in model.shapes if all_ or name not in model.frozen}
+    return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else "bfloat16"
+
+
+def _parsed(spec: Any, fields: dict[str, Any]) -> "list[OptimSpec]":
+    """The specs, each once."""
+    from memopt.pricing import spec_fields
+    from memopt.spec import OptimSpec, parse
+
+    several = [spec] if isinstance(spec, (str, OptimSpec)) else list(spec)
+    if not several:
+        raise InputError("no spec was given; one is, for example, 'adamw-8bit'")
+    given = spec_fields(fields)
+    unique: dict[str, OptimSpec] = {}
+    for one in several:
+        try:
+            parsed = parse(one, **given)
+        except ValueError:
+            from estimators.memory.other_optimizers import not_priced
+
+            sentence = not_priced(one) if isinstance(one, str) else None
+            if sentence is None:
+                raise
+            raise InputError(sentence) from None
+        unique.setdefault(str(parsed), parsed)
+    return list(unique.values())

@@ -1,0 +1,1 @@
+"""Bytes of one rank: weights, gradients, state, activations and the runtime, as rows."""

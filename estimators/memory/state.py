@@ -1,0 +1,206 @@
+"""Optimizer state and the temporaries of its step, on the fullest rank."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from estimators.memory.memory_row import GPU, HOST, PAGEABLE
+from estimators.models.lora import NF4
+from estimators.models.model import Model, Shape
+
+if TYPE_CHECKING:
+    from memopt.geometry import Rows
+    from memopt.ledger import Line, TensorSpec
+    from memopt.spec import OptimSpec
+
+#: Where the parameters are said to be when state is priced.
+DEVICE = "cuda"
+_MAX_RANKS_PRICED = 32
+
+#: rule -> format -> bytes that the plain torch path allocates and frees while it steps one fp32 parameter, per element
+#: of the piece that is stepped at a time (``memopt/engines/pieces.py``; the whole where a rule needs it). Measured with
+#: torch 2.13 (the allocations of a step traced); tests measure them again. Parameters are stepped one after the other,
+#: so the largest counts. Sums over a whole parameter are in fp64, of a copy. The C++ kernels, which step parameters on
+#: the CPU, allocate nothing.
+_ADAM = {"32bit": 8, "bf16": 24, "8bit": 28, "fp8": 33, "4bit": 32, "factored": 12}
+_SIGN = {"32bit": 4, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24}
+PLAIN_PATH: dict[str, dict[str, int]] = {
+    "adamw": _ADAM,
+    "adam": _ADAM,
+    "adafactor": {"32bit": 20, "bf16": 24, "8bit": 28, "fp8": 33, "4bit": 32, "factored": 24},
+    "came": {"32bit": 20, "bf16": 36, "8bit": 40, "fp8": 45, "4bit": 44, "factored": 24},
+    "lion": _SIGN,
+    "sgd": {**_SIGN, "32bit": 0},
+    "rmsprop": {"32bit": 4, "bf16": 20, "8bit": 24, "fp8": 29, "4bit": 28, "factored": 12},
+    "radam": {**_ADAM, "32bit": 0},
+    "adabound": {**_ADAM, "32bit": 4},
+    "lamb": {**_ADAM, "32bit": 20, "bf16": 28, "factored": 24},
+    "ademamix": {**_ADAM, "bf16": 28, "8bit": 32, "fp8": 37, "4bit": 36},
+    "adammini": {"32bit": 12, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24},
+    "stableadamw": {**_ADAM, "32bit": 20, "bf16": 28, "factored": 24},
+}
+#: What the kernels allocate: tables of each tensor, and for each program that a step launches its tensor and place
+#: (8 bytes; a program takes 8192 elements or, with many, so many more that there are at most 2^17), once for the step
+#: and once for the look at the gradients; for rules with sums 16 bytes of each program; for factored moments sums of
+#: the rows and columns of bands of 256 by 512 elements, at most 32 MiB at a time.
+TABLES, PROGRAM, PROGRAMS, WORKSPACE = 4096, 8192, 2**17, 32 * 2**20
+#: The parameter and its gradient in fp32, where they are not.
+COPIES = 8
+#: The same while a master is read or written, copies included: the rule's own temporaries are not there then.
+MASTER = {"none": 0, "fp32": 13, "kahan": 19, "stochastic": 29, "split": 29, "split16": 29}
+
+
+def state_nbytes(
+    model: Model, spec: OptimSpec, world_size: int, weights: str | None = None
+) -> dict[tuple[str, str], int]:
+    """(moment, tier) -> bytes of :func:`memopt.price` on the fullest rank, for parameters of the dtype ``weights``
+    (None: the model's own). What a master keeps stands under its key: ``master``, ``compensation``, ``correction``.
+
+    State depends on a parameter's shape and dtype and, through overrides, on its name. So without overrides one
+    parameter of each shape is priced and its lines count as often as the shape occurs: the same sum, in a hundredth of
+    the time.
+    """
+    from memopt.ledger import TensorSpec
+
+    count: dict[str, int] = {}
+    first: dict[tuple[str, Shape], str] = {}
+    chosen: list[tuple[str, TensorSpec]] = []
+    for name, shape in model.shapes:
+        if name not in model.frozen:
+            dtype = weight_dtype(model, name, weights)
+            one = name if spec.overrides else first.setdefault((dtype, shape), name)
+            count[one] = count.get(one, 0) + 1
+            if one == name:
+                chosen.append((name, TensorSpec(dtype, shape)))
+    ranks = candidate_ranks(world_size) if spec.partition == "zero1" else [0]  # of the others the first is the fullest
+    return max((_priced(chosen, count, spec, world_size, rank) for rank in ranks), key=lambda t: sum(t.values()))
+
+
+def weight_dtype(model: Model, name: str, weights: str | None) -> str:
+    """The dtype of a parameter. One that is given is that of the model's own weights: adapters keep theirs."""
+    own = model.dtypes.get(name, "bfloat16")
+    return weights if weights and own not in NF4 and ".lora_" not in name else own
+
+
+def candidate_ranks(world_size: int) -> list[int]:
+    """Ranks among which the fullest under ``zero1`` is looked for: all, or of many the first and an even selection
+    (they differ by at most one row of each parameter).
+
+    >>> candidate_ranks(3), len(candidate_ranks(1000)), candidate_ranks(1000)[-1]
+    ([0, 1, 2], 33, 999)
+    """
+    n = min(world_size, _MAX_RANKS_PRICED)
+    return sorted({0, *(world_size * (i + 1) // n - 1 for i in range(n))})
+
+
+def _priced(
+    chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
+) -> dict[tuple[str, str], int]:
+    from memopt.pricing import price
+
+    totals: dict[tuple[str, str], int] = {}
+    lines = [
+        n for n in price(chosen, spec, world_size=world_size, rank=rank, device=DEVICE) if n.lifetime != "workspace"
+    ]
+    for line in [*lines, *_workspace(chosen, count, spec, world_size, rank)]:
+        key = (line.moment, tier(line))
+        times = count[line.parameter] if line.lifetime == "persistent" else 1
+        totals[key] = totals.get(key, 0) + line.nbytes * times
+    return totals
+
+
+def _workspace(
+    chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
+) -> list[Line]:
+    """What placements allocate besides the state: it depends on all parameters together."""
+    from memopt.partitions import PARTITIONS
+    from memopt.pricing import workspace_lines
+
+    rows = PARTITIONS[spec.partition].rows
+    owned = [one for name, t in chosen for one in [(name, rows(t.shape, rank, world_size), t.dtype)] * count[name]]
+    return workspace_lines(spec, spec.resolve(), owned, DEVICE)
+
+
+def tier(line: Line) -> str:
+    """The tier of a ledger line, from its location."""
+    if line.location == DEVICE:
+        return GPU
+    if line.location.startswith("paged:"):
+        return PAGEABLE
+    return HOST if line.location == "cpu" else line.location.partition(":")[0]
+
+
+def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
+    """Elements of a parameter that are stepped at once where its state is streamed."""
+    from memopt.layout.param import resolve
+    from memopt.placements import workspaces as w
+    from memopt.placements.homes import held
+    from memopt.placements.leases import lease_rows, target_of
+    from memopt.placements.options import of_placement
+
+    placement = spec.for_parameter(name)[1]
+    most, target = {"host": (w.HOST_MOST, w.HOST_TARGET), "disk": (w.DISK_MOST, w.DISK_TARGET)}[placement]
+    workspace = of_placement(spec.options, placement)["workspace"]
+    step = lease_rows(
+        *held(resolve(spec, spec.resolve(), name, 0, rows, dtype))[:3], target_of(workspace, target, most)
+    )
+    return rows.numel if step is None else min(step, rows.count) * rows.cols
+
+
+def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | None) -> int | None:
+    """What a step on a GPU allocates: tables of the kernels, what the plain path needs where rules need sums over
+    ranks, and what looking at gradients of ``@cpu`` takes. None where that was never measured (another engine or rule).
+    """
+    if spec.engine != "native" or spec.master not in MASTER or spec.rule not in PLAIN_PATH:
+        return None
+    from memopt.partitions import PARTITIONS
+    from memopt.partitions.base import NUMEL_TOGETHER
+    from memopt.placements.options import of_placement
+    from memopt.placements.workspaces import looking
+    from memopt.rules import RULES
+
+    rows = PARTITIONS[spec.partition].rows
+    whole = spec.format == "factored" or not RULES[spec.rule].element_wise
+    together = world_size > 1 and spec.partition != "none" and whole
+    most = total = tensors = in_kernels = looked = 0
+    known: dict[tuple[str, str, str, Shape], int] = {}  # elements that are stepped at once
+    for name, shape in model.shapes:
+        if name not in model.frozen:
+            fmt, placement, _ = spec.for_parameter(name)
+            if placement == "cpu":  # the step is the host's
+                if world_size == 1:
+                    looked = max(looked, looking(prod(shape), of_placement(spec.options, "cpu")))
+                continue
+            dtype = weight_dtype(model, name, weights)
+            key = (fmt, placement, dtype, shape)
+            if key not in known:
+                known[key] = max(rows(shape, r, world_size).numel for r in (0, world_size - 1))
+                if placement in ("host", "disk"):
+                    known[key] = min(known[key], _leased(spec, name, rows(shape, 0, world_size), dtype))
+            owned = known[key]
+            total += owned
+            each = PLAIN_PATH[spec.rule].get(fmt)
+            if each is None:
+                return None
+            low = dtype != "float32"
+            if not together:
+                tensors, in_kernels = tensors + 1, in_kernels + owned
+                continue
+            if low:
+                each = max(each + COPIES, MASTER[spec.master])
+            # Updates that need sums over ranks are under way together, up to so many elements.
+            most = max(most, max(owned, min(total, NUMEL_TOGETHER)) * each)
+    return most + max(looked, kernel_tables(tensors, in_kernels, whole, spec.rule == "adammini"))
+
+
+def kernel_tables(tensors: int, numel: int, whole: bool, rows: bool = False) -> int:
+    """Bytes that the Triton kernels allocate for so many tensors and elements; ``whole``: for a rule with sums;
+    ``rows``: with a mean of each row.
+
+    >>> kernel_tables(146, 1_235_814_400, False) / 2**20 < 4
+    True
+    """
+    programs = min(numel // PROGRAM, PROGRAMS) + tensors
+    sums = programs * 16 + min(numel * (4 / 256 + 4 / 512), WORKSPACE) if whole else 0
+    return tensors * TABLES + programs * (24 if rows else 16) + int(sums)

@@ -1,0 +1,1 @@
+"""Models that are priced: names, shapes and configurations, from wherever they are known."""

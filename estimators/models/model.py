@@ -1,0 +1,28 @@
+"""What is priced: named shapes, and how they are known."""
+
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string, which
+# takes a millisecond per class, and the calculator has to answer at once.
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Shape = tuple[int, ...]
+
+
+class Model(NamedTuple):
+    """The parameters of a model, shared ones once.
+
+    ``provenance`` is ``exact`` where every shape is known and ``assumed`` where only the count is. ``frozen`` are the
+    names of parameters that do not train. ``dtypes`` maps a name to torch's name of its dtype, where the source says
+    one; ``buffers`` are the bytes of tensors that are not parameters. ``notes`` are sentences for the reader.
+    ``config`` is the configuration behind the shapes, where there is one: activations follow from it.
+    """
+
+    name: str
+    shapes: tuple[tuple[str, Shape], ...]
+    provenance: str
+    frozen: frozenset[str] = frozenset()
+    dtypes: Mapping[str, str] = {}
+    buffers: int = 0
+    notes: tuple[str, ...] = ()
+    config: Mapping[str, Any] | None = None

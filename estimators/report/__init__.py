@@ -1,0 +1,1 @@
+"""An estimate as text, JSON, picture, and beside a measurement."""
