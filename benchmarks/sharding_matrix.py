@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 import memopt
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 from memopt.kernels import loader
 from memopt.layout.param import resolve
 from memopt.rules import RULES

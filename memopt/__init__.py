@@ -12,11 +12,11 @@ from memopt.version import __version__ as __version__
 
 #: public name -> the module that defines it
 _PUBLIC = {
-    "Ledger": "memopt.ledger",
-    "Line": "memopt.ledger",
+    "Ledger": "memopt.core.ledger",
+    "Line": "memopt.core.ledger",
     "OptimSpec": "memopt.spec",
     "Optimizer": "memopt.optimizer",
-    "SpecError": "memopt.hyper",
+    "SpecError": "memopt.core.hyperparameters",
     "clip_grad_norm_": "memopt.clipping",
     "clip_grad_value_": "memopt.clipping",
     "balance": "memopt.worlds",
@@ -71,13 +71,13 @@ if TYPE_CHECKING:
     from memopt.budget import fit
     from memopt.checkpoint import load, save
     from memopt.clipping import clip_grad_norm_, clip_grad_value_
+    from memopt.core.hyperparameters import SpecError
+    from memopt.core.ledger import Ledger, Line
     from memopt.diagnosis import watch
     from memopt.factory import create
     from memopt.grouping import describe, param_groups
-    from memopt.hyper import SpecError
     from memopt.integrations.deepspeed import deepspeed_config
     from memopt.integrations.fsdp import shard
-    from memopt.ledger import Ledger, Line
     from memopt.optimizer import Optimizer
     from memopt.pricing import price
     from memopt.rates import scale_rate

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memopt.hyper import SpecError
-from memopt.ledger import TensorSpec
+from memopt.core.hyperparameters import SpecError
+from memopt.core.ledger import TensorSpec
 from memopt.placements.options import size
 from memopt.pricing import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse

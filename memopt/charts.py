@@ -7,7 +7,7 @@ from math import floor, isfinite, log10
 from pathlib import Path
 from textwrap import wrap
 
-from memopt.extras import require
+from memopt.core.extras import require
 
 #: Dots of one braille cell, by column and row from the top.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.placements.away import Away
 from memopt.placements.early import scaled
 

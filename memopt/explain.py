@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from memopt.core.ledger import dtype_name
 from memopt.formats import FORMATS
-from memopt.ledger import dtype_name
 from memopt.masters import LOW_PRECISION, MASTERS, Master
 
 if TYPE_CHECKING:

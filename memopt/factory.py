@@ -143,7 +143,7 @@ def create(
     True
     >>> memopt.create(model, "lion", eps=1e-8)
     Traceback (most recent call last):
-    memopt.hyper.SpecError: lion has no hyperparameter 'eps'; it has lr, betas, weight_decay, maximize
+    memopt.core.hyperparameters.SpecError: lion has no hyperparameter 'eps'; it has lr, betas, weight_decay, maximize
     """
     given = {name: value for name, value in locals().items() if not isinstance(value, Unset)}  # the arguments, so far
     del given["model_or_params"], given["spec"], given["unknown"]

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from memopt.hyper import SpecError
-from memopt.naming import clean_names, clean_pattern
+from memopt.core.hyperparameters import SpecError
+from memopt.core.param_names import clean_names, clean_pattern
 
 #: A parameter's place in a stack: the first number that stands alone in its name (``layers.3.mlp.weight``).
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.hyper import SpecError
-from memopt.naming import clean_names
+from memopt.core.hyperparameters import SpecError
+from memopt.core.param_names import clean_names
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 

@@ -12,9 +12,9 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
+from memopt.core.hyperparameters import SpecError, check_live
+from memopt.core.param_names import clean_name
 from memopt.groups import check_group
-from memopt.hyper import SpecError, check_live
-from memopt.naming import clean_name
 from memopt.rules import RULES
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
+from memopt.core.hyperparameters import SpecError
+from memopt.core.ledger import Ledger
 from memopt.engines import Engine
 from memopt.groups import align_names, check_group, named_groups
-from memopt.hyper import SpecError
 from memopt.integrity import Integrity
-from memopt.ledger import Ledger
 from memopt.optim.as_dtensors import refuse_helpers
 from memopt.optim.params import Params
 from memopt.optim.setup import Setup

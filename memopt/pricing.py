@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from memopt.core.hyperparameters import SpecError
+from memopt.core.ledger import ITEMSIZE, Ledger, Line, TensorSpec
+from memopt.core.param_names import clean_names
+from memopt.core.rows import Rows
 from memopt.engines import ENGINES
-from memopt.geometry import Rows
-from memopt.hyper import SpecError
 from memopt.layout.param import resolve
-from memopt.ledger import ITEMSIZE, Ledger, Line, TensorSpec
-from memopt.naming import clean_names
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS, Placement
 from memopt.placements.leases import Held

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 #: rule -> (the power of the ratio of the batches, whose advice it is)
 SCALINGS = {

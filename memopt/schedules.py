@@ -6,7 +6,7 @@ from collections.abc import Callable
 from math import cos, isfinite, pi, sqrt
 from typing import TYPE_CHECKING, Any
 
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer

@@ -12,10 +12,10 @@ from types import MappingProxyType
 from typing import Any
 
 from memopt.aliases import ALIASES
-from memopt.hyper import SpecError
-from memopt.naming import clean_pattern
+from memopt.core.hyperparameters import SpecError
+from memopt.core.param_names import clean_pattern
+from memopt.core.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS
 from memopt.placements.options import checked
-from memopt.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS
 from memopt.rules import RULES, Moment, Rule
 
 _GRAMMAR = re.compile(
@@ -44,8 +44,8 @@ class OptimSpec:
     >>> OptimSpec(rule="adamw", format="8bit", placement="paged")
     OptimSpec('adamw-8bit@paged')
     >>> OptimSpec(rule="lion", format="factored")
-    Traceback (most recent call last):
-    memopt.hyper.SpecError: 'lion-factored': no moment of lion has a factored form; nearest: lion, lion-8bit
+    Traceback (most recent call last): memopt.core.hyperparameters.SpecError: 'lion-factored': no moment of lion has a
+    factored form; nearest: lion, lion-8bit
     """
 
     # Written out rather than a dataclass: importing dataclasses takes longer than all else that an estimate does.

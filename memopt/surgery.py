@@ -18,8 +18,8 @@ from memopt.checkpoint.fit import Slot, fill_slot
 from memopt.checkpoint.report import Conversion
 from memopt.checkpoint.resized import Change, changed
 from memopt.checkpoint.stored import Record
-from memopt.geometry import Rows
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Rows
 from memopt.partitions.dtensor import is_dtensor
 from memopt.partitions.zero1 import Zero1
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memopt import noise
+from memopt.core import dither
 from memopt.formats import Shard
 from memopt.masters import MASTERS
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
+    from memopt.core.ledger import TensorSpec
     from memopt.layout.param import MomentLayout, ParamLayout
-    from memopt.ledger import TensorSpec
 
 #: Keys of what masters keep.
 MASTER_KEYS = frozenset(master.key for master in MASTERS.values() if master.key)
@@ -126,7 +126,7 @@ def _moment(
         if values is None or (not moment.signed and bool((values < 0).any())):
             return None
         parts = {part: _zeros(expected[key]).to(here.p.device) for part, key in one.keys}
-        shard = Shard(layout.rows, noise.key(layout.seed, layout.index, order), step, here.total)
+        shard = Shard(layout.rows, dither.key(layout.seed, layout.index, order), step, here.total)
         fmt.write(values.to(here.p.device, torch.float32), parts, moment, shard)
         return {key: parts[part] for part, key in one.keys}
     there = [key for key in expected if key in state]

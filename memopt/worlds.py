@@ -4,7 +4,7 @@
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memopt.ledger import ITEMSIZE, TensorSpec
+from memopt.core.ledger import ITEMSIZE, TensorSpec
 from memopt.partitions import PARTITIONS
 from memopt.pricing import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse

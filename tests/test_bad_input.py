@@ -10,7 +10,7 @@ from cases import PLAIN_SPECS, assert_same_bits, odd_model, train
 from torch import nn
 
 import memopt
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 NAN, INF = float("nan"), float("inf")
 

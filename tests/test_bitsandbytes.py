@@ -5,7 +5,7 @@ import torch
 from cases import live_nbytes, odd_model, train
 
 import memopt
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 bnb = pytest.importorskip("bitsandbytes")
 

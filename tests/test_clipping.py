@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import memopt
 from memopt.clipping import grad_norm
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 
 def parameters(scale=1.0, dtype=torch.float32):

@@ -11,7 +11,7 @@ from cases import HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, odd_model, 
 import memopt
 from memopt.checkpoint.converted import Converted
 from memopt.checkpoint.opened import Checkpoint
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.spec import FIELDS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))

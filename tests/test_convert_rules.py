@@ -5,7 +5,7 @@ import torch
 from cases import HYPER
 
 import memopt
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.rules import RULES
 
 ALL_RULES = [*RULES, "lookahead(adamw)", "lookahead(adafactor)"]

@@ -10,7 +10,7 @@ from cases import HYPER
 from flattened import CASES, STEPS, session, whole
 
 import memopt
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 from memopt.kernels import loader
 from memopt.layout.param import resolve
 from memopt.partitions.recovering import Made, Unknown, recover

@@ -11,7 +11,7 @@ from torch import nn
 
 import estimators
 import memopt
-from memopt import extras
+from memopt.core import extras
 
 ROOT = Path(memopt.__file__).parent.parent
 #: Packages by the name that is imported, where it is not the one that is installed.

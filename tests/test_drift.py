@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import memopt
+from memopt.core.rows import Rows
 from memopt.formats import FORMATS, Shard
-from memopt.geometry import Rows
 from memopt.layout.param import resolve
 
 ROWS, COLS = 16, 256

@@ -82,7 +82,7 @@ def test_an_estimate_of_sharded_parameters(stage):
     assert column.nbytes("state") == memopt.price(shapes, f"adamw-8bit/{stage}", world_size=16).nbytes
     gathered = next(r for r in rows if r.what == "weights" and "gathered" in r.detail)
     assert gathered.phases == ("forward", "loss", "backward")
-    layer = 4 * sum(memopt.ledger.TensorSpec("float32", s).numel for n, s in shapes.items() if ".layers.0." in n)
+    layer = 4 * sum(memopt.core.ledger.TensorSpec("float32", s).numel for n, s in shapes.items() if ".layers.0." in n)
     outside = full - 16 * layer
     assert gathered.nbytes == outside + (16 if stage == "zero2" else 2) * layer
     assert not [r for r in whole.rows if "gathered" in r.detail]

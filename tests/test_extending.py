@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import toys
 
-from memopt import registry
+from memopt.core import registry
 
 ROOT = Path(__file__).parent.parent
 #: Exact ledger, falling loss, NaN policy, bit-exact resume, low-precision weights, released gradients.

@@ -8,11 +8,11 @@ from cases import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt import noise
+from memopt.core import dither
+from memopt.core.ledger import ITEMSIZE
+from memopt.core.rows import FLAT_ROW, Rows, row_count
 from memopt.formats import FORMATS, Shard
 from memopt.formats.blockwise import bend
-from memopt.geometry import FLAT_ROW, Rows, row_count
-from memopt.ledger import ITEMSIZE
 from memopt.rules import Moment
 
 SIGNED = Moment("m")
@@ -178,21 +178,21 @@ def test_rows_cover_a_parameter_once(shape, world):
 
 
 def test_words_are_a_function_of_row_column_and_step_only():
-    whole = noise.bits(123, 7, 0, 10, 300, "cpu")
-    assert torch.equal(noise.bits(123, 7, 4, 3, 200, "cpu"), whole[4:7, :200])
-    k = noise.mix(123 ^ 5) + 17 * noise.ALONG + 7 * noise.GOLDEN
-    assert int(whole[5, 17]) & noise.MASK == k & noise.MASK
-    assert not torch.equal(noise.bits(124, 7, 0, 10, 300, "cpu"), whole)
+    whole = dither.bits(123, 7, 0, 10, 300, "cpu")
+    assert torch.equal(dither.bits(123, 7, 4, 3, 200, "cpu"), whole[4:7, :200])
+    k = dither.mix(123 ^ 5) + 17 * dither.ALONG + 7 * dither.GOLDEN
+    assert int(whole[5, 17]) & dither.MASK == k & dither.MASK
+    assert not torch.equal(dither.bits(124, 7, 0, 10, 300, "cpu"), whole)
 
 
 @pytest.mark.parametrize("axis", ["rows", "columns", "steps"])
 def test_words_are_evenly_spread(axis):
     """4096 words along rows are as even as chance makes them; along columns and over steps they are more even."""
     if axis == "steps":
-        words = torch.cat([noise.bits(99, t, 0, 1, 1, "cpu").flatten() for t in range(4096)])
+        words = torch.cat([dither.bits(99, t, 0, 1, 1, "cpu").flatten() for t in range(4096)])
     else:
         rows, cols = (4096, 1) if axis == "rows" else (1, 4096)
-        words = noise.bits(99, 1, 0, rows, cols, "cpu").flatten()
+        words = dither.bits(99, 1, 0, rows, cols, "cpu").flatten()
     for shift in (24, 28):  # the upper bits are the ones that round
         bins = 1 << (32 - shift)
         counts = torch.bincount((words >> shift) & (bins - 1), minlength=bins).double()

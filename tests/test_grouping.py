@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import memopt
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 
 class Net(nn.Module):

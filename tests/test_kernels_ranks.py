@@ -5,7 +5,7 @@ import torch
 
 import memopt
 from memopt import kernels
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 from memopt.layout.param import resolve
 from memopt.layout.work import Work
 

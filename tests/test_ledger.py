@@ -5,7 +5,7 @@ import torch
 from cases import CASE_IDS, CASES, live_nbytes, odd_model, train
 
 import memopt
-from memopt.ledger import Ledger, Line
+from memopt.core.ledger import Ledger, Line
 
 
 @pytest.mark.parametrize(("spec", "hyper"), CASES, ids=CASE_IDS)

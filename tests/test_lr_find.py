@@ -8,8 +8,8 @@ from torch import nn
 
 import memopt
 from memopt.cli import main
+from memopt.core.hyperparameters import SpecError
 from memopt.diagnosis import range_test
-from memopt.hyper import SpecError
 
 
 def quadratic(curvature=4.0):

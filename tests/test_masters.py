@@ -7,13 +7,13 @@ from mastered import BITS, LOW, NBYTES, drive, hyper_of
 from torch import nn
 
 import memopt
+from memopt.core.dither import key
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Rows
 from memopt.formats import Shard
-from memopt.geometry import Rows
-from memopt.hyper import SpecError
 from memopt.kernels.loader import Missing
 from memopt.masters import MASTERS
 from memopt.masters.base import ORDER
-from memopt.noise import key
 from memopt.placements import PLACEMENTS
 
 

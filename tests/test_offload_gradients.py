@@ -18,7 +18,7 @@ from torch import nn
 
 import memopt
 from estimators import estimate
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.placements import bus
 from memopt.placements.away import Away
 

@@ -11,8 +11,8 @@ from cases import ENDINGS, HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, od
 from torch import nn
 
 import memopt
-from memopt.geometry import Rows
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Rows
 from memopt.layout.param import resolve
 from memopt.placements import PLACEMENTS, bus, leases
 from memopt.placements.homes import held

@@ -8,7 +8,7 @@ from torch import nn
 
 import memopt
 from memopt.cli import main
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.recipes import PUBLISHED
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import memopt
 from memopt.cli import main
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 PEAK, T, W, FLOOR = 0.3, 50, 7, 0.1
 

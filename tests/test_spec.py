@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import memopt
 from memopt.aliases import ALIASES
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.rules import RULES
 
 

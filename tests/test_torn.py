@@ -11,7 +11,7 @@ from saved import assert_same_model, assert_same_state
 import memopt
 from memopt.checkpoint import changing
 from memopt.checkpoint.tensorfile import TensorFile
-from memopt.ledger import Line
+from memopt.core.ledger import Line
 from memopt.placements.arena import Arena
 from memopt.placements.entry import Entry
 

@@ -7,7 +7,7 @@ import torch
 from interpreting import DEVICE, stepped
 
 import memopt
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 from memopt.layout.param import resolve
 from memopt.layout.work import Work
 from memopt.rules import RULES

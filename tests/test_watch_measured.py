@@ -7,7 +7,7 @@ from cases import odd_model, train
 from torch import nn
 
 import memopt
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 
 @pytest.mark.parametrize("spec", ["adamw", "adam", "lion", "radam", "rmsprop", "ademamix", "lookahead(adamw)"])

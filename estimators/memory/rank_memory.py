@@ -250,7 +250,7 @@ def _sized(kind: str, shape: Shape) -> int:
 
 def _itemsize(kind: str) -> float:
     """Bytes of one element, the scales of 4-bit weights included."""
-    from memopt.ledger import ITEMSIZE
+    from memopt.core.ledger import ITEMSIZE
 
     if kind in NF4:
         return NF4[kind]

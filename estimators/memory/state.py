@@ -10,8 +10,8 @@ from estimators.models.lora import NF4
 from estimators.models.model import Model, Shape
 
 if TYPE_CHECKING:
-    from memopt.geometry import Rows
-    from memopt.ledger import Line, TensorSpec
+    from memopt.core.ledger import Line, TensorSpec
+    from memopt.core.rows import Rows
     from memopt.spec import OptimSpec
 
 #: Where the parameters are said to be when state is priced.
@@ -61,7 +61,7 @@ def state_nbytes(
     parameter of each shape is priced and its lines count as often as the shape occurs: the same sum, in a hundredth of
     the time.
     """
-    from memopt.ledger import TensorSpec
+    from memopt.core.ledger import TensorSpec
 
     count: dict[str, int] = {}
     first: dict[tuple[str, Shape], str] = {}

@@ -15,7 +15,7 @@ from estimators.models.resolve import resolve
 from estimators.planning.methods import CHECKPOINTINGS, METHODS, SHARDINGS, Method, asked_for
 from estimators.result import Estimate
 from estimators.units import gib
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 __all__ = ["CHECKPOINTINGS", "METHODS", "SHARDINGS", "Method", "Plan", "Plans", "plans", "title"]
 

@@ -14,9 +14,9 @@ from memopt.checkpoint.fit import Slot, fill_slot
 from memopt.checkpoint.plan import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Record, Source
+from memopt.core.param_names import matching
 from memopt.groups import TORCH_KEYS, is_named
 from memopt.live_groups import has_shape
-from memopt.naming import matching
 from memopt.optim.state_dict import TORCH_EXECUTION
 from memopt.rules import RULES
 from memopt.takeover import own_entries

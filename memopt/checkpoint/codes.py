@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from memopt.core.rows import FLAT_ROW, Rows, Shape
 from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats import HELD, Format
 from memopt.formats.foreign.dynamic import dynamic8
-from memopt.geometry import FLAT_ROW, Rows, Shape
 from memopt.layout.param import resolve
 from memopt.rules import Moment
 from memopt.spec import OptimSpec

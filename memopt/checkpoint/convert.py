@@ -14,10 +14,10 @@ from memopt.checkpoint.fit import Slot
 from memopt.checkpoint.plan import Fill, check_fill, target_hyper, target_spec, unused_fill
 from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.report import Conversion, spelled
+from memopt.core.hyperparameters import SpecError
+from memopt.core.ledger import dtype_name
 from memopt.engines import ENGINES
-from memopt.hyper import SpecError
 from memopt.layout.flattened import needs_shapes
-from memopt.ledger import dtype_name
 from memopt.live_groups import has_shape
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements.homes import Homes

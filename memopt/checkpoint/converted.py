@@ -12,8 +12,8 @@ from memopt.checkpoint.fit import OURS, Encoding, Slot, fill_slot
 from memopt.checkpoint.plan import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Group, Record, Source
-from memopt.geometry import Rows, Shape
-from memopt.ledger import TensorSpec
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows, Shape
 from memopt.placements.homes import Homes
 from memopt.rules import RULES
 from memopt.spec import OptimSpec

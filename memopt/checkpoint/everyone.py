@@ -12,8 +12,8 @@ from memopt.checkpoint.codes import moment_codes
 from memopt.checkpoint.fit import Slot
 from memopt.checkpoint.kept import kept_of
 from memopt.checkpoint.stored import LivePiece, Record, Stored
+from memopt.core.ledger import TensorSpec
 from memopt.formats import Format
-from memopt.ledger import TensorSpec
 from memopt.masters import master_of
 from memopt.partitions.zero1 import Zero1
 from memopt.rules import Moment

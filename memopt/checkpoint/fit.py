@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memopt import noise
 from memopt.checkpoint import kept
 from memopt.checkpoint.codes import MomentCodes, moment_codes
 from memopt.checkpoint.meaning import share
@@ -17,11 +16,12 @@ from memopt.checkpoint.plan import Fill, feeds
 from memopt.checkpoint.report import Conversion, Loss
 from memopt.checkpoint.stored import Kept, LivePiece, Record, Stored
 from memopt.checkpoint.transfer import Target, transfer
+from memopt.core import dither
+from memopt.core.hyperparameters import SpecError
+from memopt.core.ledger import Line, TensorSpec
+from memopt.core.rows import Rows, Shape
 from memopt.formats import Shard
-from memopt.geometry import Rows, Shape
-from memopt.hyper import SpecError
 from memopt.layout.param import resolve
-from memopt.ledger import Line, TensorSpec
 from memopt.masters import Master, master_of
 from memopt.placements.homes import Homes
 from memopt.rules import Moment
@@ -102,7 +102,7 @@ class Slot(NamedTuple):
         """The parts of each moment within ``state``."""
         found = {}
         for j, (moment, fmt) in enumerate(self.codes):
-            shard = Shard(self.rows, noise.key(self.seed, self.index, j), step, self.total)
+            shard = Shard(self.rows, dither.key(self.seed, self.index, j), step, self.total)
             keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
             found[moment.name] = Target(moment, fmt, shard, {part: state[key] for part, key in keys.items()})
         return found

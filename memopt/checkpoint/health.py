@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memopt.checkpoint.codes import CHUNK_NUMEL, chunks
 from memopt.checkpoint.stored import Source, Stored
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 
 
 @dataclass

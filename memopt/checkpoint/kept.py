@@ -10,9 +10,9 @@ from torch import Tensor
 from memopt.checkpoint.codes import CHUNK_NUMEL, chunks
 from memopt.checkpoint.report import Loss
 from memopt.checkpoint.stored import Kept, LivePiece, Piece, Stored
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows, Shape
 from memopt.formats.base import Format, Parts, Shard
-from memopt.geometry import Rows, Shape
-from memopt.ledger import TensorSpec
 from memopt.masters import MASTERS, Master
 from memopt.rules import Moment
 

@@ -12,8 +12,8 @@ from memopt.checkpoint import contents
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.partial import alike, notes
 from memopt.checkpoint.tensorfile import spec_of
-from memopt.geometry import Rows
-from memopt.naming import matching
+from memopt.core.param_names import matching
+from memopt.core.rows import Rows
 from memopt.partitions.dtensor import held, is_dtensor
 
 

@@ -15,9 +15,9 @@ from memopt.checkpoint.codes import CODES
 from memopt.checkpoint.kept import Raw
 from memopt.checkpoint.stored import Group, Kept, Piece, Record, Source, Span, Stored
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows, Shape
 from memopt.formats import Format
-from memopt.geometry import Rows, Shape
-from memopt.ledger import TensorSpec
 from memopt.masters import MASTERS
 from memopt.partitions import PARTITIONS
 from memopt.partitions.dtensor import chunk

@@ -15,9 +15,9 @@ from torch import Tensor
 from memopt.checkpoint.fit import Slot
 from memopt.checkpoint.resized import Change, changed
 from memopt.checkpoint.stored import Group, Record, Source
-from memopt.geometry import Rows, Shape
+from memopt.core.param_names import matching
+from memopt.core.rows import Rows, Shape
 from memopt.groups import is_named
-from memopt.naming import matching
 from memopt.partitions.dtensor import is_dtensor
 
 if TYPE_CHECKING:

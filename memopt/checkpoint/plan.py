@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from memopt.checkpoint.meaning import meaning
-from memopt.hyper import CHECKS, SpecError
+from memopt.core.hyperparameters import CHECKS, SpecError
 from memopt.rules import RULES
 from memopt.spec import OptimSpec, parse
 

@@ -25,10 +25,10 @@ from torch import Tensor
 from memopt.checkpoint.fit import Slot
 from memopt.checkpoint.kept import kept_of
 from memopt.checkpoint.stored import LivePiece, Record, Stored
+from memopt.core.rows import Rows, row_count
 from memopt.formats import FORMATS, Format
 from memopt.formats.base import Parts
 from memopt.formats.foreign.flat import FlatBlocks
-from memopt.geometry import Rows, row_count
 
 
 class Change(NamedTuple):

@@ -16,7 +16,7 @@ from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.room import refuse_too_much
 from memopt.checkpoint.tensorfile import FileInfo, Progress, spec_of
 from memopt.checkpoint.writing import file_order, write_file
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 
 
 @torch.no_grad()

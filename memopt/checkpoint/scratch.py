@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memopt.geometry import Shape
-from memopt.ledger import ITEMSIZE
+from memopt.core.ledger import ITEMSIZE
+from memopt.core.rows import Shape
 
 
 class Scratch:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.codes import common, stored_rows
+from memopt.core.rows import Rows, Shape
 from memopt.formats import Format, Shard
-from memopt.geometry import Rows, Shape
 from memopt.masters import Master
 from memopt.rules import Moment
 from memopt.spec import OptimSpec

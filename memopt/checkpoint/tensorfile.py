@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memopt.ledger import ITEMSIZE, TensorSpec
+from memopt.core.ledger import ITEMSIZE, TensorSpec
 from memopt.untrusted import Refused
 from memopt.untrusted.headers import read_header
 from memopt.untrusted.opening import open_regular

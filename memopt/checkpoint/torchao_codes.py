@@ -10,10 +10,10 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, final
 
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows, Shape
 from memopt.formats.foreign.dynamic import code_book
 from memopt.formats.foreign.flat import FlatBlocks, nearest, relative
-from memopt.geometry import Rows, Shape
-from memopt.ledger import TensorSpec
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ from torch import Tensor
 from memopt.checkpoint.codes import CHUNK_NUMEL, chunks
 from memopt.checkpoint.report import Loss
 from memopt.checkpoint.stored import LivePiece, Stored
+from memopt.core.rows import Rows
 from memopt.formats import Format, Shard
 from memopt.formats.base import Parts
 from memopt.formats.foreign.flat import FlatBlocks
-from memopt.geometry import Rows
 from memopt.rules import Moment
 
 #: ``read(rows)``: the values of these rows, fp32 [rows.local_shape]; they are not changed.

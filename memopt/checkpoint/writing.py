@@ -27,7 +27,7 @@ from memopt.checkpoint.tensorfile import (
     spec_of,
 )
 from memopt.checkpoint.worker import Worker
-from memopt.ledger import TensorSpec
+from memopt.core.ledger import TensorSpec
 
 #: Pieces that wait for their checksum while the next are written.
 PENDING = 4

@@ -74,11 +74,11 @@ def aliases_text() -> list[str]:
 
 def matrix_text() -> list[str]:
     """A matrix of rules by formats, the values of the other axes, and what the matrix does not show."""
+    from memopt.core.registry import WRAPPERS
     from memopt.formats import FORMATS
     from memopt.masters import MASTERS
     from memopt.partitions import PARTITIONS
     from memopt.placements import PLACEMENTS
-    from memopt.registry import WRAPPERS
     from memopt.rules import RULES
     from memopt.spec import specs
 

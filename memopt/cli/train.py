@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.cli import hyper
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.spec import OptimSpec, parse
 from memopt.train.job import Job, ModelConfig, Result
 from memopt.train.recipe import learning_rate

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from memopt.core.extras import require
 from memopt.diagnosis.readings import Finding, Reading
-from memopt.extras import require
 
 
 class Log(Protocol):

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 
 #: Weight of the past in the smoothed loss.
 SMOOTHING = 0.9

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from memopt.clipping import local_part
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import FLAT_ROW, Rows
 from memopt.diagnosis.shadow import NUMEL, Sample, Shadow
-from memopt.geometry import FLAT_ROW, Rows
-from memopt.hyper import SpecError
 from memopt.optimizer import Optimizer
 from memopt.rules import RULES, Rule
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from memopt.clipping import grad_norm, local_part
+from memopt.core.hyperparameters import SpecError
 from memopt.diagnosis.causes import find
 from memopt.diagnosis.logs import Log, open_logs
 from memopt.diagnosis.readings import Finding, GroupReading, History, NonFinite, Reading
 from memopt.diagnosis.sampling import shadows
 from memopt.diagnosis.shadow import Shadow
 from memopt.gradients import non_finite
-from memopt.hyper import SpecError
 from memopt.optimizer import Optimizer
 
 #: Elements of each parameter by which its update is measured, evenly spaced.

@@ -1,8 +1,8 @@
 """Who executes, one file each. ``ENGINES`` is the axis: name -> :class:`~memopt.engines.base.Engine`."""
 
-from memopt import registry
+from memopt.core import registry
+from memopt.core.registry import Axis
 from memopt.engines.base import Engine
-from memopt.registry import Axis
 
 ENGINES: Axis[Engine] = registry.ENGINES
 

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from memopt.geometry import Rows
-from memopt.ledger import Line
+from memopt.core.ledger import Line
+from memopt.core.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
 
-from memopt import extras
+from memopt.core import extras
+from memopt.core.ledger import Line
+from memopt.core.rows import Rows
 from memopt.engines.base import Engine
 from memopt.formats import FORMATS, Format
 from memopt.formats.foreign.dynamic import dynamic8
-from memopt.geometry import Rows
-from memopt.ledger import Line
 from memopt.rules import Moment
 
 if TYPE_CHECKING:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from memopt import noise
+from memopt.core import dither
+from memopt.core.ledger import Line
+from memopt.core.rows import Rows
 from memopt.engines.base import Engine
 from memopt.engines.pieces import pieces
 from memopt.formats import FORMATS, Format, Shard
-from memopt.geometry import Rows
-from memopt.ledger import Line
 from memopt.masters.base import ORDER
 from memopt.rules import Moment
 
@@ -37,7 +37,7 @@ class ParameterState:
         self._rows, self._counted = work.rows, work.counted
         self._moments = {m.moment.name: m for m in work.layout.moments}
         self._shard = {
-            name: Shard(work.rows, noise.key(seed, work.index, j), work.step, total, work.counted)
+            name: Shard(work.rows, dither.key(seed, work.index, j), work.step, total, work.counted)
             for j, name in enumerate(self._moments)
         }
 
@@ -139,4 +139,4 @@ def _plain_piece(work: Work, total: Callable[[Tensor], Tensor], seed: int) -> No
     kept = work.state.get(master.key)
     exact = master.read(p, kept)
     rule.update(exact, g, state, work.step, work.h)
-    master.write(exact, p, kept, Shard(work.rows, noise.key(seed, work.index, ORDER), work.step, total))
+    master.write(exact, p, kept, Shard(work.rows, dither.key(seed, work.index, ORDER), work.step, total))

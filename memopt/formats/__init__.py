@@ -1,8 +1,8 @@
 """How a moment is stored, one file each. ``FORMATS`` is the axis: name -> :class:`~memopt.formats.base.Format`."""
 
-from memopt import registry
+from memopt.core import registry
+from memopt.core.registry import Axis
 from memopt.formats.base import Format, Shard
-from memopt.registry import Axis
 
 FORMATS: Axis[Format] = registry.FORMATS
 #: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.held``).

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from memopt.geometry import FLAT_ROW, Rows, Shape
-from memopt.ledger import TensorSpec
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import FLAT_ROW, Rows, Shape
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ class Shard(NamedTuple):
     """What an encoding may know about where it stands.
 
     ``rows`` are the rows held here; ``key`` (of this parameter's moment) and ``step`` choose the dither of
-    :mod:`memopt.noise`; ``total`` adds a tensor up over the ranks that hold the other rows (the identity where the
-    rows are all here), and ``counted`` are the indices of dimension 0 that this rank adds to it.
+    :mod:`memopt.core.dither`; ``total`` adds a tensor up over the ranks that hold the other rows (the identity where
+    the rows are all here), and ``counted`` are the indices of dimension 0 that this rank adds to it.
     """
 
     rows: Rows

@@ -1,6 +1,6 @@
 """Block-wise codes: a block of a row shares one fp32 scale, each element is an integer code.
 
-Two codes, one for each kind of moment, both rounded *stochastically* with the dither of :mod:`memopt.noise`.
+Two codes, one for each kind of moment, both rounded *stochastically* with the dither of :mod:`memopt.core.dither`.
 Round-to-nearest would freeze a second moment at b2 = 0.999, whose relative change per step is far below any 8-bit
 code's step.
 
@@ -32,10 +32,10 @@ from __future__ import annotations
 from math import log
 from typing import TYPE_CHECKING, NamedTuple
 
-from memopt import noise
+from memopt.core import dither
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows
 from memopt.formats.base import Shard, as_blocks, from_blocks
-from memopt.geometry import Rows
-from memopt.ledger import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +96,7 @@ def store_scales(values: Tensor, scales: Tensor) -> None:
 def random_words(shard: Shard, x: Tensor) -> Tensor:
     """The dither's int32 words in the shape of ``x`` [rows, blocks, block]."""
     rows, cols = shard.rows, x.shape[1] * x.shape[2]
-    return noise.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device).view(x.shape)
+    return dither.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device).view(x.shape)
 
 
 def upper_bits(words: Tensor, count: int) -> Tensor:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows, Shape
 from memopt.formats.base import Format, Parts, Shard
-from memopt.geometry import Rows, Shape
-from memopt.ledger import TensorSpec
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:

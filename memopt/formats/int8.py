@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows, Shape
 from memopt.formats.base import Format, Parts, Shard, as_blocks, from_blocks, too_small
 from memopt.formats.blockwise import (
     Code,
@@ -15,8 +17,6 @@ from memopt.formats.blockwise import (
     scales_layout,
     store_scales,
 )
-from memopt.geometry import Rows, Shape
-from memopt.ledger import TensorSpec
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, final
 
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import FLAT_ROW, Rows, Shape, row_count
 from memopt.formats.base import MIN_COLS, Format, Parts, Shard, as_blocks
-from memopt.geometry import FLAT_ROW, Rows, Shape, row_count
-from memopt.ledger import TensorSpec
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.spec import OptimSpec, parse
 
 _STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.partitions import PARTITIONS
 from memopt.partitions.sharded import Sharded
 from memopt.partitions.world import membership

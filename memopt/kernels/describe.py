@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from memopt.core.rows import FLAT_ROW, Rows
 from memopt.formats.rowmean import span
-from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi
 from memopt.rules.adafactor import FP32_EPS
 from memopt.rules.lookahead import SLOW

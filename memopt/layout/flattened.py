@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from memopt.geometry import Rows, Shape
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Rows, Shape
 from memopt.layout.param import resolve
 from memopt.partitions import cuts
 from memopt.rules import RULES

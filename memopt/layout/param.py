@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
+from memopt.core.hyperparameters import SpecError
+from memopt.core.ledger import Line, TensorSpec
+from memopt.core.registry import ENGINES, PLACEMENTS
+from memopt.core.rows import Rows
 from memopt.formats import FORMATS, HELD, Format
-from memopt.geometry import Rows
-from memopt.hyper import SpecError
 from memopt.layout.check import Expected, Place
-from memopt.ledger import Line, TensorSpec
 from memopt.masters import Master, master_of
 from memopt.partitions import PARTITIONS
-from memopt.registry import ENGINES, PLACEMENTS
 from memopt.rules import RULES, Moment, Rule
 
 if TYPE_CHECKING:

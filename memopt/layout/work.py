@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -1,8 +1,8 @@
 """How 16-bit parameters keep what an update is too small to touch, one file each. ``MASTERS`` is the axis."""
 
-from memopt import registry
+from memopt.core import registry
+from memopt.core.registry import Axis
 from memopt.masters.base import LOW_PRECISION, Master
-from memopt.registry import Axis
 
 MASTERS: Axis[Master] = registry.MASTERS
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
-from memopt.geometry import FLAT_ROW, Rows
-from memopt.ledger import TensorSpec
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import FLAT_ROW, Rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,10 +79,10 @@ class Bare(Master):
 
 def words(shard: Shard, x: Tensor) -> Tensor:
     """The dither's int32 words for the rows of ``x`` [local_shape], in its shape."""
-    from memopt import noise
+    from memopt.core import dither
 
     rows = shard.rows.in_units(FLAT_ROW)  # of a vector that is cut within a row, the rows around it
     cols = rows.cols if len(rows.shape) >= 2 else FLAT_ROW
-    found = noise.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device)
+    found = dither.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device)
     start = shard.rows.bounds[0] - rows.bounds[0]
     return found.view(-1)[start : start + x.numel()].view(x.shape)

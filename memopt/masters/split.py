@@ -73,8 +73,8 @@ class Split(_Split):
     """``correction`` int8 in the parameter's shape, 1 byte per parameter.
 
     bf16 and 8 bits are a 24-bit float with fp32's exponent and 16 significant bits; fp16 and 8 bits have 19. The bits
-    beyond are rounded stochastically with the dither of :mod:`memopt.noise`, so that updates too small even for the
-    longer number are not lost either.
+    beyond are rounded stochastically with the dither of :mod:`memopt.core.dither`, so that updates too small even for
+    the longer number are not lost either.
 
     Source: the layout of flashoptim's 24-bit weights (Databricks 2025), whose correction is the rounding error in units
     of 1/127 of half a unit in the last place; here it is the following bits themselves, so that it decodes exactly.

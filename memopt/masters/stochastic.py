@@ -20,8 +20,8 @@ class Stochastic(Bare):
         p <- the neighbour of x below, or above with probability (x - below) / (above - below)
 
     so the expected value of p is x, and an update of a tenth of a unit in the last place moves the weight every tenth
-    step. The uniform numbers are the dither of :mod:`memopt.noise`, a function of seed, parameter, row, column and
-    step: the same whatever the number of threads or ranks. A single weight is off by up to one unit in the last
+    step. The uniform numbers are the dither of :mod:`memopt.core.dither`, a function of seed, parameter, row, column
+    and step: the same whatever the number of threads or ranks. A single weight is off by up to one unit in the last
     place, twice the error of rounding to nearest.
 
     Source: Gupta et al., "Deep learning with limited numerical precision", ICML 2015; for bf16 weights Zamirai et

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from memopt.geometry import Rows, Shape
+from memopt.core.ledger import dtype_name
+from memopt.core.rows import Rows, Shape
 from memopt.layout.param import resolve
-from memopt.ledger import dtype_name
 from memopt.partitions.dtensor import is_dtensor, like
 
 if TYPE_CHECKING:

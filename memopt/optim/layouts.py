@@ -8,8 +8,8 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from memopt.core.ledger import dtype_name
 from memopt.layout import param
-from memopt.ledger import dtype_name
 from memopt.partitions.dtensor import is_dtensor
 from memopt.rules import RULES
 

@@ -10,9 +10,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from memopt.core.ledger import dtype_name
 from memopt.groups import STEPPED
 from memopt.layout import param
-from memopt.ledger import dtype_name
 from memopt.live_groups import LiveGroups, has_shape
 from memopt.optim.layouts import Entry, Layouts
 from memopt.optim.replaced import are_vectors, flattened

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol, final
 
+from memopt.core.hyperparameters import SpecError
 from memopt.engines import ENGINES, Engine
 from memopt.gradients import POLICIES
-from memopt.hyper import SpecError
 from memopt.integrity import Integrity
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements.homes import Homes

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memopt.core.param_names import clean_names
 from memopt.masters import MASTERS
-from memopt.naming import clean_names
 from memopt.optim.as_dtensors import has_dtensors, unwrapped, wrapped
 from memopt.takeover import is_own, own_entries
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from memopt.geometry import Rows
+from memopt.core.ledger import Ledger, Line, dtype_name
+from memopt.core.rows import Rows
 from memopt.layout import param
-from memopt.ledger import Ledger, Line, dtype_name
 from memopt.live_groups import has_shape
 from memopt.optim.params import Params, Resolved
 from memopt.optim.slab import check_slab

@@ -1,8 +1,8 @@
 """Which rank owns what, one file each. ``PARTITIONS`` is the axis: name -> class."""
 
-from memopt import registry
+from memopt.core import registry
+from memopt.core.registry import Axis
 from memopt.partitions.base import Partition
-from memopt.registry import Axis
 
 PARTITIONS: Axis[type[Partition]] = registry.PARTITIONS
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from memopt.geometry import Rows, Shape
+from memopt.core.rows import Rows, Shape
 from memopt.partitions.world import Groups, answered, membership
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import NamedTuple
 
-from memopt.geometry import Rows, Shape
+from memopt.core.rows import Rows, Shape
 
 #: DeepSpeed's partitions begin at multiples of so many elements per rank (nccl_start_alignment_factor).
 ALIGNMENT = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memopt.geometry import FLAT_ROW, Rows, Shape
+from memopt.core.rows import FLAT_ROW, Rows, Shape
 from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from memopt.geometry import Rows, Shape
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Rows, Shape
 from memopt.partitions.base import Entry, Partition
 
 if TYPE_CHECKING:

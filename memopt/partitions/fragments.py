@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from memopt.geometry import Rows, Shape
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Rows, Shape
 from memopt.partitions.base import NUMEL_TOGETHER, Entry, Partition, sum_over
 from memopt.partitions.cuts import Span, cut_rows
 from memopt.partitions.world import Groups

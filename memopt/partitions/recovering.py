@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memopt.geometry import Shape
+from memopt.core.rows import Shape
 from memopt.partitions.cuts import Span, spans_of_parameter, spans_of_vector
 from memopt.partitions.fragments import Origin
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from memopt.geometry import Rows, Shape
+from memopt.core.rows import Rows, Shape
 from memopt.partitions.base import Partition
 
 

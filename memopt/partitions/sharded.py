@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from memopt.geometry import Rows, Shape
+from memopt.core.rows import Rows, Shape
 from memopt.partitions.base import Partition
 from memopt.partitions.dtensor import Held, chunk, held, is_dtensor
 from memopt.partitions.world import Groups

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
 
-from memopt.geometry import Rows, Shape, row_count
+from memopt.core.rows import Rows, Shape, row_count
 from memopt.partitions.base import Partition, owned
 from memopt.partitions.world import Groups, answered
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from memopt.ledger import Line
+from memopt.core.ledger import Line
 from memopt.placements.leases import Held, Setting
 
 if TYPE_CHECKING:

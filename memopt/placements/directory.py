@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
-from memopt.ledger import ITEMSIZE, Line
+from memopt.core.ledger import ITEMSIZE, Line
 from memopt.ownership import own_directory
 from memopt.placements.arena import Arena
 from memopt.placements.entry import Entry, Sum

@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from memopt.ledger import Line
+from memopt.core.ledger import Line
 from memopt.placements.arena import Arena
 from memopt.placements.leases import PAGE, Part
 from memopt.placements.mapping import DONT_NEED, advise, tensors_in

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from memopt.geometry import Rows
-from memopt.ledger import Line
+from memopt.core.ledger import Line
+from memopt.core.rows import Rows
 from memopt.placements import PLACEMENTS
 from memopt.placements.base import Home, Run
 from memopt.placements.leases import Held, Setting

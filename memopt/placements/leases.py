@@ -10,8 +10,8 @@ for rules that need statistics of the whole tensor, a parameter is leased whole.
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-from memopt.geometry import Rows
-from memopt.ledger import Line
+from memopt.core.ledger import Line
+from memopt.core.rows import Rows
 
 #: Direct reads and writes are of whole pages, and a part begins on one.
 PAGE = 4096

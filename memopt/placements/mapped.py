@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from memopt.ledger import Line
+from memopt.core.ledger import Line
 from memopt.placements.arena import Arena
 from memopt.placements.base import Home, Placement, Run
 from memopt.placements.entry import Entry

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from memopt.geometry import Rows
-from memopt.ledger import Line
+from memopt.core.ledger import Line
+from memopt.core.rows import Rows
 from memopt.placements.arrivals import Arrivals
 from memopt.placements.base import E, Home, Placement, Run
 from memopt.placements.bus import Bus, bus_of

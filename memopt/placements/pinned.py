@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from memopt.ledger import Line
+from memopt.core.ledger import Line
 from memopt.placements.base import Placement, Run
 from memopt.placements.bus import Bus, bus_of
 from memopt.placements.leases import Buffers, Held, Part, Setting

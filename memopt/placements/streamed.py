@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 from memopt.placements.base import Home, Run
 from memopt.placements.leases import Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
 from memopt.placements.pipeline import Lanes, Operation, stream

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.extras import require
-from memopt.ledger import Line
+from memopt.core.extras import require
+from memopt.core.ledger import Line
 from memopt.placements.workspaces import AHEAD
 
 if TYPE_CHECKING:

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from memopt.geometry import Rows
-from memopt.ledger import Line, TensorSpec
+from memopt.core.ledger import Line, TensorSpec
+from memopt.core.rows import Rows
 from memopt.placements.leases import Buffers, Held, divisible
 from memopt.placements.options import EARLY
 

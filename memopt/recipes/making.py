@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
 from memopt.recipes.published import PUBLISHED
 from memopt.schedules import KINDS, NEEDS_TOTAL
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from memopt.clipping import clip_grad_norm_
+from memopt.core.hyperparameters import SpecError
 from memopt.factory import create
 from memopt.grouping import param_groups
-from memopt.hyper import SpecError
 from memopt.keywords import Hyperparameters, OptimizerKeywords
 from memopt.optimizer import Optimizer
 from memopt.schedules import schedule

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from memopt.hyper import is_number
+from memopt.core.hyperparameters import is_number
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Rule, State
 
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
-from memopt.geometry import Shape
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Shape
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Moment, Rule, State
 
 if TYPE_CHECKING:

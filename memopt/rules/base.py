@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from memopt.geometry import Shape
-from memopt.hyper import SpecError, check, check_names
+from memopt.core.hyperparameters import SpecError, check, check_names
+from memopt.core.rows import Shape
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memopt.geometry import Shape
+from memopt.core.rows import Shape
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Moment, Rule, State
 
 if TYPE_CHECKING:

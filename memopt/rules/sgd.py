@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from memopt.geometry import Shape
-from memopt.hyper import SpecError
+from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Shape
 from memopt.rules.base import Hyper, Moment, Rule, State
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from math import log
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memopt.noise import key
+from memopt.core.dither import key
 
 if TYPE_CHECKING:
     from torch import Tensor

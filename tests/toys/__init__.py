@@ -6,7 +6,7 @@ table of cases is made.
 
 import os
 
-from memopt.registry import register
+from memopt.core.registry import register
 
 VALUES = {
     "rule": ("toyrule", "toys.rule:RULE"),

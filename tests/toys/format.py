@@ -2,8 +2,8 @@
 
 from typing import final
 
+from memopt.core.ledger import TensorSpec
 from memopt.formats.base import Format, too_small
-from memopt.ledger import TensorSpec
 
 
 @final

@@ -2,7 +2,7 @@
 
 from typing import final
 
-from memopt.geometry import Rows as Some
+from memopt.core.rows import Rows as Some
 from memopt.partitions.base import Partition
 
 

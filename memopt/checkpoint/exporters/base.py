@@ -17,8 +17,8 @@ from memopt.checkpoint.plan import Fill
 from memopt.checkpoint.report import Conversion
 from memopt.checkpoint.stored import Record, Source
 from memopt.checkpoint.tensorfile import Progress
+from memopt.core.rows import Shape
 from memopt.formats.foreign.flat import FlatBlocks
-from memopt.geometry import Shape
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 

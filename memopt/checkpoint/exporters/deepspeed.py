@@ -32,7 +32,7 @@ from memopt.checkpoint.exporters.base import Exported, Exporter, Plan, State, co
 from memopt.checkpoint.folder import sync_directory
 from memopt.checkpoint.stored import Record, Source
 from memopt.checkpoint.tensorfile import Progress
-from memopt.geometry import Rows
+from memopt.core.rows import Rows
 from memopt.masters import master_of
 from memopt.spec import OptimSpec
 from memopt.untrusted.names import component

@@ -12,8 +12,8 @@ from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment, i
 from memopt.checkpoint.fit import Encoding
 from memopt.checkpoint.stored import Record, Source
 from memopt.checkpoint.torchao_codes import book_of_4_bits, torchao4, torchao_fp8
+from memopt.core.extras import require
 from memopt.engines.bitsandbytes import BLOCK
-from memopt.extras import require
 from memopt.formats.foreign.dynamic import code_book, dynamic8
 from memopt.formats.foreign.flat import FlatBlocks
 from memopt.spec import OptimSpec

@@ -12,8 +12,8 @@ from torch import Tensor
 from memopt.checkpoint.codes import CODES
 from memopt.checkpoint.foreign.gathered import NON_NEGATIVE, gathered
 from memopt.checkpoint.stored import Group, Kept, LivePiece, Stored
+from memopt.core.rows import Rows, Shape
 from memopt.formats import Format
-from memopt.geometry import Rows, Shape
 from memopt.rules import RULES, Moment
 
 State = Mapping[str, Any]

@@ -24,7 +24,7 @@ from memopt.checkpoint.foreign.base import steps as steps_of
 from memopt.checkpoint.foreign.gathered import GatheredPiece, from_fragments, gathered
 from memopt.checkpoint.kept import kept_of
 from memopt.checkpoint.stored import Record, Source
-from memopt.geometry import Shape
+from memopt.core.rows import Shape
 from memopt.masters.base import LOW_PRECISION
 from memopt.spec import OptimSpec
 from memopt.untrusted import Refused, laid_out

@@ -21,7 +21,7 @@ from memopt.checkpoint.foreign import inert, torch_optim
 from memopt.checkpoint.foreign.base import choose, factors, group_of, steps
 from memopt.checkpoint.foreign.gathered import gathered
 from memopt.checkpoint.stored import Record, Source, Stored
-from memopt.geometry import Shape
+from memopt.core.rows import Shape
 from memopt.spec import OptimSpec
 from memopt.untrusted import Refused, laid_out
 from memopt.untrusted.names import label, within

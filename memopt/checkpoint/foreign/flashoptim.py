@@ -19,8 +19,8 @@ from memopt.checkpoint.companded import BLOCK, Companded
 from memopt.checkpoint.foreign.base import State, Tool, encoded, plain
 from memopt.checkpoint.kept import Raw
 from memopt.checkpoint.stored import Kept, LivePiece, Stored
+from memopt.core.rows import Rows
 from memopt.formats.base import Shard
-from memopt.geometry import Rows
 from memopt.masters import Master
 from memopt.rules import Moment
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memopt.checkpoint.codes import CODES
 from memopt.checkpoint.stored import Piece, Span, Stored
-from memopt.geometry import Rows, Shape
+from memopt.core.rows import Rows, Shape
 from memopt.rules import Moment
 
 #: Moments that are never negative, wherever they come from.

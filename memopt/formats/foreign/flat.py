@@ -6,9 +6,9 @@ from abc import abstractmethod
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows, Shape
 from memopt.formats.base import Format, Parts, Shard
-from memopt.geometry import Rows, Shape
-from memopt.ledger import TensorSpec
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:

@@ -47,7 +47,7 @@ constexpr int SLOTS = 3;
 constexpr int CHUNK = 1024;
 constexpr int64_t chunks_of(int64_t cols) { return (cols + CHUNK - 1) / CHUNK; }
 
-// One tensor of one step. rows, cols: the view of memopt/geometry.py, of the rows held here; for FACTORED all
+// One tensor of one step. rows, cols: the view of memopt/core/rows.py, of the rows held here; for FACTORED all
 // dimensions but the last, and the last. A flat tensor has a ragged last row; numel says where it ends.
 struct Tensor {
     void* p;

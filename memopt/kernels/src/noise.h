@@ -1,4 +1,4 @@
-// The dither of memopt/noise.py.
+// The dither of memopt/core/dither.py.
 #pragma once
 #include "vec.h"
 

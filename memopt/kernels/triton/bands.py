@@ -59,7 +59,7 @@ def offsets(row_of, matrix, r, live, column, inside, ALIGN: tl.constexpr):
 
 @triton.jit
 def line_words(row_of, c, matrix, r, column, WIDTH: tl.constexpr):
-    """The dither of a master, whose rows are those of ``memopt/geometry.py``: several lines of the matrices each."""
+    """The dither of a master, whose rows are those of ``memopt/core/rows.py``: several lines of the matrices each."""
     lines = tl.load(row_of + f.LINES)
     line = matrix * tl.load(row_of + f.HEIGHT) + r
     row = line // lines + tl.load(row_of + f.FIRST_ROW)

@@ -7,12 +7,12 @@ def _columns(count: int) -> list[tl.constexpr]:
     return [tl.constexpr(i) for i in range(count)]
 
 
-#: int64: what stays while parameters and state stay. Addresses, then the geometry of ``memopt/geometry.py``.
+#: int64: what stays while parameters and state stay. Addresses, then the geometry of ``memopt/core/rows.py``.
 #: PER_ROW: blocks of one row; MAGIC, SHIFT: the division by it; KEY: of the dither; STEP: address of the number of
 #: steps where that is on the device, else 0; HEIGHT: rows of one matrix of a factored moment; ROWS_AT, COLS_AT,
 #: MEANS_AT: where its sums and means are kept meanwhile; SUMS_AT, SUMS: sums over the tensor, the first and how many;
 #: BESIDE, BESIDE_KEY: what a master keeps beside the parameter, and its dither; LINES: lines of a factored moment's
-#: matrices in one row of ``memopt/geometry.py``; STACKED: whether they are of a stack, even where one is held here;
+#: matrices in one row of ``memopt/core/rows.py``; STACKED: whether they are of a stack, even where one is held here;
 #: ROW_SPAN, ROW_GROUP: elements that share one of Adam-mini's second moments, and how many of these a program renews;
 #: SLOW: the slow weights of a rule inside lookahead().
 (

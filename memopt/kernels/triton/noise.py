@@ -1,14 +1,14 @@
-"""The dither of :mod:`memopt.noise` on the device."""
+"""The dither of :mod:`memopt.core.dither` on the device."""
 
 import triton
 import triton.language as tl
 
-from memopt import noise
+from memopt.core import dither
 
-_C1 = tl.constexpr(noise.C1)
-_C2 = tl.constexpr(noise.C2)
-_GOLDEN = tl.constexpr(noise.GOLDEN)
-_ALONG = tl.constexpr(noise.ALONG)
+_C1 = tl.constexpr(dither.C1)
+_C2 = tl.constexpr(dither.C2)
+_GOLDEN = tl.constexpr(dither.GOLDEN)
+_ALONG = tl.constexpr(dither.ALONG)
 
 
 @triton.jit

@@ -9,9 +9,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from memopt import noise
+from memopt.core import dither
+from memopt.core.rows import FLAT_ROW, Rows
 from memopt.formats.rowmean import span
-from memopt.geometry import FLAT_ROW, Rows
 from memopt.kernels import abi, describe
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton import masters, row_means
@@ -143,10 +143,10 @@ class Tensors:
             x_signed = x_signed or (slot == 2 and moment.signed)
             row[f.DATA0.value + slot] = parts[0].data_ptr()
             row[f.AUX0.value + slot] = parts[1].data_ptr() if len(parts) > 1 else 0
-            row[f.KEY0.value + slot] = noise.key(seed, work.index, order)
+            row[f.KEY0.value + slot] = dither.key(seed, work.index, order)
             addresses.append(parts[0].data_ptr())
         master = layout.master
-        row[f.BESIDE_KEY.value] = noise.key(seed, work.index, ORDER)
+        row[f.BESIDE_KEY.value] = dither.key(seed, work.index, ORDER)
         if master.key in work.state:
             row[f.BESIDE.value] = work.state[master.key].data_ptr()
             addresses.append(row[f.BESIDE.value])

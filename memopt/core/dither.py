@@ -4,7 +4,7 @@ The 32-bit word of an element at step t is
 
     mix(key ^ row) + col * 2^32 (sqrt 2 - 1) + t * 2^32 / golden ratio        (mod 2^32)
 
-with ``key`` made of seed, parameter and moment, and rows and columns those of :mod:`memopt.geometry`. It is a function
+with ``key`` made of seed, parameter and moment, and rows and columns those of :mod:`memopt.core.rows`. It is a function
 of these and of nothing else, so a run is reproducible bit for bit whatever the number of threads, the partition or
 the device.
 
