@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import memopt
-from memopt.aliases import ALIASES
 from memopt.core.hyperparameters import SpecError
 from memopt.rules import RULES
+from memopt.spec.aliases import ALIASES
 
 
 def test_every_spec_round_trips():

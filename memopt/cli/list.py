@@ -38,8 +38,8 @@ def run(args: Namespace) -> int:
 
 def as_json(aliases: bool) -> dict[str, Any]:
     """``specs``: every valid spec with its axes; ``aliases``, if asked for: name -> spec."""
-    from memopt.aliases import ALIASES
     from memopt.spec import specs
+    from memopt.spec.aliases import ALIASES
 
     axes = ("rule", "format", "master", "placement", "partition")
     listed = [{"spec": str(s), **{axis: getattr(s, axis) for axis in axes}} for s in specs()]
@@ -66,7 +66,7 @@ def _recipes(names: Sequence[str], as_json: bool) -> int:
 
 
 def aliases_text() -> list[str]:
-    from memopt.aliases import ALIASES
+    from memopt.spec.aliases import ALIASES
 
     width = max(map(len, ALIASES))
     return [f"{name:<{width}}  {spec}" for name, spec in ALIASES.items()]

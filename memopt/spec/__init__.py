@@ -11,12 +11,12 @@ from itertools import product
 from types import MappingProxyType
 from typing import Any
 
-from memopt.aliases import ALIASES
 from memopt.core.hyperparameters import SpecError
 from memopt.core.param_names import clean_pattern
 from memopt.core.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS
 from memopt.placements.options import checked
 from memopt.rules import RULES, Moment, Rule
+from memopt.spec.aliases import ALIASES
 
 _GRAMMAR = re.compile(
     r"(?P<rule>[a-z][a-z0-9]*(?:\([a-z0-9]+\))?)(?:-(?P<format>[a-z0-9]+))?(?:\+(?P<master>[a-z0-9]+))?"
