@@ -19,17 +19,17 @@ _PUBLIC = {
     "SpecError": "memopt.core.hyperparameters",
     "clip_grad_norm_": "memopt.clipping",
     "clip_grad_value_": "memopt.clipping",
-    "balance": "memopt.worlds",
+    "balance": "memopt.layout.balance",
     "create": "memopt.factory",
     "deepspeed_config": "memopt.integrations.deepspeed",
     "describe": "memopt.grouping",
-    "fit": "memopt.budget",
+    "fit": "memopt.layout.fit",
     "load": "memopt.checkpoint",
     "lookahead": "memopt.spec",
     "measure": "memopt.diagnosis.measured",
     "param_groups": "memopt.grouping",
     "parse": "memopt.spec",
-    "price": "memopt.pricing",
+    "price": "memopt.layout.price",
     "recipe": "memopt.recipes",
     "save": "memopt.checkpoint",
     "scale_rate": "memopt.rates",
@@ -68,7 +68,6 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from memopt.budget import fit
     from memopt.checkpoint import load, save
     from memopt.clipping import clip_grad_norm_, clip_grad_value_
     from memopt.core.hyperparameters import SpecError
@@ -78,13 +77,14 @@ if TYPE_CHECKING:
     from memopt.grouping import describe, param_groups
     from memopt.integrations.deepspeed import deepspeed_config
     from memopt.integrations.fsdp import shard
+    from memopt.layout.balance import balance
+    from memopt.layout.fit import fit
+    from memopt.layout.price import price
     from memopt.optimizer import Optimizer
-    from memopt.pricing import price
     from memopt.rates import scale_rate
     from memopt.recipes import recipe
     from memopt.schedules import schedule
     from memopt.spec import OptimSpec, lookahead, parse, specs
-    from memopt.worlds import balance
 
 
 def __getattr__(name: str) -> Any:

@@ -89,7 +89,7 @@ class Optimizer(torch.optim.Optimizer):
         capturable: bool = False,
         **fields: Any,
     ) -> None:
-        from memopt.pricing import spec_fields
+        from memopt.layout.price import spec_fields
 
         spec = parse(spec, **spec_fields(fields))
         self._make(

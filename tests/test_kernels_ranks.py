@@ -7,7 +7,7 @@ import memopt
 from memopt import kernels
 from memopt.core.rows import Rows
 from memopt.layout.param import resolve
-from memopt.layout.work import Work
+from memopt.layout.param_step import Work
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
 

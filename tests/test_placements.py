@@ -13,8 +13,9 @@ from torch import nn
 import memopt
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows
+from memopt.layout import chunks
 from memopt.layout.param import resolve
-from memopt.placements import PLACEMENTS, bus, leases
+from memopt.placements import PLACEMENTS, bus
 from memopt.placements.homes import held
 from memopt.placements.pipeline import Operation, stream
 
@@ -187,7 +188,7 @@ def test_nan_skips_a_step_and_changes_nothing():
 def test_pieces_are_the_whole_without_overlap_or_gap(spec, shape):
     parsed = memopt.parse(spec)
     one = held(resolve(parsed, parsed.resolve(HYPER.get(parsed.rule)), "w", 0, Rows.whole(shape), "float32"))
-    found = leases.pieces("w", *one[:3], target=40_000)
+    found = chunks.pieces("w", *one[:3], target=40_000)
     assert [p.rows.first for p in found[1:]] == [p.rows.stop for p in found[:-1]]
     ends: dict[str, int] = {}
     for p in found:
@@ -195,7 +196,7 @@ def test_pieces_are_the_whole_without_overlap_or_gap(spec, shape):
             assert part.offset == ends.get(part.key, 0)
             ends[part.key] = part.offset + part.nbytes
     assert ends == {line.key: line.nbytes for line in one.layout(one.rows)}
-    size = leases.extent(*one[:3], target=40_000)
+    size = chunks.extent(*one[:3], target=40_000)
     assert size == (max(p.nbytes for p in found), sum(p.nbytes for p in found))
     if len(found) > 1:
         assert size.largest <= 40_000 or found[0].rows.count == 1
@@ -209,7 +210,7 @@ def test_a_large_matrix_is_cut_and_buffers_stay_within_the_workspace():
         assert {line.lifetime for line in buffers} == {"workspace"}
         assert all(0 < line.nbytes <= 64 * 2**20 and line.shape[0] >= 3 for line in buffers)
     whole = memopt.price(shapes, "adafactor-32bit@host", device="cuda", workspace="64MiB")
-    assert whole.by("moment")["buffers"] == leases.room(4 * 128_256 * 4096)  # a rule that needs all of it at once
+    assert whole.by("moment")["buffers"] == chunks.room(4 * 128_256 * 4096)  # a rule that needs all of it at once
 
 
 # What overlaps --------------------------------------------------------------------------------------------------

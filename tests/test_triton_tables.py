@@ -9,7 +9,7 @@ from interpreting import DEVICE, stepped
 import memopt
 from memopt.core.rows import Rows
 from memopt.layout.param import resolve
-from memopt.layout.work import Work
+from memopt.layout.param_step import Work
 from memopt.rules import RULES
 
 pytest.importorskip("triton", minversion="3.3")

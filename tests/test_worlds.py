@@ -10,7 +10,7 @@ from torch import nn
 
 import memopt
 from estimators.models.resolve import resolve
-from memopt.pricing import named_tensors
+from memopt.layout.price import named_tensors
 
 SPECS = [
     "adamw/zero1",

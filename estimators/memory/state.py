@@ -97,7 +97,7 @@ def candidate_ranks(world_size: int) -> list[int]:
 def _priced(
     chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
 ) -> dict[tuple[str, str], int]:
-    from memopt.pricing import price
+    from memopt.layout.price import price
 
     totals: dict[tuple[str, str], int] = {}
     lines = [
@@ -114,8 +114,8 @@ def _workspace(
     chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
 ) -> list[Line]:
     """What placements allocate besides the state: it depends on all parameters together."""
+    from memopt.layout.price import workspace_lines
     from memopt.partitions import PARTITIONS
-    from memopt.pricing import workspace_lines
 
     rows = PARTITIONS[spec.partition].rows
     owned = [one for name, t in chosen for one in [(name, rows(t.shape, rank, world_size), t.dtype)] * count[name]]
@@ -133,10 +133,10 @@ def tier(line: Line) -> str:
 
 def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     """Elements of a parameter that are stepped at once where its state is streamed."""
+    from memopt.layout.chunks import lease_rows, target_of
     from memopt.layout.param import resolve
     from memopt.placements import workspaces as w
     from memopt.placements.homes import held
-    from memopt.placements.leases import lease_rows, target_of
     from memopt.placements.options import of_placement
 
     placement = spec.for_parameter(name)[1]

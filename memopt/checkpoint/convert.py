@@ -18,10 +18,10 @@ from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import dtype_name
 from memopt.engines import ENGINES
 from memopt.layout.flattened import needs_shapes
+from memopt.layout.price import spec_fields
 from memopt.live_groups import has_shape
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements.homes import Homes
-from memopt.pricing import spec_fields
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from memopt.formats import Format
     from memopt.layout.param import ParamLayout
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
     from memopt.partitions import Partition
     from memopt.rules import Moment
     from memopt.spec import OptimSpec

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.layout.param import ParamLayout
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 #: Elements of one piece. The plain path allocates up to 45 bytes for each.
 PIECE = 2**20

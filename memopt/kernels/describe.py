@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.layout.param import ParamLayout
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
     from memopt.rules import Rule
 
 DTYPES = {getattr(torch, name): code for name, code in abi.DTYPES.items()}

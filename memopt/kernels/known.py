@@ -21,7 +21,7 @@ from memopt.takeover import is_plain
 
 if TYPE_CHECKING:
     from memopt.kernels.context import StepContext
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 
 def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.kernels.context import StepContext, StepOutcome
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 
 class Plan(Known):

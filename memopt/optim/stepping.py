@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version  # kernels write where autogr
 
 from memopt import amp, kernels
 from memopt.gradients import check_gradient, non_finite
-from memopt.layout.work import Work, count_steps
+from memopt.layout.param_step import Work, count_steps
 from memopt.optim.params import Resolved
 from memopt.optim.store import StateStore
 

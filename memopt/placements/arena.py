@@ -6,8 +6,8 @@ import os
 import tempfile
 from typing import Any
 
+from memopt.layout.chunks import PAGE
 from memopt.ownership import open_own
-from memopt.placements.leases import PAGE
 from memopt.placements.mapping import map_file, punch
 
 #: File systems that are memory: nothing could leave it.

@@ -9,13 +9,13 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from memopt.core.ledger import Line
-from memopt.placements.leases import Held, Setting
+from memopt.layout.chunks import Held, Setting
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 #: ``run(works)`` executes the step of these works, whose state lies where the parameter is (for ``cpu``: on the host).
 Run = Callable[[Sequence["Work"]], None]

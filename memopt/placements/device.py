@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import final
 
+from memopt.layout.chunks import Setting
 from memopt.placements.base import Home, Placement
-from memopt.placements.leases import Setting
 
 
 @final

@@ -12,11 +12,11 @@ from math import prod
 from typing import Any
 
 from memopt.core.ledger import ITEMSIZE, Line
+from memopt.layout.chunks import PAGE, Setting
 from memopt.ownership import own_directory
 from memopt.placements.arena import Arena
 from memopt.placements.entry import Entry, Sum
 from memopt.placements.journal import Journal, Lock, sync_directory
-from memopt.placements.leases import PAGE, Setting
 from memopt.untrusted import laid_out
 from memopt.untrusted.documents import parse_json
 

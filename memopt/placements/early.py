@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from memopt.layout.chunks import Piece
 from memopt.placements.bus import bus_of
 from memopt.placements.fingerprint import fingerprint
 from memopt.placements.hooks import Hooks, leave, ranks
-from memopt.placements.leases import Piece
 from memopt.placements.streamed import Loan, Placed
 
 if TYPE_CHECKING:

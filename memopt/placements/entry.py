@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from memopt.core.ledger import Line
+from memopt.layout.chunks import PAGE, Part
 from memopt.placements.arena import Arena
-from memopt.placements.leases import PAGE, Part
 from memopt.placements.mapping import DONT_NEED, advise, tensors_in
 
 if TYPE_CHECKING:

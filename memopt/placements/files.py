@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
+from memopt.layout.chunks import PAGE, Buffers, Held, Part, Setting
 from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, Run, Survivor
 from memopt.placements.bus import Bus, bus_of
 from memopt.placements.directory import Directory
 from memopt.placements.entry import Entry, Sum
-from memopt.placements.leases import PAGE, Buffers, Held, Part, Setting
 from memopt.placements.mapping import bytes_view
 from memopt.placements.pipeline import Lanes, Operation
 from memopt.placements.streamed import Loan, Placed, Streamed, tensor_in
@@ -32,7 +32,7 @@ from memopt.placements.threads import Threads
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
 if TYPE_CHECKING:
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 #: Threads that read and write; a disk needs several requests at once to be as fast as it can.
 WORKERS = {"read": 2, "write": 2}

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from memopt.core.ledger import Line
 from memopt.core.rows import Rows
+from memopt.layout.chunks import Held, Setting
 from memopt.placements import PLACEMENTS
 from memopt.placements.base import Home, Run
-from memopt.placements.leases import Held, Setting
 from memopt.placements.options import of_placement
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.layout.param import ParamLayout
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
     from memopt.spec import OptimSpec
 
 

@@ -8,8 +8,8 @@ import struct
 import zlib
 from contextlib import suppress
 
+from memopt.layout.chunks import PAGE
 from memopt.ownership import open_own
-from memopt.placements.leases import PAGE
 
 _MAGIC = b"memopt02"
 #: magic, bytes of an area, number of the record, bytes of it, its CRC-32.

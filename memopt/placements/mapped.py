@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
+from memopt.layout.chunks import Held, Setting
 from memopt.placements.arena import Arena
 from memopt.placements.base import Home, Placement, Run
 from memopt.placements.entry import Entry
 from memopt.placements.files import Files
-from memopt.placements.leases import Held, Setting
 from memopt.placements.workspaces import AHEAD, window
 
 if TYPE_CHECKING:
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 
 @final

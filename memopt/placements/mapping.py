@@ -14,12 +14,12 @@ from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from memopt.placements.leases import PAGE
+from memopt.layout.chunks import PAGE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.placements.leases import Part
+    from memopt.layout.chunks import Part
 
 _PROT_READ_WRITE, _MAP_SHARED = 3, 1
 DONT_NEED = 4

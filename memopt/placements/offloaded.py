@@ -18,18 +18,18 @@ from torch import Tensor
 
 from memopt.core.ledger import Line
 from memopt.core.rows import Rows
+from memopt.layout.chunks import Buffers, Held, Piece, Setting, piece
 from memopt.placements.arrivals import Arrivals
 from memopt.placements.base import E, Home, Placement, Run
 from memopt.placements.bus import Bus, bus_of
 from memopt.placements.early import Early
-from memopt.placements.leases import Buffers, Held, Piece, Setting, piece
 from memopt.placements.options import EARLY
 from memopt.placements.pipeline import Lanes, Operation
 from memopt.placements.streamed import Loan, Placed, Streamed, bytes_of
 from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
 
 if TYPE_CHECKING:
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 
 #: What is said of the option for parameters in host memory.

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line
+from memopt.layout.chunks import Held, Setting, buffers, extents, target_of
 from memopt.placements.base import Home, Placement
-from memopt.placements.leases import Held, Setting, buffers, extents, target_of
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, window
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
+from memopt.layout.chunks import Buffers, Held, Part, Setting
 from memopt.placements.base import Placement, Run
 from memopt.placements.bus import Bus, bus_of
-from memopt.placements.leases import Buffers, Held, Part, Setting
 from memopt.placements.mapping import tensors_in
 from memopt.placements.pipeline import Lanes, Operation
 from memopt.placements.streamed import Placed, Streamed, bytes_of, tensor_in
@@ -20,7 +20,7 @@ from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 
 @final

@@ -8,15 +8,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.core.rows import Rows
+from memopt.layout.chunks import Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
 from memopt.placements.base import Home, Run
-from memopt.placements.leases import Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
 from memopt.placements.pipeline import Lanes, Operation, stream
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 
 class Loan(NamedTuple):

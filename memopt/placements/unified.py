@@ -17,7 +17,7 @@ from memopt.core.ledger import Line
 from memopt.placements.workspaces import AHEAD
 
 if TYPE_CHECKING:
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 
 class _Managed:

@@ -5,7 +5,7 @@ from typing import Any
 
 from memopt.core.ledger import Line, TensorSpec
 from memopt.core.rows import Rows
-from memopt.placements.leases import Buffers, Held, divisible
+from memopt.layout.chunks import Buffers, Held, divisible
 from memopt.placements.options import EARLY
 
 #: Bytes of a lease and the number of its buffers: enough that reading, stepping and writing never wait for each other.

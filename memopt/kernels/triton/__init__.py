@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memopt.kernels.context import StepContext
     from memopt.kernels.triton.plan import Plan
     from memopt.layout.param import ParamLayout
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
 
 
 def serves(works: Sequence[Work]) -> bool:

@@ -24,7 +24,7 @@ from memopt.kernels.triton.upload import write_by_value
 if TYPE_CHECKING:
     from memopt.kernels.context import StepContext
     from memopt.kernels.pages import Pages
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
     from memopt.rules import Rule
 
 

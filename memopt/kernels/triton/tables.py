@@ -24,7 +24,7 @@ from memopt.rules.lookahead import SLOW
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout
-    from memopt.layout.work import Work
+    from memopt.layout.param_step import Work
     from memopt.rules import Rule
 
 #: dtype -> Triton's name of it.

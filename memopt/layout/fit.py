@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import TensorSpec
+from memopt.layout.price import named_tensors, price, spec_fields
 from memopt.placements.options import size
-from memopt.pricing import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse
 
 if TYPE_CHECKING:

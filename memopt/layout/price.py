@@ -10,10 +10,10 @@ from memopt.core.ledger import ITEMSIZE, Ledger, Line, TensorSpec
 from memopt.core.param_names import clean_names
 from memopt.core.rows import Rows
 from memopt.engines import ENGINES
+from memopt.layout.chunks import Held
 from memopt.layout.param import resolve
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS, Placement
-from memopt.placements.leases import Held
 from memopt.placements.options import OPTIONS
 from memopt.spec import FIELDS, OptimSpec, parse
 
