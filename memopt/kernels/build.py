@@ -21,7 +21,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from memopt.ownership import open_own, own_directory
+from memopt.untrusted.ownership import open_own, own_directory
 
 SOURCES = Path(__file__).parent / "src"
 NAME = "libmemopt_kernels.so"

@@ -7,8 +7,8 @@ import tempfile
 from typing import Any
 
 from memopt.layout.chunks import PAGE
-from memopt.ownership import open_own
 from memopt.placements.mapping import map_file, punch
+from memopt.untrusted.ownership import open_own
 
 #: File systems that are memory: nothing could leave it.
 IN_MEMORY = ("tmpfs", "ramfs")

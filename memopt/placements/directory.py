@@ -13,12 +13,12 @@ from typing import Any
 
 from memopt.core.ledger import ITEMSIZE, Line
 from memopt.layout.chunks import PAGE, Setting
-from memopt.ownership import own_directory
 from memopt.placements.arena import Arena
 from memopt.placements.entry import Entry, Sum
 from memopt.placements.journal import Journal, Lock, sync_directory
 from memopt.untrusted import laid_out
 from memopt.untrusted.documents import parse_json
+from memopt.untrusted.ownership import own_directory
 
 #: The form of the record; another one is refused.
 FORMAT = 1

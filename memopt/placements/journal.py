@@ -9,7 +9,7 @@ import zlib
 from contextlib import suppress
 
 from memopt.layout.chunks import PAGE
-from memopt.ownership import open_own
+from memopt.untrusted.ownership import open_own
 
 _MAGIC = b"memopt02"
 #: magic, bytes of an area, number of the record, bytes of it, its CRC-32.
