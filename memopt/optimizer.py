@@ -13,14 +13,14 @@ from torch import Tensor
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import Ledger
 from memopt.engines import Engine
-from memopt.groups import align_names, check_group, named_groups
-from memopt.integrity import Integrity
-from memopt.optim.as_dtensors import refuse_helpers
+from memopt.optim.edits.group_checks import align_names, check_group, named_groups
+from memopt.optim.integrity import Integrity
 from memopt.optim.params import Params
 from memopt.optim.setup import Setup
 from memopt.optim.state_dict import dump, load, packed_bytes, restore_copied
-from memopt.optim.stepping import Scaler, Stepper
-from memopt.optim.store import StateStore
+from memopt.optim.state_dtensors import refuse_helpers
+from memopt.optim.state_store import StateStore
+from memopt.optim.step import Scaler, Stepper
 from memopt.partitions import Partition
 from memopt.placements.homes import Homes
 from memopt.rules import Rule
@@ -347,7 +347,7 @@ class Optimizer(torch.optim.Optimizer):
             keep = model.embed.weight.norm(dim=1) > 0.1
             opt.select_rows(model.embed.weight, keep)
         """
-        from memopt.surgery import select_rows
+        from memopt.optim.edits.rows import select_rows
 
         select_rows(self, p, index, into)
 
@@ -369,7 +369,7 @@ class Optimizer(torch.optim.Optimizer):
             model.resize_token_embeddings(len(tokenizer))
             opt.append_rows(model.get_input_embeddings().weight)
         """
-        from memopt.surgery import append_rows
+        from memopt.optim.edits.rows import append_rows
 
         append_rows(self, p, rows, into)
 
@@ -396,7 +396,7 @@ class Optimizer(torch.optim.Optimizer):
 
             opt.reset_state([p for n, p in model.named_parameters() if "lora_" in n], step=0)
         """
-        from memopt.surgery import reset_state
+        from memopt.optim.edits.rows import reset_state
 
         reset_state(self, parameters, moments, rows, step)
 

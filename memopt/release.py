@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from memopt.clipping import EPS, PartialNorm
-from memopt.gradients import check_gradient, non_finite
-from memopt.groups import STEPPED
+from memopt.optim.edits.group_checks import STEPPED
+from memopt.optim.gradient_checks import check_gradient, non_finite
 
 if TYPE_CHECKING:
-    from memopt.optim.stepping import Stepper
+    from memopt.optim.step import Stepper
 
 
 #: Place among all parameters, name, parameter, group.

@@ -15,11 +15,11 @@ from memopt.checkpoint.plan import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Record, Source
 from memopt.core.param_names import matching
-from memopt.groups import TORCH_KEYS, is_named
-from memopt.live_groups import has_shape
+from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
+from memopt.optim.edits.param_groups import has_shape
+from memopt.optim.edits.state import own_entries
 from memopt.optim.state_dict import TORCH_EXECUTION
 from memopt.rules import RULES
-from memopt.takeover import own_entries
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer

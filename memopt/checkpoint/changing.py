@@ -17,12 +17,12 @@ from memopt.checkpoint.plan import Fill
 from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.report import Conversion
 from memopt.checkpoint.stored import Record
+from memopt.optim.edits.state import own_entries
 from memopt.partitions import Partition
 from memopt.partitions.zero1 import Zero1
 from memopt.placements.base import Home
 from memopt.placements.homes import Homes
 from memopt.spec import OptimSpec
-from memopt.takeover import own_entries
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer

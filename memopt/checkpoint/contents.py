@@ -12,12 +12,12 @@ from torch import Tensor
 from memopt.checkpoint import plain
 from memopt.checkpoint.codes import moment_codes
 from memopt.core.param_names import clean_names
-from memopt.groups import is_named
-from memopt.live_groups import has_shape
 from memopt.masters import MASTERS
+from memopt.optim.edits.group_checks import is_named
+from memopt.optim.edits.param_groups import has_shape
+from memopt.optim.edits.state import own_entries
 from memopt.partitions.dtensor import chunk, held, is_dtensor
 from memopt.spec import OptimSpec
-from memopt.takeover import own_entries
 from memopt.version import __version__
 
 if TYPE_CHECKING:

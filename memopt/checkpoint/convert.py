@@ -19,7 +19,7 @@ from memopt.core.ledger import dtype_name
 from memopt.engines import ENGINES
 from memopt.layout.flattened import needs_shapes
 from memopt.layout.price import spec_fields
-from memopt.live_groups import has_shape
+from memopt.optim.edits.param_groups import has_shape
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements.homes import Homes
 from memopt.rules import RULES

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from memopt.checkpoint.convert import slots
 from memopt.checkpoint.stored import Group, Source
-from memopt.groups import TORCH_KEYS, is_named
+from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer

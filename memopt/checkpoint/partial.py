@@ -17,7 +17,7 @@ from memopt.checkpoint.resized import Change, changed
 from memopt.checkpoint.stored import Group, Record, Source
 from memopt.core.param_names import matching
 from memopt.core.rows import Rows, Shape
-from memopt.groups import is_named
+from memopt.optim.edits.group_checks import is_named
 from memopt.partitions.dtensor import is_dtensor
 
 if TYPE_CHECKING:

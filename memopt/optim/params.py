@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import dtype_name
-from memopt.groups import STEPPED
 from memopt.layout import param
-from memopt.live_groups import LiveGroups, has_shape
+from memopt.optim.edits.group_checks import STEPPED
+from memopt.optim.edits.param_groups import LiveGroups, has_shape
 from memopt.optim.layouts import Entry, Layouts
-from memopt.optim.replaced import are_vectors, flattened
+from memopt.optim.replaced_params import are_vectors, flattened
 from memopt.partitions.recovering import Made
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ class Params:
 
         DTensors of the same shapes (FSDP2, through accelerate) and anything of the same shape go on. Vectors in place
         of matrices are DeepSpeed's: the optimizer goes on over the partition that
-        :func:`memopt.optim.replaced.flattened` finds. State that was made for parameters that are gone is said once,
-        in a warning.
+        :func:`memopt.optim.replaced_params.flattened` finds. State that was made for parameters that are gone is said
+        once, in a warning.
         """
         if self.setup.partition.is_flattened or self._ids() == self._seen:
             return False

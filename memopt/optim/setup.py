@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, Protocol, final
 
 from memopt.core.hyperparameters import SpecError
 from memopt.engines import ENGINES, Engine
-from memopt.gradients import POLICIES
-from memopt.integrity import Integrity
+from memopt.optim.gradient_checks import POLICIES
+from memopt.optim.integrity import Integrity
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements.homes import Homes
 from memopt.rules import RULES, Rule

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from memopt.core.param_names import clean_names
 from memopt.masters import MASTERS
-from memopt.optim.as_dtensors import has_dtensors, unwrapped, wrapped
-from memopt.takeover import is_own, own_entries
+from memopt.optim.edits.state import is_own, own_entries
+from memopt.optim.state_dtensors import has_dtensors, unwrapped, wrapped
 
 if TYPE_CHECKING:
     from memopt.optim.params import Params
-    from memopt.optim.store import StateStore
+    from memopt.optim.state_store import StateStore
 
 #: Keys that torch.optim keeps in a group and that say how it computes, not what.
 TORCH_EXECUTION = ("foreach", "fused", "capturable", "differentiable")

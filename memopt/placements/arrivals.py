@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from memopt.gradients import check_gradient
+from memopt.optim.gradient_checks import check_gradient
 from memopt.placements.away import Away
 from memopt.placements.bus import Bus, bus_of
 from memopt.placements.hooks import Hooks, leave, ranks

@@ -8,7 +8,7 @@ from typing import Any
 from memopt.checkpoint.foreign import bitsandbytes, flashoptim, torch_optim, torchao, transformers_adafactor
 from memopt.checkpoint.foreign.base import Tool, choose, group_of, steps
 from memopt.checkpoint.stored import Group, Record, Source
-from memopt.groups import is_named
+from memopt.optim.edits.group_checks import is_named
 from memopt.spec import OptimSpec
 from memopt.untrusted import Refused, laid_out
 from memopt.untrusted.names import label

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from torch import Tensor
 from torch.autograd.graph import increment_version  # kernels write where autograd does not look
 
-from memopt import amp, kernels
-from memopt.gradients import check_gradient, non_finite
+from memopt import kernels
 from memopt.layout.param_step import Work, count_steps
+from memopt.optim import grad_scaler
+from memopt.optim.gradient_checks import check_gradient, non_finite
 from memopt.optim.params import Resolved
-from memopt.optim.store import StateStore
+from memopt.optim.state_store import StateStore
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout
@@ -170,7 +171,7 @@ class Stepper:
         setup = self.setup
         if setup.capturable:
             kernels.check_capturable([(one.layout, one.p) for one in ready], setup.partition.world_size)
-        if amp.unscale(scaler.found_inf, scaler.grad_scale, gradients):
+        if grad_scaler.unscale(scaler.found_inf, scaler.grad_scale, gradients):
             self.skipped += 1
             return True
         if setup.nonfinite == "propagate":

@@ -12,12 +12,12 @@ from torch import Tensor
 from memopt.core.ledger import Ledger, Line, dtype_name
 from memopt.core.rows import Rows
 from memopt.layout import param
-from memopt.live_groups import has_shape
+from memopt.optim.column_shards import check_slab
+from memopt.optim.edits.param_groups import has_shape
+from memopt.optim.edits.state import Here, is_own, is_plain, stands, taken_over
 from memopt.optim.params import Params, Resolved
-from memopt.optim.slab import check_slab
 from memopt.placements.base import Home
 from memopt.placements.homes import held
-from memopt.takeover import Here, is_own, is_plain, stands, taken_over
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memopt import kernels
-from memopt.groups import check_steppable
+from memopt.optim.edits.group_checks import check_steppable
 from memopt.placements.away import on_host
 
 #: What to do with a step whose gradients hold NaN or Inf.

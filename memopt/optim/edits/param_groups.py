@@ -14,7 +14,7 @@ from weakref import ref
 
 from memopt.core.hyperparameters import SpecError, check_live
 from memopt.core.param_names import clean_name
-from memopt.groups import check_group
+from memopt.optim.edits.group_checks import check_group
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
