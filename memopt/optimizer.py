@@ -404,7 +404,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def explain(self) -> str:
         """What runs and where, and every place where that is not literally what the spec asked for."""
-        from memopt.explain import explain
+        from memopt.diagnosis.explain import explain
 
         self.setup.check_whole()
         return explain(self)
