@@ -17,23 +17,23 @@ _PUBLIC = {
     "OptimSpec": "memopt.spec",
     "Optimizer": "memopt.optimizer",
     "SpecError": "memopt.core.hyperparameters",
-    "clip_grad_norm_": "memopt.clipping",
-    "clip_grad_value_": "memopt.clipping",
+    "clip_grad_norm_": "memopt.training.clip",
+    "clip_grad_value_": "memopt.training.clip",
     "balance": "memopt.layout.balance",
     "create": "memopt.factory",
     "deepspeed_config": "memopt.integrations.deepspeed",
-    "describe": "memopt.grouping",
+    "describe": "memopt.training.param_groups",
     "fit": "memopt.layout.fit",
     "load": "memopt.checkpoint",
     "lookahead": "memopt.spec",
     "measure": "memopt.diagnosis.measured",
-    "param_groups": "memopt.grouping",
+    "param_groups": "memopt.training.param_groups",
     "parse": "memopt.spec",
     "price": "memopt.layout.price",
     "recipe": "memopt.recipes",
     "save": "memopt.checkpoint",
-    "scale_rate": "memopt.rates",
-    "schedule": "memopt.schedules",
+    "scale_rate": "memopt.training.lr_scaling",
+    "schedule": "memopt.training.schedules",
     "shard": "memopt.integrations.fsdp",
     "specs": "memopt.spec",
     "watch": "memopt.diagnosis",
@@ -69,22 +69,22 @@ __all__ = [
 
 if TYPE_CHECKING:
     from memopt.checkpoint import load, save
-    from memopt.clipping import clip_grad_norm_, clip_grad_value_
     from memopt.core.hyperparameters import SpecError
     from memopt.core.ledger import Ledger, Line
     from memopt.diagnosis import watch
     from memopt.factory import create
-    from memopt.grouping import describe, param_groups
     from memopt.integrations.deepspeed import deepspeed_config
     from memopt.integrations.fsdp import shard
     from memopt.layout.balance import balance
     from memopt.layout.fit import fit
     from memopt.layout.price import price
     from memopt.optimizer import Optimizer
-    from memopt.rates import scale_rate
     from memopt.recipes import recipe
-    from memopt.schedules import schedule
     from memopt.spec import OptimSpec, lookahead, parse, specs
+    from memopt.training.clip import clip_grad_norm_, clip_grad_value_
+    from memopt.training.lr_scaling import scale_rate
+    from memopt.training.param_groups import describe, param_groups
+    from memopt.training.schedules import schedule
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ from memopt.spec import OptimSpec, parse
 
 if TYPE_CHECKING:
     from memopt.checkpoint.report import Conversion
-    from memopt.release import Release
+    from memopt.training.optimizer_in_backward import Release
 
 
 def _of_setup() -> Any:
@@ -179,10 +179,10 @@ class Optimizer(torch.optim.Optimizer):
         which only measures the norm. See ``docs/release.md`` for accumulation, NaN and Inf, GradScaler,
         DistributedDataParallel and FSDP2.
 
-        Returns the :class:`~memopt.release.Release`, whose ``remove()`` ends it. Raises RuntimeError with the reason
-        for a model that it cannot work with.
+        Returns the :class:`~memopt.training.optimizer_in_backward.Release`, whose ``remove()`` ends it. Raises
+        RuntimeError with the reason for a model that it cannot work with.
         """
-        from memopt.release import Release
+        from memopt.training.optimizer_in_backward import Release
 
         if max_norm is not None and not (isinstance(max_norm, (int, float)) and max_norm > 0):
             raise SpecError(f"max_norm={max_norm!r} is not allowed; it must be a number > 0, or None")

@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import memopt
-from memopt.clipping import grad_norm
 from memopt.core.hyperparameters import SpecError
+from memopt.training.clip import grad_norm
 
 
 def parameters(scale=1.0, dtype=torch.float32):

@@ -9,7 +9,7 @@ from test_placements import assert_same
 from torch import nn
 
 import memopt
-from memopt.clipping import grad_norm
+from memopt.training.clip import grad_norm
 
 
 def step(m, o, seed, between=lambda m: None, clear=True):

@@ -9,7 +9,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
-from memopt.schedules import KINDS, Factor, make_factor
+from memopt.training.schedules import KINDS, Factor, make_factor
 
 #: Keyword of a kind -> type on the command line.
 EXTRAS: dict[str, Callable[[str], float]] = {

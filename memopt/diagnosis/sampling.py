@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.clipping import local_part
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import FLAT_ROW, Rows
 from memopt.diagnosis.shadow import NUMEL, Sample, Shadow
 from memopt.optimizer import Optimizer
 from memopt.rules import RULES, Rule
+from memopt.training.clip import local_part
 
 #: Parameters that have a shadow, all groups together.
 SHADOWS = 8

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.clipping import grad_norm, local_part
 from memopt.core.hyperparameters import SpecError
 from memopt.diagnosis.causes import find
 from memopt.diagnosis.logs import Log, open_logs
@@ -17,6 +16,7 @@ from memopt.diagnosis.sampling import shadows
 from memopt.diagnosis.shadow import Shadow
 from memopt.optim.gradient_checks import non_finite
 from memopt.optimizer import Optimizer
+from memopt.training.clip import grad_norm, local_part
 
 #: Elements of each parameter by which its update is measured, evenly spaced.
 SPREAD = 256

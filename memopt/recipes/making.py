@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.recipes.published import PUBLISHED
-from memopt.schedules import KINDS, NEEDS_TOTAL
+from memopt.training.schedules import KINDS, NEEDS_TOTAL
 
 if TYPE_CHECKING:
     import torch

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from memopt.clipping import clip_grad_norm_
 from memopt.core.hyperparameters import SpecError
 from memopt.factory import create
-from memopt.grouping import param_groups
 from memopt.keywords import Hyperparameters, OptimizerKeywords
 from memopt.optimizer import Optimizer
-from memopt.schedules import schedule
+from memopt.training.clip import clip_grad_norm_
+from memopt.training.param_groups import param_groups
+from memopt.training.schedules import schedule
 
 #: Keywords that go to the grouping of parameters.
 GROUPING = set(signature(param_groups).parameters) - {"model", "weight_decay", "lr", "decay_embeddings"}

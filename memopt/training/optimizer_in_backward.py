@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memopt.clipping import EPS, PartialNorm
 from memopt.optim.edits.group_checks import STEPPED
 from memopt.optim.gradient_checks import check_gradient, non_finite
+from memopt.training.clip import EPS, PartialNorm
 
 if TYPE_CHECKING:
     from memopt.optim.step import Stepper

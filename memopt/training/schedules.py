@@ -142,7 +142,7 @@ def schedule(
     factor = make_factor(kind, warmup=warmup, total_steps=total_steps, floor=floor, **extra)
     if any(group["lr"] is None for group in optimizer.param_groups):
         raise SpecError("schedule: a group has lr=None, so its rule makes its own rate; give it an lr")
-    from memopt.factor_lr import FactorLR
+    from memopt.training.lr_scheduler import FactorLR
 
     return FactorLR(optimizer, factor, decay_with_rate)
 

@@ -1,0 +1,1 @@
+"""Around the step: param groups, rates and schedules, clipping, the optimizer in backward."""
