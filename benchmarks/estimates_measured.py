@@ -27,7 +27,7 @@ from estimators.memory import runtime
 from estimators.memory.memory_row import PHASES
 from estimators.result import Estimate
 from memopt.cli import estimate as verb
-from memopt.cli.step_flags import given
+from memopt.cli.flags.step import given
 
 MEASURED = Path(__file__).parent / "measured"
 RESULTS = Path(__file__).parent / "results"

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from estimators import InputError
-from memopt.cli.launched import read
+from memopt.cli.flags.launched import read
 
 yaml = pytest.importorskip("yaml")
 

@@ -6,7 +6,7 @@ from argparse import Namespace
 import pytest
 
 from estimators import InputError, estimate
-from memopt.cli.launched import _OPTIONS, read, read_into
+from memopt.cli.flags.launched import _OPTIONS, read, read_into
 
 STEP = ("llama-3.2-1b", "--seq", "512", "--batch", "2", "--checkpointing", "full")
 
@@ -223,7 +223,7 @@ def test_no_file_is_a_traceback():
     """2,000 configurations with values of every kind in places of every kind."""
     import random
 
-    from memopt.cli.launched import accelerate, deepspeed
+    from memopt.cli.flags.launched import accelerate, deepspeed
 
     chance = random.Random(0)
     values = [

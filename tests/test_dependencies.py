@@ -65,7 +65,7 @@ W = nn.Parameter(torch.ones(4, 4))
 
 
 def draw_nothing():
-    from memopt.charts import save_png
+    from memopt.cli.output.charts import save_png
 
     save_png("x.png", [1.0], {"y": [1.0]}, title="", x_label="", y_label="")
 

@@ -10,7 +10,8 @@ from cases import assert_same_bits, odd_model, train
 from test_placements import assert_same, drive
 
 import memopt
-from memopt.cli import doctor, places
+from memopt.cli import doctor
+from memopt.cli.output import places
 from memopt.placements import bus, cuda
 
 PINNED = [("host", {}), ("cpu", {}), ("cpu", {"offload_gradients": True}), ("disk", {})]

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from importlib import metadata, util
 from typing import NamedTuple
 
-from memopt.cli import places
+from memopt.cli.output import places
 
 SUMMARY = "what this machine offers, and what is missing"
 

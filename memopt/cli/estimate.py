@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from estimators.result import Estimate
 
-from memopt.cli import hyper, placing, step_flags
+from memopt.cli.flags import hyperparameters, placement, step
 
 SUMMARY = "what a model and its optimizer state will cost, before anything is allocated"
 
@@ -34,9 +34,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--world", metavar="N", default="1", help="data-parallel ranks (default 1)")
     parser.add_argument("--weights", metavar="DTYPE", help="bf16 (default), fp32 or fp16")
     parser.add_argument("--gradients", metavar="DTYPE", help="by default as the weights")
-    step_flags.add_arguments(parser)
-    hyper.add_arguments(parser)
-    placing.add_arguments(parser)
+    step.add_arguments(parser)
+    hyperparameters.add_arguments(parser)
+    placement.add_arguments(parser)
     parser.add_argument(
         "--from",
         dest="source",
@@ -64,7 +64,7 @@ def run(args: Namespace) -> int:
     from estimators.report.text import as_text
 
     if args.source:
-        from memopt.cli.launched import read_into
+        from memopt.cli.flags.launched import read_into
 
         read_into(args, args.source)
     if args.model is None:
@@ -78,12 +78,16 @@ def run(args: Namespace) -> int:
     if args.emit == "deepspeed":
         args.deepspeed = True
     defaults = DEEPSPEED_SPECS if args.deepspeed else (*DEFAULT_SPECS, *(SHARDED_SPECS if world > 1 else ()))
-    options = placing.told(args)
+    options = placement.told(args)
     if options and args.deepspeed:
-        raise InputError(f"{placing.flag(min(options))} does not go with DeepSpeed, which offloads by its own settings")
+        raise InputError(
+            f"{placement.flag(min(options))} does not go with DeepSpeed, which offloads by its own settings"
+        )
     result = estimate(
         args.model,
-        placing.placed(hyper.with_hyper(args.optim or defaults, hyper.given(args.hyper)), options),
+        placement.placed(
+            hyperparameters.with_hyper(args.optim or defaults, hyperparameters.given(args.hyper)), options
+        ),
         gpu=args.gpu,
         weights=args.weights,
         gradients=args.gradients,
@@ -98,7 +102,7 @@ def run(args: Namespace) -> int:
         if args.plot:
             pictures.write_plot(result, args.plot)
     if args.emit:
-        from memopt.cli.emit import emit
+        from memopt.cli.output.emit import emit
 
         print(emit(args.emit, result), end="")
     elif args.json:
@@ -120,8 +124,8 @@ def good(result: Estimate, accept_tight: bool | None) -> bool:
     return any(result.verdict(column) in wanted for column in result.columns)
 
 
-step_options = step_flags.given
-whole = step_flags.whole
+step_options = step.given
+whole = step.whole
 
 
 def wants_colour() -> bool:

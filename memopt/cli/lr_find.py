@@ -10,7 +10,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from memopt.cli import hyper
+from memopt.cli.flags import hyperparameters
 
 if TYPE_CHECKING:
     from memopt.diagnosis import RangeTest
@@ -20,7 +20,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("path", nargs="?", metavar="PATH", help="text file or folder; without it, Python's language reference")
     add("--optim", default="adamw", metavar="SPEC", help="default adamw")
-    hyper.add_arguments(parser)
+    hyperparameters.add_arguments(parser)
     add("--from", type=float, default=1e-5, dest="lowest", metavar="RATE", help="first rate, default %(default)s")
     add("--to", type=float, default=1.0, dest="highest", metavar="RATE", help="last rate, default %(default)s")
     add("--steps", type=int, default=100, metavar="N", help="default %(default)s")
@@ -37,7 +37,7 @@ def run(args: Namespace) -> int:
     from memopt.train.text import load_text
 
     # A job checks the numbers before torch is loaded.
-    (spec,) = hyper.with_hyper([parse(args.optim)], hyper.given(args.hyper))
+    (spec,) = hyperparameters.with_hyper([parse(args.optim)], hyperparameters.given(args.hyper))
     job = Job(
         spec=str(spec),
         hyper=dict(spec.hyper),
@@ -72,7 +72,7 @@ def run(args: Namespace) -> int:
     if args.json:
         print(json.dumps(_record(result, args.optim)))
         return 0
-    from memopt.charts import terminal
+    from memopt.cli.output.charts import terminal
 
     print(f"{args.optim} on {text.name}: smoothed loss against the rate")
     print("\n".join(terminal(result.rates, result.smoothed, log_x=True, x_label="rate", y_label="loss")))
@@ -87,7 +87,7 @@ def run(args: Namespace) -> int:
 
 
 def _plot(path: str, result: RangeTest, spec: str) -> None:
-    from memopt.charts import save_png
+    from memopt.cli.output.charts import save_png
 
     best = min(result.smoothed)
     shown = [min(x, 2 * best) for x in result.losses]  # one exploding loss would flatten the curve

@@ -10,7 +10,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
-from memopt.cli import hyper, placing, step_flags
+from memopt.cli.flags import hyperparameters, placement, step
 
 if TYPE_CHECKING:
     from estimators.planning.plan import Plans
@@ -27,28 +27,28 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--optim", metavar="SPEC", nargs="+", action="extend", help="specs to try in place of ours")
     parser.add_argument("--weights", metavar="DTYPE", help="bf16 (default), fp32 or fp16")
     parser.add_argument("--gradients", metavar="DTYPE", help="by default as the weights")
-    step_flags.add_arguments(parser)
+    step.add_arguments(parser)
     parser.set_defaults(batch="8")  # sequences per step and card
-    hyper.add_arguments(parser)
-    placing.add_arguments(parser)
+    hyperparameters.add_arguments(parser)
+    placement.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def run(args: Namespace) -> int:
     from estimators.planning.plan import plans
 
-    options = step_flags.given(args)
-    specs = hyper.with_hyper(args.optim or (), hyper.given(args.hyper)) if args.optim else ()
+    options = step.given(args)
+    specs = hyperparameters.with_hyper(args.optim or (), hyperparameters.given(args.hyper)) if args.optim else ()
     result = plans(
         args.model,
         args.gpu,
         seq=options.pop("seq", 0),
         batch=options.pop("batch"),
-        gpus=step_flags.whole(args.gpus, "--gpus"),
+        gpus=step.whole(args.gpus, "--gpus"),
         optim=specs,
         **{name: value for name in ("weights", "gradients") if (value := getattr(args, name))},
         **options,
-        **placing.told(args),
+        **placement.told(args),
     )
     if args.json:
         import json

@@ -43,14 +43,14 @@ def run(args: Namespace) -> int:
     factor, steps = build(args)
     rates = [args.lr * factor(t) for t in range(steps)]
     if args.plot:
-        from memopt.charts import save_png
+        from memopt.cli.output.charts import save_png
 
         save_png(args.plot, range(steps), {"rate": rates}, title=describe(factor), x_label="step", y_label="rate")
     if args.json:
         numbers = {"warmup": factor.warmup, "total_steps": factor.total_steps, "floor": factor.floor, **factor.extra}
         print(json.dumps({"schema": "memopt.schedule/1", "kind": factor.kind, **numbers, "lr": rates}))
         return 0
-    from memopt.charts import terminal
+    from memopt.cli.output.charts import terminal
 
     print(describe(factor))
     print("\n".join(terminal(range(steps), rates, x_label="step", y_label="rate")))

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from memopt.cli import hyper
+from memopt.cli.flags import hyperparameters
 from memopt.core.hyperparameters import SpecError
 from memopt.spec import OptimSpec, parse
 from memopt.train.job import Job, ModelConfig, Result
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add = parser.add_argument
     add("path", nargs="?", metavar="PATH", help="text file or folder; without it, Python's language reference")
     add("--optim", nargs="+", action="extend", metavar="SPEC", help=f"default: {' '.join(KINDS)}")
-    hyper.add_arguments(parser)
+    hyperparameters.add_arguments(parser)
     add("--steps", type=int, default=200, metavar="N", help="steps of each run, default %(default)s")
     add("--seed", type=int, default=0, metavar="N", help="of weights, batches and rounding, default 0")
     add("--batch", type=int, default=16, metavar="N", help="windows in one step, default %(default)s")
@@ -72,7 +72,7 @@ def _specs(args: Namespace) -> list[OptimSpec]:
         except SpecError as error:
             hint = f" ({text!r} is a path: write it before --optim)" if os.path.exists(text) else ""
             raise SpecError(f"{error}{hint}") from None
-    return hyper.with_hyper(specs, hyper.given(args.hyper))
+    return hyperparameters.with_hyper(specs, hyperparameters.given(args.hyper))
 
 
 def _job(spec: OptimSpec, args: Namespace) -> Job:

@@ -14,14 +14,14 @@ from typing import Any
 
 from estimators.errors import InputError, shown
 from estimators.models.from_files import refused
-from memopt.cli import placing, step_flags
-from memopt.cli.emit import MARK
+from memopt.cli.flags import placement, step
+from memopt.cli.output.emit import MARK
 from memopt.untrusted.documents import parse_yaml
 from memopt.untrusted.names import within
 from memopt.untrusted.opening import read_file
 
 #: Options that are numbers on the command line and text in a Namespace.
-_NUMBERS = ("seq", "world", *(flag.name for flag in step_flags.FLAGS if flag.kind in ("number", "share")))
+_NUMBERS = ("seq", "world", *(flag.name for flag in step.FLAGS if flag.kind in ("number", "share")))
 _OPTIONS = (
     "model",
     "optim",
@@ -29,8 +29,8 @@ _OPTIONS = (
     "weights",
     "gradients",
     "hyper",
-    *(flag.name for flag in step_flags.FLAGS if flag.name not in _NUMBERS),
-    *placing.FLAGS,
+    *(flag.name for flag in step.FLAGS if flag.name not in _NUMBERS),
+    *placement.FLAGS,
     *_NUMBERS,
 )
 _MOST = 1_000_000

@@ -1,7 +1,8 @@
 """``--emit``: the chosen row as a configuration that can be launched, which ``--from`` reads back to the same figures.
 
 Every file holds the options of ``memopt estimate``: in a comment on its first line, and in JSON, which has no comments,
-under the key ``memopt``. That, and nothing else in the file, is what ``--from`` reads (:mod:`memopt.cli.launched`).
+under the key ``memopt``. That, and nothing else in the file, is what ``--from`` reads
+(:mod:`memopt.cli.flags.launched`).
 """
 
 from __future__ import annotations
