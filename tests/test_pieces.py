@@ -8,7 +8,7 @@ from cases import HYPER, PLAIN_SPECS, assert_same_bits
 
 import memopt
 from memopt import kernels
-from memopt.engines import pieces
+from memopt.engines import row_chunks
 from memopt.kernels import loader
 
 
@@ -33,7 +33,7 @@ def run(spec: str, dtype: torch.dtype) -> list[torch.Tensor]:
 def test_pieces_are_the_whole(spec, monkeypatch) -> None:
     dtype = torch.bfloat16 if "+" in spec else torch.float32
     whole = run(spec, dtype)
-    monkeypatch.setattr(pieces, "PIECE", 700)
+    monkeypatch.setattr(row_chunks, "PIECE", 700)
     for a, b in zip(whole, run(spec, dtype), strict=True):
         if a.numel():
             assert_same_bits(a, b, spec)

@@ -19,10 +19,10 @@ DEVICE = "cuda"
 _MAX_RANKS_PRICED = 32
 
 #: rule -> format -> bytes that the plain torch path allocates and frees while it steps one fp32 parameter, per element
-#: of the piece that is stepped at a time (``memopt/engines/pieces.py``; the whole where a rule needs it). Measured with
-#: torch 2.13 (the allocations of a step traced); tests measure them again. Parameters are stepped one after the other,
-#: so the largest counts. Sums over a whole parameter are in fp64, of a copy. The C++ kernels, which step parameters on
-#: the CPU, allocate nothing.
+#: of the piece that is stepped at a time (``memopt/engines/row_chunks.py``; the whole where a rule needs it). Measured
+#: with torch 2.13 (the allocations of a step traced); tests measure them again. Parameters are stepped one after the
+#: other, so the largest counts. Sums over a whole parameter are in fp64, of a copy. The C++ kernels, which step
+#: parameters on the CPU, allocate nothing.
 _ADAM = {"32bit": 8, "bf16": 24, "8bit": 28, "fp8": 33, "4bit": 32, "factored": 12}
 _SIGN = {"32bit": 4, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24}
 PLAIN_PATH: dict[str, dict[str, int]] = {

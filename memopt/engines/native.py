@@ -9,7 +9,7 @@ from memopt.core import dither
 from memopt.core.ledger import Line
 from memopt.core.rows import Rows
 from memopt.engines.base import Engine
-from memopt.engines.pieces import pieces
+from memopt.engines.row_chunks import pieces
 from memopt.formats import FORMATS, Format, Shard
 from memopt.masters.base import ORDER
 from memopt.rules import Moment
