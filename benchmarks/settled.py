@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import memopt
-from memopt.kernels.pages import SETTLED
+from memopt.kernels.huge_pages import SETTLED
 
 
 def settle(opt: torch.optim.Optimizer) -> None:

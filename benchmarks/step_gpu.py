@@ -126,7 +126,7 @@ def check(spec: str, dtype: torch.dtype) -> str:
             for _ in range(3):
                 opt.step()
             results.append([p.detach().double() for p in params])
-            if devices and type(opt.stepper.plan).__module__ != "memopt.kernels.triton.plan":
+            if devices and type(opt.stepper.plan).__module__ != "memopt.kernels.triton.cached_step":
                 return f"the kernels did not step it: {opt.explain()}"
         finally:
             triton.DEVICES = kept

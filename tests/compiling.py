@@ -118,7 +118,7 @@ def step(which: str) -> None:
         opt = memopt.create(parameters(shapes, dtype), spec, lr=1e-3 if not again else 1.0, **hyper)
         for _ in range(2):
             opt.step()
-        assert type(opt.stepper.plan).__module__ == "memopt.kernels.triton.plan", opt.explain()
+        assert type(opt.stepper.plan).__module__ == "memopt.kernels.triton.cached_step", opt.explain()
         for found in COMPILED:
             print(json.dumps({"spec": which, "again": again, **found}), flush=True)
         COMPILED.clear()

@@ -13,7 +13,7 @@ class TestTemporaries:
         from estimators.measure import traced
         from estimators.memory.state import COPIES, MASTER, PLAIN_PATH
 
-        for module in ("memopt.kernels", "memopt.kernels.plan"):
+        for module in ("memopt.kernels", "memopt.kernels.cached_step"):
             monkeypatch.setattr(f"{module}.library", lambda: None)
         n = 256
         checked = 0

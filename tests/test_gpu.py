@@ -44,7 +44,7 @@ def batch(seed: int) -> torch.Tensor:
 
 
 def uses_kernels(opt: memopt.Optimizer) -> bool:
-    return type(opt.stepper.plan).__module__ == "memopt.kernels.triton.plan"
+    return type(opt.stepper.plan).__module__ == "memopt.kernels.triton.cached_step"
 
 
 @pytest.mark.parametrize("spec", ["adamw", "adamw-8bit", "adamw-4bit", "adafactor", "came", "adamw-8bit@paged"])

@@ -14,12 +14,12 @@ import torch
 
 import memopt
 from memopt import kernels
-from memopt.kernels import pages
-from memopt.kernels.pages import PAGE, SETTLED
+from memopt.kernels import huge_pages
+from memopt.kernels.huge_pages import PAGE, SETTLED
 
 pytestmark = [
     pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}"),
-    pytest.mark.skipif(bool(pages.off()), reason=pages.off()),
+    pytest.mark.skipif(bool(huge_pages.off()), reason=huge_pages.off()),
 ]
 
 ROWS = 2048  # of 2048 fp32: 16 MiB
@@ -76,7 +76,7 @@ def test_same_bits_without(monkeypatch) -> None:
 
 def test_gradients_that_move_are_left_alone(monkeypatch) -> None:
     asked: list[tuple[int, int, int]] = []
-    monkeypatch.setattr(pages, "advise", lambda *call: bool(asked.append(call)) or True)
+    monkeypatch.setattr(huge_pages, "advise", lambda *call: bool(asked.append(call)) or True)
     p, opt = stepped(SETTLED + 4, keep=False)
     begins = [begin for begin, _, _ in asked]
     assert begins
@@ -87,15 +87,15 @@ def test_gradients_that_move_are_left_alone(monkeypatch) -> None:
 def test_an_eighth_of_a_steps_time_is_spent(monkeypatch) -> None:
     """A page that takes longer than that is paid for by the next steps."""
     clock = [0.0]
-    monkeypatch.setattr(pages.time, "perf_counter", lambda: clock[0])
-    monkeypatch.setattr(pages, "own", lambda stretches: [(a, a + n) for a, n in stretches])
+    monkeypatch.setattr(huge_pages.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(huge_pages, "own", lambda stretches: [(a, a + n) for a, n in stretches])
 
     def advise(begin: int, nbytes: int, how: int) -> bool:
-        clock[0] += 3.0 * (how == pages._COLLAPSE)
+        clock[0] += 3.0 * (how == huge_pages._COLLAPSE)
         return True
 
-    monkeypatch.setattr(pages, "advise", advise)
-    found = pages.Pages([(0, 4 * PAGE)], list)
+    monkeypatch.setattr(huge_pages, "advise", advise)
+    found = huge_pages.Pages([(0, 4 * PAGE)], list)
     given = []
     for _ in range(10):
         found.after(8.0)
@@ -105,10 +105,10 @@ def test_an_eighth_of_a_steps_time_is_spent(monkeypatch) -> None:
 
 def test_gradients_that_leave_are_not_touched_any_more(monkeypatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(pages, "advise", lambda begin, *_: bool(calls.append(begin)) or True)
+    monkeypatch.setattr(huge_pages, "advise", lambda begin, *_: bool(calls.append(begin)) or True)
     place = [(64 * PAGE, 8 * PAGE)]
-    monkeypatch.setattr(pages, "own", lambda stretches: [(a, a + n) for a, n in stretches])
-    found = pages.Pages([(0, 2 * PAGE)], lambda: list(place))
+    monkeypatch.setattr(huge_pages, "own", lambda stretches: [(a, a + n) for a, n in stretches])
+    found = huge_pages.Pages([(0, 2 * PAGE)], lambda: list(place))
     for _ in range(SETTLED + 1):
         found.after(0.0)
     assert not found.settled
@@ -121,9 +121,9 @@ def test_gradients_that_leave_are_not_touched_any_more(monkeypatch) -> None:
 def test_an_old_system_is_asked_once(monkeypatch) -> None:
     def advise(begin: int, nbytes: int, advice: int) -> bool:
         ctypes.set_errno(errno.EINVAL)
-        return advice == pages._WANTED
+        return advice == huge_pages._WANTED
 
-    monkeypatch.setattr(pages, "advise", advise)
+    monkeypatch.setattr(huge_pages, "advise", advise)
     _, opt = stepped(3)
     assert opt.stepper.plan.pages.given == 0
     assert "in its own time" in opt.explain()
@@ -138,12 +138,12 @@ def test_only_memory_of_this_process_alone() -> None:
                 name: ctypes.addressof(ctypes.c_char.from_buffer(m))
                 for name, m in (("shared", shared), ("private", private))
             }
-            assert pages.own([(address["shared"], size)]) == []
-            (begin, end), *more = pages.own([(address["private"] + 5, size - 9)])
+            assert huge_pages.own([(address["shared"], size)]) == []
+            (begin, end), *more = huge_pages.own([(address["private"] + 5, size - 9)])
             assert not more
             assert begin % PAGE == end % PAGE == 0
             assert address["private"] < begin < end < address["private"] + size
-            assert pages.own([(address["private"], PAGE - 1)]) == []
+            assert huge_pages.own([(address["private"], PAGE - 1)]) == []
 
 
 def test_everything_is_freed_with_the_last_reference() -> None:

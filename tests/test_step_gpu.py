@@ -136,9 +136,9 @@ def test_when_the_device_fails_the_run_ends_with_what_was_measured(bench, monkey
 def test_programs_of_other_sizes_are_timed_and_compared(bench, monkeypatch, capsys) -> None:
     import step_gpu_tune
 
-    from memopt.kernels.triton import plan, tables
+    from memopt.kernels.triton import cached_step, tables
 
-    for owner, name in ((tables, "WARPS"), (tables, "PROGRAM"), (plan, "_LAUNCHERS")):
+    for owner, name in ((tables, "WARPS"), (tables, "PROGRAM"), (cached_step, "_LAUNCHERS")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
     monkeypatch.setattr(step_gpu_tune, "SPECS", ("adamw", "adamw-8bit"))
     monkeypatch.setattr(step_gpu_tune, "PROGRAMS", (4096,))

@@ -29,7 +29,7 @@ def assert_same_weights(p: Tensor, q: Tensor, a: Tensor, b: Tensor, spec: memopt
 def compare(spec, hyper, on, steps=1, **keywords) -> None:
     ours, our_states, opt = stepped(spec, hyper, on, steps, **keywords)
     theirs, their_states, _ = stepped(spec, hyper, on, -steps, **keywords)
-    assert type(opt.stepper.plan).__module__ == "memopt.kernels.triton.plan"
+    assert type(opt.stepper.plan).__module__ == "memopt.kernels.triton.cached_step"
     fmt = memopt.parse(spec).format
     for p, q, mine, other in zip(ours, theirs, our_states, their_states, strict=True):
         ties = MAX_TIES if fmt not in ("32bit", "factored") else 0

@@ -38,7 +38,7 @@ def test_programs_cover_every_block_once() -> None:
 
 
 def test_launchers_without_a_plan_are_found_again_and_bounded(on) -> None:
-    from memopt.kernels.triton import plan
+    from memopt.kernels.triton import cached_step
 
     on(True)
     spec, device = memopt.parse("adamw-8bit"), torch.device(DEVICE)
@@ -49,10 +49,10 @@ def test_launchers_without_a_plan_are_found_again_and_bounded(on) -> None:
         layout = resolve(spec, opt.param_groups[0], "0", 0, Rows.whole(tuple(p.shape)), "float32")
         opt.init_state()
         work = Work(layout, p, p.grad, opt.state[p], 1, opt.param_groups[0])
-        described.append(plan.describe_all([work], 0, opt.param_groups, False))
+        described.append(cached_step.describe_all([work], 0, opt.param_groups, False))
     rule = RULES[spec.rule]
-    size = plan.Launcher(rule, described[0], device, 1).nbytes
-    kept = plan.Launchers(2 * size + size // 2)
+    size = cached_step.Launcher(rule, described[0], device, 1).nbytes
+    kept = cached_step.Launchers(2 * size + size // 2)
     first, second = (kept.find(rule, made, device, 1) for made in described[:2])
     assert kept.find(rule, described[0], device, 1) is first
     kept.find(rule, described[2], device, 1)  # takes the place of the one met longest ago

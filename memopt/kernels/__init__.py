@@ -50,9 +50,9 @@ def make_plan(
     ``originals`` are all parameters by their place, ``in_place(name, device)`` says whether state is stepped where it
     lies, ``before`` is the plan of the step before.
     """
-    from memopt.kernels import plan, triton
+    from memopt.kernels import cached_step, triton
 
-    return triton.make_plan(context, works, originals, in_place, before) or plan.make(
+    return triton.make_plan(context, works, originals, in_place, before) or cached_step.make(
         context, works, originals, in_place
     )
 
@@ -77,16 +77,16 @@ def status() -> str:
 def slow_path(layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str | None:
     """Why the plain torch path steps this parameter where :func:`status` says that kernels do, or None. ``ranks`` share
     it, and with ``cut_row`` one of its rows."""
-    from memopt.kernels import describe, triton
+    from memopt.kernels import pack, triton
 
     if not p.is_cpu:
         reason = triton.refuse(layout, p, ranks)
     elif library() is None:
         reason = None
-    elif cut_row and describe.needs_ranks(layout, ranks):
+    elif cut_row and pack.needs_ranks(layout, ranks):
         reason = f"{layout.rule.name} needs sums, and a row that two ranks step is to be in them once"
     else:
-        reason = describe.refuse(layout, p, p)
+        reason = pack.refuse(layout, p, p)
     return f"the plain torch path: {reason}" if reason else None
 
 
@@ -112,9 +112,9 @@ def check_capturable(layouts: Sequence[tuple[ParamLayout, Tensor]], world_size: 
 
 def needs_ranks(layout: ParamLayout, world_size: int) -> bool:
     """Whether the update of a parameter takes sums over the ranks that share it. The same on all of them."""
-    from memopt.kernels import describe
+    from memopt.kernels import pack
 
-    return describe.needs_ranks(layout, world_size) is not None
+    return pack.needs_ranks(layout, world_size) is not None
 
 
 def step(
@@ -130,7 +130,7 @@ def step(
 def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Tensor] | None) -> list[Work]:
     import torch
 
-    from memopt.kernels import abi, describe
+    from memopt.kernels import abi, pack
 
     found = library()
     if found is None or not works:
@@ -142,13 +142,13 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
     count = 0
     for work in works:
         twice = total is not None and work.counted is not ...  # rows that are not to be in the sums here
-        if twice or describe.refuse(work.layout, work.p, work.g):
+        if twice or pack.refuse(work.layout, work.p, work.g):
             left.append(work)
             continue
         if id(work.h) not in group_of:
             group_of[id(work.h)] = len(groups)
-            groups.append(describe.describe_group(work.layout.rule, work.h))
-        describe.describe(tensors[count], work, group_of[id(work.h)])
+            groups.append(pack.describe_group(work.layout.rule, work.h))
+        pack.describe(tensors[count], work, group_of[id(work.h)])
         count += 1
     if count:
         packed = (abi.Group * len(groups))(*groups)
@@ -194,7 +194,7 @@ def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> tuple[list[str], list
     """The names whose gradient holds a NaN or an Inf, and the gradients that were not looked at. One read of each."""
     import torch
 
-    from memopt.kernels import abi, describe
+    from memopt.kernels import abi, pack
 
     found = library()
     if found is None:
@@ -202,13 +202,13 @@ def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> tuple[list[str], list
     mine: list[tuple[str, Tensor]] = []
     others: list[tuple[str, Tensor]] = []
     for name, g in gradients:
-        readable = g.is_cpu and g.dtype in describe.DTYPES and describe.dense(g)
+        readable = g.is_cpu and g.dtype in pack.DTYPES and pack.dense(g)
         (mine if readable else others).append((name, g))
     if not mine:
         return [], others
     spans = (abi.Span * len(mine))()
     for span, (_, g) in zip(spans, mine, strict=True):
-        span.data, span.numel, span.dtype = g.data_ptr(), g.numel(), describe.DTYPES[g.dtype]
+        span.data, span.numel, span.dtype = g.data_ptr(), g.numel(), pack.DTYPES[g.dtype]
     if found.handle.memopt_all_finite(ctypes.byref(spans), len(mine), torch.get_num_threads(), found.index):
         return [], others
     return [name for span, (name, _) in zip(spans, mine, strict=True) if span.bad], others

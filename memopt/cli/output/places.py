@@ -42,11 +42,11 @@ def large_pages() -> tuple[bool, str]:
     """Whether steps on the CPU can have pages of 2 MiB, and how to have them everywhere."""
     if not util.find_spec("torch"):
         return False, "unknown without torch"
-    from memopt.kernels import pages
+    from memopt.kernels import huge_pages
 
-    if pages.off():
-        return False, f"steps on the CPU take longer: {pages.off()}"
-    if pages.setting() == "always" or os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+    if huge_pages.off():
+        return False, f"steps on the CPU take longer: {huge_pages.off()}"
+    if huge_pages.setting() == "always" or os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         return True, "2 MiB, for all of torch's large tensors"
     return True, (
         "2 MiB, for what a step on the CPU reads and writes; with THP_MEM_ALLOC_ENABLE=1 in the environment "

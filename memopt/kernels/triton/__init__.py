@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.kernels.context import StepContext
-    from memopt.kernels.triton.plan import Plan
+    from memopt.kernels.triton.cached_step import Plan
     from memopt.layout.param import ParamLayout
     from memopt.layout.param_step import Work
 
@@ -40,9 +40,9 @@ def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     """Step the parameters that the kernels can step; returns the others."""
     if not serves(works):
         return list(works)
-    from memopt.kernels.triton import plan
+    from memopt.kernels.triton import cached_step
 
-    return plan.step(works, world_size, seed)
+    return cached_step.step(works, world_size, seed)
 
 
 def make_plan(
@@ -55,9 +55,9 @@ def make_plan(
     """A prepared step for all of these parameters, or None."""
     if not serves(works):
         return None
-    from memopt.kernels.triton import plan
+    from memopt.kernels.triton import cached_step
 
-    return plan.make(context, works, originals, in_place, before)
+    return cached_step.make(context, works, originals, in_place, before)
 
 
 __all__ = ["capturing", "make_plan", "missing", "refuse", "serves", "status", "step", "version"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from memopt.core import dither
 from memopt.core.rows import FLAT_ROW, Rows
 from memopt.formats.rowmean import span
-from memopt.kernels import abi, describe
+from memopt.kernels import abi, pack
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton import masters, row_means
 from memopt.kernels.triton.available import missing
@@ -79,7 +79,7 @@ def refuse(layout: ParamLayout, p: Tensor, world_size: int) -> str | None:
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
     rule = layout.rule
     known = rule.wrapper in ("", "lookahead") and rule.inner in NUMBER
-    known = known and describe.format_of(layout) in (*KINDS, "factored")
+    known = known and pack.format_of(layout) in (*KINDS, "factored")
     if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
         return f"there is no kernel for {rule.name} in {layout.asked}"
     if layout.master.name not in masters.KINDS:
@@ -88,7 +88,7 @@ def refuse(layout: ParamLayout, p: Tensor, world_size: int) -> str | None:
         return "it is not contiguous"
     if layout.rows.flat != FLAT_ROW and layout.master.name in masters.DITHERED:
         return f"the random bits of +{layout.master.name} begin within a row of the kernels' view"
-    return describe.needs_ranks(layout, world_size)
+    return pack.needs_ranks(layout, world_size)
 
 
 def rates_on_device(h: Mapping[str, Any]) -> list[str]:
@@ -98,7 +98,7 @@ def rates_on_device(h: Mapping[str, Any]) -> list[str]:
 
 def hyper_row(rule: Rule, h: Mapping[str, Any]) -> list[float]:
     """A row of ``hyper``; rates on the device are 0 here and copied there."""
-    group = describe.describe_group(rule, {**h, **dict.fromkeys(rates_on_device(h), 0.0)})
+    group = pack.describe_group(rule, {**h, **dict.fromkeys(rates_on_device(h), 0.0)})
     flags = group.flags
     torch_adafactor = rule.inner == "adafactor" and not flags & abi.TRANSFORMERS
     row = [getattr(group, name) for name in abi.HYPER]
@@ -124,7 +124,7 @@ class Tensors:
 
     def __init__(self, work: Work, seed: int, group: int, counter: int) -> None:
         layout, p, rows = work.layout, work.p, work.rows
-        fmt = describe.format_of(layout)
+        fmt = pack.format_of(layout)
         row = [0] * f.FIELDS.value
         slots, x_signed, addresses = [False] * abi.SLOTS, False, [p.data_ptr(), work.g.data_ptr()]
         means = row_means.NONE.value

@@ -1,7 +1,7 @@
 """A whole optimizer's step on one device, prepared once: tables stay on the device, and a step sends what changed.
 
-As ``memopt/kernels/plan.py`` for the CPU. Nothing here waits for the device, with one exception: ``nonfinite="raise"``
-must know before it goes on.
+As ``memopt/kernels/cached_step.py`` for the CPU. Nothing here waits for the device, with one exception:
+``nonfinite="raise"`` must know before it goes on.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from memopt.kernels.cached_entries import Known
 from memopt.kernels.context import StepOutcome
-from memopt.kernels.known import Known
 from memopt.kernels.triton import fields as f
 from memopt.kernels.triton import tables
 from memopt.kernels.triton.available import capturing
@@ -23,7 +23,7 @@ from memopt.kernels.triton.upload import write_by_value
 
 if TYPE_CHECKING:
     from memopt.kernels.context import StepContext
-    from memopt.kernels.pages import Pages
+    from memopt.kernels.huge_pages import Pages
     from memopt.layout.param_step import Work
     from memopt.rules import Rule
 

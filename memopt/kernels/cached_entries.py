@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from memopt.kernels import describe
+from memopt.kernels import pack
 from memopt.kernels.signature import Signature
 from memopt.optim.edits.state import is_plain
 
@@ -38,7 +38,7 @@ class Known:
         self.spec, self.partition, self.seed = context.spec, context.partition, context.seed
         self.rule = works[0].layout.rule
         self.groups = list(context.groups)
-        self.flags = [describe.flags(self.rule, group) for group in self.groups]
+        self.flags = [pack.flags(self.rule, group) for group in self.groups]
         self.all = [p for group in self.groups for p in group["params"]]
         self._lengths = [len(group["params"]) for group in self.groups]  # one may have gone to the group beside it
         self.names = [work.name for work in works]
@@ -76,7 +76,7 @@ class Known:
             return False
         if self.idle and any(p.grad is not None for p in self.idle):
             return False
-        return all(describe.flags(self.rule, group) == flags for group, flags in zip(groups, self.flags, strict=True))
+        return all(pack.flags(self.rule, group) == flags for group, flags in zip(groups, self.flags, strict=True))
 
     def _same_state(self, context: StepContext) -> bool:
         state = context.state

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from memopt.kernels import abi, describe
-from memopt.kernels.known import Known
+from memopt.kernels import abi, pack
+from memopt.kernels.cached_entries import Known
+from memopt.kernels.huge_pages import SMALLEST, Pages
 from memopt.kernels.loader import library
-from memopt.kernels.pages import SMALLEST, Pages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,7 +53,7 @@ class Plan(Known):
         if not self.same(context):
             return False
         for i, group in enumerate(self.groups):
-            self.hyper[i] = describe.describe_group(self.rule, group)
+            self.hyper[i] = pack.describe_group(self.rule, group)
         addresses = self.gradients(context)
         if addresses is None:
             return False
@@ -111,10 +111,10 @@ def make(
         p, counter = originals[work.index], work.state["step"]
         g = p.grad
         # Views of a part of the parameter (a rank's rows) would have to be cut again at every step.
-        if g is None or not in_place(work.name, p.device) or work.p is not p or not describe.dense(g):
+        if g is None or not in_place(work.name, p.device) or work.p is not p or not pack.dense(g):
             return None
-        if describe.refuse(work.layout, p, g) or not counter.is_cpu:
+        if pack.refuse(work.layout, p, g) or not counter.is_cpu:
             return None
-        describe.describe(target, work, numbers[id(work.h)])
+        pack.describe(target, work, numbers[id(work.h)])
         target.counter = counter.data_ptr()
     return Plan(context, works, tensors)
