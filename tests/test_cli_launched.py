@@ -150,7 +150,7 @@ class TestDeepSpeed:
     def test_state_of_a_spec_that_needs_shapes_is_of_the_rows_behind_it(self, spec):
         import memopt
         from estimators import resolve
-        from memopt.partitions.cuts import share
+        from memopt.partitions.deepspeed.spans import share
 
         e = estimate("gpt2", spec, world_size=3, deepspeed=True)
         shapes, (plain, _, stage) = dict(resolve("gpt2").shapes), spec.partition("/zero")

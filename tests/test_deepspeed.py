@@ -13,7 +13,7 @@ import memopt
 from memopt.core.rows import Rows
 from memopt.kernels import loader
 from memopt.layout.param import resolve
-from memopt.partitions.recovering import Made, Unknown, recover
+from memopt.partitions.deepspeed.metadata import Made, Unknown, recover
 
 pytest.importorskip("deepspeed")
 #: What kernels round otherwise than torch, relative to the largest element.

@@ -18,7 +18,7 @@ from estimators.memory.memory_row import GPU, PHASES, Row
 from estimators.memory.sharding import LIVE, PERSISTENT
 from estimators.memory.state import DEVICE, candidate_ranks, state_nbytes, temporaries, tier
 from estimators.models.model import Model
-from memopt.partitions.cuts import share
+from memopt.partitions.deepspeed.spans import share
 
 if TYPE_CHECKING:
     from memopt.spec import OptimSpec

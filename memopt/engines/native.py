@@ -93,7 +93,7 @@ class Native(Engine):
         for work in kernels.step([w for w, its in zip(works, shared, strict=True) if not its], 1, seed):
             plain_step(work, lambda x: x, seed)
         if any(shared):
-            from memopt.partitions.together import Total, Update, run_together
+            from memopt.partitions.batched_allreduce import Total, Update, run_together
 
             def update(work: Work) -> Update:
                 def run(total: Total) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.partitions import PARTITIONS
-from memopt.partitions.sharded import Sharded
+from memopt.partitions.fsdp import Sharded
 from memopt.partitions.world import membership
 from memopt.spec import OptimSpec, parse
 

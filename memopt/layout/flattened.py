@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows, Shape
 from memopt.layout.param import resolve
-from memopt.partitions import cuts
+from memopt.partitions.deepspeed import spans
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def rows_of_rank(
     if spec.partition != "none":
         raise SpecError(f"'{spec}' with deepspeed={stage}: the stage takes the place of /{spec.partition}")
     if not needs_shapes(spec):
-        found = cuts.vectors(list(shapes.values()), world_size, stage)
+        found = spans.vectors(list(shapes.values()), world_size, stage)
         return [(str(i), Rows.whole((numel,))) for i, numel in enumerate(found)]
-    mine = cuts.rows_of_rank(list(shapes.values()), rank, world_size, stage)
+    mine = spans.rows_of_rank(list(shapes.values()), rank, world_size, stage)
     return [(name, rows) for name, rows in zip(shapes, mine, strict=True) if rows is not None]

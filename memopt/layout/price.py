@@ -133,7 +133,7 @@ def held_here(partition: type[Partition], items: Iterable[tuple[str, Any]]) -> d
     items = list(items)
     if not any(hasattr(p, "placements") for _, p in items):
         return {}
-    from memopt.partitions.sharded import Sharded
+    from memopt.partitions.fsdp import Sharded
 
     if not issubclass(partition, Sharded):
         return {}

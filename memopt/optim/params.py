@@ -16,7 +16,7 @@ from memopt.optim.edits.group_checks import STEPPED
 from memopt.optim.edits.param_groups import LiveGroups, has_shape
 from memopt.optim.layouts import Entry, Layouts
 from memopt.optim.replaced_params import are_vectors, flattened
-from memopt.partitions.recovering import Made
+from memopt.partitions.deepspeed.metadata import Made
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout

@@ -6,20 +6,20 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from memopt.layout.flattened import needs_shapes
-from memopt.partitions.flat import Flat
+from memopt.partitions.deepspeed.flat import Flat
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.partitions import Partition
-    from memopt.partitions.recovering import Made
+    from memopt.partitions.deepspeed.metadata import Made
     from memopt.spec import OptimSpec
 
 
 def are_vectors(made: Sequence[Made], now: Sequence[Tensor]) -> bool:
     """Whether what stands in the groups ``now`` are DeepSpeed's vectors in the place of what the optimizer was made
     with, and not what was put there by its owner."""
-    from memopt.partitions.recovering import is_flattened
+    from memopt.partitions.deepspeed.metadata import is_flattened
 
     flat = {one.shape for one in made if len(one.shape) == 1}
     vectors = any(tuple(p.shape) not in flat for p in now) and all(p.dim() == 1 for p in now)
@@ -29,10 +29,11 @@ def are_vectors(made: Sequence[Made], now: Sequence[Tensor]) -> bool:
 
 def flattened(spec: OptimSpec, made: Sequence[Made]) -> Partition:
     """The partition on which an optimizer goes on whose parameters DeepSpeed has replaced by vectors: :class:`Flat`, or
-    where the rule or the format needs the shapes :class:`~memopt.partitions.fragments.Fragments`. Raises RuntimeError
+    where the rule or the format needs the shapes :class:`~memopt.partitions.deepspeed.fragments.Fragments`. Raises
+    RuntimeError
     where these cannot be recovered."""
-    from memopt.partitions.fragments import Fragments
-    from memopt.partitions.recovering import Unknown, recover
+    from memopt.partitions.deepspeed.fragments import Fragments
+    from memopt.partitions.deepspeed.metadata import Unknown, recover
 
     if spec.partition != "none":
         raise RuntimeError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import final
 
-from memopt.partitions.sharded import Sharded
+from memopt.partitions.fsdp import Sharded
 
 
 @final

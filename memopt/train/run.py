@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import memopt
 from memopt.partitions import PARTITIONS
-from memopt.partitions.sharded import Sharded
+from memopt.partitions.fsdp import Sharded
 from memopt.train.job import Job, ModelConfig, RankResult
 from memopt.train.model import LanguageModel
 from memopt.train.recipe import CLIP_NORM, schedule

@@ -93,7 +93,7 @@ struct Shared {
 
 int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int threads,
          Total total) {
-    const OwnThreads apart(total != nullptr);  // called from a thread for each parameter (memopt/partitions/together.py)
+    const OwnThreads apart(total != nullptr);  // called from a thread for each parameter (memopt/partitions/batched_allreduce.py)
     Job job{&table, groups, tensors, nullptr, count, 0, 1, 0, nullptr, nullptr};
     job.prepared = static_cast<Prepared*>(std::malloc((count + 1) * sizeof(Prepared)));
     job.small = static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t)));

@@ -13,7 +13,7 @@ from torch import Tensor
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows, Shape
 from memopt.partitions.base import NUMEL_TOGETHER, Entry, Partition, sum_over
-from memopt.partitions.cuts import Span, cut_rows
+from memopt.partitions.deepspeed.spans import Span, cut_rows
 from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:

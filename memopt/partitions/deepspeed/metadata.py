@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.core.rows import Shape
-from memopt.partitions.cuts import Span, spans_of_parameter, spans_of_vector
-from memopt.partitions.fragments import Origin
+from memopt.partitions.deepspeed.fragments import Origin
+from memopt.partitions.deepspeed.spans import Span, spans_of_parameter, spans_of_vector
 
 if TYPE_CHECKING:
     from weakref import ref

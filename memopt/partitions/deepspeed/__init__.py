@@ -1,0 +1,1 @@
+"""The parameters behind DeepSpeed's flat vectors."""
