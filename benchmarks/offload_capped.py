@@ -20,8 +20,8 @@ def raw_disk(nbytes: int) -> float:
     import mmap
 
     from memopt.placements.arena import Arena
-    from memopt.placements.files import WORKERS
-    from memopt.placements.threads import Threads
+    from memopt.placements.stores.disk import WORKERS
+    from memopt.placements.transfer.streams import Threads
 
     arena = Arena(None, "raw")
     source, target = arena.allocate(nbytes), arena.allocate(nbytes)

@@ -49,10 +49,10 @@ def worker(name: str) -> None:
     if special == "device":
         import simulated
 
-        from memopt.placements import bus
+        from memopt.placements.transfer import device
 
         made = simulated.ThreadedBus()
-        bus.BUSES["cpu"] = lambda where: made
+        device.BUSES["cpu"] = lambda where: made
     torch.manual_seed(0)
     shape = (64, numel // 64) if numel > 64 else (numel,)
     params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(count)]

@@ -22,7 +22,7 @@ from memopt.optim.state_dtensors import refuse_helpers
 from memopt.optim.state_store import StateStore
 from memopt.optim.step import Scaler, Stepper
 from memopt.partitions import Partition
-from memopt.placements.homes import Homes
+from memopt.placements.stores.by_placement import Homes
 from memopt.rules import Rule
 from memopt.spec import OptimSpec, parse
 

@@ -91,10 +91,10 @@ def device(monkeypatch):
     import simulated
     from offloading import EVEN
 
-    from memopt.placements import bus
+    from memopt.placements.transfer import device
 
     made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
-    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
     return made
 
 
@@ -104,14 +104,14 @@ def either(monkeypatch, request):
     import simulated
     from offloading import EVEN
 
-    from memopt.placements import bus
+    from memopt.placements.transfer import device
 
     made = (
         simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
         if request.param == "clock"
         else simulated.ThreadedBus()
     )
-    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
     return made
 
 

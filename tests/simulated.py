@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.placements.threads import Threads
+from memopt.placements.transfer.streams import Threads
 
 
 class Op:

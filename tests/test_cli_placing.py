@@ -10,7 +10,7 @@ from cases import live_nbytes, odd_model, train
 from offloading import EVEN
 
 import memopt
-from memopt.placements import bus
+from memopt.placements.transfer import device
 
 TOLD = [
     ("adamw@cpu", ["--workspace", "2MiB"], {"workspace": "2MiB"}),
@@ -55,7 +55,7 @@ def test_figures_are_the_live_ledger(run, monkeypatch, tmp_path, on_disk, spec, 
     assert (code, err) == (0, "")
     form = json.loads(out)
     made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
-    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
     model = odd_model()
     opt = memopt.create(model, spec, **options)
     train(model, opt, 0, 2)

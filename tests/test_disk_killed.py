@@ -17,7 +17,7 @@ from test_placements import assert_same, drive
 
 import memopt
 from memopt.placements.arena import Arena
-from memopt.placements.journal import Journal
+from memopt.placements.stores.atomic_record import Journal
 
 RUN = textwrap.dedent("""
     import os, sys, warnings

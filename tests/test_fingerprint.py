@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import assert_same_bits
 
-from memopt.placements.fingerprint import fingerprint
+from memopt.placements.gradients.checksum import fingerprint
 from memopt.placements.workspaces import AT_ONCE, WIDTH, looking
 
 

@@ -13,7 +13,7 @@ from offloading import SPECS, Deep, counts, early_twins, on_clock
 from test_placements import assert_same
 
 import memopt
-from memopt.placements import early
+from memopt.placements.gradients import prefetch
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -115,7 +115,7 @@ def test_a_full_device_goes_on_without_copies(device, monkeypatch):
         m(2).backward()
         if o is opt:
             opt.homes.of("")._early._wait()
-            monkeypatch.setattr(early, "fingerprint", full)
+            monkeypatch.setattr(prefetch, "fingerprint", full)
         o.step()
         train(m, o, 3, 2)
     assert_same((model, opt), twin)

@@ -19,8 +19,8 @@ from torch import nn
 import memopt
 from estimators import estimate
 from memopt.core.hyperparameters import SpecError
-from memopt.placements import bus
-from memopt.placements.away import Away
+from memopt.placements.gradients.host_grad import Away
+from memopt.placements.transfer import device as bus
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -11,8 +11,8 @@ from offloading import EVEN, Deep, early_twins, narrow, on_clock, twins
 from test_placements import assert_same
 
 import memopt
-from memopt.placements import bus
-from memopt.placements.arrivals import Arrival
+from memopt.placements.gradients.offload import Arrival
+from memopt.placements.transfer import device as bus
 
 #: ``offload_gradients`` -> what happens beside what in one backward pass and step.
 TIMELINES = {

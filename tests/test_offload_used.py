@@ -13,7 +13,7 @@ from test_placements import assert_same
 from torch import nn
 
 import memopt
-from memopt.placements.away import Away
+from memopt.placements.gradients.host_grad import Away
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -12,7 +12,8 @@ from test_placements import assert_same, drive
 import memopt
 from memopt.cli import doctor
 from memopt.cli.output import places
-from memopt.placements import bus, cuda
+from memopt.placements.transfer import cuda
+from memopt.placements.transfer import device as bus
 
 PINNED = [("host", {}), ("cpu", {}), ("cpu", {"offload_gradients": True}), ("disk", {})]
 
@@ -115,12 +116,12 @@ def test_in_the_middle_of_backward_the_gradient_stays(scarce):
 
 def test_unified_memory_is_asked_for_before_it_is_stepped(monkeypatch):
     """Where CUDA's calls are answered by ordinary memory: which state is fetched, in what order, how much at once."""
-    from memopt.placements import unified
+    from memopt.placements.stores import unified_memory
 
     happened = []
     library = types.SimpleNamespace(cprefetch=lambda at, n, where: happened.append((at.value, n.value, where.value)))
-    monkeypatch.setattr(unified, "_library", lambda: library)
-    monkeypatch.setattr(unified, "AHEAD", 1000)
+    monkeypatch.setattr(unified_memory, "_library", lambda: library)
+    monkeypatch.setattr(unified_memory, "AHEAD", 1000)
 
     class OnCard:
         """As much of a CUDA tensor as is looked at."""
@@ -141,7 +142,7 @@ def test_unified_memory_is_asked_for_before_it_is_stepped(monkeypatch):
         )
         for i, n in enumerate((400, 50, 480, 2000, 0, 90))
     ]
-    for few in unified.fetched(works):
+    for few in unified_memory.fetched(works):
         happened.append([works.index(work) for work in few])
     assert happened == [
         (10, 400, 1),

@@ -15,9 +15,10 @@ from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows
 from memopt.layout import chunks
 from memopt.layout.param import resolve
-from memopt.placements import PLACEMENTS, bus
-from memopt.placements.homes import held
-from memopt.placements.pipeline import Operation, stream
+from memopt.placements import PLACEMENTS
+from memopt.placements.stores.by_placement import held
+from memopt.placements.transfer import device as bus
+from memopt.placements.transfer.pipeline import Operation, stream
 
 STEPS = 50
 ELSEWHERE = [name for name in PLACEMENTS if name != "device"]

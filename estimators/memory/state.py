@@ -136,8 +136,8 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     from memopt.layout.chunks import lease_rows, target_of
     from memopt.layout.param import resolve
     from memopt.placements import workspaces as w
-    from memopt.placements.homes import held
     from memopt.placements.options import of_placement
+    from memopt.placements.stores.by_placement import held
 
     placement = spec.for_parameter(name)[1]
     most, target = {"host": (w.HOST_MOST, w.HOST_TARGET), "disk": (w.DISK_MOST, w.DISK_TARGET)}[placement]

@@ -21,7 +21,7 @@ from memopt.optim.edits.state import own_entries
 from memopt.partitions import Partition
 from memopt.partitions.zero1 import Zero1
 from memopt.placements.base import Home
-from memopt.placements.homes import Homes
+from memopt.placements.stores.by_placement import Homes
 from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:

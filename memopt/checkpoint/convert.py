@@ -21,7 +21,7 @@ from memopt.layout.flattened import needs_shapes
 from memopt.layout.price import spec_fields
 from memopt.optim.edits.param_groups import has_shape
 from memopt.partitions import PARTITIONS, Partition
-from memopt.placements.homes import Homes
+from memopt.placements.stores.by_placement import Homes
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 

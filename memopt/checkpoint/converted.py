@@ -14,7 +14,7 @@ from memopt.checkpoint.report import Conversion, spelled
 from memopt.checkpoint.stored import Group, Record, Source
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
-from memopt.placements.homes import Homes
+from memopt.placements.stores.by_placement import Homes
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 

@@ -23,7 +23,7 @@ from memopt.core.rows import Rows, Shape
 from memopt.formats import Shard
 from memopt.layout.param import resolve
 from memopt.masters import Master, master_of
-from memopt.placements.homes import Homes
+from memopt.placements.stores.by_placement import Homes
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
 

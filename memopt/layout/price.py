@@ -101,8 +101,8 @@ def workspace_lines(
     streaming = [p for p in sorted(spec.placements) if type(PLACEMENTS[p]).workspace is not Placement.workspace]
     if not streaming:
         return []
-    from memopt.placements.homes import held
     from memopt.placements.options import of_placement
+    from memopt.placements.stores.by_placement import held
 
     lines = []
     known: dict[Any, Held] = {}  # a name matters through overrides alone

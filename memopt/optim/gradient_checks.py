@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memopt import kernels
 from memopt.optim.edits.group_checks import check_steppable
-from memopt.placements.away import on_host
+from memopt.placements.gradients.host_grad import on_host
 
 #: What to do with a step whose gradients hold NaN or Inf.
 POLICIES = ("skip", "raise", "propagate")

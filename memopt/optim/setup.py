@@ -9,7 +9,7 @@ from memopt.engines import ENGINES, Engine
 from memopt.optim.gradient_checks import POLICIES
 from memopt.optim.integrity import Integrity
 from memopt.partitions import PARTITIONS, Partition
-from memopt.placements.homes import Homes
+from memopt.placements.stores.by_placement import Homes
 from memopt.rules import RULES, Rule
 
 if TYPE_CHECKING:

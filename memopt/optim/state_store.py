@@ -17,7 +17,7 @@ from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.edits.state import Here, is_own, is_plain, stands, taken_over
 from memopt.optim.params import Params, Resolved
 from memopt.placements.base import Home
-from memopt.placements.homes import held
+from memopt.placements.stores.by_placement import held
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout

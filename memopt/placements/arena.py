@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 from memopt.layout.chunks import PAGE
-from memopt.placements.mapping import map_file, punch
+from memopt.placements.stores.mapped_files import map_file, punch
 from memopt.untrusted.ownership import open_own
 
 #: File systems that are memory: nothing could leave it.

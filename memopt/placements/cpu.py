@@ -34,7 +34,7 @@ class Cpu(Placement):
         return "cpu"
 
     def home(self, setting: Setting) -> Home:
-        from memopt.placements.offloaded import Offloaded
+        from memopt.placements.stores.cpu import Offloaded
 
         return Offloaded(self, setting)
 

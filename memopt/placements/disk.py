@@ -16,10 +16,10 @@ class Disk(Placement):
     """State in preallocated files under ``directory``, read and written a few megabytes at a time while other
     megabytes are stepped. ``workspace`` bounds the host memory this takes.
 
-    With a ``directory`` the state survives the process: every step writes beside the state of the step before and
-    then commits, so the files are, whatever happens, the state after one whole step, with checksums
-    (:mod:`memopt.placements.files`). That takes the state's size twice on the disk. Without one, the state is in a
-    file in the directory for temporary files that has no name, is as large as the state, and ends with the process.
+    With a ``directory`` the state survives the process: every step writes beside the state of the step before and then
+    commits, so the files are, whatever happens, the state after one whole step, with checksums
+    (:mod:`memopt.placements.stores.disk`). That takes the state's size twice on the disk. Without one, the state is in
+    a file in the directory for temporary files that has no name, is as large as the state, and ends with the process.
     """
 
     name = "disk"
@@ -30,7 +30,7 @@ class Disk(Placement):
         return "disk"
 
     def home(self, setting: Setting) -> Home:
-        from memopt.placements.files import Files
+        from memopt.placements.stores.disk import Files
 
         return Files(self, setting)
 

@@ -28,7 +28,7 @@ class Host(Placement):
         return "cpu" if device == "cpu" else "pinned"
 
     def home(self, setting: Setting) -> Home:
-        from memopt.placements.pinned import Pinned
+        from memopt.placements.stores.host import Pinned
 
         return Pinned(self, setting)
 

@@ -32,7 +32,7 @@ class Paged(Placement):
         return f"paged:{device}"
 
     def home(self, setting: Setting) -> Home:
-        from memopt.placements.mapped import Mapped
+        from memopt.placements.stores.paged import Mapped
 
         return Mapped(self, setting)
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from memopt.core.hyperparameters import SpecError
-from memopt.placements.away import Away
-from memopt.placements.early import scaled
+from memopt.placements.gradients.host_grad import Away
+from memopt.placements.gradients.prefetch import scaled
 
 #: What torch adds to the norm before it divides.
 EPS = 1e-6

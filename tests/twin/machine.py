@@ -14,8 +14,8 @@ from simulated import ThreadedBus
 from torch import Tensor
 
 import memopt
-from memopt.placements import bus
 from memopt.placements.options import OPTIONS
+from memopt.placements.transfer import device
 from twin import reference
 from twin.cases import BOUND, ROUNDING, RTOL, Case
 from twin.sides import Bag, Side, kernels_off, twin_optimizer
@@ -49,10 +49,10 @@ class Twin:
     def __init__(self, case: Case, seed: int) -> None:
         self.case = case
         self.folder = tempfile.TemporaryDirectory(prefix="twin-")
-        self._patched = bus.BUSES.get("cpu")
+        self._patched = device.BUSES.get("cpu")
         if case.bus:
             made = PageBus()
-            bus.BUSES["cpu"] = lambda where: made
+            device.BUSES["cpu"] = lambda where: made
         g = torch.Generator().manual_seed(seed)
         tensors = {f"w{i}": torch.randn(shape, generator=g).to(case.dtype) for i, shape in enumerate(case.shapes)}
         self.count = len(tensors)  # of names given so far
@@ -101,9 +101,9 @@ class Twin:
             self.watch.close()
         self.ours.opt.close()
         if self._patched is None:
-            bus.BUSES.pop("cpu", None)
+            device.BUSES.pop("cpu", None)
         else:
-            bus.BUSES["cpu"] = self._patched
+            device.BUSES["cpu"] = self._patched
         self.folder.cleanup()
 
     # What operations use -----------------------------------------------------------------------------------------

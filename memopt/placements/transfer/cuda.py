@@ -11,8 +11,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from memopt.placements.pipeline import Lanes
-from memopt.placements.threads import Threads
+from memopt.placements.transfer.pipeline import Lanes
+from memopt.placements.transfer.streams import Threads
 
 #: Threads that read and write files.
 WORKERS = {"read": 2, "write": 2}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from memopt.core.rows import Rows
 from memopt.layout.chunks import Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
 from memopt.placements.base import Home, Run
-from memopt.placements.pipeline import Lanes, Operation, stream
+from memopt.placements.transfer.pipeline import Lanes, Operation, stream
 
 if TYPE_CHECKING:
     import torch

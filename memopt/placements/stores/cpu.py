@@ -3,9 +3,9 @@
 Parameters in host memory are stepped where they are. For those on a device, parameter and gradient come down a few
 megabytes at a time into pinned buffers, are stepped there by the CPU kernels, and the parameter goes up again in its
 own dtype; copies down, steps and copies up of different rows happen at once. Gradients come down in ``backward()``, as
-many as the buffers hold (:mod:`memopt.placements.early`). With ``offload_gradients=True`` all of them do, into room of
-their own, and leave the device (:mod:`memopt.placements.arrivals`); where they are released the step runs beside
-``backward()``.
+many as the buffers hold (:mod:`memopt.placements.gradients.prefetch`). With ``offload_gradients=True`` all of them do,
+into room of their own, and leave the device (:mod:`memopt.placements.gradients.offload`); where they are released the
+step runs beside ``backward()``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch import Tensor
 from memopt.core.ledger import Line
 from memopt.core.rows import Rows
 from memopt.layout.chunks import Buffers, Held, Piece, Setting, piece
-from memopt.placements.arrivals import Arrivals
 from memopt.placements.base import E, Home, Placement, Run
-from memopt.placements.bus import Bus, bus_of
-from memopt.placements.early import Early
+from memopt.placements.gradients.offload import Arrivals
+from memopt.placements.gradients.prefetch import Early
 from memopt.placements.options import EARLY
-from memopt.placements.pipeline import Lanes, Operation
-from memopt.placements.streamed import Loan, Placed, Streamed, bytes_of
+from memopt.placements.stores.streaming import Loan, Placed, Streamed, bytes_of
+from memopt.placements.transfer.device import Bus, bus_of
+from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """The home of ``@disk``: state in a file, streamed, and with a directory committed step by step.
 
 In a directory each parameter has room for its state twice. A step reads one copy and writes the other; when all of it
-is on the disk, a record is replaced (:mod:`memopt.placements.journal`) that says which copies are the state, after how
-many steps, and their checksums. Until then the record speaks of the copies that were read. So there is nothing to
-undo after a crash and nothing is written twice: the price is room on the disk, not time.
+is on the disk, a record is replaced (:mod:`memopt.placements.stores.atomic_record`) that says which copies are the
+state, after how many steps, and their checksums. Until then the record speaks of the copies that were read. So there is
+nothing to undo after a crash and nothing is written twice: the price is room on the disk, not time.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from memopt.core.ledger import Line
 from memopt.layout.chunks import PAGE, Buffers, Held, Part, Setting
 from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, Run, Survivor
-from memopt.placements.bus import Bus, bus_of
-from memopt.placements.directory import Directory
 from memopt.placements.entry import Entry, Sum
-from memopt.placements.mapping import bytes_view
-from memopt.placements.pipeline import Lanes, Operation
-from memopt.placements.streamed import Loan, Placed, Streamed, tensor_in
-from memopt.placements.threads import Threads
+from memopt.placements.stores.durable_directory import Directory
+from memopt.placements.stores.mapped_files import bytes_view
+from memopt.placements.stores.streaming import Loan, Placed, Streamed, tensor_in
+from memopt.placements.transfer.device import Bus, bus_of
+from memopt.placements.transfer.pipeline import Lanes, Operation
+from memopt.placements.transfer.streams import Threads
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 A hook on each parameter hands its gradient to the bus in the middle of ``backward()``, which goes on meanwhile; the
 gradient's memory is the device's again when the copy has been made. What stands in ``p.grad`` then says so
-(:mod:`memopt.placements.away`). A further backward pass adds: its gradient comes down through the buffers that steps
-use, a piece at a time, and a thread adds the pieces to what is there, in the order and with the rounding with which
-autograd would have on the device.
+(:mod:`memopt.placements.gradients.host_grad`). A further backward pass adds: its gradient comes down through the
+buffers that steps use, a piece at a time, and a thread adds the pieces to what is there, in the order and with the
+rounding with which autograd would have on the device.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from memopt.optim.gradient_checks import check_gradient
-from memopt.placements.away import Away
-from memopt.placements.bus import Bus, bus_of
-from memopt.placements.hooks import Hooks, leave, ranks
-from memopt.placements.pipeline import Event
+from memopt.placements.gradients.hooks import Hooks, leave, ranks
+from memopt.placements.gradients.host_grad import Away
+from memopt.placements.transfer.device import Bus, bus_of
+from memopt.placements.transfer.pipeline import Event
 
 if TYPE_CHECKING:
-    from memopt.placements.pipeline import Lanes
+    from memopt.placements.transfer.pipeline import Lanes
 
 
 @final

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from memopt.placements.pipeline import Lanes
+from memopt.placements.transfer.pipeline import Lanes
 
 if TYPE_CHECKING:
     import torch
@@ -42,7 +42,7 @@ def bus_of(device: torch.device) -> Bus | None:
 
 
 def _cuda(device: torch.device) -> Bus:
-    from memopt.placements.cuda import cuda_bus
+    from memopt.placements.transfer.cuda import cuda_bus
 
     return cuda_bus(device)
 

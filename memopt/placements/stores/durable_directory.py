@@ -15,7 +15,7 @@ from memopt.core.ledger import ITEMSIZE, Line
 from memopt.layout.chunks import PAGE, Setting
 from memopt.placements.arena import Arena
 from memopt.placements.entry import Entry, Sum
-from memopt.placements.journal import Journal, Lock, sync_directory
+from memopt.placements.stores.atomic_record import Journal, Lock, sync_directory
 from memopt.untrusted import laid_out
 from memopt.untrusted.documents import parse_json
 from memopt.untrusted.ownership import own_directory

@@ -11,10 +11,10 @@ from torch import Tensor
 from memopt.core.ledger import Line
 from memopt.layout.chunks import Buffers, Held, Part, Setting
 from memopt.placements.base import Placement, Run
-from memopt.placements.bus import Bus, bus_of
-from memopt.placements.mapping import tensors_in
-from memopt.placements.pipeline import Lanes, Operation
-from memopt.placements.streamed import Placed, Streamed, bytes_of, tensor_in
+from memopt.placements.stores.mapped_files import tensors_in
+from memopt.placements.stores.streaming import Placed, Streamed, bytes_of, tensor_in
+from memopt.placements.transfer.device import Bus, bus_of
+from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from memopt.layout.chunks import Held, Setting
 from memopt.placements.arena import Arena
 from memopt.placements.base import Home, Placement, Run
 from memopt.placements.entry import Entry
-from memopt.placements.files import Files
+from memopt.placements.stores.disk import Files
 from memopt.placements.workspaces import AHEAD, window
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Mapped(Home):
 
     def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
         if device.type == "cuda" and self.resident is None:
-            from memopt.placements.unified import unified
+            from memopt.placements.stores.unified_memory import unified
 
             self._unified[name] = sum(line.nbytes for line in lines)
             return unified(lines, device)
@@ -85,7 +85,7 @@ class Mapped(Home):
     def _step_in_place(works: Sequence[Work], run: Run) -> None:
         unified = [work for work in works if work.p.is_cuda]
         if unified:
-            from memopt.placements.unified import fetched
+            from memopt.placements.stores.unified_memory import fetched
 
             for few in fetched(unified):
                 run(few)

@@ -6,11 +6,11 @@ for it, and as many copies are made as the buffers hold, first come, first serve
 and fetches the rest meanwhile.
 
 A copy is used only if ``p.grad`` is still the same tensor in the same memory, torch has not counted a write to it but
-those of ``memopt.clip_grad_norm_``, and its bits have the number (:mod:`memopt.placements.fingerprint`) that they had
-when the copy was begun: torch does not count what is written through ``.data``. (What is written there while the copy
-is made, and undone before the step, would not be seen; nothing does that but several processes, for which there are no
-copies.) Anything else comes down in the step. A gradient whose copy was in vain in ``PATIENCE`` steps running is not
-copied any more.
+those of ``memopt.clip_grad_norm_``, and its bits have the number (:mod:`memopt.placements.gradients.checksum`) that
+they had when the copy was begun: torch does not count what is written through ``.data``. (What is written there while
+the copy is made, and undone before the step, would not be seen; nothing does that but several processes, for which
+there are no copies.) Anything else comes down in the step. A gradient whose copy was in vain in ``PATIENCE`` steps
+running is not copied any more.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 
 from memopt.layout.chunks import Piece
-from memopt.placements.bus import bus_of
-from memopt.placements.fingerprint import fingerprint
-from memopt.placements.hooks import Hooks, leave, ranks
-from memopt.placements.streamed import Loan, Placed
+from memopt.placements.gradients.checksum import fingerprint
+from memopt.placements.gradients.hooks import Hooks, leave, ranks
+from memopt.placements.stores.streaming import Loan, Placed
+from memopt.placements.transfer.device import bus_of
 
 if TYPE_CHECKING:
-    from memopt.placements.pipeline import Event
+    from memopt.placements.transfer.pipeline import Event
 
 #: Steps in which a gradient's copy may be in vain.
 PATIENCE = 2

@@ -1,0 +1,1 @@
+"""Stores of state by placement: allocate, fetch, write back."""

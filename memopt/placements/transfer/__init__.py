@@ -1,0 +1,1 @@
+"""Copies between a device, host memory and disks, and their order."""
