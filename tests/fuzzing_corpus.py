@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
 import memopt
-from memopt.formats.foreign.dynamic import code_book
+from memopt.formats.foreign.bitsandbytes import code_book
 
 Folder = dict[str, Any]
 

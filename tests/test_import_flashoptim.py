@@ -202,9 +202,9 @@ def as_bytes(x):
 
 
 def test_scales_are_rounded_up_and_no_second_moment_is_lost():
-    from memopt.checkpoint.companded import Companded
     from memopt.core.rows import Rows
     from memopt.formats import Shard
+    from memopt.formats.foreign.flashoptim import Companded
     from memopt.rules import Moment
 
     fmt, rows = Companded(32), Rows.whole((64, 32))

@@ -109,7 +109,7 @@ def test_a_bigger_file_of_torchao_is_decoded_in_pieces():
 
 def test_the_code_book_is_bitsandbytes_own():
     functional = pytest.importorskip("bitsandbytes.functional")
-    from memopt.formats.foreign.dynamic import code_book
+    from memopt.formats.foreign.bitsandbytes import code_book
 
     for signed in (True, False):
         assert torch.equal(code_book(signed), functional.create_dynamic_map(signed=signed))

@@ -8,7 +8,7 @@ from typing import Any
 from memopt.core.rows import FLAT_ROW, Rows, Shape
 from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats import HELD, Format
-from memopt.formats.foreign.dynamic import dynamic8
+from memopt.formats.foreign.bitsandbytes import dynamic8
 from memopt.layout.param import resolve
 from memopt.rules import Moment
 from memopt.spec import OptimSpec

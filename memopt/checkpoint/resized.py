@@ -28,7 +28,7 @@ from memopt.checkpoint.stored import LivePiece, Record, Stored
 from memopt.core.rows import Rows, row_count
 from memopt.formats import FORMATS, Format
 from memopt.formats.base import Parts
-from memopt.formats.foreign.flat import FlatBlocks
+from memopt.formats.foreign.flat_blocks import FlatBlocks
 
 
 class Change(NamedTuple):

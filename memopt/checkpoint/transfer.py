@@ -13,7 +13,7 @@ from memopt.checkpoint.stored import LivePiece, Stored
 from memopt.core.rows import Rows
 from memopt.formats import Format, Shard
 from memopt.formats.base import Parts
-from memopt.formats.foreign.flat import FlatBlocks
+from memopt.formats.foreign.flat_blocks import FlatBlocks
 from memopt.rules import Moment
 
 #: ``read(rows)``: the values of these rows, fp32 [rows.local_shape]; they are not changed.

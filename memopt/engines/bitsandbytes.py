@@ -11,7 +11,7 @@ from memopt.core.ledger import Line
 from memopt.core.rows import Rows
 from memopt.engines.base import Engine
 from memopt.formats import FORMATS, Format
-from memopt.formats.foreign.dynamic import dynamic8
+from memopt.formats.foreign.bitsandbytes import dynamic8
 from memopt.rules import Moment
 
 if TYPE_CHECKING:

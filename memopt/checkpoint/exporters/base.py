@@ -18,7 +18,7 @@ from memopt.checkpoint.report import Conversion
 from memopt.checkpoint.stored import Record, Source
 from memopt.checkpoint.tensorfile import Progress
 from memopt.core.rows import Shape
-from memopt.formats.foreign.flat import FlatBlocks
+from memopt.formats.foreign.flat_blocks import FlatBlocks
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 

@@ -7,7 +7,7 @@ from typing import Any
 from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment
 from memopt.checkpoint.stored import Record, Source
 from memopt.engines.bitsandbytes import KERNELS
-from memopt.formats.foreign.dynamic import code_book
+from memopt.formats.foreign.bitsandbytes import code_book
 from memopt.spec import OptimSpec
 
 

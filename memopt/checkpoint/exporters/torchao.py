@@ -11,11 +11,11 @@ from torch import Tensor
 from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment, in_blocks
 from memopt.checkpoint.fit import Encoding
 from memopt.checkpoint.stored import Record, Source
-from memopt.checkpoint.torchao_codes import book_of_4_bits, torchao4, torchao_fp8
 from memopt.core.extras import require
 from memopt.engines.bitsandbytes import BLOCK
-from memopt.formats.foreign.dynamic import code_book, dynamic8
-from memopt.formats.foreign.flat import FlatBlocks
+from memopt.formats.foreign.bitsandbytes import code_book, dynamic8
+from memopt.formats.foreign.flat_blocks import FlatBlocks
+from memopt.formats.foreign.torchao import book_of_4_bits, torchao4, torchao_fp8
 from memopt.spec import OptimSpec
 
 #: Elements of a block unless its optimizers are told otherwise.

@@ -10,7 +10,7 @@ from torch import Tensor
 from memopt.checkpoint.foreign.base import State, Tool, is_book, plain, stored
 from memopt.checkpoint.stored import Stored
 from memopt.engines.bitsandbytes import BLOCK
-from memopt.formats.foreign.dynamic import code_book
+from memopt.formats.foreign.bitsandbytes import code_book
 
 #: Where it hides its tensors from FSDP.
 _WRAPPED = "__bnb_optimizer_quant_state__"

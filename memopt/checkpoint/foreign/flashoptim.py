@@ -1,7 +1,7 @@
 """flashoptim's Adam, AdamW, SGD and Lion: companded 8-bit codes, and weights of 24 or 32 bits in two parts.
 
-Moments are :class:`~memopt.checkpoint.companded.Companded`. Beside a 16-bit weight p stands a correction c of 8 or 16
-bits: the weight is p + c u, u being half a unit in the last place of p over 127 or 32767.
+Moments are :class:`~memopt.formats.foreign.flashoptim.Companded`. Beside a 16-bit weight p stands a correction c of 8
+or 16 bits: the weight is p + c u, u being half a unit in the last place of p over 127 or 32767.
 
 torch casts the tensors of a state_dict to the parameter's dtype: fp16 scales beside bf16 weights and corrections of 16
 bits are the same bytes under the parameter's dtype; corrections of 8 bits are numbers in it. Uncompressed dictionaries
@@ -15,12 +15,12 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.companded import BLOCK, Companded
 from memopt.checkpoint.foreign.base import State, Tool, encoded, plain
 from memopt.checkpoint.kept import Raw
 from memopt.checkpoint.stored import Kept, LivePiece, Stored
 from memopt.core.rows import Rows
 from memopt.formats.base import Shard
+from memopt.formats.foreign.flashoptim import BLOCK, Companded
 from memopt.masters import Master
 from memopt.rules import Moment
 

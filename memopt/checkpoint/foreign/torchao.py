@@ -9,9 +9,9 @@ from torch import Tensor
 
 from memopt.checkpoint.foreign.base import State, Tool, encoded, is_book, plain
 from memopt.checkpoint.stored import Stored
-from memopt.checkpoint.torchao_codes import book_of_4_bits, torchao4, torchao_fp8
-from memopt.formats.foreign.dynamic import code_book, dynamic8
-from memopt.formats.foreign.flat import FlatBlocks
+from memopt.formats.foreign.bitsandbytes import code_book, dynamic8
+from memopt.formats.foreign.flat_blocks import FlatBlocks
+from memopt.formats.foreign.torchao import book_of_4_bits, torchao4, torchao_fp8
 
 #: Elements of a block; torchao's own are of 128 and 256.
 MAX_BLOCK = 65536

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, final
 
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
-from memopt.formats.foreign.dynamic import code_book
-from memopt.formats.foreign.flat import FlatBlocks, nearest, relative
+from memopt.formats.foreign.bitsandbytes import code_book
+from memopt.formats.foreign.flat_blocks import FlatBlocks, nearest, relative
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING, final
 
-from memopt.formats.foreign.flat import FlatBlocks, nearest, relative
+from memopt.formats.foreign.flat_blocks import FlatBlocks, nearest, relative
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, final
 
 from memopt.core.rows import Shape
-from memopt.formats.foreign.flat import FlatBlocks, relative
+from memopt.formats.foreign.flat_blocks import FlatBlocks, relative
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:
