@@ -30,12 +30,13 @@ from checkpoint_sweep import require
 from provenance import write_result
 
 import memopt
-from memopt.checkpoint import lock, source_of
-from memopt.checkpoint.converted import Converted
-from memopt.checkpoint.exporting import exported, write
+from memopt.checkpoint import source_of
+from memopt.checkpoint.conversion.converted_source import Converted
+from memopt.checkpoint.conversion.rewrite import rewrite
+from memopt.checkpoint.export import exported, write
+from memopt.checkpoint.io import lock
+from memopt.checkpoint.io.ranks import Ranks as Group
 from memopt.checkpoint.opened import Checkpoint
-from memopt.checkpoint.ranks import Ranks as Group
-from memopt.checkpoint.rewrite import rewrite
 
 WIDTH = 72
 #: A rank that outlives another ends within so many seconds.

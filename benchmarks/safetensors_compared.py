@@ -31,8 +31,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from memopt.checkpoint.io.safetensors_write import file_order, write_file
 from memopt.checkpoint.tensorfile import FileInfo, TensorFile, checksums, spec_of, verify_file
-from memopt.checkpoint.writing import file_order, write_file
 
 RESULTS = Path(__file__).parent / "results"
 SHAPE = (1024, 2048)

@@ -27,7 +27,7 @@ from memopt.rules import Rule
 from memopt.spec import OptimSpec, parse
 
 if TYPE_CHECKING:
-    from memopt.checkpoint.report import Conversion
+    from memopt.checkpoint.conversion.report import Conversion
     from memopt.training.optimizer_in_backward import Release
 
 
@@ -107,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
         left = self.homes.left() if self.partition.world_size > 1 else None
         if left is None:
             return
-        from memopt.checkpoint.ranks import Ranks
+        from memopt.checkpoint.io.ranks import Ranks
 
         steps = [max(found.values(), default=0.0) for found in Ranks(process_group).gather(left)]
         if len(set(steps)) > 1:
@@ -231,7 +231,7 @@ class Optimizer(torch.optim.Optimizer):
     def close(self) -> None:
         """Give back what others may want: the directory of ``@disk``, threads, the folders of checkpoints that this
         process has locked for it. State can still be read."""
-        from memopt.checkpoint import lock
+        from memopt.checkpoint.io import lock
 
         self.homes.close()
         lock.release(id(self))
@@ -317,7 +317,7 @@ class Optimizer(torch.optim.Optimizer):
         where memory or disk gives out: then some parameters may be as the new spec says. Overrides say which where
         formats and places change; else the same call goes on with the rest, and the optimizer does nothing before.
         """
-        from memopt.checkpoint.convert import convert_
+        from memopt.checkpoint.conversion.in_place import convert_
 
         return convert_(self, spec, fill=fill, **fields)
 

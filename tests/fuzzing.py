@@ -18,7 +18,7 @@ from typing import Any
 from fuzzing_corpus import Folder
 from fuzzing_pickles import NUMBERS, TEXTS, VALUES, change_bytes, change_pickle, change_torch
 
-from memopt.checkpoint import manifest
+from memopt.checkpoint.io import manifest
 
 # Changes -----------------------------------------------------------------------------------------------------------
 

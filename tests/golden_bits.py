@@ -24,7 +24,7 @@ from cases import HYPER, VARIANTS
 from torch import Tensor, nn
 
 import memopt
-from memopt.checkpoint.contents import RANDOM
+from memopt.checkpoint.io.contents import RANDOM
 from memopt.kernels import loader
 
 FOLDER = Path(__file__).parent / "golden"

@@ -4,7 +4,7 @@ import json
 import struct
 import zipfile
 
-from memopt.checkpoint import manifest
+from memopt.checkpoint.io import manifest
 
 STOP = b"."
 

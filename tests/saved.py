@@ -5,7 +5,7 @@ import os
 from cases import assert_same_bits, odd_model
 
 import memopt
-from memopt.checkpoint import lock
+from memopt.checkpoint.io import lock
 
 
 def build(spec, hyper, **keywords):

@@ -102,12 +102,12 @@ def change_partition():
 
 def stop_on_rank_1(after):
     """One rank has no memory for the third parameter: no rank converts it. Returns what was said and the optimizer."""
-    from memopt.checkpoint import changing
+    from memopt.checkpoint.conversion import replace_state
 
     model = odd_model()
     opt = memopt.create(model, "adamw/zero1")
     drive(model, opt, 0, 1)
-    fill, left = changing.fill_slot, [2]
+    fill, left = replace_state.fill_slot, [2]
 
     def failing(*arguments):
         left[0] -= 1
@@ -115,13 +115,13 @@ def stop_on_rank_1(after):
             raise MemoryError("no memory")
         fill(*arguments)
 
-    changing.fill_slot = failing
+    replace_state.fill_slot = failing
     try:
         opt.convert_(after)
     except RuntimeError as error:
         return str(error), model, opt
     finally:
-        changing.fill_slot = fill
+        replace_state.fill_slot = fill
     return None, model, opt
 
 

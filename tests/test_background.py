@@ -14,7 +14,8 @@ import torch
 from cases import odd_model
 
 import memopt
-from memopt.checkpoint import DamagedFile, background, lock, opened
+from memopt.checkpoint import DamagedFile, background_save, opened
+from memopt.checkpoint.io import lock
 from memopt.checkpoint.opened import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("impatient_disk")
@@ -75,13 +76,13 @@ def test_a_save_in_the_background_ends_before_the_process_does(tmp_path):
 
 def test_what_was_said_at_the_end_is_not_said_twice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["memopt.checkpoint.saving"], "write_file", broken)
-    monkeypatch.setattr(background, "_exiting", False)
+    monkeypatch.setattr(background_save, "_exiting", False)
     saving = memopt.save(tmp_path, model=torch.nn.Linear(2, 2), asynchronous=True)
     with pytest.raises(OSError, match="No space left"):
         saving.wait()
-    background._after_threads()
+    background_save._after_threads()
     assert capsys.readouterr().err == ""
-    background._RUNNING.clear()
+    background_save._RUNNING.clear()
 
 
 def broken(*_, **__):

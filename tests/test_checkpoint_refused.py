@@ -8,7 +8,7 @@ from cases import assert_same_bits, odd_model, train
 from saved import build, names
 
 import memopt
-from memopt.checkpoint import manifest
+from memopt.checkpoint.io import manifest
 
 
 @pytest.fixture(scope="module")

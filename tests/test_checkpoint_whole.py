@@ -17,7 +17,8 @@ import memopt
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import checkpoint_sweep
 
-from memopt.checkpoint import DamagedFile, exporting, folder
+from memopt.checkpoint import DamagedFile, export
+from memopt.checkpoint.io import checkpoint_dir
 from memopt.checkpoint.tensorfile import TensorFile
 
 pytestmark = pytest.mark.usefixtures("impatient_disk")
@@ -110,26 +111,26 @@ def test_a_real_disk_that_is_full_is_said_and_the_old_checkpoint_stays(small_dis
     model = torch.nn.Linear(256, 256)  # 772 KiB with its state, in two files
     opt = memopt.create(model, "adamw")
     opt.init_state()
-    folder, ballast = small_disk / "run", small_disk / "ballast"
-    memopt.save(folder, model=model, optimizer=opt, extra={"step": 1}, keep=1)
+    checkpoint_dir, ballast = small_disk / "run", small_disk / "ballast"
+    memopt.save(checkpoint_dir, model=model, optimizer=opt, extra={"step": 1}, keep=1)
     room = shutil.disk_usage(small_disk).free
     refused = set()
     for left in range(0, 760 * 1024, 40 * 1024):
         ballast.write_bytes(b"x" * (room - left))
         with pytest.raises(OSError, match="No space left on device") as error:
-            memopt.save(folder, model=model, optimizer=opt, extra={"step": 2}, keep=1)
+            memopt.save(checkpoint_dir, model=model, optimizer=opt, extra={"step": 2}, keep=1)
         refused.add(str(error.value).partition(" could not be written")[0].rpartition("/")[2])
-        assert memopt.load(folder, model=model, optimizer=opt).extra == {"step": 1}
-        assert names(folder) == ["00000001-step0"]
+        assert memopt.load(checkpoint_dir, model=model, optimizer=opt).extra == {"step": 1}
+        assert names(checkpoint_dir) == ["00000001-step0"]
     assert {"model.safetensors", "state-00000-of-00001.safetensors"} <= refused
     ballast.unlink()
-    memopt.save(folder, model=model, optimizer=opt, extra={"step": 2}, keep=1)
-    assert memopt.load(folder, model=model, optimizer=opt).extra == {"step": 2}
+    memopt.save(checkpoint_dir, model=model, optimizer=opt, extra={"step": 2}, keep=1)
+    assert memopt.load(checkpoint_dir, model=model, optimizer=opt).extra == {"step": 2}
 
 
 def test_what_a_killed_save_left_is_swept_up(tmp_path):
-    (tmp_path / (folder.WRITING + "00000001-step9")).mkdir()
-    (tmp_path / (folder.REMOVING + "00000000-step1")).mkdir()
+    (tmp_path / (checkpoint_dir.WRITING + "00000001-step9")).mkdir()
+    (tmp_path / (checkpoint_dir.REMOVING + "00000000-step1")).mkdir()
     memopt.save(tmp_path)
     assert names(tmp_path) == ["00000001-step0"]
 
@@ -139,7 +140,7 @@ def test_an_export_that_finds_the_disk_full_is_said_and_leaves_nothing(
     small_disk, tmp_path_factory, run, tool, monkeypatch
 ):
     """Here the disk fills up while it is written: the look at what is free, which comes before, sees nothing."""
-    monkeypatch.setattr(exporting, "refuse_too_much", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(export, "refuse_too_much", lambda *arguments, **keywords: None)
     if tool == "torchao-4bit":
         pytest.importorskip("torchao")
     model = torch.nn.Linear(256, 256)

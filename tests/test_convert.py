@@ -9,7 +9,7 @@ import torch
 from cases import HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, odd_model, train
 
 import memopt
-from memopt.checkpoint.converted import Converted
+from memopt.checkpoint.conversion.converted_source import Converted
 from memopt.checkpoint.opened import Checkpoint
 from memopt.core.hyperparameters import SpecError
 from memopt.spec import FIELDS
@@ -190,9 +190,9 @@ def test_extra_memory_is_one_parameters_state():
     opt = memopt.create(model, "adamw")
     opt.init_state()
     alive, most = {}, 0
-    from memopt.checkpoint import fit
+    from memopt.checkpoint.conversion import param_state
 
-    allocate = fit.Slot.allocate
+    allocate = param_state.Slot.allocate
 
     def watched(slot):
         nonlocal most
@@ -205,7 +205,7 @@ def test_extra_memory_is_one_parameters_state():
 
     before = live_nbytes(opt)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit.Slot, "allocate", watched)
+        patch.setattr(param_state.Slot, "allocate", watched)
         opt.convert_("adamw-8bit")
     assert most <= before + 3 * 2**20
 

@@ -27,7 +27,7 @@ def same(state, other):
     ],
 )
 def test_a_conversion_that_stops_anywhere_leaves_an_optimizer_that_works(before, after, dtype, error, monkeypatch):
-    from memopt.checkpoint import changing
+    from memopt.checkpoint.conversion import replace_state
 
     model = odd_model(dtype)
     opt = memopt.create(model, before, overrides={"norm.*": "32bit"})
@@ -36,7 +36,7 @@ def test_a_conversion_that_stops_anywhere_leaves_an_optimizer_that_works(before,
     old, names = tensors(opt), [name for name, _ in model.named_parameters()]
     opt.convert_(after)
     new = tensors(opt)
-    fill = changing.fill_slot
+    fill = replace_state.fill_slot
     for stop in range(0, len(names), 5 if "@disk" in before + after else 1):
         model.load_state_dict(weights)
         opt = memopt.create(model, before, overrides={"norm.*": "32bit"})
@@ -51,7 +51,7 @@ def test_a_conversion_that_stops_anywhere_leaves_an_optimizer_that_works(before,
             fill(slot, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(changing, "fill_slot", failing)
+            patch.setattr(replace_state, "fill_slot", failing)
             kind, words = (RuntimeError, names[stop]) if isinstance(error, Exception) else (type(error), None)
             with pytest.raises(kind, match=words):
                 opt.convert_(after)
@@ -81,7 +81,7 @@ def test_a_conversion_that_stops_anywhere_leaves_an_optimizer_that_works(before,
     ],
 )
 def test_between_two_rules_the_same_call_goes_on(before, after, keywords, error, monkeypatch):
-    from memopt.checkpoint import changing
+    from memopt.checkpoint.conversion import replace_state
 
     model = odd_model(torch.bfloat16)
     opt = memopt.create(model, before)
@@ -90,7 +90,7 @@ def test_between_two_rules_the_same_call_goes_on(before, after, keywords, error,
     old, names = tensors(opt), [name for name, _ in model.named_parameters()]
     report = opt.convert_(after, **keywords)
     new = tensors(opt)
-    fill = changing.fill_slot
+    fill = replace_state.fill_slot
 
     def stop_after(count):
         left = [count]
@@ -102,7 +102,7 @@ def test_between_two_rules_the_same_call_goes_on(before, after, keywords, error,
                 raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(changing, "fill_slot", failing)
+            patch.setattr(replace_state, "fill_slot", failing)
             with pytest.raises((type(error), RuntimeError)):
                 opt.convert_(after, **keywords)
 
@@ -123,12 +123,12 @@ def test_between_two_rules_the_same_call_goes_on(before, after, keywords, error,
 
 
 def test_nothing_is_done_with_half_of_a_rule(monkeypatch, tmp_path):
-    from memopt.checkpoint import changing
+    from memopt.checkpoint.conversion import replace_state
 
     model = odd_model()
     opt = memopt.create(model, "adamw")
     train(model, opt, 0, 1)
-    saved, fill, calls = opt.state_dict(), changing.fill_slot, []
+    saved, fill, calls = opt.state_dict(), replace_state.fill_slot, []
 
     def failing(*arguments):
         calls.append(fill(*arguments))
@@ -136,7 +136,7 @@ def test_nothing_is_done_with_half_of_a_rule(monkeypatch, tmp_path):
             raise MemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(changing, "fill_slot", failing)
+        patch.setattr(replace_state, "fill_slot", failing)
         with pytest.raises(RuntimeError, match=r"no memory. 2 of \d+ parameters are as 'lion' keeps them"):
             opt.convert_("lion")
     for refused in (
@@ -169,9 +169,9 @@ def test_changing_the_rule_needs_one_parameters_state():
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     opt.step()
-    from memopt.checkpoint import fit
+    from memopt.checkpoint.conversion import param_state
 
-    allocate, most, before = fit.Slot.allocate, [0], opt.ledger().nbytes
+    allocate, most, before = param_state.Slot.allocate, [0], opt.ledger().nbytes
 
     def watched(slot):
         state = allocate(slot)
@@ -179,7 +179,7 @@ def test_changing_the_rule_needs_one_parameters_state():
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit.Slot, "allocate", watched)
+        patch.setattr(param_state.Slot, "allocate", watched)
         opt.convert_("lion")
     assert most[0] <= before + 4 * 256 * 256 + 4
     assert opt.ledger().nbytes == before - 6 * 4 * 256 * 256

@@ -131,7 +131,7 @@ def test_exported_state_goes_on_in_torchao(tool, tmp_path, run):
 
 @pytest.mark.parametrize("tool", TORCHAO)
 def test_what_came_from_torchao_goes_back_bit_for_bit(tool):
-    from memopt.checkpoint.foreign import read_state_dict
+    from memopt.checkpoint.importers import read_state_dict
 
     m = model()
     theirs = torchao_tool(TORCHAO[tool][0])(m.parameters())
@@ -157,7 +157,7 @@ def test_blocks_of_torchao_straddle_rows_and_pieces(tool, shape):
     """The first and the last are decoded in pieces; 128 and 65 rows of 65 have blocks across rows, and no whole number
     of blocks of 256, and none at all."""
     pytest.importorskip("torchao")
-    from memopt.checkpoint.codes import CHUNK_NUMEL
+    from memopt.checkpoint.state.moment_codes import CHUNK_NUMEL
 
     assert CHUNK_NUMEL < 300 * 1024
     block, zeros = 128 if tool == "torchao-4bit" else 256, 256 if len(shape) == 1 else shape[1]
@@ -193,7 +193,7 @@ def test_a_code_book_that_is_not_torchaos_is_said():
 
 
 def test_the_command_line_names_every_tool(run):
-    from memopt.checkpoint.exporting import TOOLS
+    from memopt.checkpoint.export import TOOLS
 
     _, out, _ = run("convert", "--help")
     words = out.replace(",", " ").split()

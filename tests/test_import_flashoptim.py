@@ -241,7 +241,7 @@ def test_what_flashoptim_cannot_hold_is_refused(spec, hyper, message):
 
 
 def test_a_dtype_that_is_not_known_is_refused():
-    from memopt.checkpoint.foreign import read_state_dict
+    from memopt.checkpoint.importers import read_state_dict
 
     module = model(torch.bfloat16)
     theirs = torch.optim.AdamW(module.parameters())

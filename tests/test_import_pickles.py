@@ -10,7 +10,7 @@ import torch
 from folders import model
 
 import memopt
-from memopt.checkpoint.foreign import inert
+from memopt.checkpoint.importers import safe_unpickle
 
 
 class Evil:
@@ -45,8 +45,8 @@ def test_a_class_that_is_known_stands_for_nothing_but_its_values():
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
     modules = ("torch.distributed.checkpoint.metadata",)
-    found = inert.tree(pickle.dumps([MetadataIndex("a"), BytesStorageMetadata()]), modules, "x")
-    assert [type(x).__mro__[1] for x in found] == [inert.Inert, inert.Inert]
+    found = safe_unpickle.tree(pickle.dumps([MetadataIndex("a"), BytesStorageMetadata()]), modules, "x")
+    assert [type(x).__mro__[1] for x in found] == [safe_unpickle.Inert, safe_unpickle.Inert]
     assert found[0].fqn == "a"
     assert Path(sys.modules[MetadataIndex.__module__].__file__).name == "metadata.py"
 
@@ -59,9 +59,9 @@ def test_a_value_of_an_enumeration_as_python_3_11_writes_it():
             self.call = getattr, arguments
 
     modules = ("torch.distributed.checkpoint.metadata",)
-    found = inert.tree(pickle.dumps(Value(MetadataIndex, "NAME")), modules, "x")
-    assert isinstance(found, inert.Inert)
+    found = safe_unpickle.tree(pickle.dumps(Value(MetadataIndex, "NAME")), modules, "x")
+    assert isinstance(found, safe_unpickle.Inert)
     assert found.arguments == ("NAME",)
     for arguments in (("text", "upper"), (MetadataIndex, "NAME", None)):
         with pytest.raises(ValueError, match=r"it names builtins\.getattr"):
-            inert.tree(pickle.dumps(Value(*arguments)), modules, "x")
+            safe_unpickle.tree(pickle.dumps(Value(*arguments)), modules, "x")

@@ -93,7 +93,7 @@ def test_low_bit_state_goes_on_within_its_codes(name, tmp_path):
 
 def test_a_bigger_file_of_torchao_is_decoded_in_pieces():
     pytest.importorskip("torchao.optim")
-    from memopt.checkpoint.codes import CHUNK_NUMEL
+    from memopt.checkpoint.state.moment_codes import CHUNK_NUMEL
 
     for name in ("AdamW8bit", "AdamW4bit", "AdamWFp8"):
         p = nn.Parameter(torch.randn(CHUNK_NUMEL // 512 + 3, 1024))

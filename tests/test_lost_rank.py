@@ -47,7 +47,7 @@ def die_in(where: str) -> None:
     elif where == "gather":
         importlib.import_module("memopt.partitions.zero1")._Bucket.__init__ = end
     else:  # with some of its rows written
-        importlib.import_module("memopt.checkpoint.writing").spec_of = end
+        importlib.import_module("memopt.checkpoint.io.safetensors_write").spec_of = end
 
 
 @pytest.mark.parametrize("where", ["step", pytest.param("gather", marks=pytest.mark.slow), "save"])

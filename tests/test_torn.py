@@ -9,7 +9,7 @@ from cases import odd_model
 from saved import assert_same_model, assert_same_state
 
 import memopt
-from memopt.checkpoint import changing
+from memopt.checkpoint.conversion import replace_state
 from memopt.checkpoint.tensorfile import TensorFile
 from memopt.core.ledger import Line
 from memopt.placements.arena import Arena
@@ -98,7 +98,7 @@ def stop_in_conversion(opt, model, folder, patch, error):
         state.clear()
         raise error
 
-    patch.setattr(changing, "_replace", failing)
+    patch.setattr(replace_state, "_replace", failing)
     opt.convert_(str(opt.spec).replace("adamw", "adamw-8bit"))
 
 

@@ -14,8 +14,8 @@ import torch
 from hostile import call, name, number, state_dict, tensor, text
 
 import memopt
-from memopt.checkpoint import exporting, health, rewrite  # noqa: F401 - imported before times are taken
-from memopt.checkpoint.foreign import inert
+from memopt.checkpoint.conversion import rewrite  # noqa: F401 - imported before times are taken
+from memopt.checkpoint.importers import safe_unpickle
 from memopt.cli import convert, estimate, inspect  # noqa: F401
 from memopt.untrusted import Refused
 from memopt.untrusted.documents import parse_json, parse_yaml
@@ -82,12 +82,12 @@ HARMLESS = ("a place of the memo far away", "many places far away")
 def test_pickles_that_stand_for_more(tmp_path, what):
     content = b"\x80\x04" + PICKLES[what] + b"."
     if what in HARMLESS:
-        assert inert.tree(content, MODULES, "x") is None
+        assert safe_unpickle.tree(content, MODULES, "x") is None
         return
     with pytest.raises(Refused):
-        inert.tree(content, MODULES, "x")
+        safe_unpickle.tree(content, MODULES, "x")
     with pytest.raises(Refused):
-        inert.load(hostile.torch_file(tmp_path / "x.pt", PICKLES[what]))
+        safe_unpickle.load(hostile.torch_file(tmp_path / "x.pt", PICKLES[what]))
 
 
 #: name -> (what is behind `state[0][...]`, storages) of a file whose tensors cannot be
@@ -150,23 +150,23 @@ def test_archives(tmp_path):
     for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         hostile.torch_file(tmp_path / "x.pt", bomb, compression=compression)
         with pytest.raises(Refused, match="is compressed"):
-            inert.load(tmp_path / "x.pt")
+            safe_unpickle.load(tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02N.")
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("a/data.pkl", b"\x80\x02N.")
     with pytest.raises(Refused, match="there twice"):
-        inert.load(tmp_path / "x.pt")
+        safe_unpickle.load(tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02N.")
         archive.writestr("a/byteorder", "big")
     with pytest.raises(Refused, match="another byte order"):
-        inert.load(tmp_path / "x.pt")
+        safe_unpickle.load(tmp_path / "x.pt")
     for content in (b"", b"PK", b"PK\5\6" + bytes(18), b"\x80\x02N.", b"PK\3\4" + bytes(100)):
         (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(Refused):
-            inert.load(tmp_path / "x.pt")
-    assert isinstance(inert.load(hostile.torch_file(tmp_path / "x.pt", good)), dict)
+            safe_unpickle.load(tmp_path / "x.pt")
+    assert isinstance(safe_unpickle.load(hostile.torch_file(tmp_path / "x.pt", good)), dict)
 
 
 def one(dtype="F32", shape=(1,), offsets=(0, 4)):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.codes import CHUNK_NUMEL, chunks
-from memopt.checkpoint.stored import Source, Stored
+from memopt.checkpoint.state.moment_codes import CHUNK_NUMEL, chunks
+from memopt.checkpoint.state.saved import Source, Stored
 from memopt.core.rows import Rows
 
 

@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from memopt.checkpoint import background, plain
-from memopt.checkpoint import rng as random_state
-from memopt.checkpoint.apply import Plan
-from memopt.checkpoint.foreign import read_state_dict
-from memopt.checkpoint.model import plan_common, plan_model
+from memopt.checkpoint import background_save
+from memopt.checkpoint.conversion.compatibility import Fill
+from memopt.checkpoint.conversion.report import Conversion
+from memopt.checkpoint.importers import read_state_dict
+from memopt.checkpoint.io import json_values
+from memopt.checkpoint.io import rng_state as random_state
+from memopt.checkpoint.io.ranks import Ranks
+from memopt.checkpoint.load_model import plan_common, plan_model
+from memopt.checkpoint.load_state import Plan
 from memopt.checkpoint.opened import Checkpoint
-from memopt.checkpoint.plan import Fill
-from memopt.checkpoint.ranks import Ranks
-from memopt.checkpoint.report import Conversion
-from memopt.checkpoint.sources import is_foreign, read_path
+from memopt.checkpoint.state.detect import is_foreign, read_path
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -95,7 +96,7 @@ def load(
         return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler], strict)
     if optimizer is None and (rule is not None or fill or not hyper):
         raise ValueError("rule=, fill= and hyper=False are about an optimizer's state; give optimizer=")
-    background.settle(Path(path).absolute())  # what is being saved there is the newest
+    background_save.settle(Path(path).absolute())  # what is being saved there is the newest
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     checkpoint, plans, error = None, [], None
     notes: list[str] = []
@@ -169,4 +170,4 @@ def _load_foreign(
 def _scheduler(checkpoint: Checkpoint) -> Any:
     if "scheduler" not in checkpoint.body:
         raise ValueError(f"{checkpoint.path} holds no scheduler")
-    return plain.decode(checkpoint.body["scheduler"])
+    return json_values.decode(checkpoint.body["scheduler"])

@@ -10,10 +10,10 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint import contents, folder, manifest, plain, rng, whole
-from memopt.checkpoint.codes import CODES
-from memopt.checkpoint.kept import Raw
-from memopt.checkpoint.stored import Group, Kept, Piece, Record, Source, Span, Stored
+from memopt.checkpoint.conversion.master_weights import Raw
+from memopt.checkpoint.io import checkpoint_dir, contents, json_values, manifest, rng_state, whole_checkpoints
+from memopt.checkpoint.state.moment_codes import CODES
+from memopt.checkpoint.state.saved import Group, Kept, Piece, Record, Source, Span, Stored
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
@@ -52,7 +52,7 @@ class Checkpoint:
     """
 
     def __init__(self, path: Path, progress: Progress = lambda nbytes: None, verify: bool = True) -> None:
-        self.path = folder.find(path)
+        self.path = checkpoint_dir.find(path)
         self._files: dict[str, TensorFile] = {}
         try:
             self._open(progress, verify)
@@ -60,7 +60,7 @@ class Checkpoint:
             self.close()
             if path == self.path:
                 raise
-            other = whole.newest(path, self.path, Checkpoint)
+            other = whole_checkpoints.newest(path, self.path, Checkpoint)
             rest = (
                 f"the newest whole checkpoint there is {other.name}" if other else "no other checkpoint there is whole"
             )
@@ -69,13 +69,13 @@ class Checkpoint:
             self.close()
             raise
         if verify:
-            whole.remember(self.path)
+            whole_checkpoints.remember(self.path)
 
     def _open(self, progress: Progress, verify: bool) -> None:
         self.body = manifest.read(self.path)
         self.step: int = self.body["step"]
         for name, info in manifest.file_infos(self.body).items():
-            path = within(self.path, name, f"{self.path / folder.MANIFEST}")
+            path = within(self.path, name, f"{self.path / checkpoint_dir.MANIFEST}")
             if verify:
                 verify_file(path, info, progress)
             self._files[name] = TensorFile(path)
@@ -84,9 +84,9 @@ class Checkpoint:
 
     def _decoded(self, value: Any, what: str) -> Any:
         try:
-            return plain.decode(value)
+            return json_values.decode(value)
         except ValueError as error:
-            raise DamagedFile(f"{self.path / folder.MANIFEST} is damaged: {what}: {error}") from None
+            raise DamagedFile(f"{self.path / checkpoint_dir.MANIFEST} is damaged: {what}: {error}") from None
 
     def _check_model(self) -> None:
         """The manifest's account of the model is that of the files."""
@@ -153,7 +153,7 @@ class Checkpoint:
             return {}
         states = {name.removeprefix(contents.RANDOM): file.read(name) for name in names}
         try:
-            rng.check(states)
+            rng_state.check(states)
         except (ValueError, TypeError, KeyError, RuntimeError, OverflowError) as error:
             raise DamagedFile(f"{file.path} has no random state that can be: {printable(str(error), 100)}") from None
         return states
@@ -184,7 +184,7 @@ class Checkpoint:
             for i, group in enumerate(saved["groups"])
         ]
         records = {name: self._record(name, entry, saved) for name, entry in saved["parameters"].items()}
-        others = plain.decode(saved.get("others", {}))
+        others = json_values.decode(saved.get("others", {}))
         named, seed, skipped = saved["named"], saved["seed"], saved["skipped_steps"]
         return Source(spec, groups, records, str(self.path), named, seed, skipped, others=others)
 
@@ -207,7 +207,7 @@ class Checkpoint:
             of = rank if rank < saved["world_size"] else 0
             file = self._files[contents.rank_file(of, self.body["world_size"])]
             tensors = {key: file.read(f"{name}/{key}").clone() for key in entry["own_tensors"]}
-            return {**plain.decode(entry["own"]), **tensors}
+            return {**json_values.decode(entry["own"]), **tensors}
 
         return read
 

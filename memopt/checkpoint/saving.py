@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint import background, contents, folder, lock, manifest, plain, whole
-from memopt.checkpoint import rng as random_state
-from memopt.checkpoint.background import Saving
+from memopt.checkpoint import background_save
+from memopt.checkpoint.background_save import Saving
+from memopt.checkpoint.io import checkpoint_dir, contents, json_values, lock, manifest, whole_checkpoints
+from memopt.checkpoint.io import rng_state as random_state
+from memopt.checkpoint.io.ranks import Ranks
+from memopt.checkpoint.io.safetensors_write import Syncing, file_order, write_file
 from memopt.checkpoint.opened import Checkpoint
-from memopt.checkpoint.ranks import Ranks
 from memopt.checkpoint.tensorfile import FileInfo, spec_of
-from memopt.checkpoint.writing import Syncing, file_order, write_file
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
@@ -74,9 +75,9 @@ class _Job:
         files = {name: FileInfo(*info)._asdict() for infos in everyone for name, info in infos.items()}
         manifest.write(self.temporary, {**self.body, "files": files})
         self._check()
-        final = folder.commit(self.temporary)
-        whole.remember(final)
-        whole.prune(final, self.keep, Checkpoint)
+        final = checkpoint_dir.commit(self.temporary)
+        whole_checkpoints.remember(final)
+        whole_checkpoints.prune(final, self.keep, Checkpoint)
 
     def _check(self) -> None:
         """Nothing is committed, and nothing earlier removed, that loading would refuse."""
@@ -140,7 +141,7 @@ def save(
     where = Path(path).absolute()
     if keep < 1:
         raise ValueError(f"keep={keep!r} is not allowed; it must be at least 1")
-    background.settle(where)
+    background_save.settle(where)
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     error: Exception | None = None
     files: Files = {}
@@ -155,9 +156,9 @@ def save(
     ranks.agree(error)
     temporary = _begin(ranks, where, body["step"], [x for x in (model, optimizer) if x is not None])
     job = _Job(ranks, where, temporary, files, body, keep)
-    saving = Saving(where / temporary.name.removeprefix(folder.WRITING))
+    saving = Saving(where / temporary.name.removeprefix(checkpoint_dir.WRITING))
     if asynchronous:
-        background.begin(where, saving, job.run)
+        background_save.begin(where, saving, job.run)
     else:
         job.run()
     return saving
@@ -185,8 +186,8 @@ def _contents(
         if ranks.rank == 0 or optimizer.partition.world_size > 1:
             mine.update(contents.optimizer_tensors(optimizer))
     if scheduler is not None:
-        body["scheduler"] = plain.encode(scheduler.state_dict(), "the scheduler")
-    body["extra"] = plain.encode(dict(extra or {}), "extra")
+        body["scheduler"] = json_values.encode(scheduler.state_dict(), "the scheduler")
+    body["extra"] = json_values.encode(dict(extra or {}), "extra")
     body["random"] = with_rng
     if with_rng:
         mine.update({contents.RANDOM + name: state for name, state in random_state.get().items()})
@@ -203,7 +204,7 @@ def _begin(ranks: Ranks, where: Path, step: int, owners: list[Any]) -> Path:
             where.mkdir(parents=True, exist_ok=True)
             lock.begin(where, *owners)
             locked = True
-            name = folder.begin(where, folder.next_name(where, step)).name
+            name = checkpoint_dir.begin(where, checkpoint_dir.next_name(where, step)).name
         except OSError as failure:
             if locked:
                 lock.end(where)

@@ -1,4 +1,4 @@
-"""safetensors files read a piece at a time; :mod:`memopt.checkpoint.writing` writes them.
+"""safetensors files read a piece at a time; :mod:`memopt.checkpoint.io.safetensors_write` writes them.
 
 The format is safetensors' own (any tool that knows it reads the files); the code is ours because its library wants
 every tensor in memory to write, and maps the file to read: where the file is cut short under a mapping the process

@@ -50,14 +50,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from memopt.checkpoint.exporting import TOOLS
+    from memopt.checkpoint.export import TOOLS
 
     fill = dict(map(_fill, args.fill))
     source, checkpoint = open_source(Path(args.source), args.rule)
     if args.to in TOOLS:
         return _export(source, checkpoint, args, fill)
-    from memopt.checkpoint.converted import Converted
-    from memopt.checkpoint.rewrite import rewrite
+    from memopt.checkpoint.conversion.converted_source import Converted
+    from memopt.checkpoint.conversion.rewrite import rewrite
     from memopt.checkpoint.tensorfile import nbytes_of
     from memopt.spec import parse
 
@@ -79,7 +79,7 @@ def run(args: Namespace) -> int:
 def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
     """``(source, checkpoint)``; no checkpoint where it is another tool's."""
     from memopt.checkpoint.opened import Checkpoint
-    from memopt.checkpoint.sources import is_foreign, read_path
+    from memopt.checkpoint.state.detect import is_foreign, read_path
 
     if is_foreign(path):
         return read_path(path, rule), None
@@ -90,7 +90,7 @@ def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
 
 
 def _export(source: Any, checkpoint: Any, args: Namespace, fill: dict[str, Any]) -> int:
-    from memopt.checkpoint.exporting import exported, write
+    from memopt.checkpoint.export import exported, write
 
     if args.engine is not None:
         raise ValueError(f"--engine {args.engine} is of a spec of ours; --to {args.to} is a tool")

@@ -125,7 +125,7 @@ def _torchs(optimizer: torch.optim.Optimizer, rule: Rule) -> Callable[[Tensor], 
 
 def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
     """Moments decoded, of the rows that are looked at."""
-    from memopt.checkpoint.convert import slots
+    from memopt.checkpoint.conversion.in_place import slots
 
     found = {id(p): slot for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)}
 

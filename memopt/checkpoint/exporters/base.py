@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.codes import CODES, MomentCodes
-from memopt.checkpoint.converted import Converted, Zeros, in_memory
-from memopt.checkpoint.fit import OURS, Encoding
-from memopt.checkpoint.plan import Fill
-from memopt.checkpoint.report import Conversion
-from memopt.checkpoint.stored import Record, Source
+from memopt.checkpoint.conversion.compatibility import Fill
+from memopt.checkpoint.conversion.converted_source import Converted, Zeros, in_memory
+from memopt.checkpoint.conversion.param_state import OURS, Encoding
+from memopt.checkpoint.conversion.report import Conversion
+from memopt.checkpoint.state.moment_codes import CODES, MomentCodes
+from memopt.checkpoint.state.saved import Record, Source
 from memopt.checkpoint.tensorfile import Progress
 from memopt.core.rows import Shape
 from memopt.formats.foreign.flat_blocks import FlatBlocks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment
-from memopt.checkpoint.stored import Record, Source
+from memopt.checkpoint.state.saved import Record, Source
 from memopt.engines.bitsandbytes import KERNELS
 from memopt.formats.foreign.bitsandbytes import code_book
 from memopt.spec import OptimSpec

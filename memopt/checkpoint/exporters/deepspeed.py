@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint import plain
-from memopt.checkpoint.converted import Converted, Zeros, in_memory
+from memopt.checkpoint.conversion.converted_source import Converted, Zeros, in_memory
 from memopt.checkpoint.exporters import torch_optim
 from memopt.checkpoint.exporters.base import Exported, Exporter, Plan, State, counted, save
-from memopt.checkpoint.folder import sync_directory
-from memopt.checkpoint.stored import Record, Source
+from memopt.checkpoint.io import json_values
+from memopt.checkpoint.io.checkpoint_dir import sync_directory
+from memopt.checkpoint.state.saved import Record, Source
 from memopt.checkpoint.tensorfile import Progress
 from memopt.core.rows import Rows
 from memopt.masters import master_of
@@ -144,7 +144,7 @@ def _engine(converted: Converted, step: float, checkpoint: Checkpoint | None) ->
     scheduler = checkpoint.body.get("scheduler") if checkpoint is not None else None
     return {
         "param_shapes": [{name: torch.Size(records[name].shape) for name in g.names} for g in converted.groups],
-        "lr_scheduler": None if scheduler is None else plain.decode(scheduler),
+        "lr_scheduler": None if scheduler is None else json_values.decode(scheduler),
         "global_steps": int(step),
         "skipped_steps": converted.source.skipped_steps or 0,
         "dp_world_size": 1,

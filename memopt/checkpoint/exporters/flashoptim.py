@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.checkpoint.conversion.param_state import Encoding
 from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment, in_blocks
-from memopt.checkpoint.fit import Encoding
-from memopt.checkpoint.foreign.flashoptim import CODES, COMPANDED, CORRECTION, CORRECTIONS, SCALES
-from memopt.checkpoint.stored import Record, Source
+from memopt.checkpoint.importers.flashoptim import CODES, COMPANDED, CORRECTION, CORRECTIONS, SCALES
+from memopt.checkpoint.state.saved import Record, Source
 from memopt.masters import LOW_PRECISION, MASTERS, Master
 from memopt.spec import OptimSpec
 

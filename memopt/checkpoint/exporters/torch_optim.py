@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from memopt.checkpoint.converted import Zeros
+from memopt.checkpoint.conversion.converted_source import Zeros
 from memopt.checkpoint.exporters.base import Exported, Exporter, Plan, State, counted
-from memopt.checkpoint.folder import sync_directory
-from memopt.checkpoint.stored import Group, Record, Source
+from memopt.checkpoint.io.checkpoint_dir import sync_directory
+from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.checkpoint.tensorfile import Progress
 from memopt.spec import OptimSpec
 

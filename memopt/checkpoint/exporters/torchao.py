@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memopt.checkpoint.conversion.param_state import Encoding
 from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment, in_blocks
-from memopt.checkpoint.fit import Encoding
-from memopt.checkpoint.stored import Record, Source
+from memopt.checkpoint.state.saved import Record, Source
 from memopt.core.extras import require
 from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats.foreign.bitsandbytes import code_book, dynamic8

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memopt.checkpoint.exporters.base import Exporter, Plan, State
-from memopt.checkpoint.stored import Record, Source
+from memopt.checkpoint.state.saved import Record, Source
 from memopt.spec import OptimSpec
 
 #: Our names of hyperparameters -> its own.

@@ -1,6 +1,7 @@
 """Rows of live state: selected, appended, begun anew. What an optimizer keeps follows a weight that changes its size.
 
-A row is one index of dimension 0. What becomes of each part of the state is in :mod:`memopt.checkpoint.resized`.
+A row is one index of dimension 0. What becomes of each part of the state is in
+:mod:`memopt.checkpoint.conversion.resized_rows`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.convert import slots
-from memopt.checkpoint.everyone import record_of_all
-from memopt.checkpoint.fit import Slot, fill_slot
-from memopt.checkpoint.report import Conversion
-from memopt.checkpoint.resized import Change, changed
-from memopt.checkpoint.stored import Record
+from memopt.checkpoint.conversion.in_place import slots
+from memopt.checkpoint.conversion.param_state import Slot, fill_slot
+from memopt.checkpoint.conversion.report import Conversion
+from memopt.checkpoint.conversion.resized_rows import Change, changed
+from memopt.checkpoint.state.all_rows import record_of_all
+from memopt.checkpoint.state.saved import Record
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows
 from memopt.partitions.dtensor import is_dtensor

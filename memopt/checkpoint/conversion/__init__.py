@@ -1,0 +1,1 @@
+"""State of one spec as state of another."""

@@ -1,0 +1,109 @@
+"""A source under another spec, one parameter at a time: what files and other tools' dictionaries are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.conversion.compatibility import Fill, carried, check_fill, unused_fill
+from memopt.checkpoint.conversion.param_state import OURS, Encoding, Slot, fill_slot
+from memopt.checkpoint.conversion.report import Conversion, spelled
+from memopt.checkpoint.state.saved import Group, Record, Source
+from memopt.core.ledger import TensorSpec
+from memopt.core.rows import Rows, Shape
+from memopt.placements.stores.by_placement import Homes
+from memopt.rules import RULES
+from memopt.spec import OptimSpec
+
+#: ``zeros(dtype, shape)``: a tensor of zeros.
+Zeros = Callable[[str, Shape], Tensor]
+
+
+def in_memory(dtype: str, shape: Shape) -> Tensor:
+    return torch.zeros(shape, dtype=getattr(torch, dtype))
+
+
+class Converted:
+    """``source`` as ``spec`` would hold it, whole, in host memory. Everything that can be refused is refused here.
+
+    ``report`` is complete when :meth:`states` is exhausted.
+    """
+
+    def __init__(self, source: Source, spec: OptimSpec, fill: Fill, encoding: Encoding = OURS) -> None:
+        spec = spec.for_names([name for group in source.groups for name in group.names])
+        self.source, self.spec, self._fill, self._encoding = source, spec, fill, encoding
+        self.report = Conversion(source.label or spelled(source.spec), spelled(spec))
+        check_fill(fill, spec.rule)
+        self.groups = [Group(group.names, self._hyper(group)) for group in source.groups]
+        self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
+        kept: set[str] = set()
+        for slot, record in self._slots():
+            kept |= {m.name for m, _ in slot.codes}
+            slot.check(record, source.spec.rule, fill)
+        unused_fill(fill, kept)
+
+    def _hyper(self, group: Group) -> dict[str, Any]:
+        old = RULES[self.source.spec.rule].hyperparameters
+        h = self.spec.resolve(carried(self.source.spec.rule, self.spec.rule, group.hyper) | dict(self.spec.hyper))
+        return {**{k: v for k, v in group.hyper.items() if k not in old}, **h}
+
+    def _slots(self) -> Iterator[tuple[Slot, Record]]:
+        """Every parameter that has state."""
+        index, homes = 0, Homes(self.spec.replace(placement="device", overrides={}, options={}), 0, 1)
+        for group in self.groups:
+            for name in group.names:
+                record = self.source.records[name]
+                if record.stepped:
+                    rows = Rows.whole(record.shape)
+                    seed, cpu = self.source.seed or 0, torch.device("cpu")
+                    slot = Slot(
+                        self.spec,
+                        group.hyper,
+                        name,
+                        index,
+                        rows,
+                        cpu,
+                        seed,
+                        lambda x: x,
+                        record.dtype,
+                        homes,
+                        encoding=self._encoding,
+                    )
+                    yield slot, record
+                index += 1
+
+    def steps(self) -> dict[str, float]:
+        """parameter -> the steps it has taken, of those that have state."""
+        return {slot.name: float(self._fill.get("step", record.step)) for slot, record in self._slots()}
+
+    def layout(self) -> dict[str, TensorSpec]:
+        """``parameter/moment.part`` -> tensor, before anything is computed."""
+        return {f"{slot.name}/{key}": spec for slot, _ in self._slots() for key, spec in slot.layout().items()}
+
+    def states(self, zeros: Zeros = in_memory) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """``(parameter, state)``, converted as they are asked for; ``zeros`` may make the tensors elsewhere."""
+        for slot, record in self._slots():
+            state = {"step": zeros("float32", ())}
+            state |= {key: zeros(spec.dtype, spec.shape) for key, spec in slot.layout().items()}
+            old = self.source.spec, self._old_hyper[slot.name]
+            fill_slot(slot, state, record, old, self._fill, self.report)
+            yield slot.name, state
+            del state  # before the next is made
+
+    def parameters_json(self) -> dict[str, Any]:
+        """The manifest's account of every parameter."""
+        found: dict[str, Any] = {
+            name: {"shape": list(r.shape), **({"dtype": r.dtype} if r.dtype else {})}
+            for name, r in self.source.records.items()
+        }
+        steps = self.steps()
+        for slot, _ in self._slots():
+            found[slot.name] |= {
+                "step": steps[slot.name],
+                "moments": {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in slot.codes},
+                **({"master": self.spec.master} if slot.master.kept(slot.dtype) else {}),
+            }
+        return found

@@ -1,0 +1,194 @@
+"""``optimizer.convert_(spec)``: another spec in place, in the middle of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.conversion.compatibility import Fill, check_fill, target_hyper, target_spec, unused_fill
+from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.conversion.replace_state import Work, change_of, move
+from memopt.checkpoint.conversion.report import Conversion, spelled
+from memopt.checkpoint.io.ranks import Ranks
+from memopt.checkpoint.state.moment_codes import moment_codes
+from memopt.core.hyperparameters import SpecError
+from memopt.core.ledger import dtype_name
+from memopt.engines import ENGINES
+from memopt.layout.flattened import needs_shapes
+from memopt.layout.price import spec_fields
+from memopt.optim.edits.param_groups import has_shape
+from memopt.partitions import PARTITIONS, Partition
+from memopt.placements.stores.by_placement import Homes
+from memopt.rules import RULES
+from memopt.spec import OptimSpec
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+Groups = list[dict[str, Any]]
+
+
+def slots(
+    optimizer: Optimizer,
+    spec: OptimSpec,
+    hypers: Groups,
+    partition: Partition,
+    homes: Homes | None = None,
+    dormant: Sequence[Iterable[str]] | None = None,
+) -> Iterator[tuple[Tensor, Slot]]:
+    """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups', ``homes`` the
+    optimizer's own unless others are given. ``dormant`` are the moments of each parameter that are switched off and
+    have their place too, by default those that its state has."""
+    homes = homes or optimizer.homes
+    optimizer.settle()
+    of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
+    for index, (name, p, group) in enumerate(optimizer.params.entries()):
+        if not has_shape(p):
+            continue  # it has no state either
+        rows, total = partition.held(p), partition.total_of(p)
+        off = optimizer.rule.dormant(group, optimizer.state.get(p) or ()) if dormant is None else dormant[index]
+        yield (
+            p,
+            Slot(
+                spec,
+                RULES[spec.rule].keeping(of_group[id(group)], off),
+                name,
+                index,
+                rows,
+                p.device,
+                optimizer.seed,
+                total,
+                dtype_name(p),
+                homes,
+                partition.local(p, rows, p.detach()),
+                optimizer.capturable,
+            ),
+        )
+
+
+@torch.no_grad()
+def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None = None, **fields: Any) -> Conversion:
+    """Give the optimizer another spec; its state is decoded and encoded again, parameter by parameter.
+
+    See :meth:`memopt.Optimizer.convert_`.
+    """
+    optimizer.integrity.check()
+    old = optimizer.spec
+    new = target_spec(old, spec, fields)
+    given = dict(spec_fields(fields).get("hyper", {}))
+    work: Work | None = optimizer.unfinished
+    if work is None:
+        work = _planned(optimizer, new, given, dict(fill or {}))
+    elif (new, given, dict(fill or {})) != (work.new, work.given, work.fill):
+        raise RuntimeError(str(work))
+    stopped: BaseException | None = None
+    with optimizer.integrity.changing("convert_"):
+        optimizer.unfinished = None
+        try:
+            change_of(work)(optimizer, work)
+        except BaseException as error:
+            if optimizer.unfinished is None:
+                work.homes.replaced_by(optimizer.homes)
+            if work.between:
+                raise
+            stopped = error
+        else:
+            try:
+                _commit(optimizer, work)
+                move(optimizer, work.homes)
+            except BaseException as error:
+                _commit(optimizer, work)  # one spec, whose state is then made anew or loaded
+                optimizer.homes = work.homes
+                if not isinstance(error, Exception):
+                    raise
+                stopped = error  # all state is the new spec's: what has no room yet is asked for by the next step
+    if stopped is not None:
+        raise stopped
+    if work.every:
+        sum_over_ranks(work.report, work.partition, work.every[0].device)
+    return work.report
+
+
+def _planned(optimizer: Optimizer, new: OptimSpec, given: dict[str, Any], fill: dict[str, Any]) -> Work:
+    """Everything that can be refused is refused here, before anything is changed."""
+    optimizer.store.check_all()
+    old = optimizer.spec
+    new.resolve()  # what a group that is added later has
+    hypers = [target_hyper(old, new, group, given) for group in optimizer.param_groups]
+    new = new.for_names([name for name, _, _ in optimizer.params.entries()])
+    ENGINES[new.engine].require()
+    check_fill(fill, new.rule)
+    partition = _partition(optimizer, new)
+    homes = Homes(new, partition.rank, partition.world_size, optimizer.homes)
+    before = list(slots(optimizer, old, optimizer.param_groups, optimizer.partition))
+    after = [slot for _, slot in slots(optimizer, new, hypers, partition, homes)]
+    todo = [(p, here, there) for (p, here), there in zip(before, after, strict=True) if optimizer.state.get(p)]
+    try:
+        _check(optimizer, before, after, fill)
+    except BaseException:
+        homes.replaced_by(optimizer.homes)
+        raise
+    together = max(optimizer.partition.world_size, partition.world_size) > 1
+    ranks = Ranks(optimizer.process_group) if together else None
+    report = Conversion(spelled(old), spelled(new))
+    return Work(old, new, given, fill, hypers, partition, homes, after, todo, report, ranks)
+
+
+def _partition(optimizer: Optimizer, new: OptimSpec) -> Partition:
+    """The partition of the new spec. A rank takes some rows of the whole, or collects those of ``/zero1``; sharded
+    parameters are sharded by the model, and stay."""
+    now, group = optimizer.partition, optimizer.process_group
+    now.refuse_conversion(new, needs_shapes(new) if now.is_flattened else None)
+    if new.partition == optimizer.spec.partition:
+        return now
+    replicated = {optimizer.spec.partition, new.partition} == {"none", "zero1"}
+    if now.world_size > 1 and not replicated:
+        raise SpecError(
+            f"convert_ cannot go from '/{optimizer.spec.partition}' over {now.world_size} ranks to "
+            f"'{new}': how parameters are sharded is decided before training; save and load"
+        )
+    return PARTITIONS[new.partition](None if new.partition == "none" else group)
+
+
+def _check(optimizer: Optimizer, before: list[tuple[Tensor, Slot]], after: list[Slot], fill: Fill) -> None:
+    """Everything that can be refused, before anything is changed."""
+    kept: set[str] = set()
+    for (p, here), there in zip(before, after, strict=True):
+        kept |= {m.name for m, _ in moment_codes(there.spec, there.h, there.name, there.shape)}
+        if optimizer.state.get(p):
+            there.check(here.record(optimizer.state[p]), here.spec.rule, fill)
+    unused_fill(fill, kept)
+
+
+def _commit(optimizer: Optimizer, work: Work) -> None:
+    old, new = RULES[optimizer.spec.rule].hyperparameters, work.new
+    for group, h in zip(optimizer.param_groups, work.hypers, strict=True):
+        for key in old.keys() - h.keys():
+            group.pop(key, None)
+        work.report.notes += _differences(group, h)
+        group.update(h)
+    work.report.notes = list(dict.fromkeys(work.report.notes))
+    optimizer.spec = new
+    optimizer.rule, optimizer.engine, optimizer.partition = RULES[new.rule], ENGINES[new.engine], work.partition
+    optimizer.defaults = new.resolve()
+
+
+def _differences(group: Mapping[str, Any], h: Mapping[str, Any]) -> list[str]:
+    """One sentence for each hyperparameter that the group did not have, or had with another value."""
+    return [
+        f"{key} is {value!r} now" + (f", it was {group[key]!r}" if key in group else "")
+        for key, value in h.items()
+        if key not in group or (group[key] is not value and bool(group[key] != value))
+    ]
+
+
+def sum_over_ranks(report: Conversion, partition: Partition, device: torch.device) -> None:
+    """Errors are of the whole state, not of this rank's rows."""
+    if partition.world_size > 1 and report.losses:
+        local = [[x.squared_error, x.squared] for x in report.losses.values()]
+        sums = torch.tensor(local, dtype=torch.float64, device=device)
+        for loss, (error, squared) in zip(report.losses.values(), partition.total(sums).tolist(), strict=True):
+            loss.squared_error, loss.squared = error, squared

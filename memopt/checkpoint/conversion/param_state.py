@@ -1,0 +1,208 @@
+"""The state of one parameter of one optimizer, made from a record of another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.conversion import master_weights
+from memopt.checkpoint.conversion.compatibility import Fill, feeds
+from memopt.checkpoint.conversion.mean_of import share
+from memopt.checkpoint.conversion.recode import Target, transfer
+from memopt.checkpoint.conversion.report import Conversion, Loss
+from memopt.checkpoint.state.moment_codes import MomentCodes, moment_codes
+from memopt.checkpoint.state.saved import Kept, LivePiece, Record, Stored
+from memopt.core import dither
+from memopt.core.hyperparameters import SpecError
+from memopt.core.ledger import Line, TensorSpec
+from memopt.core.rows import Rows, Shape
+from memopt.formats import Shard
+from memopt.layout.param import resolve
+from memopt.masters import Master, master_of
+from memopt.placements.stores.by_placement import Homes
+from memopt.rules import Moment
+from memopt.spec import OptimSpec
+
+
+class Encoding(NamedTuple):
+    """How a place holds state: ``codes(spec, h, name, shape)`` are the moments of a parameter with their formats,
+    ``master(spec, dtype)`` is what stands beside the weight."""
+
+    codes: Callable[[OptimSpec, Mapping[str, Any], str, Shape], MomentCodes] = moment_codes
+    master: Callable[[OptimSpec, str], Master] = lambda spec, dtype: master_of(spec.master, dtype)
+
+
+#: That of our own optimizers; other tools have others.
+OURS = Encoding()
+
+
+class Slot(NamedTuple):
+    """A parameter of an optimizer as a place for state: everything that decides its layout and its dither."""
+
+    spec: OptimSpec
+    h: Mapping[str, Any]
+    name: str
+    index: int  # type: ignore[assignment]  # the parameter's place among all, for the random key
+    rows: Rows
+    device: torch.device
+    seed: int
+    total: Callable[[Tensor], Tensor]
+    dtype: str
+    homes: Homes
+    parameter: Tensor | None = None  # these rows of it, where it is at hand
+    capturable: bool = False  # the optimizer's: its number of steps is on the device
+    encoding: Encoding = OURS
+
+    @property
+    def shape(self) -> Shape:
+        return self.rows.shape
+
+    @property
+    def codes(self) -> MomentCodes:
+        return self.encoding.codes(self.spec, self.h, self.name, self.shape)
+
+    @property
+    def master(self) -> Master:
+        return self.encoding.master(self.spec, self.dtype)
+
+    def layout(self) -> dict[str, TensorSpec]:
+        """The tensors of the state but the step: key -> dtype and shape."""
+        found = {
+            f"{moment.name}.{part}" if part else moment.name: tensor
+            for moment, fmt in self.codes
+            for part, tensor in fmt.layout(moment, self.rows).items()
+        }
+        return found | self.master.layout(self.rows, self.dtype)
+
+    def lines(self) -> list[Line]:
+        """The tensors of the state, the step first."""
+        layout = resolve(self.spec, self.h, self.name, self.index, self.rows, self.dtype, self.seed)
+        return layout.lines(str(self.device), self.capturable)
+
+    def allocate(self) -> dict[str, Tensor]:
+        """Zeroed state where the placement says."""
+        step, *lines = self.lines()
+        counter = torch.zeros((), dtype=torch.float32, device=step.location)
+        return {step.key: counter, **self.homes.of(self.name).allocate(self.name, lines, self.device)}
+
+    def weights(self, rows: Rows) -> Tensor:
+        """These rows of the parameter, fp32 [rows.local_shape]."""
+        assert self.parameter is not None
+        return master_weights.cut(self.parameter, self.rows, rows).float()
+
+    def filled(self, value: float, rows: Rows) -> Tensor:
+        """One number in the shape of these rows, fp32 [rows.local_shape]."""
+        return torch.full(rows.local_shape, value, device=self.device)
+
+    def targets(self, state: Mapping[str, Tensor], step: int) -> dict[str, Target]:
+        """The parts of each moment within ``state``."""
+        found = {}
+        for j, (moment, fmt) in enumerate(self.codes):
+            shard = Shard(self.rows, dither.key(self.seed, self.index, j), step, self.total)
+            keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
+            found[moment.name] = Target(moment, fmt, shard, {part: state[key] for part, key in keys.items()})
+        return found
+
+    def record(self, state: Mapping[str, Tensor]) -> Record:
+        """The live state as a record."""
+        if not state:
+            return Record(self.name, self.shape, stepped=False, dtype=self.dtype, weights=self._parameter())
+        moments = {}
+        for moment, fmt in self.codes:
+            keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
+            piece = LivePiece(self.rows, {part: state[key] for part, key in keys.items()})
+            moments[moment.name] = Stored(moment, fmt, self.shape, (piece,))
+        beside = master_weights.live(self.master, self.dtype, self.rows, state, self.parameter)
+        return Record(
+            self.name,
+            self.shape,
+            float(state["step"]),
+            moments,
+            dtype=self.dtype,
+            kept=beside,
+            weights=self._parameter(),
+        )
+
+    def _parameter(self) -> Callable[[Rows], Tensor] | None:
+        p = self.parameter
+        return None if p is None else lambda rows: master_weights.cut(p, self.rows, rows)
+
+    def check(self, record: Record, rule: str, fill: Fill) -> dict[str, str | float]:
+        """What feeds each moment: the name of a stored one, or a number. Raises ValueError for what does not fit."""
+        if record.shape != self.shape:
+            raise ValueError(f"{self.name}: the saved state is of shape {record.shape}, the parameter of {self.shape}")
+        plan: dict[str, str | float] = {}
+        for moment, _ in self.codes:
+            if moment.begins and moment.name not in record.moments:
+                self._check_begins(moment, fill)
+                plan[moment.name] = 0.0
+                continue
+            plan[moment.name] = chosen = feeds(rule, self.spec.rule, self.name, record.moments, moment.name, fill)
+            negative = record.moments[chosen].moment.signed if isinstance(chosen, str) else chosen < 0
+            if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
+                raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
+        if record.kept is not None:
+            reason = master_weights.refuse(record.kept, self.master, self.parameter)
+            if reason:
+                raise ValueError(f"{self.name}: {reason}")
+        return plan
+
+    def _check_begins(self, moment: Moment, fill: Fill) -> None:
+        """Raise SpecError for a moment that begins as the parameter where there is no parameter to begin as."""
+        if moment.name in fill:
+            raise SpecError(f"fill[{moment.name!r}]: it begins as {moment.begins} and is not filled")
+        if self.parameter is None:
+            raise SpecError(
+                f"{self.name}: {moment.name!r} begins as {moment.begins}, which is not in a saved state; "
+                "load the state as it is and use opt.convert_"
+            )
+
+
+def fill_slot(
+    slot: Slot,
+    state: dict[str, Tensor],
+    record: Record,
+    old: tuple[OptimSpec, Mapping[str, Any]],
+    fill: Fill,
+    report: Conversion,
+) -> None:
+    """Write a record into zeroed ``state``. ``old`` are the spec and hyperparameters under which it was kept."""
+    plan = slot.check(record, old[0].rule, fill)
+    step = float(fill.get("step", record.step))
+    state["step"].fill_(step)
+    for name, target in slot.targets(state, int(step)).items():
+        chosen = plan[name]
+        if target.moment.begins and name not in record.moments:
+            target.encode(slot.weights)
+            continue
+        if isinstance(chosen, str):
+            scale = _scale(slot, name, chosen, record.step, old)
+            transfer(record.moments[chosen], target, scale, report.losses.setdefault(name, Loss()))
+        elif chosen:
+            target.encode(partial(slot.filled, chosen))
+        if name in fill:
+            report.filled[name] = fill[name]
+    report.dropped += [m for m in record.moments if m not in (*plan.values(), *report.dropped)]
+    if record.kept is not None:
+        _fill_kept(slot, state, record.kept, report)
+
+
+def _fill_kept(slot: Slot, state: dict[str, Tensor], before: Kept, report: Conversion) -> None:
+    """Zeros, which stand for the weights as they are, are right where there was no master before."""
+    master = slot.master
+    if master.key in state and before.dtype == slot.dtype:
+        loss = report.losses.setdefault(master.key, Loss())
+        master_weights.move(before, master, slot.rows, slot.parameter, state[master.key], loss)
+    elif before.master.key not in report.dropped:
+        report.dropped.append(before.master.key)
+
+
+def _scale(slot: Slot, name: str, chosen: str, t: float, old: tuple[OptimSpec, Mapping[str, Any]]) -> float:
+    """1 within a rule and for a moment taken as the caller said."""
+    if slot.spec.rule == old[0].rule or name != chosen:
+        return 1.0
+    return share(slot.spec.rule, name, slot.h, t) / share(old[0].rule, name, old[1], t)

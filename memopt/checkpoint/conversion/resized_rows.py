@@ -1,0 +1,112 @@
+"""The state of one parameter for other rows than it was kept for: selected, appended, begun anew.
+
+A row is one index of dimension 0. State lies along rows in every format (blocks never straddle them), so that rows
+which stay are copied part by part, codes bit for bit, and only the rest is made:
+
+* codes, scales, 16- and 32-bit moments, means of rows, what a master keeps: the rows that are asked for; a new row is
+  zeros, which every format reads as zero and every master as the weight itself;
+* a factored matrix: its rows' means likewise. The means of its columns become those of the rows that remain, of the
+  matrix that the factors stand for: col <- col * mean(row of now) / mean(row of before);
+* slow weights (lookahead): a new row begins as the weights, as at the first step;
+* vectors of which a block is coded, and parameters that change between coded and 32 bits because they cross the size
+  under which nothing is coded: decoded and encoded, since no row of them stays whole.
+
+The count of steps is the parameter's, not a row's, and stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.conversion.master_weights import kept_of
+from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.state.saved import LivePiece, Record, Stored
+from memopt.core.rows import Rows, row_count
+from memopt.formats import FORMATS, Format
+from memopt.formats.base import Parts
+from memopt.formats.foreign.flat_blocks import FlatBlocks
+
+
+class Change(NamedTuple):
+    """``index`` int64 [n]: which of the rows (of a vector, elements) ``before`` each of those ``after`` is; -1 is a new
+    one. ``weights`` are those after, of which a moment that begins as the parameter is made."""
+
+    before: Rows
+    after: Rows
+    index: Tensor  # type: ignore[assignment]
+    weights: Tensor
+
+
+def changed(record: Record, there: Slot, change_of: Callable[[str], Change]) -> Record:
+    """The record with rows as ``change_of(moment)`` says (of an empty name, for what a master keeps); ``there`` is the
+    place it goes to."""
+    formats = {moment.name: fmt for moment, fmt in there.codes}
+    begin = {moment.name for moment, _ in there.codes if moment.begins}
+    moments = {}
+    for name, stored in record.moments.items():
+        change = change_of(name)
+        parts = _parts(stored, change, there) if stored.format is formats.get(name) else None
+        fmt = stored.format
+        if parts is None:
+            x = stored.decode(change.before)
+            fmt, parts = FORMATS["32bit"], {"": _rows_of(x, change.index)}
+        new = change.index < 0
+        if name in begin and bool(new.any()):
+            values, weights = (x if x.dim() else x.view(1) for x in (parts[""], change.weights))
+            values[new.to(values.device)] = weights[new].to(values)
+        piece = LivePiece(change.after, parts)
+        moments[name] = Stored(stored.moment, fmt, change.after.shape, (piece,))
+    change, kept = change_of(""), record.kept
+    if kept is not None:
+        beside = _rows_of(kept.stored.part("", change.before), change.index)
+        piece = LivePiece(change.after, {"": beside})
+        kept = kept_of(kept.master.name, kept.dtype, change.after.shape, (piece,), None)
+    return Record(record.name, change.after.shape, record.step, moments, dtype=record.dtype, kept=kept)
+
+
+def _parts(stored: Stored, change: Change, there: Slot) -> Parts | None:
+    """The parts of these rows without decoding them, or None where a row of the parameter is none of the parts."""
+    before, moment, fmt = change.before, stored.moment, stored.format
+    if fmt.name == "factored" and len(before.shape) == 2:
+        return _factors(stored, change, there)
+    if not _along_rows(fmt, stored, before):
+        return None
+    return {part: _rows_of(stored.part(part, before), change.index) for part in fmt.layout(moment, before)}
+
+
+def _along_rows(fmt: Format, stored: Stored, rows: Rows) -> bool:
+    """Whether index i of dimension 0 of every part is that of the parameter."""
+    layout = fmt.layout(stored.moment, rows)
+    if len(rows.shape) < 2:
+        return [part.shape for part in layout.values()] == [rows.local_shape]
+    one = fmt.layout(stored.moment, rows._replace(stop=rows.first + min(rows.count, 1)))
+    return not isinstance(fmt, FlatBlocks) and all(
+        tensor.shape[0] == rows.count and one[part].shape[0] == min(rows.count, 1) for part, tensor in layout.items()
+    )
+
+
+def _factors(stored: Stored, change: Change, there: Slot) -> Parts:
+    row, col = stored.part("row", change.before), stored.part("col", change.before)
+    new = _rows_of(row, change.index)
+    sums = torch.stack([row.double().sum(), new.double().sum()])
+    if change.before == there.rows:  # these are this rank's alone
+        sums = there.total(sums)
+    counts = [max(row_count(rows.shape), 1) for rows in (change.before, change.after)]
+    mean = sums / sums.new_tensor(counts)
+    return {"row": new, "col": (col * (mean[1] / mean[0])).float() if mean[0] else torch.zeros_like(col)}
+
+
+def _rows_of(x: Tensor, index: Tensor) -> Tensor:
+    """These rows of ``x``, a new tensor; zeros for -1. Bytes for what torch cannot index."""
+    bits = x.view(torch.uint8) if x.is_floating_point() and x.itemsize == 1 else x
+    bits, index = bits.reshape(1) if not bits.dim() else bits, index.to(x.device)
+    if len(bits):
+        found = bits.index_select(0, index.clamp(min=0))
+        found[index < 0] = 0
+    else:
+        found = bits.new_zeros(len(index), *bits.shape[1:])
+    return found.view(x.dtype).reshape(x.shape if not x.dim() else found.shape)

@@ -1,0 +1,114 @@
+"""Optimizer state of other tools, one file each. ``TOOLS`` are asked in order whether they wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memopt.checkpoint.importers import bitsandbytes, flashoptim, torch_optim, torchao, transformers_adafactor
+from memopt.checkpoint.importers.base import Tool, choose, group_of, steps
+from memopt.checkpoint.state.saved import Group, Record, Source
+from memopt.optim.edits.group_checks import is_named
+from memopt.spec import OptimSpec
+from memopt.untrusted import Refused, laid_out
+from memopt.untrusted.names import label
+from memopt.untrusted.text import printable, shown
+
+TOOLS = (flashoptim.TOOL, bitsandbytes.TOOL, transformers_adafactor.TOOL, torchao.TOOL, torch_optim.TOOL)
+
+
+def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) -> Source:
+    """A ``state_dict()`` of one of :data:`TOOLS`.
+
+    ``rule`` is needed where the dictionary does not say which of several it was. Raises ValueError for a dictionary
+    that none of them wrote.
+    """
+    if "state" not in state_dict or "param_groups" not in state_dict:
+        raise ValueError(f"{origin} is not an optimizer's state_dict: it lacks 'state' or 'param_groups'")
+    groups = state_dict["param_groups"]
+    states: dict[Any, Any] = state_dict["state"]
+    if isinstance(states, Mapping):
+        states = {key: state for key, state in states.items() if isinstance(state, Mapping)}
+    _refuse_other_forms(groups, states, origin)
+    if any("." in str(key) for state in states.values() for key in state):
+        raise ValueError(
+            f"{origin} is of an optimizer of memopt's: load it with load_state_dict into one of the same "
+            "spec and use opt.convert_, or memopt.save and memopt.load, which convert"
+        )
+    with laid_out(origin, "an optimizer's state_dict"):
+        tool = _tool(groups, states, origin)
+        first: dict[str, Any] = next((s for s in states.values() if s), {})
+        possible = tool.rules(groups[0], first)
+        return _source(tool, choose(tool.name, origin, possible, rule), groups, states, origin)
+
+
+def _refuse_other_forms(groups: Any, states: Any, origin: str) -> None:
+    """Raise ValueError unless these are param groups with numbers or names, and their states by those."""
+    if not isinstance(groups, list) or not groups:
+        raise Refused(f"{origin} is not an optimizer's state_dict: its param_groups are {shown(groups)}")
+    seen: set[Any] = set()
+    for i, group in enumerate(groups):
+        members = group.get("params") if isinstance(group, Mapping) else None
+        names = group.get("param_names") if isinstance(group, Mapping) else None
+        if not isinstance(members, (list, tuple)) or not all(isinstance(key, (int, str)) for key in members):
+            raise Refused(f"{origin} is not an optimizer's state_dict: the params of group {i} are {shown(members)}")
+        if names is not None and (not isinstance(names, (list, tuple)) or len(names) != len(members)):
+            raise Refused(f"{origin}: group {i} has {len(members)} params, and its param_names are {shown(names)}")
+        for key in (*members, *(names or ())):
+            label(key if isinstance(key, str) else str(key), f"a parameter in {origin}")
+        if seen & set(members) or len(set(members)) != len(members):
+            raise Refused(f"{origin} is not an optimizer's state_dict: a parameter is in it twice")
+        seen.update(members)
+    if not isinstance(states, Mapping) or not all(isinstance(state, Mapping) for state in states.values()):
+        raise Refused(
+            f"{origin} is not an optimizer's state_dict: its state is {shown(states)}, not one of dictionaries"
+        )
+    for state in states.values():
+        for key in state:
+            label(key, f"an entry of the state in {origin}")
+
+
+def _tool(groups: Any, states: Any, origin: str) -> Tool:
+    samples = [s for s in states.values() if s] or [{}]
+    for tool in TOOLS:
+        if any(tool.wrote(groups[0], s) for s in samples):
+            return tool
+    keys = ", ".join(map(str, samples[0])) or "no state"
+    known = ", ".join(tool.name for tool in TOOLS)
+    raise ValueError(f"{origin} was written by a tool that is not known here: its state has {keys}. Known: {known}")
+
+
+def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Source:
+    named = is_named(groups)
+    ours: list[Group] = []
+    records: dict[str, Record] = {}
+    index = 0
+    for group in groups:
+        names = list(group.get("param_names") or ()) if named else [str(index + i) for i in range(len(group["params"]))]
+        index += len(names)
+        known = group_of(names, rule, tool.hyper(group, rule), group)
+        ours.append(Group(names, {k: v for k, v in known.hyper.items() if k not in tool.unsaved}))
+        for name, key in zip(names, group["params"], strict=True):
+            if name in records:
+                raise ValueError(f"{origin} has two parameters of the name {shown(name)}")
+            records[name] = _record(tool, rule, name, group, states.get(key) or {}, origin)
+    return Source(OptimSpec(rule=rule), ours, records, origin, named, label=f"{rule} of {tool.name}")
+
+
+def _record(tool: Tool, rule: str, name: str, group: Any, state: Any, origin: str) -> Record:
+    try:
+        moments, kept = tool.moments(state), tool.kept(group, state)
+    except (ValueError, LookupError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{origin}, parameter {name}: {printable(str(error), 300)}") from error
+    if not moments:
+        return Record(name, (), stepped=False)
+    if tool is bitsandbytes.TOOL:
+        moments = bitsandbytes.renamed(moments, rule)
+    shape, dtype = next(iter(moments.values())).shape, "" if kept is None else kept.dtype
+    everything = {**moments, **({} if kept is None else {"its master weights": kept.stored})}
+    for moment, stored in everything.items():
+        if stored.shape != shape:
+            raise ValueError(
+                f"{origin}, parameter {name}: {moment} is {list(stored.shape)}, and others are {list(shape)}"
+            )
+    return Record(name, shape, steps(tool.step(state), f"{origin}, parameter {name}"), moments, dtype=dtype, kept=kept)

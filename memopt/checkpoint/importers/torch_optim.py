@@ -1,0 +1,53 @@
+"""torch.optim: Adam, AdamW, RAdam, SGD, RMSprop, Adafactor."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from memopt.checkpoint.importers.base import State, Tool, factors, plain
+from memopt.checkpoint.state.saved import Stored
+from memopt.rules import RULES
+
+#: rule -> a key of its groups that no other optimizer of torch's has beside our other rules.
+_MARKS = {"radam": "decoupled_weight_decay", "rmsprop": "centered", "sgd": "nesterov", "adafactor": "beta2_decay"}
+#: Keys of a state that are no moments.
+_NO_MOMENTS = ("step", "row_var", "col_var", "variance")
+
+
+def rules(group: State, state: State) -> tuple[str, ...]:
+    if "momentum_decay" in group or "mu_product" in state:
+        return ()
+    if "amsgrad" in group:
+        # Before torch 2.7 Adam and AdamW are not told apart by what they save.
+        known = group.get("decoupled_weight_decay")
+        return ("adam", "adamw") if known is None else ("adamw",) if known else ("adam",)
+    return tuple(rule for rule, mark in _MARKS.items() if mark in group)
+
+
+def hyper(group: State, rule: str) -> dict[str, Any]:
+    ours = RULES[rule].hyperparameters
+    return {key: group[key] for key in ours if key in group}
+
+
+def moments(state: State) -> dict[str, Stored]:
+    found = {k: plain(k, v) for k, v in state.items() if k not in _NO_MOMENTS and isinstance(v, Tensor)}
+    if "row_var" in state:
+        found["exp_avg_sq"] = factors(state["row_var"], state["col_var"])
+    elif "variance" in state:
+        found["exp_avg_sq"] = plain("exp_avg_sq", state["variance"])
+    return found
+
+
+TOOL = Tool(
+    name="torch.optim",
+    wrote=lambda group, state: (
+        bool(rules(group, state)) and not any(type(v) not in (Tensor, float, int, type(None)) for v in state.values())
+    ),
+    rules=rules,
+    hyper=hyper,
+    moments=moments,
+    # SGD does not count its steps; that it has a buffer says it has taken one.
+    step=lambda state: float(state.get("step", 1)),
+)

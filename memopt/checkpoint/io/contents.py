@@ -1,0 +1,177 @@
+"""What goes into a checkpoint: tensors by file and name, and the plain rest for the manifest."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.io import json_values
+from memopt.checkpoint.state.moment_codes import moment_codes
+from memopt.core.param_names import clean_names
+from memopt.masters import MASTERS
+from memopt.optim.edits.group_checks import is_named
+from memopt.optim.edits.param_groups import has_shape
+from memopt.optim.edits.state import own_entries
+from memopt.partitions.dtensor import chunk, held, is_dtensor
+from memopt.spec import OptimSpec
+from memopt.version import __version__
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+MODEL_FILE = "model.safetensors"
+RANDOM = "random/"
+#: Before the name of a tensor of the model of which a rank's file has the rows.
+SHARDED_MODEL = "model:"
+
+
+_OTHER_MESH = (
+    "{} is not cut by rows over all ranks (it is on a mesh of several dimensions, or was not sharded); memopt.save "
+    "takes one dimension: save with torch.distributed.checkpoint"
+)
+
+
+def rank_file(rank: int, world_size: int) -> str:
+    """The file of one rank's rows of optimizer state, and of its random state."""
+    return f"state-{rank:05d}-of-{world_size:05d}.safetensors"
+
+
+def written_by() -> dict[str, str]:
+    return {"memopt": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model inside DistributedDataParallel, whose own names begin with ``module.``."""
+    return model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+
+
+def named_state(model: torch.nn.Module) -> dict[str, Any]:
+    """``model.state_dict()`` without what wrappers put into names."""
+    state = unwrapped(model).state_dict(keep_vars=True)
+    return dict(zip(clean_names(state), state.values(), strict=True))
+
+
+def model_tensors(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``(name -> tensor, name -> the name of the same tensor)``: a tied weight is kept once.
+
+    Raises ValueError for what a file of tensors cannot hold: extra state that is no tensor, or another kind of tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[Any, str] = {}
+    for name, value in named_state(model).items():
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} of the model is a {type(value).__name__}, not a tensor; memopt.save keeps tensors"
+            )
+        identity: Any = id(value)
+        if not is_dtensor(value):
+            value = value.detach()
+            if type(value) is not Tensor:
+                raise ValueError(
+                    f"{name} of the model is a {type(value).__name__}; memopt.save keeps ordinary tensors and DTensors"
+                )
+            identity = (value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+        if value.numel() and identity in seen:
+            tied[name] = seen[identity]
+        else:
+            seen[identity] = name
+            tensors[name] = value
+    return tensors, tied
+
+
+def sharded_tensors(tensors: dict[str, Any], rank: int, world_size: int) -> dict[str, Tensor]:
+    """What this rank holds of the DTensors among the model's tensors. Raises ValueError where that is not what the
+    partition of all ranks by rows would give it."""
+    found = {}
+    for name, value in tensors.items():
+        if is_dtensor(value):
+            if held(name, value).rows != chunk(tuple(value.shape), rank, world_size):
+                raise ValueError(_OTHER_MESH.format(name))
+            found[name] = value.to_local()
+    return found
+
+
+def check_rows(optimizer: Optimizer) -> None:
+    """Raise ValueError for state whose rows are not what the spec's partition gives this rank of all."""
+    partition = optimizer.partition
+    if partition.is_flattened:
+        raise ValueError(
+            "the optimizer steps DeepSpeed's flat vectors, which memopt.save does not take; save with the "
+            "engine's save_checkpoint"
+        )
+    for name, p, _ in optimizer.params.entries():
+        if partition.held(p) != partition.rows(tuple(p.shape), partition.rank, partition.world_size):
+            raise ValueError(_OTHER_MESH.format(name))
+
+
+def spec_json(spec: OptimSpec) -> dict[str, Any]:
+    return {
+        "spec": str(spec),
+        "engine": spec.engine,
+        "overrides": dict(spec.overrides),
+        "hyper": json_values.encode(dict(spec.hyper), "the hyperparameters"),
+    }
+
+
+def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
+    """Everything about the optimizer that is not a tensor."""
+    optimizer.setup.check_whole()
+    check_rows(optimizer)
+    optimizer.settle()
+    optimizer.store.check_all()
+    parameters = {}
+    for name, p, group in optimizer.params.entries():
+        if not has_shape(p):
+            raise ValueError(f"{name} has no shape yet: a lazy module must see data before it can be saved")
+        entry: dict[str, Any] = {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
+        if optimizer.state.get(p):
+            state = optimizer.state[p]
+            h = optimizer.rule.keeping(group, state)
+            codes = moment_codes(optimizer.spec, h, name, tuple(p.shape))
+            entry["step"] = float(optimizer.state[p]["step"])
+            entry["moments"] = {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in codes}
+            if MASTERS[optimizer.spec.master].key in optimizer.state[p]:
+                entry["master"] = optimizer.spec.master
+            own = own_entries(optimizer.spec.rule, state)
+            plain_ones = {key: x for key, x in own.items() if not isinstance(x, Tensor)}
+            if own:
+                entry["own"] = json_values.encode(plain_ones, f"state of {name}")
+                entry["own_tensors"] = [key for key in own if key not in plain_ones]
+        if name in parameters:
+            raise ValueError(f"two parameters are called {name!r}; a checkpoint needs distinct names")
+        parameters[name] = entry
+    others = {key: x for key, x in optimizer.state.items() if not isinstance(key, Tensor)}
+    return {
+        **({"others": json_values.encode(others, "the optimizer's state")} if others else {}),
+        **spec_json(optimizer.spec),
+        "seed": optimizer.seed,
+        "skipped_steps": optimizer.skipped_steps,
+        "partition": optimizer.spec.partition,
+        "world_size": optimizer.partition.world_size,
+        "named": is_named(optimizer.param_groups),
+        "groups": groups_json(optimizer),
+        "parameters": parameters,
+    }
+
+
+def groups_json(optimizer: Optimizer) -> list[dict[str, Any]]:
+    names = iter([name for name, _, _ in optimizer.params.entries()])
+    found = []
+    for i, group in enumerate(optimizer.param_groups):
+        hyper = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        members = [next(names) for _ in group["params"]]
+        found.append({"parameters": members, "hyper": json_values.encode(hyper, f"param group {i}")})
+    return found
+
+
+def optimizer_tensors(optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """This rank's rows: ``parameter/moment`` or ``parameter/moment.part``; steps are in the manifest."""
+    for name, p, _ in optimizer.params.entries():
+        for key, tensor in optimizer.state.get(p, {}).items():
+            if key != "step" and isinstance(tensor, Tensor):
+                yield f"{name}/{key}", tensor

@@ -1,0 +1,69 @@
+"""``manifest.json``: everything about a checkpoint that is not a tensor, and the checksums of the files that are.
+
+The file is exactly the text that :func:`dump` makes of its content, so any byte that differs shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from memopt.checkpoint.io import manifest_checks
+from memopt.checkpoint.io.checkpoint_dir import MANIFEST
+from memopt.checkpoint.tensorfile import DamagedFile, FileInfo
+from memopt.untrusted import Refused
+from memopt.untrusted.documents import parse_json
+from memopt.untrusted.names import within
+from memopt.untrusted.opening import read_file
+from memopt.untrusted.text import shown
+
+SCHEMA = "memopt.checkpoint/1"
+#: Bytes of a manifest; one of a million parameters has about a tenth.
+MAX_NBYTES = 2 * 2**30
+
+
+def dump(body: dict[str, Any]) -> bytes:
+    """The text of a manifest: indented JSON, with the SHA-256 of the same text without ``sha256``."""
+    text = json.dumps(body, indent=1, allow_nan=False)
+    return json.dumps({**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1).encode() + b"\n"
+
+
+def write(directory: Path, body: dict[str, Any]) -> None:
+    with open(directory / MANIFEST, "wb") as file:
+        file.write(dump({"schema": SCHEMA, **body}))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read(directory: Path) -> dict[str, Any]:
+    """The content. Raises :class:`DamagedFile` for a manifest that is not, byte for byte, what was written, or whose
+    account of the checkpoint cannot be true, and ValueError for one of a schema that this version does not know."""
+    path = directory / MANIFEST
+    try:
+        text = read_file(within(directory, MANIFEST, str(directory)), MAX_NBYTES, "a manifest")
+        body = parse_json(text, str(path))
+        if not isinstance(body, dict) or "sha256" not in body:
+            raise Refused(f"{path} is {shown(body)} without a sha256")
+        schema = body.get("schema")
+        del body["sha256"]
+    except FileNotFoundError:
+        raise DamagedFile(f"{path} is missing") from None
+    except Refused as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from None
+    if schema != SCHEMA and str(schema).startswith("memopt.checkpoint/"):
+        raise ValueError(f"{path} has the schema {shown(schema)}; this version of memopt reads {SCHEMA!r}")
+    try:
+        same = dump(body) == text
+    except ValueError:  # numbers that JSON has no form for
+        same = False
+    if not same:
+        raise DamagedFile(f"{path} is damaged: it is not what was written (its sha256 does not match)")
+    manifest_checks.check(body, str(path))
+    return body
+
+
+def file_infos(body: dict[str, Any]) -> dict[str, FileInfo]:
+    return {name: FileInfo(info["nbytes"], info["crc32"]) for name, info in body["files"].items()}

@@ -1,0 +1,158 @@
+"""Saved optimizer state into an optimizer that is here, first all that can be refused, then the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint import partial_load
+from memopt.checkpoint.conversion.compatibility import Fill, carried, check_fill, unused_fill
+from memopt.checkpoint.conversion.in_place import slots, sum_over_ranks
+from memopt.checkpoint.conversion.param_state import Slot, fill_slot
+from memopt.checkpoint.conversion.report import Conversion, spelled
+from memopt.checkpoint.state.moment_codes import moment_codes
+from memopt.checkpoint.state.saved import Record, Source
+from memopt.core.param_names import matching
+from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
+from memopt.optim.edits.param_groups import has_shape
+from memopt.optim.edits.state import own_entries
+from memopt.optim.state_dict import TORCH_EXECUTION
+from memopt.rules import RULES
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
+
+
+class Plan:
+    """How ``source`` goes into ``optimizer``. Raises ValueError, before anything is changed, for what does not fit."""
+
+    def __init__(self, optimizer: Optimizer, source: Source, hyper: bool, fill: Fill, strict: bool = True) -> None:
+        self._optimizer, self._source, self._fill, self._strict = optimizer, source, fill, strict
+        #: What was taken and what was not, unless ``strict``.
+        self.notes: list[str] = []
+        check_fill(fill, optimizer.spec.rule)
+        names = [name for name, _, _ in optimizer.params.entries()]
+        named = is_named(optimizer.param_groups)
+        self._records = _match(source, names, named) if strict else partial_load.records(source, optimizer)
+        self._groups = self._merged_groups(names) if hyper else [dict(group) for group in optimizer.param_groups]
+        self._seed = optimizer.seed if source.seed is None or not hyper else source.seed
+        self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
+        if not all(has_shape(p) for _, p, _ in optimizer.params.entries()):
+            raise ValueError("a parameter of a lazy module has no shape yet: it must see data before it is loaded")
+        rule = RULES[source.spec.rule]
+        full = {name: {**rule.hyperparameters, **h} for name, h in self._old_hyper.items()}
+        dormant = [
+            rule.dormant(full.get(record.name, rule.hyperparameters), record.moments) for record in self._records
+        ]
+        self._slots = [
+            (p, slot._replace(seed=self._seed))
+            for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition, dormant=dormant)
+        ]
+        if not strict:
+            shapes = {name: record.shape for name, record in source.records.items()}
+            here = {record.name: slot.shape for record, (_, slot) in zip(self._records, self._slots, strict=True)}
+            self.notes = partial_load.notes("state", shapes, here, "begins at zero")
+            both = zip(self._slots, self._records, strict=True)
+            self._records = [partial_load.resized(record, slot, p) for (p, slot), record in both]
+        kept: set[str] = set()
+        for (_, slot), record in zip(self._slots, self._records, strict=True):
+            kept |= {m.name for m, _ in moment_codes(slot.spec, slot.h, slot.name, slot.shape)}
+            if record.stepped:
+                slot.check(record, source.spec.rule, fill)
+        unused_fill(fill, kept)
+
+    def _merged_groups(self, names: list[str]) -> list[dict[str, Any]]:
+        """The optimizer's groups with the saved hyperparameters; numbers stay tuples, lists or tensors as they are."""
+        optimizer, source = self._optimizer, self._source
+        ours = [len(group["params"]) for group in optimizer.param_groups]
+        theirs = [len(group.names) for group in source.groups]
+        saved_groups = list(source.groups) if self._strict else partial_load.groups(source, optimizer, self._records)
+        where = {record.name: i for i, record in enumerate(self._records)}
+        order = [where[name] for group in source.groups for name in group.names] if self._strict else []
+        if self._strict and (ours != theirs or order != sorted(order)):
+            raise ValueError(
+                f"the param groups differ: saved with {theirs} parameters each, here {ours}, or in "
+                "another order; hyper=False keeps the groups that are here"
+            )
+        known = RULES[source.spec.rule].hyperparameters
+        merged = []
+        for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
+            if saved is None:
+                merged.append(dict(group))
+                continue
+            notes = {k: v for k, v in saved.hyper.items() if k not in known and k not in TORCH_EXECUTION}
+            h = {**group, **notes, **carried(source.spec.rule, optimizer.spec.rule, saved.hyper)}
+            optimizer.rule.check(h)
+            optimizer.spec.check_live({k: h[k] for k in optimizer.rule.hyperparameters})
+            merged.append(h)
+        return merged
+
+    def apply(self) -> Conversion:
+        """Write the state, group by group and parameter by parameter."""
+        optimizer, source = self._optimizer, self._source
+        report = Conversion(source.label or spelled(source.spec), spelled(optimizer.spec))
+        for (p, slot), record in zip(self._slots, self._records, strict=True):
+            if record.stepped:
+                self._write(p, slot, record, report)
+            else:
+                optimizer.state.pop(p, None)
+        for group, h in zip(optimizer.param_groups, self._groups, strict=True):
+            group.update({k: _kept_in_place(group.get(k), v) for k, v in h.items() if k not in TORCH_KEYS})
+        for other in [key for key in optimizer.state if not isinstance(key, Tensor)]:
+            del optimizer.state[other]
+        optimizer.state.update(source.others)
+        optimizer.seed = self._seed
+        if source.skipped_steps is not None:
+            optimizer.skipped_steps = source.skipped_steps
+        if self._slots:
+            sum_over_ranks(report, optimizer.partition, self._slots[0][0].device)
+        optimizer.store.flush()
+        return report
+
+    def _write(self, p: Tensor, slot: Slot, record: Record, report: Conversion) -> None:
+        """Into the memory that is there, where the layout is the same."""
+        state = self._optimizer.state[p]
+        lines = self._optimizer.store.lines(slot.name, p, slot.h)
+        for key in own_entries(slot.spec.rule, state):
+            del state[key]
+        there = {
+            key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) if isinstance(t, Tensor) else None
+            for key, t in state.items()
+        }
+        same = there == {line.key: (line.dtype, line.shape) for line in lines}
+        if not same or not self._optimizer.homes.of(slot.name).rewritable:
+            state.clear()
+            state.update(slot.allocate())
+        else:
+            for tensor in state.values():
+                tensor.zero_()
+        old = self._source.spec, self._old_hyper[record.name]
+        fill_slot(slot, state, record, old, self._fill, report)
+        if record.own is not None:
+            state.update(record.own(self._optimizer.partition.rank))
+
+
+def _match(source: Source, names: list[str], named: bool) -> list[Record]:
+    """The record of each parameter: by name where both have names, else by place. Raises ValueError for a parameter
+    that one of them does not have."""
+    saved = [record for group in source.groups for record in (source.records[name] for name in group.names)]
+    if not (source.named and named):
+        if len(saved) != len(names):
+            raise ValueError(f"{source.origin} has state of {len(saved)} parameters, here there are {len(names)}")
+        return saved
+    theirs, ours = matching(list(source.records), names)
+    known = dict(zip(theirs, source.records.values(), strict=True))
+    for name in (*ours, *theirs):
+        if name not in known or name not in ours:
+            who = "the optimizer" if name in known else source.origin
+            raise ValueError(f"{who} has no parameter {name!r}; both must have the same parameters")
+    return [known[name] for name in ours]
+
+
+def _kept_in_place(now: Any, value: Any) -> Any:
+    """A rate that is a tensor stays that tensor."""
+    if isinstance(now, Tensor) and now is not value:
+        return now.copy_(torch.as_tensor(value))
+    return value

@@ -1,0 +1,155 @@
+"""Optimizer state at rest, wherever it is: in memory, in files of several ranks, in another tool's dictionary."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from memopt.checkpoint.state.moment_codes import common, stored_rows
+from memopt.core.rows import Rows, Shape
+from memopt.formats import Format, Shard
+from memopt.masters import Master
+from memopt.rules import Moment
+from memopt.spec import OptimSpec
+
+#: A range along dimension 0; None is the whole tensor.
+Span = tuple[int, int] | None
+
+
+class Piece(ABC):
+    """The parts of one moment for some rows of a parameter. Subclasses are final."""
+
+    rows: Rows
+
+    @abstractmethod
+    def read(self, part: str, span: Span) -> Tensor:
+        """This range of a part; it must not be changed."""
+
+    @abstractmethod
+    def copy(self, part: str, span: Span, out: Tensor) -> None:
+        """The same, into ``out``."""
+
+
+@final
+class LivePiece(Piece):
+    """Tensors in memory."""
+
+    def __init__(self, rows: Rows, parts: Mapping[str, Tensor]) -> None:
+        self.rows = rows
+        self._parts = parts
+
+    def read(self, part: str, span: Span) -> Tensor:
+        return self._parts[part] if span is None else self._parts[part][slice(*span)]
+
+    def copy(self, part: str, span: Span, out: Tensor) -> None:
+        out.copy_(self.read(part, span))
+
+
+class Stored(NamedTuple):
+    """One moment of one parameter as it is stored: encoded by ``format``, its rows in one or more pieces. Where those
+    are decoded from another tool's code as they are read, ``code`` names it and ``held`` are its tensors."""
+
+    moment: Moment
+    format: Format
+    shape: Shape
+    pieces: tuple[Piece, ...]
+    code: str = ""
+    held: Mapping[str, Tensor] | None = None
+
+    def part(self, part: str, rows: Rows) -> Tensor:
+        """The part for these rows, assembled from the pieces; a view where one piece has them all."""
+        if self.format.is_shared(self.moment, part, self.shape):
+            return self.pieces[0].read(part, None)
+        rows = stored_rows(self.format, self.moment, rows)
+        found = [
+            piece.read(part, self.format.span(self.moment, part, here, both))
+            for piece, here in self._located()
+            if (both := common(here, rows)) is not None
+        ]
+        if found:
+            return found[0] if len(found) == 1 else torch.cat(found)
+        spec = self.format.layout(self.moment, rows)[part]
+        return torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype))
+
+    def decode(self, rows: Rows) -> Tensor:
+        """fp32 [rows.local_shape]; it must not be changed, it may be the state itself."""
+        around = stored_rows(self.format, self.moment, rows)
+        parts = {part: self.part(part, around) for part in self.format.layout(self.moment, around)}
+        x = self.format.read(parts, self.moment, Shard(around))
+        if around.bounds == rows.bounds:
+            return x
+        start, stop = rows.bounds
+        return x[start - around.bounds[0] : stop - around.bounds[0]]
+
+    def _located(self) -> list[tuple[Piece, Rows]]:
+        return [(piece, stored_rows(self.format, self.moment, piece.rows)) for piece in self.pieces]
+
+    def copy(self, rows: Rows, parts: Mapping[str, Tensor]) -> None:
+        """These rows, bit for bit, into parts of the same format."""
+        rows = stored_rows(self.format, self.moment, rows)
+        for part, target in parts.items():
+            if self.format.is_shared(self.moment, part, self.shape):
+                self.pieces[0].copy(part, None, target)
+                continue
+            for piece, held in self._located():
+                both = common(held, rows)
+                if both is not None:
+                    there = self.format.span(self.moment, part, rows, both)
+                    here = self.format.span(self.moment, part, held, both)
+                    piece.copy(part, here, target if there is None else target[slice(*there)])
+
+
+class Kept(NamedTuple):
+    """The tensor of one parameter's master. ``weights(rows)`` are the weights beside which it stands, None where they
+    are not at hand."""
+
+    master: Master
+    dtype: str  # of the parameter
+    stored: Stored
+    weights: Callable[[Rows], Tensor] | None = None
+
+
+@dataclass
+class Record:
+    """The state of one parameter; no moments where it has never been stepped. ``dtype`` is the parameter's, empty where
+    that was not saved; ``kept`` is what its master keeps beside it; ``weights(rows)`` is the parameter itself, where it
+    is at hand. ``own(rank)`` is what the user has put beside it."""
+
+    name: str
+    shape: Shape
+    step: float = 0.0
+    moments: dict[str, Stored] = field(default_factory=dict)
+    stepped: bool = True
+    dtype: str = ""
+    kept: Kept | None = None
+    weights: Callable[[Rows], Tensor] | None = None
+    own: Callable[[int], dict[str, Any]] | None = None
+
+
+@dataclass
+class Group:
+    """The hyperparameters of some parameters, by name."""
+
+    names: list[str]
+    hyper: dict[str, Any]
+
+
+@dataclass
+class Source:
+    """A saved optimizer. ``named`` says that names are the model's and not numbers; ``origin`` is where it is,
+    ``label`` what wrote it where that was not memopt."""
+
+    spec: OptimSpec
+    groups: list[Group]
+    records: dict[str, Record]
+    origin: str
+    named: bool = True
+    seed: int | None = None
+    skipped_steps: int | None = None
+    label: str = ""
+    others: dict[Any, Any] = field(default_factory=dict)  # state under keys that are no parameters
