@@ -32,7 +32,7 @@ test: lint
 
 # The kernels under the address, undefined-behaviour and thread sanitizers: minutes, and a compiler that has them.
 sanitize: $(READY)
-	$(BIN)/python -m pytest -m slow tests/test_kernels_sanitizers.py
+	$(BIN)/python -m pytest -m slow tests/kernels/test_kernels_sanitizers.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """The suite on the oldest and the newest Python and torch that pyproject.toml claims: ``nox``, or ``nox -s oldest``.
 
-Both need their Python installed, and the download of a torch. ``nox -s oldest -- tests/test_spec.py`` runs a part.
+Both need their Python installed, and the download of a torch. ``nox -s oldest -- tests/spec/test_spec.py`` runs a part.
 """
 
 from __future__ import annotations

@@ -25,11 +25,11 @@ import memopt
 from memopt.kernels import loader
 from memopt.partitions.deepspeed.flat import needs_shapes
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import flattened
-import ranks
-from cases import HYPER
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from provenance import write_result
+
+from tests.helpers import flattened, ranks
+from tests.helpers.cases import HYPER
 
 FORMATS = ("32bit", "8bit", "4bit", "factored")
 #: Stage, offload to the CPU, dtype of the weights.

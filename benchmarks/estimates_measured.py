@@ -5,7 +5,7 @@
 For every row the estimate of each figure that was measured (allocated: ``torch.cuda.max_memory_allocated``; reserved:
 ``max_memory_reserved``; process: what nvidia-smi shows) with its bounds, then the median and the worst error, and how
 often and by how much the upper bound holds. ``--write`` writes ``benchmarks/results/estimates_measured.json`` and
-``.md``. Needs neither a GPU nor torch; the quick half of it is ``tests/test_estimates_measured.py``.
+``.md``. Needs neither a GPU nor torch; the quick half of it is ``tests/estimate/test_estimates_measured.py``.
 """
 
 from __future__ import annotations

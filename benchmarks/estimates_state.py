@@ -17,10 +17,11 @@ import torch
 
 import memopt
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from cases import HYPER, live_nbytes
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from estimates_models import FAMILIES, SIZES, build, config
 from provenance import write_result
+
+from tests.helpers.cases import HYPER, live_nbytes
 
 RESULTS = Path(__file__).parent / "results"
 

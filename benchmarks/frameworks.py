@@ -12,10 +12,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import frameworks
-import loops
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from provenance import write_result
+
+from tests.helpers import frameworks, loops
 
 PACKAGES = ("torch", "accelerate", "transformers", "lightning", "deepspeed")
 

@@ -3,11 +3,11 @@
     python benchmarks/fuzz.py --inputs 100000 --out benchmarks/results/fuzz.json
 
 Inputs are well-formed checkpoints, files and configurations, changed where their structure says
-(``tests/fuzzing.py``), each from the seed and its number: ``--first N --inputs 1`` repeats one. Each is given to one
-reader: ``memopt inspect``, ``convert``, ``estimate``, ``estimate --from`` or ``memopt.load``. The harness
-(``tests/fuzzing_harness.py``) looks by the interpreter's audit events at what is opened, changed, executed and
+(``tests/helpers/fuzzing.py``), each from the seed and its number: ``--first N --inputs 1`` repeats one. Each is given
+to one reader: ``memopt inspect``, ``convert``, ``estimate``, ``estimate --from`` or ``memopt.load``. The harness
+(``tests/helpers/fuzzing_harness.py``) looks by the interpreter's audit events at what is opened, changed, executed and
 reached; at time of the process and memory beyond the input's own size; at what is said. Its own test
-(``tests/test_untrusted_fuzz.py``) does each of these wrong once.
+(``tests/untrusted/test_untrusted_fuzz.py``) does each of these wrong once.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 def part(seed: int, first: int, count: int) -> dict[str, Any]:
     """A range of inputs, in this process: its audit hook stays."""
-    sys.path.insert(0, str(TESTS))
-    import fuzzing_harness
+    sys.path.insert(0, str(TESTS.parent))
     import torch
+
+    from tests.helpers import fuzzing_harness
 
     torch.set_num_threads(1)
     watch = fuzzing_harness.Watch()

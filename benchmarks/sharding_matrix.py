@@ -34,11 +34,11 @@ from memopt.kernels import loader
 from memopt.layout.param import resolve
 from memopt.rules import RULES
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import ranks
-import sharded
-from cases import HYPER
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from provenance import write_result
+
+from tests.helpers import ranks, sharded
+from tests.helpers.cases import HYPER
 
 WORLDS = (1, 2, 3, 4)
 FORMATS = ("32bit", "8bit", "4bit", "factored")

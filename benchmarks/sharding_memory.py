@@ -21,9 +21,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import memopt
 from memopt.train.resident import peak_resident
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import ranks
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from provenance import write_result
+
+from tests.helpers import ranks
 
 MIB = 2**20
 WIDTH, LAYERS = 2048, 8

@@ -47,9 +47,8 @@ def worker(name: str) -> None:
     spec, count, numel, steps, special = SCENARIOS[name]
     torch.set_num_threads(1)
     if special == "device":
-        import simulated
-
         from memopt.placements.transfer import device
+        from tests.helpers import simulated
 
         made = simulated.ThreadedBus()
         device.BUSES["cpu"] = lambda where: made
@@ -90,7 +89,7 @@ class Tree:
     """One tree's processes for one scenario."""
 
     def __init__(self, root: Path, name: str, store: Path) -> None:
-        env = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": f"{root}", "OMP_NUM_THREADS": "1"}
         world = 2 if SCENARIOS[name][4] == "ranks" else 1
         self._all = []
         for rank in range(world):

@@ -47,7 +47,7 @@ def main() -> int:
     parser.add_argument("--kernels", type=Path, help="the library that it loads")
     arguments = parser.parse_args()
     if arguments.child is not None or arguments.replay:
-        sys.path.insert(0, str(ROOT / "tests"))
+        sys.path.insert(0, str(ROOT))
         return _replay(arguments.replay) if arguments.replay else _child(arguments)
     return _parent(arguments)
 
@@ -56,8 +56,8 @@ def main() -> int:
 
 
 def _child(arguments: Namespace) -> int:
-    from twin.cases import draw_case
-    from twin.sequences import Failed, draw, replay
+    from tests.twin.cases import draw_case
+    from tests.twin.sequences import Failed, draw, replay
 
     if arguments.kernels:
         from memopt.kernels import loader
@@ -78,7 +78,7 @@ def _say(line: dict[str, Any]) -> None:
 
 
 def _replay(text: str) -> int:
-    from twin.sequences import Failed, replay
+    from tests.twin.sequences import Failed, replay
 
     try:
         print(*replay(text, trace=True))

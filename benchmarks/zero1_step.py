@@ -23,9 +23,10 @@ from torch import nn
 import memopt
 from memopt.partitions.base import owned
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-import ranks
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from provenance import write_result
+
+from tests.helpers import ranks
 
 BAR = 1.2
 SPECS = ("adamw", "adamw-8bit")

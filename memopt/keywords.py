@@ -2,7 +2,7 @@
 reads them wherever ``**fields: Unpack[SpecKeywords]`` stands.
 
 :func:`memopt.create` spells the same keywords out, where ``help()`` and :func:`inspect.signature` see them too;
-``tests/test_signatures.py`` holds both lists against the rules, the placements and the fields of a spec.
+``tests/spec/test_signatures.py`` holds both lists against the rules, the placements and the fields of a spec.
 """
 
 from __future__ import annotations

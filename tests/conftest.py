@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,9 +59,8 @@ def run(capsys):
 @pytest.fixture
 def interpreted(monkeypatch):
     """On the CPU these tests mean Triton's interpreter, not the C++ kernels. Larger tiles: it is slow per tile."""
-    from interpreting import DEVICE
-
     from memopt.kernels import loader
+    from tests.helpers.interpreting import DEVICE
 
     monkeypatch.setattr(loader, "_loaded", loader.Missing("a test of the Triton kernels"))
     if DEVICE == "cpu":
@@ -78,9 +77,8 @@ def interpreted(monkeypatch):
 @pytest.fixture
 def on(monkeypatch, interpreted):
     """``on(True)`` turns the Triton kernels on for the device of these tests, ``on(False)`` off."""
-    from interpreting import DEVICE
-
     from memopt.kernels.triton import available
+    from tests.helpers.interpreting import DEVICE
 
     return lambda yes: monkeypatch.setattr(available, "DEVICES", {DEVICE} if yes else set())
 
@@ -88,10 +86,9 @@ def on(monkeypatch, interpreted):
 @pytest.fixture
 def device(monkeypatch):
     """Memory of the CPU counts as a device's, whose backward pass takes a second for each gradient."""
-    import simulated
-    from offloading import EVEN
-
     from memopt.placements.transfer import device
+    from tests.helpers import simulated
+    from tests.helpers.offloading import EVEN
 
     made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
     monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
@@ -101,10 +98,9 @@ def device(monkeypatch):
 @pytest.fixture(params=["clock", "threads"])
 def either(monkeypatch, request):
     """The same, or a device whose copies are made by threads, as late as they like."""
-    import simulated
-    from offloading import EVEN
-
     from memopt.placements.transfer import device
+    from tests.helpers import simulated
+    from tests.helpers.offloading import EVEN
 
     made = (
         simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))

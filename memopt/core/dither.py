@@ -8,14 +8,14 @@ with ``key`` made of seed, parameter and moment, and rows and columns those of :
 of these and of nothing else, so a run is reproducible bit for bit whatever the number of threads, the partition or
 the device.
 
-Rows begin at independent random words, so every single rounding is unbiased. Along a row and over steps the words
-are rotations by irrational angles, sequences of low discrepancy, not fresh draws. Over steps: a moment that drifts by
-a thousandth of a code's step per step then moves every thousandth step, almost regularly. With fresh draws it would
-move at random times, and after thousands of steps the stored value would have wandered off like a random walk: after
-the drop in ``tests/test_drift.py``, elements of an 8-bit second moment end between 0.2 and 3.5 times the truth with
+Rows begin at independent random words, so every single rounding is unbiased. Along a row and over steps the words are
+rotations by irrational angles, sequences of low discrepancy, not fresh draws. Over steps: a moment that drifts by a
+thousandth of a code's step per step then moves every thousandth step, almost regularly. With fresh draws it would move
+at random times, and after thousands of steps the stored value would have wandered off like a random walk: after the
+drop in ``tests/rules/test_drift.py``, elements of an 8-bit second moment end between 0.2 and 3.5 times the truth with
 fresh draws. Along a row: neighbours round at different times, so the errors of a row nearly cancel, and a kernel pays
-one addition for a word instead of a hash. No small integer
-relation ties the two angles: for |i|, |j| <= 10, i (sqrt 2 - 1) + j / golden ratio is 0.003 away from whole numbers.
+one addition for a word instead of a hash. No small integer relation ties the two angles: for |i|, |j| <= 10, i (sqrt 2
+- 1) + j / golden ratio is 0.003 away from whole numbers.
 
 The mixer is the 32-bit finaliser of MurmurHash3 (Appleby, public domain).
 """

@@ -1,4 +1,5 @@
-"""A value on every axis, as a package of its own would have them; ``tests/test_extending.py`` runs the contracts on it.
+"""A value on every axis, as a package of its own would have them; ``tests/spec/test_extending.py`` runs the contracts
+on it.
 
 As a plugin of pytest (``-p toys``, with ``MEMOPT_TOYS`` in the environment) it is there before the
 table of cases is made.
@@ -20,7 +21,7 @@ if "MEMOPT_TOYS" in os.environ:
     for _axis, (_name, _place) in VALUES.items():
         register(_axis, _name, _place)
 
-    import mastered  # it makes the table of cases
+    from tests.helpers import mastered  # it makes the table of cases
 
     mastered.BITS["toycopy"] = (24, 24)
     mastered.NBYTES["toycopy"] = 4

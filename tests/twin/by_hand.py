@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twin.machine import LOW, Difference, Skip, Twin
-from twin.operations import operation
-from twin.sides import set_data
-from twin.stepping import not_released
+from tests.twin.machine import LOW, Difference, Skip, Twin
+from tests.twin.operations import operation
+from tests.twin.sides import set_data
+from tests.twin.stepping import not_released
 
 #: Moments that may be replaced alone: a second moment of zeros under a first that is not would divide by nothing.
 FIRST = ("exp_avg", "momentum_buffer")

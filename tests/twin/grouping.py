@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import memopt
-from twin.machine import LOW, Difference, Skip, Twin
-from twin.operations import operation
-from twin.sides import Side
-from twin.stepping import not_released
+from tests.twin.machine import LOW, Difference, Skip, Twin
+from tests.twin.operations import operation
+from tests.twin.sides import Side
+from tests.twin.stepping import not_released
 
 LR = [0.0, 1e-3, 1e-2, 2e-2]
 
@@ -156,7 +156,7 @@ def add_group(t: Twin, r: Random) -> None:
     not_released(t)
     if len(t.names) > 6 or t.case.overrides:
         raise Skip
-    from twin.cases import SHAPES
+    from tests.twin.cases import SHAPES
 
     name = _new_parameter(t, r, r.choice([s for s in SHAPES if s != (0, 7)]))
     lr = r.choice(LR)

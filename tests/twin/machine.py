@@ -10,15 +10,15 @@ from random import Random
 from typing import Any
 
 import torch
-from simulated import ThreadedBus
 from torch import Tensor
 
 import memopt
 from memopt.placements.options import OPTIONS
 from memopt.placements.transfer import device
-from twin import reference
-from twin.cases import BOUND, ROUNDING, RTOL, Case
-from twin.sides import Bag, Side, kernels_off, twin_optimizer
+from tests.helpers.simulated import ThreadedBus
+from tests.twin import reference
+from tests.twin.cases import BOUND, ROUNDING, RTOL, Case
+from tests.twin.sides import Bag, Side, kernels_off, twin_optimizer
 
 #: What a refusal may be: an exception whose text is for a person.
 REFUSALS = (RuntimeError, ValueError, TypeError, FloatingPointError)

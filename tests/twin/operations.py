@@ -7,7 +7,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from twin.machine import Twin
+    from tests.twin.machine import Twin
 
 Operation = Callable[["Twin", Random], None]
 OPERATIONS: dict[str, Operation] = {}
@@ -27,6 +27,6 @@ def operation(weight: int = 2) -> Callable[[Operation], Operation]:
 
 
 def load_all() -> dict[str, Operation]:
-    from twin import by_hand, grouping, stepping, surgery, travelling  # noqa: F401
+    from tests.twin import by_hand, grouping, stepping, surgery, travelling  # noqa: F401
 
     return OPERATIONS

@@ -10,10 +10,10 @@ from torch import Tensor
 
 import memopt
 from memopt.masters import MASTERS
-from twin.sides import Bag, kernels_off
+from tests.twin.sides import Bag, kernels_off
 
 if TYPE_CHECKING:
-    from twin.machine import Twin
+    from tests.twin.machine import Twin
 
 #: As in the tests of the kernels: sums in another order, and ties that fall the other way.
 TOLERANCE, TIES = 1e-5, 3
@@ -55,7 +55,7 @@ def step(t: Twin, gradients: Mapping[str, Tensor]) -> tuple[Bag, Any] | None:
 
 
 def compare(t: Twin, expected: tuple[Bag, Any]) -> None:
-    from twin.machine import Difference
+    from tests.twin.machine import Difference
 
     model, opt = expected
     for name in t.names:

@@ -9,9 +9,9 @@ from random import Random
 import torch
 
 import memopt
-from twin.cases import draw_case
-from twin.machine import Skip, Twin
-from twin.operations import WEIGHTS, load_all
+from tests.twin.cases import draw_case
+from tests.twin.machine import Skip, Twin
+from tests.twin.operations import WEIGHTS, load_all
 
 LENGTH = (8, 24)
 

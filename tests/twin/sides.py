@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import memopt
 from memopt.kernels import loader
-from twin.cases import TORCH, Case
+from tests.twin.cases import TORCH, Case
 
 
 class Bag(nn.Module):

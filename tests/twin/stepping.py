@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 import memopt
-from twin.machine import Difference, Skip, Twin
-from twin.operations import operation
-from twin.sides import Side
+from tests.twin.machine import Difference, Skip, Twin
+from tests.twin.operations import operation
+from tests.twin.sides import Side
 
 
 def not_released(t: Twin) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from twin.machine import LOW, Skip, Twin
-from twin.operations import operation
-from twin.stepping import not_released
+from tests.twin.machine import LOW, Skip, Twin
+from tests.twin.operations import operation
+from tests.twin.stepping import not_released
 
 #: Moments that a reset may take alone.
 ALONE = ("exp_avg", "momentum_buffer")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import memopt
 from memopt.placements.options import OPTIONS
-from twin.machine import Difference, Skip, Twin
-from twin.operations import operation
-from twin.sides import Bag
+from tests.twin.machine import Difference, Skip, Twin
+from tests.twin.operations import operation
+from tests.twin.sides import Bag
 
 
 def blueprint(t: Twin) -> Callable[[], tuple[Bag, Any]]:
@@ -180,7 +180,7 @@ def load_back(t: Twin, r: Random) -> None:
 @operation(1)
 def load_theirs(t: Twin, r: Random) -> None:
     """The state of torch.optim, read by memopt.load."""
-    from twin.machine import LOW
+    from tests.twin.machine import LOW
 
     spec = t.ours.opt.spec
     if isinstance(t.theirs.opt, memopt.Optimizer) or spec.format != "32bit" or t.case.overrides:

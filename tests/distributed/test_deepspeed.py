@@ -1,0 +1,171 @@
+"""Under DeepSpeed, rules and formats that need shapes: the numbers and the state of one process, row by row."""
+
+from types import SimpleNamespace
+from weakref import ref
+
+import pytest
+import torch
+
+import memopt
+from memopt.core.rows import Rows
+from memopt.kernels import loader
+from memopt.layout.param import resolve
+from memopt.partitions.deepspeed.metadata import Made, Unknown, recover
+from tests.helpers import flattened
+from tests.helpers.cases import HYPER
+from tests.helpers.flattened import CASES, STEPS, session, whole
+
+pytest.importorskip("deepspeed")
+#: What kernels round otherwise than torch, relative to the largest element.
+RTOL = 1e-6
+ALL = [(world, case) for world, cases in CASES.items() for case in cases]
+
+
+def same_bits(a, b):
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+
+
+def rows_of(state, rows, spec, h, name):
+    """The same rows of every part of one process's state."""
+
+    def shapes(some):
+        layout = resolve(spec, h, name, 0, some, "float32")
+        return {line.key: line.shape for line in layout.lines("")}
+
+    before, mine = shapes(Rows(rows.shape, 0, rows.first)), shapes(rows)
+    return {
+        key: x if mine[key] == tuple(x.shape) else x[before[key][0] : before[key][0] + mine[key][0]]
+        for key, x in state.items()
+    }
+
+
+each = pytest.mark.parametrize(("world", "case"), ALL, ids=[f"{w}-" + "-".join(map(str, c)) for w, c in ALL])
+
+
+@each
+def test_parameters_and_state_are_those_of_one_process(world, case, monkeypatch):
+    """To the bit, of the same path: what is whole on a rank goes through kernels as in one process, sums over ranks
+    through kernels that sum as ranks do, or through torch where a row is cut."""
+    text, _, _, dtype, groups = case
+    spec = memopt.parse(text)
+    dtype = getattr(torch, dtype)
+    ways = [flattened.alone(text, STEPS, dtype, groups), flattened.alone(f"{text}/zero1", STEPS, dtype, groups)]
+    monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
+    ways.append(flattened.alone(text, STEPS, dtype, groups))
+    h = spec.resolve(HYPER.get(spec.rule, {}))
+    for name, p in ways[0][0].items():
+        got = whole(session(world), lambda rank: rank[case]["found"], name, p)
+        assert "8bit" in text or (got - p).abs().max() <= RTOL * p.abs().max(), name
+        there = [rank[case]["found"][name] for rank in session(world) if name in rank[case]["found"]]
+        split = sum(1 for start, stop, *_ in there if stop > start) > 1
+        for way in ways if split else ways[:1]:
+            pairs = [(got, way[0][name])]
+            for *_, rows, state in there:
+                expected = rows_of(way[1][name], Rows(*rows), spec, h, name)
+                assert state.keys() == expected.keys()
+                pairs += [(state[key], x) for key, x in expected.items()]
+            if all(same_bits(*pair) for pair in pairs):
+                break
+        else:
+            pytest.fail(f"{name} is of neither path")
+
+
+@each
+def test_bytes_of_each_rank_are_the_ledgers_and_the_price(world, case):
+    for r, rank in enumerate(session(world)):
+        assert rank[case]["same_ledger"], r
+        assert rank[case]["same_bytes"], r
+        assert "rows of the parameters behind DeepSpeed's flat vectors" in rank[case]["explain"]
+        assert f"rank {r} of {world}" in rank[case]["explain"]
+
+
+@each
+def test_a_checkpoint_goes_on_bit_for_bit(world, case):
+    for rank in session(world):
+        assert rank[case]["resumed"] == []
+
+
+def test_statistics_of_many_parameters_share_their_collectives():
+    """Six parameters, all of them cut: whether a gradient is bad, cut rows, RMS of the parameter, column sums, RMS of
+    the update."""
+    assert all(rank["others"]["collectives"] == 5 for rank in session(2))
+
+
+@pytest.mark.parametrize(
+    ("name", "spec", "keywords"),
+    [
+        ("sub-groups", "adafactor", {}),
+        ("frozen", "came", {"frozen": "odder"}),
+        ("overrides", "adamw-8bit", {"overrides": {"odd": "32bit"}}),
+        ("host", "adafactor-8bit", {}),
+        ("disk", "adamw-factored", {}),
+    ],
+)
+def test_sub_groups_overrides_and_places(name, spec, keywords):
+    """Parameters of one process, to what kernels round otherwise; of codes one in some hundred thousand is another."""
+    expected, _ = flattened.alone(spec, STEPS, **keywords)
+    for key, p in expected.items():
+        if key == keywords.get("frozen"):
+            continue
+        got = whole(session(2), lambda rank: rank["others"]["found"][name][0], key, p)
+        assert (got - p).abs().max() <= (1e-4 if "8bit" in spec else RTOL) * p.abs().max()
+    assert ("'odd' -> 32bit" in session(2)[0]["others"]["found"][name][1]) == (name == "overrides")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "another order",
+            r"'adafactor' needs the parameters' shapes.*cannot be recovered: .*round_robin_gradients.*FSDP2",
+        ),
+        ("tensor parallelism", "odd is cut by tensor parallelism"),
+        ("offload_gradients", "takes gradients that DeepSpeed is to reduce"),
+        ("partition", "its stage takes the place of /zero1"),
+        ("convert_", "make the optimizer with it"),
+        ("convert_ vectors", "'adafactor', which needs the parameters' shapes"),
+        ("save", "save with the engine's save_checkpoint"),
+        ("pickle", "use the engine's save_checkpoint"),
+        ("group", "no group can be added"),
+        ("cut elsewhere", "the DeepSpeed stage and with the param groups that saved it"),
+        ("elastic", "elastic_checkpoint cuts codes and scales"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_a_sentence(name, words):
+    import re
+
+    for rank in session(2):
+        assert re.search(words, rank["others"]["refused"][name]), rank["others"]["refused"][name]
+
+
+def test_what_carries_no_metadata_or_is_in_files_is_unknown():
+    def made(p):
+        return [Made("w", ref(p), tuple(p.shape), {})]
+
+    p = torch.nn.Parameter(torch.zeros(4, 4))
+    with pytest.raises(Unknown, match="no metadata"):
+        recover(made(p))
+    p._z3_optimizer = SimpleNamespace(swap_optimizer=True)
+    with pytest.raises(Unknown, match="nvme"):
+        recover(made(p))
+    gone = made(torch.nn.Parameter(torch.zeros(4, 4)))
+    with pytest.raises(Unknown, match="w does not exist any more"):
+        recover(gone)
+
+
+def test_vectors_of_several_groups_keep_their_names():
+    for rank in session(2):
+        said, names, same = rank["others"]["flat"]
+        assert said == []
+        assert set(names) == {"0", "1"}
+        assert same
+
+
+def test_a_price_under_deepspeed_is_of_a_stage():
+    for stage in (0, 4, True):
+        with pytest.raises(memopt.SpecError, match="one of 1, 2, 3"):
+            memopt.price({"a": (4, 4)}, "adafactor", world_size=2, deepspeed=stage)
+    with pytest.raises(memopt.SpecError, match="takes the place of /zero2"):
+        memopt.price({"a": (4, 4)}, "adafactor/zero2", world_size=2, deepspeed=2)

@@ -1,0 +1,70 @@
+"""Run a function in several processes of one gloo group and collect what they return."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from contextlib import suppress
+from datetime import timedelta
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(seconds=120)
+FSDP_ON_CPU = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 7)
+NO_FSDP = "FSDP2 of torch 2.6 does not run on a CPU"
+
+
+def _rank(rank: int, world: int, directory: str, module: str, function: str, arguments: tuple[Any, ...]) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    store = dist.FileStore(f"{directory}/store", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    result = getattr(import_module(module), function)(*arguments)
+    torch.save(result, f"{directory}/{rank}.pt")
+    with suppress(RuntimeError, ValueError):  # a rank that was to fail may have gone
+        dist.barrier()
+    # Without the interpreter's end: whoever still holds a process group (DDP, a device mesh) takes gloo's threads into
+    # it, which abort the process now and then.
+    os._exit(0)
+
+
+def run(function: Any, world: int, *arguments: Any) -> list[Any]:
+    """``function(*arguments)`` of a test module in each of ``world`` processes; the results by rank."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            mp.start_processes(
+                _rank,
+                (world, directory, function.__module__, function.__name__, arguments),
+                nprocs=world,
+                start_method="spawn",
+            )
+        except mp.ProcessRaisedException as error:
+            if not FSDP_ON_CPU and "'Stream' object has no attribute 'record_event'" in str(error):
+                pytest.skip(NO_FSDP)
+            raise
+        return [torch.load(f"{directory}/{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def once(function: Any) -> Any:
+    """``function``, run once for the same arguments; what it raised is raised again."""
+    done: dict[Any, Any] = {}
+
+    def call(*arguments: Any) -> Any:
+        if arguments not in done:
+            try:
+                done[arguments] = function(*arguments)
+            except (Exception, pytest.skip.Exception) as error:
+                done[arguments] = error
+        if isinstance(done[arguments], BaseException):
+            raise done[arguments]
+        return done[arguments]
+
+    return call

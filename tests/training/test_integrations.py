@@ -1,0 +1,88 @@
+"""The optimizer inside other people's loops."""
+
+import pytest
+import torch
+from torch import nn
+
+import memopt
+from tests.helpers import ranks
+from tests.helpers.cases import assert_same_bits
+
+
+def test_accelerate_prepares_accumulates_clips_saves_and_loads(tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model = nn.Linear(80, 64)
+    optimizer = memopt.create(model, "adamw-8bit", lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    data = torch.utils.data.DataLoader(torch.randn(32, 80), batch_size=4)
+    model, prepared, data, schedule = accelerator.prepare(model, optimizer, data, schedule)
+    losses = []
+    for epoch in range(4):
+        for x in data:
+            with accelerator.accumulate(model):
+                loss = model(x).square().mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                prepared.step()
+                schedule.step()
+                prepared.zero_grad()
+            losses.append(loss.item())
+        if epoch == 1:
+            accelerator.save_state(str(tmp_path))
+            saved = {k: v.clone() for k, v in optimizer.state[model.weight].items()}
+    assert losses[-1] < losses[0]
+    assert int(optimizer.state[model.weight]["step"]) == 16
+    accelerator.load_state(str(tmp_path))
+    for key, value in optimizer.state[model.weight].items():
+        assert_same_bits(value, saved[key], key)
+
+
+def test_transformers_trainer_trains_and_resumes(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
+    )
+    g = torch.Generator().manual_seed(0)
+    data = [{"input_ids": (x := torch.randint(0, 100, (16,), generator=g)), "labels": x} for _ in range(32)]
+
+    def trainer():
+        torch.manual_seed(0)
+        return transformers.Trainer(
+            transformers.LlamaForCausalLM(config),
+            transformers.TrainingArguments(
+                str(tmp_path), max_steps=6, save_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[]
+            ),
+            train_dataset=data,
+            optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": "adamw-8bit", "lr": 1e-2}),
+        )
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.state.global_step == 6
+    for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert_same_bits(p, q)
+
+
+def step_a_sharded_model():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(80, 64)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    optimizer = memopt.create(model, "adamw")
+    model(torch.ones(1, 80)).sum().backward()
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        return str(error), len(optimizer.state)
+
+
+def test_sharded_parameters_are_refused_with_the_reason():
+    ((message, states),) = ranks.run(step_a_sharded_model, 1)
+    assert "weight is a DTensor" in message
+    assert "write 'adamw/zero3'" in message
+    assert states == 0
