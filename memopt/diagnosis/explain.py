@@ -13,10 +13,10 @@ from memopt.masters import LOW_PRECISION, MASTERS, Master
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.optimizer import Optimizer
+    from memopt.optim.parts import OptimizerParts
 
 
-def explain(optimizer: Optimizer) -> str:
+def explain(optimizer: OptimizerParts) -> str:
     """Lines of ``label  text``; parameters kept in 32 bits are listed with the reason."""
     optimizer.store.notice_replaced()
     spec = optimizer.spec
@@ -59,7 +59,7 @@ def explain(optimizer: Optimizer) -> str:
     return "\n".join(f"{label:<11} {text}" for label, text in rows)
 
 
-def _masters(optimizer: Optimizer) -> list[tuple[str, str]]:
+def _masters(optimizer: OptimizerParts) -> list[tuple[str, str]]:
     """What is kept for whom, and how many weights somebody else has changed since."""
     name = optimizer.spec.master
     master = MASTERS[name]
@@ -85,7 +85,7 @@ def _masters(optimizer: Optimizer) -> list[tuple[str, str]]:
     return rows
 
 
-def _foreign(optimizer: Optimizer, master: Master, p: Tensor) -> int:
+def _foreign(optimizer: OptimizerParts, master: Master, p: Tensor) -> int:
     kept = optimizer.state[p][master.key]
     with torch.no_grad():
         local = optimizer.partition.local(p, optimizer.partition.held(p), p)

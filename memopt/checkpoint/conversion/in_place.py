@@ -26,13 +26,13 @@ from memopt.rules import RULES
 from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:
-    from memopt.optimizer import Optimizer
+    from memopt.optim.parts import OptimizerParts
 
 Groups = list[dict[str, Any]]
 
 
 def slots(
-    optimizer: Optimizer,
+    optimizer: OptimizerParts,
     spec: OptimSpec,
     hypers: Groups,
     partition: Partition,
@@ -70,7 +70,9 @@ def slots(
 
 
 @torch.no_grad()
-def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None = None, **fields: Any) -> Conversion:
+def convert_(
+    optimizer: OptimizerParts, spec: str | OptimSpec, *, fill: Fill | None = None, **fields: Any
+) -> Conversion:
     """Give the optimizer another spec; its state is decoded and encoded again, parameter by parameter.
 
     See :meth:`memopt.Optimizer.convert_`.
@@ -112,7 +114,7 @@ def convert_(optimizer: Optimizer, spec: str | OptimSpec, *, fill: Fill | None =
     return work.report
 
 
-def _planned(optimizer: Optimizer, new: OptimSpec, given: dict[str, Any], fill: dict[str, Any]) -> Work:
+def _planned(optimizer: OptimizerParts, new: OptimSpec, given: dict[str, Any], fill: dict[str, Any]) -> Work:
     """Everything that can be refused is refused here, before anything is changed."""
     optimizer.store.check_all()
     old = optimizer.spec
@@ -137,7 +139,7 @@ def _planned(optimizer: Optimizer, new: OptimSpec, given: dict[str, Any], fill: 
     return Work(old, new, given, fill, hypers, partition, homes, after, todo, report, ranks)
 
 
-def _partition(optimizer: Optimizer, new: OptimSpec) -> Partition:
+def _partition(optimizer: OptimizerParts, new: OptimSpec) -> Partition:
     """The partition of the new spec. A rank takes some rows of the whole, or collects those of ``/zero1``; sharded
     parameters are sharded by the model, and stay."""
     now, group = optimizer.partition, optimizer.process_group
@@ -153,7 +155,7 @@ def _partition(optimizer: Optimizer, new: OptimSpec) -> Partition:
     return PARTITIONS[new.partition](None if new.partition == "none" else group)
 
 
-def _check(optimizer: Optimizer, before: list[tuple[Tensor, Slot]], after: list[Slot], fill: Fill) -> None:
+def _check(optimizer: OptimizerParts, before: list[tuple[Tensor, Slot]], after: list[Slot], fill: Fill) -> None:
     """Everything that can be refused, before anything is changed."""
     kept: set[str] = set()
     for (p, here), there in zip(before, after, strict=True):
@@ -163,7 +165,7 @@ def _check(optimizer: Optimizer, before: list[tuple[Tensor, Slot]], after: list[
     unused_fill(fill, kept)
 
 
-def _commit(optimizer: Optimizer, work: Work) -> None:
+def _commit(optimizer: OptimizerParts, work: Work) -> None:
     old, new = RULES[optimizer.spec.rule].hyperparameters, work.new
     for group, h in zip(optimizer.param_groups, work.hypers, strict=True):
         for key in old.keys() - h.keys():

@@ -25,7 +25,7 @@ from memopt.placements.stores.by_placement import Homes
 from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:
-    from memopt.optimizer import Optimizer
+    from memopt.optim.parts import OptimizerParts
 
 #: A parameter with its state as it is and as it will be.
 Todo = list[tuple[Tensor, Slot, Slot]]
@@ -59,7 +59,7 @@ class Work:
         )
 
 
-def move(optimizer: Optimizer, homes: Homes) -> None:
+def move(optimizer: OptimizerParts, homes: Homes) -> None:
     """State is in these homes now."""
     optimizer.homes, left = homes, optimizer.homes
     optimizer.store.watch()
@@ -67,7 +67,7 @@ def move(optimizer: Optimizer, homes: Homes) -> None:
     left.replaced_by(homes)
 
 
-def change_of(work: Work) -> Callable[[Optimizer, Work], None]:
+def change_of(work: Work) -> Callable[[OptimizerParts, Work], None]:
     """The way to do it that leaves most where it is stopped."""
     if _stores_the_same(work.old, work.new, work.todo):
         return _one_by_one
@@ -87,7 +87,7 @@ def _stores_the_same(old: OptimSpec, new: OptimSpec, todo: Todo) -> bool:
     )
 
 
-def _one_by_one(optimizer: Optimizer, work: Work) -> None:
+def _one_by_one(optimizer: OptimizerParts, work: Work) -> None:
     """Each parameter's new state replaces its old one before the next is made."""
     old, new, todo, done = work.old, work.new, work.todo, []
     try:
@@ -113,7 +113,7 @@ def _one_by_one(optimizer: Optimizer, work: Work) -> None:
         raise
 
 
-def _one_by_one_or_unfinished(optimizer: Optimizer, work: Work) -> None:
+def _one_by_one_or_unfinished(optimizer: OptimizerParts, work: Work) -> None:
     """The same where no spec can say what is half done: parameters of two rules are no optimizer. What comes out with
     the same bits is the old tensor."""
     try:
@@ -138,7 +138,7 @@ def _one_by_one_or_unfinished(optimizer: Optimizer, work: Work) -> None:
         raise
 
 
-def _all_or_none(optimizer: Optimizer, work: Work) -> None:
+def _all_or_none(optimizer: OptimizerParts, work: Work) -> None:
     """Old state is given up when all of the new is there: homes that know parameters by name, and outlive the process,
     have state of one rule."""
     made: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -163,7 +163,7 @@ def _all_or_none(optimizer: Optimizer, work: Work) -> None:
         raise
 
 
-def _put_back(optimizer: Optimizer, entry: tuple[Tensor, Slot, Slot]) -> None:
+def _put_back(optimizer: OptimizerParts, entry: tuple[Tensor, Slot, Slot]) -> None:
     """A home that knows parameters by name, and has made room for the new state, gets the old state again."""
     p, here, there = entry
     home = here.homes.of(here.name)
@@ -174,7 +174,7 @@ def _put_back(optimizer: Optimizer, entry: tuple[Tensor, Slot, Slot]) -> None:
         _replace(optimizer.state[p], room, here.spec.rule)
 
 
-def _made(optimizer: Optimizer, work: Work, entry: tuple[Tensor, Slot, Slot]) -> dict[str, Tensor]:
+def _made(optimizer: OptimizerParts, work: Work, entry: tuple[Tensor, Slot, Slot]) -> dict[str, Tensor]:
     """The new state of one parameter, made on every rank or given up on every rank."""
     p, here, there = entry
     error, state, report = None, None, Conversion("", "")
@@ -193,7 +193,7 @@ def _made(optimizer: Optimizer, work: Work, entry: tuple[Tensor, Slot, Slot]) ->
     return state
 
 
-def _record(optimizer: Optimizer, here: Slot, there: Slot, state: Mapping[str, Tensor]) -> Record:
+def _record(optimizer: OptimizerParts, here: Slot, there: Slot, state: Mapping[str, Tensor]) -> Record:
     now = optimizer.partition
     if here.spec.partition != there.spec.partition and isinstance(now, Zero1) and now.world_size > 1:
         return record_of_all(here, state, now)

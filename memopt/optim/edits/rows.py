@@ -25,11 +25,11 @@ from memopt.partitions.dtensor import is_dtensor
 from memopt.partitions.zero1 import Zero1
 
 if TYPE_CHECKING:
-    from memopt.optimizer import Optimizer
+    from memopt.optim.parts import OptimizerParts
 
 
 @torch.no_grad()
-def select_rows(optimizer: Optimizer, p: Tensor, index: Tensor | Sequence[int], into: Tensor | None) -> None:
+def select_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor | Sequence[int], into: Tensor | None) -> None:
     """See :meth:`memopt.Optimizer.select_rows`."""
     name, rows = _movable(optimizer, p, into)
     wanted = _indices(name, index, rows, p.device)
@@ -44,7 +44,7 @@ def select_rows(optimizer: Optimizer, p: Tensor, index: Tensor | Sequence[int], 
 
 
 @torch.no_grad()
-def append_rows(optimizer: Optimizer, p: Tensor, rows: Tensor | None, into: Tensor | None) -> None:
+def append_rows(optimizer: OptimizerParts, p: Tensor, rows: Tensor | None, into: Tensor | None) -> None:
     """See :meth:`memopt.Optimizer.append_rows`."""
     name, before = _movable(optimizer, p, into)
     if rows is not None:
@@ -66,7 +66,7 @@ def append_rows(optimizer: Optimizer, p: Tensor, rows: Tensor | None, into: Tens
 
 @torch.no_grad()
 def reset_state(
-    optimizer: Optimizer,
+    optimizer: OptimizerParts,
     parameters: Tensor | Iterable[Tensor] | None,
     moments: str | Iterable[str] | None,
     rows: Tensor | Sequence[int] | None,
@@ -99,7 +99,7 @@ def reset_state(
 # What is asked for -----------------------------------------------------------------------------------------------
 
 
-def _slot(optimizer: Optimizer, p: Tensor) -> Slot:
+def _slot(optimizer: OptimizerParts, p: Tensor) -> Slot:
     optimizer.setup.check_whole()
     optimizer.homes.check()
     for q, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition):
@@ -109,7 +109,7 @@ def _slot(optimizer: Optimizer, p: Tensor) -> Slot:
     raise ValueError(f"a parameter of shape {shape} is not one of this optimizer's")
 
 
-def _movable(optimizer: Optimizer, p: Tensor, into: Tensor | None) -> tuple[str, int]:
+def _movable(optimizer: OptimizerParts, p: Tensor, into: Tensor | None) -> tuple[str, int]:
     """Its name, and how many rows its state has; raises where they cannot change."""
     name = _slot(optimizer, p).name
     if optimizer.partition.is_flattened or is_dtensor(p):
@@ -135,7 +135,7 @@ def _movable(optimizer: Optimizer, p: Tensor, into: Tensor | None) -> tuple[str,
     return name, _shape_of_state(optimizer, p)[0]
 
 
-def _take_over(optimizer: Optimizer, p: Tensor) -> None:
+def _take_over(optimizer: OptimizerParts, p: Tensor) -> None:
     """What somebody else has put into its state is taken over first, as before a step. A weight that has another size
     than its state by now is held against the layout of that size later."""
     for one in optimizer.params.resolved():
@@ -150,7 +150,7 @@ def _filled(slot: Slot, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, **{x.key: torch.zeros(x.shape, dtype=getattr(torch, x.dtype), device=slot.device) for x in lines}}
 
 
-def _shape_of_state(optimizer: Optimizer, p: Tensor) -> tuple[int, ...]:
+def _shape_of_state(optimizer: OptimizerParts, p: Tensor) -> tuple[int, ...]:
     """The shape for which its state was made; its data may be of another by now. That of the weight where there is no
     state, or where no number of rows fits it."""
     state, shape = optimizer.state.get(p), tuple(p.shape)
@@ -170,7 +170,7 @@ def _shape_of_state(optimizer: Optimizer, p: Tensor) -> tuple[int, ...]:
     return shape
 
 
-def _check_shape(optimizer: Optimizer, slot: Slot, p: Tensor) -> None:
+def _check_shape(optimizer: OptimizerParts, slot: Slot, p: Tensor) -> None:
     shape = _shape_of_state(optimizer, p)
     if shape != tuple(p.shape):
         raise RuntimeError(
@@ -202,7 +202,7 @@ def _length(shape: Sequence[int]) -> int:
 # What is done ----------------------------------------------------------------------------------------------------
 
 
-def _change_rows(optimizer: Optimizer, p: Tensor, index: Tensor, weights: Tensor, into: Tensor | None) -> None:
+def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: Tensor, into: Tensor | None) -> None:
     shape = _shape_of_state(optimizer, p)
     partition, group, after = optimizer.partition, _group_of(optimizer, p), tuple(weights.shape)
     rows = partition.rows(after, partition.rank, partition.world_size)
@@ -249,12 +249,12 @@ def _set_data(p: Tensor, data: Tensor) -> None:
     p.data = data
 
 
-def _group_of(optimizer: Optimizer, p: Tensor) -> dict[str, Any]:
+def _group_of(optimizer: OptimizerParts, p: Tensor) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups if any(q is p for q in group["params"]))
 
 
 def _reset(
-    optimizer: Optimizer, p: Tensor, slot: Slot, index: Tensor | None, names: set[str], step: int | None
+    optimizer: OptimizerParts, p: Tensor, slot: Slot, index: Tensor | None, names: set[str], step: int | None
 ) -> None:
     """Rows ``index`` (all for None) of these moments; what this rank has of them."""
     assert slot.parameter is not None
@@ -286,7 +286,7 @@ def _made(there: Slot, record: Record, here: Slot) -> dict[str, Tensor]:
     return state
 
 
-def _put(optimizer: Optimizer, p: Tensor, here: Slot, there: Slot, made: dict[str, Tensor]) -> None:
+def _put(optimizer: OptimizerParts, p: Tensor, here: Slot, there: Slot, made: dict[str, Tensor]) -> None:
     """Where the placement says; the count of steps keeps its tensor, and keys of the user's own stay."""
     state = optimizer.state[p]
     before = {line.key for line in here.lines()}

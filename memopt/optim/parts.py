@@ -1,0 +1,51 @@
+"""An optimizer as those know it to whom it hands itself: conversion, surgery, ``explain()``.
+
+They read and change its parts and call nothing that would call them, so they need not know
+:class:`memopt.optimizer.Optimizer`, which imports them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from memopt.engines import Engine
+    from memopt.optim.integrity import Integrity
+    from memopt.optim.params import Params
+    from memopt.optim.setup import Releasing, Setup
+    from memopt.optim.state_store import StateStore
+    from memopt.optim.step import Stepper
+    from memopt.partitions import Partition
+    from memopt.placements.stores.by_placement import Homes
+    from memopt.rules import Rule
+    from memopt.spec import OptimSpec
+
+
+class OptimizerParts(Protocol):
+    """What :class:`memopt.Optimizer` is made of, and ``torch.optim.Optimizer``'s own attributes."""
+
+    setup: Setup
+    params: Params
+    store: StateStore
+    stepper: Stepper
+    spec: OptimSpec
+    rule: Rule
+    engine: Engine
+    partition: Partition
+    homes: Homes
+    integrity: Integrity
+    process_group: Any
+    nonfinite: str
+    seed: int
+    capturable: bool
+    unfinished: Any
+    defaults: dict[str, Any]
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    @property
+    def release(self) -> Releasing | None: ...
+    @property
+    def skipped_steps(self) -> int: ...
+
+    def settle(self) -> None: ...
