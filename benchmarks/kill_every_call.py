@@ -35,8 +35,8 @@ from memopt.checkpoint.conversion.converted_source import Converted
 from memopt.checkpoint.conversion.rewrite import rewrite
 from memopt.checkpoint.export import exported, write
 from memopt.checkpoint.io import lock
-from memopt.checkpoint.io.ranks import Ranks as Group
 from memopt.checkpoint.opened import Checkpoint
+from memopt.partitions.ranks import Ranks as Group
 
 WIDTH = 72
 #: A rank that outlives another ends within so many seconds.

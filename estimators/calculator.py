@@ -243,7 +243,7 @@ def _one(model: Model, *, all_: bool) -> str:
 
 def _parsed(spec: Any, fields: dict[str, Any]) -> "list[OptimSpec]":
     """The specs, each once."""
-    from memopt.layout.price import spec_fields
+    from memopt.pricing.price import spec_fields
     from memopt.spec import OptimSpec, parse
 
     several = [spec] if isinstance(spec, (str, OptimSpec)) else list(spec)

@@ -95,7 +95,7 @@ if __name__ == "__main__":
     parser.add_argument("--inside", action="store_true")
     arguments = parser.parse_args()
     if arguments.limit and not arguments.inside:
-        from memopt.placements.options import size
+        from memopt.spec.placement_options import size
 
         sys.exit(watch(size(arguments.limit, "limit")))
     if arguments.directory:

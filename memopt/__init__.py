@@ -19,17 +19,17 @@ _PUBLIC = {
     "SpecError": "memopt.core.hyperparameters",
     "clip_grad_norm_": "memopt.training.clip",
     "clip_grad_value_": "memopt.training.clip",
-    "balance": "memopt.layout.balance",
+    "balance": "memopt.pricing.balance",
     "create": "memopt.factory",
     "deepspeed_config": "memopt.integrations.deepspeed",
     "describe": "memopt.training.param_groups",
-    "fit": "memopt.layout.fit",
+    "fit": "memopt.pricing.fit",
     "load": "memopt.checkpoint",
     "lookahead": "memopt.spec",
     "measure": "memopt.diagnosis.measured",
     "param_groups": "memopt.training.param_groups",
     "parse": "memopt.spec",
-    "price": "memopt.layout.price",
+    "price": "memopt.pricing.price",
     "recipe": "memopt.recipes",
     "save": "memopt.checkpoint",
     "scale_rate": "memopt.training.lr_scaling",
@@ -75,10 +75,10 @@ if TYPE_CHECKING:
     from memopt.factory import create
     from memopt.integrations.deepspeed import deepspeed_config
     from memopt.integrations.fsdp import shard
-    from memopt.layout.balance import balance
-    from memopt.layout.fit import fit
-    from memopt.layout.price import price
     from memopt.optimizer import Optimizer
+    from memopt.pricing.balance import balance
+    from memopt.pricing.fit import fit
+    from memopt.pricing.price import price
     from memopt.recipes import recipe
     from memopt.spec import OptimSpec, lookahead, parse, specs
     from memopt.training.clip import clip_grad_norm_, clip_grad_value_

@@ -67,7 +67,7 @@ class Hyperparameters(TypedDict, total=False):
 
 
 class PlacementOptions(TypedDict, total=False):
-    """Every option of every placement (:data:`memopt.placements.options.OPTIONS`)."""
+    """Every option of every placement (:data:`memopt.spec.placement_options.OPTIONS`)."""
 
     directory: str | PathLike[str]
     workspace: int | str

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from memopt.core.hyperparameters import SpecError
+from memopt.core.integrity import Integrity
 from memopt.core.ledger import Ledger
 from memopt.engines import Engine
 from memopt.optim.edits.group_checks import align_names, check_group, named_groups
-from memopt.optim.integrity import Integrity
 from memopt.optim.params import Params
 from memopt.optim.setup import Setup
 from memopt.optim.state_dict import dump, load, packed_bytes, restore_copied
@@ -89,7 +89,7 @@ class Optimizer(torch.optim.Optimizer):
         capturable: bool = False,
         **fields: Any,
     ) -> None:
-        from memopt.layout.price import spec_fields
+        from memopt.pricing.price import spec_fields
 
         spec = parse(spec, **spec_fields(fields))
         self._make(
@@ -107,7 +107,7 @@ class Optimizer(torch.optim.Optimizer):
         left = self.homes.left() if self.partition.world_size > 1 else None
         if left is None:
             return
-        from memopt.checkpoint.io.ranks import Ranks
+        from memopt.partitions.ranks import Ranks
 
         steps = [max(found.values(), default=0.0) for found in Ranks(process_group).gather(left)]
         if len(set(steps)) > 1:
@@ -347,7 +347,7 @@ class Optimizer(torch.optim.Optimizer):
             keep = model.embed.weight.norm(dim=1) > 0.1
             opt.select_rows(model.embed.weight, keep)
         """
-        from memopt.optim.edits.rows import select_rows
+        from memopt.training.state_rows import select_rows
 
         select_rows(self, p, index, into)
 
@@ -369,7 +369,7 @@ class Optimizer(torch.optim.Optimizer):
             model.resize_token_embeddings(len(tokenizer))
             opt.append_rows(model.get_input_embeddings().weight)
         """
-        from memopt.optim.edits.rows import append_rows
+        from memopt.training.state_rows import append_rows
 
         append_rows(self, p, rows, into)
 
@@ -396,7 +396,7 @@ class Optimizer(torch.optim.Optimizer):
 
             opt.reset_state([p for n, p in model.named_parameters() if "lora_" in n], step=0)
         """
-        from memopt.optim.edits.rows import reset_state
+        from memopt.training.state_rows import reset_state
 
         reset_state(self, parameters, moments, rows, step)
 

@@ -116,7 +116,7 @@ def _state(model: Model, seen: Model, spec: OptimSpec, world_size: int) -> dict[
     plain = spec.replace(partition="none", master="none")
     if not _by_rows(spec):
         return state_nbytes(seen, plain, 1)
-    from memopt.layout.price import price
+    from memopt.pricing.price import price
 
     shapes = {name: shape for name, shape in model.shapes if name not in model.frozen}
     found = []

@@ -143,7 +143,7 @@ def _params_offloaded(
 def _offloaded(model: Model, spec: "OptimSpec", gradients: str | None, releases: bool, known: str) -> list[Row]:
     """Gradients that go to the host in the backward pass: on their way are as many as ``workspace`` or one of them,
     while the next is made. Those of parameters that are not ``@cpu`` stay, unless they are released."""
-    from memopt.placements.options import of_placement
+    from memopt.spec.placement_options import of_placement
 
     away = {n for n, _ in model.shapes if spec.for_parameter(n)[1] == "cpu"} - set(model.frozen)
     each = [_nbytes(model, n, shape, gradients)[1] for n, shape in model.shapes if n in away]

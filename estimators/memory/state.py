@@ -97,7 +97,7 @@ def candidate_ranks(world_size: int) -> list[int]:
 def _priced(
     chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
 ) -> dict[tuple[str, str], int]:
-    from memopt.layout.price import price
+    from memopt.pricing.price import price
 
     totals: dict[tuple[str, str], int] = {}
     lines = [
@@ -114,8 +114,8 @@ def _workspace(
     chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
 ) -> list[Line]:
     """What placements allocate besides the state: it depends on all parameters together."""
-    from memopt.layout.price import workspace_lines
     from memopt.partitions import PARTITIONS
+    from memopt.pricing.price import workspace_lines
 
     rows = PARTITIONS[spec.partition].rows
     owned = [one for name, t in chosen for one in [(name, rows(t.shape, rank, world_size), t.dtype)] * count[name]]
@@ -136,8 +136,8 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     from memopt.layout.chunks import lease_rows, target_of
     from memopt.layout.param import resolve
     from memopt.placements import workspaces as w
-    from memopt.placements.options import of_placement
     from memopt.placements.stores.by_placement import held
+    from memopt.spec.placement_options import of_placement
 
     placement = spec.for_parameter(name)[1]
     most, target = {"host": (w.HOST_MOST, w.HOST_TARGET), "disk": (w.DISK_MOST, w.DISK_TARGET)}[placement]
@@ -156,9 +156,9 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
         return None
     from memopt.partitions import PARTITIONS
     from memopt.partitions.base import NUMEL_TOGETHER
-    from memopt.placements.options import of_placement
     from memopt.placements.workspaces import looking
     from memopt.rules import RULES
+    from memopt.spec.placement_options import of_placement
 
     rows = PARTITIONS[spec.partition].rows
     whole = spec.format == "factored" or not RULES[spec.rule].element_wise

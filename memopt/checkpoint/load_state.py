@@ -15,9 +15,9 @@ from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.core.param_names import matching
+from memopt.layout.replaced_state import own_entries
 from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
 from memopt.optim.edits.param_groups import has_shape
-from memopt.optim.edits.state import own_entries
 from memopt.optim.state_dict import TORCH_EXECUTION
 from memopt.rules import RULES
 

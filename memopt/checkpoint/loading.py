@@ -17,11 +17,11 @@ from memopt.checkpoint.conversion.report import Conversion
 from memopt.checkpoint.importers import read_state_dict
 from memopt.checkpoint.io import json_values
 from memopt.checkpoint.io import rng_state as random_state
-from memopt.checkpoint.io.ranks import Ranks
 from memopt.checkpoint.load_model import plan_common, plan_model
 from memopt.checkpoint.load_state import Plan
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.state.detect import is_foreign, read_path
+from memopt.partitions.ranks import Ranks
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer

@@ -15,10 +15,10 @@ from memopt.checkpoint import background_save
 from memopt.checkpoint.background_save import Saving
 from memopt.checkpoint.io import checkpoint_dir, contents, json_values, lock, manifest, whole_checkpoints
 from memopt.checkpoint.io import rng_state as random_state
-from memopt.checkpoint.io.ranks import Ranks
 from memopt.checkpoint.io.safetensors_write import Syncing, file_order, write_file
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.tensorfile import FileInfo, spec_of
+from memopt.partitions.ranks import Ranks
 
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer

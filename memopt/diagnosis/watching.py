@@ -14,8 +14,8 @@ from memopt.diagnosis.logs import Log, open_logs
 from memopt.diagnosis.readings import Finding, GroupReading, History, NonFinite, Reading
 from memopt.diagnosis.sampling import shadows
 from memopt.diagnosis.shadow import Shadow
-from memopt.optim.gradient_checks import non_finite
 from memopt.optimizer import Optimizer
+from memopt.placements.gradients.checks import non_finite
 from memopt.training.clip import grad_norm, local_part
 
 #: Elements of each parameter by which its update is measured, evenly spaced.

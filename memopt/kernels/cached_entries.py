@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memopt.kernels import pack
 from memopt.kernels.signature import Signature
-from memopt.optim.edits.state import is_plain
+from memopt.layout.replaced_state import is_plain
 
 if TYPE_CHECKING:
     from memopt.kernels.context import StepContext

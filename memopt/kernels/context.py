@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from memopt.core.integrity import Integrity
     from memopt.kernels.huge_pages import Pages
-    from memopt.optim.integrity import Integrity
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
 

@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
-from memopt.placements.stores.mapped_files import advise
+from memopt.core.libc import advise
 
 PAGE = 2 * 2**20
 #: Tensors below have next to nothing to gain.

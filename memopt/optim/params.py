@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memopt.core.ledger import dtype_name
 from memopt.layout import param
-from memopt.optim.edits.group_checks import STEPPED
+from memopt.layout.steppable import STEPPED
 from memopt.optim.edits.param_groups import LiveGroups, has_shape
 from memopt.optim.layouts import Entry, Layouts
 from memopt.optim.replaced_params import are_vectors, flattened

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
+    from memopt.core.integrity import Integrity
     from memopt.engines import Engine
-    from memopt.optim.integrity import Integrity
     from memopt.optim.params import Params
     from memopt.optim.setup import Releasing, Setup
     from memopt.optim.state_store import StateStore

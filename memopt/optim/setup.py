@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 from memopt.core.hyperparameters import SpecError
+from memopt.core.integrity import Integrity
 from memopt.engines import ENGINES, Engine
-from memopt.optim.gradient_checks import POLICIES
-from memopt.optim.integrity import Integrity
 from memopt.partitions import PARTITIONS, Partition
+from memopt.placements.gradients.checks import POLICIES
 from memopt.placements.stores.by_placement import Homes
 from memopt.rules import RULES, Rule
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from memopt.core.param_names import clean_names
+from memopt.layout.replaced_state import is_own, own_entries
 from memopt.masters import MASTERS
-from memopt.optim.edits.state import is_own, own_entries
 from memopt.optim.state_dtensors import has_dtensors, unwrapped, wrapped
 
 if TYPE_CHECKING:

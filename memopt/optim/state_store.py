@@ -12,9 +12,9 @@ from torch import Tensor
 from memopt.core.ledger import Ledger, Line, dtype_name
 from memopt.core.rows import Rows
 from memopt.layout import param
+from memopt.layout.replaced_state import Here, is_own, is_plain, stands, taken_over
 from memopt.optim.column_shards import check_slab
 from memopt.optim.edits.param_groups import has_shape
-from memopt.optim.edits.state import Here, is_own, is_plain, stands, taken_over
 from memopt.optim.params import Params, Resolved
 from memopt.placements.base import Home
 from memopt.placements.stores.by_placement import held

@@ -13,9 +13,9 @@ from torch.autograd.graph import increment_version  # kernels write where autogr
 from memopt import kernels
 from memopt.layout.param_step import Work, count_steps
 from memopt.optim import grad_scaler
-from memopt.optim.gradient_checks import check_gradient, non_finite
 from memopt.optim.params import Resolved
 from memopt.optim.state_store import StateStore
+from memopt.placements.gradients.checks import check_gradient, non_finite
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout

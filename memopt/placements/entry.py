@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from memopt.core.ledger import Line
+from memopt.core.libc import advise
 from memopt.layout.chunks import PAGE, Part
 from memopt.placements.arena import Arena
-from memopt.placements.stores.mapped_files import DONT_NEED, advise, tensors_in
+from memopt.placements.stores.mapped_files import DONT_NEED, tensors_in
 
 if TYPE_CHECKING:
     from torch import Tensor

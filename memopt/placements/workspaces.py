@@ -6,7 +6,7 @@ from typing import Any
 from memopt.core.ledger import Line, TensorSpec
 from memopt.core.rows import Rows
 from memopt.layout.chunks import Buffers, Held, divisible
-from memopt.placements.options import EARLY
+from memopt.spec.placement_options import EARLY
 
 #: Bytes of a lease and the number of its buffers: enough that reading, stepping and writing never wait for each other.
 DISK_TARGET, DISK_MOST = 16 * 2**20, 6

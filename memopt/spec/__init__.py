@@ -14,9 +14,9 @@ from typing import Any
 from memopt.core.hyperparameters import SpecError
 from memopt.core.param_names import clean_pattern
 from memopt.core.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS
-from memopt.placements.options import checked
 from memopt.rules import RULES, Moment, Rule
 from memopt.spec.aliases import ALIASES
+from memopt.spec.placement_options import checked
 
 _GRAMMAR = re.compile(
     r"(?P<rule>[a-z][a-z0-9]*(?:\([a-z0-9]+\))?)(?:-(?P<format>[a-z0-9]+))?(?:\+(?P<master>[a-z0-9]+))?"
@@ -37,7 +37,7 @@ class OptimSpec:
     ``format=None`` is the rule's default. ``overrides`` maps shell-style patterns over parameter names to
     ``FORMAT``, ``@PLACEMENT`` or ``FORMAT@PLACEMENT``; the first pattern that matches wins, and one that matches
     nothing is an error when the optimizer is built or priced. ``hyper`` are hyperparameters of the rule, ``options``
-    what its placements are told (:data:`memopt.placements.options.OPTIONS`).
+    what its placements are told (:data:`memopt.spec.placement_options.OPTIONS`).
 
     Raises :class:`SpecError` for a value that does not exist or a combination that means nothing.
 

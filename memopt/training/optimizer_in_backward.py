@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from memopt.optim.edits.group_checks import STEPPED
-from memopt.optim.gradient_checks import check_gradient, non_finite
+from memopt.layout.steppable import STEPPED
+from memopt.placements.gradients.checks import check_gradient, non_finite
 from memopt.training.clip import EPS, PartialNorm
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 import memopt
 from memopt import kernels
 from memopt.kernels.pack import dense
-from memopt.optim.gradient_checks import non_finite
+from memopt.placements.gradients.checks import non_finite
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
 

@@ -6,7 +6,7 @@ import pytest
 
 import memopt
 from estimators import resolve
-from memopt.layout.fit import LADDER, fit
+from memopt.pricing.fit import LADDER, fit
 from memopt.spec import parse
 
 SHAPES = list(resolve("smollm2-135m").shapes)

@@ -9,9 +9,9 @@ from torch import nn
 import estimators
 import memopt
 from memopt import keywords
-from memopt.placements.options import OPTIONS
 from memopt.rules import RULES
 from memopt.spec import FIELDS
+from memopt.spec.placement_options import OPTIONS
 
 #: name -> rule -> default, of every rule, plain and wrapped.
 HYPER: dict[str, dict[str, object]] = {}

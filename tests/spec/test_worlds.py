@@ -9,7 +9,7 @@ from torch import nn
 
 import memopt
 from estimators.models.resolve import resolve
-from memopt.layout.price import named_tensors
+from memopt.pricing.price import named_tensors
 from tests.helpers.sharded import uneven_model
 
 SPECS = [

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import memopt
-from memopt.placements.options import OPTIONS
 from memopt.placements.transfer import device
+from memopt.spec.placement_options import OPTIONS
 from tests.helpers.simulated import ThreadedBus
 from tests.twin import reference
 from tests.twin.cases import BOUND, ROUNDING, RTOL, Case

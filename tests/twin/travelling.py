@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import memopt
-from memopt.placements.options import OPTIONS
+from memopt.spec.placement_options import OPTIONS
 from tests.twin.machine import Difference, Skip, Twin
 from tests.twin.operations import operation
 from tests.twin.sides import Bag

@@ -73,8 +73,8 @@ def carried(old: str, new: str, h: Mapping[str, Any]) -> dict[str, Any]:
 def target_spec(now: OptimSpec, spec: str | OptimSpec, fields: Mapping[str, Any]) -> OptimSpec:
     """The spec asked for. Of a string, what it and ``fields`` do not say stays: engine, overrides, hyperparameters,
     and options of placements that are still in use."""
-    from memopt.layout.price import spec_fields
-    from memopt.placements.options import OPTIONS
+    from memopt.pricing.price import spec_fields
+    from memopt.spec.placement_options import OPTIONS
 
     given = spec_fields(fields)
     if isinstance(spec, OptimSpec):

@@ -12,16 +12,16 @@ from memopt.checkpoint.conversion.compatibility import Fill, check_fill, target_
 from memopt.checkpoint.conversion.param_state import Slot
 from memopt.checkpoint.conversion.replace_state import Work, change_of, move
 from memopt.checkpoint.conversion.report import Conversion, spelled
-from memopt.checkpoint.io.ranks import Ranks
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import dtype_name
 from memopt.engines import ENGINES
 from memopt.layout.flattened import needs_shapes
-from memopt.layout.price import spec_fields
 from memopt.optim.edits.param_groups import has_shape
 from memopt.partitions import PARTITIONS, Partition
+from memopt.partitions.ranks import Ranks
 from memopt.placements.stores.by_placement import Homes
+from memopt.pricing.price import spec_fields
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from memopt.checkpoint.conversion.compatibility import Fill
 from memopt.checkpoint.conversion.param_state import Slot, fill_slot
 from memopt.checkpoint.conversion.report import Conversion
-from memopt.checkpoint.io.ranks import Ranks
 from memopt.checkpoint.state.all_rows import record_of_all
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.checkpoint.state.partial_spec import mixture
 from memopt.checkpoint.state.saved import Record
-from memopt.optim.edits.state import own_entries
+from memopt.layout.replaced_state import own_entries
 from memopt.partitions import Partition
+from memopt.partitions.ranks import Ranks
 from memopt.partitions.zero1 import Zero1
 from memopt.placements.base import Home
 from memopt.placements.stores.by_placement import Homes

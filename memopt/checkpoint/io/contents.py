@@ -12,10 +12,10 @@ from torch import Tensor
 from memopt.checkpoint.io import json_values
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.core.param_names import clean_names
+from memopt.layout.replaced_state import own_entries
 from memopt.masters import MASTERS
 from memopt.optim.edits.group_checks import is_named
 from memopt.optim.edits.param_groups import has_shape
-from memopt.optim.edits.state import own_entries
 from memopt.partitions.dtensor import chunk, held, is_dtensor
 from memopt.spec import OptimSpec
 from memopt.version import __version__

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from memopt.placements.options import OPTIONS
 from memopt.spec import OptimSpec
+from memopt.spec.placement_options import OPTIONS
 
 
 def exactly(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Flags for the placement options that change what is estimated (``memopt.placements.options``)."""
+"""Flags for the placement options that change what is estimated (``memopt.spec.placement_options``)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def placed(specs: Iterable[Any], options: Mapping[str, Any]) -> list[Any]:
     if not options:
         return list(specs)
     from estimators.errors import InputError
-    from memopt.placements.options import OPTIONS
     from memopt.spec import parse
+    from memopt.spec.placement_options import OPTIONS
 
     found, unused = [], set(options)
     for text in specs:

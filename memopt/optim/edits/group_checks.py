@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.param_names import clean_names
+from memopt.layout.steppable import check_steppable
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 
-#: What a parameter that is stepped may be.
-STEPPED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 #: Keys of a group that torch.optim itself keeps there.
 TORCH_KEYS = ("params", "param_names")
 
@@ -108,14 +106,6 @@ def _check_parameter(p: Any, name: str, seen: set[int]) -> None:
     if id(p) in seen:
         raise SpecError(f"{name} of shape {tuple(p.shape)} appears more than once")
     seen.add(id(p))
-
-
-def check_steppable(name: str, p: Tensor) -> None:
-    """Raise SpecError for a parameter that no rule can step."""
-    if p.dtype not in STEPPED:
-        raise SpecError(f"{name} has dtype {p.dtype}; memopt takes float16, bfloat16, float32 and float64 parameters")
-    if p.layout is not torch.strided:
-        raise SpecError(f"{name} has layout {p.layout}; memopt takes dense parameters")
 
 
 def _refuse_typo(key: str, known: Mapping[str, Any], rule: str) -> None:

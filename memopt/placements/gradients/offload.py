@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
-from memopt.optim.gradient_checks import check_gradient
+from memopt.placements.gradients.checks import check_gradient
 from memopt.placements.gradients.hooks import Hooks, leave, ranks
 from memopt.placements.gradients.host_grad import Away
 from memopt.placements.transfer.device import Bus, bus_of

@@ -10,7 +10,7 @@ from memopt.core.rows import Rows
 from memopt.layout.chunks import Held, Setting
 from memopt.placements import PLACEMENTS
 from memopt.placements.base import Home, Run
-from memopt.placements.options import of_placement
+from memopt.spec.placement_options import of_placement
 
 if TYPE_CHECKING:
     import torch

@@ -22,11 +22,11 @@ from memopt.layout.chunks import Buffers, Held, Piece, Setting, piece
 from memopt.placements.base import E, Home, Placement, Run
 from memopt.placements.gradients.offload import Arrivals
 from memopt.placements.gradients.prefetch import Early
-from memopt.placements.options import EARLY
 from memopt.placements.stores.streaming import Loan, Placed, Streamed, bytes_of
 from memopt.placements.transfer.device import Bus, bus_of
 from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
+from memopt.spec.placement_options import EARLY
 
 if TYPE_CHECKING:
     from memopt.layout.param_step import Work

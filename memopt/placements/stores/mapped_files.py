@@ -10,11 +10,10 @@ import ctypes
 import os
 import sys
 import weakref
-from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from memopt.layout.chunks import PAGE
+from memopt.core.libc import libc
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,27 +25,15 @@ DONT_NEED = 4
 _KEEP_SIZE_AND_PUNCH_HOLE = 3
 
 
-@lru_cache
-def _libc() -> Any:
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    if hasattr(libc, "fallocate"):
-        libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
-    return libc
-
-
 def map_file(descriptor: int, offset: int, nbytes: int) -> Any:
     """Bytes of a file as memory that is shared with it, unmapped when nothing refers to it any more."""
-    address = _libc().mmap(None, nbytes, _PROT_READ_WRITE, _MAP_SHARED, descriptor, offset)
+    address = libc().mmap(None, nbytes, _PROT_READ_WRITE, _MAP_SHARED, descriptor, offset)
     if address in (None, ctypes.c_void_p(-1).value):
         number = ctypes.get_errno()
         raise OSError(number, f"cannot map {nbytes:,} bytes of a file: {os.strerror(number)}")
     buffer = (ctypes.c_char * nbytes).from_address(address)
     # At the end of the process the system unmaps, after the last tensor.
-    weakref.finalize(buffer, _libc().munmap, address, nbytes).atexit = False
+    weakref.finalize(buffer, libc().munmap, address, nbytes).atexit = False
     return buffer
 
 
@@ -71,15 +58,8 @@ def bytes_view(buffer: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def advise(address: int, nbytes: int, advice: int) -> bool:
-    """Tell the system about the whole pages of a range; False where it does not understand."""
-    begin = -(-address // PAGE) * PAGE
-    end = (address + nbytes) // PAGE * PAGE
-    return end <= begin or _libc().madvise(begin, end - begin, advice) == 0
-
-
 def punch(descriptor: int, offset: int, nbytes: int) -> bool:
     """Give the blocks of a range back to the file system; the range reads as zeros. False where that cannot be done."""
     if sys.platform != "linux" or not nbytes:
         return not nbytes
-    return bool(_libc().fallocate(descriptor, _KEEP_SIZE_AND_PUNCH_HOLE, offset, nbytes) == 0)
+    return bool(libc().fallocate(descriptor, _KEEP_SIZE_AND_PUNCH_HOLE, offset, nbytes) == 0)

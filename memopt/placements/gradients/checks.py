@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memopt import kernels
-from memopt.optim.edits.group_checks import check_steppable
+from memopt.layout.steppable import check_steppable
 from memopt.placements.gradients.host_grad import on_host
 
 #: What to do with a step whose gradients hold NaN or Inf.

@@ -5,8 +5,8 @@
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.core.ledger import ITEMSIZE, TensorSpec
-from memopt.layout.price import named_tensors, price, spec_fields
 from memopt.partitions import PARTITIONS
+from memopt.pricing.price import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from memopt.layout.chunks import Held
 from memopt.layout.param import resolve
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS, Placement
-from memopt.placements.options import OPTIONS
 from memopt.spec import FIELDS, OptimSpec, parse
+from memopt.spec.placement_options import OPTIONS
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -101,8 +101,8 @@ def workspace_lines(
     streaming = [p for p in sorted(spec.placements) if type(PLACEMENTS[p]).workspace is not Placement.workspace]
     if not streaming:
         return []
-    from memopt.placements.options import of_placement
     from memopt.placements.stores.by_placement import held
+    from memopt.spec.placement_options import of_placement
 
     lines = []
     known: dict[Any, Held] = {}  # a name matters through overrides alone

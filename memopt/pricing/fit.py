@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import TensorSpec
-from memopt.layout.price import named_tensors, price, spec_fields
-from memopt.placements.options import size
+from memopt.pricing.price import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse
+from memopt.spec.placement_options import size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

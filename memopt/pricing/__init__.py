@@ -1,0 +1,1 @@
+"""What state will cost before it exists: priced, fitted to a budget, balanced over ranks."""
