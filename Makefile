@@ -18,7 +18,7 @@ help:
 	@echo "make demo    the memory of an 8-billion-parameter model, then five optimizers on one language model"
 	@echo "make test    lint, types, doctests and the test suite"
 	@echo "make sanitize  the CPU kernels under the sanitizers (some minutes)"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy and the layers"
 	@echo "make bench   start-up, time of a step, and loss by format (half an hour)"
 	@echo "make clean   remove the environment and what the tools left behind"
 
@@ -38,6 +38,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: $(READY)
 	$(BIN)/python benchmarks/startup.py

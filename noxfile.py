@@ -17,11 +17,12 @@ SMALL = ("pytest>=8", "hypothesis>=6.100", "expecttest", "numpy", "safetensors",
 
 @nox.session(python="3.11")
 def lint(session: nox.Session) -> None:
-    """ruff, its formatter and mypy, with the versions of constraints.txt."""
+    """ruff, its formatter, mypy and the layers, with the versions of constraints.txt."""
     session.install("-c", "constraints.txt", "-e", ".[all,test]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
+    session.run("lint-imports", "--no-cache")
 
 
 @nox.session(python="3.10")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.triton import codes, elementwise, means, row_means, scalars, tables
-from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.finite import finite_kernel
-from memopt.kernels.triton.rules import RENEWALS, STEPS, SUMS
+from memopt.kernels.triton import scalars, tables
+from memopt.kernels.triton.device import codes, elementwise, means, row_means
+from memopt.kernels.triton.device import fields as f
+from memopt.kernels.triton.device.finite import finite_kernel
+from memopt.kernels.triton.device.rules import RENEWALS, STEPS, SUMS
 from memopt.kernels.triton.upload import Uploaded
 
 if TYPE_CHECKING:

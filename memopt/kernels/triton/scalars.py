@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from memopt.formats.factored import TINY
-from memopt.kernels.triton import fields as f
+from memopt.kernels.triton.device import fields as f
 
 #: The rules by number; ``adam`` is AdamW's and Adam-mini's too.
 (

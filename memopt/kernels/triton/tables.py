@@ -13,11 +13,11 @@ from memopt.core import dither
 from memopt.core.rows import FLAT_ROW, Rows
 from memopt.formats.rowmean import span
 from memopt.kernels import abi, pack
-from memopt.kernels.triton import fields as f
-from memopt.kernels.triton import masters, row_means
 from memopt.kernels.triton.available import missing
-from memopt.kernels.triton.bands import HEIGHT
-from memopt.kernels.triton.codes import KINDS
+from memopt.kernels.triton.device import fields as f
+from memopt.kernels.triton.device import masters, row_means
+from memopt.kernels.triton.device.bands import HEIGHT
+from memopt.kernels.triton.device.codes import KINDS
 from memopt.kernels.triton.scalars import NUMBER
 from memopt.masters.base import ORDER
 from memopt.rules.lookahead import SLOW

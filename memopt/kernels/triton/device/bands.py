@@ -4,8 +4,8 @@ read of the moment for them, and where their sums go until they are added up."""
 import triton
 import triton.language as tl
 
-from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.noise import words
+from memopt.kernels.triton.device import fields as f
+from memopt.kernels.triton.device.dither import words
 
 #: Rows of one band.
 HEIGHT = tl.constexpr(256)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from memopt.kernels.triton.codes import pointer
+from memopt.kernels.triton.device.codes import pointer
 
 
 @triton.jit(do_not_specialize=["run", "last"])

@@ -4,10 +4,10 @@ the parameter with its master, and the slow weights of ``lookahead()``."""
 import triton
 import triton.language as tl
 
-from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.codes import pointer
-from memopt.kernels.triton.masters import NONE, STOCHASTIC, read_master, write_master
-from memopt.kernels.triton.rules import lerp
+from memopt.kernels.triton.device import fields as f
+from memopt.kernels.triton.device.codes import pointer
+from memopt.kernels.triton.device.masters import NONE, STOCHASTIC, read_master, write_master
+from memopt.kernels.triton.device.rules import lerp
 
 
 @triton.jit

@@ -8,13 +8,13 @@ step is read from device memory, so nothing is compiled again and nothing is ask
 import triton
 import triton.language as tl
 
-from memopt.kernels.triton import fields as f
-from memopt.kernels.triton import row_means
-from memopt.kernels.triton.codes import FULL, NIBBLES, load_moment, store_moment
-from memopt.kernels.triton.masters import SPLIT8, STOCHASTIC
-from memopt.kernels.triton.noise import words
-from memopt.kernels.triton.row_means import load_row_means
-from memopt.kernels.triton.tile import (
+from memopt.kernels.triton.device import fields as f
+from memopt.kernels.triton.device import row_means
+from memopt.kernels.triton.device.codes import FULL, NIBBLES, load_moment, store_moment
+from memopt.kernels.triton.device.dither import words
+from memopt.kernels.triton.device.masters import SPLIT8, STOCHASTIC
+from memopt.kernels.triton.device.row_means import load_row_means
+from memopt.kernels.triton.device.tile import (
     find,
     gradient_of,
     load_gradient,

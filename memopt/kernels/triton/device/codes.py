@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from memopt.formats import blockwise, fp8
-from memopt.kernels.triton.noise import uniform32
+from memopt.kernels.triton.device.dither import uniform32
 
 #: What a moment is kept as.
 FULL, HALF, BYTES, FP8, NIBBLES = (tl.constexpr(i) for i in range(5))

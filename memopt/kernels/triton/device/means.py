@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from memopt.formats.factored import TINY
-from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.bands import (
+from memopt.kernels.triton.device import fields as f
+from memopt.kernels.triton.device.bands import (
     HEIGHT,
     band,
     inverse_root,
@@ -21,10 +21,10 @@ from memopt.kernels.triton.bands import (
     rows_of,
     vectors,
 )
-from memopt.kernels.triton.codes import pointer
-from memopt.kernels.triton.masters import SPLIT8, STOCHASTIC
-from memopt.kernels.triton.rules import lerp, raw_update
-from memopt.kernels.triton.tile import (
+from memopt.kernels.triton.device.codes import pointer
+from memopt.kernels.triton.device.masters import SPLIT8, STOCHASTIC
+from memopt.kernels.triton.device.rules import lerp, raw_update
+from memopt.kernels.triton.device.tile import (
     find,
     gradient_of,
     load_gradient,

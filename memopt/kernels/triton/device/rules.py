@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from memopt.kernels.triton import fields as f
+from memopt.kernels.triton.device import fields as f
 
 
 @triton.jit

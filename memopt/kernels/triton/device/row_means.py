@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from memopt.kernels.triton import fields as f
-from memopt.kernels.triton.tile import find, gradient_of, load_gradient, load_scalars
+from memopt.kernels.triton.device import fields as f
+from memopt.kernels.triton.device.tile import find, gradient_of, load_gradient, load_scalars
 
 #: What a step kernel meets: no row means, one in each row of its view, several in a row (of a stack of matrices).
 NONE, ONE, SEVERAL = (tl.constexpr(i) for i in range(3))

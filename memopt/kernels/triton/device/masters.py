@@ -7,7 +7,7 @@ kept is what stands beside the parameter: fp32 copy, compensation, or correction
 import triton
 import triton.language as tl
 
-from memopt.kernels.triton.codes import bits, number, rounded
+from memopt.kernels.triton.device.codes import bits, number, rounded
 from memopt.masters import kahan
 
 NONE, COPY, KAHAN, STOCHASTIC, SPLIT8, SPLIT16 = (tl.constexpr(i) for i in range(6))

@@ -1,0 +1,54 @@
+"""The shape of the source: no circle of imports, and nothing that a reader cannot take in at once."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("memopt", "estimators")
+
+
+def name_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {name_of(path): path for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
+
+
+def imports(name):
+    """The modules that one imports anywhere: on top, in functions, for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {one.name for one in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{one.name}" for one in node.names}
+            found |= {one if one in MODULES else node.module for one in inner}
+    return (found & MODULES.keys()) - {name}
+
+
+def test_no_circle():
+    graph = {name: imports(name) for name in MODULES}
+    assert sum(map(len, graph.values())) > 1000
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
+
+
+def test_a_folder_has_at_most_a_dozen_modules():
+    many = {}
+    for package in PACKAGES:
+        for folder in (ROOT / package).rglob("*/"):
+            modules = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+            if len(modules) > 12 and not _one_of_a_kind(folder):
+                many[str(folder.relative_to(ROOT))] = sorted(modules)
+    assert not many
+
+
+def _one_of_a_kind(folder):
+    """Folders of which every file is the same thing: a rule, a family of models, a verb."""
+    return folder.relative_to(ROOT).as_posix() in ("memopt/rules", "memopt/cli", "estimators/families")
