@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import io
 import mmap
-import re
 import struct
 import zipfile
 import zlib
-from collections import Counter, OrderedDict
 from collections.abc import Mapping
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memopt.untrusted import Refused
-from memopt.untrusted.graphs import Inert
-from memopt.untrusted.headers import MAX_DIMENSIONS, MAX_LENGTH
+from memopt.untrusted import Refused, torch_rebuild
 from memopt.untrusted.opening import open_regular, read_exactly, size_of
-from memopt.untrusted.pickles import Call, Names, inert_classes, read_pickle
+from memopt.untrusted.pickle_machine import Call, Names
+from memopt.untrusted.pickles import inert_classes, read_pickle
 from memopt.untrusted.text import printable, shown
 
 #: All tensors of a file together, per byte of it: some are there several times (tied weights). One of few elements
@@ -62,12 +58,6 @@ class _Storage:
 
     def __init__(self, buffer: Any, dtype: torch.dtype | None) -> None:
         self.buffer, self.dtype = buffer, dtype
-
-
-class Subclass(Inert):
-    """A tensor subclass of another tool: the tensors that it is made of as attributes, and its ``shape``."""
-
-    shape: tuple[int, ...]
 
 
 def load(path: Path, classes: Mapping[str, Any]) -> Any:
@@ -162,24 +152,24 @@ class _Tensors:
 
     def names(self, classes: Mapping[str, Any]) -> Names:
         known: dict[str, Any] = {
-            "collections.OrderedDict": Call(_ordered),
-            "collections.Counter": Call(_counter),
+            "collections.OrderedDict": Call(torch_rebuild.ordered),
+            "collections.Counter": Call(torch_rebuild.counter),
             "collections.defaultdict": Call(lambda *arguments: {}),
-            "builtins.set": Call(_set),
-            "builtins.complex": Call(_complex),
-            "builtins.bytearray": Call(_bytes),
-            "_codecs.encode": Call(_latin),
-            "torch.Size": Call(_size),
+            "builtins.set": Call(torch_rebuild.plain_set),
+            "builtins.complex": Call(torch_rebuild.plain_complex),
+            "builtins.bytearray": Call(torch_rebuild.plain_bytes),
+            "_codecs.encode": Call(torch_rebuild.latin),
+            "torch.Size": Call(torch_rebuild.size),
             "torch.device": Call(lambda *named: ":".join(map(str, named))),
             "torch.serialization._get_layout": Call(lambda name: name),
             "torch.nn.parameter.Parameter": "Parameter",
             "torch._utils._rebuild_tensor": Call(self._tensor),
             "torch._utils._rebuild_tensor_v2": Call(self._tensor),
             "torch._utils._rebuild_tensor_v3": Call(self._tensor_of_bytes),
-            "torch._utils._rebuild_parameter": Call(lambda data, *flags: _a_tensor(data)),
-            "torch._utils._rebuild_parameter_with_state": Call(lambda data, *flags: _a_tensor(data)),
-            "torch._utils._rebuild_wrapper_subclass": Call(_no_subclass),
-            "torch._tensor._rebuild_from_type_v2": Call(_subclass),
+            "torch._utils._rebuild_parameter": Call(lambda data, *flags: torch_rebuild.a_tensor(data)),
+            "torch._utils._rebuild_parameter_with_state": Call(lambda data, *flags: torch_rebuild.a_tensor(data)),
+            "torch._utils._rebuild_wrapper_subclass": Call(torch_rebuild.no_subclass),
+            "torch._tensor._rebuild_from_type_v2": Call(torch_rebuild.subclass),
             "torch.storage.UntypedStorage": "UntypedStorage",
             "torch.Tensor": "Tensor",
             **{f"torch.{name}": name for name in _STORAGES},
@@ -217,7 +207,7 @@ class _Tensors:
 
     def _made(self, storage: _Storage, dtype: torch.dtype, offset: Any, size: Any, stride: Any) -> Tensor:
         elements = len(storage.buffer) // dtype.itemsize
-        sizes, strides = _whole(size), _whole(stride)
+        sizes, strides = torch_rebuild.whole(size), torch_rebuild.whole(stride)
         if type(offset) is not int or not 0 <= offset <= elements or sizes is None or strides is None:
             raise Refused(f"a tensor of shape {shown(size)} at {shown(offset)}, which cannot be")
         numel, last = 1, offset
@@ -232,74 +222,3 @@ class _Tensors:
             return torch.empty(sizes, dtype=dtype)
         flat = torch.frombuffer(storage.buffer, dtype=torch.uint8)[: elements * dtype.itemsize].view(dtype)
         return flat.as_strided(sizes, strides, offset)
-
-
-def _whole(numbers: Any) -> tuple[int, ...] | None:
-    """A shape or strides; None for anything else."""
-    if not isinstance(numbers, tuple) or len(numbers) > MAX_DIMENSIONS:
-        return None
-    if not all(type(n) is int and 0 <= n <= MAX_LENGTH for n in numbers):
-        return None
-    return numbers if prod(n for n in numbers if n) <= MAX_LENGTH else None
-
-
-def _size(numbers: Any = ()) -> tuple[Any, ...]:
-    if not isinstance(numbers, (list, tuple)):
-        raise Refused(f"a shape that is {shown(numbers)}")
-    return tuple(numbers)
-
-
-def _a_tensor(data: Any) -> Tensor:
-    if not isinstance(data, Tensor):
-        raise Refused("a parameter that is no tensor")
-    return data
-
-
-def _no_subclass(*arguments: Any) -> Any:
-    raise Refused("a tensor subclass that says nothing of its class")
-
-
-def _subclass(rebuild: Any, kind: Any, arguments: Any, state: Any) -> Any:
-    """A tensor with attributes, or of a class of another tool's: of that what it is made of."""
-    if type(rebuild) is not Call or not isinstance(arguments, tuple):
-        raise Refused("a tensor that is made of no tensor")
-    if rebuild.function is not _no_subclass:
-        return _a_tensor(rebuild.function(*arguments))
-    if not (isinstance(kind, type) and issubclass(kind, Subclass)) or not isinstance(state, dict):
-        raise Refused(f"a tensor subclass that is {shown(kind)}")
-    shape = _whole(arguments[2]) if len(arguments) > 2 else None
-    if shape is None or not all(isinstance(key, str) and re.fullmatch(r"_?[a-z]\w*", key) for key in state):
-        raise Refused("a tensor subclass without a shape")
-    found = kind()
-    found.__dict__.update({**state, "shape": shape})
-    return found
-
-
-def _ordered(items: Any = ()) -> OrderedDict[Any, Any]:
-    if items != () and items != []:
-        raise Refused("an OrderedDict that is made of items")
-    return OrderedDict()
-
-
-def _counter(items: Any = None) -> dict[Any, Any]:
-    return Counter(items) if isinstance(items, dict) else Counter()
-
-
-def _set(items: Any = ()) -> set[Any]:
-    if not isinstance(items, (list, tuple)) or not all(isinstance(one, (str, int)) for one in items):
-        raise Refused("a set of other things than texts and numbers")
-    return set(items)
-
-
-def _complex(real: Any, imaginary: Any) -> complex:
-    return complex(float(real), float(imaginary))
-
-
-def _latin(text: Any, encoding: Any = "latin1") -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise Refused(f"text in the encoding {shown(encoding)}")
-    return text.encode("latin-1")
-
-
-def _bytes(content: Any = b"", encoding: Any = "latin-1") -> bytes:
-    return content if isinstance(content, bytes) else _latin(content, encoding)

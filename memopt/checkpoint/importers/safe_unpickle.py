@@ -15,8 +15,9 @@ import torch
 from memopt.checkpoint.tensorfile import DTYPES
 from memopt.untrusted import Refused, torchfiles
 from memopt.untrusted.graphs import Inert
-from memopt.untrusted.pickles import Call, inert_classes, read_pickle
-from memopt.untrusted.torchfiles import Subclass
+from memopt.untrusted.pickle_machine import Call
+from memopt.untrusted.pickles import inert_classes, read_pickle
+from memopt.untrusted.torch_rebuild import Subclass
 
 
 def _stage(number: Any) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from memopt.checkpoint.tensorfile import DTYPES
 from memopt.untrusted import Refused
-from memopt.untrusted.pickles import is_key
+from memopt.untrusted.pickle_machine import is_key
 from memopt.untrusted.text import printable, shown
 
 #: Elements up to which a tensor may stand in the manifest.
