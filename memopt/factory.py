@@ -61,6 +61,7 @@ def create(
     seed: int = 0,
     process_group: Any = None,
     capturable: bool = False,
+    on_mismatch: Literal["convert", "refuse"] = "convert",
     **unknown: NoReturn,
 ) -> Optimizer:
     """Make the optimizer that ``spec`` describes; an ordinary ``torch.optim.Optimizer`` to everything around it.
@@ -126,6 +127,8 @@ def create(
         process_group: ``torch.distributed`` group that shares the state under ``/zero1`` and ``/zero2``. Default: all
             ranks.
         capturable: Keep the step counts on the device, so that a CUDA graph can hold a step.
+        on_mismatch: What ``load_state_dict`` does with state of another spec or tool: ``"convert"`` it, with a warning
+            that says what was lost, or ``"refuse"`` it.
 
     Returns:
         The :class:`Optimizer`. No state is allocated before a parameter's first step (or ``init_state()``).

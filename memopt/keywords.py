@@ -96,3 +96,4 @@ class OptimizerKeywords(SpecKeywords, total=False):
     seed: int
     process_group: Any
     capturable: bool
+    on_mismatch: Literal["convert", "refuse"]

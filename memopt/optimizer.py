@@ -75,6 +75,7 @@ class Optimizer(torch.optim.Optimizer):
     nonfinite: str = _of_setup()
     seed: int = _of_setup()
     capturable: bool = _of_setup()
+    on_mismatch: str = _of_setup()
     release: Release | None = _of_setup()
     unfinished: Any = _of_setup()
 
@@ -87,13 +88,21 @@ class Optimizer(torch.optim.Optimizer):
         seed: int = 0,
         process_group: Any = None,
         capturable: bool = False,
+        on_mismatch: str = "convert",
         **fields: Any,
     ) -> None:
         from memopt.pricing.price import spec_fields
 
         spec = parse(spec, **spec_fields(fields))
         self._make(
-            Setup(spec, nonfinite=nonfinite, seed=seed, capturable=capturable, process_group=process_group),
+            Setup(
+                spec,
+                nonfinite=nonfinite,
+                seed=seed,
+                capturable=capturable,
+                process_group=process_group,
+                on_mismatch=on_mismatch,
+            ),
         )
         super().__init__(named_groups(params), spec.resolve())
         self.spec = self.homes.spec = spec.for_names([name for name, _, _ in self.params.entries()])
@@ -257,11 +266,22 @@ class Optimizer(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a torch.optim dictionary whose state has the same keys.
+        """Load what ``state_dict()`` of this or of another optimizer returned: of memopt under any spec, torch.optim,
+        transformers' Adafactor, bitsandbytes, torchao, flashoptim.
 
-        Everything is checked before anything is changed. dtypes stay as saved and state goes where the placement
-        says (torch.optim's own method casts it to the parameter's dtype and device). Raises ValueError with the
-        parameter and the key that do not fit.
+        State of the same spec is copied. Other state is converted, and one warning says what was lost of each moment;
+        ``create(..., on_mismatch="refuse")`` raises instead. So a run goes on after its spec was changed inside a
+        framework that resumes by this method (``Trainer``, accelerate, Lightning). Everything is checked before
+        anything is changed. State goes where the placement says and keeps its dtype (torch.optim's own method casts
+        it to the parameter's).
+
+        Args:
+            state_dict: as ``torch.optim.Optimizer.state_dict()`` has it: ``state`` and ``param_groups``, with the same
+                parameters in the same groups as here.
+
+        Raises:
+            ValueError: with the parameter and the key that do not fit.
+            SpecError: (a ValueError) for a moment that was not saved; ``memopt.load(..., fill=...)`` makes one up.
         """
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -269,10 +289,15 @@ class Optimizer(torch.optim.Optimizer):
             state_dict = state_dict if replaced is None else replaced
         self.store.notice_replaced()
         with self.partition.shown(self):
-            metadata = load(self.store, state_dict)
+            metadata = load(self.store, state_dict, self._load_other)
         self.skipped_steps = metadata.get("skipped_steps", self.skipped_steps)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _load_other(self, state_dict: Mapping[str, Any]) -> None:
+        from memopt.checkpoint.load_dict import load_other
+
+        load_other(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self.setup.check_whole()
@@ -288,7 +313,10 @@ class Optimizer(torch.optim.Optimizer):
             )
         self.settle()
         self.store.check_all()
-        ours = {name: getattr(self, name) for name in ("spec", "nonfinite", "seed", "capturable", "skipped_steps")}
+        ours = {
+            name: getattr(self, name)
+            for name in ("spec", "nonfinite", "seed", "capturable", "on_mismatch", "skipped_steps")
+        }
         state = {p: packed_bytes(x) if isinstance(x, dict) else x for p, x in self.state.items()}
         return {**super().__getstate__(), "state": state, "memopt": ours}
 

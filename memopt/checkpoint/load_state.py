@@ -22,13 +22,13 @@ from memopt.optim.state_dict import TORCH_EXECUTION
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
-    from memopt.optimizer import Optimizer
+    from memopt.optim.parts import OptimizerParts
 
 
 class Plan:
     """How ``source`` goes into ``optimizer``. Raises ValueError, before anything is changed, for what does not fit."""
 
-    def __init__(self, optimizer: Optimizer, source: Source, hyper: bool, fill: Fill, strict: bool = True) -> None:
+    def __init__(self, optimizer: OptimizerParts, source: Source, hyper: bool, fill: Fill, strict: bool = True) -> None:
         self._optimizer, self._source, self._fill, self._strict = optimizer, source, fill, strict
         #: What was taken and what was not, unless ``strict``.
         self.notes: list[str] = []

@@ -21,13 +21,13 @@ from memopt.optim.edits.group_checks import is_named
 from memopt.partitions.dtensor import is_dtensor
 
 if TYPE_CHECKING:
-    from memopt.optimizer import Optimizer
+    from memopt.optim.parts import OptimizerParts
 
 #: Names in one note.
 SHOWN = 5
 
 
-def records(source: Source, optimizer: Optimizer) -> list[Record]:
+def records(source: Source, optimizer: OptimizerParts) -> list[Record]:
     """The record of each parameter, one of no steps for those that were not saved. Raises ValueError without names."""
     if not (source.named and is_named(optimizer.param_groups)):
         who = source.origin if not source.named else "the optimizer"
@@ -41,7 +41,7 @@ def records(source: Source, optimizer: Optimizer) -> list[Record]:
     ]
 
 
-def groups(source: Source, optimizer: Optimizer, found: list[Record]) -> list[Group | None]:
+def groups(source: Source, optimizer: OptimizerParts, found: list[Record]) -> list[Group | None]:
     """For each of the optimizer's groups, one in which those of its parameters were that were saved; None if there are
     none, or if they were saved with different hyperparameters. ``found`` are the records of :func:`records`."""
     of_name = {name: group for group in source.groups for name in group.names}

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 
+#: What ``load_state_dict`` does with the state of another spec or tool.
+ON_MISMATCH = ("convert", "refuse")
+
+
 class Releasing(Protocol):
     """Gradient release, as far as a step and the store know of it."""
 
@@ -53,7 +57,10 @@ class Setup:
         seed: int = 0,
         capturable: bool = False,
         process_group: Any = None,
+        on_mismatch: str = "convert",
     ) -> None:
+        if on_mismatch not in ON_MISMATCH:
+            raise SpecError(f"on_mismatch={on_mismatch!r} is not allowed; it must be one of {', '.join(ON_MISMATCH)}")
         if nonfinite not in POLICIES:
             raise SpecError(f"nonfinite={nonfinite!r} is not allowed; it must be one of {', '.join(POLICIES)}")
         if not isinstance(seed, int) or isinstance(seed, bool):
@@ -65,7 +72,7 @@ class Setup:
         if capturable and spec.placements - {"device", "paged"}:
             raise SpecError(f"capturable=True is not allowed with '{spec}': a CUDA graph cannot stream state")
         self.spec, self.nonfinite, self.seed, self.capturable = spec, nonfinite, seed, capturable
-        self.process_group = process_group
+        self.process_group, self.on_mismatch = process_group, on_mismatch
         self.integrity = Integrity()
         self.rule = RULES[spec.rule]
         self.engine = ENGINES[spec.engine]

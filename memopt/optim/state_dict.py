@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from memopt.core.param_names import clean_names
 from memopt.layout.replaced_state import is_own, own_entries
 from memopt.masters import MASTERS
+from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.state_dtensors import has_dtensors, unwrapped, wrapped
 
 if TYPE_CHECKING:
@@ -199,18 +201,74 @@ def dump(params: Params, skipped_steps: int) -> dict[str, Any]:
             "world_size": setup.partition.world_size,
             "seed": setup.seed,
             "skipped_steps": skipped_steps,
-            **({} if cut is None else {"cut": cut}),
+            **(described(params) if cut is None else {"cut": cut}),
         },
     }
 
 
-def load(store: StateStore, state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Check all of it, then write it; returns what was saved beside the state."""
-    plan = plan_load(store.params, state_dict)
+def described(params: Params) -> dict[str, str]:
+    """What another spec must know to read the state, each as one string, which every tool that saves keeps as it is."""
+    spec = params.setup.spec
+    known = [
+        [name, str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p, _ in params.entries() if has_shape(p)
+    ]
+    whole = len(known) == len(list(params.entries()))  # else a lazy module has not seen data, nor stepped
+    return {
+        "engine": spec.engine,
+        "overrides": json.dumps(dict(spec.overrides)),
+        **({"parameters": json.dumps(known)} if whole else {}),
+    }
+
+
+def described_parameters(saved: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, dtype and global shape of each parameter, in the groups' order, from what :func:`described` wrote."""
+    return [(str(name), str(dtype), tuple(map(int, shape))) for name, dtype, shape in json.loads(saved["parameters"])]
+
+
+def load(
+    store: StateStore, state_dict: Mapping[str, Any], convert: Callable[[Mapping[str, Any]], None]
+) -> Mapping[str, Any]:
+    """Check all of it, then write it; returns what was saved beside the state. What another optimizer saved is for
+    ``convert``, unless the optimizer was made to refuse it."""
+    other = _of_another(store.params, state_dict)
+    try:
+        if other and "memopt" in state_dict and store.setup.on_mismatch == "convert":
+            raise ValueError("of another spec, whose tensors may be of the same sizes and mean something else")
+        plan = plan_load(store.params, state_dict)
+    except ValueError:
+        if not other or store.setup.on_mismatch == "refuse":
+            raise
+        convert(state_dict)
+        return {}
     _refuse_own(store, plan)
     with store.restoring("load_state_dict()"):
         _write(store, plan)
     return plan.metadata
+
+
+def _of_another(params: Params, state_dict: Mapping[str, Any]) -> bool:
+    """Whether another tool wrote the dictionary, or an optimizer that keeps other state."""
+    if not {"state", "param_groups"} <= state_dict.keys():
+        return False
+    saved = state_dict.get("memopt")
+    if saved is None:
+        return True
+    from memopt.spec import parse
+
+    now = params.setup.spec
+    try:
+        old = parse(str(saved.get("spec")))
+    except ValueError:  # of a spec that is not known here; what comes of it says so
+        return True
+    overrides = json.loads(saved["overrides"]) if "overrides" in saved else dict(now.overrides)
+    engine = saved.get("engine", now.engine)
+    return (old.rule, old.format, old.master, engine, overrides) != (
+        now.rule,
+        now.format,
+        now.master,
+        now.engine,
+        dict(now.overrides),
+    )
 
 
 def _refuse_own(store: StateStore, plan: LoadPlan) -> None:

@@ -37,6 +37,16 @@ def test_accelerate_prepares_accumulates_clips_saves_and_loads(tmp_path):
     accelerator.load_state(str(tmp_path))
     for key, value in optimizer.state[model.weight].items():
         assert_same_bits(value, saved[key], key)
+    other = accelerate.Accelerator(cpu=True)
+    again = nn.Linear(80, 64)
+    prepared = other.prepare(again, changed := memopt.create(again, "adamw-4bit", lr=1e-2))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(changed, 10)
+    other.register_for_checkpointing()
+    other.prepare(schedule)
+    with pytest.warns(UserWarning, match="adamw-8bit was converted to adamw-4bit"):
+        other.load_state(str(tmp_path))
+    assert float(changed.state[again.weight]["step"]) == float(saved["step"])
+    assert prepared[1].optimizer is changed
 
 
 def test_transformers_trainer_trains_and_resumes(tmp_path):
@@ -47,7 +57,7 @@ def test_transformers_trainer_trains_and_resumes(tmp_path):
     g = torch.Generator().manual_seed(0)
     data = [{"input_ids": (x := torch.randint(0, 100, (16,), generator=g)), "labels": x} for _ in range(32)]
 
-    def trainer():
+    def trainer(cls, **keywords):
         torch.manual_seed(0)
         return transformers.Trainer(
             transformers.LlamaForCausalLM(config),
@@ -55,16 +65,34 @@ def test_transformers_trainer_trains_and_resumes(tmp_path):
                 str(tmp_path), max_steps=6, save_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[]
             ),
             train_dataset=data,
-            optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": "adamw-8bit", "lr": 1e-2}),
+            optimizer_cls_and_kwargs=(cls, {"lr": 1e-2, **keywords}),
         )
 
-    whole = trainer()
+    def last_loss(trained):
+        return trained.evaluate(data)["eval_loss"]
+
+    whole = trainer(memopt.Optimizer, spec="adamw-8bit")
     whole.train()
-    resumed = trainer()
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    halfway = str(tmp_path / "checkpoint-3")
+    resumed = trainer(memopt.Optimizer, spec="adamw-8bit")
+    resumed.train(resume_from_checkpoint=halfway)
     assert resumed.state.global_step == 6
     for p, q in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert_same_bits(p, q)
+    # The string was changed in the meantime.
+    for spec in ("adamw-4bit", "adamw"):
+        other = trainer(memopt.Optimizer, spec=spec)
+        with pytest.warns(UserWarning, match=f"adamw-8bit was converted to {spec}"):
+            other.train(resume_from_checkpoint=halfway)
+        assert other.state.global_step == 6
+        assert last_loss(other) == pytest.approx(last_loss(whole), rel=2e-3)
+    # The run was begun with torch's optimizer.
+    theirs = trainer(torch.optim.AdamW)
+    theirs.train()
+    other = trainer(memopt.Optimizer, spec="adamw-8bit")
+    with pytest.warns(UserWarning, match=r"adamw of torch\.optim was converted to adamw-8bit"):
+        other.train(resume_from_checkpoint=halfway)
+    assert last_loss(other) == pytest.approx(last_loss(theirs), rel=2e-3)
 
 
 def step_a_sharded_model():

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memopt.checkpoint.importers import bitsandbytes, flashoptim, torch_optim, torchao, transformers_adafactor
+from memopt.checkpoint.importers import (
+    bitsandbytes,
+    flashoptim,
+    own_dict,
+    torch_optim,
+    torchao,
+    transformers_adafactor,
+)
 from memopt.checkpoint.importers.base import Tool, choose, group_of, steps
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.optim.edits.group_checks import is_named
@@ -17,10 +24,13 @@ from memopt.untrusted.text import printable, shown
 TOOLS = (flashoptim.TOOL, bitsandbytes.TOOL, transformers_adafactor.TOOL, torchao.TOOL, torch_optim.TOOL)
 
 
-def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) -> Source:
-    """A ``state_dict()`` of one of :data:`TOOLS`.
+def read_state_dict(
+    state_dict: Mapping[str, Any], origin: str, rule: str | None = None, likely: str | None = None
+) -> Source:
+    """A ``state_dict()`` of one of :data:`TOOLS`, or of an optimizer of memopt's.
 
-    ``rule`` is needed where the dictionary does not say which of several it was. Raises ValueError for a dictionary
+    ``rule`` is needed where the dictionary does not say which of several it was, and none of them is the ``likely``
+    one. Raises ValueError for a dictionary
     that none of them wrote.
     """
     if "state" not in state_dict or "param_groups" not in state_dict:
@@ -30,16 +40,13 @@ def read_state_dict(state_dict: Mapping[str, Any], origin: str, rule: str | None
     if isinstance(states, Mapping):
         states = {key: state for key, state in states.items() if isinstance(state, Mapping)}
     _refuse_other_forms(groups, states, origin)
-    if any("." in str(key) for state in states.values() for key in state):
-        raise ValueError(
-            f"{origin} is of an optimizer of memopt's: load it with load_state_dict into one of the same "
-            "spec and use opt.convert_, or memopt.save and memopt.load, which convert"
-        )
+    if own_dict.wrote(state_dict):
+        return own_dict.read(state_dict, origin, rule)
     with laid_out(origin, "an optimizer's state_dict"):
         tool = _tool(groups, states, origin)
         first: dict[str, Any] = next((s for s in states.values() if s), {})
         possible = tool.rules(groups[0], first)
-        return _source(tool, choose(tool.name, origin, possible, rule), groups, states, origin)
+        return _source(tool, choose(tool.name, origin, possible, rule, likely), groups, states, origin)
 
 
 def _refuse_other_forms(groups: Any, states: Any, origin: str) -> None:

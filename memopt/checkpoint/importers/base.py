@@ -37,11 +37,13 @@ class Tool(NamedTuple):
     kept: Callable[[State, State], Kept | None] = lambda group, state: None
 
 
-def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None) -> str:
-    """The rule that ``tool`` wrote, ``possible`` being those it may have been. Raises ValueError for none, and where it
-    must be said which."""
+def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None, likely: str | None = None) -> str:
+    """The rule that ``tool`` wrote, ``possible`` being those it may have been: the one ``asked`` for, else the
+    ``likely`` one if it may. Raises ValueError for none, and where it must be said which."""
     if not possible:
         raise ValueError(f"{origin} was written by {tool}, with an optimizer that is not known here")
+    if asked is None and likely in possible:
+        return str(likely)
     if asked is None and len(possible) > 1:
         raise ValueError(
             f"{origin} was written by {tool}, and does not say which of {', '.join(possible)} it was; "

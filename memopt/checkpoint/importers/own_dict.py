@@ -1,0 +1,146 @@
+"""``state_dict()`` of an optimizer of memopt's, of any spec: what frameworks keep in ``optimizer.pt`` and the like."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.state.saved import Group, Record, Source
+from memopt.core.hyperparameters import SpecError
+from memopt.layout.replaced_state import own_entries
+from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
+from memopt.optim.state_dict import described_parameters
+from memopt.optim.state_dtensors import has_dtensors, unwrapped
+from memopt.partitions import PARTITIONS
+from memopt.placements.stores.by_placement import Homes
+from memopt.rules import RULES
+from memopt.spec import OptimSpec, parse
+from memopt.untrusted import laid_out
+from memopt.untrusted.text import printable, shown
+
+
+def wrote(state_dict: Mapping[str, Any]) -> bool:
+    """Whether an optimizer of memopt's wrote the dictionary."""
+    return isinstance(state_dict.get("memopt"), Mapping) and "spec" in state_dict["memopt"]
+
+
+def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) -> Source:
+    """The dictionary as a source: of one of several ranks, the rows of that rank.
+
+    Raises ValueError for a dictionary that does not say what its parameters are (those of versions before this one),
+    and for one whose state is not what its spec keeps.
+    """
+    if has_dtensors(state_dict):
+        state_dict = unwrapped(state_dict)
+    with laid_out(origin, "an optimizer's state_dict"):
+        saved = state_dict["memopt"]
+        spec = _spec(saved, origin)
+        if rule not in (None, spec.rule):
+            raise ValueError(f"{origin} is of {spec.rule}, not {rule!r}")
+        if saved.get("cut") is not None:
+            raise ValueError(f"{origin} is of DeepSpeed's vectors: it loads under the stage and groups that saved it")
+        if "parameters" not in saved:
+            raise ValueError(f"{origin} does not say what its parameters are: load it into an optimizer of '{spec}'")
+        groups, parameters = state_dict["param_groups"], described_parameters(saved)
+        numbers = [number for group in groups for number in group["params"]]
+        if len(numbers) != len(parameters):
+            raise ValueError(f"{origin} has {len(numbers)} parameters in its groups and describes {len(parameters)}")
+        known, named = iter(parameters), is_named(groups)
+        ours: list[Group] = []
+        records: dict[str, Record] = {}
+        for group, members in _members(groups, known):
+            h = {**RULES[spec.rule].hyperparameters, **_plain(group)}
+            RULES[spec.rule].check(h)
+            ours.append(Group([name for _, (name, _, _) in members], _plain(group)))
+            for number, (name, dtype, shape) in members:
+                if name in records:
+                    raise ValueError(f"{origin} has two parameters of the name {shown(name)}")
+                index, state = len(records), state_dict["state"].get(number) or {}
+                records[name] = _record(spec, h, (name, dtype, shape), index, state, saved, origin)
+        others = {key: x for key, x in state_dict["state"].items() if key not in set(numbers)}
+        return Source(
+            spec, ours, records, origin, named, saved.get("seed"), saved.get("skipped_steps"),
+            others=copy.deepcopy(others),
+        )  # fmt: skip
+
+
+def _spec(saved: Mapping[str, Any], origin: str) -> OptimSpec:
+    try:
+        spec = parse(str(saved["spec"])).replace(options={})
+        return spec.replace(
+            engine=str(saved.get("engine", "native")), overrides=dict(json.loads(saved.get("overrides", "{}")))
+        )
+    except (SpecError, json.JSONDecodeError) as error:
+        raise ValueError(f"{origin} is of a spec that is not known here: {printable(str(error), 200)}") from error
+
+
+def _members(groups: Any, known: Iterator[Any]) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
+    for group in groups:
+        yield group, [(number, next(known)) for number in group["params"]]
+
+
+def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in TORCH_KEYS}
+
+
+def _record(
+    spec: OptimSpec,
+    h: Mapping[str, Any],
+    parameter: tuple[str, str, tuple[int, ...]],
+    index: int,
+    state: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    origin: str,
+) -> Record:
+    name, dtype, shape = parameter
+    rank, world = saved.get("rank", 0), saved.get("world_size", 1)
+    rule = RULES[spec.rule]
+    slot = Slot(
+        spec,
+        rule.keeping(h, state),
+        name,
+        index,
+        PARTITIONS[spec.partition].rows(shape, rank, world),
+        torch.device("cpu"),
+        saved.get("seed", 0),
+        lambda x: x,
+        dtype,
+        Homes(spec.replace(placement="device", overrides={}), 0, 1),
+    )
+    own = own_entries(spec.rule, state)
+    ours = {key: value for key, value in state.items() if key not in own}
+    if ours:
+        _check(slot, ours, origin)
+        if slot.master.key not in ours:  # one of zeros stands for the weights as they are
+            slot = slot._replace(spec=spec.replace(master="none"))
+    record = slot.record(ours)
+    if own:
+        record.own = lambda rank: copy.deepcopy(own)
+    return record
+
+
+def _check(slot: Slot, state: Mapping[str, Any], origin: str) -> None:
+    """Raise ValueError for state that is not what the spec keeps of the parameter."""
+    layout, master = slot.layout(), slot.master.key
+    missing = [key for key in layout if key not in state and key != master]
+    unknown = [key for key in state if key not in layout and key != "step"]
+    if missing or unknown or "step" not in state:
+        what = f"lacks {(missing or ['step'])[0]!r}" if not unknown else f"has {unknown[0]!r}"
+        raise ValueError(f"{origin}, parameter {slot.name}: the state {what}; '{slot.spec}' keeps {', '.join(layout)}")
+    for key, value in state.items():
+        spec = layout.get(key)
+        if spec is not None and (
+            not isinstance(value, torch.Tensor)
+            or str(value.dtype).removeprefix("torch.") != spec.dtype
+            or tuple(value.shape) != spec.shape
+        ):
+            found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ValueError(
+                f"{origin}, parameter {slot.name}: {key} is {found}, and '{slot.spec}' has {spec.dtype} "
+                f"{list(spec.shape)}"
+            )
