@@ -1,112 +1,64 @@
 """Thousands of random sequences of operations on a memopt optimizer and its twin of torch.optim, on kernels built with
 the address and undefined-behaviour sanitizers.
 
-    python benchmarks/twin.py                      writes benchmarks/results/twin.json and .md
-    python benchmarks/twin.py --sequences 200 --plain      the same on ordinary kernels, to try it
+    python benchmarks/twin.py                          goes on from benchmarks/results/twin.json, to 20,000 sequences
+    python benchmarks/twin.py --minutes 10             as many of them as fit
+    python benchmarks/twin.py --again                  those that went wrong, with the code of now
+    python benchmarks/twin.py --plain --sequences 200 --out /tmp/twin.json      ordinary kernels, to try it
+    python benchmarks/twin.py --replay TEXT            one sequence, in this process
 
 What a sequence is, and what must be true after each of its operations, is in tests/twin. Sequences run in batches, each
-in a process of its own: one that dies is known by the seed that it had begun. With sanitizers the memory of torch's
-tensors has guarded zones around it, so a kernel that reads or writes beside its own is stopped there. Failing sequences
-are cut down to the operations that it takes; `--replay TEXT` goes through one again.
+in a forked process of its own: one that dies, or does not come back, is known by the seed that it had begun. With
+sanitizers the memory of torch's tensors has guarded zones around it, so a kernel that reads or writes beside its own is
+stopped there. The result says of every part which commit it ran.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import platform
+import select
+import signal
 import subprocess
 import sys
 import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from provenance import write_result
+from provenance import commit, write_result
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "twin.json"
 SANITIZED = ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 #: Of a process: its memory grows under the address sanitizer, which keeps freed memory to know its uses.
 BATCH = 100
-#: Seconds in which a sequence has ended.
+#: Seconds in which a sequence has ended, on a busy machine.
 PATIENCE = 300
+AXES = ("rule", "format", "master", "placement", "partition")
 
 
 def main() -> int:
     parser = ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--sequences", type=int, default=20_000)
-    parser.add_argument("--first", type=int, default=0, metavar="SEED")
-    parser.add_argument("--without", default="", help="operations to leave out, with commas")
+    parser.add_argument("--sequences", type=int, default=20_000, help="in all, those of earlier parts counted in")
+    parser.add_argument("--minutes", type=float, default=0.0, help="after which no batch is begun; 0 for no limit")
+    parser.add_argument("--again", action="store_true", help="only those that went wrong")
     parser.add_argument("--plain", action="store_true", help="ordinary kernels instead of sanitized ones")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--replay", help="one sequence as text, in this process")
-    parser.add_argument("--child", type=int, help="how many sequences this process runs")
-    parser.add_argument("--kernels", type=Path, help="the library that it loads")
     arguments = parser.parse_args()
-    if arguments.child is not None or arguments.replay:
-        sys.path.insert(0, str(ROOT))
-        return _replay(arguments.replay) if arguments.replay else _child(arguments)
-    return _parent(arguments)
+    library = None if arguments.plain else _sanitized()
+    if library is not None and "libasan" not in os.environ.get("LD_PRELOAD", ""):
+        sys.stdout.flush()
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_sanitizing()})
+    sys.path.insert(0, str(ROOT))
+    import torch
 
-
-# In a process of its own -----------------------------------------------------------------------------------------
-
-
-def _child(arguments: Namespace) -> int:
-    from tests.twin.cases import draw_case
-    from tests.twin.sequences import Failed, draw, replay
-
-    if arguments.kernels:
-        from memopt.kernels import loader
-
-        loader._loaded = loader.open_library(arguments.kernels)
-    for seed in range(arguments.first, arguments.first + arguments.child):
-        text = draw(seed, arguments.without.split(","))
-        _say({"begun": seed, "text": text, "spec": draw_case(seed).spec})
-        try:
-            _say({"applied": replay(text)})
-        except Failed as failure:
-            _say({"applied": failure.applied, "failed": str(failure), "at": failure.at})
-    return 0
-
-
-def _say(line: dict[str, Any]) -> None:
-    print(json.dumps(line), flush=True)
-
-
-def _replay(text: str) -> int:
-    from tests.twin.sequences import Failed, replay
-
-    try:
-        print(*replay(text, trace=True))
-    except Failed as failure:
-        print(failure)
-        return 1
-    return 0
-
-
-# Over all --------------------------------------------------------------------------------------------------------
-
-
-def _parent(arguments: Namespace) -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    if not arguments.plain:
-        arguments.kernels = _sanitized()
-        environment |= _sanitizing()
-    done: dict[str, Any] = {"sequences": 0, "operations": Counter(), "axes": {}, "failed": [], "died": []}
-    start = time.time()
-    seed, last = arguments.first, arguments.first + arguments.sequences
-    while seed < last:
-        for seed, record in _batch(arguments, environment, seed, min(BATCH, last - seed)):  # noqa: B020
-            _note(done, seed, record)
-        seed += 1
-        _write(arguments, done, time.time() - start)
-        bad = len(done["failed"]) + len(done["died"])
-        print(f"{done['sequences']} sequences, {bad} with a fault, {time.time() - start:.0f} s", flush=True)
-    return 1 if done["failed"] or done["died"] else 0
+    torch.set_num_threads(1)
+    _use(library)
+    return _replay(arguments.replay) if arguments.replay else _run(arguments)
 
 
 def _sanitized() -> Path:
@@ -133,101 +85,189 @@ def _sanitizing() -> dict[str, str]:
         "LD_PRELOAD": " ".join(library(n) for n in ("libasan.so", "libubsan.so", "libstdc++.so")),
         "ASAN_OPTIONS": "detect_leaks=0:malloc_context_size=4:quarantine_size_mb=64",
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
     }
 
 
-def _batch(
-    arguments: Namespace, environment: dict[str, str], first: int, count: int
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Seeds and what became of them; a process that dies ends the batch with the seed that it had begun."""
-    command = [sys.executable, __file__, "--child", str(count), "--first", str(first), "--without", arguments.without]
-    command += ["--kernels", str(arguments.kernels)] if arguments.kernels else []
+def _use(library: Path | None) -> None:
+    from memopt.kernels import loader
+
+    if library is not None:
+        loader._loaded = loader.open_library(library)
+
+
+def _replay(text: str) -> int:
+    from tests.twin.sequences import Failed, replay
+
+    try:
+        print(*replay(text, trace=True))
+    except Failed as failure:
+        print(failure)
+        return 1
+    return 0
+
+
+# Batches, each in a process of its own ----------------------------------------------------------------------------
+
+
+def _batch(sequences: Sequence[tuple[int, str]], patience: float = PATIENCE) -> Iterator[dict[str, Any]]:
+    """What became of sequences ``(seed, text)``, in their order; after one whose process died, the rest is missing."""
+    reading, writing = os.pipe()
     log = ROOT / "build" / "twin.stderr"
     log.parent.mkdir(exist_ok=True)
-    with log.open("w") as errors:
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
-        begun: dict[str, Any] | None = None
-        for line in process.stdout:
-            record = json.loads(line)
-            if "begun" in record:
-                begun = record
-            else:
-                assert begun is not None
-                yield begun["begun"], {**begun, **record}
-                begun = None
-        code = process.wait()
-    if code or begun is not None:
-        begun = begun or {"begun": first, "text": "", "spec": "before the first sequence"}
-        yield begun["begun"], {**begun, "died": code, "stderr": log.read_text()[-4000:]}
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            os.close(reading)
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
+            _child(sequences, writing)
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(writing)
+    begun, late = 0, False
+    with os.fdopen(reading, "rb", buffering=0) as lines:
+        rest = b""
+        while True:
+            if not select.select([lines], [], [], patience)[0]:
+                late = True
+                os.kill(child, signal.SIGKILL)
+            more = lines.read(65536)
+            if not more:
+                break
+            *whole, rest = (rest + more).split(b"\n")
+            for line in whole:
+                seed, text = sequences[begun]
+                begun += 1
+                yield {"seed": seed, "text": text, **json.loads(line)}
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if begun < len(sequences):
+        seed, text = sequences[begun]
+        said = f"it did not come back within {patience:.0f} s\n" * late + log.read_text(errors="replace")[-4000:]
+        yield {"seed": seed, "text": text, "died": code, "stderr": said}
 
 
-def _note(done: dict[str, Any], seed: int, record: dict[str, Any]) -> None:
-    done["sequences"] += 1
-    done["operations"].update(record.get("applied", []))
-    if "died" in record:
-        done["died"].append({k: record[k] for k in ("begun", "text", "spec", "died", "stderr")})
-        print(f"{seed} DIED: {record['spec']}: {record['text'][:200]}", flush=True)
-    elif "failed" in record:
-        done["failed"].append({k: record[k] for k in ("text", "failed", "at")})
-        print(f"{seed}: {record['failed'][:300]}", flush=True)
+def _child(sequences: Sequence[tuple[int, str]], out: int) -> None:
+    from tests.twin.sequences import Failed, replay
+
+    for _, text in sequences:
+        try:
+            line: dict[str, Any] = {"applied": replay(text)}
+        except Failed as failure:
+            line = {"applied": failure.applied, "failed": str(failure), "at": failure.at}
+        os.write(out, json.dumps(line).encode() + b"\n")
+
+
+# Over all --------------------------------------------------------------------------------------------------------
+
+
+def _run(arguments: Namespace) -> int:
+    done: dict[str, Any] = {"sequences": 0, "operations": {}, "axes": {}, "wrong": [], "repaired": [], "parts": []}
+    if arguments.out.exists():
+        done |= json.loads(arguments.out.read_text())
+    done["kernels"] = "ordinary" if arguments.plain else " ".join(SANITIZED)
+    part = {"commit": commit(), "first": done["sequences"], "sequences": 0, "seconds": 0}
+    done["parts"].append(part)
+    start = time.monotonic()
+    for batch in _again(done) if arguments.again else _batches(done, arguments.sequences):
+        for record in _batch(batch):
+            _note(done, record, part, arguments.again)
+        part["seconds"] = round(time.monotonic() - start)
+        _write(arguments.out, done)
+        print(f"{done['sequences']:,} sequences, {len(done['wrong'])} went wrong, {part['seconds']} s", flush=True)
+        if arguments.minutes and part["seconds"] > 60 * arguments.minutes:
+            break
+    return 1 if done["wrong"] else 0
+
+
+def _batches(done: dict[str, Any], goal: int) -> Iterator[list[tuple[int, str]]]:
+    from tests.twin.sequences import draw
+
+    while done["sequences"] < goal:
+        first = done["sequences"]
+        yield [(seed, draw(seed)) for seed in range(first, min(first + BATCH, goal))]
+
+
+def _again(done: dict[str, Any]) -> Iterator[list[tuple[int, str]]]:
+    for one in list(done["wrong"]):
+        yield [(one["seed"], one["text"])]
+
+
+def _note(done: dict[str, Any], record: dict[str, Any], part: dict[str, Any], again: bool) -> None:
     import memopt
+    from tests.twin.cases import draw_case
 
-    if record["spec"].startswith("before"):
+    wrong = "died" in record or "failed" in record
+    if again:
+        (before,) = [one for one in done["wrong"] if one["text"] == record["text"]]
+        if not wrong:
+            done["wrong"].remove(before)
+            done["repaired"].append({**before, "right_at": part["commit"]})
         return
-    spec = memopt.parse(record["spec"])
-    for axis in ("rule", "format", "master", "placement", "partition"):
-        done["axes"].setdefault(axis, Counter())[getattr(spec, axis)] += 1
+    done["sequences"] += 1
+    part["sequences"] += 1
+    done["operations"] = dict(sorted((Counter(done["operations"]) + Counter(record.get("applied", []))).items()))
+    spec = memopt.parse(draw_case(record["seed"]).spec)
+    for axis in AXES:
+        found = Counter(done["axes"].get(axis, {}))
+        found[getattr(spec, axis)] += 1
+        done["axes"][axis] = dict(sorted(found.items()))
+    if wrong:
+        kept = {k: record[k] for k in ("seed", "text", "failed", "at", "died", "stderr") if k in record}
+        done["wrong"].append({**kept, "commit": part["commit"]})
+        print(f"{record['seed']}: {record.get('failed', record.get('stderr', ''))[:400]}", flush=True)
 
 
-def _write(arguments: Namespace, done: dict[str, Any], seconds: float) -> None:
-    import torch
-
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True).stdout
-    record = {
-        "commit": commit.strip(),
-        "command": " ".join(["python", "benchmarks/twin.py", *sys.argv[1:]]),
-        "processor": _processor(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "kernels": "ordinary" if arguments.plain else " ".join(SANITIZED),
-        "seconds": round(seconds),
-        **done,
-    }
-    write_result(arguments.out, record)
-    arguments.out.with_suffix(".md").write_text(_table(record))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if "model name" in line), platform.machine())
+def _write(out: Path, done: dict[str, Any]) -> None:
+    write_result(out, done)
+    out.with_suffix(".md").write_text(_table(json.loads(out.read_text())))
 
 
 def _table(record: dict[str, Any]) -> str:
+    facts, died = record["provenance"], [one for one in record["wrong"] if "died" in one]
+    seconds = sum(part["seconds"] for part in record["parts"])
+    parts = [
+        f"| {part['commit'][:10]}{' (with changes)' * part['commit'].endswith('+changes')} | {part['first']:,} to "
+        f"{part['first'] + part['sequences'] - 1:,} | {part['seconds']:,} |"
+        for part in record["parts"]
+        if part["sequences"]
+    ]
+    repaired = [f"| {one['seed']} | {_said(one)} | {one['right_at'][:10]} |" for one in record["repaired"]]
     lines = [
         "# Sequences of the twin",
         "",
-        f"`{record['command']}`, commit {record['commit'][:10]}, {record['processor']}, torch {record['torch']}.",
+        f"`benchmarks/twin.py`, {facts['processor']}, torch {facts['versions']['torch']}; kernels: "
+        f"{record['kernels']}.",
         "",
-        f"Kernels: {record['kernels']}.",
+        f"{record['sequences']:,} sequences, {sum(record['operations'].values()):,} operations that applied, "
+        f"{seconds:,} s under load. Now {len(died)} processes die or have a report of a sanitizer, and "
+        f"{len(record['wrong']) - len(died)} sequences differ from the twin or end in an error that is no refusal; "
+        f"{len(record['repaired'])} did and do no longer.",
         "",
-        f"{record['sequences']:,} sequences, {sum(record['operations'].values()):,} operations that applied; "
-        f"{len(record['died'])} processes died or had a report of a sanitizer, {len(record['failed'])} sequences "
-        "differed from the twin or ended in an error that is no refusal.",
+        "| commit | sequences | seconds |",
+        "|---|---|---|",
+        *parts,
         "",
-        "| operation | times |",
-        "|---|---|",
-        *(f"| {name} | {count:,} |" for name, count in sorted(record["operations"].items())),
-        "",
+        *(["| went wrong once | how | right at |", "|---|---|---|", *repaired, ""] if repaired else []),
         "| axis | sequences |",
         "|---|---|",
         *(
-            f"| {axis} | {', '.join(f'{name} {count:,}' for name, count in sorted(found.items()))} |"
+            f"| {axis} | {', '.join(f'{name} {count:,}' for name, count in found.items())} |"
             for axis, found in record["axes"].items()
         ),
         "",
+        "| operation | times |",
+        "|---|---|",
+        *(f"| {name} | {count:,} |" for name, count in record["operations"].items()),
+        "",
     ]
     return "\n".join(lines)
+
+
+def _said(one: dict[str, Any]) -> str:
+    return (one.get("failed") or f"died: {one['stderr']}").splitlines()[0].replace("|", "/")[:200]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from memopt.optim.state_store import StateStore
 from memopt.optim.step import Scaler, Stepper
 from memopt.partitions import Partition
 from memopt.placements.stores.by_placement import Homes
+from memopt.placements.stores.common_commit import go_on_together
 from memopt.rules import Rule
 from memopt.spec import OptimSpec, parse
 
@@ -106,26 +107,19 @@ class Optimizer(torch.optim.Optimizer):
         )
         super().__init__(named_groups(params), spec.resolve())
         self.spec = self.homes.spec = spec.for_names([name for name, _, _ in self.params.entries()])
+        self._go_on_together()
         self.homes.expect(
             lambda: {one.layout.name: one.layout.lines(str(one.p.device))[1:] for one in self.params.resolved()}
         )
-        self._check_left(process_group)
 
-    def _check_left(self, process_group: Any) -> None:
-        """Raise RuntimeError, on every rank, where an earlier run left the ranks at different steps."""
-        left = self.homes.left() if self.partition.world_size > 1 else None
-        if left is None:
-            return
-        from memopt.partitions.ranks import Ranks
-
-        steps = [max(found.values(), default=0.0) for found in Ranks(process_group).gather(left)]
-        if len(set(steps)) > 1:
-            self.homes.close()
-            said = ", ".join(f"rank {rank}: {step:.0f}" for rank, step in enumerate(steps))
-            raise RuntimeError(
-                f"disk: an earlier run was ended while some ranks had committed a step and others had not ({said} "
-                "steps); their state is of two steps. Load a checkpoint, with another directory"
-            )
+    def _go_on_together(self) -> None:
+        """Ranks that an earlier run left at different commits."""
+        if self.homes.durable is not None and self.partition.world_size > 1:
+            try:
+                go_on_together(self.homes, self.partition, self.process_group)
+            except BaseException:
+                self.homes.close()
+                raise
 
     def _make(self, setup: Setup) -> None:
         """The collaborators. They know the optimizer as torch.optim does, weakly: it is freed with the last reference

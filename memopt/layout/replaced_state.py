@@ -44,6 +44,11 @@ def is_plain(layout: ParamLayout, state: Mapping[str, Any]) -> bool:
     return any(m.moment.name in state and all(part for part, _ in m.keys) for m in layout.moments)
 
 
+def lost_master(layout: ParamLayout, state: Mapping[str, Any]) -> bool:
+    """Whether something stands beside a weight that needs no master any more: it was cast to 32 bits."""
+    return any(key in state and key not in layout.tensors for key in MASTER_KEYS)
+
+
 def stands(layout: ParamLayout, state: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """What stays in a state beside the ``values`` of its layout: what is the user's own, and moments that are switched
     off at present, which go on from there when they are switched on again, as torch.optim's do."""

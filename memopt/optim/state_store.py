@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, final
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from memopt.core.ledger import Ledger, Line, dtype_name
 from memopt.core.rows import Rows
 from memopt.layout import param
-from memopt.layout.replaced_state import Here, is_own, is_plain, stands, taken_over
+from memopt.layout.replaced_state import Here, is_own, is_plain, lost_master, stands, taken_over
 from memopt.optim.column_shards import check_slab
 from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.params import Params, Resolved
@@ -30,6 +31,7 @@ class StateStore:
     def __init__(self, params: Params) -> None:
         self.params, self.setup = params, params.setup
         self._unshaped: list[Tensor] = []  # of lazy modules, when parameters were shown to the placements
+        self._shapes: dict[str, tuple[ref[Tensor], torch.Size]] = {}
 
     @property
     def state(self) -> Any:
@@ -53,8 +55,9 @@ class StateStore:
             return
         home = self.setup.homes.of(layout.name)
         problem = layout.misfit(local, state)
-        fits = problem is None and not is_plain(layout, state)
+        fits = problem is None and not is_plain(layout, state) and not lost_master(layout, state)
         if fits and home.holds(layout.name, {key: state[key] for key in layout.tensors}):
+            self._check_shape(layout.name, p, state)
             return
         partition = self.setup.partition
 
@@ -66,6 +69,20 @@ class StateStore:
         if values is None:
             raise RuntimeError(problem or f"{layout.name}: its state has a moment of torch.optim's that does not fit")
         self._put(layout, p, state, values)
+
+    def _check_shape(self, name: str, p: Tensor, state: Mapping[str, Any]) -> None:
+        """Raise RuntimeError for state of a weight of another shape that takes as many bytes: two 4-bit codes are in
+        one. Remember the shape that this state is of."""
+        first = next((x for key, x in state.items() if key != "step" and isinstance(x, Tensor)), None)
+        if first is None:
+            return
+        before = self._shapes.get(name)
+        if before is not None and before[0]() is first and before[1] != p.shape:
+            raise RuntimeError(
+                f"{name} is {tuple(p.shape)} here, and its state is of {tuple(before[1])}; nothing was stepped. "
+                "opt.append_rows and opt.select_rows take state along, opt.state.pop(parameter) begins it anew"
+            )
+        self._shapes[name] = ref(first), p.shape
 
     def _put(self, layout: ParamLayout, p: Tensor, state: dict[str, Any], values: dict[str, Any]) -> None:
         """``values`` are the state now, where the placement says, with what else stands there."""
@@ -157,6 +174,7 @@ class StateStore:
         tensors, count = (None if fresh else home.survivor(name, lines)) or (home.allocate(name, lines, p.device), 0.0)
         state = {step.key: torch.full((), count, dtype=torch.float32, device=step.location), **tensors}
         self.state[p] = state
+        self._check_shape(name, p, state)
         return state
 
     def to_overwrite(self, name: str, p: Tensor, h: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.layout.param_step import Work
+    from memopt.placements.stores.durable_directory import Directory
 
 #: ``run(works)`` executes the step of these works, whose state lies where the parameter is (for ``cpu``: on the host).
 Run = Callable[[Sequence["Work"]], None]
@@ -81,8 +82,9 @@ class Home:
     def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
         """Raise ValueError if what an earlier process left is not of these parameters: name -> lines without step."""
 
-    def left(self) -> dict[str, float] | None:
-        """After how many steps an earlier process left the state of each parameter; None where it cannot have."""
+    @property
+    def durable(self) -> Directory | None:
+        """What is kept beyond this process, where it is."""
         return None
 
     def check(self) -> None:

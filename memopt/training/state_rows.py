@@ -21,6 +21,7 @@ from memopt.checkpoint.state.all_rows import record_of_all
 from memopt.checkpoint.state.saved import Record
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows
+from memopt.optim.edits.state import is_own
 from memopt.partitions.dtensor import is_dtensor
 from memopt.partitions.zero1 import Zero1
 
@@ -144,7 +145,7 @@ def _take_over(optimizer: OptimizerParts, p: Tensor) -> None:
                 optimizer.store.check(one, optimizer.partition.local(p, one.layout.rows, p.detach()))
 
 
-def _filled(slot: Slot, state: dict[str, Any]) -> dict[str, Any]:
+def with_zeros(slot: Slot, state: dict[str, Any]) -> dict[str, Any]:
     """The state with what is not there yet, of a moment that was switched on: it begins at zero."""
     lines = [line for line in slot.lines() if line.key not in state]
     return {**state, **{x.key: torch.zeros(x.shape, dtype=getattr(torch, x.dtype), device=slot.device) for x in lines}}
@@ -157,15 +158,18 @@ def _shape_of_state(optimizer: OptimizerParts, p: Tensor) -> tuple[int, ...]:
     if not state or not shape:
         return shape
     slot, partition = _slot(optimizer, p), optimizer.partition
-    there = {key: tuple(x.shape) for key, x in state.items() if isinstance(x, Tensor)}
+    rule = optimizer.spec.rule
+    there = {
+        k: tuple(x.shape) for k, x in state.items() if isinstance(x, Tensor) and k != "step" and not is_own(rule, k)
+    }
     made = [m.shape[0] for m in optimizer.params.made if m.parameter() is p and m.shape[1:] == shape[1:]]
     lengths = [x.shape[0] for x in state.values() if isinstance(x, Tensor) and x.dim()]
     halves = [2 * n - odd for n in lengths for odd in (0, 1)] if len(shape) == 1 else []  # two codes in a byte
     for rows in dict.fromkeys([*made, shape[0], *lengths, *halves]):
         tried = rows, *shape[1:]
         here = slot._replace(rows=partition.rows(tried, partition.rank, partition.world_size))
-        lines = [line for line in here.lines() if line.key in there and line.key != "step"]
-        if lines and all(there[line.key] == line.shape for line in lines):
+        lines = [line for line in here.lines() if line.key in there]
+        if (lines or not there) and all(there[line.key] == line.shape for line in lines):
             return tried
     return shape
 
@@ -211,7 +215,7 @@ def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: T
     if state:
         old = partition.rows(shape, partition.rank, partition.world_size)
         here = _slot(optimizer, p)._replace(rows=old, parameter=None)
-        state = _filled(here, state)
+        state = with_zeros(here, state)
         there = here._replace(rows=rows, parameter=partition.local(p, rows, weights))
         gathered = isinstance(partition, Zero1) and partition.world_size > 1
         record = record_of_all(here, state, partition) if gathered else here.record(state)  # type: ignore[arg-type]

@@ -33,6 +33,10 @@ FOUND: list[str] = [
     "1269: watch/3467 switch/6482",  # the same in one group of several
     "4000036: switch/7398 convert_format/9434",  # a conversion that is refused by what new groups would have
     "4000021: step/3208 freeze/151 switch/7384 append_rows/156",  # rows of a moment that is not there yet
+    "3033: append_rows/2652",  # a weight that has grown already and has no moments
+    "391: accumulate/5759 remove_parameter/6644 copied/5083 come_back/8666 steps/7217",  # a copy has all state
+    "712: freeze/3508 backward/3497 grown/6281",  # two codes in a byte: one element less takes as many bytes
+    "1068: watch/7801 step/4296 freeze/6479 switch/8468",  # a moment that a frozen parameter does not have yet
 ]
 
 

@@ -62,6 +62,8 @@ def moment_in_place(t: Twin, r: Random) -> None:
 @operation()
 def forget_state(t: Twin, r: Random) -> None:
     """The state of one parameter, or all of it, is deleted: it begins anew."""
+    if t.case.dtype in LOW and any(group.get("weight_decay") for group in t.ours.opt.param_groups):
+        raise Skip  # a first step goes by signs, and the sign of a gradient with decay may be that of its rounding
     if r.random() < 0.3:
         for side in t.sides:
             side.opt.state.clear()

@@ -264,11 +264,13 @@ class Twin:
             if self.ours.of(name).dtype in LOW and q.numel():
                 self.rounded[name] += 2.0**-8 * float(q.abs().max())
 
-    def replaced(self, model: Bag, opt: Any) -> None:
+    def replaced(self, model: Bag, opt: Any, copied: bool = False) -> None:
         """Another pair of model and optimizer goes on for ours; hooks, schedulers and watches were the old one's."""
         self.detach()
         self.ours.opt.close()
         self.ours = Side(model, opt, True)
+        if copied:
+            return  # with all that stood in the optimizer, as torch.optim's copies
         inside = {id(p) for group in self.theirs.opt.param_groups for p in group["params"]}
         for p in [p for p in self.theirs.opt.state if id(p) not in inside]:
             del self.theirs.opt.state[p]  # the state of a parameter in no group does not travel

@@ -141,7 +141,7 @@ def copied(t: Twin, r: Random) -> None:
     if r.random() < 0.5:
         model, opt2 = copy.deepcopy(pair)
         opt.close()
-        _go_on(t, model, opt2)
+        t.replaced(model, opt2, copied=True)
     else:
         opt.close()
 
@@ -229,8 +229,8 @@ def convert_place(t: Twin, r: Random) -> None:
 @operation()
 def convert_format(t: Twin, r: Random) -> None:
     """Another format or master; the twin is further away from now on."""
-    if t.released is not None:
-        raise Skip
+    if t.released is not None or not t.plain_groups():
+        raise Skip  # the state of a parameter in no group stays in the format that it has, and is refused later
     opt, old = t.ours.opt, t.ours.opt.spec
     fmt = r.choice(["32bit", "bf16", "8bit", "4bit", old.format])
     master = r.choice(["none", "fp32", "split16", old.master])

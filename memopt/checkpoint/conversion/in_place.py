@@ -21,6 +21,7 @@ from memopt.optim.edits.param_groups import has_shape
 from memopt.partitions import PARTITIONS, Partition
 from memopt.partitions.ranks import Ranks
 from memopt.placements.stores.by_placement import Homes
+from memopt.placements.stores.common_commit import go_on_together
 from memopt.pricing.price import spec_fields
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
@@ -125,6 +126,11 @@ def _planned(optimizer: OptimizerParts, new: OptimSpec, given: dict[str, Any], f
     check_fill(fill, new.rule)
     partition = _partition(optimizer, new)
     homes = Homes(new, partition.rank, partition.world_size, optimizer.homes)
+    try:
+        _refuse_left(homes, optimizer, partition)
+    except BaseException:
+        homes.replaced_by(optimizer.homes, empty=False)  # what somebody else left there stays
+        raise
     before = list(slots(optimizer, old, optimizer.param_groups, optimizer.partition))
     after = [slot for _, slot in slots(optimizer, new, hypers, partition, homes)]
     todo = [(p, here, there) for (p, here), there in zip(before, after, strict=True) if optimizer.state.get(p)]
@@ -137,6 +143,19 @@ def _planned(optimizer: OptimizerParts, new: OptimSpec, given: dict[str, Any], f
     ranks = Ranks(optimizer.process_group) if together else None
     report = Conversion(spelled(old), spelled(new))
     return Work(old, new, given, fill, hypers, partition, homes, after, todo, report, ranks)
+
+
+def _refuse_left(homes: Homes, optimizer: OptimizerParts, partition: Partition) -> None:
+    """Raise ValueError, on every rank, for a directory that holds the state of an earlier run."""
+    directory = homes.durable
+    if directory is None or directory is optimizer.homes.durable:
+        return
+    go_on_together(homes, partition, optimizer.process_group)
+    if directory.pending:
+        raise ValueError(
+            f"disk: {directory.path} holds the state of an earlier run, of {next(iter(directory.pending))} and others; "
+            "give another directory, or remove this one"
+        )
 
 
 def _partition(optimizer: OptimizerParts, new: OptimSpec) -> Partition:

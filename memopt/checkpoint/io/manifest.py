@@ -28,7 +28,9 @@ MAX_NBYTES = 2 * 2**30
 def dump(body: dict[str, Any]) -> bytes:
     """The text of a manifest: indented JSON, with the SHA-256 of the same text without ``sha256``."""
     text = json.dumps(body, indent=1, allow_nan=False)
-    return json.dumps({**body, "sha256": hashlib.sha256(text.encode()).hexdigest()}, indent=1).encode() + b"\n"
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    begin = "{" if text == "{}" else text.removesuffix("\n}") + ","
+    return f'{begin}\n "sha256": "{digest}"\n}}\n'.encode()
 
 
 def write(directory: Path, body: dict[str, Any]) -> None:

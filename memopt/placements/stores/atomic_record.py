@@ -30,8 +30,9 @@ class Journal:
         self._file = open_own(path, os.O_RDWR | os.O_CREAT)
         self._capacity = os.fstat(self._file).st_size // 2 // PAGE * PAGE
 
-    def read(self) -> bytes | None:
-        """The last record, or None where there has never been one. Raises ValueError where none is whole."""
+    def records(self) -> list[bytes]:
+        """The records that are whole, the last one first: the one that counts, and perhaps the one before. None where
+        there has never been one. Raises ValueError where none is whole."""
         found: dict[int, bytes] = {}
         written = False
         for area in (0, 1):
@@ -49,14 +50,12 @@ class Journal:
                 found[number] = body
             else:
                 self.torn = True
-        if written and not found and self._only_the_first():
-            return None
-        if written and not found:
+        if written and not found and not self._only_the_first():
             raise ValueError(
                 f"{self.path} is damaged: neither of its two records is whole (or another version of memopt wrote it)"
             )
         self._number = max(found, default=0)
-        return found.get(self._number)
+        return [found[number] for number in sorted(found, reverse=True)]
 
     def _only_the_first(self) -> bool:
         """Whether all that was ever written is the beginning of the first record, which speaks of no state."""
@@ -66,19 +65,25 @@ class Journal:
     def reserve(self, nbytes: int) -> None:
         """Room for records of so many bytes, so that a full disk is found out now."""
         needed = -(-(nbytes + _HEADER.size) // PAGE) * PAGE
-        if needed <= self._capacity:
-            return
-        record = self.read()
+        if needed > self._capacity:
+            self._move(2 * needed, self.records()[:1])
+
+    def roll_back(self, record: bytes) -> None:
+        """``record``, one of :meth:`records`, counts from now on, and the one after it is gone."""
+        self._move(self._capacity, [record])
+
+    def _move(self, capacity: int, records: list[bytes]) -> None:
+        """Into a file of other areas, which has the name of this one when it is whole."""
         temporary = _unfinished(self.path)
         descriptor = open_own(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
         try:
-            os.posix_fallocate(descriptor, 0, 4 * needed)
+            os.posix_fallocate(descriptor, 0, 2 * capacity)
             before = self._file, self._capacity
-            self._file, self._capacity = descriptor, 2 * needed
+            self._file, self._capacity = descriptor, capacity
             try:
-                if record is not None:
+                for record in records:
                     self.write(record)
-                else:
+                if not records:
                     os.fsync(descriptor)
                 os.rename(temporary, self.path)
                 sync_directory(os.path.dirname(self.path))

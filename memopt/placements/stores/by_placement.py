@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from memopt.layout.param import ParamLayout
     from memopt.layout.param_step import Work
+    from memopt.placements.stores.durable_directory import Directory
     from memopt.spec import OptimSpec
 
 
@@ -76,10 +77,10 @@ class Homes:
         for home in self._homes.values():
             home.expect(lines)
 
-    def left(self) -> dict[str, float] | None:
-        """What an earlier process left: parameter -> steps; None where no placement keeps state that long."""
-        found = [x for x in (home.left() for home in self._homes.values()) if x is not None]
-        return {name: step for one in found for name, step in one.items()} if found else None
+    @property
+    def durable(self) -> Directory | None:
+        """What is kept beyond this process, where it is."""
+        return next((home.durable for home in self._homes.values() if home.durable is not None), None)
 
     def check(self) -> None:
         for home in self._homes.values():
@@ -135,12 +136,12 @@ class Homes:
     def workspace(self) -> list[Line]:
         return [line for home in self._homes.values() for line in home.workspace()]
 
-    def replaced_by(self, after: Homes) -> None:
-        """Close the homes that ``after`` does not have."""
+    def replaced_by(self, after: Homes, empty: bool = True) -> None:
+        """Close the homes that ``after`` does not have; ``empty``: their state has moved there."""
         kept = {id(home) for home in after._homes.values()}
         for home in self._homes.values():
             if id(home) not in kept:
-                home.close(empty=True)
+                home.close(empty)
 
     def close(self) -> None:
         for home in self._homes.values():

@@ -95,8 +95,9 @@ class Files(Streamed):
         if self.directory and self.directory.pending:
             self.directory.expect(lines())
 
-    def left(self) -> dict[str, float] | None:
-        return {n: float(entry["step"]) for n, entry in self.directory.pending.items()} if self.directory else None
+    @property
+    def durable(self) -> Directory | None:
+        return self.directory
 
     def _retire(self, name: str) -> None:
         """The state of this parameter is another from now on; what was committed is kept until the next commit."""
@@ -117,6 +118,8 @@ class Files(Streamed):
 
     def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
         self._written = []
+        if self.directory:
+            self.directory.wait()
         super().step(works, run, held)
         sums: dict[Entry, dict[str, list[Sum]]] = {}
         for entry, part, crc in self._written:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import mmap
 import os
-import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -16,30 +15,38 @@ from memopt.layout.chunks import PAGE, Setting
 from memopt.placements.arena import Arena
 from memopt.placements.entry import Entry, Sum
 from memopt.placements.stores.atomic_record import Journal, Lock, sync_directory
+from memopt.placements.stores.record import FORMAT, Commit, commit_of, copy_nbytes, line, refuse_other_world, shown
 from memopt.untrusted import laid_out
 from memopt.untrusted.documents import parse_json
 from memopt.untrusted.ownership import own_directory
 
-#: The form of the record; another one is refused.
-FORMAT = 1
 #: Bytes that are read at a time to verify or take checksums.
 CHUNK = 16 * 2**20
 
 
 class Directory:
-    """``pending`` are parameters whose state an earlier process left and this one has not asked for yet."""
+    """``pending`` are parameters whose state an earlier process left and this one has not asked for yet. Of several
+    ranks each has files of its own in it. They commit one after the other, so that one that is ended may be a commit
+    behind: nothing that the commit before needs is written over until all have made theirs (:meth:`wait`), and
+    :meth:`go_on_from` takes all ranks to the last that every one has."""
 
     def __init__(self, path: str, setting: Setting) -> None:
         self.path = path
         self.spec = setting.spec
         rank = f"{setting.rank:05d}-of-{setting.world_size:05d}"
         self.retired: list[Entry] = []
+        self._unneeded: list[Entry] = []  # by the last commit; the one before it may need them
         self.announced = False
+        self.undone = False  # a commit that not every rank had made
+        self.number = 0
         self.pending: dict[str, dict[str, Any]] = {}
+        self._alone = setting.world_size == 1
+        self._barrier: Callable[[], None] | None = None
+        self._ahead = False  # whether another rank may not have made the last commit yet
         self._buffer = memoryview(mmap.mmap(-1, PAGE))
         try:
             own_directory(path)
-            _refuse_other_world(path, rank)
+            refuse_other_world(path, rank)
             self.lock = Lock(os.path.join(path, f"lock-{rank}"))
         except OSError as error:
             raise OSError(
@@ -50,7 +57,7 @@ class Directory:
             try:
                 self.journal = Journal(os.path.join(path, f"record-{rank}"))
                 try:
-                    self.pending = self._open()
+                    self._open()
                 except BaseException:
                     self.journal.close()
                     raise
@@ -63,14 +70,24 @@ class Directory:
 
     # Opening ---------------------------------------------------------------------------------------------------
 
-    def _open(self) -> dict[str, dict[str, Any]]:
-        """What the last record speaks of, verified; the rest of the file is given back."""
-        record = self.journal.read()
-        if record is None:
+    def _open(self) -> None:
+        """What the last record speaks of, verified; if there are no other ranks, the rest of the file is given back."""
+        records = self.journal.records()
+        if not records:
             self._begin()
-            return {}
+            return
+        used = self._take_up(records[0])
+        if self._alone:
+            self._give_back(used)
+
+    def _take_up(self, record: bytes) -> list[tuple[int, int]]:
+        """``pending`` is what this record speaks of; where that is in the file."""
         with laid_out(f"disk: {self.journal.path}", "a record"):
-            return self._read(parse_json(record, self.journal.path))
+            body = parse_json(record, self.journal.path)
+            used = self._read(body)
+            self.pending, self.number = body["parameters"], body["number"]
+            self.written_by = body.get("spec", self.spec)
+            return used
 
     def _begin(self) -> None:
         """The record of no state, before there is any: from here on, state without a record is state whose record was
@@ -83,7 +100,8 @@ class Directory:
             )
         self.commit({}, {})
 
-    def _read(self, body: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _read(self, body: dict[str, Any]) -> list[tuple[int, int]]:
+        """Where the state is that a record speaks of, verified."""
         if body["format"] != FORMAT:
             raise ValueError(
                 f"disk: {self.path} was written by another version of memopt (form {body['format']}, "
@@ -92,7 +110,7 @@ class Directory:
         parameters: dict[str, dict[str, Any]] = body["parameters"]
         used: list[tuple[int, int]] = []
         for name, entry in parameters.items():
-            nbytes = _copy_nbytes(entry)
+            nbytes = copy_nbytes(entry)
             used += [(begin, begin + nbytes) for begin in entry["begins"]]
             if max(end for _, end in used) > self.arena.end:
                 raise ValueError(
@@ -101,14 +119,19 @@ class Directory:
                 )
             self._verify(name, entry)
         end = 0
-        for begin, stop in [*sorted(used), (self.arena.end, self.arena.end)]:
+        for begin, stop in sorted(used):
             if begin < end and begin < stop:
                 raise ValueError(f"disk: {self.journal.path} is damaged: byte {begin:,} is of two parameters")
+            end = max(end, stop)
+        return used
+
+    def _give_back(self, used: list[tuple[int, int]]) -> None:
+        """The room between what is used."""
+        end = 0
+        for begin, stop in [*sorted(used), (self.arena.end, self.arena.end)]:
             if begin > end:
                 self.arena.release(end, begin - end)
             end = max(end, stop)
-        self.written_by = body.get("spec", self.spec)
-        return parameters
 
     def _verify(self, name: str, entry: dict[str, Any]) -> None:
         begin = entry["begins"][entry["copy"]]
@@ -140,9 +163,43 @@ class Directory:
     @property
     def note(self) -> str:
         """A word where the state is not that of the last record."""
+        if self.undone:
+            return "; a later step had been committed by some ranks and not by others, and is undone"
         if not self.journal.torn:
             return ""
         return ", by the record before one that is not whole (a process ended while it wrote it, or the disk lost it)"
+
+    # Several ranks ---------------------------------------------------------------------------------------------
+
+    def commits(self) -> list[Commit]:
+        """What this rank can go on from, the last first."""
+        return [commit for _, commit in self._whole()]
+
+    def _whole(self) -> list[tuple[bytes, Commit]]:
+        return [(record, commit) for record in self.journal.records() if (commit := commit_of(record)) is not None]
+
+    def go_on_from(self, commit: Commit, barrier: Callable[[], None]) -> None:
+        """All ranks go on from ``commit``; ``barrier`` is where they wait for each other from now on. Raises ValueError
+        for state that is not whole any more."""
+        record = next(r for r, one in self._whole() if one == commit)
+        used = self._take_up(record)
+        if record != self.journal.records()[0]:
+            self.journal.roll_back(record)
+        self._give_back(used)
+        self._barrier, self._ahead = barrier, False
+
+    def wait(self) -> None:
+        """Before anything is written that was committed once: until all ranks have made the last commit."""
+        if not self._ahead:
+            return
+        if self._barrier is not None:
+            self._barrier()
+        self._ahead = False
+        self._release()
+
+    def _release(self) -> None:
+        while self._unneeded:
+            self._unneeded.pop().release(self.arena)
 
     def expect(self, lines: Mapping[str, Sequence[Line]]) -> None:
         """Raise ValueError where what is pending is not of these parameters, or of another layout."""
@@ -160,7 +217,7 @@ class Directory:
         if there != here:
             raise ValueError(
                 f"disk: {self.path} holds the state of {name} as {self.written_by!r} keeps it "
-                f"({_shown(there)}), and {self.spec!r} keeps {_shown(here)}; go on with the old spec "
+                f"({shown(there)}), and {self.spec!r} keeps {shown(here)}; go on with the old spec "
                 "and convert_, or give another directory"
             )
 
@@ -176,7 +233,7 @@ class Directory:
         """What an earlier process left of this parameter is not wanted."""
         saved = self.pending.pop(name, None)
         if saved is not None:
-            lines = [_line(key, dtype, shape) for key, dtype, shape, _ in saved["parts"]]
+            lines = [line(key, dtype, shape) for key, dtype, shape, _ in saved["parts"]]
             self.retired.append(Entry(lines, saved["begins"], self.arena, saved["copy"]))
 
     # Committing ------------------------------------------------------------------------------------------------
@@ -186,12 +243,16 @@ class Directory:
 
     def commit(self, entries: Mapping[str, Entry], steps: Mapping[str, float]) -> None:
         """From now on this is the state that a new process finds."""
+        self.wait()  # the commit before the last is written over
         self.arena.sync()
+        self.number += 1
         for entry in entries.values():
             if entry.sums is None:  # written as memory, not by a step
                 entry.sums = {p.key: self._sums(entry.begins[entry.copy] + p.offset, p.nbytes) for p in entry.parts}
         parameters = {**self.pending, **{name: entry.to_json(steps[name]) for name, entry in entries.items()}}
-        record = json.dumps({"format": FORMAT, "spec": self.spec, "parameters": parameters}).encode()
+        record = json.dumps(
+            {"format": FORMAT, "number": self.number, "spec": self.spec, "parameters": parameters}
+        ).encode()
         try:
             self.journal.reserve(len(record))
             self.journal.write(record)
@@ -203,9 +264,9 @@ class Directory:
             raise OSError(error.errno, text) from error
         for entry in entries.values():
             entry.uncommitted = False
-        for entry in self.retired:
-            entry.release(self.arena)
-        self.retired = []
+        self._unneeded, self.retired, self._ahead = [*self._unneeded, *self.retired], [], True
+        if self._alone:
+            self.wait()
 
     def _sums(self, begin: int, nbytes: int) -> list[Sum]:
         return [
@@ -216,8 +277,8 @@ class Directory:
 
     def clear(self) -> None:
         """The state has moved elsewhere: a later process must not find what was here."""
+        self.retired, self.pending, self._unneeded, self._ahead = [], {}, [], False  # other ranks may stay here
         try:
-            self.retired, self.pending = [], {}
             self.commit({}, {})
             os.unlink(str(self.arena.path))  # tensors that someone still holds keep their bytes
             sync_directory(self.path)  # the record of no state goes last
@@ -229,41 +290,3 @@ class Directory:
         self.arena.close()
         self.journal.close()
         self.lock.close()
-
-
-def _copy_nbytes(entry: dict[str, Any]) -> int:
-    sizes = (prod(shape) * ITEMSIZE[dtype] for _, dtype, shape, _ in entry["parts"])
-    return sum(-(-nbytes // PAGE) * PAGE for nbytes in sizes)
-
-
-def _line(key: str, dtype: str, shape: list[int]) -> Line:
-    moment, _, part = key.partition(".")
-    return Line("", moment, part, dtype, tuple(shape), prod(shape) * ITEMSIZE[dtype], "disk")
-
-
-def _shown(parts: Sequence[tuple[str, str, tuple[int, ...]]]) -> str:
-    return ", ".join(f"{key} {dtype} {list(shape)}" for key, dtype, shape in parts[:3])
-
-
-def _refuse_other_world(path: str, rank: str) -> None:
-    """Raise RuntimeError for a directory that holds the state of another number of ranks."""
-    mine = rank.rpartition("-")[2]
-    for name in sorted(os.listdir(path)):
-        there = re.fullmatch(r"record-[0-9]{5}-of-([0-9]{5})", name)
-        if there is not None and there[1] != mine and _holds_state(os.path.join(path, name)):
-            raise RuntimeError(
-                f"disk: {path} holds the state of {int(there[1])} ranks, and there are {int(mine)} now; "
-                "save and load a checkpoint to change their number"
-            )
-
-
-def _holds_state(path: str) -> bool:
-    """Whether a record speaks of any; of one that cannot be read, it is better thought so."""
-    journal = Journal(path)
-    try:
-        record = journal.read()
-        return record is not None and bool(json.loads(record)["parameters"])
-    except (ValueError, LookupError, TypeError):
-        return True
-    finally:
-        journal.close()
