@@ -28,7 +28,7 @@ demo: $(READY)
 	$(BIN)/memopt train
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --doctest-modules --doctest-ignore-import-errors memopt estimators tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --doctest-modules --doctest-ignore-import-errors memopt estimators tests
 
 # The kernels under the address, undefined-behaviour and thread sanitizers: minutes, and a compiler that has them.
 sanitize: $(READY)
