@@ -15,6 +15,7 @@ from memopt.core.integrity import Integrity
 from memopt.core.ledger import Ledger
 from memopt.engines import Engine
 from memopt.optim.edits.group_checks import align_names, check_group, named_groups
+from memopt.optim.frameworks import warn_of_replacement
 from memopt.optim.params import Params
 from memopt.optim.setup import Setup
 from memopt.optim.state_dict import dump, load, packed_bytes, restore_copied
@@ -111,6 +112,7 @@ class Optimizer(torch.optim.Optimizer):
         self.homes.expect(
             lambda: {one.layout.name: one.layout.lines(str(one.p.device))[1:] for one in self.params.resolved()}
         )
+        warn_of_replacement()
 
     def _go_on_together(self) -> None:
         """Ranks that an earlier run left at different commits."""

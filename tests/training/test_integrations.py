@@ -1,5 +1,9 @@
 """The optimizer inside other people's loops."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -114,3 +118,30 @@ def test_sharded_parameters_are_refused_with_the_reason():
     assert "weight is a DTensor" in message
     assert "write 'adamw/zero3'" in message
     assert states == 0
+
+
+OFFLOADED = """
+import json, sys, warnings
+import torch, accelerate, memopt
+from accelerate.utils import DeepSpeedPlugin
+zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
+config |= json.loads(sys.argv[1])
+accelerate.Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    memopt.create(torch.nn.Linear(8, 8), "adamw-8bit")
+print([str(w.message) for w in said if "in the place of this optimizer" in str(w.message)])
+"""
+
+
+@pytest.mark.parametrize("keys", ["{}", '{"zero_force_ds_cpu_optimizer": false}'])
+def test_accelerate_would_run_deepspeeds_optimizer_in_place_of_ours(keys):
+    pytest.importorskip("accelerate")
+    pytest.importorskip("deepspeed")
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_DEEPSPEED": "true"}
+    done = subprocess.run([sys.executable, "-c", OFFLOADED, keys], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = done.stdout.strip().splitlines()[-1]
+    assert ("zero_allow_untested_optimizer" in said) == (keys == "{}"), done.stdout
