@@ -99,7 +99,7 @@ def _store_timeout(timeout: timedelta | None) -> Iterator[None]:
     """Who connects waits at the store for the others' addresses, by the store's timeout and not by the group's."""
     from torch.distributed import distributed_c10d
 
-    store = distributed_c10d._get_default_store()
+    store: Any = distributed_c10d._get_default_store()
     before = store.timeout
     if timeout is not None:
         store.set_timeout(min(timeout, before))
