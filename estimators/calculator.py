@@ -65,6 +65,8 @@ def estimate(
     offload_params: bool = False,
     compile: bool = False,
     float8: bool = False,
+    versions: str = "",
+    alloc_conf: str = "",
     **fields: "Unpack[SpecKeywords]",
 ) -> Estimate:
     """What one rank needs to train ``model`` with one spec or with each of several; does not import torch.
@@ -110,6 +112,9 @@ def estimate(
             offload_param).
         compile: torch.compile of the model: figures are those of eager mode, and no verdict.
         float8: torchao's float8 training of linear layers.
+        versions: Of older libraries, which do otherwise: ``"torch=1.12,transformers=4.38,bitsandbytes=0.41"``
+            (:mod:`estimators.versions`); default today's.
+        alloc_conf: ``PYTORCH_ALLOC_CONF``, such as ``"expandable_segments:True"``; default torch's own.
         fields: Hyperparameters, placement options and fields of :class:`memopt.OptimSpec`, as of :func:`memopt.create`.
 
     Returns:
@@ -156,6 +161,8 @@ def estimate(
         offload_params=offload_params,
         compile=compile,
         float8=float8,
+        versions=versions,
+        alloc_conf=alloc_conf,
     )
     if is_adapter(model):
         from estimators.models.from_adapter import read

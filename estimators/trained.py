@@ -7,10 +7,20 @@ from estimators.models.lora import NF4
 from estimators.models.model import Model
 from estimators.training import Training, notes
 
+#: The last model, what was asked of it, and the answer: many estimates of one model follow each other.
+_LAST: list[tuple[Model, tuple[object, ...], Model]] = []
+
 
 def as_trained(model: Model, training: Training, weights: str | None) -> Model:
     """``weights``: the dtype of the model's own weights; None: its own, or bfloat16. Raises :class:`InputError`."""
-    model = model._replace(notes=(*model.notes, *notes(model.config, training)))
+    said = notes(model.config, training)
+    asked = (training.adapters if training.lora else None, training.frozen, training.train, weights, said)
+    if not (_LAST and _LAST[0][0] is model and _LAST[0][1] == asked):
+        _LAST[:] = [(model, asked, _made(model._replace(notes=(*model.notes, *said)), training, weights))]
+    return _LAST[0][2]
+
+
+def _made(model: Model, training: Training, weights: str | None) -> Model:
     if weights:
         # Quantised weights and adapters of a live module have dtypes of their own.
         fixed = {n: kind for n, kind in model.dtypes.items() if kind in NF4 or ".lora_" in n}

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from estimators.errors import InputError, shown
 from estimators.models.lora import KBIT, NF4, Adapters
 from estimators.units import DTYPES
+from estimators.versions import Versions, parsed
 
 #: ``selective`` keeps the results of matrix products and of fused attention (torch's
 #: create_selective_checkpoint_contexts with those as policy); ``selective-2`` those of every second ``mm`` alone
@@ -14,7 +15,7 @@ from estimators.units import DTYPES
 #: ``every_n_layers``).
 CHECKPOINTINGS = ("none", "full", "selective", *(f"every-{k}" for k in range(2, 65)), "selective-2")
 ATTENTIONS = ("sdpa", "flash", "eager")
-_MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16, "bucket": 2**40}
+MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16, "bucket": 2**40}
 #: DeepSpeed's default reduce_bucket_size, elements.
 BUCKET = 5 * 10**8
 
@@ -34,7 +35,8 @@ class Training(NamedTuple):
     model's output, logits included, lives until the backward pass is over, as in most loops written by hand.
     ``frozen`` and ``train`` are patterns of parameters' names; ``offload_activations`` moves what the layers save to
     pinned memory, ``offload_params`` weights, gradients and state of FSDP2 or DeepSpeed. ``compile`` and ``float8``:
-    torch.compile of the model and torchao's float8 training."""
+    torch.compile of the model and torchao's float8 training. ``versions`` are those of libraries that do otherwise than
+    today's (:mod:`estimators.versions`), ``alloc_conf`` is the text of PYTORCH_ALLOC_CONF."""
 
     batch: int = 1
     seq: int = 0
@@ -62,11 +64,23 @@ class Training(NamedTuple):
     offload_params: bool = False
     compile: bool = False
     float8: bool = False
+    versions: str = ""
+    alloc_conf: str = ""
 
     @property
     def kbit(self) -> bool:
         """Whether everything that is not quantised is in fp32."""
         return self.quantised in KBIT and self.kbit_prepare != "no"
+
+    @property
+    def of(self) -> Versions:
+        """The versions of libraries."""
+        return parsed(self.versions)
+
+    @property
+    def gradients_stay(self) -> bool:
+        """Whether all gradients are there before the backward pass begins."""
+        return self.accumulate > 1 or (self.of.keeps_gradients and not self.release_gradients)
 
     @property
     def adapters(self) -> Adapters:
@@ -82,7 +96,7 @@ class Training(NamedTuple):
 
     def checked(self) -> "Training":
         """Raises :class:`InputError` for a value that is not allowed or does not go with another."""
-        for name, most in _MOST.items():
+        for name, most in MOST.items():
             value, least = getattr(self, name), 0 if name in ("seq", "lora") else 1
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise InputError(f"{name}={shown(value)} is not allowed; it is a whole number from {least} to {most}")
@@ -96,9 +110,14 @@ class Training(NamedTuple):
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is true or false")
-        for name in ("lora_targets", "modules_to_save", "frozen", "train"):
+        for name in ("lora_targets", "modules_to_save", "frozen", "train", "versions", "alloc_conf"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is text: names, with commas")
+        parsed(self.versions)
+        if self.alloc_conf:
+            from estimators.allocator.caching_allocator import parsed as settings
+
+            settings(self.alloc_conf)
         p = self.lora_dropout
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
             raise InputError(f"lora_dropout={shown(p)} is not allowed; it is a number from 0 up to 1")

@@ -17,7 +17,18 @@ from estimators.activations.scope import parameters as parameters_of
 from estimators.activations.step import Step
 from estimators.models.config_fields import Fields
 
-__all__ = ["ATTENTIONS", "MIXED", "WRITTEN", "Activations", "Moment", "Network", "Step", "activations", "written"]
+__all__ = [
+    "ATTENTIONS",
+    "MIXED",
+    "OWN",
+    "WRITTEN",
+    "Activations",
+    "Moment",
+    "Network",
+    "Step",
+    "activations",
+    "written",
+]
 
 #: ``model_type`` -> module here and the name of its function. A family that is not here has no formula, and an
 #: estimate says so.
@@ -63,6 +74,9 @@ WRITTEN = {
     "xlm-roberta": ("bert", "bert"),
 }
 
+#: ``model_type`` -> a forward pass that is not one of transformers': whoever writes one down registers it here.
+OWN: dict[str, Callable[[Fields, Step], Network]] = {}
+
 #: Families whose formula was checked under torch.autocast: all but DeepSeek, T5 and those with eager attention only.
 MIXED = frozenset(WRITTEN) - {"bloom", "deepseek_v2", "deepseek_v3", "gemma2", "gpt_oss", "gptj", "t5"}
 
@@ -74,7 +88,7 @@ ATTENTIONS = ("sdpa", "flash", "eager")
 
 def written(model_type: str) -> bool:
     """Whether the family has a formula."""
-    return model_type in WRITTEN
+    return model_type in WRITTEN or model_type in OWN
 
 
 def activations(
@@ -87,12 +101,16 @@ def activations(
     """Of one micro-batch. ``parameters``: their dtypes, which of them train, and their adapters; by default the
     configuration's own, all of which train, or adapters of ``step.rank`` on all linear layers in fp32. Raises KeyError
     for a family or a nonlinearity without a formula."""
-    module, name = WRITTEN[config["model_type"]]
-    function: Callable[[Fields, Step], Network] = getattr(
-        import_module(f"estimators.activations.families.{module}"), name
-    )
-    network = function(Fields(config, source), step)
+    network = _forward_pass(config["model_type"])(Fields(config, source), step)
     return composed(network, step, checkpointing, parameters or _own(config, source, step))
+
+
+def _forward_pass(model_type: str) -> Callable[[Fields, Step], Network]:
+    if model_type in OWN:
+        return OWN[model_type]
+    module, name = WRITTEN[model_type]
+    found: Callable[[Fields, Step], Network] = getattr(import_module(f"estimators.activations.families.{module}"), name)
+    return found
 
 
 def _own(config: Mapping[str, Any], source: str, step: Step) -> Parameters:

@@ -14,8 +14,9 @@ DECODED = 2
 def quantised(t: Tape, x: Tensor, p: Parameter, cols: int, rows: int) -> Tensor:
     """The weight is decoded for each product, and again in the backward pass; the result has the input's dtype.
 
-    bitsandbytes' Linear4bit casts its input to the compute dtype (16 bits here) and saves nothing. Its Linear8bitLt
-    quantises the input, saves it as it came, and decodes to its dtype. GPTQ's decoded weight is saved by autograd.
+    bitsandbytes' Linear4bit casts its input to the compute dtype (16 bits here), and before 0.43.2 saves that. Its
+    Linear8bitLt quantises the input, saves it as it came, and decodes to its dtype. GPTQ's decoded weight is saved by
+    autograd.
     """
     tokens, weight = x.numel // cols, cols * rows
     if p.storage == "int8":
@@ -33,7 +34,7 @@ def quantised(t: Tape, x: Tensor, p: Parameter, cols: int, rows: int) -> Tensor:
     y = t.op(
         [inner],
         tokens * rows,
-        saves=[t.tensor(weight, DECODED)] if gptq else [],
+        saves=[t.tensor(weight, DECODED)] if gptq else [inner] if t.saves_quantised_input else [],
         product=True,
         forward_tmp=weight * DECODED * (not gptq),
         backward_tmp=weight * DECODED * (not gptq),

@@ -39,6 +39,9 @@ def loss(
     full = t.cast(logits, FP32) if upcast or t.mm != t.item else logits  # autocast computes the loss in fp32
     if upcast:
         t.held.append(full)
+        if step.copied_logits:
+            full = t.copy(full)
+            t.held.append(full)
     log_probabilities = t.op([full], saves_out=True)
     labels = t.tensor(step.tokens, INT64)
     # Backward fills the gradient of the log-probabilities with zeros first.

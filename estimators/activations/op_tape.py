@@ -42,6 +42,7 @@ class Tape:
         "out",
         "outlives",
         "outputs",
+        "saves_quantised_input",
         "scope",
         "shared",
         "shares",
@@ -56,6 +57,7 @@ class Tape:
         self.mm = step.mixed or step.item
         self.float8 = step.float8
         self.lora_dropout = step.lora_dropout
+        self.saves_quantised_input = step.saves_quantised_input
         #: Whether the model's output lives until the backward pass is over.
         self.outputs = step.outputs
         self.cached = 0

@@ -53,7 +53,10 @@ class Activations(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """A part of the model, run forward. ``checkpointing`` is the layer's own: ``none``, ``full`` or ``selective``."""
+    """A part of the model, run forward. ``checkpointing`` is the layer's own: ``none``, ``full`` or ``selective``.
+    ``reads`` are the names of the shared tensors that it is called with; ``saves_input`` says whether its input is
+    saved; ``table`` are the bytes of the gradient of an embedding which is the head's weight too, that the segment adds
+    to the head's."""
 
     tape: Tape
     checkpointing: str
@@ -62,6 +65,9 @@ class Segment(NamedTuple):
     kind: str  # ``layer``, ``loss``, or empty
     #: frozenset of shared tensors that have a gradient already -> the backward pass
     backwards: dict[frozenset[str], Backward]
+    reads: tuple[str, ...]
+    saves_input: bool
+    table: int
 
     @property
     def checkpointed(self) -> bool:
@@ -79,12 +85,6 @@ class Segment(NamedTuple):
     def out(self) -> int:
         """Bytes of the result, unless it is a shared tensor."""
         return 0 if id(self.tape.out) in self.tape.elsewhere else self.tape.out.nbytes
-
-    @property
-    def reads(self) -> list[str]:
-        """Names of the shared tensors that it is called with."""
-        ins = {id(t) for op in self.tape.ops for t in op.ins}
-        return [name for name, t in self.tape.shared.items() if id(t) in ins]
 
     def backward(self, waited: frozenset[str]) -> Backward:
         if waited not in self.backwards:
@@ -130,7 +130,10 @@ class _Chain:
         tape.out = body(tape)
         keeping = KEEPING[checkpointing]
         rerun = Again(0, 0) if checkpointing == "none" else again(tape, keeping)
-        return Segment(tape, checkpointing, forward(tape, keeping), rerun, kind, {})
+        ins = {id(t) for op in tape.ops for t in op.ins}
+        reads = tuple(name for name, t in tape.shared.items() if id(t) in ins)
+        saves_input = any(t is tape.x for op in tape.ops for t in op.saved)
+        return Segment(tape, checkpointing, forward(tape, keeping), rerun, kind, {}, reads, saves_input, _table(tape))
 
     def append(self, segment: Segment) -> None:
         self.segments.append(segment)
@@ -249,7 +252,7 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[Moment, int, 
     made, fullest, accumulated, released = 0, Moment(0, 0), 0, Moment(0, 0)
     outlives = sum(t.nbytes for s in segments for t in s.tape.outlives)  # and are there in every moment
     before = [n + outlives for n in before]
-    table = max(map(_table, segments), default=0)
+    table = max((s.table for s in segments), default=0)
     waited: dict[str, int] = {}  # gradients of shared tensors that wait for the segment that made them
     for s, ahead in zip(reversed(segments), reversed(before), strict=True):
         run = s.backward(frozenset(waited))
@@ -263,11 +266,11 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[Moment, int, 
             fullest = max(fullest, Moment(rerun, made), key=sum)
             accumulated = max(accumulated, rerun)
             released = max(released, Moment(rerun, table), key=sum)
-            left += s.again.left + x * (id(s.tape.x) not in {id(t) for op in s.tape.ops for t in op.saved})
+            left += s.again.left + x * (not s.saves_input)
         fullest = max(fullest, Moment(left + run.activations, made + run.gradients), key=sum)
         accumulated = max(accumulated, left + run.most)
         # Of a tied table the head's half waits for the embedding's, where both halves and their sum are there.
-        waiting = table * (s.kind != "loss") + _table(s)
+        waiting = table * (s.kind != "loss") + s.table
         released = max(released, Moment(left + run.released[0], run.released[1] + waiting), key=sum)
         made += run.total
         waited |= {
@@ -276,7 +279,7 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[Moment, int, 
     return fullest, accumulated, made, released
 
 
-def _table(s: Segment) -> int:
-    """Bytes of the gradient of an embedding which is the head's weight too, that the segment adds to the head's."""
-    sources = (op for op in s.tape.ops if op.ins and not op.ins[0].numel and not op.gradients)
+def _table(tape: Tape) -> int:
+    """An operation whose source has no elements is an embedding; a tied one counts its gradient as temporary."""
+    sources = (op for op in tape.ops if op.ins and not op.ins[0].numel and not op.gradients)
     return max((op.backward_tmp for op in sources), default=0)

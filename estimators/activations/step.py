@@ -12,7 +12,8 @@ class Step(NamedTuple):
     whether the model's output, logits included, lives until the backward pass is over; whether the loss makes all
     logits (``full``), those of some tokens at a time (``chunked``), or gradients with them (``fused``); whether linear
     layers are torchao's float8, whether what layers save goes to the host, and whether ``sdpa`` has no kernel for
-    grouped heads, so that keys and values are repeated."""
+    grouped heads, so that keys and values are repeated; whether the loss copies the logits without their last token,
+    and whether 4-bit products save their input (older libraries)."""
 
     batch: int
     seq: int
@@ -27,6 +28,8 @@ class Step(NamedTuple):
     float8: bool = False
     offload: bool = False
     expand: bool = False
+    copied_logits: bool = False
+    saves_quantised_input: bool = False
 
     @property
     def tokens(self) -> int:

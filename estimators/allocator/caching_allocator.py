@@ -144,6 +144,21 @@ class Allocator:
             self.most_allocated = self.allocated
         return block
 
+    def touch(self, nbytes: int) -> None:
+        """Allocated and freed at once: where a free block serves it, only the most that was allocated may change."""
+        s, free = self.settings, self._free[nbytes <= SMALL]
+        size = -(-nbytes // ROUND) * ROUND
+        at = bisect_left(free, (size, -1))
+        if nbytes <= 0 or s.divisions or s.expandable or s.threshold or s.max_split != NEVER or at == len(free):
+            self.free(self.malloc(nbytes))
+            return
+        found, small = free[at][0], nbytes <= SMALL
+        taken = size if found - size >= ROUND and (small or found - size > SMALL) else found
+        if self.requested + nbytes > self.most_requested:
+            self.most_requested = self.requested + nbytes
+        if self.allocated + taken > self.most_allocated:
+            self.most_allocated = self.allocated + taken
+
     def free(self, block: Block | None) -> None:
         """Back to its pool, merged with the free neighbours."""
         if block is None:
@@ -213,8 +228,9 @@ class Allocator:
         found = free[at][0]
         if (size < s.max_split <= found) or (size >= s.max_split and found >= size + s.oversize):
             return None
-        block = self._at[small][free[at][1]]
-        self._take(block)
+        block = self._at[small].pop(free[at][1])
+        del free[at]
+        block.free = False
         return block
 
     def _segment(self, size: int, small: bool) -> Block:

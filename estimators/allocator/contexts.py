@@ -35,18 +35,19 @@ CONTEXTS = {
     "ada": _mib(300, 426, 650, "RTX 6000 Ada, torch 2.10 with CUDA 13.0, 426 MiB: unslothai/unsloth-zoo pull 1053"),
 }
 #: Before torch 1.13 or CUDA 11.7.
-EAGER = _mib(650, 1000, 1400, "V100, 1,343 MiB: transformers' perf_train_gpu_one; Titan V, 1,006: pytorch issue 28394")
+EAGER = {"volta": _mib(1000, 1343, 1400, "V100: transformers' perf_train_gpu_one; Titan V, 1,006: pytorch issue 28394")}
+_ANY_EAGER = _mib(650, 1000, 1400, "as Volta's, 1,006 to 1,343 MiB; no measurement of this card is known")
 
 
-def context(card: str = "", torch: str = "") -> Context:
-    """``card``: its name, or empty or a size where that is not known. ``torch``: its version, by default a recent one.
+def context(card: str = "", eager: bool = False) -> Context:
+    """``card``: its name, or empty or a size where that is not known. ``eager``: all of torch's kernels are loaded with
+    it, as before torch 1.13.
 
-    >>> context("t4").expected // MIB, context("h100").expected // MIB, context("v100-16gb", torch="1.12").high // MIB
-    (141, 400, 1400)
+    >>> context("t4").expected // MIB, context("h100").expected // MIB, context("v100-16gb", eager=True).expected // MIB
+    (141, 400, 1343)
     """
-    numbers = [int(part) for part in torch.split("+")[0].split(".")[:2] if part.isdigit()]
-    if numbers and numbers < [1, 13]:
-        return EAGER
+    if eager:
+        return EAGER.get(generation(card), _ANY_EAGER)
     return CONTEXTS.get(generation(card), _ANY)
 
 

@@ -85,7 +85,7 @@ def held(rows: Sequence[Row], model: Model, training: Training) -> "Held":
         [n for nbytes in state for n in _split(nbytes, trainable)],
         [n for r in step for n in (_split(r.nbytes, trainable) if "foreach" in r.detail else [r.nbytes])],
         whole,
-        min(2, training.accumulate),
+        1 + training.gradients_stay,
         sharded or training.release_gradients or not kept,
     )
 

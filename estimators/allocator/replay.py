@@ -250,7 +250,7 @@ class _Replay:
             a.free(block)
 
     def play(self, program: Program, slots: list[Block | None], first: bool, again: Program = []) -> None:  # noqa: B006
-        malloc, free = self.allocator.malloc, self.allocator.free
+        malloc, free, touch = self.allocator.malloc, self.allocator.free, self.allocator.touch
         for code, slot, nbytes in program:
             if code == TAKE:
                 slots[slot] = malloc(nbytes)
@@ -258,7 +258,7 @@ class _Replay:
                 free(slots[slot])
                 slots[slot] = None
             elif code == INSIDE:
-                free(malloc(nbytes))
+                touch(nbytes)
             elif code == AGAIN:
                 self.play(again, slots, first)
             elif self.held.release:
@@ -268,4 +268,4 @@ class _Replay:
             elif first:
                 self.gradients.append(malloc(nbytes))
             else:  # added to the one that is there
-                free(malloc(nbytes))
+                touch(nbytes)

@@ -56,11 +56,11 @@ def runtime(
 ) -> list[Row]:
     """``rows`` are all others; ``card`` is the name of the card, or a size or empty where only that is known."""
     name = str(spec)
-    one, known = workspace(card), context(card)
+    one, known = workspace(card), context(card, training.of.loads_all_kernels)
     workspaces = Row(
         name, "runtime", WORKSPACES, THREADS * one, GPU, PHASES[1:], "formula", one, THREADS * one + 4 * _MIB
     )
-    measured = "measured constant" if generation(card) in CONTEXTS else "assumed"
+    measured = "measured constant" if known is CONTEXTS.get(generation(card)) else "assumed"
     found = [
         workspaces,
         Row(name, "runtime", CONTEXT, known.expected, GPU, PHASES, measured, known.low, known.high),
@@ -72,9 +72,10 @@ def runtime(
     if ran is None or ran.walked is None or (_SEARCHED and allocated + known.low > _SEARCHED[-1]):
         least, share, most = (moving * percent // 100 for percent in FRAGMENTS)
         return [*found, Row(name, "runtime", RESERVED, share, GPU, PHASES[1:], "assumed", least, most)]
+    from estimators.allocator.caching_allocator import parsed
     from estimators.allocator.overhead import overhead
 
-    over = overhead([*rows, workspaces], model, training, ran)
+    over = overhead([*rows, workspaces], model, training, ran, parsed(training.alloc_conf))
     more = int(SPREAD * moving / 100) + over.block // 2
     blocks = Row(name, "runtime", ROUNDING, over.rounding, GPU, PHASES[1:], "formula", 0, over.rounding + 8 * _MIB)
     reserved = Row(name, "runtime", RESERVED, over.reserved, GPU, PHASES[1:], "formula", 0, over.reserved + more)

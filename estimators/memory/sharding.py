@@ -79,14 +79,24 @@ def largest_block(sizes: Iterable[tuple[str, int]]) -> int:
     return max([root, *blocks])
 
 
+def block_of(name: str) -> str:
+    """The numbered block that a parameter is in, by its name; empty where it is in none.
+
+    >>> block_of("model.layers.12.mlp.up_proj.weight"), block_of("lm_head.weight")
+    ('model.layers.12.', '')
+    """
+    found = _BLOCK.match(name)
+    return found[0] if found else ""
+
+
 def _grouped(sizes: Iterable[tuple[str, int]]) -> tuple[int, list[int]]:
     """Bytes in no numbered block, and of each block."""
     root = 0
     blocks: dict[str, int] = {}
     for name, nbytes in sizes:
-        block = _BLOCK.match(name)
+        block = block_of(name)
         if block:
-            blocks[block[0]] = blocks.get(block[0], 0) + nbytes
+            blocks[block] = blocks.get(block, 0) + nbytes
         else:
             root += nbytes
     return root, list(blocks.values())

@@ -12,6 +12,7 @@ from estimators.training import Training
 
 if TYPE_CHECKING:
     from estimators.activations import Activations
+    from estimators.activations.scope import Parameters
 
 
 #: Cards before Ampere: torch's flash kernel does not run on them, and the memory-efficient one knows no grouped heads.
@@ -25,7 +26,6 @@ def run(model: Model, training: Training, sharded: bool = False, card: str = "")
     if model.config is None:
         return None, "activations (only shapes are known; name an architecture or a config.json)"
     from estimators.activations import MIXED, NOT_SELECTIVE, Step, activations, written
-    from estimators.activations.scope import parameters
 
     if not written(str(model.config.get("model_type"))):
         return None, f"activations (there is no formula for {model.config.get('model_type')} yet)"
@@ -61,11 +61,25 @@ def run(model: Model, training: Training, sharded: bool = False, card: str = "")
         training.float8,
         training.offload_activations,
         plain_name(card) in WITHOUT_FLASH,
+        training.of.copies_logits,
+        training.of.saves_quantised_input,
     )
     try:
-        return activations(model.config, model.name, step, training.checkpointing, parameters(entries)), ""
+        return activations(model.config, model.name, step, training.checkpointing, _parameters(model, entries)), ""
     except KeyError as error:
         return None, f"activations (there is no formula for {error.args[0]!r} yet)"
+
+
+#: Of the last model: many estimates of one follow each other.
+_LAST: "list[tuple[Model, list[tuple[str, Shape, str, bool]], Parameters]]" = []
+
+
+def _parameters(model: Model, entries: "list[tuple[str, Shape, str, bool]]") -> "Parameters":
+    from estimators.activations.scope import parameters
+
+    if not (_LAST and _LAST[0][0] is model and _LAST[0][1] == entries):
+        _LAST[:] = [(model, entries, parameters(entries))]
+    return _LAST[0][2]
 
 
 def rows(
@@ -96,7 +110,7 @@ def rows(
         largest = max(made, sum(row.nbytes for row in few))
         most = max(alive, kept.accumulated.activations)
         held.append(few[0]._replace(nbytes=made, provenance="formula", low=made, high=largest))
-    elif few is not None or training.accumulate > 1:
+    elif few is not None or training.gradients_stay:
         alive = ran.accumulated.activations  # the moment that has most, whatever gradients there are
         most = kept.accumulated.activations
         held += (

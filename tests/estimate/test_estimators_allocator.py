@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 import pytest
@@ -216,3 +217,23 @@ def test_a_limit_that_was_not_reached_changes_nothing(requests: list[tuple[int, 
     before = free.reserved
     free.malloc(5 * MIB)
     assert free.reserved >= before
+
+
+@pytest.mark.parametrize("how", [Settings(), Settings(max_split=32 * MIB), Settings(divisions=4)])
+def test_what_is_allocated_and_freed_at_once_changes_only_the_most(how):
+    rng = random.Random(3)
+    one, two = Allocator(how), Allocator(how)
+    there = []
+    for _ in range(2000):
+        nbytes = rng.choice((700, 40_000, 900_000, 3 * MIB, 15 * MIB, 50 * MIB)) + rng.randrange(5000)
+        if there and rng.random() < 0.45:
+            for a, block in zip((one, two), there.pop(rng.randrange(len(there))), strict=True):
+                a.free(block)
+        elif rng.random() < 0.5:
+            there.append((one.malloc(nbytes), two.malloc(nbytes)))
+        else:
+            one.touch(nbytes)
+            two.free(two.malloc(nbytes))
+        for name in ("requested", "allocated", "reserved", "most_requested", "most_allocated", "most_reserved"):
+            assert getattr(one, name) == getattr(two, name), name
+        assert one._free == two._free

@@ -32,6 +32,9 @@ class Exact:
         if block is not None:
             self.allocated -= block.pop()  # freed twice, it raises
 
+    def touch(self, nbytes):
+        self.free(self.malloc(nbytes))
+
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective", "every-2"])
 @pytest.mark.parametrize("model", [*MODELS, *TWO_STACKS])
