@@ -19,7 +19,7 @@ from memopt.optim.frameworks import warn_of_replacement
 from memopt.optim.params import Params
 from memopt.optim.setup import Setup
 from memopt.optim.state_dict import dump, load, packed_bytes, restore_copied
-from memopt.optim.state_dtensors import refuse_helpers
+from memopt.optim.state_dtensors import ON_EVERY_RANK, REPLICAS, asking_framework, refuse
 from memopt.optim.state_store import StateStore
 from memopt.optim.step import Scaler, Stepper
 from memopt.partitions import Partition
@@ -127,6 +127,8 @@ class Optimizer(torch.optim.Optimizer):
         """The collaborators. They know the optimizer as torch.optim does, weakly: it is freed with the last reference
         to it, without waiting for the garbage collector."""
         self.setup = setup
+        #: The state of all ranks, where it is here, from :meth:`consolidate_state_dict` to the next change.
+        self._consolidated: tuple[dict[int, Any] | None] | None = None
         self.params = Params(setup, proxy(self))
         self.store = StateStore(self.params)
         self.stepper = Stepper(self.store)
@@ -136,6 +138,7 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient; ``closure`` re-evaluates the loss, which is returned."""
+        self._consolidated = None
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -209,6 +212,7 @@ class Optimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch.optim.Optimizer's; a hyperparameter that the rule does not have, or a value that is not allowed,
         and a parameter that is already there raise an error and leave the optimizer as it was."""
+        self._consolidated = None
         self.setup.check_whole()
         if self.partition.is_flattened:
             raise RuntimeError("DeepSpeed has taken the parameters of this optimizer; no group can be added")
@@ -226,6 +230,7 @@ class Optimizer(torch.optim.Optimizer):
             anew: forget the state that is there, too, and begin again: moments are zero and no step has been taken.
                 Ends the refusals that follow a step, a load or a conversion which stopped in the middle.
         """
+        self._consolidated = None
         self.store.init(anew)
 
     def ledger(self) -> Ledger:
@@ -248,18 +253,47 @@ class Optimizer(torch.optim.Optimizer):
         torch.distributed.checkpoint takes them), and under ``"memopt"`` what is needed to tell whether it fits: spec,
         rank, world size and the seed of the stochastic rounding. Hooks see all of it, and what they return is what is
         returned; state under a key that is no parameter goes along."""
-        refuse_helpers(self.spec, self.partition)
+        asking = asking_framework(self.spec, self.partition)
+        if asking in ON_EVERY_RANK:
+            self.consolidate_state_dict()
+        elif asking is not None and (not self._consolidated or asking in REPLICAS):
+            refuse(self.spec, asking)
         self.setup.check_whole()
         self.settle()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self.partition.shown(self):
             self.store.check_all()
-            found = dump(self.params, self.skipped_steps)
+            found = dump(self.params, self.skipped_steps, self._consolidated[0] if self._consolidated else None)
         for after in self._optimizer_state_dict_post_hooks.values():
             replaced = after(self, found)
             found = found if replaced is None else replaced
         return found
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Under ``/zero1``, collect the state of all ranks for the next ``state_dict()`` on rank ``to``, which then is
+        what one process would have: the method of ``torch.distributed.optim.ZeroRedundancyOptimizer``. Elsewhere it
+        does nothing. Every rank must call it.
+
+        What was collected holds until the optimizer steps or its state changes otherwise. It is loaded by
+        :meth:`load_state_dict` on any number of ranks, each of which takes its rows.
+
+        Args:
+            to: the rank in the optimizer's process group whose host memory takes all of the state; None for every
+                rank's.
+        """
+        if self.spec.partition != "zero1" or self.partition.world_size == 1:
+            return
+        from memopt.checkpoint.consolidate import consolidated
+
+        if to is not None and not 0 <= to < self.partition.world_size:
+            raise ValueError(
+                f"to={to!r} is not allowed; it is a rank from 0 to {self.partition.world_size - 1}, or None"
+            )
+        self.setup.check_whole()
+        self.settle()
+        self.store.check_all()
+        self._consolidated = (consolidated(self, to),)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict()`` of this or of another optimizer returned: of memopt under any spec, torch.optim,
@@ -283,6 +317,7 @@ class Optimizer(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
+        self._consolidated = None
         self.store.notice_replaced()
         with self.partition.shown(self):
             metadata = load(self.store, state_dict, self._load_other)
@@ -343,6 +378,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         from memopt.checkpoint.conversion.in_place import convert_
 
+        self._consolidated = None
         return convert_(self, spec, fill=fill, **fields)
 
     # Rows of state ---------------------------------------------------------------------------------------------
@@ -373,6 +409,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         from memopt.training.state_rows import select_rows
 
+        self._consolidated = None
         select_rows(self, p, index, into)
 
     def append_rows(self, p: Tensor, rows: Tensor | None = None, *, into: torch.nn.Parameter | None = None) -> None:
@@ -395,6 +432,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         from memopt.training.state_rows import append_rows
 
+        self._consolidated = None
         append_rows(self, p, rows, into)
 
     def reset_state(
@@ -422,6 +460,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         from memopt.training.state_rows import reset_state
 
+        self._consolidated = None
         reset_state(self, parameters, moments, rows, step)
 
     # Looking ---------------------------------------------------------------------------------------------------

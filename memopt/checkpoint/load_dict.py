@@ -22,14 +22,18 @@ def load_other(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> None
     source = read_state_dict(state_dict, "the state_dict", likely=optimizer.spec.rule)
     saved = state_dict.get("memopt", {})
     here = optimizer.partition.rank, optimizer.partition.world_size
-    if own_dict.wrote(state_dict) and (saved.get("rank", 0), saved.get("world_size", 1)) != here:
+    whole = saved.get("world_size", 1) == 1
+    if own_dict.wrote(state_dict) and not whole and (saved.get("rank"), saved.get("world_size")) != here:
         raise ValueError(
             f"this state is rank {saved.get('rank')} of {saved.get('world_size')}, and it is loaded on rank {here[0]} "
-            f"of {here[1]}; memopt.save and memopt.load go from one number of ranks to another"
+            f"of {here[1]}; opt.consolidate_state_dict() before state_dict(), or memopt.save and memopt.load, go from "
+            "one number of ranks to another"
         )
     plan = Plan(optimizer, source, hyper=True, fill={})
     with optimizer.store.restoring("load_state_dict()"):
         report = plan.apply()
+    if report.before == report.after and not report.dropped:
+        return
     losses = ", ".join(f"{moment} {loss.relative_error:.2g}" for moment, loss in report.losses.items() if loss.encoded)
     dropped = f"; dropped: {', '.join(report.dropped)}" if report.dropped else ""
     warnings.warn(

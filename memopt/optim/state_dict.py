@@ -186,19 +186,24 @@ def _check_state(
             )
 
 
-def dump(params: Params, skipped_steps: int) -> dict[str, Any]:
-    """torch.optim's dictionary with what is needed to tell whether it fits."""
+def dump(params: Params, skipped_steps: int, whole: Mapping[int, Any] | None = None) -> dict[str, Any]:
+    """torch.optim's dictionary with what is needed to tell whether it fits. ``whole`` is the state of all ranks, by the
+    parameters' numbers, in the place of this rank's."""
     setup = params.setup
     state, groups = packed(params)
-    state = wrapped(setup.spec, setup.partition, params.entries(), state)
+    if whole is None:
+        state = wrapped(setup.spec, setup.partition, params.entries(), state)
+    else:
+        state = {**{key: x for key, x in state.items() if not isinstance(key, int)}, **whole}
     cut = setup.partition.cut()
+    rank, world = (0, 1) if whole is not None else (setup.partition.rank, setup.partition.world_size)
     return {
         "state": state,
         "param_groups": groups,
         "memopt": {
             "spec": str(setup.spec),
-            "rank": setup.partition.rank,
-            "world_size": setup.partition.world_size,
+            "rank": rank,
+            "world_size": world,
             "seed": setup.seed,
             "skipped_steps": skipped_steps,
             **(described(params) if cut is None else {"cut": cut}),
@@ -231,6 +236,9 @@ def load(
     """Check all of it, then write it; returns what was saved beside the state. What another optimizer saved is for
     ``convert``, unless the optimizer was made to refuse it."""
     other = _of_another(store.params, state_dict)
+    if not other and _has_all_rows(store.params, state_dict):
+        convert(state_dict)
+        return {}
     try:
         if other and "memopt" in state_dict and store.setup.on_mismatch == "convert":
             raise ValueError("of another spec, whose tensors may be of the same sizes and mean something else")
@@ -244,6 +252,12 @@ def load(
     with store.restoring("load_state_dict()"):
         _write(store, plan)
     return plan.metadata
+
+
+def _has_all_rows(params: Params, state_dict: Mapping[str, Any]) -> bool:
+    """Whether the dictionary is one process's, or was consolidated, and this rank keeps some of the rows."""
+    partition, saved = params.setup.partition, state_dict.get("memopt", {})
+    return params.setup.spec.partition == "zero1" and saved.get("world_size") == 1 != partition.world_size
 
 
 def _of_another(params: Params, state_dict: Mapping[str, Any]) -> bool:

@@ -23,9 +23,11 @@ _HELPERS = {
     "torch.distributed.checkpoint.state_dict": "",
     "accelerate.checkpointing": "",
     "transformers.trainer": "_save_optimizer_and_scheduler",
-    "lightning.pytorch.strategies.strategy": "optimizer_state",
-    "pytorch_lightning.strategies.strategy": "optimizer_state",
 }
+#: Of these, who asks on every rank, so that the ranks can collect all rows then. (Lightning collects them by itself.)
+ON_EVERY_RANK = ("accelerate.checkpointing",)
+#: Who takes what the ranks have for replicas, whoever has collected what.
+REPLICAS = ("torch.distributed.checkpoint.state_dict",)
 
 
 def wrapped(
@@ -79,17 +81,27 @@ def has_dtensors(state_dict: Mapping[str, Any]) -> bool:
     return any(is_dtensor(x) for parts in states for x in parts.values())
 
 
-def refuse_helpers(spec: OptimSpec, partition: Partition) -> None:
-    """Raise RuntimeError where torch.distributed.checkpoint, accelerate's save_state, Trainer or Lightning asks for
-    rows that no DTensor describes: they would take them for replicas, and save one rank's."""
+def asking_framework(spec: OptimSpec, partition: Partition) -> str | None:
+    """The module that asks for ``state_dict()`` and would keep one rank's rows as if every rank had them; None where
+    nobody does, or where a DTensor says whose rows they are."""
     if spec.partition != "zero1" or partition.world_size == 1:
-        return
+        return None
     frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        module = frame.f_globals.get("__name__", "")
+        module = str(frame.f_globals.get("__name__", ""))
         if module in _HELPERS and _HELPERS[module] in ("", frame.f_code.co_name):
-            raise RuntimeError(
-                f"'{spec}' keeps rows of replicated parameters, which {module} would "
-                "take for replicas of one another; save with memopt.save, or shard with '/zero2'"
-            )
+            return module
+    return None
+
+
+def refuse(spec: OptimSpec, module: str) -> None:
+    """Raise RuntimeError with what to do instead."""
+    remedy = (
+        "give Trainer callbacks=[memopt.integrations.transformers.consolidate_callback()]"
+        if module == "transformers.trainer"
+        else "call opt.consolidate_state_dict() on every rank before, save with memopt.save, or shard with '/zero2'"
+    )
+    raise RuntimeError(
+        f"'{spec}' keeps rows of replicated parameters, which {module} would take for replicas of one another; {remedy}"
+    )

@@ -139,6 +139,8 @@ def under_trainer(spec: str, path: str) -> dict[str, Any]:
     os.environ.update(LOCAL_RANK=os.environ["RANK"], MASTER_ADDR="localhost", MASTER_PORT="29511")
     import transformers
 
+    from memopt.integrations.transformers import consolidate_callback
+
     world = int(os.environ["WORLD_SIZE"])
     rows = torch.cat([torch.randn(BATCH, 67, generator=torch.Generator().manual_seed(i)) for i in range(STEPS)])
 
@@ -168,6 +170,7 @@ def under_trainer(spec: str, path: str) -> dict[str, Any]:
             ),
             train_dataset=[{"x": row} for row in rows],
             optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": spec, "lr": LR}),
+            callbacks=[consolidate_callback()],
         )
         trainer.train(**keywords)
         return trainer
