@@ -258,6 +258,15 @@ class Checkpoint:
         return Stored(moment, fmt, shape, tuple(pieces))
 
 
+def check_written(path: Path) -> None:
+    """Nothing is committed, and nothing earlier removed, that loading would refuse."""
+    written = Checkpoint(path, verify=False)  # every byte has just been summed while it was written
+    try:
+        written.optimizer()
+    finally:
+        written.close()
+
+
 def _axes(text: str) -> dict[str, str]:
     from memopt.spec import parse
 

@@ -16,7 +16,7 @@ from memopt.checkpoint.background_save import Saving
 from memopt.checkpoint.io import checkpoint_dir, contents, json_values, lock, manifest, whole_checkpoints
 from memopt.checkpoint.io import rng_state as random_state
 from memopt.checkpoint.io.safetensors_write import Syncing, file_order, write_file
-from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.opened import Checkpoint, check_written
 from memopt.checkpoint.tensorfile import FileInfo, spec_of
 from memopt.partitions.ranks import Ranks
 
@@ -74,18 +74,10 @@ class _Job:
     def _commit(self, everyone: list[dict[str, list[Any]]]) -> None:
         files = {name: FileInfo(*info)._asdict() for infos in everyone for name, info in infos.items()}
         manifest.write(self.temporary, {**self.body, "files": files})
-        self._check()
+        check_written(self.temporary)
         final = checkpoint_dir.commit(self.temporary)
         whole_checkpoints.remember(final)
         whole_checkpoints.prune(final, self.keep, Checkpoint)
-
-    def _check(self) -> None:
-        """Nothing is committed, and nothing earlier removed, that loading would refuse."""
-        written = Checkpoint(self.temporary, verify=False)  # every byte has just been summed while it was written
-        try:
-            written.optimizer()
-        finally:
-            written.close()
 
     @staticmethod
     def _attempt(work: Any) -> BaseException | None:
@@ -154,6 +146,8 @@ def save(
     except Exception as failure:
         error = failure
     ranks.agree(error)
+    if optimizer is not None and optimizer.partition.world_size > 1:
+        _refuse_two_steps(ranks, body["optimizer"])
     temporary = _begin(ranks, where, body["step"], [x for x in (model, optimizer) if x is not None])
     job = _Job(ranks, where, temporary, files, body, keep)
     saving = Saving(where / temporary.name.removeprefix(checkpoint_dir.WRITING))
@@ -193,6 +187,23 @@ def _contents(
         mine.update({contents.RANDOM + name: state for name, state in random_state.get().items()})
     files[contents.rank_file(ranks.rank, ranks.world_size)] = mine
     return files, body
+
+
+def _refuse_two_steps(ranks: Ranks, mine: dict[str, Any]) -> None:
+    """Raise RuntimeError, on every rank, where the ranks' rows are of different steps: a Ctrl-C may have come before a
+    step on one of them and after it on another, and each alone is whole."""
+    every = ranks.gather([mine["spec"], mine["seed"], {n: p.get("step", 0.0) for n, p in mine["parameters"].items()}])
+    for rank, (spec, seed, steps) in enumerate(every):
+        same = [spec, seed, steps] == every[0]
+        name = next((n for n, step in every[0][2].items() if steps.get(n) != step), "")
+        how = (
+            f"{name} has stepped {steps.get(name, 0):.0f} times, and {every[0][2][name]:.0f} on rank 0" if name else ""
+        )
+        if not same:
+            raise RuntimeError(
+                f"nothing was saved: the state on rank {rank} is not of the same step as on rank 0 "
+                f"({how or f'{spec}, seed {seed}; {every[0][0]}, seed {every[0][1]}'}). Load a checkpoint on all ranks"
+            )
 
 
 def _begin(ranks: Ranks, where: Path, step: int, owners: list[Any]) -> Path:

@@ -5,6 +5,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 import memopt
 from tests.helpers.cases import train
@@ -36,6 +37,27 @@ def test_the_command_line_converts_and_inspects(tmp_path, capsys):
     assert main(["inspect", str(tmp_path / "sick")]) == 1
     assert "not finite in: vector" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "nothing")]) == 2
+
+
+def test_what_the_user_has_put_into_the_state_is_converted_too(tmp_path):
+    """But for what the new rule keeps itself."""
+    from memopt.cli import main
+
+    model, opt = build("adamw", {})
+    train(model, opt, 0, 2)
+    opt.state[model.vector]["note"], opt.state[model.vector]["ema"] = [3, "x"], torch.arange(5.0)
+    opt.state[model.vector]["square_avg"] = torch.ones(3)
+    opt.state["run"] = {"epoch": 4}
+    memopt.save(tmp_path / "a", model=model, optimizer=opt)
+    for spec in ("adamw-8bit", "rmsprop"):
+        assert main(["convert", str(tmp_path / "a"), str(tmp_path / spec), "--to", spec]) == 0
+        other, converted = build(spec, {})
+        memopt.load(tmp_path / spec, model=other, optimizer=converted)
+        state = converted.state[other.vector]
+        assert state["note"] == [3, "x"]
+        assert torch.equal(state["ema"], torch.arange(5.0))
+        assert torch.equal(state["square_avg"], torch.ones(3)) == (spec != "rmsprop")
+        assert converted.state["run"] == {"epoch": 4}
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch):

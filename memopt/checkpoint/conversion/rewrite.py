@@ -14,9 +14,10 @@ from memopt.checkpoint.conversion.converted_source import Converted
 from memopt.checkpoint.conversion.disk_room import refuse_too_much
 from memopt.checkpoint.io import checkpoint_dir, contents, json_values, lock, manifest, whole_checkpoints
 from memopt.checkpoint.io.safetensors_write import file_order, write_file
-from memopt.checkpoint.opened import Checkpoint
+from memopt.checkpoint.opened import Checkpoint, check_written
 from memopt.checkpoint.tensorfile import FileInfo, Progress, spec_of
 from memopt.core.rows import Rows
+from memopt.layout.replaced_state import is_own
 
 
 @torch.no_grad()
@@ -35,7 +36,8 @@ def rewrite(
 
 
 def _rewrite(converted: Converted, checkpoint: Checkpoint | None, out: Path, progress: Progress) -> Path:
-    body = _body(converted, checkpoint)
+    own = _own(converted)
+    body = _body(converted, checkpoint, own)
     temporary = checkpoint_dir.begin(out, checkpoint_dir.next_name(out, body["step"]))
     try:
         files: dict[str, FileInfo] = {}
@@ -43,10 +45,13 @@ def _rewrite(converted: Converted, checkpoint: Checkpoint | None, out: Path, pro
             path = temporary / contents.MODEL_FILE
             files[contents.MODEL_FILE] = write_file(path, checkpoint.model_specs, _tensors(checkpoint), progress)
         random = checkpoint.random_state(0) if checkpoint is not None else {}
+        others = {contents.RANDOM + name: x for name, x in random.items()}
+        others |= {f"{p}/{k}": x for p, entries in own.items() for k, x in entries.items() if isinstance(x, Tensor)}
         name = contents.rank_file(0, 1)
-        specs = converted.layout() | {contents.RANDOM + k: spec_of(t) for k, t in random.items()}
-        files[name] = write_file(temporary / name, specs, _state(converted, random), progress)
+        specs = converted.layout() | {k: spec_of(x) for k, x in others.items()}
+        files[name] = write_file(temporary / name, specs, _state(converted, others), progress)
         manifest.write(temporary, {**body, "files": {n: info._asdict() for n, info in files.items()}})
+        check_written(temporary)
         final = checkpoint_dir.commit(temporary)
         whole_checkpoints.remember(final)
         whole_checkpoints.prune(final, 2, Checkpoint)
@@ -66,15 +71,25 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         del out  # before the next is made
 
 
-def _state(converted: Converted, random: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _state(converted: Converted, others: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for parameter, state in converted.states():
         yield from ((f"{parameter}/{key}", tensor) for key, tensor in state.items() if key != "step")
         del state  # before the next is made
-    yield from ((contents.RANDOM + name, tensor) for name, tensor in random.items())
+    yield from others.items()
 
 
-def _body(converted: Converted, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def _own(converted: Converted) -> dict[str, dict[str, Any]]:
+    """What the user has put into the state of each parameter (of several ranks what the first had), but for what would
+    be a moment of the new rule."""
+    found = {name: record.own(0) for name, record in converted.source.records.items() if record.own is not None}
+    return {name: {k: x for k, x in own.items() if is_own(converted.spec.rule, k)} for name, own in found.items()}
+
+
+def _body(converted: Converted, checkpoint: Checkpoint | None, own: dict[str, dict[str, Any]]) -> dict[str, Any]:
     source = converted.source
+    parameters = converted.parameters_json()
+    for name, entries in own.items():
+        parameters[name] |= contents.own_json(name, entries)
     steps = [record.step for record in source.records.values()]
     old: dict[str, Any] = (
         checkpoint.body if checkpoint is not None else {"step": int(max(steps, default=0)), "extra": {}}
@@ -86,6 +101,7 @@ def _body(converted: Converted, checkpoint: Checkpoint | None) -> dict[str, Any]
         **{key: old[key] for key in ("scheduler",) if key in old},
         **({"model": {**old["model"], "sharded": {}}} if "model" in old else {}),
         "optimizer": {
+            **({"others": json_values.encode(dict(source.others), "the optimizer's state")} if source.others else {}),
             **contents.spec_json(converted.spec),
             "seed": source.seed or 0,
             "skipped_steps": source.skipped_steps or 0,
@@ -96,7 +112,7 @@ def _body(converted: Converted, checkpoint: Checkpoint | None) -> dict[str, Any]
                 {"parameters": group.names, "hyper": json_values.encode(group.hyper, f"param group {i}")}
                 for i, group in enumerate(converted.groups)
             ],
-            "parameters": converted.parameters_json(),
+            "parameters": parameters,
         },
         "extra": old["extra"],
         "random": bool(old.get("random")),

@@ -137,11 +137,7 @@ def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
             entry["moments"] = {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in codes}
             if MASTERS[optimizer.spec.master].key in optimizer.state[p]:
                 entry["master"] = optimizer.spec.master
-            own = own_entries(optimizer.spec.rule, state)
-            plain_ones = {key: x for key, x in own.items() if not isinstance(x, Tensor)}
-            if own:
-                entry["own"] = json_values.encode(plain_ones, f"state of {name}")
-                entry["own_tensors"] = [key for key in own if key not in plain_ones]
+            entry |= own_json(name, own_entries(optimizer.spec.rule, state))
         if name in parameters:
             raise ValueError(f"two parameters are called {name!r}; a checkpoint needs distinct names")
         parameters[name] = entry
@@ -157,6 +153,13 @@ def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
         "groups": groups_json(optimizer),
         "parameters": parameters,
     }
+
+
+def own_json(name: str, own: dict[str, Any]) -> dict[str, Any]:
+    """What the manifest says of what the user has put into the state of a parameter."""
+    values = {key: x for key, x in own.items() if not isinstance(x, Tensor)}
+    tensors = [key for key in own if key not in values]
+    return {"own": json_values.encode(values, f"state of {name}"), "own_tensors": tensors} if own else {}
 
 
 def groups_json(optimizer: Optimizer) -> list[dict[str, Any]]:
