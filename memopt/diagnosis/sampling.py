@@ -126,7 +126,6 @@ def _torchs(optimizer: torch.optim.Optimizer, rule: Rule) -> Callable[[Tensor], 
 def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
     """Moments decoded, of the rows that are looked at."""
     from memopt.checkpoint.conversion.in_place import slots
-    from memopt.optim.edits.rows import with_zeros
 
     found = {id(p): slot for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)}
 
@@ -145,7 +144,7 @@ def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
 
         def moments() -> dict[str, tuple[Tensor, str, bool]]:
             values = {}
-            for name, stored in slot.record(with_zeros(slot, optimizer.state[p])).moments.items():
+            for name, stored in slot.record(slot.completed(optimizer.state[p])).moments.items():
                 x = stored.decode(here).reshape(-1)[:NUMEL]
                 values[name] = (
                     x.float().clone(),

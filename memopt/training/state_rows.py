@@ -21,7 +21,7 @@ from memopt.checkpoint.state.all_rows import record_of_all
 from memopt.checkpoint.state.saved import Record
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows
-from memopt.optim.edits.state import is_own
+from memopt.layout.replaced_state import is_own
 from memopt.partitions.dtensor import is_dtensor
 from memopt.partitions.zero1 import Zero1
 
@@ -145,12 +145,6 @@ def _take_over(optimizer: OptimizerParts, p: Tensor) -> None:
                 optimizer.store.check(one, optimizer.partition.local(p, one.layout.rows, p.detach()))
 
 
-def with_zeros(slot: Slot, state: dict[str, Any]) -> dict[str, Any]:
-    """The state with what is not there yet, of a moment that was switched on: it begins at zero."""
-    lines = [line for line in slot.lines() if line.key not in state]
-    return {**state, **{x.key: torch.zeros(x.shape, dtype=getattr(torch, x.dtype), device=slot.device) for x in lines}}
-
-
 def _shape_of_state(optimizer: OptimizerParts, p: Tensor) -> tuple[int, ...]:
     """The shape for which its state was made; its data may be of another by now. That of the weight where there is no
     state, or where no number of rows fits it."""
@@ -215,7 +209,7 @@ def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: T
     if state:
         old = partition.rows(shape, partition.rank, partition.world_size)
         here = _slot(optimizer, p)._replace(rows=old, parameter=None)
-        state = with_zeros(here, state)
+        state = here.completed(state)
         there = here._replace(rows=rows, parameter=partition.local(p, rows, weights))
         gathered = isinstance(partition, Zero1) and partition.world_size > 1
         record = record_of_all(here, state, partition) if gathered else here.record(state)  # type: ignore[arg-type]

@@ -89,6 +89,12 @@ class Slot(NamedTuple):
         counter = torch.zeros((), dtype=torch.float32, device=step.location)
         return {step.key: counter, **self.homes.of(self.name).allocate(self.name, lines, self.device)}
 
+    def completed(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state with what is not there yet, of a moment that was switched on: it begins at zero."""
+        missing = [line for line in self.lines() if line.key not in state]
+        zeros = {x.key: torch.zeros(x.shape, dtype=getattr(torch, x.dtype), device=self.device) for x in missing}
+        return {**state, **zeros}
+
     def weights(self, rows: Rows) -> Tensor:
         """These rows of the parameter, fp32 [rows.local_shape]."""
         assert self.parameter is not None
