@@ -24,7 +24,7 @@ from torch import nn
 import memopt
 from memopt.checkpoint import source_of
 from memopt.checkpoint.conversion.report import Conversion
-from memopt.checkpoint.export import exported
+from memopt.checkpoint.exporting import exported
 from memopt.masters import MASTERS
 
 #: Largest relative error of one encoding, root mean square over a moment, of signed and of non-negative moments: half a

@@ -32,7 +32,7 @@ from provenance import write_result
 
 import memopt
 from memopt.checkpoint import source_of
-from memopt.checkpoint.export import exported, write
+from memopt.checkpoint.exporting import exported, write
 
 WIDTH = 384
 SPEC = "adamw-8bit"

@@ -33,7 +33,7 @@ import memopt
 from memopt.checkpoint import source_of
 from memopt.checkpoint.conversion.converted_source import Converted
 from memopt.checkpoint.conversion.rewrite import rewrite
-from memopt.checkpoint.export import exported, write
+from memopt.checkpoint.exporting import exported, write
 from memopt.checkpoint.io import lock
 from memopt.checkpoint.opened import Checkpoint
 

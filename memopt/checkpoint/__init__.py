@@ -2,7 +2,7 @@
 
 from memopt.checkpoint.background_save import Saving
 from memopt.checkpoint.conversion.report import Conversion
-from memopt.checkpoint.export import export
+from memopt.checkpoint.exporting import export
 from memopt.checkpoint.loading import Loaded, load
 from memopt.checkpoint.saving import save
 from memopt.checkpoint.state.live import source_of

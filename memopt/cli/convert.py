@@ -50,7 +50,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    from memopt.checkpoint.export import TOOLS
+    from memopt.checkpoint.exporting import TOOLS
 
     fill = dict(map(_fill, args.fill))
     source, checkpoint = open_source(Path(args.source), args.rule)
@@ -90,7 +90,7 @@ def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
 
 
 def _export(source: Any, checkpoint: Any, args: Namespace, fill: dict[str, Any]) -> int:
-    from memopt.checkpoint.export import exported, write
+    from memopt.checkpoint.exporting import exported, write
 
     if args.engine is not None:
         raise ValueError(f"--engine {args.engine} is of a spec of ours; --to {args.to} is a tool")

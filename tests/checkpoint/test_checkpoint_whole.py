@@ -17,7 +17,7 @@ from tests.helpers.saved import build, names
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import checkpoint_sweep
 
-from memopt.checkpoint import DamagedFile, export
+from memopt.checkpoint import DamagedFile, exporting
 from memopt.checkpoint.io import checkpoint_dir
 from memopt.checkpoint.tensorfile import TensorFile
 
@@ -140,7 +140,7 @@ def test_an_export_that_finds_the_disk_full_is_said_and_leaves_nothing(
     small_disk, tmp_path_factory, run, tool, monkeypatch
 ):
     """Here the disk fills up while it is written: the look at what is free, which comes before, sees nothing."""
-    monkeypatch.setattr(export, "refuse_too_much", lambda *arguments, **keywords: None)
+    monkeypatch.setattr(exporting, "refuse_too_much", lambda *arguments, **keywords: None)
     if tool == "torchao-4bit":
         pytest.importorskip("torchao")
     model = torch.nn.Linear(256, 256)

@@ -142,7 +142,7 @@ def test_what_is_written_for_dcp_goes_on_under_fsdp(tmp_path, capsys):
 
 @pytest.mark.parametrize("kind", ["Adam", "AdamW", "RAdam", "SGD", "RMSprop", "Adafactor"])
 def test_what_is_written_for_dcp_has_every_key_that_is_asked_for(kind):
-    from memopt.checkpoint.export import export
+    from memopt.checkpoint.exporting import export
     from memopt.checkpoint.importers import read_state_dict
 
     module = model()

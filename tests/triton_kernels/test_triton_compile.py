@@ -59,7 +59,7 @@ CASES = [
 def compiled(target: tuple[str, int | str, int], specs: list[str], cache: Path) -> list[dict]:
     """What :mod:`compiling` says."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "TRITON_INTERPRET": "0"}
-    script = str(Path(__file__).parents[2] / "helpers" / "compiling.py")
+    script = str(Path(__file__).parents[1] / "helpers" / "compiling.py")
     done = subprocess.run(
         [sys.executable, script, json.dumps(target), *specs],
         capture_output=True,
