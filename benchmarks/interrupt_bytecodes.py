@@ -20,7 +20,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,13 @@ from provenance import write_result
 
 import memopt
 from memopt.checkpoint.opened import Checkpoint
+from memopt.kernels import loader
 
 HERE = os.path.dirname(memopt.__file__) + os.sep
 WIDTH = 72
 PLACES = ("device", "paged", "paged resident", "host", "cpu", "disk", "disk kept", "mixed")
+#: On the reference path, plain torch without kernels.
+REFERENCE = ("reference device", "reference disk kept", "reference mixed")
 WORKS = ("step", "first step", "load", "load_state_dict", "convert_ format", "convert_ rule", "convert_ place", "save")
 
 Snapshot = tuple[Any, ...]
@@ -77,7 +81,7 @@ class Case:
     """One optimizer in one placement, and what is done with it, from checkpoints after two and four steps."""
 
     def __init__(self, place: str, folder: Path, spec: str = "adamw") -> None:
-        self.place, self.folder, self.spec, self.number = place, folder, spec, 0
+        self.place, self.folder, self.spec, self.number = place.removeprefix("reference "), folder, spec, 0
         for steps in (2, 4):
             model, opt = self.fresh()
             for i in range(steps):
@@ -235,7 +239,24 @@ def one(case: Case, what: str, at: int, states: dict[str, Snapshot], beyond: dic
     return outcome if interrupted else f"{outcome}, in a destructor"
 
 
+@contextmanager
+def path_of(place: str) -> Iterator[None]:
+    """The kernels, or the plain torch code that defines them."""
+    before = loader._loaded
+    if place.startswith("reference"):
+        loader._loaded = loader.Missing("this sweep is of the reference path")
+    try:
+        yield
+    finally:
+        loader._loaded = before
+
+
 def sweep(place: str, what: str, tries: int, seed: int = 0, spec: str = "adamw") -> dict[str, Any]:
+    with path_of(place):
+        return _sweep(place, what, tries, seed, spec)
+
+
+def _sweep(place: str, what: str, tries: int, seed: int, spec: str) -> dict[str, Any]:
     draw = random.Random(f"{place} {what} {seed}")
     with tempfile.TemporaryDirectory() as name:
         case = Case(place, Path(name), spec)
@@ -289,7 +310,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     failed = 0
     for what in WORKS:
-        for place in PLACES:
+        for place in (*PLACES, *REFERENCE):
             if arguments.only not in f"{what}, {place}":
                 continue
             begin = time.monotonic()

@@ -45,11 +45,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def commit() -> str:
+def commit(root: Path = ROOT) -> str:
     """The commit that is checked out, or "unknown" outside a repository."""
     try:
-        head = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+        head = _git("rev-parse", "HEAD", root=root)
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", root=root)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return head + ("+changes" if changed else "")
@@ -86,6 +86,6 @@ def write_result(path: Path, result: dict[str, Any], flat: bool = False) -> None
     path.write_text("{\n" + text + "\n}\n" if flat else json.dumps(result, indent=1) + "\n")
 
 
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+def _git(*arguments: str, root: Path = ROOT) -> str:
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()

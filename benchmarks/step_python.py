@@ -1,6 +1,6 @@
 """What a step costs in Python: this tree beside an older one, in pairs.
 
-    git worktree add /tmp/before COMMIT
+    git worktree add /tmp/before e0d2209               the commit before the boundary
     python benchmarks/step_python.py /tmp/before          writes benchmarks/results/step_python.json and .md
 
 Each tree is a process of its own. They take turns, a few steps each, and CPU time of the stepping thread is taken
@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 from argparse import ArgumentParser
+from importlib import import_module
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -47,11 +48,7 @@ def worker(name: str) -> None:
     spec, count, numel, steps, special = SCENARIOS[name]
     torch.set_num_threads(1)
     if special == "device":
-        from memopt.placements.transfer import device
-        from tests.helpers import simulated
-
-        made = simulated.ThreadedBus()
-        device.BUSES["cpu"] = lambda where: made
+        _simulate_device()
     torch.manual_seed(0)
     shape = (64, numel // 64) if numel > 64 else (numel,)
     params = [torch.nn.Parameter(torch.randn(shape)) for _ in range(count)]
@@ -85,16 +82,30 @@ def worker(name: str) -> None:
         print(turn(), flush=True)
 
 
-class Tree:
-    """One tree's processes for one scenario."""
+def _simulate_device() -> None:
+    """Memory of the CPU counts as a device's, in this tree or in one of before its folders were named."""
+    for where, what in (
+        ("memopt.placements.transfer.device", "tests.helpers.simulated"),
+        ("memopt.placements.bus", "simulated"),
+    ):
+        try:
+            buses, made = import_module(where).BUSES, import_module(what).ThreadedBus()
+        except ModuleNotFoundError:
+            continue
+        buses["cpu"] = lambda where, made=made: made
+        return
+    raise ModuleNotFoundError("this tree has no simulated device")
 
-    def __init__(self, root: Path, name: str, store: Path) -> None:
-        env = {**os.environ, "PYTHONPATH": f"{root}", "OMP_NUM_THREADS": "1"}
-        world = 2 if SCENARIOS[name][4] == "ranks" else 1
+
+class Tree:
+    """One tree's processes for one scenario of ``script``."""
+
+    def __init__(self, root: Path, name: str, store: Path, world: int = 1, script: str = __file__) -> None:
+        env = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests'}", "OMP_NUM_THREADS": "1"}
         self._all = []
         for rank in range(world):
             mine = {**env, "RANK": str(rank), "WORLD_SIZE": "2", "STORE": str(store)} if world > 1 else env
-            command = [sys.executable, __file__, "--worker", name]
+            command = [sys.executable, script, "--worker", name]
             self._all.append(
                 subprocess.Popen(command, env=mine, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             )
@@ -120,9 +131,10 @@ class Tree:
             process.wait(60)
 
 
-def compare(before: Path, name: str, pairs: int, scratch: Path) -> dict[str, Any]:
-    here = HERE.parent
-    trees = [Tree(before, name, scratch / f"before{hash(name)}"), Tree(here, name, scratch / f"here{hash(name)}")]
+def compare(before: Path, name: str, pairs: int, scratch: Path, world: int, script: str = __file__) -> dict[str, Any]:
+    """Turns of both trees in pairs, each first in turn."""
+    roots = {"before": before, "here": HERE.parent}
+    trees = [Tree(root, name, scratch / which, world, script) for which, root in roots.items()]
     taken: tuple[list[float], list[float]] = ([], [])
     for i in range(pairs):
         for j in (0, 1) if i % 2 == 0 else (1, 0):
@@ -164,7 +176,8 @@ def main() -> None:
     for name in SCENARIOS:
         if args.only in name:
             with TemporaryDirectory() as scratch:
-                found[name] = compare(args.before.resolve(), name, args.pairs, Path(scratch))
+                world = 2 if SCENARIOS[name][4] == "ranks" else 1
+                found[name] = compare(args.before.resolve(), name, args.pairs, Path(scratch), world)
             print(name, found[name], flush=True)
     if args.only:
         return

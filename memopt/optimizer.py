@@ -400,7 +400,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: for another optimizer's parameter, or an ``into`` of another shape, dtype or device.
             IndexError: for a row that is not there.
-            RuntimeError: for sharded parameters, and while gradients are released.
+            RuntimeError: for sharded parameters without an ``into`` that is sharded likewise, and while gradients are
+                released. Every rank must call this.
 
         Example::
 

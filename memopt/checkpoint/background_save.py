@@ -15,6 +15,8 @@ from collections.abc import Callable
 from multiprocessing import util
 from pathlib import Path
 
+from memopt.partitions.world import is_distributed
+
 
 class Saving:
     """A save that was begun. ``path`` is the checkpoint's name; after :meth:`wait` it is there, on the disk."""
@@ -68,13 +70,13 @@ def begin(where: Path, saving: Saving, run: Callable[[], None]) -> None:
 
 
 def settle(where: Path) -> None:
-    """Wait for the save that is under way in this folder. Raises what went wrong there, and in any other folder where
-    nobody has asked."""
+    """Wait for the save that is under way in this folder; on several ranks for that in any, whose messages would meet
+    those of the next. Raises what went wrong there, and in any other folder where nobody has asked."""
     before = _RUNNING.pop(where, None)
     if before is not None:
         before.wait()
     for folder, other in list(_RUNNING.items()):
-        if other.done:
+        if other.done or is_distributed():
             del _RUNNING[folder]
             if not other._told:
                 other.wait()

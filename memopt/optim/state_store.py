@@ -17,6 +17,7 @@ from memopt.layout.replaced_state import Here, is_own, is_plain, lost_master, st
 from memopt.optim.column_shards import check_slab
 from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.params import Params, Resolved
+from memopt.partitions.dtensor import as_sharded
 from memopt.placements.base import Home
 from memopt.placements.stores.by_placement import held
 
@@ -62,7 +63,7 @@ class StateStore:
         partition = self.setup.partition
 
         def rows_of(x: Tensor) -> Tensor:
-            return partition.local(p, layout.rows, x)
+            return partition.local(p, layout.rows, as_sharded(x, p))
 
         here = Here(local, layout.rows.local_shape, group, p.shape, rows_of, partition.total_of(p))
         values = taken_over(layout, here, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,6 +73,17 @@ def held(name: str, p: DTensor) -> Held:
         return Held(Rows.whole(shape), groups)
     slab = (shape[0], *local[1:])
     return Held(Rows(slab, offset[0], offset[0] + local[0], unit(shape)), groups)
+
+
+def as_sharded(x: Tensor, p: Any) -> Tensor:
+    """``x``, the same on every rank, cut as ``p`` is, if that is a DTensor and ``x`` is not."""
+    if not is_dtensor(p) or is_dtensor(x):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    # All ranks have the same x. Before torch 2.7 it is sent round all the same.
+    alone: Any = {"src_data_rank": None} if "src_data_rank" in signature(distribute_tensor).parameters else {}
+    return distribute_tensor(x.to(p.device), p.device_mesh, p.placements, **alone)
 
 
 def like(p: Any, x: Tensor, shape: Shape, *, replicated: bool) -> DTensor:

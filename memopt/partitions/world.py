@@ -24,6 +24,13 @@ def answered(what: str) -> Iterator[None]:
         ) from error
 
 
+def is_distributed() -> bool:
+    """Whether there are other ranks."""
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def membership(partition: str, group: Any) -> tuple[int, int]:
     """This process's rank in ``group`` (all of torch.distributed's by default) and its size; without
     ``torch.distributed`` a world of one.

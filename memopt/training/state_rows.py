@@ -16,7 +16,7 @@ from torch import Tensor
 from memopt.checkpoint.conversion.in_place import slots
 from memopt.checkpoint.conversion.param_state import Slot, fill_slot
 from memopt.checkpoint.conversion.report import Conversion
-from memopt.checkpoint.conversion.resized_rows import Change, changed
+from memopt.checkpoint.conversion.resized_rows import Change, changed, indices
 from memopt.checkpoint.state.all_rows import record_of_all
 from memopt.checkpoint.state.saved import Record
 from memopt.core.hyperparameters import SpecError
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 def select_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor | Sequence[int], into: Tensor | None) -> None:
     """See :meth:`memopt.Optimizer.select_rows`."""
     name, rows = _movable(optimizer, p, into)
-    wanted = _indices(name, index, rows, p.device)
+    wanted = indices(name, index, rows, p.device)
     now, there = len(p), "into" if into is not None else "it"
     if into is None and now == rows:
         weights = p.detach()[wanted]
@@ -84,7 +84,7 @@ def reset_state(
         slot = _slot(optimizer, p)
         _take_over(optimizer, p)
         _check_shape(optimizer, slot, p)
-        index = None if rows is None else _indices(slot.name, rows, _length(slot.rows.shape), p.device)
+        index = None if rows is None else indices(slot.name, rows, _length(slot.rows.shape), p.device)
         kept = {moment.name for moment, _ in slot.codes}
         if chosen and not chosen <= kept:
             unknown = sorted(chosen - kept)[0]
@@ -113,12 +113,13 @@ def _slot(optimizer: OptimizerParts, p: Tensor) -> Slot:
 def _movable(optimizer: OptimizerParts, p: Tensor, into: Tensor | None) -> tuple[str, int]:
     """Its name, and how many rows its state has; raises where they cannot change."""
     name = _slot(optimizer, p).name
-    if optimizer.partition.is_flattened or is_dtensor(p):
-        who = "DeepSpeed has flattened" if optimizer.partition.is_flattened else "torch has sharded"
+    if optimizer.partition.is_flattened:
         raise RuntimeError(
-            f"{who} {name}, and its rows are where it was cut: save, change the model, shard it anew and use "
+            f"DeepSpeed has flattened {name}, and its rows are where it was cut: save, change the model, and use "
             "memopt.load(..., strict=False), which takes the rows that are in both"
         )
+    if is_dtensor(p) or is_dtensor(into):
+        _check_sharded(optimizer, name, p, into)
     if optimizer.release is not None:
         raise RuntimeError(f"{name} is stepped inside backward(), by hooks that know its size: release.remove() first")
     if p.dim() == 0:
@@ -134,6 +135,23 @@ def _movable(optimizer: OptimizerParts, p: Tensor, into: Tensor | None) -> tuple
     if not into.is_leaf or any(into is q for _, q, _ in optimizer.params.entries()):
         raise ValueError(f"into is {'no leaf' if not into.is_leaf else 'a parameter of this optimizer already'}")
     return name, _shape_of_state(optimizer, p)[0]
+
+
+def _check_sharded(optimizer: OptimizerParts, name: str, p: Tensor, into: Tensor | None) -> None:
+    """Raise RuntimeError for a parameter that torch has sharded, but where another takes its place that is cut by rows
+    over the same ranks."""
+    partition = optimizer.partition
+    for x in (p, into):
+        if x is None or not is_dtensor(x):
+            raise RuntimeError(
+                f"torch has sharded {name}, which cannot change its size where it is: make the model anew, shard it, "
+                "and give the weight that takes its place as into=. Or save, and use memopt.load(..., strict=False), "
+                "which takes the rows that are in both"
+            )
+        if partition.held(x) != partition.rows(tuple(x.shape), partition.rank, partition.world_size):
+            raise RuntimeError(
+                f"{name} is not cut by rows over all ranks; save, and use memopt.load(..., strict=False)"
+            )
 
 
 def _take_over(optimizer: OptimizerParts, p: Tensor) -> None:
@@ -176,23 +194,6 @@ def _check_shape(optimizer: OptimizerParts, slot: Slot, p: Tensor) -> None:
         )
 
 
-def _indices(name: str, index: Tensor | Sequence[int], rows: int, device: torch.device) -> Tensor:
-    """int64 [n] of an index or a mask [rows]."""
-    wanted = torch.as_tensor(index, device=device)
-    if wanted.dtype == torch.bool and wanted.shape == (rows,):
-        return wanted.nonzero().view(-1)
-    if not wanted.numel() and wanted.dim() == 1:
-        return wanted.long()
-    if wanted.dim() != 1 or wanted.is_floating_point() or wanted.is_complex() or wanted.dtype == torch.bool:
-        raise ValueError(
-            f"{name}: an index is a vector of integers or a mask of {rows}; got {wanted.dtype} {tuple(wanted.shape)}"
-        )
-    low, high = int(wanted.min()), int(wanted.max())
-    if low < 0 or high >= rows:
-        raise IndexError(f"{name} has rows 0 to {rows - 1}; the index has {low if low < 0 else high}")
-    return wanted.long()
-
-
 def _length(shape: Sequence[int]) -> int:
     return shape[0] if shape else 1
 
@@ -211,9 +212,12 @@ def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: T
         here = _slot(optimizer, p)._replace(rows=old, parameter=None)
         state = here.completed(state)
         there = here._replace(rows=rows, parameter=partition.local(p, rows, weights))
-        gathered = isinstance(partition, Zero1) and partition.world_size > 1
+        gathered = partition.world_size > 1 and (isinstance(partition, Zero1) or is_dtensor(p))
         record = record_of_all(here, state, partition) if gathered else here.record(state)  # type: ignore[arg-type]
-        change = Change(Rows.whole(shape), Rows.whole(after), index, weights)
+        begins: Any = weights  # what moments that begin as the weights begin as
+        if is_dtensor(weights) and any(moment.begins for moment, _ in here.codes):
+            begins = begins.full_tensor()
+        change = Change(Rows.whole(shape), Rows.whole(after), index, begins)
         made = _made(there, changed(record, there, lambda name: change), here)
     old_data, old_grad, target = p.data, p.grad, p if into is None else into
     with optimizer.integrity.changing("a change of rows"):

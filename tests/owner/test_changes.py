@@ -52,18 +52,23 @@ SPECS = [
 ]
 
 
-@pytest.mark.parametrize("row", ROWS)
-def test_rows_of_the_table(row):
-    """Each over every spec, with kernels; and over two on the reference path."""
-    for i, spec in enumerate(SPECS):
-        replay(f"{100 + i}={spec}: step/1 {ROWS[row]} step/2 state_dict/1 step/3 save/1")
+#: Every row over two specs, over all of them in the slow part.
+SOME = [pytest.param(row, range(i % 3, len(SPECS), 3), id=row) for i, row in enumerate(ROWS)]
+ALL = [pytest.param(row, range(len(SPECS)), id=f"{row}, all", marks=pytest.mark.slow) for row in ROWS]
+
+
+@pytest.mark.parametrize(("row", "specs"), [*SOME, *ALL])
+def test_rows_of_the_table(row, specs):
+    """With kernels; and on the reference path."""
+    for i in specs:
+        replay(f"{100 + i}={SPECS[i]}: step/1 {ROWS[row]} step/2 state_dict/1 step/3 save/1")
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_rows_on_the_reference_path(row, monkeypatch):
     monkeypatch.setattr(loader, "_loaded", loader.Missing("a test of the reference path"))
-    for i, spec in enumerate(SPECS[:2]):
-        replay(f"{200 + i}={spec}: step/1 {ROWS[row]} step/2")
+    i = list(ROWS).index(row) % 2
+    replay(f"{200 + i}={SPECS[i]}: step/1 {ROWS[row]} step/2")
 
 
 def test_code_of_the_page_runs():

@@ -45,7 +45,7 @@ def test_what_went_wrong_once(text):
     replay(text)
 
 
-@pytest.mark.parametrize("first", range(0, 160, 20))
+@pytest.mark.parametrize("first", range(0, 80, 20))
 def test_sequences(first):
     for seed in range(first, first + 20):
         replay(draw(seed, NOT_YET))
@@ -88,7 +88,7 @@ def test_sequences_of_hypothesis():
         run_state_machine_as_test(
             Pair,
             settings=settings(
-                max_examples=60,
+                max_examples=30,
                 stateful_step_count=12,
                 deadline=None,
                 derandomize=True,

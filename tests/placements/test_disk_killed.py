@@ -47,10 +47,11 @@ def start(directory: Path, parameters: Path, last: int) -> subprocess.Popen[str]
     return subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, text=True)
 
 
-def test_kill_in_mid_step_loses_at_most_that_step(tmp_path):
+@pytest.mark.parametrize("kills", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_kill_in_mid_step_loses_at_most_that_step(tmp_path, kills):
     """Killed with SIGKILL a few milliseconds into a step, again and again: the directory is the state before or after
     that step, bit for bit that of a run that nobody killed."""
-    last, kills = 15, 3
+    last = 15
     twin = odd_model()
     reference = memopt.create(twin, "adamw-8bit")
     history = []

@@ -16,7 +16,7 @@ The count of steps is the parameter's, not a row's, and stays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,3 +110,20 @@ def _rows_of(x: Tensor, index: Tensor) -> Tensor:
     else:
         found = bits.new_zeros(len(index), *bits.shape[1:])
     return found.view(x.dtype).reshape(x.shape if not x.dim() else found.shape)
+
+
+def indices(name: str, index: Tensor | Sequence[int], rows: int, device: torch.device) -> Tensor:
+    """int64 [n] of an index or a mask [rows]."""
+    wanted = torch.as_tensor(index, device=device)
+    if wanted.dtype == torch.bool and wanted.shape == (rows,):
+        return wanted.nonzero().view(-1)
+    if not wanted.numel() and wanted.dim() == 1:
+        return wanted.long()
+    if wanted.dim() != 1 or wanted.is_floating_point() or wanted.is_complex() or wanted.dtype == torch.bool:
+        raise ValueError(
+            f"{name}: an index is a vector of integers or a mask of {rows}; got {wanted.dtype} {tuple(wanted.shape)}"
+        )
+    low, high = int(wanted.min()), int(wanted.max())
+    if low < 0 or high >= rows:
+        raise IndexError(f"{name} has rows 0 to {rows - 1}; the index has {low if low < 0 else high}")
+    return wanted.long()

@@ -15,11 +15,11 @@ from memopt.checkpoint.state.saved import LivePiece, Record, Stored
 from memopt.core.ledger import TensorSpec
 from memopt.formats import Format
 from memopt.masters import master_of
-from memopt.partitions.zero1 import Zero1
+from memopt.partitions import Partition
 from memopt.rules import Moment
 
 
-def record_of_all(slot: Slot, state: Mapping[str, Tensor], partition: Zero1) -> Record:
+def record_of_all(slot: Slot, state: Mapping[str, Tensor], partition: Partition) -> Record:
     """What :meth:`Slot.record` would be if this rank held all rows. Every rank must call this for every parameter."""
     moments = {}
     for moment, fmt in moment_codes(slot.spec, slot.h, slot.name, slot.shape):
@@ -32,7 +32,7 @@ def record_of_all(slot: Slot, state: Mapping[str, Tensor], partition: Zero1) -> 
     return Record(slot.name, slot.shape, mine.step, moments, dtype=slot.dtype, kept=kept)
 
 
-def _gathered(slot: Slot, state: Mapping[str, Tensor], partition: Zero1, moment: Moment, fmt: Format) -> Stored:
+def _gathered(slot: Slot, state: Mapping[str, Tensor], partition: Partition, moment: Moment, fmt: Format) -> Stored:
     pieces = []
     for rank in range(partition.world_size):
         rows = partition.rows(slot.shape, rank, partition.world_size)
@@ -45,7 +45,7 @@ def _gathered(slot: Slot, state: Mapping[str, Tensor], partition: Zero1, moment:
     return Stored(moment, fmt, slot.shape, tuple(pieces))
 
 
-def _sent(mine: Tensor, spec: TensorSpec, rank: int, partition: Zero1, device: torch.device) -> Tensor:
+def _sent(mine: Tensor, spec: TensorSpec, rank: int, partition: Partition, device: torch.device) -> Tensor:
     """The part of one rank, on all. Bytes travel: not every backend knows every dtype."""
     import torch.distributed as dist
 
