@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar
@@ -40,13 +40,14 @@ class Health:
 
 
 @torch.no_grad()
-def examine(source: Source) -> list[Health]:
-    """One entry for each moment and format, a few megabytes decoded at a time."""
+def examine(source: Source, progress: Callable[[int], None] = lambda nbytes: None) -> list[Health]:
+    """One entry for each moment and format, a few megabytes decoded at a time. ``progress`` is told the bytes of each
+    tensor that is done."""
     found: dict[tuple[str, str], Health] = {}
     for record in source.records.values():
         for name, stored in record.moments.items():
             code = stored.code or stored.format.name
-            _add(found.setdefault((name, code), Health(name, code)), record.name, stored)
+            progress(_add(found.setdefault((name, code), Health(name, code)), record.name, stored))
         if record.kept is not None:
             stored = record.kept.stored
             name = stored.moment.name
@@ -54,7 +55,9 @@ def examine(source: Source) -> list[Health]:
     return list(found.values())
 
 
-def _add(health: Health, parameter: str, stored: Stored) -> None:
+def _add(health: Health, parameter: str, stored: Stored) -> int:
+    """Counts one tensor's numbers in; returns its bytes."""
+    before_nbytes = sum(health.nbytes.values())
     rows = Rows.whole(stored.shape)
     health.tensors += 1
     sparse = _stands_for_more(stored, rows)
@@ -75,6 +78,7 @@ def _add(health: Health, parameter: str, stored: Stored) -> None:
         health.decades = [a + b for a, b in zip(health.decades, counts.tolist(), strict=True)]
     if health.non_finite > before:
         health.worst.append(parameter)
+    return sum(health.nbytes.values()) - before_nbytes
 
 
 def _values(stored: Stored, rows: Rows) -> Iterator[Tensor]:

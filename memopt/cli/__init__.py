@@ -2,7 +2,8 @@
 returns the exit code. A verb's module is imported only when the verb is used, so that ``memopt estimate`` starts at
 once.
 
-Exit codes: 0 done, 1 the answer is no (does not fit, not found), 2 the input cannot be used.
+Exit codes of every verb: 0 done, 1 the answer is no (does not fit, not found), 2 the input cannot be used, 130
+interrupted by Ctrl-C. Where the reader of a pipe has gone (``memopt list | head``) the code is 0.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+
+from memopt.cli.output import terminal
 
 #: verb -> one line for ``memopt --help``
 VERBS = {
@@ -38,26 +42,54 @@ class _Formatter(RawDescriptionHelpFormatter):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line, by default that of the process, and returns its exit code.
+
+    Args:
+        argv: The words after ``memopt``.
+
+    Raises:
+        SystemExit: from argparse, after ``--help`` (0) and after a command line that it refuses (2).
+    """
     arguments = [*(sys.argv[1:] if argv is None else argv)]  # the verb `list` hides the builtin here
     verb = arguments[0] if arguments else ""
+    terminal.never_refuse()
+    try:
+        try:
+            return _run(verb, arguments[1:])
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a reader that has gone, or a full disk, is seen here and not at the exit
+    except BrokenPipeError:
+        _discard_output()
+        return 0
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        # Errors of these kinds are written for the person at the keyboard; a defect of ours still shows its trace.
+        from memopt.untrusted.text import printable_lines
+
+        if isinstance(error, OSError):
+            _discard_output()
+        text = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+        print(f"memopt {verb}: {printable_lines(text)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+
+
+def _discard_output() -> None:
+    """What is still buffered cannot be written: the interpreter's own flush at exit would complain."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stdout.flush()
+        return
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _run(verb: str, arguments: Sequence[str]) -> int:
     if verb in VERBS:
         module = import_module(f"memopt.cli.{verb.replace('-', '_')}")
         parser = ArgumentParser(prog=f"memopt {verb}", description=module.__doc__, formatter_class=_Formatter)
         module.add_arguments(parser)
-        try:
-            return int(module.run(parser.parse_args(arguments[1:])))
-        except BrokenPipeError:  # the reader has seen enough: `memopt list | head`
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - else the interpreter's own flush at exit complains
-            return 0
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            # Errors of these kinds are written for the person at the keyboard; a defect of ours still shows its trace.
-            from memopt.untrusted.text import printable_lines
-
-            print(f"memopt {verb}: {printable_lines(str(error))}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print(file=sys.stderr)
-            return 130
+        return int(module.run(parser.parse_args(arguments)))
     if verb in ("--version", "-V"):
         from memopt import __version__
 

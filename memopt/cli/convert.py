@@ -10,17 +10,12 @@ done, 2 if the input cannot be used.
 
 from __future__ import annotations
 
-import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from memopt.cli.output.progress import bar
 from memopt.untrusted.text import printable, printable_lines
-
-if TYPE_CHECKING:
-    from memopt.checkpoint.tensorfile import Progress
 
 SUMMARY = "optimizer state of a checkpoint or of another tool under another spec"
 
@@ -115,18 +110,3 @@ def _fill(text: str) -> tuple[str, Any]:
         return name, float(value)
     except ValueError:
         return name, value
-
-
-@contextmanager
-def bar(what: str, nbytes: int | None) -> Iterator[Progress]:
-    """A progress bar of bytes on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as shown:
-        task = shown.add_task(what, total=nbytes)
-        yield lambda count: shown.advance(task, count)

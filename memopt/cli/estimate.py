@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from estimators.result import Estimate
 
 from memopt.cli.flags import hyperparameters, placement, step
+from memopt.cli.output import files
 
 SUMMARY = "what a model and its optimizer state will cost, before anything is allocated"
 
@@ -59,6 +60,8 @@ def add_arguments(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     if args.models:
         return _list_models(args)
+    files.check("--html", args.html)
+    files.check("--plot", args.plot, picture=True)
     from estimators.calculator import estimate
     from estimators.errors import InputError
     from estimators.report.text import as_text
@@ -99,8 +102,10 @@ def run(args: Namespace) -> int:
 
         if args.html:
             pictures.write_html(result, args.html)
+            files.written(args.html, quiet_stdout=bool(args.json or args.emit))
         if args.plot:
             pictures.write_plot(result, args.plot)
+            files.written(args.plot, quiet_stdout=bool(args.json or args.emit))
     if args.emit:
         from memopt.cli.output.emit import emit
 

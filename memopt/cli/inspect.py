@@ -11,6 +11,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from memopt.cli.output.progress import bar
 from memopt.untrusted.text import printable
 
 SUMMARY = "what is in a checkpoint, and whether its numbers are healthy"
@@ -30,7 +31,8 @@ def run(args: Namespace) -> int:
     from memopt.cli.convert import open_source
 
     source, checkpoint = open_source(Path(args.path), args.rule)
-    found = examine(source)
+    with bar("examining", None) as advance:
+        found = examine(source, advance)
     head = {
         "schema": "memopt.inspect/1",
         "path": source.origin,

@@ -11,8 +11,11 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from memopt.cli.flags import hyperparameters
+from memopt.cli.output import files
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from memopt.diagnosis import RangeTest
 
 
@@ -36,6 +39,7 @@ def run(args: Namespace) -> int:
     from memopt.train.job import Job, ModelConfig
     from memopt.train.text import load_text
 
+    files.check("--plot", args.plot, picture=True)
     # A job checks the numbers before torch is loaded.
     (spec,) = hyperparameters.with_hyper([parse(args.optim)], hyperparameters.given(args.hyper))
     job = Job(
@@ -53,6 +57,7 @@ def run(args: Namespace) -> int:
     import torch
 
     import memopt
+    from memopt.cli.output.progress import progress
     from memopt.diagnosis import range_test
     from memopt.train.model import LanguageModel
     from memopt.train.text import Corpus
@@ -60,15 +65,16 @@ def run(args: Namespace) -> int:
     torch.manual_seed(job.seed)
     model, corpus = LanguageModel(job.model), Corpus(text, args.context)
     optimizer = memopt.create(model, spec, lr=args.lowest)
-    result = range_test(
-        optimizer,
-        lambda step: model(corpus.batch(job.seed, step, job.batch)),
-        lowest=args.lowest,
-        highest=args.highest,
-        steps=args.steps,
-    )
+    with progress("steps", args.steps) as advance:
+
+        def loss_of(step: int) -> Tensor:
+            advance(1)
+            return model(corpus.batch(job.seed, step, job.batch))
+
+        result = range_test(optimizer, loss_of, lowest=args.lowest, highest=args.highest, steps=args.steps)
     if args.plot:
         _plot(args.plot, result, args.optim)
+        files.written(args.plot, quiet_stdout=args.json)
     if args.json:
         print(json.dumps(_record(result, args.optim)))
         return 0
@@ -81,8 +87,6 @@ def run(args: Namespace) -> int:
     )
     print(f"The loss fell fastest at {result.steepest:.1e} and was lowest at {result.lowest:.1e}. {end}")
     print(f"A peak rate to begin with: {result.suggestion:.1e}")
-    if args.plot:
-        print(f"written: {args.plot}")
     return 0
 
 

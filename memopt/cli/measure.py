@@ -17,6 +17,8 @@ import traceback
 from argparse import REMAINDER, ArgumentParser, Namespace
 from typing import Any
 
+from memopt.cli.output import files
+
 SUMMARY = "run a training script, and record its memory by phase"
 
 
@@ -36,6 +38,7 @@ def run(args: Namespace) -> int:
             "what is measured is a Python script or module, run in this process: "
             "memopt measure -- python train.py, or memopt measure -- python -m package.train"
         )
+    files.check("--out", args.out)
     from memopt.diagnosis.measured import measure
 
     code = 0
@@ -58,7 +61,8 @@ def run(args: Namespace) -> int:
         sys.argv, sys.path[:] = before[0], before[1]
     with open(args.out, "w") as file:
         file.write(json.dumps(m.row) + "\n")
-    print("\n".join([*table(m.row), "", f"Written to {args.out}."]))
+    print("\n".join([*table(m.row), ""]))
+    files.written(args.out)
     return code
 
 

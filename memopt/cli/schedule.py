@@ -9,7 +9,9 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
+from memopt.cli.output import files
 from memopt.training.schedules import KINDS, Factor, make_factor
+from memopt.untrusted.text import shown
 
 #: Keyword of a kind -> type on the command line.
 EXTRAS: dict[str, Callable[[str], float]] = {
@@ -23,6 +25,11 @@ EXTRAS: dict[str, Callable[[str], float]] = {
 }
 #: Steps that are shown of a schedule that has no end.
 DEFAULT_STEPS = 1000
+#: Points of a curve; the last step is always one of them.
+POINTS = 4096
+#: Whole numbers of the command line end here, and JSON, which has every step's rate, earlier.
+MOST = 10**12
+MOST_JSON = 10**6
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -40,12 +47,17 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    files.check("--plot", args.plot, picture=True)
     factor, steps = build(args)
-    rates = [args.lr * factor(t) for t in range(steps)]
+    if args.json and steps > MOST_JSON:
+        raise ValueError(f"--json prints a rate for each of {steps:,} steps; it prints at most {MOST_JSON:,}")
+    at = range(steps) if args.json else sorted({*range(0, steps, max(steps // POINTS, 1)), steps - 1})
+    rates = [args.lr * factor(t) for t in at]
     if args.plot:
         from memopt.cli.output.charts import save_png
 
-        save_png(args.plot, range(steps), {"rate": rates}, title=describe(factor), x_label="step", y_label="rate")
+        save_png(args.plot, at, {"rate": rates}, title=describe(factor), x_label="step", y_label="rate")
+        files.written(args.plot, quiet_stdout=args.json)
     if args.json:
         numbers = {"warmup": factor.warmup, "total_steps": factor.total_steps, "floor": factor.floor, **factor.extra}
         print(json.dumps({"schema": "memopt.schedule/1", "kind": factor.kind, **numbers, "lr": rates}))
@@ -53,21 +65,25 @@ def run(args: Namespace) -> int:
     from memopt.cli.output.charts import terminal
 
     print(describe(factor))
-    print("\n".join(terminal(range(steps), rates, x_label="step", y_label="rate")))
-    shown = sorted({0, factor.warmup, steps // 4, steps // 2, 3 * steps // 4, steps - 1} & set(range(steps)))
-    print("  ".join(f"{t}: {rates[t]:.4g}" for t in shown))
-    if args.plot:
-        print(f"written: {args.plot}")
+    print("\n".join(terminal(at, rates, x_label="step", y_label="rate")))
+    steps_shown = sorted({0, factor.warmup, steps // 4, steps // 2, 3 * steps // 4, steps - 1} & set(range(steps)))
+    print("  ".join(f"{t}: {args.lr * factor(t):.4g}" for t in steps_shown))
     return 0
 
 
 def build(args: Namespace) -> tuple[Factor, int]:
     """The factor, and how many of its steps to show."""
     extra = {name: getattr(args, name) for name in EXTRAS if getattr(args, name) is not None}
+    for name, value in (("total_steps", args.total_steps), *extra.items()):
+        if isinstance(value, int) and value > MOST:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{flag} {shown(value)} is not allowed; it is a whole number up to {MOST:,}")
     try:
-        warmup: int | float = int(args.warmup) if args.warmup.isdigit() else float(args.warmup)
+        warmup: int | float = int(args.warmup) if args.warmup.isdecimal() else float(args.warmup)
     except ValueError:
-        raise ValueError(f"--warmup {args.warmup!r} is not allowed; it is a number of steps or a share") from None
+        raise ValueError(f"--warmup {shown(args.warmup)} is not allowed; it is steps or a share") from None
+    if isinstance(warmup, int) and warmup > MOST:
+        raise ValueError(f"--warmup {shown(warmup)} is not allowed; it is a whole number up to {MOST:,}, or a share")
     factor = make_factor(args.kind, warmup=warmup, total_steps=args.total_steps, floor=args.floor, **extra)
     if not 0 <= args.lr < float("inf"):
         raise ValueError(f"--lr {args.lr} is not allowed; it is a finite number >= 0")

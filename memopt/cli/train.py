@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.cli.flags import hyperparameters
+from memopt.cli.output import files
 from memopt.core.hyperparameters import SpecError
 from memopt.spec import OptimSpec, parse
 from memopt.train.job import Job, ModelConfig, Result
@@ -51,14 +52,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    files.check("--json", args.json)  # a path that cannot be written is said before the training, not after it
     jobs = [_job(spec, args) for spec in _specs(args)]
     text = load_text(args.path)
     text.check(args.context)
-    if args.json:
-        open(args.json, "a").close()  # a path that cannot be written is said before the training, not after it
     results, failures = _run_all(jobs, text)
     if args.json:
         Path(args.json).write_text(json.dumps(_record(text, results, failures), indent=2) + "\n")
+        files.written(args.json)
     for failure in failures:
         print(f"memopt train: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from memopt.spec import OptimSpec, parse
+from memopt.untrusted.text import shown
 
 #: Bytes by which one tensor of state may be padded where it is placed.
 PADDING = 64
@@ -43,18 +44,22 @@ class Job:
 
     def __post_init__(self) -> None:
         threads = 1 if self.threads is None else self.threads
-        for name, value, least in (
-            ("steps", self.steps, 1),
-            ("batch", self.batch, 1),
-            ("context", self.model.context, 1),
-            ("threads", threads, 1),
-            ("world size", self.world_size, 1),
-            ("seed", self.seed, 0),
+        for name, value, least, most in (
+            ("steps", self.steps, 1, 10**7),
+            ("batch", self.batch, 1, 10**5),
+            ("context", self.model.context, 1, 10**5),
+            ("threads", threads, 1, 4096),
+            ("world size", self.world_size, 1, 1024),
+            ("seed", self.seed, 0, 2**63 - 1),
         ):
             if value < least:
-                raise ValueError(f"{name} {value} is not allowed; it must be an integer of at least {least}")
-        if self.timeout <= 0:
-            raise ValueError(f"timeout {self.timeout:g} is not allowed; it must be a number of seconds above 0")
+                raise ValueError(f"{name} {shown(value)} is not allowed; it must be an integer of at least {least}")
+            if value > most:
+                raise ValueError(f"{name} {shown(value)} is not allowed; it must be an integer of at most {most:,}")
+        if not 0 < self.timeout <= 10**7:
+            raise ValueError(
+                f"timeout {self.timeout:g} is not allowed; it must be a number of seconds above 0, up to 10,000,000"
+            )
         if self.batch % self.world_size:
             raise ValueError(f"{self.spec}: a batch of {self.batch} cannot be cut into {self.world_size} equal parts")
         self.parsed.resolve({"lr": self.lr})

@@ -67,7 +67,10 @@ def load_text(path: str | None = None) -> Text:
         return _language_reference()
     source = Path(path)
     if source.is_file():
-        return Text(path, source.read_bytes())
+        content = source.read_bytes()
+        if b"\0" in content:
+            raise ValueError(f"{path} is a binary file, not text: it has a NUL byte")
+        return Text(path, content)
     if not source.is_dir():
         raise FileNotFoundError(f"there is no file or folder {path!r}")
     files = (f for f in sorted(source.rglob("*")) if f.is_file() and not _hidden(f.relative_to(source)))

@@ -67,6 +67,8 @@ class Factor:
 
 def _restarts(f: Factor, t: int) -> float:
     cycle, mult = f.extra["cycle"], f.extra["cycle_mult"]
+    if mult == 1:
+        t %= cycle
     while t >= cycle:
         t -= cycle
         cycle *= mult

@@ -7,6 +7,7 @@ from math import floor, isfinite, log10
 from pathlib import Path
 from textwrap import wrap
 
+from memopt.cli.output.files import check_picture
 from memopt.core.extras import require
 
 #: Dots of one braille cell, by column and row from the top.
@@ -84,11 +85,10 @@ def save_png(
 ) -> None:
     """One curve for each entry of ``ys``, and a vertical line for each of ``marks``. Raises ImportError, with the line
     that installs it, where matplotlib is missing, and ValueError for a file that is no picture."""
+    check_picture(path)
     require("matplotlib", "a plot").use("Agg")
     from matplotlib import pyplot
 
-    if Path(path).suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"{str(path)!r} is not a picture that can be written; end its name in .png, .svg or .pdf")
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     for i, (name, values) in enumerate(ys.items()):
         axes.plot(xs, values, label=name, linewidth=2 if i == 0 else 1, alpha=1 if i == 0 else 0.45)
