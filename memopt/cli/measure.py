@@ -15,6 +15,7 @@ import shlex
 import sys
 import traceback
 from argparse import REMAINDER, ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from memopt.cli.output import files
@@ -38,6 +39,8 @@ def run(args: Namespace) -> int:
             "what is measured is a Python script or module, run in this process: "
             "memopt measure -- python train.py, or memopt measure -- python -m package.train"
         )
+    if not module and b"\0" in Path(target[0]).read_bytes():
+        raise ValueError(f"{target[0]!r} is a binary file and not a Python script")
     files.check("--out", args.out)
     from memopt.diagnosis.measured import measure
 
