@@ -2,12 +2,13 @@
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 
 from memopt.cli import VERBS, main
-from tests.helpers.folders import BENCHMARKS
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 LINES = {
     "list": ["list"],
     "recipes": ["list", "recipes"],
