@@ -69,7 +69,8 @@ def run(args: Namespace) -> int:
 
         def loss_of(step: int) -> Tensor:
             advance(1)
-            return model(corpus.batch(job.seed, step, job.batch))
+            loss: Tensor = model(corpus.batch(job.seed, step, job.batch))
+            return loss
 
         result = range_test(optimizer, loss_of, lowest=args.lowest, highest=args.highest, steps=args.steps)
     if args.plot:
