@@ -34,9 +34,16 @@ from provenance import write_result
 import memopt
 from memopt.checkpoint.opened import Checkpoint
 
-WIDTH, TIMEOUT_S = 72, 6
+WIDTH, TIMEOUT_S = 72, 4
 WORKS = ("step", "load", "convert_")
-SENTENCES = ("not of the same step", "Load a checkpoint", "has ended or does not answer", "the same call")
+SENTENCES = (
+    "not of the same step",
+    "Load a checkpoint",
+    "has ended or does not answer",
+    "the same call",
+    "KeyboardInterrupt",
+    "is in the middle of",
+)
 
 
 def made(partition: str, fmt: str = "8bit") -> tuple[torch.nn.Module, memopt.Optimizer]:

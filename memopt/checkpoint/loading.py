@@ -97,7 +97,7 @@ def load(
     if optimizer is None and (rule is not None or fill or not hyper):
         raise ValueError("rule=, fill= and hyper=False are about an optimizer's state; give optimizer=")
     background_save.settle(Path(path).absolute())  # what is being saved there is the newest
-    ranks = Ranks(optimizer.process_group if optimizer is not None else None)
+    ranks = Ranks(optimizer.process_group if optimizer is not None else None, "memopt.load")
     checkpoint, plans, error = None, [], None
     notes: list[str] = []
     try:

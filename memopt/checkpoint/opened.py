@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.master_weights import Raw
-from memopt.checkpoint.io import checkpoint_dir, contents, json_values, manifest, rng_state, whole_checkpoints
+from memopt.checkpoint.io import (
+    checkpoint_dir,
+    contents,
+    json_values,
+    manifest,
+    manifest_checks,
+    rng_state,
+    whole_checkpoints,
+)
 from memopt.checkpoint.state.moment_codes import CODES
 from memopt.checkpoint.state.saved import Group, Kept, Piece, Record, Source, Span, Stored
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
@@ -51,11 +59,14 @@ class Checkpoint:
     with it.
     """
 
-    def __init__(self, path: Path, progress: Progress = lambda nbytes: None, verify: bool = True) -> None:
+    def __init__(
+        self, path: Path, progress: Progress = lambda nbytes: None, written: dict[str, Any] | None = None
+    ) -> None:
+        """``written``: the manifest of a checkpoint whose every byte has just been summed while it was written."""
         self.path = checkpoint_dir.find(path)
         self._files: dict[str, TensorFile] = {}
         try:
-            self._open(progress, verify)
+            self._open(progress, written)
         except DamagedFile as error:
             self.close()
             if path == self.path:
@@ -68,15 +79,15 @@ class Checkpoint:
         except BaseException:
             self.close()
             raise
-        if verify:
+        if written is None:
             whole_checkpoints.remember(self.path)
 
-    def _open(self, progress: Progress, verify: bool) -> None:
-        self.body = manifest.read(self.path)
+    def _open(self, progress: Progress, written: dict[str, Any] | None) -> None:
+        self.body = manifest.read(self.path) if written is None else written
         self.step: int = self.body["step"]
         for name, info in manifest.file_infos(self.body).items():
             path = within(self.path, name, f"{self.path / checkpoint_dir.MANIFEST}")
-            if verify:
+            if written is None:
                 verify_file(path, info, progress)
             self._files[name] = TensorFile(path)
         self._check_model()
@@ -258,13 +269,14 @@ class Checkpoint:
         return Stored(moment, fmt, shape, tuple(pieces))
 
 
-def check_written(path: Path) -> None:
+def check_written(path: Path, body: dict[str, Any]) -> None:
     """Nothing is committed, and nothing earlier removed, that loading would refuse."""
-    written = Checkpoint(path, verify=False)  # every byte has just been summed while it was written
+    manifest_checks.check(body, str(path / checkpoint_dir.MANIFEST))
+    checkpoint = Checkpoint(path, written=body)
     try:
-        written.optimizer()
+        checkpoint.optimizer()
     finally:
-        written.close()
+        checkpoint.close()
 
 
 def _axes(text: str) -> dict[str, str]:

@@ -73,8 +73,7 @@ class _Job:
 
     def _commit(self, everyone: list[dict[str, list[Any]]]) -> None:
         files = {name: FileInfo(*info)._asdict() for infos in everyone for name, info in infos.items()}
-        manifest.write(self.temporary, {**self.body, "files": files})
-        check_written(self.temporary)
+        check_written(self.temporary, manifest.write(self.temporary, {**self.body, "files": files}))
         final = checkpoint_dir.commit(self.temporary)
         whole_checkpoints.remember(final)
         whole_checkpoints.prune(final, self.keep, Checkpoint)

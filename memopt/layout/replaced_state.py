@@ -8,6 +8,7 @@ file where it was found not to be as its layout and its placement have it, befor
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -58,9 +59,15 @@ def stands(layout: ParamLayout, state: Mapping[str, Any], values: Mapping[str, A
 
 def is_own(rule: str, key: str) -> bool:
     """Whether a key of a state is the user's own, and means nothing to the optimizer."""
+    return key.partition(".")[0] not in _kept(rule)
+
+
+@lru_cache(maxsize=64)
+def _kept(rule: str) -> frozenset[str]:
+    """What an optimizer of this rule keeps, with everything switched on."""
     keeps = RULES[rule]
     on = {**keeps.hyperparameters, **dict.fromkeys(keeps.moments_by, 0.5)}
-    return key.partition(".")[0] not in {m.name for m in keeps.moments(on, (2, 2))} | {"step"} | MASTER_KEYS
+    return frozenset({m.name for m in keeps.moments(on, (2, 2))} | {"step"} | MASTER_KEYS)
 
 
 def own_entries(rule: str, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,16 +17,18 @@ class Ranks:
     """This process among those of ``group`` (all of torch.distributed's by default, or just this one without it).
 
     A gloo group of its own carries the messages, one for each ``purpose``: a save in the background does not meet
-    training's collectives, and numbers need not be on a card.
+    training's collectives, and numbers need not be on a card. Every message says in ``what`` it is, and how many came
+    before: a rank that was interrupted there and does something else is noticed.
     """
 
-    def __init__(self, group: Any = None, purpose: str = "") -> None:
+    def __init__(self, group: Any = None, what: str = "memopt.save", purpose: str = "") -> None:
         import torch.distributed as dist
 
         ready = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if ready else 0
         self.world_size = dist.get_world_size(group) if ready else 1
         self._group = _own_group(group, purpose) if self.world_size > 1 else None
+        self._what, self._count = what, 0
 
     def gather(self, value: Any) -> list[Any]:
         """A JSON value of every rank, by rank."""
@@ -34,14 +36,23 @@ class Ranks:
             return [value]
         import torch.distributed as dist
 
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        self._count += 1
+        mine = [self._what, self._count]
+        text = torch.frombuffer(bytearray(json.dumps([*mine, value]).encode()), dtype=torch.uint8)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         with answered("saving or loading"):
             dist.all_gather(sizes, torch.tensor([text.numel()]), group=self._group)
             longest = max(int(size) for size in sizes)
             texts = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
             dist.all_gather(texts, torch.nn.functional.pad(text, (0, longest - text.numel())), group=self._group)
-        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+        found = [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+        for rank, (what, count, _) in enumerate(found):
+            if [what, count] != mine:
+                raise RuntimeError(
+                    f"rank {rank} is in the middle of {what} (message {count}) and rank {self.rank} of {self._what} "
+                    f"({self._count}): one of them was interrupted. End all ranks and load the last checkpoint"
+                )
+        return [value for _, _, value in found]
 
     def barrier(self, what: str) -> None:
         """Wait for all ranks, in the middle of ``what``."""
@@ -53,7 +64,7 @@ class Ranks:
 
     def agree(self, error: BaseException | None) -> None:
         """Raise on every rank if any has an error: its own, or RuntimeError with the sentence of the first."""
-        sentences = self.gather(None if error is None else f"{error}")
+        sentences = self.gather(None if error is None else str(error) or type(error).__name__)
         if error is not None:
             raise error
         for rank, sentence in enumerate(sentences):

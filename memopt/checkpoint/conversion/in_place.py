@@ -140,7 +140,7 @@ def _planned(optimizer: OptimizerParts, new: OptimSpec, given: dict[str, Any], f
         homes.replaced_by(optimizer.homes)
         raise
     together = max(optimizer.partition.world_size, partition.world_size) > 1
-    ranks = Ranks(optimizer.process_group) if together else None
+    ranks = Ranks(optimizer.process_group, "convert_") if together else None
     report = Conversion(spelled(old), spelled(new))
     return Work(old, new, given, fill, hypers, partition, homes, after, todo, report, ranks)
 

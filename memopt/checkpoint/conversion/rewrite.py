@@ -50,8 +50,8 @@ def _rewrite(converted: Converted, checkpoint: Checkpoint | None, out: Path, pro
         name = contents.rank_file(0, 1)
         specs = converted.layout() | {k: spec_of(x) for k, x in others.items()}
         files[name] = write_file(temporary / name, specs, _state(converted, others), progress)
-        manifest.write(temporary, {**body, "files": {n: info._asdict() for n, info in files.items()}})
-        check_written(temporary)
+        body = manifest.write(temporary, {**body, "files": {n: info._asdict() for n, info in files.items()}})
+        check_written(temporary, body)
         final = checkpoint_dir.commit(temporary)
         whole_checkpoints.remember(final)
         whole_checkpoints.prune(final, 2, Checkpoint)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from json.encoder import encode_basestring_ascii
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +28,36 @@ MAX_NBYTES = 2 * 2**30
 
 def dump(body: dict[str, Any]) -> bytes:
     """The text of a manifest: indented JSON, with the SHA-256 of the same text without ``sha256``."""
-    text = json.dumps(body, indent=1, allow_nan=False)
+    text = _indented(body, "\n")
     digest = hashlib.sha256(text.encode()).hexdigest()
     begin = "{" if text == "{}" else text.removesuffix("\n}") + ","
     return f'{begin}\n "sha256": "{digest}"\n}}\n'.encode()
 
 
-def write(directory: Path, body: dict[str, Any]) -> None:
+def _indented(value: Any, line: str) -> str:
+    """``json.dumps(value, indent=1, allow_nan=False)``, which takes four times as long."""
+    inner = f"{line} "
+    if isinstance(value, str):
+        return encode_basestring_ascii(value)
+    if isinstance(value, dict) and value:
+        keys = (encode_basestring_ascii(k if isinstance(k, str) else json.dumps(k)) for k in value)
+        items = [f"{key}: {_indented(x, inner)}" for key, x in zip(keys, value.values(), strict=True)]
+        return f"{{{inner}{f',{inner}'.join(items)}{line}}}"
+    if isinstance(value, (list, tuple)) and value:
+        return f"[{inner}{f',{inner}'.join([_indented(x, inner) for x in value])}{line}]"
+    return json.dumps(value, allow_nan=False)
+
+
+def write(directory: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """Returns what :func:`read` will."""
+    text = dump({"schema": SCHEMA, **body})
     with open(directory / MANIFEST, "wb") as file:
-        file.write(dump({"schema": SCHEMA, **body}))
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    written: dict[str, Any] = json.loads(text)
+    del written["sha256"]
+    return written
 
 
 def read(directory: Path) -> dict[str, Any]:

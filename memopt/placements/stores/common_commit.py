@@ -21,7 +21,7 @@ def go_on_together(homes: Homes, partition: Partition, process_group: Any) -> No
     directory = homes.durable if partition.world_size > 1 else None
     if directory is None:
         return
-    ranks = Ranks(process_group, "a directory")
+    ranks = Ranks(process_group, "@disk", "a directory")
     every = [
         [Commit(number, steps) for number, steps in commits]
         for commits in ranks.gather([list(commit) for commit in directory.commits()])
