@@ -62,6 +62,7 @@ def create(
     process_group: Any = None,
     capturable: bool = False,
     on_mismatch: Literal["convert", "refuse"] = "convert",
+    max_grad_norm: float | None = None,
     **unknown: NoReturn,
 ) -> Optimizer:
     """Make the optimizer that ``spec`` describes; an ordinary ``torch.optim.Optimizer`` to everything around it.
@@ -129,6 +130,9 @@ def create(
         capturable: Keep the step counts on the device, so that a CUDA graph can hold a step.
         on_mismatch: What ``load_state_dict`` does with state of another spec or tool: ``"convert"`` it, with a warning
             that says what was lost, or ``"refuse"`` it.
+        max_grad_norm: Clip inside the step: gradients whose norm, of all of them together, is larger are scaled down
+            to it, in registers; ``p.grad`` stays as it is, and ``opt.grad_norm`` is the norm. ``inf`` measures only; a
+            group may have its own. Default None, no clipping.
 
     Returns:
         The :class:`Optimizer`. No state is allocated before a parameter's first step (or ``init_state()``).

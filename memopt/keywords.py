@@ -97,3 +97,4 @@ class OptimizerKeywords(SpecKeywords, total=False):
     process_group: Any
     capturable: bool
     on_mismatch: Literal["convert", "refuse"]
+    max_grad_norm: float | None

@@ -10,7 +10,7 @@ from weakref import proxy
 import torch
 from torch import Tensor
 
-from memopt.core.hyperparameters import SpecError
+from memopt.core.hyperparameters import SpecError, check_max_grad_norm
 from memopt.core.integrity import Integrity
 from memopt.core.ledger import Ledger
 from memopt.engines import Engine
@@ -21,7 +21,7 @@ from memopt.optim.setup import Setup
 from memopt.optim.state_dict import dump, load, packed_bytes, restore_copied
 from memopt.optim.state_dtensors import ON_EVERY_RANK, REPLICAS, asking_framework, refuse
 from memopt.optim.state_store import StateStore
-from memopt.optim.step import Scaler, Stepper
+from memopt.optim.step import Scaler, Stepper, bounds_of
 from memopt.partitions import Partition
 from memopt.placements.stores.by_placement import Homes
 from memopt.placements.stores.common_commit import go_on_together
@@ -91,6 +91,7 @@ class Optimizer(torch.optim.Optimizer):
         process_group: Any = None,
         capturable: bool = False,
         on_mismatch: str = "convert",
+        max_grad_norm: float | None = None,
         **fields: Any,
     ) -> None:
         from memopt.pricing.price import spec_fields
@@ -106,7 +107,9 @@ class Optimizer(torch.optim.Optimizer):
                 on_mismatch=on_mismatch,
             ),
         )
-        super().__init__(named_groups(params), spec.resolve())
+        check_max_grad_norm(max_grad_norm, spec.engine)
+        clip = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
+        super().__init__(named_groups(params), {**spec.resolve(), **clip})
         self.spec = self.homes.spec = spec.for_names([name for name, _, _ in self.params.entries()])
         self._go_on_together()
         self.homes.expect(
@@ -154,6 +157,40 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     @property
+    def max_grad_norm(self) -> Any:
+        """The largest norm of all gradients together that a step takes as it is; larger ones are scaled down to it
+        inside the step, and ``p.grad`` stays as it is. None: nothing is clipped.
+
+        It stands in each group as ``group["max_grad_norm"]``, where a schedule may change it as it does ``lr``; a group
+        whose own is None or smaller is scaled by its own, of the same norm. Reading it gives one number, or where
+        groups have different ones a tuple; setting it sets all groups. ``math.inf`` measures :attr:`grad_norm` and
+        clips nothing.
+
+        >>> import torch, memopt
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> opt = memopt.create([w], "sgd", lr=1.0, max_grad_norm=1.0)
+        >>> w.grad = torch.tensor([3.0, 4.0])
+        >>> opt.step(); opt.grad_norm, w.data, w.grad
+        (tensor(5.), tensor([-0.6000, -0.8000]), tensor([3., 4.]))
+        """
+        bounds = [group.get("max_grad_norm") for group in self.param_groups]
+        return bounds[0] if all(bound == bounds[0] for bound in bounds) else tuple(bounds)
+
+    @max_grad_norm.setter
+    def max_grad_norm(self, bound: float | None) -> None:
+        check_max_grad_norm(bound, self.spec.engine)
+        self.defaults["max_grad_norm"] = bound
+        for group in self.param_groups:
+            group["max_grad_norm"] = bound
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of all gradients of the last step together, before clipping, fp32 []: for a log. NaN or infinite
+        where that was the reason to skip the step. None without :attr:`max_grad_norm`, and before the first step."""
+        norm = self.stepper.norm
+        return torch.tensor(norm) if isinstance(norm, float) else norm
+
+    @property
     def skipped_steps(self) -> int:
         """Steps that did not happen because of NaN or Inf, or because torch.amp.GradScaler's scale was too large."""
         self.settle()
@@ -170,12 +207,11 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether torch.amp.GradScaler hands over its scale instead of unscaling: to kernels that work beside the host,
-        and where gradients are released, to be refused."""
+        """Whether torch.amp.GradScaler hands over its scale instead of unscaling: to kernels, which undo it in
+        registers, and where gradients are released, to be refused."""
         if self.release is not None:
             return True
-        plan = self.stepper.plan
-        return self.nonfinite == "skip" and plan is not None and plan.takes_scale
+        return self.nonfinite == "skip" and self.stepper.plan is not None
 
     def release_gradients(self, model: torch.nn.Module, *, max_norm: float | None = None) -> Release:
         """Step each parameter inside ``backward()`` as soon as its gradient is there, and free the gradient.
@@ -198,6 +234,12 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "capturable=True steps all parameters at once, in opt.step(); released gradients step "
                 "one by one inside backward(); use one of them"
+            )
+        if bounds_of(self.param_groups) is not None:
+            raise RuntimeError(
+                "max_grad_norm needs the norm of all gradients before the first parameter steps, and here they step "
+                "one by one: set opt.max_grad_norm = None and use release_gradients(model, max_norm=…), which "
+                "takes the norm in a backward pass of its own"
             )
         self.setup.check_whole()
         self.settle()

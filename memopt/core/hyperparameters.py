@@ -55,6 +55,8 @@ def _bool(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+#: What is added to the norm of gradients before a bound is divided by it, as torch does.
+CLIP_EPS = 1e-6
 #: Hyperparameters that are on or off.
 FLAGS = (
     "maximize",
@@ -116,6 +118,19 @@ def check_live(rule: str, values: Mapping[str, Any]) -> None:
             fine = all(hasattr(part, "device") or is_number(part) for part in parts) or ok(value)
         if not fine:
             raise SpecError(f"{rule}: {name}={value!r} is not allowed; {name} must be {allowed}")
+
+
+def check_max_grad_norm(value: Any, engine: str = "native") -> None:
+    """Raise :class:`SpecError` for a bound of the norm of all gradients that is none. ``inf`` measures and clips
+    nothing."""
+    number = not isinstance(value, (bool, str, bytes)) and hasattr(value, "__float__")
+    if value is not None and not (number and float(value) > 0):
+        raise SpecError(f"max_grad_norm={value!r} is not allowed; it must be a number > 0 (inf only measures), or None")
+    if value is not None and engine != "native":
+        raise SpecError(
+            f"max_grad_norm={value!r} with engine={engine!r}: its kernels take gradients as they are; call "
+            "memopt.clip_grad_norm_(model, max_norm) before the step, or use the native engine"
+        )
 
 
 def check_names(rule: str, given: Mapping[str, Any], allowed: Mapping[str, Any]) -> None:

@@ -53,6 +53,9 @@ def explain(optimizer: OptimizerParts) -> str:
     if pages is not None and pages.wanted:
         rows.append(("pages", pages.explain()))
     rows += _masters(optimizer)
+    if optimizer.max_grad_norm is not None:
+        text = f"inside the step, to a norm of {optimizer.max_grad_norm} of all gradients together; p.grad stays"
+        rows.append(("clipping", text))
     if optimizer.release is not None:
         rows.append(("gradients", optimizer.release.explain()))
     rows.append(("NaN or Inf", f"{optimizer.nonfinite}; {optimizer.skipped_steps} steps skipped so far"))

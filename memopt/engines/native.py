@@ -129,7 +129,7 @@ def _plain_piece(work: Work, total: Callable[[Tensor], Tensor], seed: int) -> No
     p, rule, master = work.p, work.layout.rule, work.layout.master
     wide = p.dtype in (torch.float32, torch.float64)
     dtype = p.dtype if wide else torch.float32
-    g = work.g.to(dtype)
+    g = (work.g if work.scale == 1 else work.g * work.scale).to(dtype)
     if work.h["maximize"]:
         g = g.neg()
     state = ParameterState(work, total, seed, dtype)

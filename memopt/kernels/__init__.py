@@ -27,10 +27,10 @@ __all__ = [
     "StepOutcome",
     "check_capturable",
     "library",
+    "look",
     "make_plan",
     "missing",
     "needs_ranks",
-    "non_finite",
     "on_cpu",
     "slow_path",
     "status",
@@ -53,7 +53,7 @@ def make_plan(
     from memopt.kernels import cached_step, triton
 
     return triton.make_plan(context, works, originals, in_place, before) or cached_step.make(
-        context, works, originals, in_place
+        context, works, originals, in_place, before
     )
 
 
@@ -137,7 +137,7 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
         return list(works)
     left: list[Work] = []
     groups: list[abi.Group] = []
-    group_of: dict[int, int] = {}
+    group_of: dict[tuple[int, float], int] = {}
     tensors = (abi.TensorStep * len(works))()
     count = 0
     for work in works:
@@ -145,10 +145,11 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
         if twice or pack.refuse(work.layout, work.p, work.g):
             left.append(work)
             continue
-        if id(work.h) not in group_of:
-            group_of[id(work.h)] = len(groups)
-            groups.append(pack.describe_group(work.layout.rule, work.h))
-        pack.describe(tensors[count], work, group_of[id(work.h)])
+        key = id(work.h), work.scale
+        if key not in group_of:
+            group_of[key] = len(groups)
+            groups.append(pack.describe_group(work.layout.rule, work.h, work.scale))
+        pack.describe(tensors[count], work, group_of[key])
         count += 1
     if count:
         packed = (abi.Group * len(groups))(*groups)
@@ -190,25 +191,27 @@ def _over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[Any, list[BaseExcept
     return abi.Total(call), failed
 
 
-def non_finite(gradients: Sequence[tuple[str, Tensor]]) -> tuple[list[str], list[tuple[str, Tensor]]]:
-    """The names whose gradient holds a NaN or an Inf, and the gradients that were not looked at. One read of each."""
-    import torch
+def look(gradients: Sequence[Tensor], summed: bool) -> tuple[list[int], list[float], list[int]]:
+    """The places of gradients that hold a NaN or an Inf, the sum of squares of each if ``summed``, and the places of
+    those that were not looked at. One read of each."""
+    from memopt.kernels import abi, cached_step, pack
 
-    from memopt.kernels import abi, pack
-
-    found = library()
-    if found is None:
-        return [], list(gradients)
-    mine: list[tuple[str, Tensor]] = []
-    others: list[tuple[str, Tensor]] = []
-    for name, g in gradients:
+    sums = [0.0] * len(gradients) if summed else []
+    if library() is None:
+        return [], sums, list(range(len(gradients)))
+    mine: list[int] = []
+    others: list[int] = []
+    for i, g in enumerate(gradients):
         readable = g.is_cpu and g.dtype in pack.DTYPES and pack.dense(g)
-        (mine if readable else others).append((name, g))
+        (mine if readable else others).append(i)
     if not mine:
-        return [], others
+        return [], sums, others
     spans = (abi.Span * len(mine))()
-    for span, (_, g) in zip(spans, mine, strict=True):
+    for span, i in zip(spans, mine, strict=True):
+        g = gradients[i]
         span.data, span.numel, span.dtype = g.data_ptr(), g.numel(), pack.DTYPES[g.dtype]
-    if found.handle.memopt_all_finite(ctypes.byref(spans), len(mine), torch.get_num_threads(), found.index):
-        return [], others
-    return [name for span, (name, _) in zip(spans, mine, strict=True) if span.bad], others
+    bad = [mine[i] for i in cached_step.look(spans, summed)]
+    if summed:
+        for span, i in zip(spans, mine, strict=True):
+            sums[i] = span.squares
+    return bad, sums, others

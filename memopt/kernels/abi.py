@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
-VERSION = 5
+VERSION = 6
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
 SLOTS = 3
@@ -69,7 +69,7 @@ HYPER = (
 
 
 class Group(Structure):
-    _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [(name, c_double) for name in HYPER]
+    _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [(name, c_double) for name in (*HYPER, "gradient_scale")]
 
 
 class TensorStep(Structure):
@@ -101,6 +101,7 @@ class TensorStep(Structure):
         ("stacked", c_uint8),
         ("cut", c_uint8),
         ("master", c_uint8),
+        ("idle", c_uint8),
     ]
 
 
@@ -111,7 +112,14 @@ ALONE = Total()
 
 
 class Span(Structure):
-    _fields_ = [("data", c_void_p), ("numel", c_int64), ("dtype", c_uint8), ("bad", c_uint8)]
+    _fields_ = [
+        ("data", c_void_p),
+        ("numel", c_int64),
+        ("squares", c_double),
+        ("dtype", c_uint8),
+        ("idle", c_uint8),
+        ("bad", c_uint8),
+    ]
 
 
 STRUCTS = (Group, TensorStep, Span)

@@ -27,6 +27,7 @@ class StepContext(NamedTuple):
     integrity: Integrity
     found_inf: Tensor | None = None  # torch.amp.GradScaler's
     grad_scale: Tensor | None = None
+    bounds: Sequence[float | None] | None = None  # of each group, of the norm of all gradients; None: nobody has any
 
 
 class StepOutcome(NamedTuple):
@@ -40,8 +41,11 @@ class StepOutcome(NamedTuple):
 class Plan(Protocol):
     """A whole optimizer's step, prepared once and repeated while nothing but the gradients changes."""
 
-    #: Whether it takes torch.amp.GradScaler's ``grad_scale`` and ``found_inf``.
-    takes_scale: bool
+    #: Whether NaN and Inf, torch.amp.GradScaler's numbers and the norm of the gradients are looked at on the device.
+    on_device: bool
+    #: That of the gradients, where the device finds it.
+    norm: Tensor | None
+    #: Those that step this time.
     parameters: list[Tensor]
     #: Whether a CUDA graph has recorded it, which reads its tables from now on.
     recorded: bool
@@ -50,7 +54,7 @@ class Plan(Protocol):
     def pages(self) -> Pages | None: ...  # large ones, under what it steps on the CPU
     def check_recording(self) -> None: ...  # raises RuntimeError where it cannot be part of the graph that is captured
     def refresh(self, context: StepContext) -> bool: ...
-    def non_finite(self) -> list[str]: ...
-    def step(self) -> None: ...
+    def look(self, summed: bool) -> tuple[list[str], list[float]]: ...  # names of what is not finite; sums of squares
+    def step(self, scales: Sequence[float]) -> None: ...  # of each group, unless the device finds them
     def settle(self) -> StepOutcome | None: ...
     def skipped_on_device(self) -> int: ...

@@ -88,8 +88,8 @@ def open_library(path: Path) -> Library:
         ctypes.c_int32,
         abi.Total,
     ]
-    handle.memopt_all_finite.restype = ctypes.c_int32
-    handle.memopt_all_finite.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_int32]
+    handle.memopt_look.restype = ctypes.c_int32
+    handle.memopt_look.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int32] * 3]
     names = [handle.memopt_isa_name(i).decode().removeprefix("memopt_") for i in range(handle.memopt_isa_count())]
     asked = os.environ.get("MEMOPT_KERNELS", "")
     if asked and asked not in names:

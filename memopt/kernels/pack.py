@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 DTYPES = {getattr(torch, name): code for name, code in abi.DTYPES.items()}
 
 
-def describe_group(rule: Rule, h: Mapping[str, Any]) -> abi.Group:
-    """The hyperparameters of a group, as Python floats have them."""
+def describe_group(rule: Rule, h: Mapping[str, Any], scale: float = 1.0) -> abi.Group:
+    """The hyperparameters of a group, as Python floats have them; ``scale`` is what its gradients are multiplied by."""
     g = abi.Group()
+    g.gradient_scale = scale
     g.rule = abi.RULES[rule.inner]
     g.flags = flags(rule, h)
     g.lr = 0.0 if h["lr"] is None else float(h["lr"])
@@ -63,15 +64,45 @@ def flags(rule: Rule, h: Mapping[str, Any]) -> int:
     return sum(flag for flag, on in chosen.items() if on)
 
 
+class Facts(NamedTuple):
+    """What is the same at every step of a layout. ``refusal`` says why no kernel takes it, whatever its tensors;
+    ``prototype`` has all fields of a descriptor that do not depend on tensors; ``pointers`` are the others, as
+    ``(field, slot, state key)``."""
+
+    format: str
+    cuts_means: str | None
+    refusal: str | None
+    prototype: abi.TensorStep
+    pointers: tuple[tuple[str, int, str], ...]
+
+
+def facts(layout: ParamLayout) -> Facts:
+    """Worked out once for a layout."""
+    if layout.facts is None:
+        fmt = _format_of(layout)
+        refusal = _refusal(layout, fmt)
+        prototype, pointers = abi.TensorStep(), []
+        if refusal is None:
+            _fill(prototype, layout, fmt)
+            pointers = _pointers(prototype, layout)
+        layout.facts = Facts(fmt, _cuts_means(layout), refusal, prototype, tuple(pointers))
+    found: Facts = layout.facts
+    return found
+
+
 def format_of(layout: ParamLayout) -> str:
     """Format code passed to the kernel: that of all moments whose format is not fixed by the rule."""
+    return facts(layout).format
+
+
+def _format_of(layout: ParamLayout) -> str:
     names = {m.format.name for m in layout.moments if not m.moment.held}
     return "factored" if "factored" in names else next(iter(names), "32bit")
 
 
 def needs_ranks(layout: ParamLayout, world_size: int) -> str | None:
     """Which sums the ranks that share a parameter would have to exchange within a step, or None."""
-    if cut := cuts_means(layout):
+    if cut := facts(layout).cuts_means:
         return cut
     if world_size == 1:
         return None
@@ -80,12 +111,26 @@ def needs_ranks(layout: ParamLayout, world_size: int) -> str | None:
     return None
 
 
-def cuts_means(layout: ParamLayout) -> str | None:
+def _cuts_means(layout: ParamLayout) -> str | None:
     """Why a mean of some elements may have to be taken on two ranks, or None."""
     # One process alone has such rows too.
     if layout.rows.flat != FLAT_ROW and any(m.format.name == "rowmean" for m in layout.moments):
         return f"{layout.rule.name} takes means of {FLAT_ROW} elements of a vector that may be cut between any two"
     return None
+
+
+def _refusal(layout: ParamLayout, fmt: str) -> str | None:
+    rule, rows, master = layout.rule, layout.rows, layout.master
+    known = rule.wrapper in ("", "lookahead") and rule.inner in abi.RULES and fmt in abi.FORMATS
+    if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
+        return f"there is no kernel for {rule.name} in {layout.asked}"
+    if master.name not in abi.MASTERS:
+        return f"there is no kernel for +{master.name}"
+    if len(rows.local_shape) > 255:
+        return f"the kernels take at most 255 dimensions, and it has {len(rows.local_shape)}"
+    if master.dithered and (rows.flat != FLAT_ROW or (fmt == "factored" and len(rows.local_shape) > 2)):
+        return f"the random bits of +{master.name} begin within a row of the kernels' view"
+    return _cuts_means(layout)
 
 
 def refuse(layout: ParamLayout, p: Tensor, g: Tensor) -> str | None:
@@ -94,71 +139,97 @@ def refuse(layout: ParamLayout, p: Tensor, g: Tensor) -> str | None:
         return f"the kernels are for the CPU, and it is on {p.device}"
     if p.dtype not in DTYPES or g.dtype not in DTYPES:
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
-    rule, rows, fmt = layout.rule, layout.rows, format_of(layout)
-    known = rule.wrapper in ("", "lookahead") and rule.inner in abi.RULES and fmt in abi.FORMATS
-    if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
-        return f"there is no kernel for {rule.name} in {layout.asked}"
-    if layout.master.name not in abi.MASTERS:
-        return f"there is no kernel for +{layout.master.name}"
-    if p.dim() > 255:
-        return f"the kernels take at most 255 dimensions, and it has {p.dim()}"
-    if any(stride == 0 and size > 1 for size, stride in zip(p.shape, p.stride(), strict=True)):
+    if not p.is_contiguous() and any(n == 0 and size > 1 for size, n in zip(p.shape, p.stride(), strict=True)):
         return "several of its elements lie in one place, which torch refuses to write"
-    if layout.master.dithered and (rows.flat != FLAT_ROW or (fmt == "factored" and p.dim() > 2)):
-        return f"the random bits of +{layout.master.name} begin within a row of the kernels' view"
-    return cuts_means(layout)
+    return facts(layout).refusal
 
 
 def describe(target: abi.TensorStep, work: Work, group: int) -> None:
     """Fill ``target`` for a work that fits its layout."""
-    layout, p, g = work.layout, work.p, work.g
-    rows, master, fmt = layout.rows, layout.master, format_of(layout)
-    ctypes.memset(ctypes.byref(target), 0, ctypes.sizeof(target))  # of another work, that was given up half-way
+    layout, p, g, state = work.layout, work.p, work.g, work.state
+    known = facts(layout)
+    ctypes.memmove(ctypes.byref(target), ctypes.byref(known.prototype), _SIZE)
     if not (p.is_contiguous() and g.is_contiguous()):
         numbers = [*p.shape, *p.stride(), *g.stride()]
         target.layout, target.dims = (abi.c_int64 * len(numbers))(*numbers), p.dim()
     target.p, target.g = p.data_ptr(), g.data_ptr()
-    target.step, target.index, target.group = work.step, work.index & 0xFFFFFFFF, group
-    target.format, target.p_dtype, target.g_dtype = abi.FORMATS[fmt], DTYPES[p.dtype], DTYPES[g.dtype]
-    target.numel, target.whole_numel = p.numel(), Rows.whole(rows.shape).numel
+    target.step, target.group, target.g_dtype = work.step, group, DTYPES[g.dtype]
+    if work.groups:
+        target.cut = layout.needs_whole
+    for field, slot, key in known.pointers:
+        if slot < 0:
+            setattr(target, field, state[key].data_ptr())
+        else:
+            getattr(target, field)[slot] = state[key].data_ptr()
+
+
+_SIZE = ctypes.sizeof(abi.TensorStep)
+
+
+def _fill(target: abi.TensorStep, layout: ParamLayout, fmt: str) -> None:
+    """The fields that are a layout's."""
+    rows, master, numel = layout.rows, layout.master, layout.rows.numel
+    target.index = layout.index & 0xFFFFFFFF
+    target.format, target.p_dtype = abi.FORMATS[fmt], abi.DTYPES.get(layout.dtype, 0)
+    target.numel, target.whole_numel = numel, Rows.whole(rows.shape).numel
     target.first_row = rows.first
-    target.cut = layout.needs_whole and (layout.partitioned or bool(work.groups))
+    target.cut = layout.needs_whole and layout.partitioned
+    target.master = abi.MASTERS[master.name]
     if fmt == "factored":
         shape = rows.local_shape
         target.cols = shape[-1]
-        target.rows = p.numel() // max(shape[-1], 1)
+        target.rows = numel // max(shape[-1], 1)
         target.height = shape[-2]
         target.stacked = len(shape) > 2
         target.whole_height = rows.shape[-2]
     elif len(rows.shape) < 2 or (fmt == "32bit" and not master.dithered):
         # Without blocks and random bits it does not matter where rows begin.
         target.cols = FLAT_ROW if fmt != "32bit" or master.dithered else abi.CHUNK
-        target.rows = target.height = -(-p.numel() // target.cols)
+        target.rows = target.height = -(-numel // target.cols)
     else:
         target.rows = target.height = rows.count
         target.cols = rows.cols
-    target.master = abi.MASTERS[master.name]
-    if master.key:
-        target.kept = work.state[master.key].data_ptr()
+
+
+def _pointers(target: abi.TensorStep, layout: ParamLayout) -> list[tuple[str, int, str]]:
+    """Where the addresses of the state go; the order of its moments and the span of their means."""
+    found = [("kept", -1, layout.master.key)] if layout.master.key else []
     for order, m in enumerate(layout.moments):
-        tensors = [work.state[key] for _, key in m.keys]
+        keys = [key for _, key in m.keys]
         if m.moment is SLOW:
-            target.slow = tensors[0].data_ptr()
+            found.append(("slow", -1, keys[0]))
             continue
         if m.format.name == "rowmean":
-            target.span = span(rows)
+            target.span = span(layout.rows)
         slot = abi.SLOT[m.moment.name]
         target.order[slot] = order
-        target.data[slot] = tensors[0].data_ptr()
-        target.aux[slot] = tensors[1].data_ptr() if len(tensors) > 1 else None
+        found += [("data", slot, keys[0]), *([("aux", slot, keys[1])] if len(keys) > 1 else [])]
+    return found
+
+
+def copy(target: abi.TensorStep, source: abi.TensorStep) -> None:
+    """Make ``target`` the same, with memory of its own."""
+    ctypes.memmove(ctypes.byref(target), ctypes.byref(source), _SIZE)
+    if source.dims:
+        count = 3 * source.dims
+        target.layout = (abi.c_int64 * count)(*source.layout[:count])
+    target.idle = 0
 
 
 def dense(x: Tensor) -> bool:
     """Whether the elements fill a stretch of memory, in whatever order: then it can be read from end to end."""
-    if x.is_contiguous():
-        return True
+    return x.is_contiguous() or _fills(x.shape, x.stride())
+
+
+def is_dense(kind: tuple[Any, ...]) -> bool:
+    """The same of a tensor of this kind (:func:`memopt.kernels.signature.kind_of`)."""
+    _, _, _, shape, stride = kind
+    return stride is None or _fills(shape, stride)
+
+
+def _fills(shape: Sequence[int], strides: Sequence[int]) -> bool:
     filled = 1
-    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+    for stride, size in sorted(zip(strides, shape, strict=True)):
         if size != 1:
             if stride != filled:
                 return False
@@ -166,4 +237,4 @@ def dense(x: Tensor) -> bool:
     return True
 
 
-__all__ = ["DTYPES", "dense", "describe", "describe_group", "flags", "needs_ranks", "refuse"]
+__all__ = ["DTYPES", "copy", "dense", "describe", "describe_group", "flags", "is_dense", "needs_ranks", "refuse"]

@@ -34,7 +34,7 @@ class Signature:
     """That of these tensors; ``matches`` says whether others, in the same order, are alike."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._kinds = [_kind(x) for x in tensors]
+        self._kinds = [kind_of(x) for x in tensors]
         self._guards = None
         if _GUARDS is not None and tensors:
             self._guards = _GUARDS(*tensors, dynamic_dims_sizes=[], dynamic_dims_strides=None)
@@ -43,10 +43,11 @@ class Signature:
         if self._guards is not None and self._guards.check(*tensors):
             return True
         same = len(tensors) == len(self._kinds) and all(isinstance(x, Tensor) for x in tensors)
-        return same and all(_kind(x) == kind for x, kind in zip(tensors, self._kinds, strict=True))
+        return same and all(kind_of(x) == kind for x, kind in zip(tensors, self._kinds, strict=True))
 
 
-def _kind(x: Tensor) -> tuple[Any, ...]:
+def kind_of(x: Tensor) -> tuple[Any, ...]:
+    """Type, dtype, device, shape, and strides unless they follow from it."""
     if x.layout is not torch.strided:
         return type(x), x.layout
     return type(x), x.dtype, x.device, x.shape, None if x.is_contiguous() else x.stride()

@@ -64,13 +64,19 @@ def room(nbytes: int) -> int:
     return -(-nbytes // PAGE) * PAGE + PAGE if nbytes else 0
 
 
-def piece(name: str, outer: Rows, inner: Rows, layout: Layout) -> Piece:
-    """The rows ``inner`` of a parameter whose state here is of the rows ``outer``."""
-    before = {line.key: line.nbytes for line in layout(Rows(outer.shape, outer.first, inner.first))}
+def piece(name: str, outer: Rows, inner: Rows, layout: Layout, align: int = PAGE) -> Piece:
+    """The rows ``inner`` of a parameter whose state here is of the rows ``outer``. The parts of a whole one stand in a
+    buffer as where they are kept, one behind the other at multiples of ``align``: what is kept side by side is brought
+    at once."""
     parts, at = [], 0
+    if inner == outer:
+        for line in layout(inner):
+            parts.append(Part(line.key, line.dtype, line.shape, 0, line.nbytes, at))
+            at += -(-line.nbytes // align) * align
+        return Piece(name, inner, tuple(parts), at)
+    before = {line.key: line.nbytes for line in layout(Rows(outer.shape, outer.first, inner.first))}
     for line in layout(inner):
-        offset = 0 if inner == outer else before[line.key]
-        parts.append(Part(line.key, line.dtype, line.shape, offset, line.nbytes, at))
+        parts.append(Part(line.key, line.dtype, line.shape, before[line.key], line.nbytes, at))
         at += room(line.nbytes)
     return Piece(name, inner, tuple(parts), at)
 
@@ -101,11 +107,11 @@ def _power_of_two_in(n: int) -> int:
     return min(n & -n, PAGE)
 
 
-def pieces(name: str, rows: Rows, layout: Layout, whole: bool, target: int) -> list[Piece]:
+def pieces(name: str, rows: Rows, layout: Layout, whole: bool, target: int, align: int = PAGE) -> list[Piece]:
     """The pieces in which one parameter's state is leased, in order."""
     step = lease_rows(rows, layout, whole, target)
     if step is None:
-        return [piece(name, rows, rows, layout)]
+        return [piece(name, rows, rows, layout, align)]
     cuts = range(rows.first, rows.stop, step)
     return [piece(name, rows, Rows(rows.shape, i, min(i + step, rows.stop)), layout) for i in cuts]
 

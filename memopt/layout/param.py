@@ -57,15 +57,18 @@ class ParamLayout:
     ``partitioned`` whether ranks share parameters out, ``key`` what of the hyperparameters the moments depend on."""
 
     __slots__ = (
+        "_coded",
         "_expected",
         "_tensors",
         "asked",
         "dtype",
+        "facts",
         "index",
         "key",
         "master",
         "moments",
         "name",
+        "needs_whole",
         "partitioned",
         "placement",
         "rows",
@@ -92,11 +95,18 @@ class ParamLayout:
         self.name, self.index, self.rows, self.dtype = name, index, rows, dtype
         self.rule, self.moments, self.master, self.placement, self.seed = rule, moments, master, placement, seed
         self.asked, self.partitioned, self.key = asked, partitioned, key
+        #: Whether a step needs all of the parameter at once: for statistics of the whole, or a format that keeps such.
+        self.needs_whole = not rule.element_wise or any(m.format.whole_tensor for m in moments)
+        #: What kernels have worked out of this layout; theirs alone.
+        self.facts: Any = None
         self._tensors: dict[str, TensorSpec] | None = None
         self._expected: Expected | None = None
+        self._coded: frozenset[str] | None = None
 
     def at(self, rows: Rows) -> ParamLayout:
         """The same of other rows."""
+        if rows == self.rows:
+            return self
         return ParamLayout(
             self.name,
             self.index,
@@ -113,9 +123,11 @@ class ParamLayout:
         )
 
     @property
-    def needs_whole(self) -> bool:
-        """Whether a step needs all of the parameter at once: statistics of the whole, or a format that keeps such."""
-        return not self.rule.element_wise or any(m.format.whole_tensor for m in self.moments)
+    def coded(self) -> frozenset[str]:
+        """The names of moments that are kept in codes, under which nothing stands in a state of ours."""
+        if self._coded is None:
+            self._coded = frozenset(m.moment.name for m in self.moments if all(part for part, _ in m.keys))
+        return self._coded
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:

@@ -23,6 +23,7 @@ class Work(NamedTuple):
     step: int  # from 1
     h: Mapping[str, Any]
     groups: tuple[Any, ...] = ()  # the process groups over which the parameter's rows are cut
+    scale: float = 1.0  # what the gradient is multiplied by, as an fp32 number, and rounded to its dtype
     counted: Any = ...  # of dimension 0 of p, what counts in sums over ranks: not what is stepped on another one too
 
     @property

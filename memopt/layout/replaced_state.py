@@ -42,7 +42,7 @@ class Here(NamedTuple):
 
 def is_plain(layout: ParamLayout, state: Mapping[str, Any]) -> bool:
     """Whether a moment that is kept in a code stands in the state as torch.optim keeps it."""
-    return any(m.moment.name in state and all(part for part, _ in m.keys) for m in layout.moments)
+    return not layout.coded.isdisjoint(state)
 
 
 def lost_master(layout: ParamLayout, state: Mapping[str, Any]) -> bool:

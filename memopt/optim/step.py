@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from math import inf, isfinite, sqrt
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from torch import Tensor
@@ -12,14 +15,15 @@ from torch.autograd.graph import increment_version  # kernels write where autogr
 
 from memopt import kernels
 from memopt.layout.param_step import Work, count_steps
-from memopt.optim import grad_scaler
 from memopt.optim.params import Resolved
 from memopt.optim.state_store import StateStore
-from memopt.placements.gradients.checks import check_gradient, non_finite
+from memopt.placements.gradients.checks import check_gradient, clip_factor, known_finite, look, rounded
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout
 
+#: No gradient is multiplied by anything.
+NO_SCALES: Mapping[int, float] = MappingProxyType({})
 #: Place among all parameters, name, parameter, group.
 Entry = tuple[int, str, Tensor, dict[str, Any]]
 
@@ -41,6 +45,14 @@ class Scaler(NamedTuple):
     grad_scale: Tensor | None
 
 
+def bounds_of(groups: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
+    """The ``max_grad_norm`` of each group; None where none has one."""
+    bounds = [group.get("max_grad_norm") for group in groups]
+    if all(bound is None for bound in bounds):
+        return None
+    return [None if bound is None else float(bound) for bound in bounds]
+
+
 @final
 class Stepper:
     """``plan`` is the cached step: what was prepared for the tensors of the last one."""
@@ -51,6 +63,8 @@ class Stepper:
         self._captured: list[kernels.Plan] = []  # plans whose tables a CUDA graph reads
         #: Steps that did not happen, as far as the host has counted them.
         self.skipped = 0
+        #: The norm of all gradients of the last step, fp32; None where nobody asked for it.
+        self.norm: float | Tensor | None = None
 
     def step(self, scaler: Scaler) -> None:
         """One step of every parameter that has a gradient."""
@@ -64,8 +78,9 @@ class Stepper:
         with setup.partition.at_step(groups):
             with self._released():
                 gradients, ready = self._collect_gradients()
-                if not self._is_skipped(scaler, gradients, ready):
-                    works = self.step_some(ready)
+                scales = self._look(scaler, gradients, ready)
+                if scales is not None:
+                    works = self.step_some(ready, scales)
                     self._cache(works, scaler)
             self.store.commit()
 
@@ -84,6 +99,7 @@ class Stepper:
             setup.integrity,
             scaler.found_inf,
             scaler.grad_scale,
+            bounds_of(owner.param_groups),
         )
 
     def _run_cached(self, scaler: Scaler) -> bool:
@@ -93,13 +109,22 @@ class Stepper:
             return False
         plan.check_recording()
         self.settle()
-        if not plan.refresh(self._context(scaler)):
+        context = self._context(scaler)
+        if not plan.refresh(context):
             return False
         if plan.recorded and plan not in self._captured:
             self._captured.append(plan)
-        if self.setup.nonfinite == "propagate" or not self.stopped_by(plan.non_finite()):
-            plan.step()
-            increment_version(plan.parameters)
+        parameters = plan.parameters
+        scales: Sequence[float] | None
+        if plan.on_device:
+            bad, _ = plan.look(context.bounds is not None)
+            scales = None if self.stopped_by(bad) else ()
+            self.norm = plan.norm
+        else:
+            scales = self._scales(scaler, context.bounds, parameters, plan.look)
+        if scales is not None:
+            plan.step(scales)
+            increment_version(parameters)
         return True
 
     def _cache(self, works: Sequence[Work], scaler: Scaler) -> None:
@@ -120,6 +145,41 @@ class Stepper:
                 self.stopped_by(outcome.names)
             else:
                 self.skipped += outcome.skipped
+
+    # What gradients are multiplied by ----------------------------------------------------------------------------
+
+    def _scales(
+        self,
+        scaler: Scaler,
+        bounds: Sequence[float | None] | None,
+        parameters: Sequence[Tensor],
+        look: Callable[[bool], tuple[list[str], list[float]]],
+    ) -> list[float] | None:
+        """For each group the number that its gradients are multiplied by: what undoes a scaler's scale, and what clips
+        them. None where this step does not happen; it is counted then. One ``look(summed)`` at the gradients of
+        ``parameters`` gives the names of those with NaN or Inf and, if summed, the sums of their squares."""
+        partition, groups = self.setup.partition, self.params.owner.param_groups
+        inverse = 1.0
+        if scaler.found_inf is not None and bool(scaler.found_inf):
+            self.skipped += 1
+            return None
+        if scaler.grad_scale is not None:
+            inverse = rounded(1.0 / float(scaler.grad_scale))
+        if bounds is None:
+            self.norm = None
+            if self.setup.nonfinite != "propagate":
+                # Clipping has just read them; what other ranks have is asked in any case.
+                known = known_finite(None if p.grad is None else partition.memory_of(p, p.grad) for p in parameters)
+                if self.stopped_by(partition.agree([] if known else look(False)[0], parameters)):
+                    return None
+            return [inverse] * len(groups)
+        bad, squares = look(True)
+        total = partition.total_squares(parameters, squares)
+        self.norm = norm = rounded(sqrt(total) * inverse) if parameters else 0.0
+        if not isfinite(total) and self.setup.nonfinite != "propagate":
+            self.stopped_by(bad or ["a parameter on another rank"])
+            return None
+        return [rounded(inverse * clip_factor(norm, inf if bound is None else bound)) for bound in bounds]
 
     # The step without a cache ----------------------------------------------------------------------------------
 
@@ -167,24 +227,32 @@ class Stepper:
         self.store.check(Resolved(layout, p, group), local)
         return Ready(layout, p, group, local, g)
 
-    def _is_skipped(self, scaler: Scaler, gradients: Sequence[tuple[str, Tensor]], ready: Sequence[Ready]) -> bool:
-        setup = self.setup
+    def _look(
+        self, scaler: Scaler, gradients: Sequence[tuple[str, Tensor]], ready: Sequence[Ready]
+    ) -> dict[int, float] | None:
+        """:meth:`_scales` of a step without a plan, by identity of the group."""
+        setup, groups = self.setup, self.params.owner.param_groups
         if setup.capturable:
             kernels.check_capturable([(one.layout, one.p) for one in ready], setup.partition.world_size)
-        if grad_scaler.unscale(scaler.found_inf, scaler.grad_scale, gradients):
-            self.skipped += 1
-            return True
-        if setup.nonfinite == "propagate":
-            return False
-        return self.stopped_by(setup.partition.agree(non_finite(gradients), [one.p for one in ready]))
 
-    def step_some(self, ready: Sequence[Ready]) -> list[Work]:
-        """Step what :meth:`check` has found to fit."""
+        bounds = bounds_of(groups)
+        if bounds is not None and setup.release is not None:
+            raise RuntimeError(
+                "max_grad_norm needs the norm of all gradients before the first parameter steps, and gradients are "
+                "released: use opt.release_gradients(model, max_norm=…), which takes it in a backward pass of its own"
+            )
+        scales = self._scales(scaler, bounds, [one.p for one in ready], partial(look, gradients))
+        if scales is None:
+            return None
+        return {id(group): scale for group, scale in zip(groups, scales, strict=True) if scale != 1}
+
+    def step_some(self, ready: Sequence[Ready], scales: Mapping[int, float] = NO_SCALES) -> list[Work]:
+        """Step what :meth:`check` has found to fit, the gradients of each group multiplied by its number."""
         setup = self.setup
         setup.check_whole()
         setup.homes.check()
         self.store.allocate_missing([Resolved(*one[:3]) for one in ready])
-        works = [self._work(one) for one in ready]
+        works = [self._work(one, scales.get(id(one.group), 1.0)) for one in ready]
         parameters = [one.p for one in ready]
 
         def run(some: Sequence[Work]) -> None:
@@ -201,9 +269,9 @@ class Stepper:
             self.params.live.note_state(work.name, work.state)
         return works
 
-    def _work(self, one: Ready) -> Work:
+    def _work(self, one: Ready, scale: float) -> Work:
         state, groups = self.store.state[one.p], self.setup.partition.groups(one.p)
-        return Work(one.layout, one.local, one.gradient, state, int(state["step"]) + 1, one.group, groups)
+        return Work(one.layout, one.local, one.gradient, state, int(state["step"]) + 1, one.group, groups, scale)
 
     def local_gradient(self, layout: ParamLayout, p: Tensor) -> Tensor:
         """What is here of the gradient; of a replicated parameter the whole, whose NaN every rank must see."""

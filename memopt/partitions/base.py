@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from math import fsum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.core.rows import Rows, Shape
@@ -101,6 +102,11 @@ class Partition(ABC):
         """A view of these rows of ``x``, which is the parameter ``p`` or its gradient."""
         return owned(x, rows)
 
+    def memory_of(self, p: Tensor, x: Tensor) -> Tensor:
+        """The tensor whose memory is what is here of ``x``, which is the parameter ``p`` or its gradient; ``x`` where
+        there is none that is simply there."""
+        return x
+
     def groups(self, p: Tensor) -> Groups:
         """The groups over which the rows of ``p`` are cut."""
         return ()
@@ -127,6 +133,11 @@ class Partition(ABC):
 
         found = self.total(torch.tensor([float(bool(bad))], device=device))
         return bad or ["a parameter on another rank"] * bool(found.item())
+
+    def total_squares(self, parameters: Sequence[Tensor], squares: Sequence[float]) -> float:
+        """From the sums of squares of what is here of the gradients of these parameters that of all gradients, every
+        element counted once. Every rank must take part, unless none has gradients."""
+        return fsum(squares)
 
     def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
         """Ranges of the parameters that are stepped and published one after the other."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from math import fsum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.core.rows import Rows, Shape
-from memopt.partitions.base import Partition
+from memopt.partitions.base import Partition, sum_over
 from memopt.partitions.dtensor import Held, chunk, held, is_dtensor
 from memopt.partitions.world import Groups
 
@@ -68,8 +69,20 @@ class Sharded(Partition):
             x = x.redistribute(p.device_mesh, p.placements)
         return x.to_local()
 
+    def memory_of(self, p: Any, x: Any) -> Any:
+        return x._local_tensor if is_dtensor(x) and x.placements == p.placements else x
+
     def groups(self, p: Tensor) -> Groups:
         return self._of(p).groups
+
+    def total_squares(self, parameters: Sequence[Tensor], squares: Sequence[float]) -> float:
+        import torch
+
+        cut: dict[Groups, list[float]] = {}
+        for p, square in zip(parameters, squares, strict=True):
+            cut.setdefault(self.groups(p), []).append(square)
+        sums = [(torch.tensor([fsum(some)], dtype=torch.float64), groups) for groups, some in cut.items()]
+        return fsum(sum_over(one, groups).item() for one, groups in sums)
 
     def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         return self.anywhere(bad, parameters[0].device) if parameters else bad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, final
+from weakref import ref
 
 from memopt.core.rows import Rows, Shape, row_count
 from memopt.partitions.base import Partition, owned
@@ -36,6 +37,7 @@ class Zero1(Partition):
     def __init__(self, process_group: Any = None) -> None:
         super().__init__(process_group)
         self._travelling: list[_Bucket] = []
+        self._shards: dict[int, _Shards] = {}  # by identity of the parameter
 
     @staticmethod
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
@@ -55,7 +57,14 @@ class Zero1(Partition):
         if self.world_size > 1 and parameters:
             if len(self._travelling) == IN_FLIGHT:
                 self._travelling.pop(0).arrive()
-            self._travelling.append(_Bucket(self, parameters))
+            self._travelling.append(_Bucket(self, [self._shards_of(p) for p in parameters]))
+
+    def _shards_of(self, p: Tensor) -> _Shards:
+        found = self._shards.get(id(p))
+        if found is None or not found.fit(p):
+            self._shards = {key: one for key, one in self._shards.items() if one.owner() is not None}
+            found = self._shards[id(p)] = _Shards(self, p)
+        return found
 
     def finish(self) -> None:
         while self._travelling:
@@ -81,38 +90,52 @@ def buckets(nbytes: Sequence[int], kinds: Sequence[Any]) -> list[tuple[int, int]
     return [*found, (first, len(nbytes))] if nbytes else []
 
 
+class _Shards:
+    """The rows of one parameter, by rank. They hold its memory, and are cut again where it has other memory."""
+
+    def __init__(self, partition: Zero1, p: Tensor) -> None:
+        whole = p.detach()
+        rows = [partition.rows(tuple(p.shape), r, partition.world_size) for r in range(partition.world_size)]
+        self.owner = ref(p)
+        self._is = p.data_ptr(), p.shape, p.stride()
+        self.rows = [owned(whole, one) for one in rows]
+        self.numels = [one.numel() for one in self.rows]
+
+    def fit(self, p: Tensor) -> bool:
+        return self.owner() is p and self._is == (p.data_ptr(), p.shape, p.stride())
+
+
 class _Bucket:
     """One all-gather under way: each rank sends its rows of these parameters, padded to the longest rank's."""
 
-    def __init__(self, partition: Zero1, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, partition: Zero1, shards: Sequence[_Shards]) -> None:
         import torch
         import torch.distributed as dist
 
-        world = range(partition.world_size)
-        self._rank = partition.rank
-        self._shards = [
-            [owned(p, partition.rows(tuple(p.shape), r, partition.world_size)) for p in parameters] for r in world
-        ]
-        self._longest = max(sum(s.numel() for s in rank) for rank in self._shards)
-        send = parameters[0].new_zeros(self._longest)
-        if self._longest:
-            flat = torch.cat([s.detach().reshape(-1) for s in self._shards[self._rank]])
-            send[: flat.numel()] = flat
-        self._received = parameters[0].new_empty(self._longest * partition.world_size)
+        self._rank, self._shards = partition.rank, shards
+        self._numels = list(zip(*(one.numels for one in shards), strict=True))  # by rank
+        longest = max(map(sum, self._numels))
+        mine = [one.rows[self._rank].reshape(-1) for one in shards]
+        send = mine[0].new_zeros(longest)
+        if longest:
+            torch.cat(mine, out=send[: sum(self._numels[self._rank])])
+        self._received = send.new_empty(partition.world_size, longest)
         # Renamed in torch 2.13.
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         self._sent = send  # alive until it has been sent
         with answered("a step"):
-            self._work = gather(self._received, send, group=partition.group, async_op=True)
+            self._work = gather(self._received.view(-1), send, group=partition.group, async_op=True)
 
     def arrive(self) -> None:
         """Wait, and put every rank's rows where they belong."""
+        import torch
+
         with answered("a step"):
             self._work.wait()
-        for r, rank in enumerate(self._shards):
-            if r == self._rank:
-                continue
-            offset = r * self._longest
-            for s in rank:
-                s.copy_(self._received[offset : offset + s.numel()].view(s.shape))
-                offset += s.numel()
+        there, here = [], []
+        for r, numels in enumerate(self._numels):
+            if r != self._rank:
+                parts = self._received[r, : sum(numels)].split(numels)
+                there += [one.rows[r] for one in self._shards]
+                here += [x.view(one.rows[r].shape) for one, x in zip(self._shards, parts, strict=True)]
+        torch._foreach_copy_(there, here)

@@ -34,6 +34,7 @@ class Entry:
         self.nbytes = end
         self.state_nbytes = sum(part.nbytes for part in self.parts)
         self.offsets = {part.key: part.offset for part in self.parts}
+        self.nbytes_of = {part.key: part.nbytes for part in self.parts}
         self.begins = begins
         self.copy = copy
         self.uncommitted = False

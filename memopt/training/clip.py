@@ -7,18 +7,16 @@ Clipping of each *update* by its RMS is Adafactor's (Shazeer & Stern 2018) and b
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from math import inf
+from math import fsum, inf, isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memopt.core.hyperparameters import SpecError
+from memopt.core.hyperparameters import CLIP_EPS, SpecError
+from memopt.placements.gradients.checks import clip_factor, look, note_finite
 from memopt.placements.gradients.host_grad import Away
 from memopt.placements.gradients.prefetch import scaled
-
-#: What torch adds to the norm before it divides.
-EPS = 1e-6
 
 
 @torch.no_grad()
@@ -55,12 +53,20 @@ def clip_grad_norm_(what: Any, max_norm: float, norm_type: float = 2.0) -> Tenso
     _check("max_norm", max_norm)
     gradients = list(_gradients(what))
     norm = _norm(gradients, norm_type)
-    if norm.is_cpu and not max_norm < float(norm) + EPS < inf:
-        return norm  # nothing to scale; elsewhere to know it would cost a synchronisation
-    scale = (max_norm / (norm.double() + EPS)).clamp(max=1.0)
-    scale = scale.where(norm.isfinite(), 1.0).float()
-    for device, tensors in _by_device(map(local_part, gradients)).items():
-        torch._foreach_mul_(tensors, scale.to(device))
+    parts = [local_part(g) for g in gradients]
+    if norm.is_cpu:
+        scale = clip_factor(float(norm), max_norm)
+        if scale != 1:  # elsewhere to know it would cost a synchronisation
+            for device, tensors in _by_device(parts).items():
+                torch._foreach_mul_(tensors, torch.tensor(scale, device=device))  # a plain number would be rounded
+            scaled(gradients)
+        if isfinite(norm):
+            note_finite(parts)  # the step need not look again
+        return norm
+    factor = (max_norm / (norm.double() + CLIP_EPS)).clamp(max=1.0)
+    factor = factor.where(norm.isfinite(), 1.0).float()
+    for device, tensors in _by_device(parts).items():
+        torch._foreach_mul_(tensors, factor.to(device))
     scaled(gradients)
     return norm
 
@@ -129,7 +135,7 @@ def _norm(gradients: list[Tensor], p: float) -> Tensor:
         ],
         p,
     )
-    return (total if p == inf else total.pow(1 / p)).float()
+    return (total if p == inf else total.sqrt() if p == 2 else total.pow(1 / p)).float()
 
 
 def _power(tensors: list[Tensor], p: float) -> Tensor:
@@ -137,6 +143,10 @@ def _power(tensors: list[Tensor], p: float) -> Tensor:
     full = [t for t in tensors if t.numel()]
     if not full:
         return torch.zeros((), dtype=torch.float64, device=tensors[0].device)
+    if p == 2 and full[0].is_cpu:  # the numbers that a step finds when it clips by itself
+        return torch.tensor(fsum(look([("", t) for t in full], True)[1]), dtype=torch.float64)
+    if p == 2:
+        return torch.stack(torch._foreach_norm(full, p, dtype=torch.float64)).square().sum()
     wide = [t for t in full if t.dtype == torch.float64]  # which torch does not narrow
     rest = [t for t in full if t.dtype != torch.float64]
     found = torch._foreach_norm(wide, p) if wide else ()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from memopt.layout.steppable import STEPPED
-from memopt.placements.gradients.checks import check_gradient, non_finite
-from memopt.training.clip import EPS, PartialNorm
+from memopt.placements.gradients.checks import check_gradient, clip_factor, non_finite
+from memopt.training.clip import PartialNorm
 
 if TYPE_CHECKING:
     from memopt.optim.step import Stepper
@@ -153,7 +153,7 @@ class Release:
                 self._stop(name, "the norm of all gradients is not finite, and nothing was changed")
                 return
             if isfinite(self.norm):
-                p.grad.mul_(min(1.0, self.max_norm / (self.norm + EPS)))
+                p.grad.mul_(clip_factor(self.norm, self.max_norm))
         index, name, group = self._entries[id(p)]
         entry = index, name, p, group
         if not setup.homes.of(name).aside(name, p, entry, self._step_those):

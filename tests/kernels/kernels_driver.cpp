@@ -15,7 +15,7 @@ using namespace memopt;
 extern "C" int32_t memopt_isa_count();
 extern "C" const char* memopt_isa_name(int32_t);
 extern "C" int32_t memopt_step(const Group*, Tensor*, int64_t, uint32_t, int32_t threads, int32_t isa, Total);
-extern "C" int32_t memopt_all_finite(Span*, int64_t, int32_t threads, int32_t isa);
+extern "C" int32_t memopt_look(Span*, int64_t, int32_t summed, int32_t threads, int32_t isa);
 
 namespace {
 
@@ -96,13 +96,14 @@ std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int thre
     for (const Shape& shape : shapes) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
     if (format != FMT_FACTORED)
         for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
-    Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0, 0.1, 0, 1e-3, 5, 9, 9};
+    Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0, 0.1, 0, 1e-3, 5, 9, 9, 0, 0, 0.5};
     if (looks_ahead) group.slow_steps = 1, group.slow_rate = 0.5;
     for (Tensor& t : tensors) t.step = looks_ahead ? 1 : 3, t.cut = cut;
     if (rule == ADAFACTOR) group.beta2 = -0.8;
     std::vector<Span> spans;
-    for (Tensor& t : tensors) spans.push_back({t.g, t.numel, t.g_dtype, 0});
-    if (!memopt_all_finite(spans.data(), spans.size(), threads, isa)) std::exit(3);
+    for (Tensor& t : tensors) spans.push_back({t.g, t.numel, 0, t.g_dtype, t.idle, 0});
+    for (int summed = 0; summed < 2; summed++)
+        if (memopt_look(spans.data(), spans.size(), summed, threads, isa)) std::exit(3);
     for (int i = 0; i < 2; i++)
         if (memopt_step(&group, tensors.data(), tensors.size(), 5, threads, isa, cut ? alone : nullptr)) std::exit(4);
     return memory.image();

@@ -240,6 +240,7 @@ def test_a_plan_notices_what_changes(on) -> None:
     frozen = b.detach().clone()
     step(a)
     assert torch.equal(b, frozen)
+    assert opt.stepper.plan is first
     step(a, b)
     assert (float(opt.state[a]["step"]), float(opt.state[b]["step"])) == (4, 3)
     a.data = torch.zeros_like(a)
@@ -252,6 +253,27 @@ def test_a_plan_notices_what_changes(on) -> None:
     opt.param_groups[0].update(lr=0.0)
     step(a, b)
     assert torch.equal(a, kept)
+
+
+@pytest.mark.parametrize("spec", ["adamw-8bit", "adafactor", "lamb-factored", "stableadamw", "came", "adammini"])
+def test_a_plan_steps_those_that_have_gradients(spec, on) -> None:
+    def run(cached: bool) -> list[torch.Tensor]:
+        params = parameters([(17, 300), (9, 64), (33,), (0, 3)])
+        opt = memopt.create(params, spec)
+        for step in range(4):
+            on(True)
+            gradients(params, step)
+            if step:
+                params[step - 1].grad = None
+            if not cached:
+                opt.stepper.plan = None
+            first = opt.stepper.plan
+            opt.step()
+            assert not step or not cached or opt.stepper.plan is first
+        return [p.detach() for p in params] + [x for p in params for _, x in sorted(opt.state[p].items())]
+
+    for a, b in zip(run(True), run(False), strict=True):
+        assert_same_bits(a, b)
 
 
 def test_a_triton_that_does_not_start_is_not_used_and_says_why(monkeypatch) -> None:

@@ -5,7 +5,7 @@
 namespace memopt {
 
 // Changed whenever a struct, an enum or the meaning of a field changes; Python refuses a library with another number.
-constexpr int32_t ABI_VERSION = 5;
+constexpr int32_t ABI_VERSION = 6;
 
 enum Dtype : uint8_t { F32, BF16, F16 };
 enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME, ADABOUND, ADEMAMIX, ADAMMINI, LAMB, STABLEADAMW };
@@ -36,6 +36,7 @@ struct Group {
     double final_lr, peak, gamma;             // AdaBound; peak: the rate that final_lr belongs to, 0: this one
     double alpha, alpha_steps, beta3_steps;   // AdEMAMix; 0 steps: from the first on
     double slow_steps, slow_rate;             // of a rule inside lookahead(); 0 steps: it is not
+    double gradient_scale;                    // what gradients are multiplied by, and rounded to their dtype; 1: nothing
 };
 
 // Moments have fixed places: 0 the second moment, 1 the signed moment, 2 what else is not negative (the largest
@@ -74,6 +75,7 @@ struct Tensor {
     uint8_t stacked;      // FACTORED: matrices of a stack, even where one of them is held here
     uint8_t cut;          // rows may be on several ranks: no sum may depend on where they are cut
     uint8_t master;       // of masters with random bits rows and cols are those of the parameter in every format
+    uint8_t idle;         // it has no gradient in this step, and stays as it is
 };
 
 // Adds n numbers up over the ranks that share the rows of the tensors of a step, in place. Returns 0, or another number
@@ -84,7 +86,9 @@ typedef int32_t (*Total)(double* numbers, int64_t n);
 struct Span {
     const void* data;
     int64_t numel;
+    double squares;       // out, where asked for: the sum of the squares of its elements
     uint8_t dtype;
+    uint8_t idle;         // it is not there: not looked at
     uint8_t bad;          // out: 1 if it holds a NaN or an Inf
 };
 

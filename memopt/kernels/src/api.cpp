@@ -51,7 +51,8 @@ API int32_t memopt_step(const Group* groups, Tensor* tensors, int64_t count, uin
     return step(chosen(isa), groups, tensors, count, seed, threads, total);
 }
 
-// Sets `bad` of every span that holds a NaN or an Inf; returns whether none does.
-API int32_t memopt_all_finite(Span* spans, int64_t count, int32_t threads, int32_t isa) {
-    return finite(chosen(isa), spans, count, threads);
+// Sets `bad` of every span that holds a NaN or an Inf, and where `summed` is not 0 `squares` of all. Returns 0 if all are
+// finite, 2 if some are not, 1 if there was no memory for it.
+API int32_t memopt_look(Span* spans, int64_t count, int32_t summed, int32_t threads, int32_t isa) {
+    return look(chosen(isa), spans, count, summed != 0, threads);
 }

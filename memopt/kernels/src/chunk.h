@@ -26,6 +26,15 @@ __attribute__((noinline)) void look_ahead(float* slow, float* p, int n, const Le
     }
 }
 
+// The gradient times a number, as it would be had it been scaled where it lies: rounded to its dtype.
+__attribute__((noinline)) const float* scaled(const float* from, int n, uint8_t dtype, float scale, float* buffer) {
+    for (int i = 0; i < n; i += W) {
+        const vf x = loadf(from + i) * scale;
+        store(buffer + i, dtype == memopt::F32 ? x : dtype == memopt::BF16 ? rounded<Bf16>(x) : rounded<F16>(x));
+    }
+    return buffer;
+}
+
 INLINE const float* negated(const float* from, int n, float* buffer) {
     for (int i = 0; i < n; i++) buffer[i] = -from[i];
     return buffer;
@@ -59,6 +68,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     if (Rule::P) p = const_cast<float*>(load_weights(t, p_lies, at, p_buffer));
     const float* g = p;
     if (Rule::G) g = load_numbers(g_lies, at.n, t.g_dtype, g_buffer);
+    if (Rule::G && s.scaled) g = scaled(g, at.n, t.g_dtype, s.gradient_scale, g_buffer);
     if (Rule::G && __builtin_expect(s.gradient_sign != 0, 0)) g = negated(g, at.n, g_buffer);
     V v(t, 0, at, v_scratch, sums);
     M m(t, 1, at, m_scratch, sums);

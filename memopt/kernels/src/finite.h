@@ -1,7 +1,6 @@
-// Whether numbers are all finite, at the speed at which they can be read.
+// Whether numbers are all finite, and the sum of their squares, at the speed at which they can be read.
 #pragma once
-#include "abi.h"
-#include "vec.h"
+#include "halves.h"
 
 namespace {
 
@@ -31,6 +30,41 @@ bool all_finite(const void* data, int64_t n, uint8_t dtype) {
     const int16_t* x = static_cast<const int16_t*>(data);
     if (dtype == memopt::BF16) return finite_integers<int16_t, 0x7FFF, 0x7F80>(x, n);
     return finite_integers<int16_t, 0x7FFF, 0x7C00>(x, n);
+}
+
+// Squares of fp32 numbers fit into fp64, and so do sums of them: the sum is finite where all of them are. It is taken in
+// an order of its own, whatever is done with the piece afterwards.
+template <class Load>
+double sum_of_squares(const Load& at, int64_t n) {
+    constexpr int PLACES = 4;
+    vd sums[PLACES] = {};
+    const int64_t part = n / (PLACES * W) * W;
+    const auto add = [&](vd& sum, vf x) __attribute__((always_inline)) {
+        const vd wide = __builtin_convertvector(x, vd);
+        sum += wide * wide;
+    };
+    for (int64_t i = 0; i < part; i += W)
+        for (int k = 0; k < PLACES; k++) add(sums[k], at(k * part + i, W));
+    for (int64_t i = PLACES * part; i < n; i += W) add(sums[0], at(i, static_cast<int>(n - i < W ? n - i : W)));
+    return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+double squares(const void* data, int64_t n, uint8_t dtype) {
+    const float* full = static_cast<const float*>(data);
+    const uint16_t* half = static_cast<const uint16_t*>(data);
+    if (dtype == memopt::F32)
+        return sum_of_squares([&](int64_t i, int count) __attribute__((always_inline)) {
+            if (__builtin_expect(count == W, 1)) return loadf(full + i);
+            float tail[W] = {};
+            std::memcpy(tail, full + i, 4 * count);
+            return loadf(tail);
+        }, n);
+    return sum_of_squares([&](int64_t i, int count) __attribute__((always_inline)) {
+        uint16_t tail[W] = {};
+        if (__builtin_expect(count != W, 0)) std::memcpy(tail, half + i, 2 * count);
+        const uint16_t* from = count == W ? half + i : tail;
+        return dtype == memopt::BF16 ? load_bf16(from) : load_f16(from);
+    }, n);
 }
 
 }  // namespace

@@ -49,6 +49,7 @@ void MEMOPT_TABLE(memopt::Table& t) {
     using namespace memopt;
     t.name = STRING(MEMOPT_TABLE);
     t.all_finite = all_finite;
+    t.squares = squares;
     t.inverse_roots = inverse_roots;
     fill<AdamStep>(t.run[STEP_ADAM]);
     fill<AdamMaxStep>(t.run[STEP_ADAM_MAX]);

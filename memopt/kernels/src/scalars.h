@@ -38,6 +38,8 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
     Scalars s{};
     const double t = static_cast<double>(step);
     s.gradient_sign = h.flags & MAXIMIZE ? 0x80000000u : 0;
+    s.gradient_scale = static_cast<float>(h.gradient_scale);
+    s.scaled = s.gradient_scale != 1;
     s.decay = 1;
     s.lr = static_cast<float>(h.lr);
     s.update_scale = 1;

@@ -105,6 +105,8 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
     for (int64_t i = 0; room && i < count; i++) {
         Tensor& t = tensors[i];
         Prepared& ready = job.prepared[i];
+        job.before[i] = job.chunks;
+        if (t.idle) continue;
         const int64_t now = t.counter ? static_cast<int64_t>(*t.counter += 1) : t.step;
         int64_t k = kinds;
         while (k > 0 && k > kinds - 8 && (shared[k - 1].group != t.group || shared[k - 1].step != now)) k--;
@@ -119,7 +121,6 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         ready.keys[SLOTS] = static_cast<uint32_t>(now) * GOLDEN;
         ready.keys[SLOTS + 1] = fold(stem, MASTER_ORDER);
         ready.pass = single_pass(groups[t.group], t);
-        job.before[i] = job.chunks;
         if (ready.pass >= 0) job.chunks += t.numel ? t.rows * chunks_of(t.cols) : 0;
     }
     bool going = room;
@@ -127,7 +128,7 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         job.before[count] = job.chunks;
         for (int64_t i = 0; going && i < count; i++) {
             // A rank without rows of a parameter takes part in the sums over its ranks.
-            if (job.prepared[i].pass >= 0 || !(total ? tensors[i].whole_numel : tensors[i].numel)) continue;
+            if (tensors[i].idle || job.prepared[i].pass >= 0 || !(total ? tensors[i].whole_numel : tensors[i].numel)) continue;
             if (!total && tensors[i].numel < LARGE) job.small[job.small_count++] = i;
             else going = whole_step(table, groups[tensors[i].group], tensors[i], job.prepared[i], threads, total);
         }

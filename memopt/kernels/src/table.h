@@ -12,6 +12,8 @@ struct Lerp {
 // The numbers of one step of one group, rounded to fp32 where torch rounds them.
 struct Scalars {
     uint32_t gradient_sign;  // flips the gradient where the objective is maximised
+    float gradient_scale;    // of a gradient that is clipped or was scaled
+    bool scaled;             // gradient_scale is not 1
     float decay;             // p *= decay
     float l2;                // g += l2 * p
     bool coupled;            // l2 is not 0: asked for every vector, and a float costs a hundredth of the step there
@@ -58,6 +60,7 @@ struct Table {
     Run run[PASSES][FORMATS];
     void (*inverse_roots)(const float* x, float* out, int64_t n);
     bool (*all_finite)(const void* data, int64_t n, uint8_t dtype);
+    double (*squares)(const void* data, int64_t n, uint8_t dtype);  // their sum; not finite where an element is not
 };
 
 }  // namespace memopt

@@ -22,6 +22,7 @@ void renew_row_means(const Table&, const Tensor&, double beta2, const Scalars&, 
 bool whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Total total);
 
 int step(const Table&, const Group*, Tensor*, int64_t count, uint32_t seed, int threads, Total total);
-bool finite(const Table&, Span*, int64_t count, int threads);
+// 0: all gradients are finite, 2: some are not, 1: there was no memory and nobody has looked.
+int look(const Table&, Span*, int64_t count, bool summed, int threads);
 
 }  // namespace memopt

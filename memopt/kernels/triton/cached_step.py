@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from memopt.kernels.cached_entries import Known
+from memopt.kernels.cached_entries import Known, Record, record
 from memopt.kernels.context import StepOutcome
 from memopt.kernels.triton import tables
 from memopt.kernels.triton.available import capturing
@@ -29,22 +30,29 @@ if TYPE_CHECKING:
 
 
 class Plan(Known):
-    """The tables of all parameters that had a gradient; made by :func:`make`."""
+    """The tables of all parameters that have had a gradient; made by :func:`make`."""
 
     pages: Pages | None = None
-    takes_scale = True
+    on_device = True
 
-    def __init__(self, context: StepContext, works: Sequence[Work], launcher: Launcher) -> None:
-        super().__init__(context, works)
+    def __init__(
+        self, context: StepContext, records: Sequence[Record], made: Sequence[tables.Tensors], launcher: Launcher
+    ) -> None:
+        super().__init__(context, records)
+        self.made = made
         self.nonfinite, self.capturable, self.integrity = context.nonfinite, context.capturable, context.integrity
         self.launcher = launcher
         # Whether the kernels count on a gradient's alignment.
         self.aligned = [bucket.align > 1 for bucket in launcher.buckets]
-        self.counters = [work.state["step"] for work in works]
-        self.pending: tuple[Tensor, Any] | None = None  # flags on their way to the host, and when they are there
+        self.counters = [one.state["step"] for one in records]
+        self.stepping = self.counters  # those of this step
+        #: Flags on their way to the host, when they are there, and the counters of that step.
+        self.pending: tuple[Tensor, Any, list[Tensor]] | None = None
         self.found_inf: Tensor | None = None
         self.grad_scale: Tensor | None = None
-        self.steps = [0.0] * len(works)
+        #: That of all gradients of the last step, fp32 []; None where nobody asked for it.
+        self.norm: Tensor | None = None
+        self.steps = [0.0] * len(records)
 
     # Before a step ---------------------------------------------------------------------------------------------
 
@@ -56,27 +64,46 @@ class Plan(Known):
     def refresh(self, context: StepContext) -> bool:
         """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
         addresses = self.gradients(context) if self.same(context) else None
-        if addresses is None or any(a % tables.VECTOR for a, yes in zip(addresses, self.aligned, strict=True) if yes):
+        if addresses is None:
             return False
+        # 0 is said of those that have none; an empty one that is there has no address either, and nothing is read.
+        there = [a >= 0 for a in addresses]
+        addresses = [max(a, 0) or tables.VECTOR * yes for a, yes in zip(addresses, there, strict=True)]
+        if any(a % tables.VECTOR for a, yes in zip(addresses, self.aligned, strict=True) if yes):
+            return False
+        self.stepping = self.counters if all(there) else [x for x, yes in zip(self.counters, there, strict=True) if yes]
         self.nonfinite = context.nonfinite
         launcher = self.launcher
         self.recorded = self.recorded or capturing(launcher.device)
         launcher.gradients.set(addresses)
         if not self.capturable:
             self.steps = (torch.stack(self.counters) + 1).tolist() if self.counters else []
-        numbers = [number for group in self.groups for number in tables.hyper_row(self.rule, group)]
-        self.launcher.numbers.set([*numbers, *self.steps])
+        bounds = context.bounds or [None] * len(self.groups)
+        rows = [tables.hyper_row(self.rule, *both) for both in zip(self.groups, repeat(1.0), bounds, strict=False)]
+        self.launcher.numbers.set([*(number for row in rows for number in row), *self.steps])
         for i, group in enumerate(self.groups):
             for key in tables.rates_on_device(group):
                 self.launcher.hyper[i * f.HYPER.value + tables.RATES[key]].copy_(group[key])
-        self.found_inf, self.grad_scale = context.found_inf, context.grad_scale
+        # torch.amp.GradScaler's are where the loss is, which is another device in a model cut across several.
+        self.found_inf, self.grad_scale = (
+            None if x is None else x.reshape(1).to(launcher.device, torch.float32, non_blocking=True)
+            for x in (context.found_inf, context.grad_scale)
+        )
+        if context.bounds is None:
+            launcher.norm.zero_()
+        self.norm = None
         return True
 
-    def non_finite(self) -> list[str]:
+    def look(self, summed: bool) -> tuple[list[str], list[float]]:
         """Look at the gradients on the device. The kernels heed what they find themselves; only ``"raise"`` waits."""
         self.launcher.flags.zero_()
-        self.launcher.look()
-        return self._names(self.launcher.flags) if self.nonfinite == "raise" else []
+        if summed or self.nonfinite != "propagate":
+            self.launcher.look(summed, self.grad_scale)
+        if summed:
+            self.norm = self.launcher.norm.clone().squeeze(0)  # the next step writes the other
+        if self.nonfinite == "propagate":
+            self.launcher.flags.zero_()
+        return self._names(self.launcher.flags) if self.nonfinite == "raise" else [], []
 
     def _names(self, flags: Tensor) -> list[str]:
         found = flags.tolist()
@@ -89,24 +116,16 @@ class Plan(Known):
             launcher = self.launcher
             for table in (launcher.gradients, launcher.numbers):
                 write_by_value(table.tensor, table.values)
-            launcher.look()
+            launcher.look(context.bounds is not None)
 
     # The step --------------------------------------------------------------------------------------------------
 
-    def step(self) -> None:
-        """Step all parameters, unless the kernels find that this step does not happen."""
-        if self.nonfinite == "propagate":
-            self.launcher.flags.zero_()
-        # torch.amp.GradScaler's are where the loss is, which is another device in a model cut across several.
-        device = self.launcher.device
-        scaled = [
-            None if x is None else x.reshape(1).to(device, torch.float32, non_blocking=True)
-            for x in (self.found_inf, self.grad_scale)
-        ]
+    def step(self, scales: Sequence[float]) -> None:
+        """Step all parameters, unless the kernels find that this step does not happen; they find the scales, too."""
         with self.integrity.changing("a step"):  # one launch for each kind of parameter
-            self.launcher.run(*scaled)
+            self.launcher.run(self.found_inf, self.grad_scale)
             if not self.capturable:
-                torch._foreach_add_(self.counters, 1)
+                torch._foreach_add_(self.stepping, 1)
                 if self.nonfinite == "skip" or self.found_inf is not None:
                     self._send_flags()
 
@@ -114,28 +133,28 @@ class Plan(Known):
         """Send what became of this step to the host; :meth:`settle` reads it, by then it has arrived."""
         flags = self.launcher.flags
         if flags.device.type != "cuda":
-            self.pending = flags.clone(), None
+            self.pending = flags.clone(), None, self.stepping
             return
         with self.launcher.guard():  # an event is of the current device's stream
             host = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)
             host.copy_(flags, non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.pending = host, arrived
+        self.pending = host, arrived, self.stepping
 
     def settle(self) -> StepOutcome | None:
         """Where the last step did not happen, count it so and say so: called before anybody looks at the numbers of
         steps."""
         if self.pending is None:
             return None
-        flags, arrived = self.pending
+        flags, arrived, counters = self.pending
         self.pending = None
         if arrived is not None:
             arrived.synchronize()
         if not int(flags[-1]):
             return None
         with self.integrity.changing("counting a step that was skipped"):
-            torch._foreach_sub_(self.counters, 1)
+            torch._foreach_sub_(counters, 1)
         return StepOutcome(1, self._names(flags))  # without names torch.amp.GradScaler looks for a smaller scale
 
     def skipped_on_device(self) -> int:
@@ -201,15 +220,18 @@ def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
         else:
             mine.setdefault(work.p.device, []).append(work)
     for device, chosen in mine.items():
+        scales: dict[int, float] = {}  # by identity of the group
         groups: list[Any] = []
         for work in chosen:
-            if not any(work.h is group for group in groups):
+            if id(work.h) not in scales:
                 groups.append(work.h)
+            scales[id(work.h)] = work.scale
         rule = chosen[0].layout.rule
         launcher = _LAUNCHERS.find(rule, describe_all(chosen, seed, groups, False), device, len(groups))
         launcher.gradients.set([work.g.data_ptr() for work in chosen])
         known = [{**group, **{key: float(group[key]) for key in tables.rates_on_device(group)}} for group in groups]
-        numbers = [number for group in known for number in tables.hyper_row(rule, group)]
+        both = zip(known, groups, strict=True)
+        numbers = [number for h, group in both for number in tables.hyper_row(rule, h, scales[id(group)])]
         launcher.numbers.set([*numbers, *(float(work.step) for work in chosen)])
         launcher.run()
     return left
@@ -222,7 +244,8 @@ def make(
     in_place: Callable[[str, torch.device], bool],
     before: object,
 ) -> Plan | None:
-    """A plan for these parameters, after they have stepped; None where not all of them can go this way."""
+    """A plan for these parameters, after they have stepped, and for those that ``before`` knew; None where not all of
+    them can go this way."""
     one = len({work.p.device for work in works}) == 1
     # Sharded gradients are agreed on by the ranks.
     if context.spec.engine != "native" or context.partition.world_size > 1 or not one:
@@ -233,11 +256,21 @@ def make(
         counted = context.capturable or work.state["step"].device.type == "cpu"
         if not placed or not counted or work.p is not originals[work.index] or refuse_work(work, 1):
             return None
-    made = describe_all(works, context.seed, context.groups, context.capturable)
+    tensors = describe_all(works, context.seed, context.groups, context.capturable)
+    known: dict[int, tuple[Record, tables.Tensors]] = {}
+    if isinstance(before, Plan):
+        both = zip(before.still_known(context), before.made, strict=False)
+        known = {one.layout.index: (one, tensor.copy()) for one, tensor in both}
+    for work, tensor in zip(works, tensors, strict=True):
+        stepped = record(context, work, originals[work.index])
+        if stepped is None:
+            return None
+        known[work.index] = stepped, tensor
+    records, made = zip(*(known[index] for index in sorted(known)), strict=True)
     launcher = Launcher(works[0].layout.rule, made, works[0].p.device, len(context.groups))
     if isinstance(before, Plan) and before.launcher.device == launcher.device:
         launcher.skipped = before.launcher.skipped
-    plan = Plan(context, works, launcher)
+    plan = Plan(context, records, made, launcher)
     if context.capturable:
         plan.rehearse(context)
     return plan

@@ -12,7 +12,7 @@ from torch import Tensor
 from memopt.kernels.triton import scalars, tables
 from memopt.kernels.triton.device import codes, elementwise, means, row_means
 from memopt.kernels.triton.device import fields as f
-from memopt.kernels.triton.device.finite import finite_kernel
+from memopt.kernels.triton.device.finite import finite_kernel, norm_kernel
 from memopt.kernels.triton.device.rules import RENEWALS, STEPS, SUMS
 from memopt.kernels.triton.upload import Uploaded
 
@@ -58,7 +58,9 @@ class Launcher:
         self._element_wise(made)
         self._factored(made)
         self.table = self._on_device(torch.tensor([t.row for t in made], dtype=torch.int64))
-        self._looks = self._make_looks(made)
+        self._looks: list[Callable[[bool], None]] = []
+        self.sums = torch.zeros(self._make_looks(made), dtype=torch.float64, device=self.device)
+        self.norm = torch.zeros(1, dtype=torch.float32, device=self.device)
         # Of tables that need a few bytes each the allocator takes 512 of.
         self.nbytes += 8 * 512 + sum(x.nbytes for x in (self.gradients.tensor, self.numbers.tensor, self.scalars))
 
@@ -263,30 +265,35 @@ class Launcher:
             **size,
         )
 
-    def _make_looks(self, made: Sequence[tables.Tensors]) -> list[Callable[[], None]]:
-        """One launch for each dtype and alignment of gradients."""
+    def _make_looks(self, made: Sequence[tables.Tensors]) -> int:
+        """One launch for each dtype and alignment of gradients; returns how many sums they leave."""
         numels = self._on_device(torch.tensor([t.row[f.NUMEL.value] for t in made], dtype=torch.int64))
         kinds: dict[tuple[torch.dtype, int], list[int]] = {}
         for i, t in enumerate(made):
             aligned = t.bucket.align > 1 and t.row[f.NUMEL.value] % tables.VECTOR == 0
             kinds.setdefault((t.bucket.g_type, tables.VECTOR if aligned else 1), []).append(i)
-        looks: list[Callable[[], None]] = []
+        before = 0
         for (dtype, align), members in kinds.items():
             pieces = [-(-made[i].row[f.NUMEL.value] // FINITE_TILE) for i in members]
             run = tables.pieces_of_programs(sum(pieces), 1, FINITE_TILE)
             map_ = self._on_device(tables.programs(members, pieces, run))
             if len(map_):
-                looks.append(self._make_look(numels, map_, run, dtype, align))
-        return looks
+                self._looks.append(self._make_look(numels, map_, run, before, dtype, align))
+                before += len(map_)
+        return before
 
-    def _make_look(self, numels: Tensor, map_: Tensor, run: int, dtype: torch.dtype, align: int) -> Callable[[], None]:
-        return lambda: finite_kernel[(len(map_),)](
+    def _make_look(
+        self, numels: Tensor, map_: Tensor, run: int, before: int, dtype: torch.dtype, align: int
+    ) -> Callable[[bool], None]:
+        return lambda summed: finite_kernel[(len(map_),)](
             self.gradients.tensor,
             numels,
             map_,
             run,
             self.flags,
             len(self.buckets),
+            self.sums[before:],
+            SUMMED=summed,
             G_TYPE=tables.TYPES[dtype],
             TILE=FINITE_TILE,
             ALIGN=align,
@@ -296,11 +303,14 @@ class Launcher:
 
     # Running ---------------------------------------------------------------------------------------------------
 
-    def look(self) -> None:
-        """Set the flags of gradients that are not finite."""
+    def look(self, summed: bool = False, grad_scale: Tensor | None = None) -> None:
+        """Set the flags of gradients that are not finite, and with ``summed`` the norm of all."""
         with self.guard():
             for launch in self._looks:
-                launch()
+                launch(summed)
+            if summed:
+                scale = self.one if grad_scale is None else grad_scale
+                norm_kernel[(1,)](self.sums, len(self.sums), scale, self.norm, SPAN=SPAN, **OPTIONS)
 
     def run(self, found_inf: Tensor | None = None, grad_scale: Tensor | None = None) -> None:
         """Step every tensor, unless a flag or ``found_inf`` says that this step does not happen."""
@@ -308,6 +318,7 @@ class Launcher:
         with self.guard():
             scalars.prepare_kernel[(n,)](
                 self.table,
+                self.gradients.tensor,
                 self.hyper,
                 self.steps,
                 self.scalars,
@@ -315,6 +326,7 @@ class Launcher:
                 self.skipped,
                 self.zero if found_inf is None else found_inf,
                 self.one if grad_scale is None else grad_scale,
+                self.norm,
                 n,
                 RULE=self.rule,
                 num_warps=1,

@@ -5,6 +5,7 @@ a rate that is a tensor are read when the graph runs."""
 import triton
 import triton.language as tl
 
+from memopt.core.hyperparameters import CLIP_EPS
 from memopt.formats.factored import TINY
 from memopt.kernels.triton.device import fields as f
 
@@ -39,6 +40,7 @@ NUMBER = {
 }
 
 _TINY = tl.constexpr(TINY)
+_CLIP_EPS = tl.constexpr(CLIP_EPS)
 _INF = tl.constexpr(float("inf"))
 
 
@@ -97,6 +99,7 @@ def slow_beta(h, t):
 @triton.jit(do_not_specialize=["last"])
 def prepare_kernel(
     table,  # int64 [tensors, FIELDS]
+    gradients,  # int64 [tensors]: addresses; 0: there is none, and the tensor stays as it is
     hyper,  # fp64 [groups, HYPER]
     steps,  # fp64 [tensors]: the number of this step, where it is not counted on the device
     scalars,  # out: fp32 [tensors, SCALARS]
@@ -104,6 +107,7 @@ def prepare_kernel(
     skipped,  # int64 [1]: steps that did not happen
     found_inf,  # fp32 [1]: torch.amp.GradScaler's; 0 without one
     grad_scale,  # fp32 [1]: by which the loss was multiplied; 1 without one
+    norm,  # fp32 [1]: of all gradients; 0 where nobody asked for it
     last,  # tensors
     RULE: tl.constexpr,
 ):
@@ -113,10 +117,11 @@ def prepare_kernel(
     h = hyper + tl.load(row + f.GROUP) * f.HYPER
     to = scalars + i * f.SCALARS
     run = (tl.load(flags + last) == 0) & (tl.load(found_inf) == 0)
-    put(to, f.RUN, run)
     if i == 0:
         tl.store(skipped, tl.load(skipped) + tl.where(run, 0, 1))
         tl.store(flags + last + 1, tl.where(run, 0, 1))
+    run = run & (tl.load(gradients + i) != 0)
+    put(to, f.RUN, run)
 
     counter = tl.load(row + f.STEP)
     t = tl.load(steps + i)
@@ -134,7 +139,12 @@ def prepare_kernel(
     beta2 = tl.load(h + f.BETA2)
     eps = tl.load(h + f.EPS1)
     sign = tl.where(tl.load(h + f.MAXIMIZE) != 0, -1.0, 1.0)
-    put(to, f.SIGN, sign / tl.load(grad_scale).to(tl.float64))
+    size = tl.load(norm).to(tl.float64) + _CLIP_EPS
+    bound = tl.load(h + f.MAX_NORM)
+    clipped = (bound < size) & (size < _INF)
+    factor = tl.where(clipped, bound / tl.where(clipped, size, 1.0), 1.0).to(tl.float32).to(tl.float64)
+    inverse = (1.0 / tl.load(grad_scale).to(tl.float64)).to(tl.float32).to(tl.float64)
+    put(to, f.SIGN, sign * tl.load(h + f.GRADIENT_SCALE) * factor * inverse)
     decoupled = tl.load(h + f.DECOUPLED) != 0
     put(to, f.DECAY, tl.where(decoupled, 1.0 - lr * weight_decay, 1.0))
     put(to, f.L2, tl.where(decoupled, 0.0, weight_decay))

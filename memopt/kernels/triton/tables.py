@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
+from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -96,8 +98,9 @@ def rates_on_device(h: Mapping[str, Any]) -> list[str]:
     return [key for key in RATES if isinstance(h.get(key), Tensor) and h[key].device.type != "cpu"]
 
 
-def hyper_row(rule: Rule, h: Mapping[str, Any]) -> list[float]:
-    """A row of ``hyper``; rates on the device are 0 here and copied there."""
+def hyper_row(rule: Rule, h: Mapping[str, Any], scale: float = 1.0, bound: float | None = None) -> list[float]:
+    """A row of ``hyper``; rates on the device are 0 here and copied there. Gradients are multiplied by ``scale``, and
+    clipped where their norm is above ``bound``."""
     group = pack.describe_group(rule, {**h, **dict.fromkeys(rates_on_device(h), 0.0)})
     flags = group.flags
     torch_adafactor = rule.inner == "adafactor" and not flags & abi.TRANSFORMERS
@@ -105,6 +108,7 @@ def hyper_row(rule: Rule, h: Mapping[str, Any]) -> list[float]:
     row += [float(bool(flags & abi.MAXIMIZE)), float(bool(flags & abi.DECOUPLED or torch_adafactor))]
     for flag in (abi.NESTEROV, abi.TRANSFORMERS, abi.SCALE_PARAMETER, abi.RELATIVE_STEP, abi.WARMUP_INIT):
         row.append(float(bool(flags & flag)))
+    row += [scale, inf if bound is None else bound]
     return row + [0.0] * (f.HYPER.value - len(row))
 
 
@@ -172,7 +176,7 @@ class Tensors:
             row[f.HEIGHT.value] = rows.local_shape[-2]
             row[f.STACKED.value] = len(rows.shape) > 2
             row[f.LINES.value] = max(rows.cols // max(cols, 1), 1)
-        self.row = row
+        self.row = row  # how it is cut and where its sums are is added by the launcher
         self.blocks = row[f.BLOCKS.value]
         whole = (numel if flat else cols) % width == 0
         self.bucket = Bucket(
@@ -187,6 +191,12 @@ class Tensors:
             width,
             master.name,
         )
+
+    def copy(self) -> Tensors:
+        """The same, for another launcher."""
+        twin = copy(self)
+        twin.row = list(self.row)
+        return twin
 
 
 def geometry(fmt: str, rows: Rows, p: Tensor, flat: bool) -> tuple[int, int, int]:

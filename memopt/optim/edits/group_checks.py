@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memopt.core.hyperparameters import SpecError
+from memopt.core.hyperparameters import SpecError, check_max_grad_norm
 from memopt.core.param_names import clean_names
 from memopt.layout.steppable import check_steppable
 from memopt.rules import RULES
@@ -71,9 +71,10 @@ def check_group(group: Any, spec: OptimSpec, seen: set[int], live: bool = False)
     known = rule.hyperparameters
     given = {k: v for k, v in group.items() if k in known}
     for key in group:
-        if key not in known and key not in TORCH_KEYS:
-            _refuse_typo(key, known, spec.rule)
+        if key not in known and key not in (*TORCH_KEYS, "max_grad_norm"):
+            _refuse_typo(key, {**known, "max_grad_norm": None}, spec.rule)
     spec.resolve(given)
+    check_max_grad_norm(group.get("max_grad_norm"), spec.engine)
     for p in params:
         tensor = p[1] if isinstance(p, tuple) else p
         _check_parameter(tensor, p[0] if isinstance(p, tuple) else "a parameter", seen)

@@ -12,7 +12,7 @@ from operator import is_
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
-from memopt.core.hyperparameters import SpecError, check_live
+from memopt.core.hyperparameters import SpecError, check_live, check_max_grad_norm
 from memopt.core.param_names import clean_name
 from memopt.optim.edits.group_checks import check_group
 from memopt.rules import RULES
@@ -164,13 +164,14 @@ class LiveGroups:
         rule = RULES[spec.rule]
         for group in groups:
             try:
-                values = [group[key] for key in rule.hyperparameters]
+                values = [*(group[key] for key in rule.hyperparameters), group.get("max_grad_norm")]
             except KeyError as missing:
                 raise SpecError(f"a param group has lost {missing}, which {spec.rule} needs") from None
             before = self._values.get(id(group))
             if before is not None and len(before) == len(values) and all(map(is_, values, before)):
                 continue
-            h = dict(zip(rule.hyperparameters, values, strict=True))
+            h = dict(zip(rule.hyperparameters, values, strict=False))
             check_live(spec.rule, h)
             spec.check_live(h)
+            check_max_grad_norm(values[-1], spec.engine)
             self._values[id(group)] = values

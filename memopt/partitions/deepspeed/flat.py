@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from math import fsum
 from typing import TYPE_CHECKING, Any, final
 
 from memopt.core.hyperparameters import SpecError
@@ -41,6 +42,11 @@ class Flat(Partition):
                 if not known:
                     self._seen.append(p)
                 yield str(known[0] if known else len(self._seen) - 1), p, group
+
+    def total_squares(self, parameters: Sequence[Tensor], squares: Sequence[float]) -> float:
+        import torch
+
+        return self.total(torch.tensor([fsum(squares)], dtype=torch.float64)).item()
 
     def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         return self.anywhere(bad, "cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from math import prod
+from math import fsum, prod
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 import torch
@@ -146,6 +146,9 @@ class Fragments(Partition):
     def groups(self, p: Tensor) -> Groups:
         f = self._of[id(p)]
         return (f.origin.process_group,) if f.is_shared else ()
+
+    def total_squares(self, parameters: Sequence[Tensor], squares: Sequence[float]) -> float:
+        return self.total(torch.tensor([fsum(squares)], dtype=torch.float64)).item()
 
     def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         return self.anywhere(bad, "cpu")

@@ -111,9 +111,9 @@ def scaled(gradients: Iterable[Tensor]) -> None:
 
 @final
 class Early:
-    """``known`` is the home's: name -> (something, pieces) of the parameters that have stepped."""
+    """``known`` is the home's: name -> (something, pieces, something) of the parameters that have stepped."""
 
-    def __init__(self, known: Mapping[str, tuple[Any, Sequence[Piece]]]) -> None:
+    def __init__(self, known: Mapping[str, tuple[Any, Sequence[Piece], Any]]) -> None:
         self._known = known
         self._buffers: Sequence[Tensor] = ()  # the home's, uint8 [n] each
         self._hooks = Hooks(self)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.core.rows import Rows
-from memopt.layout.chunks import Buffers, Held, Piece, Setting, piece
+from memopt.layout.chunks import Buffers, Held, Part, Piece, Setting, piece
 from memopt.placements.base import E, Home, Placement, Run
 from memopt.placements.gradients.offload import Arrivals
 from memopt.placements.gradients.prefetch import Early
@@ -29,6 +28,7 @@ from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line
 from memopt.spec.placement_options import EARLY
 
 if TYPE_CHECKING:
+    from memopt.layout.param import ParamLayout
     from memopt.layout.param_step import Work
 
 
@@ -48,7 +48,7 @@ class Offloaded(Streamed):
         self.most = most_of(setting.options)
         self._host: list[Tensor] = []
         self._where = "cpu"
-        self._parts: dict[tuple[str, Rows], Piece] = {}
+        self._parts: dict[str, tuple[ParamLayout, list[Piece]]] = {}
         gradients = setting.options["offload_gradients"]
         self._arrivals = Arrivals(self._buffers_ready, self.nbytes) if gradients is True else None
         self._early = Early(self._known) if gradients == EARLY else None
@@ -126,9 +126,11 @@ class Offloaded(Streamed):
             return staging(held(work), self._arrivals is not None)
 
         for work in there:
-            state = held(work)
-            for part in self._cut(work, staged):
-                self._parts[work.name, part.rows] = piece(work.name, state.rows, part.rows, state.layout)
+            known = self._parts.get(work.name)
+            if known is None or known[0] is not work.layout:
+                state, cut = held(work), self._cut(work, staged)[1]
+                parts = [piece(work.name, state.rows, part.rows, state.layout) for part in cut]
+                self._parts[work.name] = work.layout, parts
         super().step(there, run, staged)
         if self._early is not None and there:
             self._early.ready(there[0].p.device, self._host, self._known_to_step())
@@ -157,31 +159,35 @@ class Offloaded(Streamed):
         there = [self._arrivals is not None or (loan.work.name, loan.number) in self._begun for loan, _ in lease]
         down_nbytes = sum(w.p.nbytes + (0 if t else w.g.nbytes) for (_, w, _), t in zip(loans, there, strict=True))
 
-        def staged(i: int, loan: Loan, work: Work, at: int) -> list[Tensor]:
-            """The parameter in the buffer, and the gradient behind it unless that is in host memory: as wide as they
-            are."""
-            return [
-                self._host[i][at + part.at : at + part.at + x.nbytes].view(x.dtype).view(x.shape)
-                for part, x in zip(loan.piece.parts, (work.p, work.g), strict=False)
-            ]
+        staged: list[list[Tensor]] = []
+
+        def stage(i: int) -> None:
+            """Where they are in the buffer: the parameter, and the gradient behind it unless that is in host memory; as
+            wide as they are."""
+            for loan, work, at in loans:
+                both = zip(loan.piece.parts, (work.p, work.g), strict=False)
+                staged.append([self._as_wide(i, at + part.at, x) for part, x in both])
 
         def down(i: int) -> None:
-            for one, g_is_there in zip(loans, there, strict=True):
-                p, *g = staged(i, *one)
-                p.copy_(one[1].p, non_blocking=True)
-                if not g_is_there:
-                    g[0].copy_(one[1].g, non_blocking=True)
+            stage(i)
+            into = [p for p, *_ in staged]
+            what = [work.p for _, work, _ in loans]
+            for (_, *g), (_, work, _), is_there in zip(staged, loans, there, strict=True):
+                if not is_there:
+                    into.append(g[0])
+                    what.append(work.g)
+            torch._foreach_copy_(into, what, non_blocking=True)
 
         def step(i: int) -> None:
-            def on_host(loan: Loan, work: Work, at: int) -> Work:
-                p, *g = staged(i, loan, work, at)
-                return self._on_host(loan, work, p, g[0] if g else work.g)
-
-            run([on_host(*one) for one in loans])
+            run(
+                [
+                    self._on_host(loan, work, p, g[0] if g else work.g)
+                    for (loan, work, _), (p, *g) in zip(loans, staged, strict=True)
+                ]
+            )
 
         def up(i: int) -> None:
-            for loan, work, at in loans:
-                work.p.copy_(staged(i, loan, work, at)[0], non_blocking=True)
+            torch._foreach_copy_([work.p for _, work, _ in loans], [p for p, *_ in staged], non_blocking=True)
 
         return [
             Operation("down", down, down_nbytes),
@@ -191,11 +197,17 @@ class Offloaded(Streamed):
 
     def _on_host(self, loan: Loan, work: Work, p: Tensor, g: Tensor) -> Work:
         whole = loan.work.state
+        if loan.layout is loan.work.layout:
+            return work._replace(p=p, g=g, state=whole)
         state = {
             part.key: bytes_of(whole[part.key], part).view(whole[part.key].dtype).view(part.shape)
-            for part in self._parts[work.name, work.rows].parts
+            for part in self._parts[work.name][1][loan.number].parts
         }
         return work._replace(p=p, g=g, state={"step": whole["step"], **state})
+
+    def _as_wide(self, i: int, at: int, x: Tensor) -> Tensor:
+        part = Part("", str(x.dtype).removeprefix("torch."), x.shape, 0, x.nbytes, 0)
+        return self.in_buffer(self._host[i], at, part)
 
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
         if self._arrivals is not None:

@@ -25,7 +25,7 @@ from memopt.placements.base import Placement, Run, Survivor
 from memopt.placements.entry import Entry, Sum
 from memopt.placements.stores.durable_directory import Directory
 from memopt.placements.stores.mapped_files import bytes_view
-from memopt.placements.stores.streaming import Loan, Placed, Streamed, tensor_in
+from memopt.placements.stores.streaming import Loan, Placed, Streamed
 from memopt.placements.transfer.device import Bus, bus_of
 from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.transfer.streams import Threads
@@ -153,16 +153,20 @@ class Files(Streamed):
         places = self._places(lease)
 
         def read(i: int) -> None:
-            for entry, part, at, offset in places:
-                shift = offset % PAGE
-                size = -(-(shift + part.nbytes) // PAGE) * PAGE
-                self.arena.read(self._views[i][at : at + size], entry.begin(entry.copy) + offset - shift)
+            for at, offset, size in runs([(at, e.begin(e.copy) + offset, part) for e, part, at, offset in places]):
+                self.arena.read(self._views[i][at : at + size], offset)
 
         def write(i: int) -> None:
             for entry, part, at, offset in places:
                 view = self._views[i][at + offset % PAGE :][: part.nbytes]
                 self._written.append((entry, part, zlib.crc32(view) if self.directory else 0))
-                self.arena.write(view, entry.begin(entry.next) + offset)
+            whole = [one for one in places if one[1].nbytes == one[0].nbytes_of[one[1].key]]
+            for at, offset, size in runs([(at, e.begin(e.next) + offset, part) for e, part, at, offset in whole]):
+                self.arena.write(self._views[i][at : at + size], offset)
+            for entry, part, at, offset in places if len(whole) < len(places) else ():
+                if part.nbytes < entry.nbytes_of[part.key]:  # the pages at its ends are those of other rows too
+                    view = self._views[i][at + offset % PAGE :][: part.nbytes]
+                    self.arena.write(view, entry.begin(entry.next) + offset)
 
         def step(i: int) -> None:
             memory = self._device if self._bus else self._host
@@ -193,7 +197,7 @@ class Files(Streamed):
     def _state(self, loan: Loan, memory: Tensor, base: int) -> dict[str, Tensor]:
         offsets = self.entries[loan.work.name].offsets
         return {
-            part.key: tensor_in(memory, base + part.at + (offsets[part.key] + part.offset) % PAGE, part)
+            part.key: self.in_buffer(memory, base + part.at + (offsets[part.key] + part.offset) % PAGE, part)
             if part.nbytes
             else loan.work.state[part.key]
             for part in loan.piece.parts
@@ -247,6 +251,26 @@ class Files(Streamed):
         if empty and self.directory and self._finalizer.alive:
             self.directory.clear()
         self._finalizer()
+
+
+def runs(found: Sequence[tuple[int, int, Part]]) -> list[tuple[int, int, int]]:
+    """Of parts ``(place in a buffer, offset in the file, part)`` the whole pages that have them, ``(place, offset,
+    bytes)``: neighbours in both are one.
+
+    >>> a, b = (Part(key, "uint8", (5000,), 0, 5000, 0) for key in "ab")
+    >>> runs([(0, 8192, a), (8192, 16384, b), (16384, 4096, a)])
+    [(0, 8192, 16384), (16384, 4096, 8192)]
+    """
+    merged: list[list[int]] = []
+    for at, offset, part in found:
+        shift = offset % PAGE
+        offset, size = offset - shift, -(-(shift + part.nbytes) // PAGE) * PAGE
+        last = merged[-1] if merged else None
+        if last and last[0] + last[2] == at and last[1] + last[2] == offset:
+            last[2] += size
+        else:
+            merged.append([at, offset, size])
+    return [(at, offset, size) for at, offset, size in merged]
 
 
 def _close(things: list[Threads | Directory | Arena]) -> None:

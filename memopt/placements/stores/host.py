@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
@@ -12,7 +13,7 @@ from memopt.core.ledger import Line
 from memopt.layout.chunks import Buffers, Held, Part, Setting
 from memopt.placements.base import Placement, Run
 from memopt.placements.stores.mapped_files import tensors_in
-from memopt.placements.stores.streaming import Placed, Streamed, bytes_of, tensor_in
+from memopt.placements.stores.streaming import Placed, Streamed, bytes_of
 from memopt.placements.transfer.device import Bus, bus_of
 from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
@@ -23,13 +24,20 @@ if TYPE_CHECKING:
     from memopt.layout.param_step import Work
 
 
+#: Bytes at whose multiples parts begin; states of at most so many bytes that lie in slabs; bytes of the largest slab.
+ALIGN, SMALL, SLAB = 64, 128 * 2**10, 4 * 2**20
+
+
 @final
 class Pinned(Streamed):
     target, most = HOST_TARGET, HOST_MOST
+    align = ALIGN
 
     def __init__(self, placement: Placement, setting: Setting) -> None:
         super().__init__(placement, setting.options["workspace"])
         self._device: list[Tensor] = []
+        self._slabs: list[Tensor] = []  # of small states, side by side: they are copied at once
+        self._end = 0  # of what is taken of the last one
         self._where = "cpu"
         self._bus: Bus | None = None
 
@@ -43,8 +51,23 @@ class Pinned(Streamed):
         parts, end = [], 0
         for line in lines:
             parts.append(Part(line.key, line.dtype, line.shape, end, line.nbytes, 0))
-            end += -(-line.nbytes // 64) * 64
-        return tensors_in(bus.host(end).numpy(), parts) if end else tensors_in(None, parts)
+            end += -(-line.nbytes // ALIGN) * ALIGN
+        if not end:
+            return tensors_in(None, parts)
+        memory, begin = self._room(bus, end)
+        return tensors_in(memory.numpy(), [part._replace(offset=begin + part.offset) for part in parts])
+
+    def _room(self, bus: Bus, nbytes: int) -> tuple[Tensor, int]:
+        """Host memory for so many bytes, and where in it they begin: of large states their own, of small ones a slab's,
+        each as large as all before together, so that at most half of what is taken lies idle."""
+        if nbytes > SMALL:
+            return bus.host(nbytes), 0
+        if not self._slabs or self._end + nbytes > self._slabs[-1].numel():
+            before = self._slabs[-1].numel() if self._slabs else SMALL // 2
+            self._slabs.append(bus.host(min(2 * before, SLAB)))
+            self._end = 0
+        begin, self._end = self._end, self._end + nbytes
+        return self._slabs[-1], begin
 
     def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
         on_host = [work for work in works if bus_of(work.p.device) is None]
@@ -58,12 +81,7 @@ class Pinned(Streamed):
 
     def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
         nbytes = sum(part.nbytes for loan, _ in lease for part in loan.piece.parts)
-        pairs = [
-            (bytes_of(loan.work.state[part.key], part), at + part.at)
-            for loan, at in lease
-            for part in loan.piece.parts
-            if part.nbytes
-        ]
+        pairs = self._pairs(lease)
 
         def up(i: int) -> None:
             for there, at in pairs:
@@ -74,7 +92,7 @@ class Pinned(Streamed):
                 [
                     loan.on(
                         {
-                            part.key: tensor_in(self._device[i], at + part.at, part)
+                            part.key: self.in_buffer(self._device[i], at + part.at, part)
                             if part.nbytes
                             else loan.work.state[part.key]
                             for part in loan.piece.parts
@@ -89,6 +107,31 @@ class Pinned(Streamed):
                 there.copy_(self._device[i][at : at + len(there)], non_blocking=True)
 
         return [Operation("up", up, nbytes), Operation("step", step, nbytes), Operation("down", down, nbytes)]
+
+    def _pairs(self, lease: Sequence[Placed]) -> list[tuple[Tensor, int]]:
+        """What is copied: bytes in host memory, and where they go in the buffer. Parts that lie side by side in a slab,
+        and so in the buffer, are one copy."""
+        slabs = sorted((slab.data_ptr(), slab) for slab in self._slabs) if self._slabs else []
+        begins = [begin for begin, _ in slabs]
+        runs: list[list[int]] = []  # number of the slab, first and last byte in it, place in the buffer
+        pairs: list[tuple[Tensor, int]] = []
+        for loan, at in lease:
+            for part in loan.piece.parts:
+                if not part.nbytes:
+                    continue
+                tensor = loan.work.state[part.key]
+                number = bisect_right(begins, tensor.data_ptr()) - 1
+                first = tensor.data_ptr() - begins[number] + part.offset if number >= 0 else 0
+                if number < 0 or first + part.nbytes > slabs[number][1].numel():
+                    pairs.append((bytes_of(tensor, part), at + part.at))
+                    continue
+                last = runs[-1] if runs else None
+                gap = first - last[2] if last and last[0] == number else -1
+                if last and 0 <= gap < ALIGN and first - last[1] == at + part.at - last[3]:
+                    last[2] = first + part.nbytes
+                else:
+                    runs.append([number, first, first + part.nbytes, at + part.at])
+        return [*pairs, *((slabs[number][1][first:last], at) for number, first, last, at in runs)]
 
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
         self._bus, self._where, self._device = bus_of(device), str(device), []

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memopt.core.rows import Rows
-from memopt.layout.chunks import Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
+from memopt.layout.chunks import PAGE, Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
 from memopt.placements.base import Home, Run
 from memopt.placements.transfer.pipeline import Lanes, Operation, stream
 
@@ -16,15 +15,17 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from memopt.layout.param import ParamLayout
     from memopt.layout.param_step import Work
 
 
 class Loan(NamedTuple):
-    """One piece of one work's state."""
+    """One piece of one work's state, and the layout of its rows."""
 
     work: Work
     piece: Piece
     number: int  # of the piece among the parameter's
+    layout: ParamLayout
 
     @property
     def nbytes(self) -> int:
@@ -32,18 +33,13 @@ class Loan(NamedTuple):
 
     def on(self, state: dict[str, Tensor]) -> Work:
         """The work that steps these rows alone, on this state."""
-        rows = self.piece.rows
-        start = rows.bounds[0] - self.work.rows.bounds[0]
-        stop = rows.bounds[1] - self.work.rows.bounds[0]
-        p, g = (cut(t, self.work.rows, rows, start, stop) for t in (self.work.p, self.work.g))
-        return self.work._replace(
-            layout=self.work.layout.at(rows), p=p, g=g, state={"step": self.work.state["step"], **state}
-        )
-
-
-def cut(x: Tensor, outer: Rows, inner: Rows, start: int, stop: int) -> Tensor:
-    """A view of the rows ``inner`` of ``x``, which has the rows ``outer``."""
-    return x if inner == outer else x[start:stop]
+        work = self.work
+        state["step"] = work.state["step"]
+        if self.layout is work.layout:
+            return work._replace(state=state)
+        begin = work.rows.bounds[0]
+        start, stop = (bound - begin for bound in self.piece.rows.bounds)
+        return work._replace(layout=self.layout, p=work.p[start:stop], g=work.g[start:stop], state=state)
 
 
 def tensor_in(buffer: Tensor, at: int, part: Part) -> Tensor:
@@ -60,6 +56,8 @@ def bytes_of(whole: Tensor, part: Part) -> Tensor:
     return whole.view(-1).view(torch.uint8)[part.offset : part.offset + part.nbytes]
 
 
+#: Tensors in buffers that are remembered, at most.
+REMEMBERED = 1 << 16
 #: A loan, and where it begins in the buffer.
 Placed = tuple[Loan, int]
 
@@ -79,12 +77,15 @@ class Streamed(Home):
     #: Bytes of a lease, unless the workspace is too small for several, and the number of buffers at most.
     target = 16 * 2**20
     most = 6
+    #: Bytes at whose multiples the parts of a parameter's state begin where they are kept.
+    align = PAGE
 
     def __init__(self, placement: Any, workspace: int) -> None:
         super().__init__(placement)
         self.nbytes = workspace
         self.buffers = Buffers(0, 0)
-        self._known: dict[str, tuple[tuple[Any, ...], list[Piece]]] = {}
+        self._known: dict[str, tuple[ParamLayout, list[Piece], list[ParamLayout]]] = {}
+        self._in_buffers: dict[tuple[int, Part, int], Tensor] = {}
         self._extents: dict[str, Extent] = {}
         self._lanes: Lanes | None = None  # of the last step
 
@@ -114,7 +115,13 @@ class Streamed(Home):
             self._step(mine, run, held, device)
 
     def _step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held], device: torch.device) -> None:
-        loans = [Loan(work, p, i) for work in works for i, p in enumerate(self._cut(work, held))]
+        loans: list[Loan] = []
+        for work in works:
+            layout, cut, layouts = self._cut(work, held)
+            if len(cut) == 1:
+                loans.append(Loan(work, cut[0], 0, layout))
+            else:
+                loans += [Loan(work, p, i, layouts[i]) for i, p in enumerate(cut)]
         self._fit(device)
         leases: list[list[Placed]]
         if any(work.groups for work in works):
@@ -152,14 +159,26 @@ class Streamed(Home):
         wanted = buffers(list(self._extents.values()), self._target, self.nbytes, self.most)
         if wanted != self.buffers:
             self.buffers = Buffers(0, 0)  # until they are there
+            self._in_buffers.clear()
             self.reserve(wanted, device)
             self.buffers = wanted
 
-    def _cut(self, work: Work, held: Callable[[Work], Held]) -> list[Piece]:
-        """Pieces of a work's state. They depend on its layout, of which the shapes in it tell the changes."""
-        key = (work.rows, *((k, t.dtype, t.shape) for k in work.layout.tensors for t in [work.state[k]]))
-        if self._known.get(work.name, ((), []))[0] != key:
+    def _cut(self, work: Work, held: Callable[[Work], Held]) -> tuple[ParamLayout, list[Piece], list[ParamLayout]]:
+        """A work's layout, the pieces of its state, and the layout of each: cut once for a layout."""
+        known = self._known.get(work.layout.name)
+        if known is None or known[0] is not work.layout:
             one = held(work)
-            self._known[work.name] = key, pieces(work.name, *one[:3], self._target)
+            cut = pieces(work.name, *one[:3], self._target, self.align)
+            known = self._known[work.name] = work.layout, cut, [work.layout.at(p.rows) for p in cut]
             self._extents[work.name] = extent(*one[:3], self._target)
-        return self._known[work.name][1]
+        return known
+
+    def in_buffer(self, buffer: Tensor, at: int, part: Part) -> Tensor:
+        """:func:`tensor_in` of one of the buffers, remembered: most steps are cut as the one before."""
+        key = id(buffer), part, at
+        found = self._in_buffers.get(key)
+        if found is None:
+            if len(self._in_buffers) > REMEMBERED:
+                self._in_buffers.clear()
+            found = self._in_buffers[key] = tensor_in(buffer, at, part)
+        return found

@@ -268,7 +268,8 @@ def sums_kernel(
     m_aux = tl.load(row_of + f.AUX1)
     squares = tl.zeros((TILE, WIDTH), tl.float32)
     terms = tl.zeros((TILE, WIDTH), tl.float32)
-    for start in range(first, tl.minimum(first + run * TILE, geometry[5]), TILE):
+    last = tl.where(c[f.RUN] != 0, tl.minimum(first + run * TILE, geometry[5]), first)
+    for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
         _row, _column, at, mask, half_at, half_live, live = place(geometry, block, WIDTH, KIND, ALIGN, WHOLE)
         g = load_gradient(g_at, at, mask, c)

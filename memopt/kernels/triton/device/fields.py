@@ -51,7 +51,9 @@ def _columns(count: int) -> list[tl.constexpr]:
 ) = _columns(32)
 FIELDS = tl.constexpr(32)
 
-#: fp64: the hyperparameters of one param group, before any are combined with the step.
+#: fp64: the hyperparameters of one param group, before any are combined with the step. GRADIENT_SCALE: what gradients
+#: are multiplied by, as far as the host knows it; MAX_NORM: the bound of the norm of all gradients together, infinite
+#: where nothing is clipped.
 (
     LR,
     WEIGHT_DECAY,
@@ -78,7 +80,9 @@ FIELDS = tl.constexpr(32)
     SCALE_PARAMETER,
     RELATIVE_STEP,
     WARMUP_INIT,
-) = _columns(25)
+    GRADIENT_SCALE,
+    MAX_NORM,
+) = _columns(27)
 HYPER = tl.constexpr(28)  # even: rows begin at multiples of 16 bytes
 
 #: fp32: the numbers of one step of one tensor, rounded where torch rounds them. RUN: 0 where this step does not

@@ -110,6 +110,7 @@ def renew_kernel(
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     columns = tl.zeros((TILE, WIDTH), tl.float32)
     squares = tl.zeros((TILE, WIDTH), tl.float32)
+    bottom = tl.where(c[f.RUN] != 0, bottom, top)
     for start in range(top, bottom, TILE):
         r = start + tl.arange(0, TILE)
         live = r < bottom
@@ -155,6 +156,7 @@ def updates_kernel(
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
     terms = tl.zeros((TILE, WIDTH), tl.float32)
+    bottom = tl.where(c[f.RUN] != 0, bottom, top)
     for start in range(top, bottom, TILE):
         r = start + tl.arange(0, TILE)
         live = r < bottom

@@ -74,7 +74,9 @@ def parameter_of(row_of, P_TYPE: tl.constexpr, K_TYPE: tl.constexpr, ALIGN: tl.c
 
 @triton.jit
 def load_gradient(g_at, at, mask, c):
-    return tl.load(g_at + at, mask=mask, other=0.0).to(tl.float32) * c[f.SIGN]
+    """fp32: as it would be had it been scaled where it lies, in its own dtype."""
+    g = tl.load(g_at + at, mask=mask, other=0.0)
+    return (g.to(tl.float32) * c[f.SIGN]).to(g.dtype).to(tl.float32)
 
 
 @triton.jit
