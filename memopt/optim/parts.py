@@ -38,6 +38,7 @@ class OptimizerParts(Protocol):
     nonfinite: str
     seed: int
     capturable: bool
+    max_grad_norm: Any
     unfinished: Any
     defaults: dict[str, Any]
     param_groups: list[dict[str, Any]]

@@ -276,6 +276,36 @@ def test_a_plan_steps_those_that_have_gradients(spec, on) -> None:
         assert_same_bits(a, b)
 
 
+@pytest.mark.parametrize("spec", ["adamw-8bit", "adafactor", "stableadamw"])
+def test_clipping_is_done_on_the_device_and_has_the_bits_of_clip_then_step(spec, on) -> None:
+    on(True)
+    shapes = [(17, 300), (33,), (0, 3)]
+    inside, outside = parameters(shapes), parameters(shapes)
+    opt, other = memopt.create(inside, spec, max_grad_norm=5.0), memopt.create(outside, spec)
+    for step in range(4):
+        for params in (inside, outside):
+            gradients(params, step)
+            for p in params:
+                p.grad.mul_(1e-3 if step == 2 else 10.0)
+        kept = [p.grad.clone() for p in inside]
+        norm = memopt.clip_grad_norm_(outside, 5.0)
+        opt.step()
+        other.step()
+        assert_same_bits(opt.grad_norm, norm)
+        assert (float(norm) > 5) == (step != 2)
+        for p, g in zip(inside, kept, strict=True):
+            assert_same_bits(p.grad, g)
+    for p, q in zip(inside, outside, strict=True):
+        assert_same_bits(p.detach(), q.detach())
+        for key, x in opt.state[p].items():
+            assert_same_bits(x, other.state[q][key], key)
+    inside[0].grad[0, 0] = float("inf")
+    opt.step()
+    assert not opt.grad_norm.isfinite()
+    with pytest.warns(UserWarning, match="gradient of 0: this step was skipped"):
+        assert opt.skipped_steps == 1
+
+
 def test_a_triton_that_does_not_start_is_not_used_and_says_why(monkeypatch) -> None:
     from triton.runtime import driver
 
