@@ -12,7 +12,7 @@ export TMPDIR ?= $(CURDIR)/build/tmp
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint bench clean
+.PHONY: help demo test sanitize lint bench docs dist clean
 
 help:
 	@echo "make demo    the memory of an 8-billion-parameter model, then five optimizers on one language model"
@@ -20,6 +20,8 @@ help:
 	@echo "make sanitize  the CPU kernels under the sanitizers (some minutes)"
 	@echo "make lint    ruff, mypy and the layers"
 	@echo "make bench   start-up, time of a step, and loss by format (half an hour)"
+	@echo "make docs    the documentation as a site, in build/site"
+	@echo "make dist    the source distribution and a wheel with the CPU kernels, in dist"
 	@echo "make clean   remove the environment and what the tools left behind"
 
 # An estimate whose answer is that nothing fits ends with exit code 1, which is no failure of the demo.
@@ -49,8 +51,26 @@ bench: $(READY)
 	$(BIN)/python benchmarks/masters.py
 	$(BIN)/python benchmarks/masters_step.py
 
+# The site needs no torch: an environment of its own.
+docs: build/docs-venv/.ready
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build --strict
+
+build/docs-venv/.ready: docs/requirements.txt
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install --quiet --requirement docs/requirements.txt
+	@touch $@
+
+# The wheel is made from the source distribution, which so shows that it is whole.
+dist: build/dist-venv/.ready
+	build/dist-venv/bin/python -m build --outdir dist .
+
+build/dist-venv/.ready:
+	$(PYTHON) -m venv build/dist-venv
+	build/dist-venv/bin/python -m pip install --quiet build
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "memopt needs Python 3.10 or newer: make PYTHON=python3.12")'

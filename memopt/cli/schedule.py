@@ -66,7 +66,8 @@ def run(args: Namespace) -> int:
 
     print(describe(factor))
     print("\n".join(terminal(at, rates, x_label="step", y_label="rate")))
-    steps_shown = sorted({0, factor.warmup, steps // 4, steps // 2, 3 * steps // 4, steps - 1} & set(range(steps)))
+    marks = {0, factor.warmup, steps // 4, steps // 2, 3 * steps // 4, steps - 1}
+    steps_shown = sorted(t for t in marks if 0 <= t < steps)
     print("  ".join(f"{t}: {args.lr * factor(t):.4g}" for t in steps_shown))
     return 0
 

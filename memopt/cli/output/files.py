@@ -14,8 +14,6 @@ def check(flag: str, path: str | None, *, picture: bool = False) -> None:
     that is no picture's, ImportError where matplotlib is missing. Leaves no file. ``None`` was not asked for."""
     if path is None:
         return
-    if picture:
-        check_picture(path)
     file = Path(path)
     try:
         if file.is_dir():
@@ -28,6 +26,8 @@ def check(flag: str, path: str | None, *, picture: bool = False) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or str(error)
         raise OSError(f"{flag} {path!r} cannot be written: {reason}") from None
+    if picture:
+        check_picture(path)
 
 
 def check_picture(path: str | os.PathLike[str]) -> None:
