@@ -164,7 +164,7 @@ def _varied(
         held = {k: v for k, v in options.items() if k != keyword}
 
         def at(n: int) -> Estimate:
-            return estimate(model, spec, gpu=gpu, **held, **{keyword: n})
+            return estimate(model, spec, gpu=gpu, **{**held, keyword: n})
 
         most, end = MOST.get(what, 2**16), "more is not allowed"
         if what == "seq":

@@ -134,7 +134,7 @@ def extent(rows: Rows, layout: Layout, whole: bool, target: int) -> Extent:
     """The same as of :func:`pieces`, without making them."""
     step = lease_rows(rows, layout, whole, target)
     if step is None or step >= rows.count:
-        nbytes = sum(room(line.nbytes) for line in layout(rows))
+        nbytes = sum(-(-line.nbytes // PAGE) * PAGE for line in layout(rows))
         return Extent(nbytes, nbytes)
     full, rest = divmod(rows.count, step)
     each = sum(room(line.nbytes) for line in layout(Rows(rows.shape, rows.first, rows.first + step)))

@@ -213,7 +213,7 @@ def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: T
         state = here.completed(state)
         there = here._replace(rows=rows, parameter=partition.local(p, rows, weights))
         gathered = partition.world_size > 1 and (isinstance(partition, Zero1) or is_dtensor(p))
-        record = record_of_all(here, state, partition) if gathered else here.record(state)  # type: ignore[arg-type]
+        record = record_of_all(here, state, partition) if gathered else here.record(state)
         begins: Any = weights  # what moments that begin as the weights begin as
         if is_dtensor(weights) and any(moment.begins for moment, _ in here.codes):
             begins = begins.full_tensor()
