@@ -140,7 +140,27 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient; ``closure`` re-evaluates the loss, which is returned."""
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: re-evaluates the loss, with gradients enabled, and returns it. Default None.
+
+        Returns:
+            What ``closure`` returned, or None.
+
+        Raises:
+            FloatingPointError: for NaN or Inf in a gradient with ``nonfinite="raise"``; nothing was changed.
+            RuntimeError: for a gradient or a state that does not fit its parameter, and after a step or a conversion
+                that stopped in the middle.
+            SpecError: for a hyperparameter in a group that was set to what means nothing.
+
+        >>> import torch, memopt
+        >>> w = torch.nn.Parameter(torch.ones(2))
+        >>> opt = memopt.create([w], "sgd", lr=0.5)
+        >>> w.grad = torch.ones(2)
+        >>> opt.step(); w.data
+        tensor([0.5000, 0.5000])
+        """
         self._consolidated = None
         loss = None
         if closure is not None:
@@ -277,7 +297,18 @@ class Optimizer(torch.optim.Optimizer):
 
     def ledger(self) -> Ledger:
         """What the state costs now, read from the live tensors; parameters that have not stepped have none. Tensors
-        that the user has put beside the state are in it."""
+        that the user has put beside the state are in it.
+
+        Returns:
+            A :class:`memopt.Ledger`, one line for each tensor; ``nbytes`` is their sum in bytes.
+
+        >>> import torch, memopt
+        >>> opt = memopt.create([torch.nn.Parameter(torch.zeros(256, 256))], "adamw-8bit")
+        >>> opt.ledger().nbytes
+        0
+        >>> opt.init_state(); opt.ledger().nbytes
+        133124
+        """
         return self.store.ledger()
 
     def close(self) -> None:
@@ -509,7 +540,16 @@ class Optimizer(torch.optim.Optimizer):
     # Looking ---------------------------------------------------------------------------------------------------
 
     def explain(self) -> str:
-        """What runs and where, and every place where that is not literally what the spec asked for."""
+        """What runs and where, and every place where that is not literally what the spec asked for.
+
+        Returns:
+            Lines of a label and a sentence.
+
+        >>> import torch, memopt
+        >>> opt = memopt.create([torch.nn.Parameter(torch.zeros(8))], "adamw-8bit", max_grad_norm=1.0)
+        >>> [line.split()[0] for line in opt.explain().splitlines()][:4]
+        ['spec', 'rule', 'format', 'engine']
+        """
         from memopt.diagnosis.explain import explain
 
         self.setup.check_whole()
