@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
+from memopt.core.param_kinds import kinds as kinds_of
 from memopt.keywords import PLACEMENT_DEFAULT, RULE_DEFAULT, SPEC_DEFAULT, Unset
 from memopt.optimizer import Optimizer
 from memopt.spec import OptimSpec
@@ -42,16 +43,22 @@ def create(
     final_lr: float | Unset = RULE_DEFAULT,
     base_lr: float | Unset | None = RULE_DEFAULT,
     gamma: float | Unset = RULE_DEFAULT,
+    ns_coefficients: tuple[float, float, float] | Unset = RULE_DEFAULT,
+    ns_steps: int | Unset = RULE_DEFAULT,
+    ns_dtype: Literal["auto", "bfloat16", "float32"] | Unset = RULE_DEFAULT,
+    adjust_lr_fn: Literal["original", "match_rms_adamw"] | Unset = RULE_DEFAULT,
     lookahead_steps: int | Unset = RULE_DEFAULT,
     lookahead_rate: float | Unset = RULE_DEFAULT,
     rule: str | Unset = SPEC_DEFAULT,
     format: str | Unset = SPEC_DEFAULT,
+    fallback: str | Unset = SPEC_DEFAULT,
     master: str | Unset = SPEC_DEFAULT,
     placement: str | Unset = SPEC_DEFAULT,
     partition: str | Unset = SPEC_DEFAULT,
     engine: Literal["native", "bitsandbytes"] | Unset = SPEC_DEFAULT,
     overrides: Mapping[str, str] | Unset = SPEC_DEFAULT,
     hyper: Mapping[str, Any] | Unset = SPEC_DEFAULT,
+    rules: Mapping[str, Mapping[str, Any]] | Unset = SPEC_DEFAULT,
     options: Mapping[str, Any] | Unset = SPEC_DEFAULT,
     directory: str | PathLike[str] | Unset = PLACEMENT_DEFAULT,
     workspace: int | str | Unset = PLACEMENT_DEFAULT,
@@ -60,6 +67,7 @@ def create(
     nonfinite: Literal["skip", "raise", "propagate"] = "skip",
     seed: int = 0,
     process_group: Any = None,
+    kinds: Mapping[str, str] | None = None,
     capturable: bool = False,
     on_mismatch: Literal["convert", "refuse"] = "convert",
     max_grad_norm: float | None = None,
@@ -82,14 +90,16 @@ def create(
             Default (0.9, 0.999); lion, stableadamw (0.9, 0.99); came, ademamix (0.9, 0.999, 0.9999).
         eps: Added to the denominator. For adafactor and came a pair: the smallest g², and the smallest RMS of a
             parameter (adafactor) or squared residual (came). sgd and lion have none.
-            Default 1e-8; lamb 1e-6; adafactor (None, 1e-3); came (1e-30, 1e-16).
+            Of muon the least norm that a matrix is divided by.
+            Default 1e-8; muon 1e-7; lamb 1e-6; adafactor (None, 1e-3); came (1e-30, 1e-16).
         weight_decay: Decoupled (``p <- p * (1 - lr * weight_decay)``), and for adam, sgd, rmsprop, radam and adabound
-            an L2 term in the gradient. Default 0; adamw, lamb, ademamix, adammini, stableadamw 1e-2.
+            an L2 term in the gradient.
+            Default 0; adamw, lamb, ademamix, adammini, stableadamw 1e-2; muon 0.1.
         maximize: Go up the gradient. Every rule. Default False.
         amsgrad: Divide by the largest second moment so far, one more moment. adamw, adam. Default False.
-        momentum: Decay of the momentum buffer; 0 keeps none. sgd, rmsprop. Default 0.
+        momentum: Decay of the momentum buffer; 0 keeps none. sgd, rmsprop, muon. Default 0; muon 0.95.
         dampening: Share of the gradient that does not enter the momentum. sgd. Default 0.
-        nesterov: Look one step of momentum ahead. sgd. Default False.
+        nesterov: Look one step of momentum ahead. sgd, muon. Default False; muon True.
         alpha: rmsprop: decay of the mean of squares. ademamix: weight of the slow mean.
             Default 0.99; ademamix 5.
         centered: Divide by the standard deviation instead of the root mean square. rmsprop, 32bit. Default False.
@@ -107,13 +117,22 @@ def create(
         base_lr: The rate that ``final_lr`` belongs to; None is the one that the group was made with. adabound.
             Default None.
         gamma: Speed at which the bounds close, per step, in (0, 1). adabound. Default 1e-3.
+        ns_coefficients: a, b, c of the Newton-Schulz iteration. muon. Default (3.4445, -4.775, 2.0315).
+        ns_steps: Iterations, from 1 to 99. muon. Default 5.
+        ns_dtype: What they are taken in; "auto" is bfloat16 where the processor multiplies it faster than fp32. muon.
+            Default "auto".
+        adjust_lr_fn: How the rate is scaled by a matrix's shape, as torch.optim.Muon's. muon.
+            Default "match_rms_adamw".
         lookahead_steps: Steps between two updates of the slow weights. lookahead(RULE). Default 5.
         lookahead_rate: Share of the way to the fast weights, in (0, 1]. lookahead(RULE). Default 0.5.
-        rule, format, master, placement, partition: What the spec leaves to its default, or, beside an OptimSpec,
-            values in the place of its own.
+        rule, format, fallback, master, placement, partition: What the spec leaves to its default, or, beside an
+            OptimSpec, values in the place of its own.
         engine: Whose kernels run: ``"native"`` or ``"bitsandbytes"``. Default "native".
-        overrides: Shell-style pattern over parameter names -> ``FORMAT``, ``@PLACEMENT`` or ``FORMAT@PLACEMENT``; the
-            first match wins. Default none.
+        overrides: Shell-style pattern over parameter names -> ``FORMAT``, ``RULE`` or ``RULE-FORMAT``, with or without
+            ``@PLACEMENT``, or ``@PLACEMENT`` alone; the first match wins. Default none.
+        rules: Hyperparameters of the spec's other rules (its fallback's, those of overrides), by rule:
+            ``{"adamw": {"lr": 3e-4, "betas": (0.9, 0.95)}}``. ``lr``, ``weight_decay`` and ``maximize`` are those of
+            the spec's rule where nothing else is said.
         hyper, options: Hyperparameters and placement options as mappings, beside those given as keywords.
         directory: ``@disk``: where the files are, which survive the process. Default: a temporary one.
         workspace: ``@host``, ``@cpu``, ``@disk``: bytes, or a size such as ``"1GiB"``, that state is streamed through.
@@ -127,6 +146,8 @@ def create(
         seed: Integer that stochastic rounding is drawn from; the same seed gives the same bits.
         process_group: ``torch.distributed`` group that shares the state under ``/zero1`` and ``/zero2``. Default: all
             ranks.
+        kinds: Parameter name -> ``"an embedding"``, ``"an output head"``, ``"a gate"`` or ``"a norm"``, where a rule of
+            hidden matrices cannot see it from the model (:func:`memopt.core.param_kinds.kinds` of it) or from names.
         capturable: Keep the step counts on the device, so that a CUDA graph can hold a step.
         on_mismatch: What ``load_state_dict`` does with state of another spec or tool: ``"convert"`` it, with a warning
             that says what was lost, or ``"refuse"`` it.
@@ -156,4 +177,5 @@ def create(
     del given["model_or_params"], given["spec"], given["unknown"]
     model = model_or_params
     params = model.named_parameters() if isinstance(model, torch.nn.Module) else model
+    given["kinds"] = {**kinds_of(model), **(kinds or {})}
     return Optimizer(params, spec, **given, **unknown)

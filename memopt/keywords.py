@@ -62,6 +62,10 @@ class Hyperparameters(TypedDict, total=False):
     final_lr: float
     base_lr: float | None
     gamma: float
+    ns_coefficients: tuple[float, float, float]
+    ns_steps: int
+    ns_dtype: Literal["auto", "bfloat16", "float32"]
+    adjust_lr_fn: Literal["original", "match_rms_adamw"]
     lookahead_steps: int
     lookahead_rate: float
 
@@ -80,12 +84,14 @@ class SpecKeywords(Hyperparameters, PlacementOptions, total=False):
 
     rule: str
     format: str
+    fallback: str
     master: str
     placement: str
     partition: str
     engine: Literal["native", "bitsandbytes"]
     overrides: Mapping[str, str]
     hyper: Mapping[str, Any]
+    rules: Mapping[str, Mapping[str, Any]]
     options: Mapping[str, Any]
 
 
@@ -95,6 +101,7 @@ class OptimizerKeywords(SpecKeywords, total=False):
     nonfinite: Literal["skip", "raise", "propagate"]
     seed: int
     process_group: Any
+    kinds: Mapping[str, str] | None
     capturable: bool
     on_mismatch: Literal["convert", "refuse"]
     max_grad_norm: float | None

@@ -14,7 +14,8 @@ from memopt.core.hyperparameters import SpecError, check_max_grad_norm
 from memopt.core.integrity import Integrity
 from memopt.core.ledger import Ledger
 from memopt.engines import Engine
-from memopt.optim.edits.group_checks import align_names, check_group, named_groups
+from memopt.optim.edits.group_checks import align_names, check_group, is_named, named_groups
+from memopt.optim.edits.rule_groups import check_assigned, split
 from memopt.optim.frameworks import warn_of_replacement
 from memopt.optim.params import Params
 from memopt.optim.setup import Setup
@@ -63,6 +64,9 @@ class Optimizer(torch.optim.Optimizer):
     beside the host (CUDA), a skipped step is counted when the next one begins or when ``skipped_steps`` or a state_dict
     is asked for: until then ``state[p]["step"]`` has counted it.
 
+    ``kinds`` are what modules say of parameters, by name (:func:`memopt.core.param_kinds.kinds`): which of them are
+    embeddings, heads or norms, to a spec whose rule steps hidden matrices. :func:`memopt.create` finds them in a model.
+
     ``capturable=True`` keeps ``step`` on the parameter's device, so that a step can be part of a CUDA graph; it needs
     kernels that run there for every parameter.
     """
@@ -92,6 +96,7 @@ class Optimizer(torch.optim.Optimizer):
         capturable: bool = False,
         on_mismatch: str = "convert",
         max_grad_norm: float | None = None,
+        kinds: Mapping[str, str] | None = None,
         **fields: Any,
     ) -> None:
         from memopt.pricing.price import spec_fields
@@ -109,8 +114,11 @@ class Optimizer(torch.optim.Optimizer):
         )
         check_max_grad_norm(max_grad_norm, spec.engine)
         clip = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
+        self.kinds = dict(kinds or {})
         super().__init__(named_groups(params), {**spec.resolve(), **clip})
         self.spec = self.homes.spec = spec.for_names([name for name, _, _ in self.params.entries()])
+        if spec.is_mixed:
+            check_assigned(list(self.params.entries()), self.spec, self.kinds, is_named(self.param_groups))
         self._go_on_together()
         self.homes.expect(
             lambda: {one.layout.name: one.layout.lines(str(one.p.device))[1:] for one in self.params.resolved()}
@@ -278,9 +286,11 @@ class Optimizer(torch.optim.Optimizer):
         self.setup.check_whole()
         if self.partition.is_flattened:
             raise RuntimeError("DeepSpeed has taken the parameters of this optimizer; no group can be added")
-        group = check_group(param_group, self.spec, {id(p) for g in self.param_groups for p in g["params"]})
-        align_names(group, self.param_groups)
-        super().add_param_group(group)
+        seen = {id(p) for g in self.param_groups for p in g["params"]}
+        groups = [check_group(group, self.spec, seen) for group in split(param_group, self.spec, self.kinds)]
+        for group in groups:
+            align_names(group, self.param_groups)
+            super().add_param_group(group)
         self.params.remember(edited=True)
         self.store.watch()
 
@@ -422,13 +432,14 @@ class Optimizer(torch.optim.Optimizer):
             for name in ("spec", "nonfinite", "seed", "capturable", "on_mismatch", "skipped_steps")
         }
         state = {p: packed_bytes(x) if isinstance(x, dict) else x for p, x in self.state.items()}
-        return {**super().__getstate__(), "state": state, "memopt": ours}
+        return {**super().__getstate__(), "state": state, "memopt": {**ours, "kinds": self.kinds}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         ours = state.pop("memopt", None)
         if ours is not None:
             skipped = ours.pop("skipped_steps")
+            self.kinds = ours.pop("kinds", {})
             self._make(Setup(ours.pop("spec"), **ours))
             self.stepper.skipped = skipped
         super().__setstate__(state)

@@ -69,7 +69,7 @@ def state_nbytes(
     for name, shape in model.shapes:
         if name not in model.frozen:
             dtype = weight_dtype(model, name, weights)
-            one = name if spec.overrides else first.setdefault((dtype, shape), name)
+            one = name if spec.overrides or spec.is_mixed else first.setdefault((dtype, shape), name)
             count[one] = count.get(one, 0) + 1
             if one == name:
                 chosen.append((name, TensorSpec(dtype, shape)))
@@ -119,7 +119,8 @@ def _workspace(
 
     rows = PARTITIONS[spec.partition].rows
     owned = [one for name, t in chosen for one in [(name, rows(t.shape, rank, world_size), t.dtype)] * count[name]]
-    return workspace_lines(spec, spec.resolve(), owned, DEVICE)
+    shapes = {name: tensor.shape for name, tensor in chosen}
+    return workspace_lines(spec, lambda name: spec.hyper_for(name, shapes[name]), owned, DEVICE)
 
 
 def tier(line: Line) -> str:
@@ -143,7 +144,8 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     most, target = {"host": (w.HOST_MOST, w.HOST_TARGET), "disk": (w.DISK_MOST, w.DISK_TARGET)}[placement]
     workspace = of_placement(spec.options, placement)["workspace"]
     step = lease_rows(
-        *held(resolve(spec, spec.resolve(), name, 0, rows, dtype))[:3], target_of(workspace, target, most)
+        *held(resolve(spec, spec.hyper_for(name, rows.shape), name, 0, rows, dtype))[:3],
+        target_of(workspace, target, most),
     )
     return rows.numel if step is None else min(step, rows.count) * rows.cols
 

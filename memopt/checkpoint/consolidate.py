@@ -34,7 +34,7 @@ def consolidated(optimizer: OptimizerParts, to: int | None) -> dict[int, dict[st
     for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, partition):
         state = optimizer.state.get(p)
         if state:
-            own = own_entries(slot.spec.rule, state)
+            own = own_entries(slot.rule, state)
             record = record_of_all(slot, {key: x for key, x in state.items() if key not in own}, partition)
             if here:
                 found[slot.index] = {**_whole(slot, state, record), **copy.deepcopy(own)}

@@ -10,7 +10,7 @@ from torch import Tensor
 from memopt.checkpoint import partial_load
 from memopt.checkpoint.conversion.compatibility import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.conversion.in_place import slots, sum_over_ranks
-from memopt.checkpoint.conversion.param_state import Slot, fill_slot
+from memopt.checkpoint.conversion.param_state import Slot, fill_slot, filling
 from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.checkpoint.state.saved import Record, Source
@@ -41,10 +41,11 @@ class Plan:
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
         if not all(has_shape(p) for _, p, _ in optimizer.params.entries()):
             raise ValueError("a parameter of a lazy module has no shape yet: it must see data before it is loaded")
-        rule = RULES[source.spec.rule]
-        full = {name: {**rule.hyperparameters, **h} for name, h in self._old_hyper.items()}
         dormant = [
-            rule.dormant(full.get(record.name, rule.hyperparameters), record.moments) for record in self._records
+            source.rule_of(record.name).dormant(
+                {**source.rule_of(record.name).hyperparameters, **self._old_hyper.get(record.name, {})}, record.moments
+            )
+            for record in self._records
         ]
         self._slots = [
             (p, slot._replace(seed=self._seed))
@@ -60,7 +61,8 @@ class Plan:
         for (_, slot), record in zip(self._slots, self._records, strict=True):
             kept |= {m.name for m, _ in moment_codes(slot.spec, slot.h, slot.name, slot.shape)}
             if record.stepped:
-                slot.check(record, source.spec.rule, fill)
+                before = source.rule_of(record.name).name
+                slot.check(record, before, filling(source.spec, slot, before, fill))
         unused_fill(fill, kept)
 
     def _merged_groups(self, names: list[str]) -> list[dict[str, Any]]:
@@ -76,16 +78,17 @@ class Plan:
                 f"the param groups differ: saved with {theirs} parameters each, here {ours}, or in "
                 "another order; hyper=False keeps the groups that are here"
             )
-        known = RULES[source.spec.rule].hyperparameters
         merged = []
         for group, saved in zip(optimizer.param_groups, saved_groups, strict=True):
             if saved is None:
                 merged.append(dict(group))
                 continue
-            notes = {k: v for k, v in saved.hyper.items() if k not in known and k not in TORCH_EXECUTION}
-            h = {**group, **notes, **carried(source.spec.rule, optimizer.spec.rule, saved.hyper)}
-            optimizer.rule.check(h)
-            optimizer.spec.check_live({k: h[k] for k in optimizer.rule.hyperparameters})
+            before, now = source.spec.rule_of(saved.hyper), optimizer.setup.rule_of(group)
+            known = {*RULES[before].hyperparameters, *TORCH_EXECUTION, "rule"}
+            notes = {k: v for k, v in saved.hyper.items() if k not in known}
+            h = {**group, **notes, **carried(before, now.name, saved.hyper)}
+            now.check(h)
+            optimizer.spec.check_live({k: h[k] for k in now.hyperparameters}, now.name)
             merged.append(h)
         return merged
 
@@ -115,7 +118,7 @@ class Plan:
         """Into the memory that is there, where the layout is the same."""
         state = self._optimizer.state[p]
         lines = self._optimizer.store.lines(slot.name, p, slot.h)
-        for key in own_entries(slot.spec.rule, state):
+        for key in own_entries(slot.rule, state):
             del state[key]
         there = {
             key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) if isinstance(t, Tensor) else None

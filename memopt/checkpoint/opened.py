@@ -189,6 +189,7 @@ class Checkpoint:
         spec = OptimSpec(
             **{**_axes(saved["spec"]), "engine": saved["engine"], "overrides": saved["overrides"]},
             hyper=self._decoded(saved["hyper"], "the hyperparameters"),
+            rules=self._decoded(saved["rules"], "the hyperparameters of its rules") if "rules" in saved else {},
         )
         groups = [
             Group(group["parameters"], self._decoded(group["hyper"], f"param group {i}"))
@@ -283,4 +284,4 @@ def _axes(text: str) -> dict[str, str]:
     from memopt.spec import parse
 
     spec = parse(text)
-    return {axis: getattr(spec, axis) for axis in ("rule", "format", "master", "placement", "partition")}
+    return {axis: getattr(spec, axis) for axis in ("rule", "format", "fallback", "master", "placement", "partition")}

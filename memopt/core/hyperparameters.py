@@ -51,6 +51,10 @@ def _count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
+def _numbers(value: Any, count: int) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == count and all(map(is_number, value))
+
+
 def _bool(value: Any) -> bool:
     return isinstance(value, bool)
 
@@ -90,6 +94,11 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "beta2_decay": ("a finite number <= 0", lambda v: is_number(v) and float(v) <= 0),
     "d": ("a finite number >= 1", lambda v: is_number(v) and float(v) >= 1),
     "convention": ("'torch' or 'transformers'", lambda v: v in ("torch", "transformers")),
+    "ns_coefficients": ("three finite numbers", lambda v: _numbers(v, 3)),
+    "ns_steps": ("an integer from 1 to 99", lambda v: _count(v) and v < 100),
+    "ns_dtype": ("'auto', 'bfloat16' or 'float32'", lambda v: v in ("auto", "bfloat16", "float32")),
+    "adjust_lr_fn": ("'original' or 'match_rms_adamw'", lambda v: v in ("original", "match_rms_adamw")),
+    "muon.momentum": ("a number in [0, 1)", _fraction),
     **dict.fromkeys(FLAGS, ("True or False", _bool)),
 }
 

@@ -109,6 +109,7 @@ _RULES = (
     "ademamix",
     "adammini",
     "stableadamw",
+    "muon",
 )
 
 WRAPPERS: Axis[Any] = Axis("memopt.rules", {"lookahead": "lookahead.wrap"})

@@ -9,6 +9,7 @@ import torch
 from memopt.core.ledger import dtype_name
 from memopt.formats import FORMATS
 from memopt.masters import LOW_PRECISION, MASTERS, Master
+from memopt.rules import RULES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +23,7 @@ def explain(optimizer: OptimizerParts) -> str:
     spec = optimizer.spec
     rows = [
         ("spec", str(spec)),
-        ("rule", f"{optimizer.rule.summary} ({optimizer.rule.source})"),
+        *_rules(optimizer),
         ("format", FORMATS[spec.format].summary),
         ("engine", f"{spec.engine}: {optimizer.engine.explain()}"),
     ]
@@ -60,6 +61,27 @@ def explain(optimizer: OptimizerParts) -> str:
         rows.append(("gradients", optimizer.release.explain()))
     rows.append(("NaN or Inf", f"{optimizer.nonfinite}; {optimizer.skipped_steps} steps skipped so far"))
     return "\n".join(f"{label:<11} {text}" for label, text in rows)
+
+
+def _rules(optimizer: OptimizerParts) -> list[tuple[str, str]]:
+    """The rules, each with the parameters that it steps where there are several, and why they are not another's."""
+    spec = optimizer.spec
+    if not spec.is_mixed:
+        return [("rule", f"{optimizer.rule.summary} ({optimizer.rule.source})")]
+    mine: dict[str, list[str]] = {name: [] for name in spec.rule_names}
+    reasons: dict[str, list[str]] = {}
+    declines = optimizer.rule.declines
+    for name, p, group in optimizer.params.entries():
+        rule = spec.rule_of(group)
+        mine.setdefault(rule, []).append(name)
+        reason = declines(name, tuple(p.shape), optimizer.kinds.get(name, "")) if declines is not None else None
+        if rule != spec.rule and reason:
+            reasons.setdefault(reason, []).append(name)
+    rows = []
+    for rule, names in mine.items():
+        known = RULES[rule]
+        rows.append(("rule", f"{rule}: {known.summary} ({known.source}); {len(names)} parameters: {_some(names)}"))
+    return rows + [(f"not {spec.rule}"[:11], f"{reason}: {_some(names)}") for reason, names in reasons.items()]
 
 
 def _masters(optimizer: OptimizerParts) -> list[tuple[str, str]]:

@@ -21,15 +21,16 @@ SHADOWS = 8
 TORCH = {"AdamW": "adamw", "Adam": "adam", "SGD": "sgd", "RMSprop": "rmsprop", "RAdam": "radam"}
 
 
-def rule_of(optimizer: torch.optim.Optimizer) -> Rule | None:
-    """The rule that can shadow this optimizer, or None: a sample has no statistics of whole tensors or rows."""
+def rule_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any] | None = None) -> Rule | None:
+    """The rule that can shadow this optimizer's group (its first unless one is given), or None: a sample has no
+    statistics of whole tensors or rows."""
+    group = optimizer.param_groups[0] if group is None else group
     if isinstance(optimizer, Optimizer):
-        rule = optimizer.rule
+        rule = optimizer.setup.rule_of(group)
     elif type(optimizer).__name__ in TORCH and type(optimizer).__module__.startswith("torch.optim"):
         rule = RULES[TORCH[type(optimizer).__name__]]
     else:
         return None
-    group = optimizer.param_groups[0]
     try:
         h = rule.resolve({k: group[k] for k in rule.hyperparameters if k in group})
     except SpecError:
@@ -40,12 +41,12 @@ def rule_of(optimizer: torch.optim.Optimizer) -> Rule | None:
 
 def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
     """One for each group: the largest parameters of it that have state and a gradient, up to its share of SHADOWS."""
-    rule = rule_of(optimizer)
-    if rule is None:
-        return
     each = max(SHADOWS // len(optimizer.param_groups), 1)
-    reader = _ours(optimizer) if isinstance(optimizer, Optimizer) else _torchs(optimizer, rule)
     for group in optimizer.param_groups:
+        rule = rule_of(optimizer, group)
+        if rule is None:
+            continue
+        reader = _ours(optimizer) if isinstance(optimizer, Optimizer) else _torchs(optimizer, rule)
         if not rule.moments({**rule.hyperparameters, **group}, (2, 2)):
             continue  # SGD without momentum
         ready = [

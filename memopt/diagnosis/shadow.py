@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memopt.core.rows import Shape
 from memopt.diagnosis.readings import MomentReading
 from memopt.rules.base import Rule
 
@@ -42,6 +43,13 @@ class Flat:
         if value is not self.tensors[name]:
             self.tensors[name].copy_(value)
         return value
+
+    @property
+    def shape(self) -> Shape:
+        raise NotImplementedError("a sample of elements has no shape")
+
+    def orthogonal(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("a sample of elements is no matrix")
 
     def rms(self, x: Tensor) -> Tensor:
         raise NotImplementedError("a sample has no statistics of the whole tensor")

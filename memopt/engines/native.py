@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from memopt.core import dither
 from memopt.core.ledger import Line
-from memopt.core.rows import Rows
+from memopt.core.rows import Rows, Shape
 from memopt.engines.base import Engine
 from memopt.engines.row_chunks import pieces
 from memopt.formats import FORMATS, Format, Shard
@@ -24,16 +24,20 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 
+#: A tensor here to what it is over all ranks: a sum, or what becomes of the whole matrix.
+Ask = Callable[["Tensor"], "Tensor"]
+
+
 @final
 class ParameterState:
     """The :class:`memopt.rules.base.State` of one parameter in one step: decodes on read, encodes on write."""
 
-    __slots__ = ("_counted", "_dtype", "_moments", "_rows", "_shard", "_state", "_total")
+    __slots__ = ("_counted", "_dtype", "_moments", "_rows", "_shard", "_state", "_total", "_whole")
 
-    def __init__(self, work: Work, total: Callable[[Tensor], Tensor], seed: int, dtype: torch.dtype) -> None:
+    def __init__(self, work: Work, total: Ask, whole: Ask, seed: int, dtype: torch.dtype) -> None:
         self._state = work.state
         self._dtype = dtype
-        self._total = total
+        self._total, self._whole = total, whole
         self._rows, self._counted = work.rows, work.counted
         self._moments = {m.moment.name: m for m in work.layout.moments}
         self._shard = {
@@ -49,6 +53,13 @@ class ParameterState:
         m = self._moments[name]
         parts = m.parts(self._state)
         return m.format.write(value.float(), parts, m.moment, self._shard[name], floor).to(self._dtype)
+
+    @property
+    def shape(self) -> Shape:
+        return self._rows.shape
+
+    def orthogonal(self, x: Tensor) -> Tensor:
+        return self._whole(x)
 
     def rms(self, x: Tensor) -> Tensor:
         """Root mean square over the whole parameter, in ``x``'s dtype []. Summed in fp64, where the order of a sum, and
@@ -89,21 +100,26 @@ class Native(Engine):
         from memopt import kernels
 
         ranks = partition.world_size
-        shared = [bool(work.groups) and kernels.needs_ranks(work.layout, ranks) for work in works]
+        # Those that need something of the other ranks, or are the better for company: matrices.
+        shared = [
+            work.layout.rule.declines is not None or (bool(work.groups) and kernels.needs_ranks(work.layout, ranks))
+            for work in works
+        ]
         for work in kernels.step([w for w, its in zip(works, shared, strict=True) if not its], 1, seed):
             plain_step(work, lambda x: x, seed)
         if any(shared):
+            from memopt.engines.matrices import orthogonal
             from memopt.partitions.batched_allreduce import Total, Update, run_together
 
             def update(work: Work) -> Update:
-                def run(total: Total) -> None:
+                def run(total: Total, whole: Total) -> None:
                     if kernels.step([work], ranks, seed, total):
-                        plain_step(work, total, seed)
+                        plain_step(work, total, seed, whole)
 
-                numel = -(-Rows.whole(work.rows.shape).numel // ranks)
-                return Update(run, work.groups, numel, work.p.device)
+                numel = -(-Rows.whole(work.rows.shape).numel // (ranks if work.groups else 1))
+                return Update(run, work.groups, numel, work.p.device, work)
 
-            run_together([update(work) for work, its in zip(works, shared, strict=True) if its])
+            run_together([update(work) for work, its in zip(works, shared, strict=True) if its], orthogonal)
 
     def slow_path(self, layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str | None:
         from memopt import kernels
@@ -116,14 +132,22 @@ class Native(Engine):
         return kernels.status()
 
 
-def plain_step(work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
+def plain_step(work: Work, total: Ask, seed: int, whole: Ask | None = None) -> None:
     """The definition of every rule × format × master. Parameters under 32 bits are updated in fp32 and rounded back.
-    Rules that look at each element alone go through a large parameter in pieces."""
+    Rules that look at each element alone go through a large parameter in pieces. ``total`` adds up over ranks,
+    ``whole``
+    answers a rule of matrices; without it the matrix is here."""
+
+    def alone(x: Tensor) -> Tensor:
+        from memopt.engines.matrices import orthogonal
+
+        return orthogonal([(work, x)])[0]
+
     for piece in pieces(work):
-        _plain_piece(piece, total, seed)
+        _plain_piece(piece, total, whole or alone, seed)
 
 
-def _plain_piece(work: Work, total: Callable[[Tensor], Tensor], seed: int) -> None:
+def _plain_piece(work: Work, total: Ask, whole: Ask, seed: int) -> None:
     import torch
 
     p, rule, master = work.p, work.layout.rule, work.layout.master
@@ -132,7 +156,7 @@ def _plain_piece(work: Work, total: Callable[[Tensor], Tensor], seed: int) -> No
     g = (work.g if work.scale == 1 else work.g * work.scale).to(dtype)
     if work.h["maximize"]:
         g = g.neg()
-    state = ParameterState(work, total, seed, dtype)
+    state = ParameterState(work, total, whole, seed, dtype)
     if wide:
         rule.update(p, g, state, work.step, work.h)
         return

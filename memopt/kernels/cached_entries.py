@@ -22,6 +22,7 @@ from torch import Tensor
 from memopt.kernels import pack
 from memopt.kernels.signature import Signature, kind_of
 from memopt.layout.replaced_state import is_plain
+from memopt.rules import RULES
 
 if TYPE_CHECKING:
     from memopt.kernels.context import StepContext
@@ -63,9 +64,9 @@ class Known:
 
     def __init__(self, context: StepContext, records: Sequence[Record]) -> None:
         self.spec, self.partition, self.seed = context.spec, context.partition, context.seed
-        self.rule = records[0].layout.rule
         self.groups = list(context.groups)
-        self.flags = [pack.flags(self.rule, group) for group in self.groups]
+        self.rules = [RULES[context.spec.rule_of(group)] for group in self.groups]
+        self.flags = self._flags(self.groups)
         self.all = [p for group in self.groups for p in group["params"]]
         self._lengths = [len(group["params"]) for group in self.groups]  # one may have gone to the group beside it
         self.records = list(records)
@@ -94,6 +95,9 @@ class Known:
     def _memory(self) -> list[Any]:
         return [self.partition.memory_of(p, p) for p in self.known]
 
+    def _flags(self, groups: Sequence[Any]) -> list[int]:
+        return [pack.flags(rule, group) for rule, group in zip(self.rules, groups, strict=True)]
+
     def _touched(self) -> list[Any]:
         return [state.get(key) for state, keys in zip(self._states, self._keys, strict=True) for key in keys]
 
@@ -110,7 +114,7 @@ class Known:
             return False
         if not _same([p for group in groups for p in group["params"]], self.all):
             return False
-        return all(pack.flags(self.rule, group) == flags for group, flags in zip(groups, self.flags, strict=True))
+        return self._flags(groups) == self.flags
 
     def _same_memory(self) -> bool:
         """Whether parameters and what a step touches of their state lie where they lay, as they were."""

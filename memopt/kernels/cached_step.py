@@ -65,7 +65,7 @@ class Plan(Known):
         if not self.same(context):
             return False
         for i, group in enumerate(self.groups):
-            self.hyper[i] = pack.describe_group(self.rule, group)
+            self.hyper[i] = pack.describe_group(self.rules[i], group)
         addresses = self.gradients(context)
         if addresses is None:
             return False

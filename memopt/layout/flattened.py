@@ -21,6 +21,8 @@ _FLATTENING = (1, 2, 3)
 def needs_shapes(spec: OptimSpec) -> str | None:
     """Why a spec cannot step flat vectors in place of the parameters without knowing what is in them; None where it
     can."""
+    if spec.is_mixed:
+        return "has rules by parameter, and flat vectors are of many"
     if spec.overrides:
         return "has overrides by name, and flat vectors have none"
     if not RULES[spec.rule].element_wise:
@@ -32,11 +34,16 @@ def needs_shapes(spec: OptimSpec) -> str | None:
 
 
 def rows_of_rank(
-    spec: OptimSpec, shapes: Mapping[str, Shape], rank: int, world_size: int, stage: int
+    spec: OptimSpec,
+    shapes: Mapping[str, Shape],
+    rank: int,
+    world_size: int,
+    stage: int,
+    rules: Mapping[str, str] | None = None,
 ) -> list[tuple[str, Rows]]:
-    """What a rank steps of these parameters, all in one group: ``(name, rows)``. Flat vectors, called by their number;
-    of a spec that needs shapes, the rows of the parameters behind them. Raises SpecError for a spec or a stage that
-    flattens nothing."""
+    """What a rank steps of these parameters, all in one group or in one for each of ``rules``: ``(name, rows)``. Flat
+    vectors, called by their number; of a spec that needs shapes, the rows of the parameters behind them. Raises
+    SpecError for a spec or a stage that flattens nothing."""
     if stage not in _FLATTENING or isinstance(stage, bool):
         raise SpecError(f"deepspeed={stage!r} is not allowed; it is DeepSpeed's stage, one of 1, 2, 3")
     if spec.partition != "none":
@@ -44,5 +51,11 @@ def rows_of_rank(
     if not needs_shapes(spec):
         found = spans.vectors(list(shapes.values()), world_size, stage)
         return [(str(i), Rows.whole((numel,))) for i, numel in enumerate(found)]
-    mine = spans.rows_of_rank(list(shapes.values()), rank, world_size, stage)
-    return [(name, rows) for name, rows in zip(shapes, mine, strict=True) if rows is not None]
+    groups: dict[str, list[str]] = {}
+    for name in shapes:
+        groups.setdefault((rules or {}).get(name, spec.rule), []).append(name)
+    mine: dict[str, Rows | None] = {}
+    for names in groups.values():
+        rows_of_group = spans.rows_of_rank([shapes[name] for name in names], rank, world_size, stage)
+        mine.update(zip(names, rows_of_group, strict=True))
+    return [(name, rows) for name in shapes if (rows := mine[name]) is not None]

@@ -222,8 +222,9 @@ def resolve(
     engine: Coding = ENGINES[spec.engine]
     if reason := engine.refuse_rows(rows):
         raise SpecError(f"{name} {reason}")
-    asked, placement, _ = spec.for_parameter(name)
-    rule = RULES[spec.rule]
+    named = spec.rule_of(h)
+    asked, placement = spec.format_for(name, named), spec.for_parameter(name)[1]
+    rule = RULES[named]
     key = rule.moments_key(h)
     return ParamLayout(
         name,
@@ -231,7 +232,7 @@ def resolve(
         rows,
         dtype,
         rule,
-        _moments(spec.engine, spec.rule, key, asked, spec.partition, rows),
+        _moments(spec.engine, named, key, asked, spec.partition, rows),
         master_of(spec.master, dtype),
         PLACEMENTS[placement],
         seed,

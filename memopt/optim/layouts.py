@@ -45,13 +45,14 @@ class Layouts:
         made_for = spec, partition, seed
         if self._made_for is None or any(a is not b for a, b in zip(made_for, self._made_for, strict=True)):
             self._made_for, self._known = made_for, {}
-        rule, known = RULES[spec.rule], self._known
+        known = self._known
         keys: dict[int, Any] = {}  # by group
         found = []
         for index, name, p, group in entries:
             key = keys.get(id(group))
             if key is None:
-                key = keys[id(group)] = rule.moments_key(group)
+                rule = spec.rule_of(group)
+                key = keys[id(group)] = rule, RULES[rule].moments_key(group)
             one = known.get(id(p))
             if one is None or not _holds(one, index, name, p, key, partition):
                 rows = partition.held(p)
@@ -65,6 +66,6 @@ def _holds(known: _Known, index: int, name: str, p: Tensor, key: Any, partition:
     owner, shape, dtype, layout = known
     if owner() is not p or p.dtype is not dtype or p.shape != shape:
         return False
-    if layout.key != key or layout.index != index or layout.name != name:
+    if (layout.rule.name, layout.key) != key or layout.index != index or layout.name != name:
         return False
     return type(p) is nn.Parameter or not is_dtensor(p) or layout.rows == partition.held(p)

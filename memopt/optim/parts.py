@@ -41,6 +41,7 @@ class OptimizerParts(Protocol):
     max_grad_norm: Any
     unfinished: Any
     defaults: dict[str, Any]
+    kinds: dict[str, str]
     param_groups: list[dict[str, Any]]
     state: Any
 

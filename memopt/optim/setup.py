@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, final
 
 from memopt.core.hyperparameters import SpecError
@@ -71,6 +72,8 @@ class Setup:
             raise SpecError(f"capturable=True is not allowed with engine={spec.engine!r}; the engine for it is native")
         if capturable and spec.placements - {"device", "paged"}:
             raise SpecError(f"capturable=True is not allowed with '{spec}': a CUDA graph cannot stream state")
+        if capturable and spec.is_mixed:
+            raise SpecError(f"capturable=True is not allowed with '{spec}': a CUDA graph steps parameters of one rule")
         self.spec, self.nonfinite, self.seed, self.capturable = spec, nonfinite, seed, capturable
         self.process_group, self.on_mismatch = process_group, on_mismatch
         self.integrity = Integrity()
@@ -81,6 +84,10 @@ class Setup:
         self.homes = Homes(spec, self.partition.rank, self.partition.world_size)
         self.release: Releasing | None = None
         self.unfinished = None
+
+    def rule_of(self, group: Mapping[str, Any]) -> Rule:
+        """The rule that steps the parameters of a group."""
+        return RULES[self.spec.rule_of(group)]
 
     def check_whole(self) -> None:
         """Raise RuntimeError where a change of the state was interrupted, so that nobody takes it for whole."""

@@ -145,7 +145,9 @@ def _plan_groups(params: Params, saved: list[dict[str, Any]]) -> list[dict[str, 
             first = next((a, b) for a, b in zip(*names, strict=True) if a != b)
             raise ValueError(f"the parameters differ: saved {first[0]!r} where there is {first[1]!r} here")
         keys = {k: v for k, v in theirs.items() if k not in ("params", "param_names", *TORCH_EXECUTION)}
-        params.setup.rule.check({**mine, **keys})
+        params.setup.rule_of(mine).check({**mine, **keys})
+        if keys.get("rule", mine.get("rule")) != mine.get("rule"):
+            raise ValueError(f"the param groups differ: saved as one of {keys['rule']}, here of {mine.get('rule')}")
         planned.append(copy.deepcopy(keys))
     return planned
 
@@ -160,9 +162,10 @@ def _comparable(groups: list[dict[str, Any]]) -> Iterator[list[str]]:
 def _check_state(
     params: Params, name: str, p: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any], origin: str
 ) -> None:
-    own = own_entries(params.setup.spec.rule, saved)
+    rule = params.setup.rule_of(group)
+    own = own_entries(rule.name, saved)
     saved = {key: value for key, value in saved.items() if key not in own}
-    lines = {line.key: line for line in params.resolve(name, p, params.setup.rule.keeping(group, saved)).lines("cpu")}
+    lines = {line.key: line for line in params.resolve(name, p, rule.keeping(group, saved)).lines("cpu")}
     # A master of zeros stands for the weights as they are: state without one needs nothing made up.
     master = MASTERS[params.setup.spec.master].key
     lacking = [key for key in lines if key not in saved and key != master]
@@ -276,9 +279,10 @@ def _of_another(params: Params, state_dict: Mapping[str, Any]) -> bool:
         return True
     overrides = json.loads(saved["overrides"]) if "overrides" in saved else dict(now.overrides)
     engine = saved.get("engine", now.engine)
-    return (old.rule, old.format, old.master, engine, overrides) != (
+    return (old.rule, old.format, old.fallback, old.master, engine, overrides) != (
         now.rule,
         now.format,
+        now.fallback,
         now.master,
         now.engine,
         dict(now.overrides),
@@ -301,15 +305,16 @@ def _refuse_own(store: StateStore, plan: LoadPlan) -> None:
 
 
 def _write(store: StateStore, plan: LoadPlan) -> None:
-    setup, rule = store.setup, store.setup.spec.rule
+    setup = store.setup
     for (name, p, group), saved in plan.states:
-        h = setup.rule.keeping({**group, **plan.hyper_of(group)}, saved)
+        rule = setup.rule_of(group)
+        h = rule.keeping({**group, **plan.hyper_of(group)}, saved)
         target = store.to_overwrite(name, p, h)
-        for key in [key for key in target if is_own(rule, key)]:
+        for key in [key for key in target if is_own(rule.name, key)]:
             del target[key]
         for key, tensor in target.items():
             tensor.copy_(torch.as_tensor(saved[key])) if key in saved else tensor.zero_()
-        target.update(copy.deepcopy(own_entries(rule, saved)))
+        target.update(copy.deepcopy(own_entries(rule.name, saved)))
     for p in plan.without_state:
         store.state.pop(p, None)
     for other in [key for key in store.state if not isinstance(key, Tensor)]:

@@ -169,7 +169,7 @@ class StateStore:
         def whole() -> ParamLayout:
             return param.resolve(spec, group, layout.name, 0, Rows.whole(tuple(p.shape)), layout.dtype)
 
-        check_slab(layout, p, whole)
+        check_slab(layout, p, whole, len(self.setup.partition.groups(p)))
         step, *lines = layout.lines(str(p.device), self.setup.capturable)
         name, home = layout.name, self.setup.homes.of(layout.name)
         tensors, count = (None if fresh else home.survivor(name, lines)) or (home.allocate(name, lines, p.device), 0.0)
@@ -236,13 +236,13 @@ class StateStore:
     def ledger(self) -> Ledger:
         """See :meth:`memopt.Optimizer.ledger`."""
         lines, setup = [], self.setup
-        for name, p, _ in self.params.entries():
-            placement = setup.homes.of(name).placement
+        for name, p, group in self.params.entries():
+            rule, placement = setup.spec.rule_of(group), setup.homes.of(name).placement
             for key, tensor in self.state.get(p, {}).items():
                 if not isinstance(tensor, Tensor):  # a number of the user's own
                     continue
                 moment, _, part = key.partition(".")
-                own = key == "step" or is_own(setup.spec.rule, key)
+                own = key == "step" or is_own(rule, key)
                 where = str(tensor.device) if own else placement.location(str(p.device))
                 nbytes = tensor.numel() * tensor.element_size()
                 lines.append(Line(name, moment, part, dtype_name(tensor), tuple(tensor.shape), nbytes, where))

@@ -270,8 +270,11 @@ class Stepper:
         return works
 
     def _work(self, one: Ready, scale: float) -> Work:
-        state, groups = self.store.state[one.p], self.setup.partition.groups(one.p)
-        return Work(one.layout, one.local, one.gradient, state, int(state["step"]) + 1, one.group, groups, scale)
+        state, partition = self.store.state[one.p], self.setup.partition
+        groups = partition.groups(one.p)
+        shares = partition.shares(one.p) if groups and one.layout.rule.declines is not None else ()
+        step = int(state["step"]) + 1
+        return Work(one.layout, one.local, one.gradient, state, step, one.group, groups, scale, shares, one.p.device)
 
     def local_gradient(self, layout: ParamLayout, p: Tensor) -> Tensor:
         """What is here of the gradient; of a replicated parameter the whole, whose NaN every rank must see."""

@@ -9,6 +9,7 @@ from math import fsum
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.core.rows import Rows, Shape
+from memopt.partitions.exchange import Share
 from memopt.partitions.world import Groups, answered, membership
 
 if TYPE_CHECKING:
@@ -110,6 +111,11 @@ class Partition(ABC):
     def groups(self, p: Tensor) -> Groups:
         """The groups over which the rows of ``p`` are cut."""
         return ()
+
+    def shares(self, p: Tensor) -> tuple[Share, ...]:
+        """What each rank of the group over which the rows of ``p`` are cut has of them."""
+        found = [self.rows(tuple(p.shape), rank, self.world_size).bounds for rank in range(self.world_size)]
+        return tuple(Share(bounds, bounds) for bounds in found)
 
     def total(self, x: Tensor) -> Tensor:
         """The sum of ``x`` over the ranks."""

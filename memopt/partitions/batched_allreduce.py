@@ -1,9 +1,10 @@
-"""Updates of many parameters at once, so that their sums over ranks travel together.
+"""Updates of many parameters at once, so that what they ask of the ranks, or of each other's company, is one thing.
 
 An update of a whole tensor stops two or three times for a sum over the ranks that hold its other rows. One after the
 other, that is hundreds of collectives of a few bytes. Here each update of a bucket runs in a thread of its own, one at
 a time, until it needs a sum; when all have stopped, their sums are taken in one collective, and they go on. So a
-bucket costs as many collectives as one parameter, and a rule stays the plain function that it is.
+bucket costs as many collectives as one parameter, and a rule stays the plain function that it is. In the same way
+rules of matrices stop for their whole matrices, which are put together, multiplied in batches and cut again.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,19 +24,23 @@ from memopt.partitions.world import Groups
 WIDTH = 64
 
 Total = Callable[[Tensor], Tensor]
+#: ``solve(asked)``: of every update that has stopped for its matrix, what belongs in its place.
+Solve = Callable[[Sequence[tuple[Any, Tensor]]], Sequence[Tensor]]
 
 
 class Update(NamedTuple):
-    """One parameter's update, which calls its argument for every sum over ``groups``. ``numel`` must be the same on
-    all ranks, for it decides which updates share a bucket."""
+    """One parameter's update, which calls its first argument for every sum over ``groups``, and its second one for its
+    whole matrix, of which ``solve`` is told as ``who``. ``numel`` must be the same on all ranks, for it decides which
+    updates share a bucket."""
 
-    run: Callable[[Total], None]
+    run: Callable[[Total, Total], None]
     groups: Groups
     numel: int
     device: torch.device
+    who: Any = None
 
 
-def run_together(updates: Sequence[Update]) -> None:
+def run_together(updates: Sequence[Update], solve: Solve) -> None:
     """Run all updates. Every rank must call this with the same parameters in the same order."""
     for bucket in _buckets(updates):
         lanes = [_Lane(update) for update in bucket]
@@ -44,8 +49,9 @@ def run_together(updates: Sequence[Update]) -> None:
             while going:
                 for lane in going:
                     lane.go_on()
-                going = [lane for lane in going if lane.partial is not None]
-                _sum(going)
+                going = [lane for lane in going if lane.partial is not None or lane.matrix is not None]
+                _sum([lane for lane in going if lane.partial is not None])
+                _solve([lane for lane in going if lane.matrix is not None], solve)
         finally:
             for lane in lanes:
                 lane.stop()
@@ -76,6 +82,15 @@ def _sum(lanes: Sequence[_Lane]) -> None:
             lane.partial, lane.sum = None, part.view(x.shape)
 
 
+def _solve(lanes: Sequence[_Lane], solve: Solve) -> None:
+    if lanes:
+        asked = [(lane.update.who, lane.matrix) for lane in lanes if lane.matrix is not None]
+        for lane in lanes:
+            lane.matrix = None
+        for lane, answer in zip(lanes, solve(asked), strict=True):
+            lane.answer = answer
+
+
 class _Stopped(BaseException):
     """Another update of the bucket failed."""
 
@@ -87,6 +102,8 @@ class _Lane:
         self.update = update
         self.partial: Tensor | None = None
         self.sum: Tensor | None = None
+        self.matrix: Tensor | None = None
+        self.answer: Tensor | None = None
         self._error: BaseException | None = None
         self._stopping = False
         self._mine, self._callers = threading.Semaphore(0), threading.Semaphore(0)
@@ -111,7 +128,7 @@ class _Lane:
         try:
             if not self._stopping:
                 with torch.no_grad(), stream:  # both are a thread's own
-                    self.update.run(self._total)
+                    self.update.run(self._total, self._whole)
         except _Stopped:
             pass
         except BaseException as error:
@@ -122,12 +139,23 @@ class _Lane:
         if not self.update.groups:
             return x
         self.partial = x
+        self._stop_for_answer()
+        assert self.sum is not None
+        return self.sum
+
+    def _whole(self, x: Tensor) -> Tensor:
+        self.matrix = x
+        del x
+        self._stop_for_answer()
+        answer, self.answer = self.answer, None
+        assert answer is not None
+        return answer
+
+    def _stop_for_answer(self) -> None:
         self._callers.release()
         self._mine.acquire()
         if self._stopping:
             raise _Stopped
-        assert self.sum is not None
-        return self.sum
 
 
 def _stream(device: torch.device) -> AbstractContextManager[object]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from memopt.core.rows import Rows, Shape
 from memopt.partitions.base import Partition, sum_over
 from memopt.partitions.dtensor import Held, chunk, held, is_dtensor
+from memopt.partitions.exchange import Share
 from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:
@@ -83,6 +84,13 @@ class Sharded(Partition):
             cut.setdefault(self.groups(p), []).append(square)
         sums = [(torch.tensor([fsum(some)], dtype=torch.float64), groups) for groups, some in cut.items()]
         return fsum(sum_over(one, groups).item() for one, groups in sums)
+
+    def shares(self, p: Tensor) -> tuple[Share, ...]:
+        import torch.distributed as dist
+
+        ranks = dist.get_world_size(self.groups(p)[0])
+        found = [chunk(tuple(p.shape), rank, ranks).bounds for rank in range(ranks)]
+        return tuple(Share(bounds, bounds) for bounds in found)
 
     def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         return self.anywhere(bad, parameters[0].device) if parameters else bad

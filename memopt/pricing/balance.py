@@ -70,7 +70,7 @@ def balance(
     count: dict[tuple[str, TensorSpec], int] = {}
     first: dict[TensorSpec, str] = {}
     for name, tensor in tensors:
-        one = name if parsed.overrides else first.setdefault(tensor, name)
+        one = name if parsed.overrides or parsed.is_mixed else first.setdefault(tensor, name)
         count[one, tensor] = count.get((one, tensor), 0) + 1
     totals = [0] * world_size
     for (name, tensor), times in count.items():
@@ -86,9 +86,7 @@ def balance(
 
 def _one(name: str, tensor: TensorSpec, spec: OptimSpec, rank: int, world_size: int) -> int:
     """Bytes of one parameter's state on one rank; patterns that match other parameters are not looked for."""
-    fmt, placement, _ = spec.for_parameter(name)
-    alone = spec.replace(format=fmt, placement=placement, overrides={})
-    return price([(name, tensor)], alone, rank=rank, world_size=world_size).nbytes
+    return price([(name, tensor)], spec.alone(name, tensor.shape), rank=rank, world_size=world_size).nbytes
 
 
 def _traffic(tensors: list[tuple[str, TensorSpec]], spec: OptimSpec, world_size: int) -> tuple[int, int]:

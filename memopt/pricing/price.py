@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import ITEMSIZE, Ledger, Line, TensorSpec
+from memopt.core.param_kinds import kinds
 from memopt.core.param_names import clean_names
 from memopt.core.rows import Rows
 from memopt.engines import ENGINES
@@ -74,7 +75,17 @@ def price(
     items = _items(model_or_shapes)
     parameters = _tensor_specs(items, dtype)
     spec = spec.for_names([name for name, _ in parameters])
-    h = spec.resolve()
+    known = kinds(model_or_shapes)
+    hyper = {rule: spec.resolve(rule=rule) for rule in spec.rule_names}
+    shapes = {name: tensor.shape for name, tensor in parameters}
+
+    def h(name: str) -> dict[str, Any]:
+        rule = spec.rule_for(name, shapes.get(name, ()), known.get(name, ""))
+        return {**hyper[rule], "rule": rule} if spec.is_mixed else hyper[rule]
+
+    if spec.is_mixed:  # as the optimizer's groups have them
+        order = {rule: i for i, rule in enumerate(spec.rule_names)}
+        parameters = sorted(parameters, key=lambda one: order[h(one[0])["rule"]])
     if deepspeed is None:
         partition = PARTITIONS[spec.partition]
         here = held_here(partition, items) if world_size is None else {}
@@ -85,19 +96,22 @@ def price(
     else:
         from memopt.layout.flattened import rows_of_rank
 
-        shapes = {name: tensor.shape for name, tensor in parameters}
-        owned = [(name, rows, "float32") for name, rows in rows_of_rank(spec, shapes, rank, size, deepspeed)]
+        ordered = {name: shapes[name] for name, _ in parameters}
+        rules = {name: spec.rule_of(h(name)) for name in ordered}
+        found = rows_of_rank(spec, ordered, rank, size, deepspeed, rules)
+        owned = [(name, rows, "float32") for name, rows in found]
     lines: list[Line] = []
     for name, rows, kind in owned:
-        lines += resolve(spec, h, name, 0, rows, kind).lines(device, capturable)
+        lines += resolve(spec, h(name), name, 0, rows, kind).lines(device, capturable)
     shared = ENGINES[spec.engine].shared_lines(lines)
     return Ledger([*lines, *shared, *workspace_lines(spec, h, owned, device)])
 
 
 def workspace_lines(
-    spec: OptimSpec, h: Mapping[str, Any], owned: list[tuple[str, Rows, str]], device: str
+    spec: OptimSpec, h: Callable[[str], Mapping[str, Any]], owned: list[tuple[str, Rows, str]], device: str
 ) -> list[Line]:
-    """What placements allocate besides the state to step these rows of parameters."""
+    """What placements allocate besides the state to step these rows of parameters; ``h(name)`` are their
+    hyperparameters."""
     streaming = [p for p in sorted(spec.placements) if type(PLACEMENTS[p]).workspace is not Placement.workspace]
     if not streaming:
         return []
@@ -109,10 +123,12 @@ def workspace_lines(
     for name in streaming:
         mine = []
         for n, rows, dtype in owned:
-            fmt, place, _ = spec.for_parameter(n)
+            place = spec.for_parameter(n)[1]
             if place == name:
-                key = (fmt, place, rows, dtype)
-                mine.append(known.get(key) or known.setdefault(key, held(resolve(spec, h, n, 0, rows, dtype))))
+                own = h(n)
+                rule = spec.rule_of(own)
+                key = (rule, spec.format_for(n, rule), place, rows, dtype)
+                mine.append(known.get(key) or known.setdefault(key, held(resolve(spec, own, n, 0, rows, dtype))))
         lines += PLACEMENTS[name].workspace(mine, device, of_placement(spec.options, name))
     return lines
 

@@ -54,6 +54,14 @@ _QLORA = {
     "optimizer. The script's warm-up of 3 % does nothing with its constant schedule",
 }
 
+#: Updates of matrices as large as AdamW's, so that one rate is for all.
+_MUON = {
+    "spec": "muon(adamw)",
+    "hyper": {"momentum": 0.95, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 5},
+    "weight_decay": 0.1,
+    "clip_norm": 1.0,
+}
+
 PUBLISHED: dict[str, dict[str, Any]] = {
     "gpt-3-175b": {
         "summary": "pre-training of GPT-3 175B",
@@ -70,6 +78,47 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "source": "Brown et al. 2020, Language Models are Few-Shot Learners, table 2.1 and appendix B",
         "notes": "published in tokens: warm-up 375M, cosine over 260B (then 10 % of the rate to 300B), here in steps "
         "of the full batch; which parameters decay is not stated",
+    },
+    "moonlight": {
+        "summary": "pre-training of Moonlight 16B-A3B with Muon",
+        "lr": 4.2e-4,
+        "kind": "cosine",
+        "warmup": 2_000,
+        "total_steps": 161_000,
+        "floor": 0.1,
+        "batch": "2048 sequences of 8192 tokens, 4096 after 200B tokens",
+        "source": "Liu et al. 2025, Muon is Scalable for LLM Training, sections 2.2 and 3.4",
+        **_MUON,
+        "notes": "published in tokens: to 5.2T, here in steps of both batches; then 500B more, up to 1e-4 in 100 steps "
+        "and in a line to 0. Which parameters decay is not stated, and clipping is not: these are the usual ones",
+    },
+    "kimi-k2": {
+        "summary": "pre-training of Kimi K2 with MuonClip, of which this is the Muon",
+        "lr": 2e-4,
+        "kind": "wsd",
+        "warmup": 500,
+        "total_steps": 231_000,
+        "floor": 0.1,
+        "schedule": {"decay": 0.355},
+        "batch": "67M tokens, sequences of 4096",
+        "source": "Kimi Team 2025, Kimi K2: Open Agentic Intelligence, section 2.5 and algorithm 1",
+        **_MUON,
+        "notes": "published in tokens: 10T at the peak, 5.5T down to 2e-5, there in a cosine and here in a line; "
+        "QK-Clip (attention logits above 100 scale the query and key weights) is the model's and not here; clipping "
+        "is not stated",
+    },
+    "glm-4.5": {
+        "summary": "pre-training of GLM-4.5 with Muon",
+        "lr": 2.5e-4,
+        "kind": "cosine",
+        "warmup": 2_000,
+        "total_steps": 364_000,
+        "floor": 0.1,
+        "batch": "16M tokens, rising to 64M over the first 500B",
+        "source": "GLM-4.5 Team 2025, GLM-4.5: Agentic, Reasoning, and Coding Foundation Models, section 2.4",
+        **_MUON,
+        "notes": "published in tokens, to the end of mid-training; the length of the warm-up and clipping are not "
+        "stated. There the output head is Muon's too, as overrides={'lm_head.*': 'muon'} says",
     },
     "llama-2-7b": {"summary": "pre-training of Llama 2 7B", "lr": 3e-4, **_LLAMA_2},
     "llama-2-13b": {"summary": "pre-training of Llama 2 13B", "lr": 3e-4, **_LLAMA_2},

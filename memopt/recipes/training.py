@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from memopt.core.hyperparameters import SpecError
+from memopt.core.param_kinds import kinds
 from memopt.factory import create
 from memopt.keywords import Hyperparameters, OptimizerKeywords
 from memopt.optimizer import Optimizer
@@ -52,6 +53,7 @@ def build(published: Any, model: nn.Module, changes: Mapping[str, Any]) -> Train
     if recipe.clip_norm is not None and not recipe.clip_norm > 0:
         raise SpecError(f"clip_norm={recipe.clip_norm!r} is not allowed; it must be a number > 0, or None")
     groups = _groups(recipe, model, grouping)
+    creating = {"kinds": kinds(model), **creating}
     optimizer = create(groups, recipe.spec, lr=recipe.lr, weight_decay=recipe.weight_decay, **recipe.hyper, **creating)
     scheduler = schedule(
         optimizer,

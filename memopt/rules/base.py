@@ -40,12 +40,17 @@ class State(Protocol):
 
     ``write`` returns what this step may see of the value: the value itself for element-wise formats (an update uses
     its moments *before* they are re-quantised), the rank-1 reconstruction for a factored one. ``floor`` bounds from
-    below the mean by which a factored reconstruction divides.
+    below the mean by which a factored reconstruction divides. ``orthogonal`` is what Newton-Schulz iteration makes of
+    the whole matrix of which ``x`` are the rows here, in a dtype of its own.
     """
 
     def read(self, name: str) -> Tensor: ...
     def write(self, name: str, value: Tensor, floor: float = 0.0) -> Tensor: ...
     def rms(self, x: Tensor) -> Tensor: ...
+    def orthogonal(self, x: Tensor) -> Tensor: ...
+
+    @property
+    def shape(self) -> Shape: ...  # of the whole parameter
 
 
 #: update(p, g, state, t, h): ``p`` [rows, …] fp32 or fp64, changed in place; ``g`` like p, not changed;
@@ -64,8 +69,10 @@ class Rule(NamedTuple):
     ``decoupled(h)``: whether weight decay multiplies the parameter instead of joining the gradient. ``example`` are
     hyperparameters with which a rule that may do without state keeps some.
     ``kernel_fields(h)`` are the numbers and flags that its kernel takes beside those which all take
-    (:data:`memopt.kernels.abi.HYPER`). ``wrapper`` and ``inner`` are the two names in ``lookahead(adamw)``; of a plain
-    rule there is no wrapper, and ``inner`` is its own name.
+    (:data:`memopt.kernels.abi.HYPER`). ``declines(name, shape, kind)`` says why a rule of matrices does not take a
+    parameter, or None where it does (``kind`` as of :mod:`memopt.core.param_kinds`), and ``fallback`` names the rule of
+    those; a rule without it takes everything. ``wrapper`` and ``inner`` are the two names in ``lookahead(adamw)``; of a
+    plain rule there is no wrapper, and ``inner`` is its own name.
     """
 
     name: str
@@ -84,6 +91,8 @@ class Rule(NamedTuple):
     kernel_fields: Callable[[Hyper], dict[str, float]] = lambda h: {}
     wrapper: str = ""
     wrapped: str = ""
+    declines: Callable[[str, Shape, str], str | None] | None = None
+    fallback: str = ""
 
     @property
     def inner(self) -> str:

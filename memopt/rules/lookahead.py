@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Shape
 from memopt.rules.base import Hyper, Moment, Rule, State
 
@@ -28,6 +29,9 @@ def wrap(inner: Rule) -> Rule:
     price, 4 bytes per parameter in every format. With ``lookahead_rate`` 1 this is ``inner``.
     Source: Zhang, Lucas, Hinton & Ba, "Lookahead optimizer: k steps forward, 1 step back", NeurIPS 2019.
     """
+
+    if inner.declines is not None:
+        raise SpecError(f"lookahead({inner.name}): {inner.name} does not take every parameter, and has no slow weights")
 
     def moments(h: Hyper, shape: Shape) -> tuple[Moment, ...]:
         return (*inner.moments(h, shape), SLOW)

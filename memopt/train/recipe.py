@@ -25,6 +25,7 @@ LEARNING_RATE = {
     "ademamix": 2e-3,
     "adammini": 2e-3,
     "stableadamw": 2e-3,
+    "muon": 2e-3,
 }
 
 

@@ -170,7 +170,7 @@ def _shape_of_state(optimizer: OptimizerParts, p: Tensor) -> tuple[int, ...]:
     if not state or not shape:
         return shape
     slot, partition = _slot(optimizer, p), optimizer.partition
-    rule = optimizer.spec.rule
+    rule = slot.rule
     there = {
         k: tuple(x.shape) for k, x in state.items() if isinstance(x, Tensor) and k != "step" and not is_own(rule, k)
     }

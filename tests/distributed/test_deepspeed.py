@@ -54,7 +54,6 @@ def test_parameters_and_state_are_those_of_one_process(world, case, monkeypatch)
     ways = [flattened.alone(text, STEPS, dtype, groups), flattened.alone(f"{text}/zero1", STEPS, dtype, groups)]
     monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
     ways.append(flattened.alone(text, STEPS, dtype, groups))
-    h = spec.resolve(HYPER.get(spec.rule, {}))
     for name, p in ways[0][0].items():
         got = whole(session(world), lambda rank: rank[case]["found"], name, p)
         assert "8bit" in text or (got - p).abs().max() <= RTOL * p.abs().max(), name
@@ -63,6 +62,7 @@ def test_parameters_and_state_are_those_of_one_process(world, case, monkeypatch)
         for way in ways if split else ways[:1]:
             pairs = [(got, way[0][name])]
             for *_, rows, state in there:
+                h = {**spec.hyper_for(name, tuple(p.shape)), **HYPER.get(spec.rule, {})}
                 expected = rows_of(way[1][name], Rows(*rows), spec, h, name)
                 assert state.keys() == expected.keys()
                 pairs += [(state[key], x) for key, x in expected.items()]

@@ -27,9 +27,12 @@ CASES = {
         ("lamb", 3, True, "float32", 2),
         ("adammini-8bit", 2, False, "float32", 1),
         ("stableadamw", 1, False, "bfloat16", 2),
+        ("muon(adamw)", 2, True, "float32", 1),
     ],
     3: [
         ("adafactor", 3, False, "float32", 1),
+        ("muon-8bit(adamw)", 1, False, "float32", 1),
+        ("muon(adamw)", 3, False, "float32", 2),
         ("came-8bit", 3, False, "float32", 1),
         ("adamw-factored", 2, False, "float32", 2),
         ("adafactor", 1, False, "bfloat16", 1),

@@ -67,7 +67,8 @@ def cases() -> dict[str, Case]:
     """Every rule × format × master, the variants that keep other moments, and 16-bit weights without a master."""
     found: list[Case] = []
     for spec in memopt.specs():
-        if (spec.placement, spec.partition) == ("device", "none"):
+        # Products of matrices are torch's, and their bits the processor's.
+        if (spec.placement, spec.partition, spec.fallback) == ("device", "none", ""):
             hyper = HYPER.get(spec.rule, {})
             found.append((str(spec), "float32" if spec.master == "none" else "bfloat16", hyper))
             if spec.master == "none" and spec.format in ("32bit", "8bit", "factored"):

@@ -38,6 +38,8 @@ SPECS = [
     "came-8bit/zero3",
     "came-4bit/zero1",
     "stableadamw-8bit/zero2",
+    "muon/zero2",
+    "muon-8bit/zero3",
 ]
 
 

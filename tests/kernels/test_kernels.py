@@ -40,7 +40,8 @@ WRAPPED: list[tuple[str, dict[str, object]]] = [
 #: Rows of many lengths, flat tensors, a batch of matrices, one element, none; 4096 elements and rows of 64 are encoded.
 SHAPES = [(40, 300), (70, 129), (4, 40, 100), (4500,), (33,), (16, 8, 3, 3), (1,), (), (0, 3)]
 PLAIN = ("none", "device", "none")
-SPECS = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == PLAIN]
+#: Those of element-wise rules and of whole tensors: products of matrices are torch's.
+SPECS = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == PLAIN and not s.fallback]
 STEPS = 2
 
 #: Sums are added in another order and divisions by constants are multiplications: a few units of the last place.

@@ -29,7 +29,7 @@ SOME = [
 ALL = [
     f"{s} {dtype}"
     for s in memopt.specs()
-    if (s.placement, s.partition, s.master) == ("device", "none", "none")
+    if (s.placement, s.partition, s.master, s.fallback) == ("device", "none", "none", "")
     for dtype in ("fp32", "bf16")
 ]
 KEPT = [

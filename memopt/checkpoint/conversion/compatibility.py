@@ -8,7 +8,7 @@ from typing import Any
 from memopt.checkpoint.conversion.mean_of import meaning
 from memopt.core.hyperparameters import CHECKS, SpecError
 from memopt.rules import RULES
-from memopt.spec import OptimSpec, parse
+from memopt.spec import SHARED, OptimSpec, parse
 
 #: ``fill``: what a moment is made of, whether it was kept or not: a number for every element, or a moment's name.
 #: ``{"step": 0}`` begins counting anew, and with it the bias correction.
@@ -80,14 +80,28 @@ def target_spec(now: OptimSpec, spec: str | OptimSpec, fields: Mapping[str, Any]
     if isinstance(spec, OptimSpec):
         return parse(spec, **given)
     wanted = parse(spec)
-    hyper = {**carried(now.rule, wanted.rule, now.hyper), **given.pop("hyper", {})}
+    before = now.hyper if wanted.rule not in now.rules else {**now.hyper, **now.rules[wanted.rule]}
+    hyper = {**carried(now.rule, wanted.rule, before), **given.pop("hyper", {})}
     options = given.pop("options", {})
+    rules = given.pop("rules", {})
     wanted = wanted.replace(**{"engine": now.engine, "overrides": now.overrides, **given, "hyper": hyper})
+    for rule in wanted.rule_names[1:]:
+        own = {**now.rules.get(rule, {}), **rules.pop(rule, {})}
+        wanted = wanted.replace(rules={**wanted.rules, **({rule: own} if own else {})})
+    if rules:
+        wanted = wanted.replace(rules=rules)  # which says what there is
     kept = {k: v for k, v in now.options.items() if wanted.placements & set(OPTIONS[k].placements)}
     return wanted.replace(options={**kept, **options})
 
 
-def target_hyper(old: OptimSpec, new: OptimSpec, h: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The full hyperparameters of a group under the new spec; ``given`` wins over what the group had. Raises SpecError
-    for values the new spec refuses."""
-    return new.resolve({**carried(old.rule, new.rule, h), **given})
+def target_hyper(
+    old: OptimSpec, new: OptimSpec, h: Mapping[str, Any], rule: str, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The full hyperparameters of a group under the new spec, where it is of ``rule``; ``given`` wins over what the
+    group
+    had, of the rule that it is given for. Raises SpecError for values the new spec refuses."""
+    own = RULES[rule].hyperparameters
+    said = dict(given) if rule == new.rule else {k: given[k] for k in SHARED if k in given and k in own}
+    changed = {k: v for k, v in new.rules.get(rule, {}).items() if old.rules.get(rule, {}).get(k) != v}
+    found = new.resolve({**carried(old.rule_of(h), rule, h), **said, **changed}, rule=rule)
+    return {**found, **({"rule": rule} if new.is_mixed else {})}

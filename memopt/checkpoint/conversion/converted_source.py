@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.compatibility import Fill, carried, check_fill, unused_fill
-from memopt.checkpoint.conversion.param_state import OURS, Encoding, Slot, fill_slot
+from memopt.checkpoint.conversion.param_state import OURS, Encoding, Slot, fill_slot, filling
 from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.core.ledger import TensorSpec
@@ -37,18 +37,35 @@ class Converted:
         self.source, self.spec, self._fill, self._encoding = source, spec, fill, encoding
         self.report = Conversion(source.label or spelled(source.spec), spelled(spec))
         check_fill(fill, spec.rule)
-        self.groups = [Group(group.names, self._hyper(group)) for group in source.groups]
+        self.groups = [
+            Group(names, self._hyper(group, rule)) for group in source.groups for rule, names in self._by_rule(group)
+        ]
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
         kept: set[str] = set()
         for slot, record in self._slots():
             kept |= {m.name for m, _ in slot.codes}
-            slot.check(record, source.spec.rule, fill)
+            before = source.rule_of(record.name).name
+            slot.check(record, before, filling(source.spec, slot, before, fill))
         unused_fill(fill, kept)
 
-    def _hyper(self, group: Group) -> dict[str, Any]:
-        old = RULES[self.source.spec.rule].hyperparameters
-        h = self.spec.resolve(carried(self.source.spec.rule, self.spec.rule, group.hyper) | dict(self.spec.hyper))
-        return {**{k: v for k, v in group.hyper.items() if k not in old}, **h}
+    def _by_rule(self, group: Group) -> list[tuple[str, list[str]]]:
+        """The names of a group by their rule under the spec. Those that had one of the spec's rules keep it."""
+        if not self.spec.is_mixed:
+            return [(self.spec.rule, list(group.names))]
+        old = group.hyper.get("rule")
+        if old in self.spec.rule_names and self.source.spec.rule == self.spec.rule:
+            return [(str(old), list(group.names))]
+        found: dict[str, list[str]] = {}
+        for name in group.names:
+            found.setdefault(self.spec.rule_for(name, self.source.records[name].shape), []).append(name)
+        return list(found.items()) or [(self.spec.rule, [])]
+
+    def _hyper(self, group: Group, rule: str) -> dict[str, Any]:
+        before, given = self.source.spec.rule_of(group.hyper), self.spec.given(rule)
+        h = self.spec.resolve(carried(before, rule, group.hyper) | given, rule=rule)
+        old = {*RULES[before].hyperparameters, "rule"}
+        found = {**{k: v for k, v in group.hyper.items() if k not in old}, **h}
+        return {**found, **({"rule": rule} if self.spec.is_mixed else {})}
 
     def _slots(self) -> Iterator[tuple[Slot, Record]]:
         """Every parameter that has state."""
@@ -77,7 +94,11 @@ class Converted:
 
     def steps(self) -> dict[str, float]:
         """parameter -> the steps it has taken, of those that have state."""
-        return {slot.name: float(self._fill.get("step", record.step)) for slot, record in self._slots()}
+        found = {}
+        for slot, record in self._slots():
+            fill = filling(self.source.spec, slot, self.source.rule_of(record.name).name, self._fill)
+            found[slot.name] = float(fill.get("step", record.step))
+        return found
 
     def layout(self) -> dict[str, TensorSpec]:
         """``parameter/moment.part`` -> tensor, before anything is computed."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.compatibility import Fill, check_fill, target_hyper, target_spec, unused_fill
-from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.conversion.param_state import Slot, filling
 from memopt.checkpoint.conversion.replace_state import Work, change_of, move
 from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.moment_codes import moment_codes
@@ -18,6 +18,7 @@ from memopt.core.ledger import dtype_name
 from memopt.engines import ENGINES
 from memopt.layout.flattened import needs_shapes
 from memopt.optim.edits.param_groups import has_shape
+from memopt.optim.edits.regroup import regrouped
 from memopt.partitions import PARTITIONS, Partition
 from memopt.partitions.ranks import Ranks
 from memopt.placements.stores.by_placement import Homes
@@ -50,12 +51,14 @@ def slots(
         if not has_shape(p):
             continue  # it has no state either
         rows, total = partition.held(p), partition.total_of(p)
-        off = optimizer.rule.dormant(group, optimizer.state.get(p) or ()) if dormant is None else dormant[index]
+        h = of_group[id(group)]
+        own = optimizer.setup.rule_of(group)
+        off = own.dormant(group, optimizer.state.get(p) or ()) if dormant is None else dormant[index]
         yield (
             p,
             Slot(
                 spec,
-                RULES[spec.rule].keeping(of_group[id(group)], off),
+                RULES[spec.rule_of(h)].keeping(h, off),
                 name,
                 index,
                 rows,
@@ -118,13 +121,29 @@ def convert_(
 def _planned(optimizer: OptimizerParts, new: OptimSpec, given: dict[str, Any], fill: dict[str, Any]) -> Work:
     """Everything that can be refused is refused here, before anything is changed."""
     optimizer.store.check_all()
-    old = optimizer.spec
     new.resolve()  # what a group that is added later has
-    hypers = [target_hyper(old, new, group, given) for group in optimizer.param_groups]
     new = new.for_names([name for name, _, _ in optimizer.params.entries()])
     ENGINES[new.engine].require()
     check_fill(fill, new.rule)
     partition = _partition(optimizer, new)
+    if new.is_mixed and optimizer.capturable:
+        raise SpecError(f"capturable=True is not allowed with '{new}': a CUDA graph steps parameters of one rule")
+    with regrouped(optimizer, new) as rules:
+        return _planned_groups(optimizer, new, given, fill, partition, rules)
+
+
+def _planned_groups(
+    optimizer: OptimizerParts,
+    new: OptimSpec,
+    given: dict[str, Any],
+    fill: dict[str, Any],
+    partition: Partition,
+    rules: Sequence[str],
+) -> Work:
+    """``rules`` are those of the groups under the new spec."""
+    old = optimizer.spec
+    both = zip(optimizer.param_groups, rules, strict=True)
+    hypers = [target_hyper(old, new, group, rule, given) for group, rule in both]
     homes = Homes(new, partition.rank, partition.world_size, optimizer.homes)
     try:
         _refuse_left(homes, optimizer, partition)
@@ -180,16 +199,18 @@ def _check(optimizer: OptimizerParts, before: list[tuple[Tensor, Slot]], after: 
     for (p, here), there in zip(before, after, strict=True):
         kept |= {m.name for m, _ in moment_codes(there.spec, there.h, there.name, there.shape)}
         if optimizer.state.get(p):
-            there.check(here.record(optimizer.state[p]), here.spec.rule, fill)
+            own = filling(here.spec, there, here.rule, fill)
+            there.check(here.record(optimizer.state[p]), here.rule, own)
     unused_fill(fill, kept)
 
 
 def _commit(optimizer: OptimizerParts, work: Work) -> None:
-    old, new = RULES[optimizer.spec.rule].hyperparameters, work.new
+    old, new = optimizer.spec, work.new
     for group, h in zip(optimizer.param_groups, work.hypers, strict=True):
-        for key in old.keys() - h.keys():
+        for key in {*RULES[old.rule_of(group)].hyperparameters, "rule"} - h.keys():
             group.pop(key, None)
-        work.report.notes += _differences(group, h)
+        several = f"of {h['rule']}: " if "rule" in h else ""
+        work.report.notes += [several + one for one in _differences(group, h)]
         group.update(h)
     work.report.notes = list(dict.fromkeys(work.report.notes))
     optimizer.spec = new
@@ -199,6 +220,7 @@ def _commit(optimizer: OptimizerParts, work: Work) -> None:
 
 def _differences(group: Mapping[str, Any], h: Mapping[str, Any]) -> list[str]:
     """One sentence for each hyperparameter that the group did not have, or had with another value."""
+    h = {key: value for key, value in h.items() if key != "rule"}
     return [
         f"{key} is {value!r} now" + (f", it was {group[key]!r}" if key in group else "")
         for key, value in h.items()

@@ -14,6 +14,7 @@ _OTHER_MEANING = {
     ("came", "exp_avg"): "a mean of normalised updates",
     ("adafactor", "exp_avg"): "a mean of steps",
     ("sgd", "momentum_buffer"): "a sum of gradients",
+    ("muon", "momentum_buffer"): "a mean of gradients",
     ("rmsprop", "momentum_buffer"): "a sum of normalised gradients",
 }
 _MEANING = {"exp_avg": "a mean of gradients", "exp_avg_sq": "a mean of squared gradients"}

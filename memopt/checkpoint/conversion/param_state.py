@@ -58,6 +58,10 @@ class Slot(NamedTuple):
     encoding: Encoding = OURS
 
     @property
+    def rule(self) -> str:
+        return self.spec.rule_of(self.h)
+
+    @property
     def shape(self) -> Shape:
         return self.rows.shape
 
@@ -147,7 +151,7 @@ class Slot(NamedTuple):
                 self._check_begins(moment, fill)
                 plan[moment.name] = 0.0
                 continue
-            plan[moment.name] = chosen = feeds(rule, self.spec.rule, self.name, record.moments, moment.name, fill)
+            plan[moment.name] = chosen = feeds(rule, self.rule, self.name, record.moments, moment.name, fill)
             negative = record.moments[chosen].moment.signed if isinstance(chosen, str) else chosen < 0
             if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
                 raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
@@ -168,6 +172,12 @@ class Slot(NamedTuple):
             )
 
 
+def filling(old: OptimSpec, slot: Slot, before: str, fill: Fill) -> Fill:
+    """What of ``fill`` is for this parameter: where the spec's rule becomes another, a parameter that had another rule
+    and keeps it keeps its moments too."""
+    return {} if slot.rule == before and old.rule != slot.spec.rule else fill
+
+
 def fill_slot(
     slot: Slot,
     state: dict[str, Tensor],
@@ -177,7 +187,9 @@ def fill_slot(
     report: Conversion,
 ) -> None:
     """Write a record into zeroed ``state``. ``old`` are the spec and hyperparameters under which it was kept."""
-    plan = slot.check(record, old[0].rule, fill)
+    before = old[0].rule_of(old[1])
+    fill = filling(old[0], slot, before, fill)
+    plan = slot.check(record, before, fill)
     step = float(fill.get("step", record.step))
     state["step"].fill_(step)
     for name, target in slot.targets(state, int(step)).items():
@@ -209,6 +221,7 @@ def _fill_kept(slot: Slot, state: dict[str, Tensor], before: Kept, report: Conve
 
 def _scale(slot: Slot, name: str, chosen: str, t: float, old: tuple[OptimSpec, Mapping[str, Any]]) -> float:
     """1 within a rule and for a moment taken as the caller said."""
-    if slot.spec.rule == old[0].rule or name != chosen:
+    before = old[0].rule_of(old[1])
+    if slot.rule == before or name != chosen:
         return 1.0
-    return share(slot.spec.rule, name, slot.h, t) / share(old[0].rule, name, old[1], t)
+    return share(slot.rule, name, slot.h, t) / share(before, name, old[1], t)

@@ -79,6 +79,7 @@ def _stores_the_same(old: OptimSpec, new: OptimSpec, todo: Todo) -> bool:
     """Whether only formats and places change: what is half done then is an optimizer too, and a spec can say it."""
     axes = ("rule", "master", "partition", "engine")
     same = all(getattr(old, axis) == getattr(new, axis) for axis in axes)
+    same = same and all(here.rule == there.rule for _, here, there in todo)
     same = same and all(new.options.get(k, v) == v for k, v in old.options.items())
     return same and all(
         [m.name for m, _ in moment_codes(here.spec, here.h, here.name, here.shape)]
@@ -94,7 +95,7 @@ def _one_by_one(optimizer: OptimizerParts, work: Work) -> None:
         for entry in todo:
             state = _made(optimizer, work, entry)
             work.between = True
-            _replace(optimizer.state[entry[0]], state, work.old.rule)
+            _replace(optimizer.state[entry[0]], state, entry[1].rule)
             done.append(entry[1].name)
             work.between = len(done) == len(todo)  # until the optimizer is of the new spec
     except BaseException as error:
@@ -103,7 +104,10 @@ def _one_by_one(optimizer: OptimizerParts, work: Work) -> None:
         work.between = True
         stopped = todo[len(done)]
         _put_back(optimizer, stopped)
-        now, mixed = optimizer.partition, mixture(old, new, done, [name for name, _, _ in optimizer.params.entries()])
+        now, mixed = (
+            optimizer.partition,
+            mixture(old, new, done, {name: work.old.rule_of(group) for name, _, group in optimizer.params.entries()}),
+        )
         homes = Homes(mixed, now.rank, now.world_size, optimizer.homes, stopped[2].homes)
         optimizer.spec = mixed
         move(optimizer, homes)
@@ -123,7 +127,7 @@ def _one_by_one_or_unfinished(optimizer: OptimizerParts, work: Work) -> None:
             if here.spec.for_parameter(here.name)[1] == there.spec.for_parameter(there.name)[1]:
                 _share(optimizer.state[p], state)
             work.between = True
-            _replace(optimizer.state[p], state, work.old.rule)
+            _replace(optimizer.state[p], state, here.rule)
             del work.todo[0]
             work.done += 1
             work.between = not work.todo
@@ -149,8 +153,8 @@ def _all_or_none(optimizer: OptimizerParts, work: Work) -> None:
                 _share(optimizer.state[p], state)
             made.append((p, state))
         work.between = True
-        for p, state in made:
-            _replace(optimizer.state[p], state, work.old.rule)
+        for (p, state), (_, here, _) in zip(made, work.todo, strict=True):
+            _replace(optimizer.state[p], state, here.rule)
     except BaseException as error:
         if work.between or not work.todo:
             raise
@@ -171,7 +175,7 @@ def _put_back(optimizer: OptimizerParts, entry: tuple[Tensor, Slot, Slot]) -> No
         room = here.allocate()
         for key, tensor in room.items():
             tensor.copy_(optimizer.state[p][key])
-        _replace(optimizer.state[p], room, here.spec.rule)
+        _replace(optimizer.state[p], room, here.rule)
 
 
 def _made(optimizer: OptimizerParts, work: Work, entry: tuple[Tensor, Slot, Slot]) -> dict[str, Tensor]:

@@ -82,7 +82,8 @@ def _own(converted: Converted) -> dict[str, dict[str, Any]]:
     """What the user has put into the state of each parameter (of several ranks what the first had), but for what would
     be a moment of the new rule."""
     found = {name: record.own(0) for name, record in converted.source.records.items() if record.own is not None}
-    return {name: {k: x for k, x in own.items() if is_own(converted.spec.rule, k)} for name, own in found.items()}
+    rules = {name: converted.spec.rule_of(group.hyper) for group in converted.groups for name in group.names}
+    return {name: {k: x for k, x in own.items() if is_own(rules[name], k)} for name, own in found.items()}
 
 
 def _body(converted: Converted, checkpoint: Checkpoint | None, own: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "radam": (),
     "sgd": (),
     "rmsprop": (),
+    "muon": ("maximize", "ns_dtype"),
     "adafactor": ("beta1", "scale_parameter", "relative_step", "warmup_init", "convention"),
 }
 #: What tells torch's Adam and AdamW apart.
@@ -38,9 +39,19 @@ def _plan(source: Source) -> Plan:
     if rule not in RULES or (rule == "adafactor" and not all(map(_is_torchs, source.groups))):
         raise ValueError(f"torch.optim has no {rule} with these hyperparameters; it has {', '.join(RULES)}")
 
+    others = [name for group in source.groups for name in group.names if source.rule_of(name).name != rule]
+    if others:
+        raise ValueError(
+            f"an optimizer of torch.optim has one rule, and this state has {len(others)} parameters of another than "
+            f"{rule}: {', '.join(others[:3])}; convert it to a spec of one rule first"
+        )
+    if any(group.hyper.get("maximize") for group in source.groups) and rule == "muon":
+        raise ValueError("torch.optim.Muon has no maximize")
+
     def state(record: Record, parts: State) -> State:
         names = _FACTORS if rule == "adafactor" else {}
-        return {names.get(key, key): value for key, value in parts.items() if rule != "sgd" or key != "step"}
+        counts = rule not in ("sgd", "muon")
+        return {names.get(key, key): value for key, value in parts.items() if counts or key != "step"}
 
     fmt = "factored" if rule == "adafactor" else "32bit"
     return Plan(OptimSpec(rule=rule, format=fmt), lambda h: group(rule, h), state)
@@ -53,7 +64,7 @@ def _is_torchs(group: Group) -> bool:
 
 def group(rule: str, h: State) -> State:
     """torch's param group of our hyperparameters."""
-    return {k: v for k, v in h.items() if k not in RULES[rule]} | OWN.get(rule, {})
+    return {k: v for k, v in h.items() if k not in (*RULES[rule], "rule")} | OWN.get(rule, {})
 
 
 def _plan_dcp(source: Source) -> Plan:

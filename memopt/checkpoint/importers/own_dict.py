@@ -54,8 +54,9 @@ def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) ->
         ours: list[Group] = []
         records: dict[str, Record] = {}
         for group, members in _members(groups, known):
-            h = {**RULES[spec.rule].hyperparameters, **_plain(group)}
-            RULES[spec.rule].check(h)
+            own = RULES[spec.rule_of(group)]
+            h = {**own.hyperparameters, **_plain(group)}
+            own.check(h)
             ours.append(Group([name for _, (name, _, _) in members], _plain(group)))
             for number, (name, dtype, shape) in members:
                 if name in records:
@@ -99,7 +100,7 @@ def _record(
 ) -> Record:
     name, dtype, shape = parameter
     rank, world = saved.get("rank", 0), saved.get("world_size", 1)
-    rule = RULES[spec.rule]
+    rule = RULES[spec.rule_of(h)]
     slot = Slot(
         spec,
         rule.keeping(h, state),
@@ -112,7 +113,7 @@ def _record(
         dtype,
         Homes(spec.replace(placement="device", overrides={}), 0, 1),
     )
-    own = own_entries(spec.rule, state)
+    own = own_entries(rule.name, state)
     ours = {key: value for key, value in state.items() if key not in own}
     if ours:
         _check(slot, ours, origin)

@@ -1,4 +1,4 @@
-"""torch.optim: Adam, AdamW, RAdam, SGD, RMSprop, Adafactor."""
+"""torch.optim: Adam, AdamW, RAdam, SGD, RMSprop, Adafactor, Muon."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _NO_MOMENTS = ("step", "row_var", "col_var", "variance")
 def rules(group: State, state: State) -> tuple[str, ...]:
     if "momentum_decay" in group or "mu_product" in state:
         return ()
+    if "ns_coefficients" in group:
+        return ("muon",)
     if "amsgrad" in group:
         # Before torch 2.7 Adam and AdamW are not told apart by what they save.
         known = group.get("decoupled_weight_decay")
@@ -28,7 +30,10 @@ def rules(group: State, state: State) -> tuple[str, ...]:
 
 def hyper(group: State, rule: str) -> dict[str, Any]:
     ours = RULES[rule].hyperparameters
-    return {key: group[key] for key in ours if key in group}
+    found = {key: group[key] for key in ours if key in group}
+    if rule == "muon" and found.get("adjust_lr_fn") is None:
+        found["adjust_lr_fn"] = "original"
+    return found
 
 
 def moments(state: State) -> dict[str, Stored]:
@@ -48,6 +53,6 @@ TOOL = Tool(
     rules=rules,
     hyper=hyper,
     moments=moments,
-    # SGD does not count its steps; that it has a buffer says it has taken one.
+    # SGD and Muon do not count their steps; that there is a buffer says that one has been taken.
     step=lambda state: float(state.get("step", 1)),
 )

@@ -115,6 +115,7 @@ def spec_json(spec: OptimSpec) -> dict[str, Any]:
         "engine": spec.engine,
         "overrides": dict(spec.overrides),
         "hyper": json_values.encode(dict(spec.hyper), "the hyperparameters"),
+        **({"rules": json_values.encode({k: dict(h) for k, h in spec.rules.items()}, "rules")} if spec.rules else {}),
     }
 
 
@@ -131,13 +132,13 @@ def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
         entry: dict[str, Any] = {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
         if optimizer.state.get(p):
             state = optimizer.state[p]
-            h = optimizer.rule.keeping(group, state)
+            h = optimizer.setup.rule_of(group).keeping(group, state)
             codes = moment_codes(optimizer.spec, h, name, tuple(p.shape))
             entry["step"] = float(optimizer.state[p]["step"])
             entry["moments"] = {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in codes}
             if MASTERS[optimizer.spec.master].key in optimizer.state[p]:
                 entry["master"] = optimizer.spec.master
-            entry |= own_json(name, own_entries(optimizer.spec.rule, state))
+            entry |= own_json(name, own_entries(optimizer.spec.rule_of(group), state))
         if name in parameters:
             raise ValueError(f"two parameters are called {name!r}; a checkpoint needs distinct names")
         parameters[name] = entry

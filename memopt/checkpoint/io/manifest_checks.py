@@ -81,6 +81,8 @@ def _check_optimizer(saved: dict[str, Any], world: int) -> None:
     if not isinstance(saved.get("named"), bool):
         raise Refused(f"named={shown(saved.get('named'))} is not true or false")
     _need("hyper", saved, _object)
+    if "rules" in saved:
+        _need("rules", saved, _object)
     for pattern, override in _need("overrides", saved, _object).items():
         _text(pattern, "a pattern of overrides")
         _text(override, f"the override of {pattern}")

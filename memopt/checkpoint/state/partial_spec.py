@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from memopt.spec import OptimSpec
 from memopt.spec.placement_options import OPTIONS
@@ -14,19 +14,22 @@ def exactly(name: str) -> str:
     return re.sub(r"([*?[])", r"[\1]", name)
 
 
-def mixture(old: OptimSpec, new: OptimSpec, done: Iterable[str], names: Iterable[str]) -> OptimSpec:
-    """``old`` with overrides that say of the parameters ``done`` what ``new`` says of them; ``names`` are all.
+def mixture(old: OptimSpec, new: OptimSpec, done: Iterable[str], names: Mapping[str, str]) -> OptimSpec:
+    """``old`` with overrides that say of the parameters ``done`` what ``new`` says of them; ``names`` are all, each
+    with its rule.
 
     >>> from memopt.spec import parse
-    >>> dict(mixture(parse("adamw"), parse("adamw-8bit"), ["a[0]"], ["a[0]", "b"]).overrides)
+    >>> dict(mixture(parse("adamw"), parse("adamw-8bit"), ["a[0]"], {"a[0]": "adamw", "b": "adamw"}).overrides)
     {'a[[]0]': '8bit@device'}
     """
     overrides = {}
     done, left = set(done), [name for name in names if name not in set(done)]
     for name in sorted(done):
-        fmt, placement, _ = new.for_parameter(name)
-        if (fmt, placement) != old.for_parameter(name)[:2]:
-            overrides[exactly(name)] = f"{fmt}@{placement}"
+        rule = names[name]
+        before, now = ((spec.format_for(name, rule), spec.for_parameter(name)[1]) for spec in (old, new))
+        if now != before:
+            named = f"{rule}-" if old.is_mixed else ""
+            overrides[exactly(name)] = f"{named}{now[0]}@{now[1]}"
         else:
             left.append(name)
     used = {old.for_parameter(name)[2] for name in left}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple, final
 
 import torch
@@ -14,7 +15,7 @@ from memopt.checkpoint.state.moment_codes import common, stored_rows
 from memopt.core.rows import Rows, Shape
 from memopt.formats import Format, Shard
 from memopt.masters import Master
-from memopt.rules import Moment
+from memopt.rules import RULES, Moment, Rule
 from memopt.spec import OptimSpec
 
 #: A range along dimension 0; None is the whole tensor.
@@ -153,3 +154,11 @@ class Source:
     skipped_steps: int | None = None
     label: str = ""
     others: dict[Any, Any] = field(default_factory=dict)  # state under keys that are no parameters
+
+    @cached_property
+    def _rules(self) -> dict[str, str]:
+        return {name: self.spec.rule_of(group.hyper) for group in self.groups for name in group.names}
+
+    def rule_of(self, name: str) -> Rule:
+        """The rule of a parameter; of one that was not saved, the spec's."""
+        return RULES[self._rules.get(name, self.spec.rule)]

@@ -79,7 +79,8 @@ class Plan(Known):
         if not self.capturable:
             self.steps = (torch.stack(self.counters) + 1).tolist() if self.counters else []
         bounds = context.bounds or [None] * len(self.groups)
-        rows = [tables.hyper_row(self.rule, *both) for both in zip(self.groups, repeat(1.0), bounds, strict=False)]
+        known = zip(self.rules, self.groups, repeat(1.0), bounds, strict=False)
+        rows = [tables.hyper_row(*one) for one in known]
         self.launcher.numbers.set([*(number for row in rows for number in row), *self.steps])
         for i, group in enumerate(self.groups):
             for key in tables.rates_on_device(group):
@@ -213,13 +214,13 @@ _LAUNCHERS = Launchers(32 * 2**20)
 def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     """Step the parameters that the kernels can step, without a plan; returns the others."""
     left: list[Work] = []
-    mine: dict[torch.device, list[Work]] = {}
+    mine: dict[tuple[torch.device, str], list[Work]] = {}
     for work in works:
         if refuse_work(work, world_size):
             left.append(work)
         else:
-            mine.setdefault(work.p.device, []).append(work)
-    for device, chosen in mine.items():
+            mine.setdefault((work.p.device, work.layout.rule.name), []).append(work)
+    for (device, _), chosen in mine.items():
         scales: dict[int, float] = {}  # by identity of the group
         groups: list[Any] = []
         for work in chosen:
@@ -248,6 +249,7 @@ def make(
     them can go this way."""
     one = len({work.p.device for work in works}) == 1
     # Sharded gradients are agreed on by the ranks.
+    one = one and not context.spec.is_mixed  # a launcher is of one rule
     if context.spec.engine != "native" or context.partition.world_size > 1 or not one:
         return None
     for work in works:

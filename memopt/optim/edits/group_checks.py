@@ -67,18 +67,21 @@ def check_group(group: Any, spec: OptimSpec, seen: set[int], live: bool = False)
         for p in params:
             _check_parameter(p, "a parameter", seen)
         return group
-    rule = RULES[spec.rule]
+    name = spec.rule_of(group)
+    if "rule" in group and name not in spec.rule_names:
+        raise SpecError(f"a param group is of the rule {name!r}; '{spec}' has {', '.join(spec.rule_names)}")
+    rule = RULES[name]
     known = rule.hyperparameters
     given = {k: v for k, v in group.items() if k in known}
     for key in group:
         if key not in known and key not in (*TORCH_KEYS, "max_grad_norm"):
-            _refuse_typo(key, {**known, "max_grad_norm": None}, spec.rule)
-    spec.resolve(given)
+            _refuse_typo(key, {**known, "max_grad_norm": None}, name)
+    h = spec.resolve(given, rule=name)
     check_max_grad_norm(group.get("max_grad_norm"), spec.engine)
     for p in params:
         tensor = p[1] if isinstance(p, tuple) else p
         _check_parameter(tensor, p[0] if isinstance(p, tuple) else "a parameter", seen)
-    return {**group, **rule.resolve({**spec.hyper, **given}), "params": params}
+    return {**group, **h, **({"rule": name} if spec.is_mixed else {}), "params": params}
 
 
 def is_named(groups: Iterable[Mapping[str, Any]]) -> bool:

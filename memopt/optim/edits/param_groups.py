@@ -15,6 +15,7 @@ from weakref import ref
 from memopt.core.hyperparameters import SpecError, check_live, check_max_grad_norm
 from memopt.core.param_names import clean_name
 from memopt.optim.edits.group_checks import check_group
+from memopt.optim.edits.rule_groups import split
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
@@ -119,6 +120,13 @@ class LiveGroups:
         """What stands in the groups now is what an optimizer can take, or SpecError. New groups get what they lack."""
         seen: set[int] = set()
         for group in groups:
+            if id(group) not in before and len(parts := split(group, spec, {})) == 1 and "rule" in parts[0]:
+                group["rule"] = parts[0]["rule"]
+            elif id(group) not in before and len(parts) > 1:
+                raise SpecError(
+                    f"a param group was appended whose parameters are of {' and of '.join(g['rule'] for g in parts)}; "
+                    "opt.add_param_group makes one of each"
+                )
             checked = check_group(group, spec, seen, live=id(group) in before)
             if id(group) not in before:
                 for key, value in checked.items():
@@ -161,17 +169,20 @@ class LiveGroups:
 
     def check_values(self, groups: Groups, spec: OptimSpec) -> None:
         """Raise SpecError, before anything is stepped, for a value that was set to what means nothing."""
-        rule = RULES[spec.rule]
         for group in groups:
+            name = spec.rule_of(group)
+            rule = RULES[name] if name in spec.rule_names else None
+            if rule is None:
+                raise SpecError(f"a param group is of the rule {name!r}; '{spec}' has {', '.join(spec.rule_names)}")
             try:
                 values = [*(group[key] for key in rule.hyperparameters), group.get("max_grad_norm")]
             except KeyError as missing:
-                raise SpecError(f"a param group has lost {missing}, which {spec.rule} needs") from None
+                raise SpecError(f"a param group has lost {missing}, which {name} needs") from None
             before = self._values.get(id(group))
             if before is not None and len(before) == len(values) and all(map(is_, values, before)):
                 continue
             h = dict(zip(rule.hyperparameters, values, strict=False))
-            check_live(spec.rule, h)
-            spec.check_live(h)
+            check_live(name, h)
+            spec.check_live(h, name)
             check_max_grad_norm(values[-1], spec.engine)
             self._values[id(group)] = values

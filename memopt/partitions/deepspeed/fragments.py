@@ -14,6 +14,7 @@ from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows, Shape
 from memopt.partitions.base import NUMEL_TOGETHER, Entry, Partition, sum_over
 from memopt.partitions.deepspeed.spans import Span, cut_rows
+from memopt.partitions.exchange import Share
 from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:
@@ -149,6 +150,14 @@ class Fragments(Partition):
 
     def total_squares(self, parameters: Sequence[Tensor], squares: Sequence[float]) -> float:
         return self.total(torch.tensor([fsum(squares)], dtype=torch.float64)).item()
+
+    def shares(self, p: Tensor) -> tuple[Share, ...]:
+        origin, found = self._of[id(p)].origin, []
+        for span in origin.spans:
+            rows, counted = span.rows(origin.shape), span.counted(origin.shape)
+            start = rows.bounds[0]
+            found.append(Share((start + counted.start, start + counted.stop), rows.bounds))
+        return tuple(found)
 
     def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         return self.anywhere(bad, "cpu")

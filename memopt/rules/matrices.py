@@ -1,0 +1,53 @@
+"""Which parameters are matrices to a rule of matrices, and which matrices a tensor of more dimensions is made of."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+from memopt.core.param_kinds import kind_of_name
+from memopt.core.rows import Shape
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: A tensor of three dimensions is a stack of matrices (a layer's experts) unless its last one is a kernel's, which is
+#: shorter than this.
+KERNEL = 32
+
+
+class Matrices(NamedTuple):
+    """``stack`` matrices of ``rows`` by ``cols``. ``stacked``: dimension 0 numbers them; else there is one, dimension 0
+    by all others."""
+
+    stack: int
+    rows: int
+    cols: int
+    stacked: bool
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of the parameter's dimension 0, whatever they are, as [stack, rows, cols]."""
+        return x.reshape(-1, self.rows, self.cols) if self.stacked else x.reshape(1, -1, self.cols)
+
+
+def matrices(shape: Shape) -> Matrices:
+    """How a parameter of two dimensions or more is cut into matrices.
+
+    >>> matrices((8, 64, 128)), matrices((64, 32, 3, 3))
+    (Matrices(stack=8, rows=64, cols=128, stacked=True), Matrices(stack=1, rows=64, cols=288, stacked=False))
+    """
+    if len(shape) == 3 and shape[-1] >= KERNEL:
+        return Matrices(*shape, stacked=True)
+    return Matrices(1, shape[0], prod(shape[1:]), stacked=False)
+
+
+def declines(name: str, shape: Shape, kind: str) -> str | None:
+    """Why a parameter is no hidden matrix, or None: vectors, and by module or by name embeddings, output heads, gates
+    and norms."""
+    if len(shape) < 2:
+        return "a vector" if shape else "a number"
+    found = kind or kind_of_name(name)
+    if found:
+        return found
+    one = matrices(shape)
+    return "a vector" if min(one.rows, one.cols) < 2 else None

@@ -1,0 +1,332 @@
+"""Rules chosen by parameter: who is stepped by what, and one optimizer through every contract of the others."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import memopt
+from memopt.core.hyperparameters import SpecError
+from memopt.core.param_kinds import kind_of_name
+from memopt.rules import RULES
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(90, 64)
+        self.up = nn.Linear(64, 96)
+        self.norm = nn.LayerNorm(96)
+        self.down = nn.Linear(96, 64)
+        self.last = nn.Linear(64, 90)  # an output head by its size, not by its name
+
+    def forward(self, tokens):
+        return self.last(self.down(self.norm(self.up(self.embed(tokens))).relu()))
+
+
+def model():
+    torch.manual_seed(0)
+    return Model()
+
+
+def train(net, opt, first, steps):
+    """On gradients that do not depend on the weights, so that no difference is amplified."""
+    for step in range(first, first + steps):
+        g = torch.Generator().manual_seed(step)
+        for p in net.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+        opt.step()
+
+
+def weights(net):
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def rules_of(opt):
+    return {name: opt.spec.rule_of(group) for name, _, group in opt.params.entries()}
+
+
+def test_a_model_is_shared_out_by_shape_module_and_name():
+    opt = memopt.create(model(), "muon-8bit")
+    assert str(opt.spec) == "muon-8bit(adamw)"
+    assert {name for name, rule in rules_of(opt).items() if rule == "muon"} == {"up.weight", "down.weight"}
+    said = opt.explain()
+    assert "2 parameters: up.weight, down.weight" in said
+    assert "an embedding: embed.weight" in said
+    assert "an output head: last.weight" in said
+    assert "rule='muon'" in memopt.describe(opt)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.embed_tokens.weight", "an embedding"),
+        ("transformer.wte.weight", "an embedding"),
+        ("h.0.attn.relative_attention_bias.weight", "an embedding"),
+        ("lm_head.weight", "an output head"),
+        ("output.weight", "an output head"),
+        ("classifier.dense.weight", "an output head"),
+        ("embed_out.weight", "an output head"),
+        ("model.layers.0.mlp.gate.weight", "a gate"),
+        ("block_sparse_moe.router.weight", "a gate"),
+        ("model.layers.0.input_layernorm.weight", "a norm"),
+        ("encoder.layer.0.output.dense.weight", ""),
+        ("model.layers.0.mlp.gate_proj.weight", ""),
+        ("model.layers.0.self_attn.q_proj.weight", ""),
+        ("layer1.0.conv1.weight", ""),
+        ("fc.weight", "an output head"),
+        ("blocks.0.mlp.fc1.weight", ""),
+    ],
+)
+def test_names_as_models_have_them(name, kind):
+    assert kind_of_name(name) == kind
+
+
+def test_overrides_name_rules_formats_and_places():
+    opt = memopt.create(
+        model(),
+        "adamw",
+        lr=1e-3,
+        overrides={"up.*": "lion-8bit", "down.weight": "muon@host", "embed.weight": "8bit", "last.weight": "sgd"},
+        rules={"lion": {"lr": 1e-4}, "sgd": {"momentum": 0.9}},
+    )
+    found = rules_of(opt)
+    assert {found[n] for n in ("up.weight", "up.bias")} == {"lion"}
+    assert (found["down.weight"], found["last.weight"], found["norm.weight"]) == ("muon", "sgd", "adamw")
+    rates = {group["rule"]: group["lr"] for group in opt.param_groups}
+    assert rates == {"adamw": 1e-3, "lion": 1e-4, "muon": 1e-3, "sgd": 1e-3}
+    train(model(), opt, 0, 0)
+    opt.init_state()
+    keys = {name: {k for k in opt.state[p] if k != "step"} for name, p, _ in opt.params.entries()}
+    assert keys["up.weight"] == {"exp_avg.codes", "exp_avg.scales"}
+    assert keys["embed.weight"] >= {"exp_avg.codes", "exp_avg_sq.codes"}
+    assert keys["last.weight"] == keys["down.weight"] == {"momentum_buffer"}
+
+
+def test_each_parameter_is_stepped_as_by_an_optimizer_of_its_rule():
+    net, alone = model(), model()
+    opt = memopt.create(net, "lion", lr=1e-3, overrides={"embed.*": "adamw-8bit"}, rules={"adamw": {"lr": 3e-3}})
+    embed = memopt.create([("embed.weight", alone.embed.weight)], "adamw-8bit", lr=3e-3, weight_decay=0.0)
+    others = [(n, p) for n, p in alone.named_parameters() if n != "embed.weight"]
+    rest = memopt.create(others, "lion", lr=1e-3)
+    for group in opt.param_groups:
+        group["weight_decay"] = 0.0
+    for group in rest.param_groups:
+        group["weight_decay"] = 0.0
+    for step in range(3):
+        train(net, opt, step, 1)
+        for p, q in zip(net.parameters(), alone.parameters(), strict=True):
+            q.grad = p.grad.clone()
+        embed.step()
+        rest.step()
+    for (name, p), q in zip(net.named_parameters(), alone.parameters(), strict=True):
+        # Of codes the random bits are by the parameter's place among all, which is another one.
+        tolerance = 1e-3 if name == "embed.weight" else 0
+        torch.testing.assert_close(p, q, rtol=0, atol=tolerance, msg=name)
+
+
+SPECS = ["muon", "muon-8bit(lion-4bit)", "muon-8bit(adamw)@host", "muon-4bit+kahan@disk"]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_price_is_the_ledger(spec):
+    net = model().bfloat16() if "+" in spec else model()
+    opt = memopt.create(net, spec)
+    opt.init_state()
+    assert opt.ledger() == memopt.price(net, spec)
+
+
+@pytest.mark.parametrize("spec", SPECS[:3])
+def test_a_state_dict_a_pickle_and_a_checkpoint_go_on(spec, tmp_path):
+    net = model()
+    opt = memopt.create(net, spec, lr=1e-2)
+    train(net, opt, 0, 2)
+    copies = [copy.deepcopy(net) for _ in range(3)]
+    loaded = memopt.create(copies[0], spec)
+    loaded.load_state_dict(opt.state_dict())
+    if "host" not in spec:
+        whole = pickle.loads(pickle.dumps((net, opt)))
+        copies[1], pickled = whole
+    else:
+        pickled = memopt.create(copies[1], spec)
+        pickled.load_state_dict(opt.state_dict())
+    memopt.save(tmp_path / "checkpoint", model=net, optimizer=opt)
+    resumed = memopt.create(copies[2], spec)
+    memopt.load(tmp_path / "checkpoint", model=copies[2], optimizer=resumed)
+    for one, other in zip((opt, loaded, pickled, resumed), (net, *copies), strict=True):
+        assert [group["rule"] for group in one.param_groups] == [group["rule"] for group in opt.param_groups]
+        train(other, one, 2, 2)
+        assert torch.equal(weights(other), weights(net))
+
+
+def test_another_format_is_a_conversion_and_a_load(tmp_path):
+    net = model()
+    opt = memopt.create(net, "muon", lr=1e-2)
+    train(net, opt, 0, 2)
+    memopt.save(tmp_path / "checkpoint", model=net, optimizer=opt)
+    other = model()
+    coded = memopt.create(other, "muon-8bit")
+    memopt.load(tmp_path / "checkpoint", model=other, optimizer=coded)
+    report = opt.convert_("muon-8bit")
+    assert set(report.losses) == {"momentum_buffer", "exp_avg", "exp_avg_sq"}
+    assert max(report.relative_error.values()) < 0.05
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        assert opt.state[p].keys() == coded.state[q].keys()
+    assert opt.ledger() == memopt.price(net, "muon-8bit")
+
+
+def test_from_adamw_and_back_with_a_stated_fill():
+    net = model()
+    opt = memopt.create(net, "adamw", lr=1e-2)
+    train(net, opt, 0, 2)
+    means = {p: opt.state[p]["exp_avg"].clone() for p in net.parameters()}
+    first = opt.param_groups[0]
+    with pytest.raises(SpecError, match="muon needs 'momentum_buffer'"):
+        opt.convert_("muon")
+    assert [id(group) for group in opt.param_groups] == [id(first)]
+    assert len(first["params"]) == len(list(net.parameters()))
+    opt.convert_("muon", fill={"momentum_buffer": "exp_avg"}, rules={"adamw": {"lr": 3e-3}})
+    assert [group["rule"] for group in opt.param_groups] == ["muon", "adamw"]
+    assert [group["lr"] for group in opt.param_groups] == [1e-2, 3e-3]
+    assert opt.param_groups[0] is first
+    for name, p, _ in opt.params.entries():
+        kept = "momentum_buffer" if name in ("up.weight", "down.weight") else "exp_avg"
+        assert torch.equal(opt.state[p][kept], means[p]), name
+    train(net, opt, 2, 1)
+    opt.convert_("adamw", fill={"exp_avg": "momentum_buffer", "exp_avg_sq": 1.0})
+    assert not any("rule" in group for group in opt.param_groups)
+    assert (opt.state[net.up.weight]["exp_avg_sq"] == 1).all()
+    assert (opt.state[net.embed.weight]["exp_avg_sq"] != 1).all()  # it was AdamW's all the time
+    train(net, opt, 3, 1)
+    assert torch.isfinite(weights(net)).all()
+
+
+def test_one_schedule_one_clip_and_frozen_parameters():
+    net = model()
+    opt = memopt.create(net, "muon", lr=1e-2, rules={"adamw": {"lr": 1e-3}})
+    schedule = memopt.schedule(opt, "linear", total_steps=10)
+    train(net, opt, 0, 1)
+    schedule.step()
+    assert [group["lr"] for group in opt.param_groups] == pytest.approx([9e-3, 9e-4])
+    norm = memopt.clip_grad_norm_(opt, 1.0)
+    assert norm > 1
+    total = sum(p.grad.square().sum() for p in net.parameters()).sqrt()
+    assert float(total) == pytest.approx(1.0, rel=1e-3)
+    before = net.up.weight.detach().clone()
+    net.up.weight.requires_grad_(False)
+    net.up.weight.grad = None
+    for p in net.parameters():
+        if p.requires_grad:
+            p.grad = torch.ones_like(p)
+    opt.step()
+    assert torch.equal(net.up.weight, before)
+
+
+def test_released_gradients_step_as_the_plain_step():
+    nets = [model(), model()]
+    tokens = torch.randint(0, 90, (4, 8), generator=torch.Generator().manual_seed(0))
+    for net, released in zip(nets, (False, True), strict=True):
+        opt = memopt.create(net, "muon", lr=1e-2, ns_dtype="float32")
+        if released:
+            opt.release_gradients(net)
+        for _ in range(2):
+            nn.functional.cross_entropy(net(tokens).flatten(0, 1), tokens.flatten()).backward()
+            opt.step()
+            opt.zero_grad()
+    torch.testing.assert_close(weights(nets[0]), weights(nets[1]), rtol=0, atol=1e-5)
+
+
+def test_a_group_says_its_rule_and_its_own_rate():
+    net = model()
+    groups = [
+        {"params": [("up.weight", net.up.weight)], "rule": "muon", "lr": 0.5},
+        {"params": [("down.weight", net.down.weight), ("down.bias", net.down.bias)], "weight_decay": 0.25},
+    ]
+    opt = memopt.create(groups, "muon", lr=0.1)
+    found = [(g["rule"], g["lr"], g["weight_decay"], len(g["params"])) for g in opt.param_groups]
+    assert found == [("muon", 0.5, 0.1, 1), ("muon", 0.1, 0.25, 1), ("adamw", 0.1, 0.25, 1)]
+    opt.add_param_group({"params": [("norm.weight", net.norm.weight)]})
+    assert opt.param_groups[-1]["rule"] == "adamw"
+    with pytest.raises(SpecError, match="of the rule 'sgd'"):
+        opt.add_param_group({"params": [("norm.bias", net.norm.bias)], "rule": "sgd"})
+
+
+def of(*shapes):
+    return [(f"w{i}", nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(shapes)]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: memopt.create(nn.LayerNorm(8), "muon"), "no parameter is a hidden matrix.*use 'adamw'"),
+        (lambda: memopt.create(of((4, 4), (4,)), "muon", overrides={"w1": "muon"}), "w1 of shape .4,. is a vector"),
+        (lambda: memopt.create(of((4, 4)), "muon", rules={"lion": {}}), "this spec has adamw"),
+        (lambda: memopt.create(of((4, 4)), "muon", rules={"adamw": {"momentum": 1}}), "adamw has no hyperparameter"),
+        (lambda: memopt.parse("adamw(lion)"), "adamw takes every parameter"),
+        (lambda: memopt.parse("muon(muon)"), "does not take every parameter"),
+        (lambda: memopt.parse("muon(adamw-9bit)"), "unknown format '9bit'"),
+        (lambda: memopt.parse("lookahead(muon)"), "does not take every parameter"),
+        (lambda: memopt.parse("adamw", overrides={"*": "lion-factored"}), "no moment of lion has a factored form"),
+        (lambda: memopt.parse("muon", engine="bitsandbytes"), "bitsandbytes"),
+        (lambda: memopt.create(of((4, 4)), "muon", capturable=True), "parameters of one rule"),
+        (
+            lambda: memopt.create([{"params": of((4, 4), (4,)), "lr": 1.0}], "muon", rules={"adamw": {"lr": 2.0}}),
+            "a rate of its own",
+        ),
+    ],
+)
+def test_what_means_nothing_is_one_sentence(make, words):
+    with pytest.raises(SpecError, match=words):
+        make()
+
+
+def test_what_may_be_a_mistake_is_said():
+    net = model()
+    with pytest.warns(UserWarning, match=r"embed\.weight is an embedding"):
+        memopt.create(net, "muon", overrides={"embed.weight": "muon"})
+    with pytest.warns(UserWarning, match="have no names"):
+        memopt.create([p for p in net.parameters() if p.dim() == 2], "muon")
+    with pytest.warns(UserWarning, match=r"w0 of shape \(9000, 8\) may be an embedding"):
+        memopt.create(of((9000, 8)), "muon")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        memopt.create(net, "muon")
+
+
+LLAMA = {
+    "embed_tokens.weight": (128256, 4096),
+    **{
+        f"layers.{i}.{name}.weight": shape
+        for i in range(32)
+        for name, shape in {
+            "self_attn.q_proj": (4096, 4096),
+            "self_attn.k_proj": (1024, 4096),
+            "self_attn.v_proj": (1024, 4096),
+            "self_attn.o_proj": (4096, 4096),
+            "mlp.gate_proj": (14336, 4096),
+            "mlp.up_proj": (14336, 4096),
+            "mlp.down_proj": (4096, 14336),
+            "input_layernorm": (4096,),
+            "post_attention_layernorm": (4096,),
+        }.items()
+    },
+    "norm.weight": (4096,),
+    "lm_head.weight": (128256, 4096),
+}
+
+
+@pytest.mark.parametrize(
+    ("spec", "most"), [("muon-8bit", 1.2), ("muon-4bit", 0.7), ("muon-8bit(adafactor-factored)", 0.9)]
+)
+def test_bytes_on_llama_3_1_8b(spec, most):
+    numel = sum(torch.Size(shape).numel() for shape in LLAMA.values())
+    assert numel == 8_030_261_248
+    assert memopt.price(LLAMA, spec).nbytes / numel <= most
+
+
+def test_rules_that_take_everything_have_no_fallback():
+    assert {name for name, rule in RULES.items() if rule.declines is not None} == {"muon"}
+    assert all(RULES[name].fallback == "" for name in RULES if name != "muon")
