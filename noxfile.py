@@ -25,6 +25,13 @@ def lint(session: nox.Session) -> None:
     session.run("lint-imports", "--no-cache")
 
 
+@nox.session(python="3.11")
+def docs(session: nox.Session) -> None:
+    """The documentation as a site; a link or an anchor that leads nowhere fails."""
+    session.install("-r", "docs/requirements.txt")
+    session.run("mkdocs", "build", "--strict")
+
+
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
     """Python 3.10 and torch 2.6. Its Triton is older than the GPU kernels need, whose tests are skipped."""

@@ -16,8 +16,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -49,6 +51,10 @@ TABLES_X86 = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
 }
+
+
+#: Seconds between two signs of life of a compilation.
+HEARTBEAT = 15.0
 
 
 class BuildError(RuntimeError):
@@ -120,7 +126,8 @@ def cached() -> Path:
                 return path
         print("memopt: compiling its CPU kernels, once, in about a minute", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".new-") as scratch:
-            built = build(scratch)
+            with _said_to_live():
+                built = build(scratch)
             built.chmod(0o700)
             target = directory / _HASHED.format(hashlib.sha256(built.read_bytes()).hexdigest())
             with open(built, "rb") as file:
@@ -132,6 +139,24 @@ def cached() -> Path:
             "to a directory of your own"
         ) from error
     return target
+
+
+@contextmanager
+def _said_to_live() -> Iterator[None]:
+    """A line on standard error every ``HEARTBEAT`` seconds."""
+    done, start = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        while not done.wait(HEARTBEAT):
+            print(f"memopt: still compiling, {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=say, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def verified(path: Path) -> int:

@@ -116,3 +116,14 @@ def test_without_a_home_there_is_a_folder_of_the_users_own(cache, monkeypatch, t
     private = build.cache_root()
     assert private not in (root, tmp_path)
     assert private.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_long_compilation_shows_that_it_lives(monkeypatch, capsys):
+    import time
+
+    from memopt.kernels import build
+
+    monkeypatch.setattr(build, "HEARTBEAT", 0.01)
+    with build._said_to_live():
+        time.sleep(0.1)
+    assert "memopt: still compiling, 0 s" in capsys.readouterr().err
