@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from estimators.errors import InputError, shown
 from estimators.hardware import capacity
 from estimators.memory.rank_memory import SHARDS_ALSO, rows_of, step_temporaries
-from estimators.memory.step_rows import run
 from estimators.models.model import Model
 from estimators.models.resolve import resolve
 from estimators.result import Column, Estimate
@@ -21,6 +20,7 @@ from estimators.units import dtype
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from estimators.activations import Activations
     from memopt.keywords import SpecKeywords
     from memopt.spec import OptimSpec
 
@@ -67,6 +67,7 @@ def estimate(
     float8: bool = False,
     versions: str = "",
     alloc_conf: str = "",
+    reference_model: str = "",
     **fields: "Unpack[SpecKeywords]",
 ) -> Estimate:
     """What one rank needs to train ``model`` with one spec or with each of several; does not import torch.
@@ -115,6 +116,7 @@ def estimate(
         versions: Of older libraries, which do otherwise: ``"torch=1.12,transformers=4.38,bitsandbytes=0.41"``
             (:mod:`estimators.versions`); default today's.
         alloc_conf: ``PYTORCH_ALLOC_CONF``, such as ``"expandable_segments:True"``; default torch's own.
+        reference_model: The frozen second model of preference training (DPO): ``"same"`` for a copy, or a name or path.
         fields: Hyperparameters, placement options and fields of :class:`memopt.OptimSpec`, as of :func:`memopt.create`.
 
     Returns:
@@ -163,6 +165,7 @@ def estimate(
         float8=float8,
         versions=versions,
         alloc_conf=alloc_conf,
+        reference_model=reference_model,
     )
     if is_adapter(model):
         from estimators.models.from_adapter import read
@@ -184,13 +187,20 @@ def estimate(
     if mixed and not hasattr(model, "named_parameters"):  # a live module's weights are what they are
         weight_dtype = weight_dtype or "float32"
     gradient_dtype = None if gradients is None else dtype(gradients, "gradients")
+    second = None
+    if training.reference_model:
+        from estimators.memory.reference_model import reference
+
+        second = reference(described, training, weight_dtype)
     described = as_trained(described, training, weight_dtype)
     card = gpu if isinstance(gpu, str) else ""
-    runs = {own: run(described, training, own, card) for own in {_own_precision(s, training) for s in specs}}
+    runs = {own: _activations(described, training, own, card) for own in {_own_precision(s, training) for s in specs}}
     ran, missing = runs[_own_precision(specs[0], training)]
     columns = []
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
     without += unknown(training)
+    if second and training.seq and second[1] is None:
+        without += ("the reference model's forward pass",)
     for one in specs:
         of_the_step = step_temporaries(described, one, world_size, None, training) if training.seq else 0
         lacks = without
@@ -205,6 +215,7 @@ def estimate(
             runs[_own_precision(one, training)][0],
             of_the_step,
             card,
+            second,
         )
         if training.seq and training.device != "cpu" and str(one) == "adamw":
             from estimators.memory.other_optimizers import foreach
@@ -223,6 +234,14 @@ def estimate(
         tuple(dict.fromkeys(one for column in columns for one in column.without)),
         _as_text,
     )
+
+
+def _activations(model: Model, training: Training, sharded: bool, card: str) -> "tuple[Activations | None, str]":
+    if not training.seq:
+        return None, "activations (say --seq)"
+    from estimators.memory.step_rows import run
+
+    return run(model, training, sharded, card)
 
 
 def _as_text(e: Estimate) -> str:

@@ -27,6 +27,7 @@ GPUS = {
     "h200": 143771,
     "gh200-96gb": 97871,
     "b200": 183359,
+    "gb200": 189471,
     "gtx-1080-ti": 11264,
     "rtx-2080-ti": 11264,
     "rtx-3060": 12288,
@@ -42,6 +43,7 @@ GPUS = {
     "rtx-a5000": 24564,
     "rtx-a6000": 49140,
     "rtx-6000-ada": 49140,
+    "rtx-pro-6000": 97887,
     "mi210": 65536,
     "mi250x-gcd": 65536,
     "mi300x": 196608,
@@ -58,7 +60,7 @@ _GENERATIONS = {
     "ampere": ("a10", "a40", "rtx30", "rtxa"),
     "ada": ("l4", "rtx40", "rtx6000ada"),
     "hopper": ("h100", "h200", "gh200"),
-    "blackwell": ("b200", "rtx50"),
+    "blackwell": ("b200", "gb200", "rtx50", "rtxpro"),
     "cdna2": ("mi2",),
     "cdna3": ("mi3",),
 }
@@ -121,6 +123,14 @@ def capacity(gpu: str) -> int:
 
 def _unknown(gpu: str) -> str:
     text = gpu.strip()
+    several = [name for name in GPUS if _plain(gpu) and _plain(name).startswith(plain_name(gpu))]
+    if len(several) > 1:
+        return f"gpu={shown(gpu)} is one of {', '.join(several)}; say which"
+    if _plain(gpu).startswith(("apple", "m1", "m2", "m3", "m4", "m5")):
+        return (
+            f"gpu={shown(gpu)}: Apple's GPUs share the machine's memory, of which macOS lets them have about three "
+            "quarters; give that as a size (96GB of 128), and take the figures, which are CUDA's, as a guide"
+        )
     if text.upper().rstrip("GM").replace(".", "", 1).isdigit():
         number = text.upper().rstrip("GM")
         return f"gpu={shown(gpu)} has no unit; write {number}GiB (2^30 bytes) or {number}GB (10^9 bytes)"

@@ -2,12 +2,14 @@
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimators.errors import InputError, shown
 from estimators.models.lora import KBIT, NF4, Adapters
 from estimators.units import DTYPES
-from estimators.versions import Versions, parsed
+
+if TYPE_CHECKING:
+    from estimators.versions import Versions
 
 #: ``selective`` keeps the results of matrix products and of fused attention (torch's
 #: create_selective_checkpoint_contexts with those as policy); ``selective-2`` those of every second ``mm`` alone
@@ -36,7 +38,8 @@ class Training(NamedTuple):
     ``frozen`` and ``train`` are patterns of parameters' names; ``offload_activations`` moves what the layers save to
     pinned memory, ``offload_params`` weights, gradients and state of FSDP2 or DeepSpeed. ``compile`` and ``float8``:
     torch.compile of the model and torchao's float8 training. ``versions`` are those of libraries that do otherwise than
-    today's (:mod:`estimators.versions`), ``alloc_conf`` is the text of PYTORCH_ALLOC_CONF."""
+    today's (:mod:`estimators.versions`), ``alloc_conf`` is the text of PYTORCH_ALLOC_CONF.
+    ``reference_model``: the frozen second model of preference training, ``same`` or another one's name or path."""
 
     batch: int = 1
     seq: int = 0
@@ -66,6 +69,7 @@ class Training(NamedTuple):
     float8: bool = False
     versions: str = ""
     alloc_conf: str = ""
+    reference_model: str = ""
 
     @property
     def kbit(self) -> bool:
@@ -73,14 +77,16 @@ class Training(NamedTuple):
         return self.quantised in KBIT and self.kbit_prepare != "no"
 
     @property
-    def of(self) -> Versions:
+    def of(self) -> "Versions":
         """The versions of libraries."""
+        from estimators.versions import parsed
+
         return parsed(self.versions)
 
     @property
     def gradients_stay(self) -> bool:
         """Whether all gradients are there before the backward pass begins."""
-        return self.accumulate > 1 or (self.of.keeps_gradients and not self.release_gradients)
+        return self.accumulate > 1 or bool(self.versions and self.of.keeps_gradients and not self.release_gradients)
 
     @property
     def adapters(self) -> Adapters:
@@ -110,10 +116,11 @@ class Training(NamedTuple):
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is true or false")
-        for name in ("lora_targets", "modules_to_save", "frozen", "train", "versions", "alloc_conf"):
+        for name in ("lora_targets", "modules_to_save", "frozen", "train", "versions", "alloc_conf", "reference_model"):
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is text: names, with commas")
-        parsed(self.versions)
+        if self.versions:
+            _ = self.of
         if self.alloc_conf:
             from estimators.allocator.caching_allocator import parsed as settings
 
@@ -220,6 +227,9 @@ def describe(training: Training) -> str:
         parts.append("gradients released")
     if training.mixed:
         parts.append(f"computed in {training.mixed}")
+    if training.reference_model:
+        second = "a copy" if training.reference_model == "same" else training.reference_model
+        parts.append(f"{second} as reference model")
     if training.deepspeed:
         parts.append("under DeepSpeed")
     if training.lora:

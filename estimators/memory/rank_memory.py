@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 from estimators.errors import InputError
 from estimators.memory.memory_row import GPU, HOST, PHASES, PINNED, Row
-from estimators.memory.runtime import runtime
 from estimators.memory.state import state_nbytes, temporaries, weight_dtype
-from estimators.memory.step_rows import one_gradient, released, rows
 from estimators.models.lora import NF4
 from estimators.models.model import Model, Shape
 from estimators.training import Training
@@ -37,9 +35,11 @@ def rows_of(
     ran: "Activations | None",
     of_the_step: int | None,
     card: str = "",
+    second: "tuple[Model, Activations | None] | None" = None,
 ) -> list[Row]:
     """``gradients``: their dtype, or None for the weights'. ``of_the_step``: bytes that it allocates and frees, or None
-    where they are not known. ``card``: its name, where that was given."""
+    where they are not known. ``card``: its name, where that was given. ``second``: the
+    reference model of preference training, and its forward pass."""
     weights = None  # the model's own dtypes
     if spec.partition not in SHARDS_ALSO:
         raise InputError(
@@ -58,6 +58,8 @@ def rows_of(
         held = [Row(name, "weights", kind, n, GPU, PHASES, known) for kind, n in _by_dtype(here, weights, all_=True)]
         by_dtype = _by_dtype(here, gradients, all_=False)
         if training.release_gradients:
+            from estimators.memory.step_rows import released
+
             by_dtype = released(model, here, lambda n, shape: _nbytes(model, n, shape, gradients))
         if here is not model:
             computed = dtype(training.mixed, "mixed") if training.mixed else None
@@ -80,7 +82,11 @@ def rows_of(
             ]
     if model.buffers:
         held.append(Row(name, "buffers", "", model.buffers, GPU, PHASES, model.provenance))
-    few = one_gradient(name, by_dtype, known) if training.release_gradients else None
+    few = None
+    if training.release_gradients:
+        from estimators.memory.step_rows import one_gradient
+
+        few = one_gradient(name, by_dtype, known)
     away = spec.options.get("offload_gradients") is True and training.device != "cpu" and not training.deepspeed
     if away:
         few = _offloaded(model, spec, gradients, training.release_gradients, known)
@@ -88,6 +94,8 @@ def rows_of(
         few = []
     if ran:
         at_once = training.release_gradients and SHARDS_ALSO[spec.partition][0] * world_size < 2 and not away
+        from estimators.memory.step_rows import rows
+
         held += rows(name, model, training, ran, by_dtype, known, few, at_once)
     elif few is not None:
         held += few
@@ -101,6 +109,11 @@ def rows_of(
     if training.offload_params:
         held = _params_offloaded(held, model, spec, world_size, gradients)
         of_the_step = 0
+    if second:
+        from estimators.memory.reference_model import rows as reference_rows
+
+        cut = SHARDS_ALSO[spec.partition][0] or (training.deepspeed and spec.partition == "zero3")
+        held += reference_rows(name, second, ran, world_size if cut else 1)
     if training.seq and training.device != "cpu":
         if of_the_step:
             held.append(
@@ -116,6 +129,8 @@ def rows_of(
                     of_the_step,
                 )
             )
+        from estimators.memory.runtime import runtime
+
         held += runtime(held, model, spec, training, ran, world_size, card)
     return held
 
@@ -152,6 +167,8 @@ def _offloaded(model: Model, spec: "OptimSpec", gradients: str | None, releases:
     found = [Row(str(spec), "gradients", "on their way to the host", way, GPU, ("backward",), "formula", largest, way)]
     rest = model._replace(frozen=frozenset({*model.frozen, *away}))
     if releases:
+        from estimators.memory.step_rows import one_gradient, released
+
         left = released(rest, rest, lambda n, shape: _nbytes(model, n, shape, gradients))
         return [*found, *one_gradient(str(spec), left, known)]
     stay = _by_dtype(rest, gradients, all_=False)

@@ -15,6 +15,14 @@ from memopt.untrusted.headers import read_header
 from memopt.untrusted.names import component, label, within
 from memopt.untrusted.opening import open_regular, read_file
 
+#: Files that are no source here, by their ending -> what they are, and what helps.
+_NOT_READ = {
+    **dict.fromkeys(
+        (".bin", ".pt", ".pth", ".ckpt"), "is a pickle, which is not opened; pass the config.json that lies beside it"
+    ),
+    ".gguf": "is a GGUF file, which is for inference; pass the config.json of the model that it was made from",
+    "model_index.json": "is a pipeline of several models; pass the folder of the one that trains (unet, transformer)",
+}
 #: The longest configuration or index that is read.
 MAX_JSON_NBYTES = 100_000_000
 _INDEX = "model.safetensors.index.json"
@@ -27,13 +35,16 @@ _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat
 def from_path(path: str) -> Model:
     """The model that a file or folder describes; in a folder config.json before safetensors files."""
     if isdir(path):
-        for name in ("config.json", _INDEX, _SINGLE):
+        for name in ("config.json", _INDEX, _SINGLE, "model_index.json"):
             if isfile(join(path, name)):
                 with refused():
                     return from_path(str(within(Path(path), name, shown(path))))
         raise InputError(f"the folder {shown(path)} has none of config.json, {_INDEX}, {_SINGLE}")
     if path.endswith(".safetensors"):
         return from_headers([path], path)
+    for ending, sentence in _NOT_READ.items():
+        if path.endswith(ending):
+            raise InputError(f"{shown(path)} {sentence}")
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{shown(path)} holds {_kind(content)}, not a JSON object")

@@ -14,6 +14,7 @@ _PUBLISHED = {
     "llama-2-": 4096,
     "llama-3-": 8192,
     "llama-3.": 131072,
+    "codellama-": 16384,
     "tinyllama": 2048,
     "smollm2": 8192,
     "smollm3": 65536,

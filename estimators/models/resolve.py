@@ -68,10 +68,11 @@ def _from_text(text: str) -> Model:
         from estimators.models.from_count import counted
 
         return counted(number)
-    from estimators.models.published import KNOWN
+    from estimators.models.published import published
 
-    if text in KNOWN:
-        return _known(text)
+    config = published(text)
+    if config is not None:
+        return _known(text, config)
     from os.path import exists
 
     # A NUL in a path is a ValueError of its own; it names no file.
@@ -79,9 +80,12 @@ def _from_text(text: str) -> Model:
         from estimators.models.from_files import from_path
 
         return from_path(text)
+    from estimators.models.names import notes, otherwise, plain_name
+
     name = plain_name(text)
-    if name in KNOWN:
-        return _known(name)
+    config = published(name)
+    if config is not None:
+        return _known(name, {**config, **otherwise(text)}, notes(text, name))
     if "/" in text:
         from estimators.models.from_hub import from_hub, is_id
 
@@ -90,27 +94,11 @@ def _from_text(text: str) -> Model:
     raise InputError(_unknown(text, name))
 
 
-def _known(name: str) -> Model:
+def _known(name: str, config: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Model:
     from estimators.models.from_config import from_config
-    from estimators.models.published import KNOWN
 
-    return from_config(KNOWN[name], name)
-
-
-#: Endings that say how a model was tuned or stored, not how it is built.
-_ENDINGS = ("-chat-v1.0", "-instruct", "-chat", "-base", "-hf", "-it", "-pt")
-
-
-def plain_name(text: str) -> str:
-    """A published name as the table spells it.
-
-    >>> plain_name("meta-llama/Llama-3.1-8B-Instruct"), plain_name("google/gemma-2-9b-it")
-    ('llama-3.1-8b', 'gemma-2-9b')
-    """
-    name = text.strip().rstrip("/").rpartition("/")[2].lower().replace("_", "-").removeprefix("meta-")
-    for ending in _ENDINGS:
-        name = name.removesuffix(ending)
-    return name
+    model = from_config(config, name)
+    return model._replace(notes=(*model.notes, *notes)) if notes else model
 
 
 def _unknown(text: str, name: str) -> str:

@@ -164,7 +164,8 @@ def _varied(
         held = {k: v for k, v in options.items() if k != keyword}
 
         def at(n: int) -> Estimate:
-            return estimate(model, spec, gpu=gpu, **{**held, keyword: n})
+            given: dict[str, Any] = {**held, keyword: n}
+            return estimate(model, spec, gpu=gpu, **given)
 
         most, end = MOST.get(what, 2**16), "more is not allowed"
         if what == "seq":

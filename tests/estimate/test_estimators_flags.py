@@ -6,11 +6,12 @@ import random
 import pytest
 
 from estimators import InputError, estimate
+from estimators.allocator.caching_allocator import LARGE_SEGMENT, SMALL_SEGMENT
 from estimators.memory.memory_row import FIGURES
 from estimators.models.published import KNOWN
 from memopt.cli import main
 
-COMBINATIONS = 2_000
+COMBINATIONS = 1_000
 SEED = 20261130
 #: Small ones of several kinds, with grouped heads and without, experts, encoders.
 MODELS = (
@@ -56,6 +57,9 @@ VALUES = {
     "compile": (False, True),
     "float8": (False, True),
     "deepspeed": (False, True),
+    "reference_model": ("", "", "same"),
+    "versions": ("", "torch=1.12", "bitsandbytes=0.41,transformers=4.38"),
+    "alloc_conf": ("", "expandable_segments:True"),
     "weights": (None, "bf16", "fp32"),
     "gradients": (None, "fp32"),
     "world_size": (1, 1, 2, 8),
@@ -114,12 +118,13 @@ def test_thousands_of_combinations(count):
 
 
 #: How much less of *allocated* was seen for more: tensors that overlap in the replay of one shape need not in another.
-#: *reserved* and *process* fall further between shapes (11 % was seen under /zero3), as segments are split otherwise;
-#: they are not held to this.
-REPLAYED = 0.005
+REPLAYED = 0.003
+#: *reserved* and *process* are counted in segments of up to 20 MiB: what is cut otherwise may need one or two fewer, as
+#: it does in torch, and one of 2 MiB.
+SEGMENTS = 2 * LARGE_SEGMENT + SMALL_SEGMENT
 
 
-@pytest.mark.parametrize("count", [COMBINATIONS // 4, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [COMBINATIONS // 3, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_more_never_needs_less(count):
     rng = random.Random(SEED + 1)
     compared = 0
@@ -135,8 +140,10 @@ def test_more_never_needs_less(count):
                 column = estimate(SHORT[name], spec, **{**given, key: value}).columns[0]
             except ValueError:
                 break
-            now = column.allocated.expected
-            assert before is None or before <= now * (1 + REPLAYED), (name, spec, given, key, value, before, now)
+            now = [column.allocated.expected, column.reserved.expected, column.process.expected]
+            if before:
+                assert before[0] <= now[0] * (1 + REPLAYED), (name, spec, given, key, value, before, now)
+                assert max(b - n for b, n in zip(before, now, strict=True)) <= SEGMENTS, (name, spec, given, key, value)
             compared += before is not None
             before = now
     assert compared > count // 20
@@ -153,3 +160,32 @@ def test_optimizers_of_others_are_known_and_not_priced(name, capsys):
 def test_torchs_foreach_step_makes_a_copy():
     plain, named = (estimate("gpt2", name, seq=64).columns[0] for name in ("adamw", "adamw_torch"))
     assert named.nbytes("temporaries") - plain.nbytes("temporaries") == 4 * 124_439_808
+
+
+class TestReferenceModel:
+    """Preference training's second model: its weights, and a forward pass while all that the policy saved is there."""
+
+    def test_a_copy(self):
+        one, two = (estimate("gpt2", "adamw", seq=256, **k) for k in ({}, {"reference_model": "same"}))
+        rows = {r.detail: r for r in two.columns[0].rows}
+        assert rows["the reference model's"].nbytes == 2 * 124_439_808
+        passed = rows["the reference's forward pass"].nbytes
+        loss = next(r for r in two.columns[0].rows if r.detail == "saved, and the loss").nbytes
+        alone = estimate("gpt2", "adamw", seq=256, frozen="transformer.h.*,wpe,ln_f").activations
+        assert two.activations.saved < loss + passed < two.activations.saved + alone.forward.activations * 2
+        assert two.columns[0].allocated.low > one.columns[0].allocated.low
+        assert two.parameters == one.parameters
+
+    def test_another_model_in_the_weights_dtype(self):
+        e = estimate("gpt2", "adamw", seq=64, weights="fp32", reference_model="gpt2-medium")
+        row = next(r for r in e.columns[0].rows if r.detail == "the reference model's")
+        assert row.nbytes == 4 * estimate("gpt2-medium").parameters
+
+    def test_it_is_cut_where_weights_are(self):
+        e = estimate("gpt2", ["adamw/zero3", "adamw/zero1"], world_size=4, reference_model="same")
+        cut, whole = (next(r.nbytes for r in c.rows if "reference" in r.detail) for c in e.columns)
+        assert whole == 4 * cut
+
+    def test_adapters_need_none(self):
+        with pytest.raises(InputError, match="switched off"):
+            estimate("gpt2", "adamw", lora=8, reference_model="same")

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from estimators.models.published.dimensions import dimensions
+
+def dimensions(hidden: int, ffn: int, count: int, heads: int, kv: int | None, vocab: int) -> dict[str, Any]:
+    """The six fields that nearly every decoder has."""
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": count,
+        "num_attention_heads": heads,
+        "vocab_size": vocab,
+        **({} if kv is None else {"num_key_value_heads": kv}),
+    }
 
 
 def _llama(*dims: int, tied: bool = False) -> dict[str, Any]:
@@ -56,6 +66,10 @@ DECODERS: dict[str, dict[str, Any]] = {
     "llama-2-7b": _llama(4096, 11008, 32, 32, 32, 32000),
     "llama-2-13b": _llama(5120, 13824, 40, 40, 40, 32000),
     "llama-2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
+    "codellama-7b": _llama(4096, 11008, 32, 32, 32, 32016),
+    "codellama-13b": _llama(5120, 13824, 40, 40, 40, 32016),
+    "codellama-34b": _llama(8192, 22016, 48, 64, 8, 32000),
+    "codellama-70b": _llama(8192, 28672, 80, 64, 8, 32016),
     "llama-3-8b": _llama(4096, 14336, 32, 32, 8, 128256),
     "llama-3-70b": _llama(8192, 28672, 80, 64, 8, 128256),
     "llama-3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from estimators.models.published.dimensions import dimensions
+from estimators.models.published.decoders import dimensions
 
 
 def _t5(width: int, ffn: int, layers: int, heads: int, head: int = 64, gated: bool = False) -> dict[str, Any]:

@@ -54,6 +54,12 @@ FLAGS = (
     Flag("offload_params", "switch", "", "weights, gradients and state live on the host (FSDP2, DeepSpeed)"),
     Flag("compile", "switch", "", "torch.compile: figures are those of eager mode, and there is no verdict"),
     Flag("float8", "switch", "", "torchao's float8 training of linear layers"),
+    Flag(
+        "reference_model",
+        "text",
+        "same|MODEL",
+        "preference training's second, frozen model",
+    ),
     Flag("alloc_conf", "text", "CONF", "PYTORCH_ALLOC_CONF, such as expandable_segments:True"),
     Flag("versions", "text", "NAME=N,…", "older torch, transformers or bitsandbytes, where they take more memory"),
     Flag("deepspeed", "switch", "", "DeepSpeed runs the step; the spec's /zero1, /zero2 or /zero3 is its stage"),
