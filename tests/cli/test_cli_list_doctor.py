@@ -85,3 +85,16 @@ class TestDoctor:
 
 
 #: What takes longer to import than an estimate takes, and is imported by something that an estimate needs.
+
+
+def test_doctor_needs_no_compiler_where_the_package_came_with_its_kernels(monkeypatch, tmp_path):
+    from memopt.cli import doctor
+    from memopt.kernels import loader
+
+    monkeypatch.setenv("CXX", "none")
+    monkeypatch.setattr(loader, "INSTALLED", tmp_path / "library.so")
+    assert doctor.compiler().status == "note"
+    loader.INSTALLED.touch()
+    found = doctor.compiler()
+    assert found.status == "ok"
+    assert "came with its kernels" in found.text
