@@ -68,6 +68,7 @@ def estimate(
     versions: str = "",
     alloc_conf: str = "",
     reference_model: str = "",
+    inputs: Any = None,
     **fields: "Unpack[SpecKeywords]",
 ) -> Estimate:
     """What one rank needs to train ``model`` with one spec or with each of several; does not import torch.
@@ -117,6 +118,7 @@ def estimate(
             (:mod:`estimators.versions`); default today's.
         alloc_conf: ``PYTORCH_ALLOC_CONF``, such as ``"expandable_segments:True"``; default torch's own.
         reference_model: The frozen second model of preference training (DPO): ``"same"`` for a copy, or a name or path.
+        inputs: A module's micro-batch (keywords, arguments or a tensor): one step is traced, and says batch and seq.
         fields: Hyperparameters, placement options and fields of :class:`memopt.OptimSpec`, as of :func:`memopt.create`.
 
     Returns:
@@ -173,6 +175,11 @@ def estimate(
         model, said = read(os.fspath(model))
         defaults = Training()._asdict()
         asked = asked._replace(**{k: v for k, v in said.items() if getattr(asked, k) == defaults[k]})
+    if inputs is not None:
+        from estimators.traced.given import sizes
+
+        batch, seq = sizes(inputs, asked)
+        asked = asked._replace(batch=batch, seq=seq)
     training = asked.checked()
     if hasattr(model, "peft_config"):
         from estimators.models.from_adapter import dropout
@@ -180,7 +187,7 @@ def estimate(
         training = training._replace(lora_dropout=dropout(model, training.lora_dropout))
     specs = _parsed(spec, dict(fields))
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
-    described = resolve(model)
+    described = resolve(model, inputs)
     weight_dtype = None if weights is None else dtype(weights, "weights")
     if mixed and not training.lora and weight_dtype not in (None, "float32"):
         raise InputError(f"mixed={mixed!r} is for weights in float32, not {weight_dtype}, unless adapters train")
@@ -196,9 +203,11 @@ def estimate(
     card = gpu if isinstance(gpu, str) else ""
     runs = {own: _activations(described, training, own, card) for own in {_own_precision(s, training) for s in specs}}
     ran, missing = runs[_own_precision(specs[0], training)]
+    if ran is not None and ran.notes:
+        described = described._replace(notes=(*described.notes, *ran.notes))
     columns = []
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
-    without += unknown(training)
+    without += (*unknown(training), *described.without)
     if second and training.seq and second[1] is None:
         without += ("the reference model's forward pass",)
     for one in specs:

@@ -210,15 +210,16 @@ def unknown(training: Training) -> tuple[str, ...]:
     return ("what torch.compile saves and fuses (figures are those of eager mode)",) if training.compile else ()
 
 
-def describe(training: Training) -> str:
-    """The step in words, for a title.
+def describe(training: Training, given: bool = False) -> str:
+    """The step in words, for a title. ``given``: its inputs are a caller's, who knows their shape.
 
     >>> describe(Training(2, 2048, "full"))
     '2 x 2,048 tokens, sdpa attention, full checkpointing'
     """
     parts = []
     if training.seq:
-        parts.append(f"{training.batch} x {training.seq:,} tokens, {training.attention} attention")
+        tokens = f"{training.batch} x {training.seq:,} tokens, {training.attention} attention"
+        parts.append(f"inputs that were given, of {training.batch}" if given else tokens)
         if training.checkpointing != "none":
             parts.append(f"{training.checkpointing} checkpointing")
         if training.accumulate > 1:

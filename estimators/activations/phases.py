@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from estimators.activations.blocks import Network
 from estimators.activations.op import Tensor
 from estimators.activations.op_tape import Tape
+from estimators.activations.recorded import Recorded
 from estimators.activations.scope import Parameters, Scope
 from estimators.activations.simulate import Again, Backward, Forward, again, backward, forward
 from estimators.activations.step import Step
@@ -36,7 +37,8 @@ class Activations(NamedTuple):
     copies of weights at the end of the forward pass, which the moments of forward and loss contain (the former without
     the head's). ``walked`` is what they follow from, for whoever asks for the order of it all. ``output`` are bytes
     that live as long as the model's output, and ``kept`` is the same step with an output that lives until the backward
-    pass is over. ``away`` are saved bytes on the host."""
+    pass is over. ``away`` are saved bytes on the host. ``recorded`` is in place of ``walked`` where the
+    step was traced (:mod:`estimators.traced`), and ``notes`` are sentences on how."""
 
     saved: int
     forward: Moment
@@ -50,6 +52,8 @@ class Activations(NamedTuple):
     kept: "Activations | None" = None
     released: Moment = Moment(0, 0)
     away: int = 0
+    notes: tuple[str, ...] = ()
+    recorded: Recorded | None = None
 
 
 class Segment(NamedTuple):

@@ -20,7 +20,7 @@ from estimators.training import Training
 
 if TYPE_CHECKING:
     from estimators.activations import Activations
-    from estimators.allocator.replay import Held
+    from estimators.allocator.replayed_step import Held
 
 #: Bytes of one bucket of DistributedDataParallel (bucket_cap_mb).
 _BUCKET = 25 * MIB
@@ -55,13 +55,13 @@ def overhead(
 
     found = replayed(ran, held(rows, model, training), settings)
     layers = [s.tape.ops for s in ran.walked.segments if s.kind == "layer"] if ran.walked else []
-    block = max((op.out.nbytes for ops in layers for op in ops), default=0)
+    block = max((op.out.nbytes for ops in layers for op in ops), default=ran.recorded.largest if ran.recorded else 0)
     return Overhead(max(0, found.allocated - found.requested), found.reserved - found.allocated, block)
 
 
 def held(rows: Sequence[Row], model: Model, training: Training) -> "Held":
     """What is allocated besides the tape."""
-    from estimators.allocator.replay import Held
+    from estimators.allocator.replayed_step import Held
 
     on_gpu = [r for r in rows if r.tier == GPU]
     weights = sum(r.nbytes for r in on_gpu if r.what == "weights" and r.phases == PHASES)

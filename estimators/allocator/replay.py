@@ -7,44 +7,26 @@ the optimizer's step. From the second step on state is there, so two steps are r
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from estimators.activations.op import Op
 from estimators.activations.phases import KEEPING
 from estimators.activations.simulate import RERUN, Log, again, backward, forward, kept_by
-from estimators.allocator.caching_allocator import DEFAULT, Allocator, Block, Settings
+from estimators.allocator.caching_allocator import DEFAULT, Block, Settings
+from estimators.allocator.replayed_step import (
+    AGAIN,
+    FREE,
+    GRADIENT,
+    INSIDE,
+    TAKE,
+    Held,
+    Program,
+    Replay,
+    Replayed,
+)
 
 if TYPE_CHECKING:
     from estimators.activations.phases import Activations, Segment, Walked
-
-#: What an instruction does with a slot: free it, allocate into it, allocate and free, allocate a gradient, run again.
-FREE, TAKE, INSIDE, GRADIENT, AGAIN = range(5)
-Program = list[tuple[int, int, int]]
-
-
-class Held(NamedTuple):
-    """What is allocated besides the tape. ``load``: what comes and goes while the model is loaded, as ``(name, bytes)``
-    and ``(name, 0)``. ``empty``: the cache is emptied then. ``state``: of tensors that the first step allocates.
-    ``step``: of those that a step allocates and frees together. ``whole``: held from the first forward pass on.
-    ``batches``: micro-batches per step. ``release``: a gradient goes when the next one is made."""
-
-    load: Sequence[tuple[object, int]]
-    state: Sequence[int] = ()
-    step: Sequence[int] = ()
-    whole: Sequence[int] = ()
-    batches: int = 1
-    release: bool = False
-    empty: bool = False
-
-
-class Replayed(NamedTuple):
-    """The most that was asked for, allocated (blocks may be larger) and reserved, and what loading had reserved."""
-
-    requested: int
-    allocated: int
-    reserved: int
-    loaded: int
 
 
 class _Backward(NamedTuple):
@@ -150,41 +132,20 @@ def _programs(walked: "Walked") -> list[_Programs]:
 
 def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps: int = 2) -> Replayed:
     """What the allocator hands out and reserves in the first steps. ``ran`` is the tape of one micro-batch."""
-    return _Replay(ran, held, settings).run(steps)
+    if ran.recorded is not None:
+        from estimators.allocator.replay_recorded import ReplayRecorded
+
+        return ReplayRecorded(ran.recorded, held, settings).run(steps)
+    if ran.walked is None:
+        raise ValueError("these activations do not say what they follow from")
+    return _ReplayWalked(ran.walked, held, settings).run(steps)
 
 
-class _Replay:
-    def __init__(self, ran: "Activations", held: Held, settings: Settings) -> None:
-        if ran.walked is None:
-            raise ValueError("these activations do not say what they follow from")
-        self.walked, self.held = ran.walked, held
-        self.allocator = Allocator(settings)
-        self.gradients: list[Block | None] = []
-        self.programs = _programs(ran.walked)
-
-    def run(self, steps: int) -> Replayed:
-        a, held = self.allocator, self.held
-        there: dict[object, Block | None] = {}
-        for key, nbytes in held.load:
-            if nbytes:
-                there[key] = a.malloc(nbytes)
-            else:
-                a.free(there.pop(key, None))
-        loaded = a.most_reserved
-        if held.empty:
-            a.give_back()
-        for nbytes in held.whole:
-            a.malloc(nbytes)
-        for step in range(steps):
-            # The last of several micro-batches meets state and all gradients: it stands for the rest of its step.
-            self.micro_batch(first=not step or held.batches == 1)
-            for nbytes in held.state if not step else ():
-                a.malloc(nbytes)
-            for block in [a.malloc(nbytes) for nbytes in held.step]:
-                a.free(block)
-            while self.gradients and (held.batches == 1 or step == steps - 1):
-                a.free(self.gradients.pop())
-        return Replayed(a.most_requested, a.most_allocated, a.most_reserved, loaded)
+class _ReplayWalked(Replay):
+    def __init__(self, walked: "Walked", held: Held, settings: Settings) -> None:
+        super().__init__(held, settings)
+        self.walked = walked
+        self.programs = _programs(walked)
 
     def micro_batch(self, first: bool) -> None:
         """Forward and backward through all segments. A block between two segments is the result of the one and the

@@ -69,7 +69,8 @@ def runtime(
         found.append(Row(name, "runtime", NCCL, BUFFERS[1], GPU, PHASES, "assumed", BUFFERS[0], BUFFERS[2]))
     allocated = max(of_phase(rows, phase) for phase in PHASES)
     moving = max(of_phase(rows, phase, ("weights", "buffers")) for phase in PHASES)
-    if ran is None or ran.walked is None or (_SEARCHED and allocated + known.low > _SEARCHED[-1]):
+    unordered = ran is None or (ran.walked is None and ran.recorded is None)
+    if ran is None or unordered or (_SEARCHED and allocated + known.low > _SEARCHED[-1]):
         least, share, most = (moving * percent // 100 for percent in FRAGMENTS)
         return [*found, Row(name, "runtime", RESERVED, share, GPU, PHASES[1:], "assumed", least, most)]
     from estimators.allocator.caching_allocator import parsed

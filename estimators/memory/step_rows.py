@@ -21,6 +21,10 @@ WITHOUT_FLASH = ("t4", "p100", "v10016gb", "v10032gb", "gtx1080ti", "rtx2080ti")
 
 def run(model: Model, training: Training, sharded: bool = False, card: str = "") -> "tuple[Activations | None, str]":
     """The activations of a step, or None and why they are not known. ``sharded``: FSDP2 has its own mixed precision."""
+    if model.module is not None or model.head:
+        from estimators.traced.source import traced
+
+        return traced(model, training, sharded)
     if model.config is None:
         return None, "activations (only shapes are known; name an architecture or a config.json)"
     from estimators.activations import MIXED, NOT_SELECTIVE, Step, activations, written

@@ -16,10 +16,11 @@ _ADAPTER = re.compile(r"\.(lora_A|lora_B|lora_magnitude_vector|modules_to_save)\
 _STORAGE = {"Params4bit": "nf4", "Int8Params": "int8"}
 
 
-def from_module(module: Any) -> Model:
+def from_module(module: Any, inputs: Any = None) -> Model:
     """Shapes and dtypes of the parameters, shared ones once (told by identity, so also on the meta device); parameters
     that do not require gradients are frozen. Buffers are counted beside them. A transformers module that is what its
-    configuration says, adapters of PEFT aside, brings the configuration for its activations."""
+    configuration says, adapters of PEFT aside, brings the configuration for its activations; those of another follow
+    from a traced step, with ``inputs`` or with such as its configuration describes."""
     shapes: list[tuple[str, Shape]] = []
     dtypes: dict[str, str] = {}
     frozen = set()
@@ -33,7 +34,18 @@ def from_module(module: Any) -> Model:
         raise InputError(f"{type(module).__name__} has no parameters")
     buffers = sum(prod(b.shape) * b.element_size() for b in module.buffers())
     config = _config(module, {name: shape for name, shape in shapes if not _ADAPTER.search(name)})
-    return Model(type(module).__name__, tuple(shapes), "exact", frozenset(frozen), dtypes, buffers, config=config)
+    traced = module if inputs is not None or config is None else None
+    return Model(
+        type(module).__name__,
+        tuple(shapes),
+        "exact",
+        frozenset(frozen),
+        dtypes,
+        buffers,
+        config=config,
+        module=traced,
+        inputs=inputs,
+    )
 
 
 def _own_name(name: str) -> str:

@@ -15,7 +15,9 @@ class Model(NamedTuple):
     ``provenance`` is ``exact`` where every shape is known and ``assumed`` where only the count is. ``frozen`` are the
     names of parameters that do not train. ``dtypes`` maps a name to torch's name of its dtype, where the source says
     one; ``buffers`` are the bytes of tensors that are not parameters. ``notes`` are sentences for the reader.
-    ``config`` is the configuration behind the shapes, where there is one: activations follow from it.
+    ``config`` is the configuration behind the shapes, where there is one: activations follow from it, by a formula, or
+    by a traced step of transformers' class ``head`` or of ``module`` with ``inputs``.
+    ``without`` names parts of the model that are not counted.
     """
 
     name: str
@@ -26,3 +28,7 @@ class Model(NamedTuple):
     buffers: int = 0
     notes: tuple[str, ...] = ()
     config: Mapping[str, Any] | None = None
+    head: str = ""
+    module: Any = None
+    inputs: Any = None
+    without: tuple[str, ...] = ()

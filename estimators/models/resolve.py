@@ -24,11 +24,12 @@ def architectures() -> tuple[str, ...]:
     return tuple(KNOWN)
 
 
-def resolve(model: Any) -> Model:
+def resolve(model: Any, inputs: Any = None) -> Model:
     """The model that a count, a name, a path or a torch.nn.Module means.
 
     Args:
         model: As of :func:`estimate`.
+        inputs: Of one step of a torch.nn.Module, as of :func:`estimate`.
 
     Returns:
         A :class:`Model`: names and shapes of the parameters, the configuration, and how exact they are.
@@ -39,6 +40,8 @@ def resolve(model: Any) -> Model:
     >>> resolve("gpt2").provenance, resolve("124M").provenance
     ('exact', 'assumed')
     """
+    if inputs is not None and not hasattr(model, "named_parameters"):
+        raise InputError(f"inputs are for a torch.nn.Module, which {shown(model)} is not")
     if isinstance(model, Model):
         return model
     if isinstance(model, int) and not isinstance(model, bool):
@@ -52,7 +55,7 @@ def resolve(model: Any) -> Model:
     if hasattr(model, "named_parameters"):
         from estimators.models.from_module import from_module
 
-        return from_module(model)
+        return from_module(model, inputs)
     text = model.__fspath__() if hasattr(model, "__fspath__") else model
     if not isinstance(text, str):
         raise InputError(

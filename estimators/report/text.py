@@ -44,7 +44,7 @@ def _title(e: Estimate, colour: bool) -> list[str]:
     if e.weights != e.gradients:
         dtypes = f"{e.weights} weights, {e.gradients} gradients"
     ranks = f"; bytes per GPU, {e.world_size} data-parallel ranks" if e.world_size > 1 else ""
-    step = wrap(describe(e.training))
+    step = wrap(describe(e.training, e.model.inputs is not None))
     return [_paint(title, "bold", colour), dtypes + ranks, *(step if step != [""] else [])]
 
 

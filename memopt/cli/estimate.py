@@ -30,6 +30,12 @@ DEEPSPEED_SPECS = ("adamw/zero1", "adamw/zero2", "adamw-8bit/zero2", "adamw/zero
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a count, an architecture, a config.json or a folder")
+    parser.add_argument(
+        "--module", metavar="PACKAGE.MODULE:NAME", help="in place of MODEL: a torch.nn.Module, or what makes one"
+    )
+    parser.add_argument(
+        "--inputs", metavar="PACKAGE.MODULE:NAME", help="of one micro-batch of --module, or what makes them"
+    )
     parser.add_argument("--optim", metavar="SPEC", nargs="+", action="extend", help="specs to compare (memopt list)")
     parser.add_argument("--gpu", metavar="SIZE|NAME", help="memory of one card: 24GiB, or a name such as rtx-4090")
     parser.add_argument("--world", metavar="N", default="1", help="data-parallel ranks (default 1)")
@@ -70,7 +76,11 @@ def run(args: Namespace) -> int:
         from memopt.cli.flags.launched import read_into
 
         read_into(args, args.source)
-    if args.model is None:
+    if args.module and args.model is not None:
+        raise InputError(f"--module is in place of a model, and the model {args.model!r} is given; one of them")
+    if args.inputs and not args.module:
+        raise InputError("--inputs are those of --module, which is not given")
+    if args.model is None and not args.module:
         raise InputError(
             "which model? a parameter count such as 8B, an architecture (--models lists them), a "
             "config.json or a folder"
@@ -86,8 +96,13 @@ def run(args: Namespace) -> int:
         raise InputError(
             f"{placement.flag(min(options))} does not go with DeepSpeed, which offloads by its own settings"
         )
+    model, inputs = args.model, None
+    if args.module:
+        from estimators.traced.given import module_and_inputs
+
+        model, inputs = module_and_inputs(args.module, args.inputs)
     result = estimate(
-        args.model,
+        model,
         placement.placed(
             hyperparameters.with_hyper(args.optim or defaults, hyperparameters.given(args.hyper)), options
         ),
@@ -95,6 +110,7 @@ def run(args: Namespace) -> int:
         weights=args.weights,
         gradients=args.gradients,
         world_size=world,
+        inputs=inputs,
         **step_options(args),
     )
     if args.html or args.plot:

@@ -87,7 +87,7 @@ class TestFiles:
             (b"{}", "has no model_type"),
             (b'{"model_type": 7}', "model_type=7"),
             (b'{"model_type": "lama"}', "did you mean 'llama'"),
-            (b'{"model_type": "llava", "text_config": {}}', "holds several models"),
+            (b'{"model_type": "llava", "text_config": {"model_type": 7}}', "transformers refuses|has no formula"),
             (b'{"model_type": "llama"}', "has no num_attention_heads"),
             (b"[" * 200_000, "nested too deeply"),
             (LLAMA + b"9" * 5000 + b"}", "is not JSON"),

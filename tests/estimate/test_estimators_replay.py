@@ -8,7 +8,8 @@ import pytest
 
 from estimators import estimate
 from estimators.allocator.caching_allocator import MIB, Settings
-from estimators.allocator.replay import Held, _Replay, replayed
+from estimators.allocator.replay import _ReplayWalked, replayed
+from estimators.allocator.replayed_step import Held
 
 MODELS = (
     "gpt2", "llama-3.2-1b", "qwen3-0.6b", "gemma-2-2b", "mixtral-8x7b", "gpt-oss-20b", "falcon-7b", "bert-base-uncased"
@@ -42,7 +43,7 @@ def test_the_peak_is_the_tapes(model: str, checkpointing: str) -> None:
     ran = estimate(model, "adamw", seq=64, batch=2, checkpointing=checkpointing).activations
     if ran is None:
         pytest.skip("no formula")
-    replay = _Replay(ran, Held([]), Settings())
+    replay = _ReplayWalked(ran.walked, Held([]), Settings())
     replay.allocator = exact = Exact()  # type: ignore[assignment]
     replay.run(1)
     peak = max(ran.forward.activations, ran.loss.activations, sum(ran.backward), ran.accumulated.gradients)
@@ -63,7 +64,7 @@ def test_state_and_gradients_are_there_when_they_are_said_to_be() -> None:
         Held([], step=[300 * MIB] * 3),
         Held([], whole=[100 * MIB]),
     ):
-        replay = _Replay(ran, held, Settings())
+        replay = _ReplayWalked(ran.walked, held, Settings())
         replay.allocator = exact = Exact()  # type: ignore[assignment]
         replay.run(2)
         peaks.append(exact.most_allocated - gradients)

@@ -1,0 +1,72 @@
+"""Weights, steps and what is held besides the tape, through the model of torch's allocator."""
+
+# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from estimators.allocator.caching_allocator import Allocator, Block, Settings
+
+#: What an instruction does with a slot: free it, allocate into it, allocate and free, allocate a gradient, run again.
+FREE, TAKE, INSIDE, GRADIENT, AGAIN = range(5)
+Program = list[tuple[int, int, int]]
+
+
+class Held(NamedTuple):
+    """What is allocated besides the tape. ``load``: what comes and goes while the model is loaded, as ``(name, bytes)``
+    and ``(name, 0)``. ``empty``: the cache is emptied then. ``state``: of tensors that the first step allocates.
+    ``step``: of those that a step allocates and frees together. ``whole``: held from the first forward pass on.
+    ``batches``: micro-batches per step. ``release``: a gradient goes when the next one is made."""
+
+    load: Sequence[tuple[object, int]]
+    state: Sequence[int] = ()
+    step: Sequence[int] = ()
+    whole: Sequence[int] = ()
+    batches: int = 1
+    release: bool = False
+    empty: bool = False
+
+
+class Replayed(NamedTuple):
+    """The most that was asked for, allocated (blocks may be larger) and reserved, and what loading had reserved."""
+
+    requested: int
+    allocated: int
+    reserved: int
+    loaded: int
+
+
+class Replay:
+    """Weights, then steps. What a micro-batch allocates is a subclass's."""
+
+    def __init__(self, held: Held, settings: Settings) -> None:
+        self.held = held
+        self.allocator = Allocator(settings)
+        self.gradients: list[Block | None] = []
+
+    def run(self, steps: int) -> Replayed:
+        a, held = self.allocator, self.held
+        there: dict[object, Block | None] = {}
+        for key, nbytes in held.load:
+            if nbytes:
+                there[key] = a.malloc(nbytes)
+            else:
+                a.free(there.pop(key, None))
+        loaded = a.most_reserved
+        if held.empty:
+            a.give_back()
+        for nbytes in held.whole:
+            a.malloc(nbytes)
+        for step in range(steps):
+            # The last of several micro-batches meets state and all gradients: it stands for the rest of its step.
+            self.micro_batch(first=not step or held.batches == 1)
+            for nbytes in held.state if not step else ():
+                a.malloc(nbytes)
+            for block in [a.malloc(nbytes) for nbytes in held.step]:
+                a.free(block)
+            while self.gradients and (held.batches == 1 or step == steps - 1):
+                a.free(self.gradients.pop())
+        return Replayed(a.most_requested, a.most_allocated, a.most_reserved, loaded)
+
+    def micro_batch(self, first: bool) -> None:
+        raise NotImplementedError

@@ -1,0 +1,200 @@
+"""transformers' module of a configuration, on fake tensors: a shape for every weight, and no memory."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+
+from estimators.errors import InputError, shown
+from estimators.traced.step import Faked, fake_weights
+
+#: transformers' tables of classes by type, in the order in which one is looked for: what a type is trained with. A
+#: type that stands in none is built without a head.
+TABLES = (
+    "SEQ_TO_SEQ_CAUSAL_LM",
+    "SPEECH_SEQ_2_SEQ",
+    "MULTIMODAL_LM",
+    "IMAGE_TEXT_TO_TEXT",
+    "MASKED_LM",
+    "CAUSAL_LM",
+    "CTC",
+    "IMAGE_CLASSIFICATION",
+    "OBJECT_DETECTION",
+    "UNIVERSAL_SEGMENTATION",
+    "SEMANTIC_SEGMENTATION",
+    "IMAGE_SEGMENTATION",
+    "DEPTH_ESTIMATION",
+    "AUDIO_CLASSIFICATION",
+    "VIDEO_CLASSIFICATION",
+    "MASKED_IMAGE_MODELING",
+    "TEXT_TO_SPECTROGRAM",
+    "TIME_SERIES_PREDICTION",
+    "SEQUENCE_CLASSIFICATION",
+    "PRETRAINING",
+)
+
+
+def described(config: Mapping[str, Any], source: str, head: str = "") -> dict[str, Any]:
+    """Names and shapes of the parameters, shared ones once; which of them do not train; bytes of the buffers; the
+    class. Raises :class:`InputError`."""
+    module, _ = built(config, source, head)
+    return {
+        "shapes": [[name, list(p.shape)] for name, p in module.named_parameters()],
+        "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
+        "buffers": sum(prod(b.shape) * b.element_size() for b in module.buffers()),
+        "class": type(module).__name__,
+    }
+
+
+def built(
+    config: Mapping[str, Any],
+    source: str,
+    head: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str | None = None,
+) -> tuple[torch.nn.Module, Faked]:
+    """The module in training mode, and its fake mode. Raises :class:`InputError`."""
+    made = configuration(config, source)
+    cls = class_of(made, source, head)
+    for one in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
+        if getattr(one, "use_cache", None):
+            one.use_cache = False  # as a trainer has it: nothing is generated
+    arguments = {"attn_implementation": attention} if attention else {}
+    faked = Faked()
+    errors: list[Exception] = []
+    for device in (torch.device("meta"), faked.on()):
+        try:
+            with quiet(), device, _no_init():
+                module = cls._from_config(made, dtype=dtype, **arguments)
+                module.tie_weights()
+            break
+        except Exception as error:  # on the meta device values are not known, under the fake mode some are
+            errors.append(error)
+    else:
+        raise InputError(f"{source}: transformers does not build {cls.__name__}: {reason(errors[0])}")
+    fake_weights(module, faked)
+    return module.train(), faked
+
+
+def configuration(config: Mapping[str, Any], source: str) -> Any:
+    """transformers' configuration object. Raises :class:`InputError`."""
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig
+    except ImportError:
+        raise InputError(f"{source}: transformers builds this model: pip install transformers") from None
+    kind = config.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        from difflib import get_close_matches
+
+        near = get_close_matches(str(kind)[:40], list(CONFIG_MAPPING.keys()), n=1)
+        guess = f" (did you mean {near[0]!r}?)" if near else ""
+        raise InputError(f"{source}: model_type={shown(kind)} is not one that this transformers knows{guess}")
+    given = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
+    try:
+        with quiet():
+            return AutoConfig.for_model(str(kind), **given)
+    except Exception as error:
+        raise InputError(f"{source}: transformers refuses the configuration: {reason(error)}") from None
+
+
+def class_of(config: Any, source: str, head: str = "") -> Any:
+    """The class that is built: ``head``, what the configuration names, or the type's in :data:`TABLES`."""
+    import transformers
+
+    named = [head] if head else [str(name) for name in getattr(config, "architectures", None) or ()]
+    for name in named:
+        cls = getattr(transformers, name, None) if name.isidentifier() else None
+        if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
+            if not head and not isinstance(config, cls.config_class or ()):
+                continue
+            return cls
+        if head:
+            cls = class_of(config, source)
+            if cls.__name__ != head:
+                raise InputError(f"head={shown(head)} is no model class of transformers")
+            return cls
+    from transformers.models.auto import modeling_auto
+
+    for table in (*(f"MODEL_FOR_{name}_MAPPING" for name in TABLES), "MODEL_MAPPING"):
+        if table == "MODEL_FOR_MASKED_LM_MAPPING" and getattr(config, "is_decoder", False):
+            continue
+        mapping = getattr(modeling_auto, table, None)
+        cls = None if mapping is None else mapping.get(type(config), None)
+        if isinstance(cls, (tuple, list)):
+            cls = cls[0]
+        if cls is not None:
+            return cls
+    found = _beside(config)
+    if found is not None:
+        return found
+    raise InputError(f"{source}: transformers has a configuration for {config.model_type}, and no model")
+
+
+def _beside(config: Any) -> Any:
+    """A part's class, which no table lists: the model beside the configuration that takes it."""
+    from importlib import import_module
+    from pkgutil import iter_modules
+
+    import transformers
+
+    package = import_module(type(config).__module__.rpartition(".")[0])
+    stem = type(config).__name__.removesuffix("Config")
+    fitting = []
+    for found in iter_modules(package.__path__):
+        if not found.name.startswith("modeling_"):
+            continue
+        try:
+            module = import_module(f"{package.__name__}.{found.name}")
+        except ImportError:
+            continue
+        fitting += [
+            cls
+            for cls in vars(module).values()
+            if isinstance(cls, type)
+            and issubclass(cls, transformers.PreTrainedModel)
+            and cls.__module__ == module.__name__
+            and cls.config_class is type(config)
+            and not cls.__name__.endswith("PreTrainedModel")
+        ]
+    best = [cls for cls in fitting if cls.__name__ in (f"{stem}Model", stem)]
+    return next(iter((*best, *fitting)), None)
+
+
+@contextmanager
+def _no_init() -> Iterator[None]:
+    from importlib import import_module
+
+    try:
+        module: Any = import_module("transformers.initialization")
+    except ImportError:  # before transformers 5
+        module = import_module("transformers.modeling_utils")
+    with module.no_init_weights():
+        yield
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What transformers and torch's fake tensors say while they look for a way is not for the reader of an estimate."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "torch._subclasses.fake_tensor")]
+    before = [(one, one.level) for one in loggers]
+    try:
+        for one in loggers:
+            one.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for one, level in before:
+            one.setLevel(level)
+
+
+def reason(error: BaseException) -> str:
+    """An exception as part of a sentence."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
