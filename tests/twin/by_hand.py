@@ -34,7 +34,7 @@ def _with_first(t: Twin, name: str) -> bool:
 def reset_by_hand(t: Twin, r: Random) -> None:
     """ReLoRA's reset: a moment in torch's layout, in some dtype, in the place of what is there."""
     not_released(t)
-    name = t.pick(r, lambda n: _with_first(t, n))
+    name = t.pick(r, lambda n: _with_first(t, n) and t.ours.of(n).requires_grad)  # stepped, and so taken over, next
     t.current_moments()  # not one that is switched off
     key, dtype = _first(t, name), r.choice([torch.float32, torch.bfloat16, torch.float64])
     value = torch.zeros_like(t.theirs.of(name)).detach()
