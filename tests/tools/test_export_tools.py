@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import memopt
-from memopt.checkpoint import exporting, source_of
+from memopt.checkpoint import export, source_of
 from tests.helpers.tools import (
     EXACT,
     LR,
@@ -37,7 +37,7 @@ def test_exported_state_loads_into_torch(spec, keywords, build):
     drive(a, ours, 0, 5)
     b.load_state_dict(a.state_dict())
     theirs = build(b.parameters())
-    theirs.load_state_dict(exporting(source_of(ours), "torch"))
+    theirs.load_state_dict(export(source_of(ours), "torch"))
     exact = memopt.parse(spec).format if spec != "adafactor" else "factored"
     ours.convert_(memopt.parse(spec).replace(format="factored" if exact == "factored" else "32bit", hyper=keywords))
     drive(a, ours, 5, 5)
@@ -54,7 +54,7 @@ def test_exported_state_loads_into_bitsandbytes(tool):
     drive(a, ours, 0, 5)
     b.load_state_dict(a.state_dict())
     theirs = (bnb.optim.AdamW8bit if tool == "bitsandbytes" else bnb.optim.AdamW32bit)(b.parameters())
-    theirs.load_state_dict(exporting(source_of(ours), tool))
+    theirs.load_state_dict(export(source_of(ours), tool))
     ours.convert_("adamw-8bit" if tool == "bitsandbytes" else "adamw", engine="bitsandbytes")
     drive(a, ours, 5, 5)
     drive(b, theirs, 5, 5)
@@ -70,13 +70,13 @@ def test_exported_state_loads_into_transformers(beta1):
     drive(a, ours, 0, 5)
     b.load_state_dict(a.state_dict())
     theirs = transformers_tool(**hyper)(b.parameters())
-    theirs.load_state_dict(exporting(source_of(ours), "transformers"))
+    theirs.load_state_dict(export(source_of(ours), "transformers"))
     drive(a, ours, 5, 5)
     drive(b, theirs, 5, 5)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=EXACT)
     with pytest.raises(ValueError, match=r"torch.optim has no adafactor with these hyperparameters"):
-        exporting(source_of(ours), "torch")
+        export(source_of(ours), "torch")
 
 
 #: what is exported -> its optimizer and its class of the moments
@@ -146,7 +146,7 @@ def test_what_came_from_torchao_goes_back_bit_for_bit(tool):
     m = model()
     theirs = torchao_tool(TORCHAO[tool][0])(m.parameters())
     drive(m, theirs, 0, 2)
-    back = exporting(read_state_dict(theirs.state_dict(), "theirs", "adamw"), tool)
+    back = export(read_state_dict(theirs.state_dict(), "theirs", "adamw"), tool)
     again = memopt.create(m, "adamw", lr=1.0)
     memopt.load(back, optimizer=again, rule="adamw")
     assert again.param_groups[0]["weight_decay"] == 0.1
@@ -179,7 +179,7 @@ def test_blocks_of_torchao_straddle_rows_and_pieces(tool, shape):
         if moment != "exp_avg":
             x.abs_()
         x.view(-1)[:zeros] = 0  # blocks of zeros stay zeros, where torchao's codes of 4 bits have none
-    for moment, mine in exporting(source_of(ours), tool)["state"][0].items():
+    for moment, mine in export(source_of(ours), tool)["state"][0].items():
         if moment == "step":
             continue
         x = ours.state[p][moment]
@@ -203,12 +203,12 @@ def test_a_code_book_that_is_not_torchaos_is_said():
 
 
 def test_the_command_line_names_every_tool(run):
-    from memopt.checkpoint.exporting import TOOLS
+    from memopt.checkpoint.export import TOOLS
 
     _, out, _ = run("convert", "--help")
     words = out.replace(",", " ").split()
     assert set(TOOLS) <= set(words)
     with pytest.raises(ValueError, match=r"state can be exported to torch, dcp, .*, not to 'tensorflow'"):
-        exporting(source_of(memopt.create(model(), "adamw")), "tensorflow")
+        export(source_of(memopt.create(model(), "adamw")), "tensorflow")
     with pytest.raises(ValueError, match="deepspeed has no state_dict of an optimizer: memopt convert IN OUT"):
-        exporting(source_of(memopt.create(model(), "adamw")), "deepspeed")
+        export(source_of(memopt.create(model(), "adamw")), "deepspeed")
