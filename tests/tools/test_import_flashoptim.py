@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import memopt
-from memopt.checkpoint import exporting, source_of
+from memopt.checkpoint import export, source_of
 
 flashoptim = pytest.importorskip("flashoptim")
 LR = 1e-3
@@ -237,7 +237,7 @@ def test_scales_are_rounded_up_and_no_second_moment_is_lost():
 def test_what_flashoptim_cannot_hold_is_refused(spec, hyper, message):
     ours = memopt.create(model(torch.float32), spec, **hyper)
     with pytest.raises(ValueError, match=message):
-        exporting(source_of(ours), "flashoptim")
+        export(source_of(ours), "flashoptim")
 
 
 def test_a_dtype_that_is_not_known_is_refused():
@@ -247,7 +247,7 @@ def test_a_dtype_that_is_not_known_is_refused():
     theirs = torch.optim.AdamW(module.parameters())
     drive(module, theirs, 0, 1)
     with pytest.raises(ValueError, match="does not say of which dtype the weight 0 is"):
-        exporting(read_state_dict(theirs.state_dict(), "theirs"), "flashoptim")
+        export(read_state_dict(theirs.state_dict(), "theirs"), "flashoptim")
 
 
 def test_what_is_exported_for_torch_loads_into_flashoptim(card):
@@ -257,7 +257,7 @@ def test_what_is_exported_for_torch_loads_into_flashoptim(card):
     twin = model(torch.bfloat16)
     with card():
         theirs = flashoptim.FlashAdamW(twin.parameters(), lr=LR, fused=False)
-        theirs.load_state_dict(exporting(source_of(ours), "torch"))
+        theirs.load_state_dict(export(source_of(ours), "torch"))
         states = [{k: v.materialize() for k, v in theirs.state[q].items() if k != "step"} for q in twin.parameters()]
     ours.convert_("adamw")
     for p, state in zip(module.parameters(), states, strict=True):
