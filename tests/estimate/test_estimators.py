@@ -37,7 +37,7 @@ PUBLISHED = {
     "gpt-j-6b": 6_050_882_784,
     "gpt-oss-20b": 20_914_757_184,
     # 671,026,419,200 in the files, of which 58 x 256 router biases are buffers in transformers 5.
-    "deepseek-v3": 671_026_404_352 - 58 * 256,
+    "deepseek-v3": 671_026_419_200 - 58 * 256,
     "t5-3b": 2_851_598_336,
     "whisper-large-v2": 1_543_304_960,
 }
