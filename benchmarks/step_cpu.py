@@ -58,6 +58,8 @@ def moved(spec: str, numel: int, nonfinite: str) -> float:
     """Bytes that a step must read and write, for each of its parameters."""
     rule = memopt.parse(spec).rule
     passes = 3 + sum(EXTRA_READS.get(rule, (0, 0))) + (nonfinite != "propagate")
+    if rule not in EXTRA_READS and memopt.parse(spec).formats[1] == "factored":
+        passes += 1  # the gradient, for the means
     state = memopt.price({"p": shape(numel)}, spec, **HYPER.get(rule, {}))
     again = sum(line.nbytes for line in state if line.moment in DECODED_TWICE.get(rule, ()))
     return 4 * passes + (2 * state.nbytes + again) / numel

@@ -13,6 +13,8 @@ BARS = {
     "adamw-4bit": 1.1,
     "adamw-bf16": 0.9,
     "adamw": 1.0,
+    "adamw-8bit.factored": 0.8,
+    "adamw-4bit.factored": 0.9,
     "adafactor": 1.5,
     "came": 2.0,
 }

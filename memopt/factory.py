@@ -37,7 +37,7 @@ def create(
     scale_parameter: bool | Unset = RULE_DEFAULT,
     relative_step: bool | Unset = RULE_DEFAULT,
     warmup_init: bool | Unset = RULE_DEFAULT,
-    convention: Literal["torch", "transformers"] | Unset = RULE_DEFAULT,
+    convention: Literal["absolute", "torch", "transformers"] | Unset = RULE_DEFAULT,
     t_alpha: int | Unset | None = RULE_DEFAULT,
     t_beta3: int | Unset | None = RULE_DEFAULT,
     final_lr: float | Unset = RULE_DEFAULT,
@@ -80,18 +80,18 @@ def create(
     Args:
         model_or_params: A model (all its parameters, under their names), an iterable of parameters or of
             ``(name, parameter)`` pairs, or a list of param groups as of ``torch.optim``.
-        spec: ``RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]``, a name of another tool for the same
+        spec: ``RULE[-FORMAT[.FORMAT]][+MASTER][@PLACEMENT][/PARTITION]``, a name of another tool for the same
             (``"paged_adamw_8bit"``), or an :class:`OptimSpec`. ``memopt list`` shows what there is.
         lr: Step size; a schedule changes it in ``param_groups``. A Tensor of one element is read at each step.
             None, for adafactor with ``convention="transformers"`` alone, lets the rule make its own.
-            Default 1e-3; adafactor, rmsprop 1e-2; came 2e-4; lion 1e-4.
+            Default 1e-3; rmsprop 1e-2; came 2e-4; lion 1e-4.
         betas: Decay of each running mean, per step, in [0, 1): of the gradient, of its square, and of ademamix's slow
             mean or came's residual. adafactor, sgd and rmsprop have none.
             Default (0.9, 0.999); lion, stableadamw (0.9, 0.99); came, ademamix (0.9, 0.999, 0.9999).
         eps: Added to the denominator. For adafactor and came a pair: the smallest g², and the smallest RMS of a
             parameter (adafactor) or squared residual (came). sgd and lion have none.
             Of muon the least norm that a matrix is divided by.
-            Default 1e-8; muon 1e-7; lamb 1e-6; adafactor (None, 1e-3); came (1e-30, 1e-16).
+            Default 1e-8; muon 1e-7; lamb 1e-6; adafactor (1e-30, 1e-3); came (1e-30, 1e-16).
         weight_decay: Decoupled (``p <- p * (1 - lr * weight_decay)``), and for adam, sgd, rmsprop, radam and adabound
             an L2 term in the gradient.
             Default 0; adamw, lamb, ademamix, adammini, stableadamw 1e-2; muon 0.1.
@@ -103,14 +103,17 @@ def create(
         alpha: rmsprop: decay of the mean of squares. ademamix: weight of the slow mean.
             Default 0.99; ademamix 5.
         centered: Divide by the standard deviation instead of the root mean square. rmsprop, 32bit. Default False.
-        decoupled_weight_decay: Decay as adamw does. radam. Default False.
-        d: Largest RMS of an update; larger ones are scaled down to it. adafactor, came, stableadamw. Default 1.
-        beta1: Decay of a first moment; None keeps none. adafactor. Default None.
-        beta2_decay: Exponent c of the second moment's decay ``1 - t^c``, at most 0. adafactor. Default -0.8.
-        scale_parameter: Scale the rate with the parameter's RMS. adafactor. Default True.
-        relative_step: Make the rate from the step count. adafactor, transformers' convention. Default True.
+        decoupled_weight_decay: Decay as adamw does. radam. Default False. d: Largest RMS of an update; larger ones are
+        scaled down to it. adafactor, came, stableadamw. Default 1. beta1: Decay of a first moment; None keeps none.
+        adafactor. Default None. beta2_decay: Exponent c of the second moment's decay ``1 - t^c``, at most 0. adafactor.
+        Default -0.8. scale_parameter: Scale the rate with the parameter's RMS. adafactor, torch's and transformers'
+        conventions, where
+            it is True.
+        relative_step: Make the rate from the step count. adafactor, transformers' convention, where it is True
+            without an ``lr``.
         warmup_init: Let that rate grow over the first 10,000 steps. The same. Default False.
-        convention: Whose Adafactor: torch's or transformers'. Default "torch".
+        convention: What adafactor makes of ``lr``: ``"absolute"`` takes it as it stands, ``"torch"`` and
+            ``"transformers"`` scale it as these do. Default "absolute".
         t_alpha: Steps over which ``alpha`` grows from 0; None has it at once. ademamix. Default None.
         t_beta3: Steps over which the slow mean's half-life grows; None has it at once. ademamix. Default None.
         final_lr: Rate of SGD at the end, as for the initial ``lr``. adabound. Default 0.1.

@@ -56,7 +56,7 @@ class Hyperparameters(TypedDict, total=False):
     scale_parameter: bool
     relative_step: bool
     warmup_init: bool
-    convention: Literal["torch", "transformers"]
+    convention: Literal["absolute", "torch", "transformers"]
     t_alpha: int | None
     t_beta3: int | None
     final_lr: float

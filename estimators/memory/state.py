@@ -156,6 +156,7 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
     """
     if spec.engine != "native" or spec.master not in MASTER or spec.rule not in PLAIN_PATH:
         return None
+    from memopt.core.registry import by_sign
     from memopt.partitions import PARTITIONS
     from memopt.partitions.base import NUMEL_TOGETHER
     from memopt.placements.workspaces import looking
@@ -163,7 +164,7 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
     from memopt.spec.placement_options import of_placement
 
     rows = PARTITIONS[spec.partition].rows
-    whole = spec.format == "factored" or not RULES[spec.rule].element_wise
+    whole = "factored" in spec.formats or not RULES[spec.rule].element_wise
     together = world_size > 1 and spec.partition != "none" and whole
     most = total = tensors = in_kernels = looked = 0
     known: dict[tuple[str, str, str, Shape], int] = {}  # elements that are stepped at once
@@ -182,9 +183,10 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
                     known[key] = min(known[key], _leased(spec, name, rows(shape, 0, world_size), dtype))
             owned = known[key]
             total += owned
-            each = PLAIN_PATH[spec.rule].get(fmt)
-            if each is None:
+            costs = [PLAIN_PATH[spec.rule].get(one) for one in by_sign(fmt)]
+            if None in costs:
                 return None
+            each = max(cost for cost in costs if cost is not None)  # moments are coded one after the other
             low = dtype != "float32"
             if not together:
                 tensors, in_kernels = tensors + 1, in_kernels + owned

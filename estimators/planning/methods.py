@@ -30,8 +30,9 @@ METHODS = (
         release=True,
     ),
     Method("adamw-8bit@paged", "8-bit state that moves to the host while the card is full: slower when it does"),
-    Method("adafactor", "factored second moment, no first moment: another update rule, rates need a look"),
-    Method("adamw-4bit", "state in 4 bits: an eighth of its size, noisier updates"),
+    Method("adamw-8bit.factored", "first moment in 8 bits, second factored: an eighth of its size, blind to patterns"),
+    Method("adafactor", "factored second moment, no first moment: another update rule"),
+    Method("adamw-4bit.factored", "first moment in 4 bits, second factored: a fifteenth of its size, noisier updates"),
     Method("adamw-8bit@host", "8-bit state in pinned host memory, streamed through the card: slower steps"),
     Method(
         "adamw-8bit@cpu",

@@ -1,6 +1,6 @@
 """The specs that exist: which formats each rule has, and what may follow them.
 
-RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]; what is left out is the plain default.
+RULE[-FORMAT[.FORMAT]][+MASTER][@PLACEMENT][/PARTITION]; what is left out is the plain default.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ def run(args: Namespace) -> int:
 
 
 def as_json(aliases: bool) -> dict[str, Any]:
-    """``specs``: every valid spec with its axes; ``aliases``, if asked for: name -> spec."""
-    from memopt.spec import specs
+    """``specs``: every valid spec with one format, and its axes; ``pairs``: each rule with two formats, behind which
+    the same may follow; ``aliases``, if asked for: name -> spec."""
+    from memopt.spec import pairs_of, specs
     from memopt.spec.aliases import ALIASES
 
     axes = ("rule", "format", "master", "placement", "partition")
     listed = [{"spec": str(s), **{axis: getattr(s, axis) for axis in axes}} for s in specs()]
-    return {"schema": "memopt.list/1", "specs": listed, **({"aliases": dict(ALIASES)} if aliases else {})}
+    pairs = [{"spec": str(s), "rule": s.rule, "signed": s.formats[0], "non_negative": s.formats[1]} for s in pairs_of()]
+    found = {"schema": "memopt.list/1", "specs": listed, "pairs": pairs}
+    return {**found, **({"aliases": dict(ALIASES)} if aliases else {})}
 
 
 def _recipes(names: Sequence[str], as_json: bool) -> int:
@@ -80,7 +83,7 @@ def matrix_text() -> list[str]:
     from memopt.partitions import PARTITIONS
     from memopt.placements import PLACEMENTS
     from memopt.rules import RULES
-    from memopt.spec import specs
+    from memopt.spec import pairs_of, specs
 
     valid = specs()
     endings = {(s.master, s.placement, s.partition) for s in valid}
@@ -89,13 +92,19 @@ def matrix_text() -> list[str]:
     rows = [["", *FORMATS]]
     for rule, r in RULES.items():
         rows.append([rule, *(_cell((rule, fmt) in pairs, fmt == r.default_format) for fmt in FORMATS)])
+    two = pairs_of()
     missing = [(*pair, *end) for pair in sorted(pairs) for end in sorted(endings) if (*pair, *end) not in found]
     return [
-        f"{len(valid)} specs: RULE[-FORMAT][+MASTER][@PLACEMENT][/PARTITION]",
+        f"{len(valid) + len(two) * len(endings):,} specs: RULE[-FORMAT[.FORMAT]][+MASTER][@PLACEMENT][/PARTITION]",
         "",
         *_columns(rows),
         "",
         "yes: RULE-FORMAT; default: what RULE alone means; - : refused, with the reason",
+        "",
+        "RULE-FORMAT.FORMAT   one format for signed moments, one for non-negative ones: adamw-8bit.factored",
+        f"    rules            {', '.join(dict.fromkeys(s.rule for s in two))}",
+        f"    signed           {', '.join(dict.fromkeys(s.formats[0] for s in two))}",
+        f"    non-negative     {', '.join(sorted({s.formats[1] for s in two}, key=list(FORMATS).index))}",
         "",
         *[f"{f'{name}(RULE)':<21} any rule inside {name}, in its formats: {name}(adamw)-8bit" for name in WRAPPERS],
         "",

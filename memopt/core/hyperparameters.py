@@ -93,7 +93,10 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "lookahead_rate": ("a number in (0, 1]", lambda v: is_number(v) and 0 < float(v) <= 1),
     "beta2_decay": ("a finite number <= 0", lambda v: is_number(v) and float(v) <= 0),
     "d": ("a finite number >= 1", lambda v: is_number(v) and float(v) >= 1),
-    "convention": ("'torch' or 'transformers'", lambda v: v in ("torch", "transformers")),
+    "convention": (
+        "'absolute', 'torch' or 'transformers'",
+        lambda v: v in ("absolute", "torch", "transformers"),
+    ),
     "ns_coefficients": ("three finite numbers", lambda v: _numbers(v, 3)),
     "ns_steps": ("an integer from 1 to 99", lambda v: _count(v) and v < 100),
     "ns_dtype": ("'auto', 'bfloat16' or 'float32'", lambda v: v in ("auto", "bfloat16", "float32")),

@@ -142,6 +142,17 @@ ENGINES: Axis[Any] = Axis(
     "memopt.engines", {"native": "native.Native", "bitsandbytes": "bitsandbytes.BitsAndBytes"}, _called
 )
 
+
+def by_sign(fmt: str) -> tuple[str, str]:
+    """The formats of signed and of non-negative moments that a spec names: ``FORMAT``, or ``SIGNED.NONNEGATIVE``.
+
+    >>> by_sign("8bit"), by_sign("8bit.factored")
+    (('8bit', '8bit'), ('8bit', 'factored'))
+    """
+    signed, _, non_negative = fmt.partition(".")
+    return signed, non_negative or signed
+
+
 #: axis -> the mappings in which a value of it stands.
 _AXES: dict[str, tuple[Axis[Any], ...]] = {
     "rule": (RULES,),

@@ -24,9 +24,11 @@ def explain(optimizer: OptimizerParts) -> str:
     rows = [
         ("spec", str(spec)),
         *_rules(optimizer),
-        ("format", FORMATS[spec.format].summary),
+        ("format", _formats(*spec.formats)),
         ("engine", f"{spec.engine}: {optimizer.engine.explain()}"),
     ]
+    rates = (optimizer.rule.about_rate(group["lr"]) for group in optimizer.param_groups)
+    rows += [("rate", about) for about in dict.fromkeys(rates) if about]
     kept: dict[str, list[str]] = {}
     slow: dict[str, list[str]] = {}
     places: dict[tuple[str, str], int] = {}
@@ -82,6 +84,14 @@ def _rules(optimizer: OptimizerParts) -> list[tuple[str, str]]:
         known = RULES[rule]
         rows.append(("rule", f"{rule}: {known.summary} ({known.source}); {len(names)} parameters: {_some(names)}"))
     return rows + [(f"not {spec.rule}"[:11], f"{reason}: {_some(names)}") for reason, names in reasons.items()]
+
+
+def _formats(signed: str, non_negative: str) -> str:
+    if signed == non_negative:
+        return FORMATS[signed].summary
+    # What a summary says of the other kind of moments does not hold here.
+    first, second = (FORMATS[name].summary.partition(";")[0] for name in (signed, non_negative))
+    return f"signed moments: {first}; non-negative ones: {second}"
 
 
 def _masters(optimizer: OptimizerParts) -> list[tuple[str, str]]:

@@ -51,6 +51,9 @@ class Flat:
     def orthogonal(self, x: Tensor) -> Tensor:
         raise NotImplementedError("a sample of elements is no matrix")
 
+    def rank_one(self, name: str) -> bool:
+        return False
+
     def rms(self, x: Tensor) -> Tensor:
         raise NotImplementedError("a sample has no statistics of the whole tensor")
 

@@ -61,6 +61,9 @@ class ParameterState:
     def orthogonal(self, x: Tensor) -> Tensor:
         return self._whole(x)
 
+    def rank_one(self, name: str) -> bool:
+        return self._moments[name].format.name == "factored"
+
     def rms(self, x: Tensor) -> Tensor:
         """Root mean square over the whole parameter, in ``x``'s dtype []. Summed in fp64, where the order of a sum, and
         so the number of ranks, hardly ever shows in the result."""

@@ -28,6 +28,8 @@ RULES = {
 }
 MASTERS = {"none": 0, "fp32": 1, "kahan": 2, "stochastic": 3, "split": 4, "split16": 5}
 FORMATS = {"32bit": 0, "bf16": 1, "8bit": 2, "fp8": 3, "4bit": 4, "factored": 5}
+#: Of a tensor whose moments are in several of them.
+MIXED, MIXED_FACTORED, FACTORED_8, FACTORED_4 = 6, 7, 8, 9
 
 MAXIMIZE, AMSGRAD, DECOUPLED, NESTEROV, CENTERED = 1, 2, 4, 8, 16
 MOMENTUM, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT = 32, 64, 128, 256, 512
@@ -91,9 +93,11 @@ class TensorStep(Structure):
         ("whole_numel", c_int64),
         ("whole_height", c_int64),
         ("span", c_int64),
+        ("whole_cols", c_int64),
         ("index", c_uint32),
         ("group", c_uint32),
         ("order", c_uint8 * SLOTS),
+        ("formats", c_uint8 * SLOTS),
         ("format", c_uint8),
         ("p_dtype", c_uint8),
         ("g_dtype", c_uint8),

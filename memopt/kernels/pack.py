@@ -56,7 +56,7 @@ def flags(rule: Rule, h: Mapping[str, Any]) -> int:
         abi.NESTEROV: h.get("nesterov"),
         abi.CENTERED: h.get("centered"),
         abi.MOMENTUM: h.get("momentum") or own.get("MOMENTUM"),
-        abi.TRANSFORMERS: h.get("convention") == "transformers",
+        abi.TRANSFORMERS: h.get("convention") in ("transformers", "absolute"),
         abi.SCALE_PARAMETER: h.get("scale_parameter"),
         abi.RELATIVE_STEP: h.get("relative_step"),
         abi.WARMUP_INIT: h.get("warmup_init"),
@@ -69,7 +69,6 @@ class Facts(NamedTuple):
     ``prototype`` has all fields of a descriptor that do not depend on tensors; ``pointers`` are the others, as
     ``(field, slot, state key)``."""
 
-    format: str
     cuts_means: str | None
     refusal: str | None
     prototype: abi.TensorStep
@@ -79,25 +78,33 @@ class Facts(NamedTuple):
 def facts(layout: ParamLayout) -> Facts:
     """Worked out once for a layout."""
     if layout.facts is None:
-        fmt = _format_of(layout)
-        refusal = _refusal(layout, fmt)
+        refusal = _refusal(layout)
         prototype, pointers = abi.TensorStep(), []
         if refusal is None:
-            _fill(prototype, layout, fmt)
+            _fill(prototype, layout)
             pointers = _pointers(prototype, layout)
-        layout.facts = Facts(fmt, _cuts_means(layout), refusal, prototype, tuple(pointers))
+        layout.facts = Facts(_cuts_means(layout), refusal, prototype, tuple(pointers))
     found: Facts = layout.facts
     return found
 
 
-def format_of(layout: ParamLayout) -> str:
-    """Format code passed to the kernel: that of all moments whose format is not fixed by the rule."""
-    return facts(layout).format
+def formats_of(layout: ParamLayout) -> set[str]:
+    """The formats of the moments whose format is not fixed by the rule."""
+    return {m.format.name for m in layout.moments if not m.moment.held}
 
 
-def _format_of(layout: ParamLayout) -> str:
-    names = {m.format.name for m in layout.moments if not m.moment.held}
-    return "factored" if "factored" in names else next(iter(names), "32bit")
+def format_code(layout: ParamLayout) -> int:
+    """Format code passed to the kernel: that of all moments, or of the way in which several formats stand together."""
+    names = formats_of(layout)
+    if len(names) < 2 and "factored" not in names:
+        return abi.FORMATS[next(iter(names), "32bit")]
+    if "factored" not in names:
+        return abi.MIXED
+    stack = len(layout.rows.shape) > 2
+    if names <= {"factored", "32bit"}:  # lines of a stack are not the rows by which a master's random bits go
+        return abi.MIXED_FACTORED if stack and layout.master.dithered else abi.FORMATS["factored"]
+    together = {frozenset(("factored", "8bit")): abi.FACTORED_8, frozenset(("factored", "4bit")): abi.FACTORED_4}
+    return abi.MIXED_FACTORED if stack else together.get(frozenset(names), abi.MIXED_FACTORED)
 
 
 def needs_ranks(layout: ParamLayout, world_size: int) -> str | None:
@@ -119,16 +126,16 @@ def _cuts_means(layout: ParamLayout) -> str | None:
     return None
 
 
-def _refusal(layout: ParamLayout, fmt: str) -> str | None:
+def _refusal(layout: ParamLayout) -> str | None:
     rule, rows, master = layout.rule, layout.rows, layout.master
-    known = rule.wrapper in ("", "lookahead") and rule.inner in abi.RULES and fmt in abi.FORMATS
+    known = rule.wrapper in ("", "lookahead") and rule.inner in abi.RULES and formats_of(layout) <= abi.FORMATS.keys()
     if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
         return f"there is no kernel for {rule.name} in {layout.asked}"
     if master.name not in abi.MASTERS:
         return f"there is no kernel for +{master.name}"
     if len(rows.local_shape) > 255:
         return f"the kernels take at most 255 dimensions, and it has {len(rows.local_shape)}"
-    if master.dithered and (rows.flat != FLAT_ROW or (fmt == "factored" and len(rows.local_shape) > 2)):
+    if master.dithered and rows.flat != FLAT_ROW:
         return f"the random bits of +{master.name} begin within a row of the kernels' view"
     return _cuts_means(layout)
 
@@ -166,29 +173,30 @@ def describe(target: abi.TensorStep, work: Work, group: int) -> None:
 _SIZE = ctypes.sizeof(abi.TensorStep)
 
 
-def _fill(target: abi.TensorStep, layout: ParamLayout, fmt: str) -> None:
+def _fill(target: abi.TensorStep, layout: ParamLayout) -> None:
     """The fields that are a layout's."""
-    rows, master, numel = layout.rows, layout.master, layout.rows.numel
+    rows, master, numel, code = layout.rows, layout.master, layout.rows.numel, format_code(layout)
+    full = code == abi.FORMATS["32bit"] and not master.dithered
     target.index = layout.index & 0xFFFFFFFF
-    target.format, target.p_dtype = abi.FORMATS[fmt], abi.DTYPES.get(layout.dtype, 0)
+    target.format, target.p_dtype = code, abi.DTYPES.get(layout.dtype, 0)
     target.numel, target.whole_numel = numel, Rows.whole(rows.shape).numel
     target.first_row = rows.first
     target.cut = layout.needs_whole and layout.partitioned
     target.master = abi.MASTERS[master.name]
-    if fmt == "factored":
-        shape = rows.local_shape
-        target.cols = shape[-1]
-        target.rows = numel // max(shape[-1], 1)
-        target.height = shape[-2]
-        target.stacked = len(shape) > 2
-        target.whole_height = rows.shape[-2]
-    elif len(rows.shape) < 2 or (fmt == "32bit" and not master.dithered):
+    if len(rows.shape) < 2 or full:
         # Without blocks and random bits it does not matter where rows begin.
-        target.cols = FLAT_ROW if fmt != "32bit" or master.dithered else abi.CHUNK
+        target.cols = abi.CHUNK if full else FLAT_ROW
         target.rows = target.height = -(-numel // target.cols)
     else:
         target.rows = target.height = rows.count
         target.cols = rows.cols
+    target.whole_cols = target.cols
+    if "factored" in formats_of(layout):
+        shape = rows.local_shape
+        target.span, target.height, target.whole_height = shape[-1], shape[-2], rows.shape[-2]
+        target.stacked = len(shape) > 2
+        if code == abi.FORMATS["factored"]:
+            target.cols, target.rows = target.span, numel // max(target.span, 1)
 
 
 def _pointers(target: abi.TensorStep, layout: ParamLayout) -> list[tuple[str, int, str]]:
@@ -203,6 +211,7 @@ def _pointers(target: abi.TensorStep, layout: ParamLayout) -> list[tuple[str, in
             target.span = span(layout.rows)
         slot = abi.SLOT[m.moment.name]
         target.order[slot] = order
+        target.formats[slot] = abi.FORMATS.get(m.format.name, 0)
         found += [("data", slot, keys[0]), *([("aux", slot, keys[1])] if len(keys) > 1 else [])]
     return found
 

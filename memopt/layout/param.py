@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, final
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import Line, TensorSpec
-from memopt.core.registry import ENGINES, PLACEMENTS
+from memopt.core.registry import ENGINES, PLACEMENTS, by_sign
 from memopt.core.rows import Rows
 from memopt.formats import FORMATS, HELD, Format
 from memopt.layout.check import Expected, Place
@@ -53,7 +53,7 @@ class MomentLayout(NamedTuple):
 @final
 class ParamLayout:
     """``rows`` of the parameter ``name`` of ``dtype``, the ``index``-th of its optimizer: everything that decides where
-    its state is, what is in it and how it is rounded. ``asked`` is the format that the spec names for it,
+    its state is, what is in it and how it is rounded. ``asked`` is the format, or the two, that the spec names for it,
     ``partitioned`` whether ranks share parameters out, ``key`` what of the hyperparameters the moments depend on."""
 
     __slots__ = (
@@ -203,7 +203,7 @@ def _moments(
         if moment.held:
             fmt, reason = HELD[moment.held], moment.held_because if moment.held != asked else ""
         else:
-            moment, fmt = executes.code_of(moment, asked)
+            moment, fmt = executes.code_of(moment, by_sign(asked)[not moment.signed])
             reason = fmt.declines(moment, rows.shape) or uncut or ""
             fmt = FORMATS["32bit"] if reason else fmt
         keys = tuple((part, f"{moment.name}.{part}" if part else moment.name) for part in fmt.layout(moment, rows))

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
     from memopt.keywords import SpecKeywords
 
-#: Formats, the gentlest first. A rung that would not save anything for a parameter is passed over: factored AdamW keeps
-#: its first moment in 32 bits, Adafactor has none.
-LADDER = ("32bit", "8bit", "factored", "4bit")
+#: Formats, the gentlest first: by how far their updates are from those of fp32 on recorded gradients
+#: (``benchmarks/results/fidelity.md``), down to half a byte a parameter. A rung that would not save anything for a
+#: parameter is passed over, as what is factored is for a vector, and one that the rule does not have is left out.
+LADDER = ("32bit", "8bit", "8bit.4bit", "factored", "8bit.factored", "4bit", "4bit.factored")
 
 
 def fit(
@@ -26,11 +27,11 @@ def fit(
 ) -> OptimSpec:
     """The spec, with overrides, whose state is at most ``budget`` and that changes least.
 
-    Every parameter begins in 32 bits. Parameters are then moved to 8 bits until
-    the budget holds, the largest first, because a large matrix saves most per parameter that is changed; then to the
-    factored form where the rule has one that saves something, then to 4 bits. Embeddings move last on every rung:
-    their rows are updated rarely, and a second moment that is rarely written is what low precision harms most. The
-    result is exact: its price, by the ledger the optimizer allocates from, is within the budget, and with the
+    Every parameter begins in 32 bits. Parameters are then moved to 8 bits until the budget holds, the largest first,
+    because a large matrix saves most per parameter that is changed; then, with the first moment in 8 bits, to a second
+    moment in 4 bits, then to a factored one; then to 4 bits, then beside a factored second moment. Embeddings move last
+    on every rung: their rows are updated rarely, and a second moment that is rarely written is what low precision harms
+    most. The result is exact: its price, by the ledger the optimizer allocates from, is within the budget, and with the
     parameter that was moved last left where it was it is not.
 
     Args:

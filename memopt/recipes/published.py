@@ -148,7 +148,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "summary": "pre-training of PaLM 540B: Adafactor's rule without factoring",
         "spec": "adafactor-32bit",
         "lr": 1e-2,
-        "hyper": {"beta1": 0.9, "beta2_decay": -0.8, "d": 1.0, "scale_parameter": True},
+        "hyper": {"beta1": 0.9, "beta2_decay": -0.8, "d": 1.0, "convention": "torch"},
         # Decay starts as the rate and follows it: weights shrink by lr² a step.
         "weight_decay": 1e-2,
         "schedule": {"hold": 10_000, "decay_with_rate": True},

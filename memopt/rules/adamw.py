@@ -26,6 +26,16 @@ def refuse(h: Hyper, fmt: str) -> str | None:
     return None
 
 
+def longest(beta1: float, beta2: float) -> float:
+    """How long Adam's update of an element may be, in units of the rate: (1 - b1) / sqrt(1 - b2), and 1 at least.
+
+    That is what the second moment of the element itself keeps it to when its gradient comes out of nothing (Kingma &
+    Ba, section 2.1). A second moment of rank one, a mean over row and column, keeps it to nothing: an element whose
+    row and column are smaller than itself would go ten times as far. Such updates are cut off there.
+    """
+    return max(1.0, (1 - beta1) / sqrt(1 - beta2))
+
+
 def adam_step(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     """The step shared by Adam and AdamW; ``g`` already holds what the rule adds to the gradient."""
     beta1, beta2 = h["betas"]
@@ -37,7 +47,12 @@ def adam_step(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
         largest = state.read("max_exp_avg_sq")
         exp_avg_sq = state.write("max_exp_avg_sq", exp_avg_sq.maximum(largest))
     denominator = (exp_avg_sq.sqrt() / sqrt(1 - beta2**t)).add_(h["eps"])
-    p.addcdiv_(exp_avg, denominator, value=-float(h["lr"]) / (1 - beta1**t))
+    lr = float(h["lr"])
+    if state.rank_one("exp_avg_sq"):
+        most = lr * longest(beta1, beta2)
+        p.add_(exp_avg.div(denominator).mul_(-lr / (1 - beta1**t)).clamp_(-most, most))
+    else:
+        p.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**t))
 
 
 def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
@@ -48,7 +63,8 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
         v <- b2 * v + (1 - b2) * g²
         p <- p - lr / (1 - b1^t) * m / (sqrt(v / (1 - b2^t)) + eps)
 
-    With ``amsgrad`` the largest v so far stands in the denominator. State: 8 bytes per parameter in 32 bits,
+    With ``amsgrad`` the largest v so far stands in the denominator; with a factored v no element moves by more than
+    lr * :func:`longest`. State: 8 bytes per parameter in 32 bits,
     2.03 in 8 bits, 1.06 in 4 bits.
 
     Source: Loshchilov & Hutter, "Decoupled weight decay regularization", ICLR 2019; amsgrad: Reddi, Kale & Kumar,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import exp, log, sqrt
 from typing import TYPE_CHECKING
 
+from memopt.rules.adamw import longest
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Moment, Rule, State
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
         p <- p - lr * (m / (1 - b1^t) + alpha * s) / (sqrt(v / (1 - b2^t)) + eps)
 
     ``t_alpha`` and ``t_beta3`` are the steps over which alpha and b3 rise; the paper sets both to all steps of a run.
+    With a factored v no element moves by more than lr * (:func:`~memopt.rules.adamw.longest` + alpha).
     State: 12 bytes per parameter in 32 bits, 3.05 in 8 bits, 1.59 in 4 bits.
     Source: Pagliardini, Ablin & Grangier, "The AdEMAMix optimizer: better, faster, older", ICLR 2025.
     """
@@ -47,7 +49,12 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     exp_avg_sq = state.read("exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
     exp_avg_sq = state.write("exp_avg_sq", exp_avg_sq)
     denominator = (exp_avg_sq.sqrt() / sqrt(1 - beta2**t)).add_(h["eps"])
-    p.addcdiv_(exp_avg.div(1 - beta1**t).add_(slow, alpha=alpha), denominator, value=-lr)
+    mean = exp_avg.div(1 - beta1**t).add_(slow, alpha=alpha)
+    if state.rank_one("exp_avg_sq"):
+        most = lr * (longest(beta1, beta2) + alpha)
+        p.add_(mean.div_(denominator).mul_(-lr).clamp_(-most, most))
+    else:
+        p.addcdiv_(mean, denominator, value=-lr)
 
 
 RULE = Rule(

@@ -41,11 +41,13 @@ class State(Protocol):
     ``write`` returns what this step may see of the value: the value itself for element-wise formats (an update uses
     its moments *before* they are re-quantised), the rank-1 reconstruction for a factored one. ``floor`` bounds from
     below the mean by which a factored reconstruction divides. ``orthogonal`` is what Newton-Schulz iteration makes of
-    the whole matrix of which ``x`` are the rows here, in a dtype of its own.
+    the whole matrix of which ``x`` are the rows here, in a dtype of its own. ``rank_one`` says whether ``write``
+    returns such a reconstruction: a second moment that does not know the elements.
     """
 
     def read(self, name: str) -> Tensor: ...
     def write(self, name: str, value: Tensor, floor: float = 0.0) -> Tensor: ...
+    def rank_one(self, name: str) -> bool: ...
     def rms(self, x: Tensor) -> Tensor: ...
     def orthogonal(self, x: Tensor) -> Tensor: ...
 
@@ -68,6 +70,7 @@ class Rule(NamedTuple):
 
     ``decoupled(h)``: whether weight decay multiplies the parameter instead of joining the gradient. ``example`` are
     hyperparameters with which a rule that may do without state keeps some.
+    ``rate_factor`` is what a rate that is good for AdamW is multiplied by to be good here, about.
     ``kernel_fields(h)`` are the numbers and flags that its kernel takes beside those which all take
     (:data:`memopt.kernels.abi.HYPER`). ``declines(name, shape, kind)`` says why a rule of matrices does not take a
     parameter, or None where it does (``kind`` as of :mod:`memopt.core.param_kinds`), and ``fallback`` names the rule of
@@ -93,6 +96,19 @@ class Rule(NamedTuple):
     wrapped: str = ""
     declines: Callable[[str, Shape, str], str | None] | None = None
     fallback: str = ""
+    rate_factor: float = 1.0
+
+    def about_rate(self, lr: Any, before: Rule | None = None) -> str | None:
+        """One sentence where ``lr`` is plainly a rate of AdamW's, or stays from a rule ``before`` whose rates are of
+        another size; None where it may be meant."""
+        factor = self.rate_factor / (before.rate_factor if before is not None else 1.0)
+        if lr is None or 1 / 3 < factor < 3:
+            return None
+        rate = float(lr)
+        if before is None and not (1e-6 <= rate <= 2e-3 if factor > 1 else rate >= 5e-4):
+            return None
+        times = f"about {factor:.0f} times larger" if factor > 1 else f"about {1 / factor:.0f} times smaller"
+        return f"lr is {rate:g}; rates of {self.name} are {times} than those of {before.name if before else 'adamw'}"
 
     @property
     def inner(self) -> str:

@@ -58,4 +58,5 @@ RULE = Rule(
     decoupled=lambda h: True,
     default_format="factored",
     element_wise=False,
+    rate_factor=0.15,
 )

@@ -44,4 +44,5 @@ RULE = Rule(
     update=update,
     decoupled=lambda h: True,
     element_wise=False,
+    rate_factor=10.0,
 )

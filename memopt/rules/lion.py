@@ -35,4 +35,5 @@ RULE = Rule(
     moments=lambda h, shape: (EXP_AVG,),
     update=update,
     decoupled=lambda h: True,
+    rate_factor=0.25,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import TYPE_CHECKING
 
+from memopt.rules.adamw import longest
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Rule, State
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
         p <- p - lr * m̂ * r_t * sqrt(1 - b2^t) / (sqrt(v) + eps)     if rho_t > 5
         p <- p - lr * m̂                                              otherwise
 
+    With a factored v no element moves by more than lr * r_t * :func:`~memopt.rules.adamw.longest`.
     ``weight_decay`` is an L2 term, or decoupled with ``decoupled_weight_decay=True``. State: as AdamW's.
     Source: Liu et al., "On the variance of the adaptive learning rate and beyond", ICLR 2020; threshold and place
     of eps as in torch.optim.RAdam.
@@ -45,7 +47,13 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     if factor is None:
         p.add_(exp_avg, alpha=scale)
     else:
-        p.addcdiv_(exp_avg, exp_avg_sq.sqrt().add_(h["eps"]), value=scale * factor * sqrt(1 - beta2**t))
+        value = scale * factor * sqrt(1 - beta2**t)
+        denominator = exp_avg_sq.sqrt().add_(h["eps"])
+        if state.rank_one("exp_avg_sq"):
+            most = lr * factor * longest(beta1, beta2)
+            p.add_(exp_avg.div(denominator).mul_(value).clamp_(-most, most))
+        else:
+            p.addcdiv_(exp_avg, denominator, value=value)
 
 
 RULE = Rule(

@@ -68,4 +68,5 @@ RULE = Rule(
     refuse=refuse,
     moments_by=("centered", "momentum"),
     kernel_fields=lambda h: {"beta1": h["alpha"], "beta2": h["alpha"]},
+    rate_factor=0.25,
 )

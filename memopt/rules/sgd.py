@@ -61,4 +61,5 @@ RULE = Rule(
     refuse=refuse,
     moments_by=("momentum",),
     example={"momentum": 0.9, "nesterov": False},
+    rate_factor=150.0,
 )

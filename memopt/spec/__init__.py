@@ -1,13 +1,14 @@
 """``OptimSpec``: a value on every axis, validated when it is made.
 
-RULE[-FORMAT][(FALLBACK[-FORMAT])][+MASTER][@PLACEMENT][/PARTITION]; the fallback is the rule of the parameters that
-RULE does not take.
+RULE[-FORMAT[.FORMAT]][(FALLBACK[-FORMAT])][+MASTER][@PLACEMENT][/PARTITION]; of two formats the second is that of
+non-negative moments, and the fallback is the rule of the parameters that RULE does not take.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from itertools import product
 from types import MappingProxyType
@@ -15,13 +16,13 @@ from typing import Any, NamedTuple
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.param_names import clean_pattern
-from memopt.core.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS, WRAPPERS
+from memopt.core.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS, WRAPPERS, by_sign
 from memopt.rules import RULES, Moment
 from memopt.spec.aliases import ALIASES
 from memopt.spec.placement_options import checked
 
 _GRAMMAR = re.compile(
-    r"(?P<rule>[a-z][a-z0-9]*(?:\([a-z0-9]+\))?)(?:-(?P<format>[a-z0-9]+))?(?:\+(?P<master>[a-z0-9]+))?"
+    r"(?P<rule>[a-z][a-z0-9]*(?:\([a-z0-9]+\))?)(?:-(?P<format>[a-z0-9]+(?:\.[a-z0-9]+)?))?(?:\+(?P<master>[a-z0-9]+))?"
     r"(?:@(?P<placement>[a-z0-9]+))?(?:/(?P<partition>[a-z0-9]+))?"
 )
 #: ``lookahead(adamw-8bit)``: what is inside may be a spec, of which the rule alone stays inside.
@@ -52,7 +53,9 @@ SHARED = ("lr", "weight_decay", "maximize")
 class OptimSpec:
     """A value on the axes *rule*, *format*, *master*, *placement*, *partition* and *engine*.
 
-    ``format=None`` is the rule's default. ``overrides`` maps shell-style patterns over parameter names to
+    ``format`` is one for all moments, or two with a dot between them: ``"8bit.factored"`` keeps signed moments
+    (``exp_avg``, ``momentum_buffer``) in 8 bits and non-negative ones (``exp_avg_sq``) factored. Without one it is the
+    rule's default. ``overrides`` maps shell-style patterns over parameter names to
     ``FORMAT``, ``RULE``, ``RULE-FORMAT`` or nothing, with or without ``@PLACEMENT``; the first pattern that matches
     wins, and one that matches nothing is an error when the optimizer is built or priced. ``fallback`` is
     ``RULE[-FORMAT]``, for the parameters that a rule of matrices does not take. ``hyper`` are hyperparameters of the
@@ -63,6 +66,8 @@ class OptimSpec:
 
     >>> OptimSpec(rule="adamw", format="8bit", placement="paged")
     OptimSpec('adamw-8bit@paged')
+    >>> OptimSpec(rule="adamw", format="8bit.factored").formats
+    ('8bit', 'factored')
     >>> OptimSpec(rule="lion", format="factored")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     memopt.core.hyperparameters.SpecError: 'lion-factored': no moment of lion has a factored form; nearest: lion, ...
@@ -125,9 +130,10 @@ class OptimSpec:
         _known("rule", self.rule, RULES)
         rule = RULES[self.rule]
         set_ = object.__setattr__
-        set_(self, "format", self.format or rule.default_format)
+        set_(self, "format", _one_spelling(self.format or rule.default_format))
+        for fmt in self.formats:
+            _known("format", fmt, FORMATS)
         for axis, values in (
-            ("format", FORMATS),
             ("master", MASTERS),
             ("placement", PLACEMENTS),
             ("partition", PARTITIONS),
@@ -141,9 +147,7 @@ class OptimSpec:
         set_(self, "options", MappingProxyType(options))
         set_(self, "fallback", self._whole_fallback())
         self._check_rules()
-        if self.format == "factored" and not any(m.factorable for m in self._all_moments()):
-            nearest = f"{self.rule}, {self.rule}-8bit"
-            raise SpecError(f"'{self}': no moment of {self.rule} has a factored form; nearest: {nearest}")
+        self._check_formats()
         reason = ENGINES[self.engine].refuse(self)
         if reason:
             raise SpecError(f"'{self}' with engine={self.engine!r}: {reason}")
@@ -251,6 +255,26 @@ class OptimSpec:
         )
 
     @property
+    def formats(self) -> tuple[str, str]:
+        """The formats of signed and of non-negative moments."""
+        return by_sign(self.format)
+
+    def _check_formats(self) -> None:
+        rule = RULES[self.rule]
+        signed, non_negative = self.formats
+        if non_negative == "factored" and not any(m.factorable for m in self._all_moments()):
+            nearest = f"{self.rule}, {self.rule}-{'8bit' if signed == 'factored' else signed}"
+            raise SpecError(f"'{self}': no moment of {self.rule} has a factored form; nearest: {nearest}")
+        if signed == non_negative:
+            return
+        if "." in self.format:
+            every = {**rule.hyperparameters, **rule.example, **dict.fromkeys(rule.moments_by, 0.5)}
+            _check_pair(self.rule, self.format, rule.moments(every, (2, 2)))
+        reason = FORMATS[signed].declines(_SIGNED, (4096, 4096))
+        if reason:
+            raise SpecError(f"'{self}': {reason}; nearest: {self.rule}-{_one_spelling(f'8bit.{non_negative}')}")
+
+    @property
     def placements(self) -> set[str]:
         """The spec's placement and those of its overrides."""
         named = (text.partition("@")[2] for text in self.overrides.values() if isinstance(text, str))
@@ -273,7 +297,7 @@ class OptimSpec:
         if what in RULES or "-" in what:
             return _Override(*_rule_and_format(what, f"overrides[{pattern!r}] = {text!r}"), placement, pattern)
         if what:
-            _known("format", what, FORMATS)
+            what = _known_format(what)
             _check_format_of((self.rule, _rule_and_format(self.fallback, "")[0] if self.fallback else ""), what)
         return _Override("", what, placement, pattern)
 
@@ -318,6 +342,8 @@ class OptimSpec:
         name = rule or self.rule
         h = RULES[name].resolve({**self.given(name), **(given or {})})
         self._check_hyper(name, h)
+        for fmt in (text for text in self._formats_of(name) if "." in text):
+            _check_pair(name, fmt, RULES[name].moments(h, (2, 2)))
         return h
 
     def check_live(self, h: Mapping[str, Any], rule: str = "") -> None:
@@ -341,7 +367,7 @@ class OptimSpec:
         return found
 
     def _check_hyper(self, rule: str, h: Mapping[str, Any]) -> None:
-        for fmt in self._formats_of(rule):
+        for fmt in {one for text in self._formats_of(rule) for one in by_sign(text)}:
             reason = RULES[rule].refuse(h, fmt)
             if reason:
                 nearest = self.replace(format="32bit", overrides={}, hyper={}, rules={}, options={})
@@ -393,7 +419,7 @@ def _rule_and_format(text: str, what: str) -> tuple[str, str]:
     rule, _, fmt = text.partition("-")
     _known("rule", rule, RULES)
     if fmt:
-        _known("format", fmt, FORMATS)
+        fmt = _known_format(fmt)
         try:
             _check_format_of((rule,), fmt)
         except SpecError as error:
@@ -418,6 +444,37 @@ def _rebuild(fields: dict[str, Any]) -> OptimSpec:
     return OptimSpec(**fields)
 
 
+#: Whatever a format says of a signed moment.
+_SIGNED = Moment("exp_avg")
+
+
+def _one_spelling(fmt: str) -> str:
+    """The shortest spelling of a format or of two: a signed moment has no factored form, and is in 32 bits there."""
+    signed, _, non_negative = fmt.partition(".")
+    if signed == non_negative:
+        return signed
+    return "factored" if (signed, non_negative) == ("32bit", "factored") else fmt
+
+
+def _known_format(fmt: str) -> str:
+    """The shortest spelling of a format or of two, which there must be."""
+    for one in by_sign(fmt):
+        _known("format", one, FORMATS)
+    return _one_spelling(fmt)
+
+
+def _check_pair(rule: str, fmt: str, moments: tuple[Moment, ...]) -> None:
+    """Raise SpecError for two formats where these moments are all of one kind."""
+    signed, non_negative = by_sign(fmt)
+    kinds = {m.signed for m in moments if not m.held}
+    if len(kinds) == 1:
+        kind, one = ("signed", signed) if True in kinds else ("non-negative", non_negative)
+        raise SpecError(
+            f"'{rule}-{fmt}': {rule} has no two kinds of moments to keep in two formats, only {kind} ones; "
+            f"nearest: {rule}-{one}"
+        )
+
+
 def _known(axis: str, value: Any, allowed: Mapping[str, Any]) -> None:
     if value in allowed:
         return
@@ -432,8 +489,8 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     """The spec that a string means; ``str(spec)`` is the inverse.
 
     Args:
-        text: ``RULE[-FORMAT][(FALLBACK[-FORMAT])][+MASTER][@PLACEMENT][/PARTITION]``, another tool's name for the same
-            (in any case), or an :class:`OptimSpec`.
+        text: ``RULE[-FORMAT[.FORMAT]][(FALLBACK[-FORMAT])][+MASTER][@PLACEMENT][/PARTITION]``, another
+            tool's name for the same (in any case), or an :class:`OptimSpec`.
         fields: Fields of :class:`OptimSpec`. Beside a string, those that it leaves to their defaults; to an OptimSpec
             ``hyper``, ``rules`` and ``options`` are added, and others replace its own.
 
@@ -462,8 +519,8 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     match = _GRAMMAR.fullmatch(_plain_name(head) + slash + tail)
     if match is None:
         raise SpecError(
-            f"cannot read the spec {text!r}; the form is RULE[-FORMAT][(FALLBACK)][+MASTER][@PLACEMENT][/PARTITION], "
-            f"where RULE is one of {', '.join(RULES)}"
+            f"cannot read the spec {text!r}; the form is RULE[-FORMAT[.FORMAT]][(FALLBACK)][+MASTER][@PLACEMENT]"
+            f"[/PARTITION], where RULE is one of {', '.join(RULES)}"
         )
     axes: dict[str, Any] = {axis: value for axis, value in match.groupdict().items() if value is not None}
     if fallback:
@@ -514,11 +571,12 @@ def lookahead(inner: str | OptimSpec = "adamw", steps: int = 5, rate: float = 0.
     return spec.replace(rule=f"lookahead({spec.rule})", hyper=hyper)
 
 
-def specs(engine: str = "native") -> tuple[OptimSpec, ...]:
+def specs(engine: str = "native", *, pairs: bool = False) -> tuple[OptimSpec, ...]:
     """Every valid combination of the axes, rules without a wrapper.
 
     Args:
         engine: The engine that is to run it, ``"native"`` or ``"bitsandbytes"``.
+        pairs: Whether those with a format for each kind of moment are listed too, behind the others.
 
     Returns:
         :class:`OptimSpec` objects, in the order of the axes.
@@ -526,18 +584,26 @@ def specs(engine: str = "native") -> tuple[OptimSpec, ...]:
     Raises:
         KeyError: for no engine of this name.
 
-    >>> len(specs()) > 1000, str(specs()[0])
-    (True, 'adamw')
+    >>> len(specs()) > 1000, str(specs()[0]), parse("adamw-8bit.factored") in specs(pairs=True)
+    (True, 'adamw', True)
     """
-    return tuple(_specs(engine))
+    plain = [*_plain_specs(engine, FORMATS), *(pairs_of(engine) if pairs else ())]
+    return tuple(_with_endings(plain))
 
 
-def _specs(engine: str) -> Iterator[OptimSpec]:
-    for rule in RULES:
-        for fmt, master, placement, partition in product(FORMATS, MASTERS, PLACEMENTS, PARTITIONS):
-            try:
-                yield OptimSpec(
-                    rule=rule, format=fmt, master=master, placement=placement, partition=partition, engine=engine
-                )
-            except SpecError:
-                continue
+def pairs_of(engine: str = "native") -> tuple[OptimSpec, ...]:
+    """Every rule with a format for each kind of moment, the other axes being the plain default."""
+    every = [f"{signed}.{other}" for signed, other in product(FORMATS, FORMATS)]
+    return tuple(_plain_specs(engine, [text for text in every if _one_spelling(text) == text]))
+
+
+def _plain_specs(engine: str, formats: Iterable[str]) -> Iterator[OptimSpec]:
+    for rule, fmt in product(RULES, [*formats]):
+        with suppress(SpecError):
+            yield OptimSpec(rule=rule, format=fmt, engine=engine)
+
+
+def _with_endings(plain: Iterable[OptimSpec]) -> Iterator[OptimSpec]:
+    for spec, (master, placement, partition) in product(plain, [*product(MASTERS, PLACEMENTS, PARTITIONS)]):
+        with suppress(SpecError):
+            yield spec.replace(master=master, placement=placement, partition=partition)

@@ -15,7 +15,7 @@ LEARNING_RATE = {
     "adamw": 2e-3,
     "adam": 2e-3,
     "radam": 4e-3,
-    "adafactor": 5e-2,
+    "adafactor": 2e-3,
     "came": 3e-4,
     "lion": 6e-4,
     "rmsprop": 5e-4,

@@ -68,6 +68,27 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+#: A format for each kind of moment: every placement, every format on either side, rules of one pass and of several.
+PAIRS: list[tuple[str, dict[str, Any]]] = [
+    ("adamw-8bit.factored", {}),
+    ("adamw-4bit.factored@paged/zero1", {}),
+    ("adamw-8bit.factored@host", {}),
+    ("adamw-8bit.factored@disk/zero3", {}),
+    ("adam-bf16.8bit@cpu", {}),
+    ("adamw-4bit.8bit/zero3", {}),
+    ("ademamix-4bit.8bit/zero1", {}),
+    ("ademamix-8bit.factored", {}),
+    ("came-8bit.factored", {}),
+    ("lamb-8bit.4bit", {}),
+    ("stableadamw-fp8.factored/zero3", {}),
+    ("radam-32bit.fp8@disk", {}),
+    ("adabound-bf16.factored+split/zero1", {}),
+    ("rmsprop-4bit.factored", {"momentum": 0.9}),
+    ("adafactor-8bit.factored", {"beta1": 0.9}),
+    ("lookahead(adamw)-8bit.factored", {"lookahead_steps": 3}),
+]
+
+
 def sampled(every: int) -> list[str]:
     """Every rule × format where it is plain, and of its placements and partitions one in so many, in turn. They do not
     know the rule; each rule and each format meets each of them."""
@@ -87,7 +108,7 @@ def _ending(spec: str) -> tuple[str, str]:
 ENDINGS = list(dict.fromkeys(_ending(s) for s in SPECS))
 
 #: (spec, hyperparameters) for a sample of the specs, and every variant.
-CASES = [(s, HYPER.get(memopt.parse(s).rule, {})) for s in sampled(4)] + VARIANTS
+CASES = [(s, HYPER.get(memopt.parse(s).rule, {})) for s in sampled(4)] + VARIANTS + PAIRS
 CASE_IDS = [s + "".join(f" {k}={v}" for k, v in h.items()) for s, h in CASES]
 
 

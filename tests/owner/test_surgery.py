@@ -112,6 +112,9 @@ def by_hand(state: dict[str, Tensor], index: Tensor, dim: int) -> None:
 def test_as_torch_by_hand(rule):
     """Rows cloned, split and pruned, and moments reset, as scripts do it to torch.optim: the same run."""
     ours, opt = made(rule)
+    if rule == "adafactor":
+        opt = memopt.create(ours, rule, lr=1e-2, convention="torch")
+        step(ours, opt, 0)
     theirs, _ = made(rule, 0)
     cls = {"adamw": "AdamW", "adam": "Adam", "rmsprop": "RMSprop", "sgd": "SGD", "adafactor": "Adafactor"}[rule]
     other = getattr(torch.optim, cls)(theirs, lr=1e-2, **HYPER.get(rule, {}))

@@ -17,6 +17,8 @@ TORCH = {
     "radam": torch.optim.RAdam,
     "adafactor": torch.optim.Adafactor,
 }
+#: What makes our rule torch's.
+OURS = {"adafactor": {"convention": "torch"}}
 #: torch's choices of how to compute; memopt has none.
 EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 
@@ -37,7 +39,7 @@ def torch_inputs():
 @pytest.mark.parametrize(("rule", "kwargs"), list(torch_inputs()))
 def test_same_as_torch_on_torchs_own_inputs(rule, kwargs):
     a, b = parameters(), parameters()
-    spec_kwargs = copy.deepcopy(kwargs)
+    spec_kwargs = copy.deepcopy(kwargs) | OURS.get(rule, {})
     ours = memopt.create(a, rule, **spec_kwargs)
     theirs = TORCH[rule](b, **kwargs, **({} if rule == "adafactor" else {"foreach": False}))
     run_both(ours, theirs, a, b)
@@ -48,7 +50,7 @@ def test_same_as_torch_on_torchs_own_inputs(rule, kwargs):
 @pytest.mark.parametrize("rule", TORCH)
 def test_same_as_torch_for_small_and_large_gradients(rule, scale):
     a, b = parameters(), parameters()
-    run_both(memopt.create(a, rule, lr=1e-3), TORCH[rule](b, lr=1e-3), a, b, scale=scale)
+    run_both(memopt.create(a, rule, lr=1e-3, **OURS.get(rule, {})), TORCH[rule](b, lr=1e-3), a, b, scale=scale)
     assert_close(a, b)
 
 
@@ -84,9 +86,19 @@ def test_adafactor_in_the_transformers_convention(kwargs, scale):
     assert_close(a, b)
 
 
+def test_a_rate_that_is_given_to_adafactor_is_taken_as_it_stands():
+    """As transformers' Trainer sets its Adafactor up: the relative step and the scale off."""
+    transformers = pytest.importorskip("transformers")
+    a, b = parameters(), parameters()
+    ours = memopt.create(a, "adafactor", lr=1e-4, weight_decay=0.1)
+    theirs = transformers.Adafactor(b, lr=1e-4, weight_decay=0.1, scale_parameter=False, relative_step=False)
+    run_both(ours, theirs, a, b)
+    assert_close(a, b)
+
+
 def test_the_two_adafactor_conventions_differ():
     a, b = parameters(), parameters()
-    ours = memopt.create(a, "adafactor", weight_decay=0.1)
+    ours = memopt.create(a, "adafactor", weight_decay=0.1, convention="torch")
     run_both(ours, memopt.create(b, "adafactor", weight_decay=0.1, convention="transformers"), a, b, steps=3)
     with pytest.raises(AssertionError):
         assert_close(a, b)

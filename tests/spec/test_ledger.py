@@ -68,7 +68,15 @@ SEVEN_B = {
 
 
 @pytest.mark.parametrize(
-    ("spec", "most"), [("adamw-8bit", 2.04), ("adamw-4bit", 1.07), ("adafactor", 0.01), ("adamw-fp8", 2.04)]
+    ("spec", "most"),
+    [
+        ("adamw-8bit", 2.04),
+        ("adamw-4bit", 1.07),
+        ("adafactor", 0.01),
+        ("adamw-fp8", 2.04),
+        ("adamw-8bit.factored", 1.03),
+        ("adamw-4bit.factored", 0.54),
+    ],
 )
 def test_bytes_per_parameter_on_the_matrices_of_a_7b_model(spec, most):
     numel = sum(r * c for r, c in SEVEN_B.values())

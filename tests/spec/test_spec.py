@@ -52,7 +52,14 @@ def test_aliases_are_found_without_regard_to_case(alias):
         ("adamw+fp16", ["unknown master 'fp16'", "none, fp32, kahan, stochastic, split, split16"]),
         ("lion-factored", ["no moment of lion has a factored form", "nearest: lion, lion-8bit"]),
         ("sgd-factored", ["no moment of sgd has a factored form"]),
-        ("", ["cannot read the spec ''", "RULE[-FORMAT]"]),
+        ("", ["cannot read the spec ''", "RULE[-FORMAT[.FORMAT]]"]),
+        ("adamw-8bit.", ["cannot read the spec 'adamw-8bit.'"]),
+        ("adamw-8bit.4bit.bf16", ["cannot read the spec"]),
+        ("adamw-8bit.9bit", ["unknown format '9bit'"]),
+        ("adamw-factored.8bit", ["a signed moment has no factored form", "nearest: adamw-8bit"]),
+        ("lion-8bit.4bit", ["no two kinds of moments", "only signed ones", "nearest: lion-8bit"]),
+        ("lion-8bit.factored", ["no moment of lion has a factored form", "nearest: lion, lion-8bit"]),
+        ("adammini-8bit.4bit", ["only signed ones", "nearest: adammini-8bit"]),
         ("adamw--8bit", ["cannot read the spec 'adamw--8bit'"]),
         ("adamw@paged-8bit", ["cannot read the spec"]),
         ("adamw/zero1@paged", ["cannot read the spec"]),
@@ -67,7 +74,7 @@ def test_refusals_name_the_value_and_what_is_allowed(text, words):
     assert "\n" not in str(error.value)
 
 
-LIKE_A_SPEC = r"[a-z]{1,9}(-[a-z0-9]{1,6})?(\+[a-z0-9]{1,7})?(@[a-z]{1,7})?(/[a-z0-9]{1,6})?"
+LIKE_A_SPEC = r"[a-z]{1,9}(-[a-z0-9]{1,6}(\.[a-z0-9]{1,8})?)?(\+[a-z0-9]{1,7})?(@[a-z]{1,7})?(/[a-z0-9]{1,6})?"
 
 
 @given(st.text(max_size=40) | st.from_regex(LIKE_A_SPEC, fullmatch=True))
@@ -111,6 +118,12 @@ def test_specs_lists_what_can_be_made_and_nothing_else():
     assert "lion-factored" not in made
     assert {"adamw", "adamw-8bit@paged/zero1", "came", "radam-fp8", "adamw-8bit+split16@paged/zero1"} <= made
     assert {memopt.parse(s).rule for s in made} == set(RULES)
+    every = memopt.specs(pairs=True)
+    assert every[: len(made)] == memopt.specs()
+    pairs = {f"{s.rule}-{s.format}" for s in every[len(made) :]}
+    assert all("." in pair for pair in pairs)
+    assert {"adamw-8bit.factored", "ademamix-4bit.8bit", "came-fp8.factored", "adafactor-4bit.8bit"} <= pairs
+    assert not {"lion-8bit.4bit", "adamw-factored.8bit", "adammini-8bit.4bit", "adamw-32bit.factored"} & pairs
     assert {str(s) for s in memopt.specs("bitsandbytes")} == {
         f"{rule}{fmt}{place}"
         for rule in ("adamw", "adam", "lion", "rmsprop", "sgd")
@@ -131,6 +144,57 @@ def test_specs_lists_what_can_be_made_and_nothing_else():
 def test_overrides_are_checked_when_the_spec_is_made(overrides, words):
     with pytest.raises(SpecError, match=words):
         memopt.parse("adamw", overrides=overrides)
+
+
+#: A format for each kind of moment -> how it is written.
+PAIRS = {
+    "adamw-8bit.factored": "adamw-8bit.factored",
+    "adamw-4bit.factored@host/zero1": "adamw-4bit.factored@host/zero1",
+    "adamw-bf16.8bit+split": "adamw-bf16.8bit+split",
+    "lookahead(adamw-8bit.factored)@paged": "lookahead(adamw)-8bit.factored@paged",
+    "ademamix-4bit.8bit": "ademamix-4bit.8bit",
+    "adamw-8bit.8bit": "adamw-8bit",
+    "adamw-32bit.factored": "adamw-factored",
+    "adafactor-32bit.factored": "adafactor",
+    "came-32bit.factored": "came",
+}
+
+
+@pytest.mark.parametrize(("text", "written"), PAIRS.items())
+def test_a_format_for_each_kind_of_moment(text, written):
+    spec = memopt.parse(text)
+    assert str(spec) == written
+    assert memopt.parse(written) == spec
+    assert pickle.loads(pickle.dumps(spec)) == spec
+
+
+def test_two_formats_are_resolved_moment_by_moment():
+    shapes = {"a": (256, 512), "b": (256,)}
+    ledger = memopt.price(shapes, "adamw-8bit.factored", overrides={"b": "bf16.8bit"})
+    assert ledger.by("parameter", "moment", "part") == {
+        ("a", "step", ""): 4,
+        ("a", "exp_avg", "codes"): 256 * 512,
+        ("a", "exp_avg", "scales"): 4 * 256 * 2,
+        ("a", "exp_avg_sq", "row"): 4 * 256,
+        ("a", "exp_avg_sq", "col"): 4 * 512,
+        ("b", "step", ""): 4,
+        ("b", "exp_avg", ""): 4 * 256,  # fewer than 4096 elements
+        ("b", "exp_avg_sq", ""): 4 * 256,
+    }
+
+
+@pytest.mark.parametrize(
+    ("spec", "hyper", "words"),
+    [
+        ("rmsprop-8bit.factored", {}, "only non-negative ones; nearest: rmsprop-factored"),
+        ("adafactor-8bit.factored", {}, "only non-negative ones; nearest: adafactor"),
+        ("adamw", {"overrides": {"0": "8bit.factored"}, "amsgrad": True}, "amsgrad needs the largest value"),
+        ("rmsprop-8bit.32bit", {"centered": True, "momentum": 0.9}, "centered=True subtracts"),
+    ],
+)
+def test_two_formats_for_one_kind_are_refused(spec, hyper, words):
+    with pytest.raises(SpecError, match=words):
+        memopt.price([(64, 64)], spec, **hyper)
 
 
 def test_the_first_matching_override_wins_and_an_idle_one_is_an_error():

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("uncompiled")
         ("radam", {}, torch_tool("RAdam", lr=LR)),
         ("sgd-8bit", {"momentum": 0.9}, torch_tool("SGD", lr=LR, momentum=0.9)),
         ("rmsprop-fp8", {}, torch_tool("RMSprop", lr=LR)),
-        ("adafactor", {}, torch_tool("Adafactor", lr=LR)),
+        ("adafactor", {"convention": "torch"}, torch_tool("Adafactor", lr=LR)),
     ],
 )
 def test_exported_state_loads_into_torch(spec, keywords, build):

@@ -35,7 +35,7 @@ EXACT_TOOLS = {
         None,
         {"centered": True, "momentum": 0.9},
     ),
-    "torch.Adafactor": (torch_tool("Adafactor", lr=1e-2), "adafactor", None, {}),
+    "torch.Adafactor": (torch_tool("Adafactor", lr=1e-2), "adafactor", None, {"convention": "torch"}),
     "transformers.Adafactor": (transformers_tool(), "adafactor", None, {"convention": "transformers"}),
     "transformers.Adafactor beta1": (
         transformers_tool(beta1=0.9, lr=LR, relative_step=False),

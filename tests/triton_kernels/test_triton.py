@@ -50,6 +50,32 @@ def test_every_rule_on_every_format(spec, hyper, on) -> None:
     compare(spec, hyper, on, shapes=SHAPES[:2] if "factored" in spec or spec in ("adafactor", "came") else SHAPES[::2])
 
 
+#: Blocks of one width and of two; factors of a matrix and of a stack beside blocks, with and without sums over the
+#: tensor; inverse roots; CAME's residual beside codes of every kind; a master with random bits.
+PAIRS: list[tuple[str, dict[str, object]]] = [
+    ("adamw-8bit.4bit", {}),
+    ("adamw-4bit.8bit", {}),
+    ("adamw-bf16.fp8", {}),
+    ("adamw-4bit.32bit", {}),
+    ("ademamix-4bit.8bit", {}),
+    ("adamw-8bit.factored", {"weight_decay": 0.1}),
+    ("adam-4bit.factored", {"weight_decay": 0.1}),
+    ("adamw-8bit.factored+split", {}),
+    ("lamb-fp8.factored", {}),
+    ("stableadamw-8bit.factored", {}),
+    ("adafactor-4bit.factored", {"beta1": 0.9}),
+    ("came-8bit.factored", {}),
+    ("came-4bit.factored", {}),
+    ("came-bf16.factored", {}),
+]
+
+
+@pytest.mark.parametrize(("spec", "hyper"), PAIRS, ids=str)
+def test_a_format_for_each_kind_of_moment(spec, hyper, on) -> None:
+    dtypes = (torch.bfloat16,) if "split" in spec else (torch.float32,)
+    compare(spec, hyper, on, shapes=[(17, 300), (3, 16, 100), (64, 64), (4500,)], dtypes=dtypes)
+
+
 @pytest.mark.parametrize("spec", ["adammini", "adammini-8bit", "adammini+split"])
 def test_row_means_of_matrices_within_a_row(spec, on) -> None:
     """Stacks, whose rows hold several means that blocks straddle; a convolution; vectors; two steps of the kernels."""

@@ -12,6 +12,7 @@ import pytest
 
 import memopt
 from memopt.masters import MASTERS
+from memopt.spec import pairs_of
 
 pytest.importorskip("triton", minversion="3.3")
 
@@ -25,6 +26,8 @@ SOME = [
     "lookahead(adammini-bf16) bf16",
     "came+split bf16",
     "lamb-8bit fp32",
+    "adamw-8bit.factored bf16",
+    "ademamix-4bit.8bit bf16",
 ]
 ALL = [
     f"{s} {dtype}"
@@ -38,7 +41,7 @@ KEPT = [
     for master in MASTERS
     for dtype in ("bf16", "fp16")
     if master != "none"
-]
+] + [f"{s} bf16" for s in pairs_of()[::5]]
 #: An H100 issues 132 × 128 instructions of a thread in a cycle, at 1.755 GHz, while its memory moves 85 % of 3 TB/s: so
 #: many for each byte, were all else free.
 PER_BYTE = 132 * 128 * 1.755e9 / (0.85 * 3e12)

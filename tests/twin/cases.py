@@ -29,6 +29,7 @@ HYPER: dict[str, list[dict[str, Any]]] = {
     "sgd": [{"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}, {"momentum": 0.9, "dampening": 0.2}, {}],
     "rmsprop": [{}, {"momentum": 0.9}, {"centered": True, "momentum": 0.5}],
     "radam": [{}, {"decoupled_weight_decay": True}],
+    "adafactor": [{"convention": "torch"}],
     "lookahead(adamw)": [{"lookahead_steps": 2}, {}],
     "lookahead(sgd)": [{"lookahead_steps": 3, "momentum": 0.9}],
     "ademamix": [{}, {"t_alpha": 5, "t_beta3": 5}],

@@ -211,6 +211,8 @@ def _commit(optimizer: OptimizerParts, work: Work) -> None:
             group.pop(key, None)
         several = f"of {h['rule']}: " if "rule" in h else ""
         work.report.notes += [several + one for one in _differences(group, h)]
+        about = RULES[h.get("rule", new.rule)].about_rate(h["lr"], RULES[group.get("rule", optimizer.spec.rule)])
+        work.report.notes += [about] if about else []
         group.update(h)
     work.report.notes = list(dict.fromkeys(work.report.notes))
     optimizer.spec = new

@@ -11,7 +11,7 @@ _NAMES = {"d": "clip_threshold", "beta2_decay": "decay_rate"}
 
 
 def _plan(source: Source) -> Plan:
-    if source.spec.rule != "adafactor" or any(g.hyper["convention"] != "transformers" for g in source.groups):
+    if source.spec.rule != "adafactor" or any(g.hyper["convention"] == "torch" for g in source.groups):
         raise ValueError(
             "transformers has Adafactor in its own convention (convention='transformers'), and no other "
             f"rule of ours; this is {source.spec.rule}"

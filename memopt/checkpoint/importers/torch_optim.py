@@ -33,6 +33,8 @@ def hyper(group: State, rule: str) -> dict[str, Any]:
     found = {key: group[key] for key in ours if key in group}
     if rule == "muon" and found.get("adjust_lr_fn") is None:
         found["adjust_lr_fn"] = "original"
+    if rule == "adafactor":
+        found |= {"convention": "torch", "scale_parameter": True, "relative_step": True}
     return found
 
 

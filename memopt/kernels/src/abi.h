@@ -9,8 +9,15 @@ constexpr int32_t ABI_VERSION = 6;
 
 enum Dtype : uint8_t { F32, BF16, F16 };
 enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME, ADABOUND, ADEMAMIX, ADAMMINI, LAMB, STABLEADAMW };
-// How the moments of one tensor are kept. FACTORED: the non-negative ones as row and column means, the others in fp32.
-enum Format : uint8_t { FMT_32BIT, FMT_BF16, FMT_8BIT, FMT_FP8, FMT_4BIT, FMT_FACTORED, FORMATS };
+// How the moments of one tensor are kept: all in one format, or FACTORED: the non-negative ones as row and column means,
+// the others in fp32. Where each has its own (Tensor::formats) they are MIXED, and MIXED_FACTORED with factored ones among
+// them. FACTORED_8 and FACTORED_4, of one matrix: the others in 8 or 4 bits.
+enum Format : uint8_t {
+    FMT_32BIT, FMT_BF16, FMT_8BIT, FMT_FP8, FMT_4BIT, FMT_FACTORED,
+    FMT_MIXED, FMT_MIXED_FACTORED, FMT_FACTORED_8, FMT_FACTORED_4,
+    FORMATS
+};
+constexpr bool is_factored(uint8_t format) { return format == FMT_FACTORED || format >= FMT_MIXED_FACTORED; }
 
 // What stands beside a 16-bit parameter (memopt/masters); parameters in fp32 are ROUNDED.
 enum Master : uint8_t { ROUNDED, FP32_COPY, KAHAN, STOCHASTIC, SPLIT, SPLIT16 };
@@ -66,10 +73,12 @@ struct Tensor {
     int64_t first_row;    // of the whole parameter, for the random bits
     int64_t height;       // FACTORED: rows of one matrix
     int64_t whole_numel, whole_height;  // of the whole parameter, whose other rows may be on other ranks
-    int64_t span;         // ADAMMINI: elements that share one number of its second moment
+    int64_t span;         // ADAMMINI: elements that share one number of its second moment; factored moments: of a line
+    int64_t whole_cols;   // columns in the view of memopt/core/rows.py, in which blocks lie
     uint32_t index;       // of the parameter, for the random bits
     uint32_t group;
     uint8_t order[SLOTS]; // the moment's place in the rule's own order, for the random bits
+    uint8_t formats[SLOTS];  // of each moment: one of the first six
     uint8_t format, p_dtype, g_dtype;
     uint8_t dims;
     uint8_t stacked;      // FACTORED: matrices of a stack, even where one of them is held here

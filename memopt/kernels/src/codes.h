@@ -17,19 +17,17 @@ INLINE float clamped_reciprocal(float numerator, float x) {
     return r > 3.4028234663852886e38f ? 3.4028234663852886e38f : r;  // a NaN stays
 }
 
-// blockwise.bend(0) and BELOW_ONE.
-constexpr double BEND = 0.38629436111989061883, BELOW_ONE = 1 - 0x1p-20;
+// Of blockwise.py.
+constexpr double ROOT = 1.18920711500272106672 * (1 - 0x1p-22), SLOPE = ROOT - 1, BELOW_ONE = 1 - 0x1p-20;
 
 // blockwise.truncate: what is added to the bits of an fp32 number before SHIFT of them are cut off, 0 ... 2^SHIFT - 1.
-template <int SHIFT, bool BENT>
+template <int SHIFT, bool IN_ROOTS>
 INLINE vu added(vu w) {
-    if (!BENT) return w >> (32 - SHIFT);
-    constexpr double one = 4294967296.0, scale = (1 << SHIFT) * BELOW_ONE;
-    constexpr float c0 = static_cast<float>((1 + BEND) * scale / one),
-                    c1 = static_cast<float>(-3 * BEND * scale / one / one),
-                    c2 = static_cast<float>(2 * BEND * scale / one / one / one);
-    const vf u = whole_number(w);
-    return (vu)truncate(u * fma(u, fma(u, splat(c2), splat(c1)), splat(c0)));
+    if (!IN_ROOTS) return w >> (32 - SHIFT);
+    constexpr float slope = static_cast<float>(-SLOPE * 0x1p-32), first = static_cast<float>(ROOT),
+                    scale = static_cast<float>((1 << SHIFT) * BELOW_ONE);
+    const vf h = fma(whole_number(w), splat(slope), splat(first)), square = h * h;
+    return (vu)truncate(fma(square * square, splat(-scale), splat(2 * scale)));
 }
 
 // q in -L ... L stands for sign(q) (q / L)^2.

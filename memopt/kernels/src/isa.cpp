@@ -17,6 +17,8 @@ void fill(memopt::Run* row) {
     row[memopt::FMT_FP8] = run<Rule<false>, InFp8>;
     row[memopt::FMT_4BIT] = run<Rule<false>, In4>;
     row[memopt::FMT_FACTORED] = run<Rule<true>, InFactors>;
+    row[memopt::FMT_MIXED] = run<Rule<false>, InMixture>;
+    for (int f = memopt::FMT_MIXED_FACTORED; f < memopt::FORMATS; f++) row[f] = run<Rule<true>, InMixture>;
 }
 
 void fill_adammini(memopt::Run* row) {
@@ -52,6 +54,8 @@ void MEMOPT_TABLE(memopt::Table& t) {
     t.squares = squares;
     t.inverse_roots = inverse_roots;
     fill<AdamStep>(t.run[STEP_ADAM]);
+    t.run[STEP_ADAM][FMT_FACTORED_8] = run<Adam<true, false>, BesideFactors<Signed8>>;
+    t.run[STEP_ADAM][FMT_FACTORED_4] = run<Adam<true, false>, BesideFactors<Signed4>>;
     fill<AdamMaxStep>(t.run[STEP_ADAM_MAX]);
     fill<Lion>(t.run[STEP_LION]);
     fill<SgdMomentum>(t.run[STEP_SGD_MOMENTUM]);
@@ -69,10 +73,19 @@ void MEMOPT_TABLE(memopt::Table& t) {
     fill<SumSurprise>(t.run[SUM_SURPRISE]);
     t.run[STEP_RMSPROP_CENTERED][FMT_32BIT] = run<Rmsprop<false, false, true>, In32>;
     t.run[STEP_RMSPROP_CENTERED_MOMENTUM][FMT_32BIT] = run<Rmsprop<false, true, true>, In32>;
-    t.run[MEANS_ADAM][FMT_FACTORED] = run<MeansAdam, InFactors>;
-    t.run[MEANS_RMSPROP][FMT_FACTORED] = run<MeansRmsprop, InFactors>;
-    t.run[MEANS_ADAFACTOR][FMT_FACTORED] = run<MeansAdafactor, InFactors>;
-    t.run[MEANS_RESIDUAL][FMT_FACTORED] = run<MeansResidual, InFactors>;
+    // New means are found line by line of the matrices, without the other moments but for CAME's.
+    for (int f = 0; f < FORMATS; f++) {
+        if (!is_factored(f)) continue;
+        t.run[MEANS_ADAM][f] = run<MeansAdam, InFactors>;
+        t.run[MEANS_RMSPROP][f] = run<MeansRmsprop, InFactors>;
+        t.run[MEANS_ADAFACTOR][f] = run<MeansAdafactor, InFactors>;
+        t.run[MEANS_RESIDUAL][f] = f == FMT_FACTORED ? run<MeansResidual, InFactors>
+                                                     : run<MeansResidual, BesideFactors<Anywhere>>;
+    }
+    for (int f = FMT_FACTORED_8; f <= FMT_FACTORED_4; f++) {  // of one matrix, without the first moment
+        t.run[SUM_UPDATE][f] = t.run[SUM_UPDATE][FMT_FACTORED];
+        t.run[SUM_SURPRISE][f] = t.run[SUM_SURPRISE][FMT_FACTORED];
+    }
     for (int f = 0; f < FORMATS; f++) {  // without moments the format does not matter
         t.run[STEP_SGD][f] = run<Sgd<false, false>, In32>;
         t.run[SUM_PARAMETER][f] = run<SumParameter, In32>;

@@ -185,6 +185,11 @@ Means Means::of(const Tensor& t, int64_t matrix) const {
     return one;
 }
 
+void Means::of_each(const Tensor& t, int slot, float* out) const {
+    const int64_t matrices = t.height ? t.rows / t.height : 0;
+    for (int64_t matrix = 0; matrix < matrices; matrix++) out[matrix] = mean_of(t, slot, matrix, floor[slot]);
+}
+
 void Means::set(const Table& table, const Tensor& t, int64_t matrix, int64_t first, int64_t width, Sums& sums,
                 float* roots) const {
     sums.first_col = first;

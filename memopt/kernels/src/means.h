@@ -19,6 +19,8 @@ struct Means {
     void prepare(const Tensor& t, int slot);
     // The same with the means of one matrix, which stay as they are now while its rows are written.
     Means of(const Tensor& t, int64_t matrix) const;
+    // The mean of each matrix of a stack, `out` having room for all of them.
+    void of_each(const Tensor& t, int slot, float* out) const;
     // Fills what a call over columns first ... first + width - 1 of this matrix needs; `roots` has room for SLOTS of them.
     void set(const Table& table, const Tensor& t, int64_t matrix, int64_t first, int64_t width, Sums& sums,
              float* roots) const;

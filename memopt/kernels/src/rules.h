@@ -19,6 +19,13 @@ INLINE vf lerp(vf a, vf b, const Lerp& w) {
 INLINE vf with_decay(vf g, vf p, const Scalars& s) { return s.coupled ? fma(p, splat(s.l2), g) : g; }
 INLINE vf second_moment(vf v, vf g, const Scalars& s) { return fma(s.one_minus_beta2 * g, g, v * s.beta2); }
 INLINE vf at_least(vf x, float floor) { return x < floor ? splat(floor) : x; }  // a NaN stays
+// Where the second moment does not know the element (memopt/rules/adamw.py).
+template <bool FACTORED>
+INLINE vf bounded(vf u, const Scalars& s) {
+    if (!FACTORED) return u;
+    u = u > s.longest ? splat(s.longest) : u;
+    return u < -s.longest ? splat(-s.longest) : u;
+}
 INLINE vf inverse_root(vf x) { return 1.0f / root(x); }
 
 //   ROOT_V, ROOT_X   of a factored moment it reads 1 / sqrt(x) instead of x: a product, where every element of a
@@ -42,8 +49,9 @@ struct Adam : Reads {
         vf largest = v;
         if (MAX) largest = x = (v > x) | (v != v) ? v : x;
         // Not fused into one: torch rounds the decayed parameter, and is followed to 1e-6 over a hundred steps.
-        const vf update = m * s.rate;
-        p = p + (s.plain ? update : update / fma(root(largest), splat(s.inverse_bias), splat(s.eps)));
+        vf update = m * s.rate;
+        if (!s.plain) update = bounded<FACTORED>(update / fma(root(largest), splat(s.inverse_bias), splat(s.eps)), s);
+        p = p + update;
         return vf{};
     }
 };
@@ -70,7 +78,7 @@ struct Ademamix : Reads {
         x = lerp(x, g, s.third);
         if (!FACTORED) v = second_moment(v, g, s);
         const vf mean = fma(x, splat(s.mixed), m * s.first_bias);
-        p = p + mean * s.rate / fma(root(v), splat(s.inverse_bias), splat(s.eps));
+        p = p + bounded<FACTORED>(mean * s.rate / fma(root(v), splat(s.inverse_bias), splat(s.eps)), s);
         return vf{};
     }
 };
@@ -144,17 +152,15 @@ struct Adafactor : Reads {
     }
 };
 
-// RESIDUAL is for matrices. Of a factored state the first moment was written by MeansResidual.
+// RESIDUAL is for matrices; of a factored state it is that of this step, which MeansResidual has averaged.
 template <bool FACTORED, bool RESIDUAL>
 struct Came : Reads {
-    static constexpr bool ROOT_X = FACTORED, G = !FACTORED, V = !FACTORED, M = true, X = RESIDUAL;
-    static constexpr bool W_V = !FACTORED, W_M = !FACTORED, W_X = !FACTORED && RESIDUAL;
+    static constexpr bool ROOT_V = FACTORED, ROOT_X = FACTORED, V = true, M = true, X = RESIDUAL;
+    static constexpr bool W_V = !FACTORED, W_M = true, W_X = !FACTORED && RESIDUAL;
     INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
-        if (!FACTORED) {
-            const vf u = raw_update<false>(g, v, s) * s.update_scale;
-            m = lerp(m, u, s.first);
-            if (RESIDUAL) x = lerp(x, (u - m) * (u - m) + s.eps_residual, s.third);
-        }
+        const vf u = raw_update<FACTORED>(g, v, s) * s.update_scale;
+        m = lerp(m, u, s.first);
+        if (RESIDUAL && !FACTORED) x = lerp(x, (u - m) * (u - m) + s.eps_residual, s.third);
         const vf step = !RESIDUAL ? m : FACTORED ? m * x : m * inverse_root(x);
         p = fma(step, splat(-s.lr), p * s.decay);
         return vf{};
@@ -229,7 +235,7 @@ struct MeansAdafactor : Reads {
     }
 };
 struct MeansResidual : Reads {
-    static constexpr bool ROOT_V = true, P = false, W_P = false, V = true, M = true, X = true, W_M = true, W_X = true;
+    static constexpr bool ROOT_V = true, P = false, W_P = false, V = true, M = true, X = true, W_X = true;
     INLINE vf apply(vf&, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
         const vf u = raw_update<true>(g, v, s) * s.update_scale;
         m = lerp(m, u, s.first);

@@ -46,6 +46,8 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
     s.mean_floor = TINY;
     s.floor = -1;
     s.ceiling = INFINITY;
+    s.longest = INFINITY;
+    const double longest = h.lr * std::fmax(1, (1 - h.beta1) / std::sqrt(1 - h.beta2));
     if (h.flags & DECOUPLED) s.decay = static_cast<float>(1 - h.lr * h.weight_decay);
     else if (h.rule != ADAFACTOR) s.l2 = static_cast<float>(h.weight_decay), s.coupled = s.l2 != 0;
     s.first = make_lerp(1 - h.beta1);
@@ -62,6 +64,8 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
     }
     switch (h.rule) {
         case ADAM:
+            s.longest = static_cast<float>(longest);
+            [[fallthrough]];
         case ADAMMINI:
         case STABLEADAMW:
             s.inverse_bias = static_cast<float>(1 / std::sqrt(1 - std::pow(h.beta2, t)));
@@ -71,6 +75,7 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
             const double factor = radam_factor(t, h.beta2), scale = -h.lr / (1 - std::pow(h.beta1, t));
             s.plain = factor < 0;
             s.inverse_bias = 1;
+            s.longest = static_cast<float>(longest * factor);
             s.rate = static_cast<float>(s.plain ? scale : scale * factor * std::sqrt(1 - std::pow(h.beta2, t)));
             break;
         }
@@ -114,6 +119,7 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
             s.first_bias = static_cast<float>(1 / (1 - std::pow(h.beta1, t)));
             s.mixed = static_cast<float>(h.alpha * (h.alpha_steps > 0 ? std::fmin(t / h.alpha_steps, 1) : 1));
             s.third = make_lerp(1 - slow_beta(h, t));
+            s.longest = static_cast<float>(longest + h.lr * h.alpha * (h.alpha_steps > 0 ? std::fmin(t / h.alpha_steps, 1) : 1));
             s.rate = static_cast<float>(-h.lr);
             break;
         default:

@@ -25,19 +25,19 @@ int single_pass(const Group& h, const Tensor& t) {
     switch (h.rule) {
         case ADAM:
         case RADAM:
-            return t.format == FMT_FACTORED ? -1 : h.flags & AMSGRAD ? STEP_ADAM_MAX : STEP_ADAM;
+            return is_factored(t.format) ? -1 : h.flags & AMSGRAD ? STEP_ADAM_MAX : STEP_ADAM;
         case LION:
             return STEP_LION;
         case SGD:
             return h.flags & MOMENTUM ? STEP_SGD_MOMENTUM : STEP_SGD;
         case RMSPROP:
-            if (t.format == FMT_FACTORED) return -1;
+            if (is_factored(t.format)) return -1;
             if (h.flags & CENTERED) return h.flags & MOMENTUM ? STEP_RMSPROP_CENTERED_MOMENTUM : STEP_RMSPROP_CENTERED;
             return h.flags & MOMENTUM ? STEP_RMSPROP_MOMENTUM : STEP_RMSPROP;
         case ADABOUND:
-            return t.format == FMT_FACTORED ? -1 : STEP_ADABOUND;
+            return is_factored(t.format) ? -1 : STEP_ADABOUND;
         case ADEMAMIX:
-            return t.format == FMT_FACTORED ? -1 : STEP_ADEMAMIX;
+            return is_factored(t.format) ? -1 : STEP_ADEMAMIX;
         default:
             return -1;
     }

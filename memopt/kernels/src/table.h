@@ -26,6 +26,7 @@ struct Scalars {
     float shrink;            // p -= p * shrink: a decay too small to be taken from 1; LAMB: the decay in its update
     float update_scale;      // known after the sum of squared updates
     float lowest, highest;   // AdaBound's rates
+    float longest;           // what an element moves by at most where the second moment is factored
     float first_bias, mixed; // AdEMAMix: 1 / (1 - b1^t), and how much of the slow mean is taken
     bool begins, returns;    // lookahead(): slow weights become the parameter, or it becomes them
     Lerp slow;
@@ -40,6 +41,7 @@ struct Sums {
     float* column;      // of a factored moment, per column from first_col on, padded to a whole chunk
     int64_t first_col;
     float mean[SLOTS];
+    const float* means[SLOTS];  // of each matrix of a stack where a pass meets several of them in a row, or null
     const float* root[SLOTS];  // 1 / sqrt(column mean) from first_col on, for passes that divide by the square root
 };
 

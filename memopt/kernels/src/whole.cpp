@@ -28,6 +28,7 @@ struct Sweep {
     const uint32_t* keys;
     Pass pass;
     Means means;
+    const float* const* each;  // of a stack in the view of the other moments: the means of its matrices, by slot; or null
     bool backward;
     int64_t per_row, wide, height, across, pieces;  // of a tensor: chunks per row; of a piece: chunks, rows; pieces per row
     Totals* totals;                                 // per piece; null where nothing is summed
@@ -48,7 +49,9 @@ void sweep_piece(void* context, int64_t task) {
     for (int64_t row = r0, stop; row < r1; row = stop) {
         const int64_t matrix = row / matrix_rows;
         stop = (matrix + 1) * matrix_rows < r1 ? (matrix + 1) * matrix_rows : r1;
-        w.means.set(w.table, t, matrix, first, end - first, sums, roots);
+        if (w.each)
+            for (int slot = 0; slot < SLOTS; slot++) sums.means[slot] = w.each[slot];
+        else w.means.set(w.table, t, matrix, first, end - first, sums, roots);
         if (w.across == 1) run(t, w.s, w.keys, row * w.per_row, stop * w.per_row, sums);
         else
             for (int64_t r = row; r < stop; r++) run(t, w.s, w.keys, r * w.per_row + k0, r * w.per_row + k1, sums);
@@ -58,8 +61,8 @@ void sweep_piece(void* context, int64_t task) {
 
 // Returns the sums of what the pass adds, 0 if it adds nothing.
 Totals sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, Pass pass, const Means& means,
-             bool summed, bool backward, int threads) {
-    Sweep job{table, t, s, keys, pass, means, backward, chunks_of(t.cols), 0, 0, 0, 0, nullptr};
+             const float* const* each, bool summed, bool backward, int threads) {
+    Sweep job{table, t, s, keys, pass, means, each, backward, chunks_of(t.cols), 0, 0, 0, 0, nullptr};
     job.wide = job.per_row < BLOCK ? job.per_row : BLOCK;
     job.height = PIECE / job.wide < FEWEST_ROWS ? FEWEST_ROWS : PIECE / job.wide;
     job.across = (job.per_row + job.wide - 1) / job.wide;
@@ -79,28 +82,48 @@ Totals sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32
 
 bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Total total) {
     Scalars s = *ready.scalars;
-    const bool factored = t.format == FMT_FACTORED;
+    const bool factored = is_factored(t.format);
+    Tensor lines = t;  // as the matrices lie, which is how their means are found
+    if (factored && t.format != FMT_FACTORED) {
+        lines.cols = t.span;
+        lines.rows = t.span ? t.numel / t.span : 0;
+    }
+    // Blocks of a stack's other moments run over lines and matrices: then every element's line is looked up.
+    const bool spread = lines.cols != t.cols;
+    const int64_t matrices = spread && t.height ? lines.rows / t.height : 0;
+    float* const storage = spread ? static_cast<float*>(std::malloc(SLOTS * (matrices + 1) * sizeof(float))) : nullptr;
+    if (spread && !storage) std::abort();  // 12 bytes for each matrix
+    const float* each[SLOTS] = {};
     Means means(TINY);
     bool going = true;  // until a sum over ranks fails
     // Every pass begins where the one before has ended, whose memory is in the cache.
     bool backward = true;
     const auto pass = [&](Pass which, bool summed = false) {
         backward = !backward;
-        return going ? sweep(table, t, s, ready.keys, which, means, summed, backward, threads) : Totals{};
+        const float* const* of_each = spread ? each : nullptr;
+        return going ? sweep(table, t, s, ready.keys, which, means, of_each, summed, backward, threads) : Totals{};
     };
     // The new means of a factored moment; what reads them afterwards divides by a mean bounded by `floor`.
     const auto renew = [&](Pass which, int slot, double keep, double take, double floor = TINY) {
         means.floor[slot] = static_cast<float>(TINY);
-        means.prepare(t, slot);
+        means.prepare(lines, slot);
         means.renewed = slot;
         const Change change{which, slot, keep, take};
-        going = going && renew_means(table, t, s, ready.keys, change, means, threads, total);
+        going = going && renew_means(table, lines, s, ready.keys, change, means, threads, total);
         means.renewed = -1;
         backward = false;
         means.floor[slot] = static_cast<float>(floor);
-        means.prepare(t, slot);
+        means.prepare(lines, slot);
+        if (spread) {
+            float* const out = storage + slot * (matrices + 1);
+            means.of_each(lines, slot, out);
+            each[slot] = out;
+        }
     };
-    const auto renew_adam = [&](Pass which = MEANS_ADAM) { renew(which, 0, s.beta2, s.one_minus_beta2); };
+    // Without a decay in the gradient the parameter is not read, and the squares are those that Adafactor averages.
+    const auto renew_adam = [&](Pass coupled = MEANS_ADAM) {
+        renew(s.coupled ? coupled : MEANS_ADAFACTOR, 0, s.beta2, s.one_minus_beta2);
+    };
     const auto root_mean_square = [&](double squares) {
         if (total && going) going = total(&squares, 1) == 0;
         return static_cast<double>(static_cast<float>(std::sqrt(squares / static_cast<double>(t.whole_numel))));
@@ -170,6 +193,7 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         default:
             break;
     }
+    std::free(storage);
     return going;
 }
 

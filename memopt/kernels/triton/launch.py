@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.triton import scalars, tables
-from memopt.kernels.triton.device import codes, elementwise, means, row_means
+from memopt.kernels.triton.device import elementwise, means, row_means
 from memopt.kernels.triton.device import fields as f
 from memopt.kernels.triton.device.finite import finite_kernel, norm_kernel
 from memopt.kernels.triton.device.rules import RENEWALS, STEPS, SUMS
@@ -47,6 +47,8 @@ class Launcher:
         n = len(made)
         # Addresses and the steps' numbers are changed from the host; what the kernels say goes into the rest.
         self.gradients = Uploaded(torch.int64, n, device)
+        self.inverse = self.name in ("adafactor", "came")
+        self._steps: list[tuple[tables.Bucket, Tensor, int, Tensor, dict[str, Any]]] = []
         # Hyperparameters before steps: both begin at multiples of 16 bytes, which Triton looks at when it compiles.
         self.numbers = Uploaded(torch.float64, groups * f.HYPER.value + n, device)
         self.hyper, self.steps = self.numbers.tensor.split((groups * f.HYPER.value, n))
@@ -56,6 +58,7 @@ class Launcher:
         self.zero = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.one = torch.ones(1, dtype=torch.float32, device=self.device)
         self._element_wise(made)
+        self._launch_steps()
         self._factored(made)
         self.table = self._on_device(torch.tensor([t.row for t in made], dtype=torch.int64))
         self._looks: list[Callable[[bool], None]] = []
@@ -78,57 +81,62 @@ class Launcher:
     # Making launches -------------------------------------------------------------------------------------------
 
     def _by_bucket(self, made: Sequence[tables.Tensors], factored: bool) -> dict[tables.Bucket, list[int]]:
+        """Those with a factored moment, or those without."""
         found: dict[tables.Bucket, list[int]] = {}
         for i, t in enumerate(made):
-            if t.row[f.NUMEL.value] and (t.bucket.format == "factored") == factored:
+            if t.row[f.NUMEL.value] and (t.bucket.band > 0) == factored:
                 found.setdefault(t.bucket, []).append(i)
         return found
 
     def _element_wise(self, made: Sequence[tables.Tensors]) -> None:
+        buckets = self._by_bucket(made, False)
+        for bucket, members in buckets.items():
+            if bucket.means:
+                self._row_means(made, bucket, members)
+        self._over_elements(made, buckets, self.one, list(range(len(made))))
+
+    def _over_elements(
+        self, made: Sequence[tables.Tensors], buckets: Mapping[tables.Bucket, list[int]], mean: Tensor, which: list[int]
+    ) -> None:
+        """Sums over tensors, where the rule takes some, and their step; ``mean`` are those of factored moments."""
         planned = []
         offset = 0
-        for bucket, members in self._by_bucket(made, False).items():
+        for bucket, members in buckets.items():
             blocks = [made[i].blocks for i in members]
             run = tables.pieces_of_programs(sum(blocks), bucket.tile, bucket.width)
             programs = tables.programs(members, blocks, run * bucket.tile)
-            constants = {
-                "P_TYPE": tables.TYPES[bucket.p_type],
-                "G_TYPE": tables.TYPES[bucket.g_type],
-                **bucket.master_constants,
-                "KIND": codes.KINDS[bucket.format],
-                "WIDTH": bucket.width,
-                "TILE": bucket.tile,
-                "ALIGN": bucket.align,
-                "WHOLE": bucket.whole,
-                "PRECISE": bucket.format in ("32bit", "bf16"),
-                "num_warps": tables.WARPS,
-                **OPTIONS,
-            }
+            constants = {**bucket.constants, "INVERSE": self.inverse, **OPTIONS}
             planned.append((bucket, self._on_device(programs), run, offset, constants))
             if self.name in SUMS:
                 offset = self._place_sums(made, members, programs, offset)
-            if bucket.row_means:
-                self._row_means(made, bucket, members)
         sums = torch.empty((offset, 2), dtype=torch.float64, device=self.device)
         if self.name in SUMS and planned:
             for _, map_, run, first, constants in planned:
-                self._launch(elementwise.sums_kernel, len(map_), map_, run, sums[first:], **self.summed, **constants)
-            self._launch_totals(sums, [i for i, t in enumerate(made) if t.row[f.SUMS.value]])
+                self._launch(
+                    elementwise.sums_kernel, len(map_), map_, run, sums[first:], mean, **self.summed, **constants
+                )
+            self._launch_totals(sums, [i for i in which if made[i].row[f.SUMS.value]])
         for bucket, map_, run, _, constants in planned:
+            self._steps.append((bucket, map_, run, mean, constants))
+
+    def _launch_steps(self) -> None:
+        for bucket, map_, run, mean, constants in self._steps:
             v, m, x = bucket.slots
             self._launch(
                 elementwise.step_kernel,
                 len(map_),
                 map_,
                 run,
+                mean,
                 V=v,
                 M=m,
-                X=x,
+                X=x or bucket.residual,
                 X_SIGNED=bucket.x_signed,
-                ROW_MEANS=bucket.row_means,
+                RESIDUAL=bucket.residual,
                 **self.step,
                 **constants,
             )
+        self._steps.clear()
 
     def _row_means(self, made: Sequence[tables.Tensors], bucket: tables.Bucket, members: list[int]) -> None:
         rows = [-(-made[i].row[f.NUMEL.value] // made[i].row[f.ROW_SPAN.value]) for i in members]
@@ -176,8 +184,8 @@ class Launcher:
             used = matrices = 0
             for i in members:
                 row = made[i].row
-                count, down, across = tables.bands(row, bucket.width)
-                need = count * (across * row[f.HEIGHT.value] + down * row[f.COLS.value])
+                count, down, across = tables.bands(row, bucket.band)
+                need = count * (across * row[f.HEIGHT.value] + down * row[f.LINE.value])
                 if batch and (used + need) * 4 > tables.WORKSPACE:
                     self._batch(made, bucket, batch, matrices)
                     batch, used, matrices = [], 0, 0
@@ -190,22 +198,22 @@ class Launcher:
             self._batch(made, bucket, batch, matrices)
 
     def _batch(self, made: Sequence[tables.Tensors], bucket: tables.Bucket, batch: list[int], matrices: int) -> None:
-        cut = [tables.bands(made[i].row, bucket.width) for i in batch]
+        cut = [tables.bands(made[i].row, bucket.band) for i in batch]
         bands = tables.programs(batch, [count * down * across for count, down, across in cut], 1)
         rows = [count * made[i].row[f.HEIGHT.value] for i, (count, _, _) in zip(batch, cut, strict=True)]
-        cols = [count * made[i].row[f.COLS.value] for i, (count, _, _) in zip(batch, cut, strict=True)]
+        cols = [count * made[i].row[f.LINE.value] for i, (count, _, _) in zip(batch, cut, strict=True)]
         vectors = [-(-r // SPAN) - (-c // SPAN) for r, c in zip(rows, cols, strict=True)]
-        self._place_sums(made, batch, bands, 0)
+        if bucket.factored:
+            self._place_sums(made, batch, bands, 0)
         map_, gather = self._on_device(bands), self._on_device(tables.programs(batch, vectors, 1))
         each = self._on_device(tables.programs(batch, [count for count, _, _ in cut], 1))
         sums = torch.zeros((len(map_), 2), dtype=torch.float64, device=self.device)
         mean = torch.ones(matrices * 2, dtype=torch.float32, device=self.device)
         p_type, g_type = tables.TYPES[bucket.p_type], tables.TYPES[bucket.g_type]
-        size = {"WIDTH": bucket.width, "TILE": bucket.tile, "ALIGN": bucket.align, "num_warps": 8, **OPTIONS}
+        tile = (tables.WIDE if bucket.band == tables.WIDE[0] else tables.NARROW)[1]
+        size = {"WIDTH": bucket.band, "TILE": tile, "ALIGN": bucket.align, "num_warps": 8, **OPTIONS}
         dtypes = {"P_TYPE": p_type, "G_TYPE": g_type, **bucket.master_constants}
-        inverse = self.name in ("adafactor", "came")
         m, x = bucket.slots[1:]
-        residual = x and self.name == "came"
 
         def find_mean(slot: int, floor: bool) -> None:
             self.launches.append(
@@ -217,7 +225,7 @@ class Launcher:
         def gather_means(slot: int) -> None:
             self.launches.append(
                 lambda workspace: means.gather_kernel[(len(gather),)](
-                    self.table, self.scalars, workspace, gather, SLOT=slot, WIDTH=bucket.width, SPAN=SPAN, **OPTIONS
+                    self.table, self.scalars, workspace, gather, SLOT=slot, WIDTH=bucket.band, SPAN=SPAN, **OPTIONS
                 )
             )
             find_mean(slot, True)
@@ -238,19 +246,33 @@ class Launcher:
             )
         )
         gather_means(0)
-        if self.name in SUMS:
+        if not bucket.factored:
+            self._over_elements(made, {bucket: batch}, mean, batch)
+        elif self.name in SUMS:
             self._launch(
-                means.updates_kernel, len(map_), mean, sums, map_, INVERSE=inverse, **self.summed, **dtypes, **size
+                means.updates_kernel, len(map_), mean, sums, map_, INVERSE=self.inverse, **self.summed, **dtypes, **size
             )
             self._launch_totals(sums, batch)
-        if residual:
+        if bucket.residual:
             find_mean(2, False)
+            m_kind = bucket.constants["M_KIND"]
             self.launches.append(
                 lambda workspace: means.residual_kernel[(len(map_),)](
-                    self.table, self.gradients.tensor, self.scalars, mean, workspace, map_, G_TYPE=g_type, **size
+                    self.table,
+                    self.gradients.tensor,
+                    self.scalars,
+                    mean,
+                    workspace,
+                    map_,
+                    G_TYPE=g_type,
+                    M_KIND=m_kind,
+                    **size,
                 )
             )
             gather_means(2)
+        if not bucket.factored:
+            self._launch_steps()
+            return
         self._launch(
             means.apply_kernel,
             len(map_),
@@ -258,8 +280,8 @@ class Launcher:
             map_,
             M=m,
             X=x,
-            INVERSE=inverse,
-            RESIDUAL=residual,
+            INVERSE=self.inverse,
+            RESIDUAL=bucket.residual,
             **self.step,
             **dtypes,
             **size,

@@ -9,7 +9,7 @@ from memopt.core.hyperparameters import CLIP_EPS
 from memopt.formats.factored import TINY
 from memopt.kernels.triton.device import fields as f
 
-#: The rules by number; ``adam`` is AdamW's and Adam-mini's too.
+#: The rules by number; ``adam`` is AdamW's too.
 (
     ADAM,
     LION,
@@ -22,11 +22,12 @@ from memopt.kernels.triton.device import fields as f
     ADEMAMIX,
     LAMB,
     STABLEADAMW,
-) = (tl.constexpr(i) for i in range(11))
+    ADAMMINI,
+) = (tl.constexpr(i) for i in range(12))
 NUMBER = {
     "adam": ADAM,
     "adamw": ADAM,
-    "adammini": ADAM,
+    "adammini": ADAMMINI,
     "lion": LION,
     "sgd": SGD,
     "rmsprop": RMSPROP,
@@ -162,7 +163,11 @@ def prepare_kernel(
     put(to, f.BEGINS, looks_ahead & (t == 1.0))
     turns = t / tl.where(looks_ahead, slow_steps, 1.0)
     put(to, f.RETURNS, looks_ahead & (turns == tl.floor(turns)))
-    if (RULE == ADAM or RULE == LAMB) or RULE == STABLEADAMW:  # no chains: older versions of Triton
+    longest = lr * tl.maximum(1.0, (1.0 - beta1) / tl.sqrt(1.0 - beta2))
+    put(to, f.LONGEST, longest if RULE == ADAM else t * 0.0 + _INF)
+    if (
+        (RULE == ADAM or RULE == LAMB) or RULE == STABLEADAMW
+    ) or RULE == ADAMMINI:  # no chains: older versions of Triton
         put(to, f.INVERSE_BIAS, 1.0 / tl.sqrt(1.0 - power(beta2, t)))
         put(to, f.RATE, -lr / (1.0 - power(beta1, t)))
         put(to, f.FIRST_BIAS, 1.0 / (1.0 - power(beta1, t)))
@@ -182,10 +187,12 @@ def prepare_kernel(
         put(to, f.INVERSE_BIAS, 1.0 / tl.sqrt(1.0 - power(beta2, t)))
         put(to, f.FIRST_BIAS, 1.0 / (1.0 - power(beta1, t)))
         put(to, f.RATE, -lr)
+        put(to, f.LONGEST, longest + lr * tl.load(h + f.ALPHA) * risen)
     elif RULE == RADAM:
         factor = radam_factor(t, beta2)
         scale = -lr / (1.0 - power(beta1, t))
         put(to, f.PLAIN, factor < 0)
+        put(to, f.LONGEST, longest * factor)
         put(to, f.RATE, tl.where(factor < 0, scale, scale * factor * tl.sqrt(1.0 - power(beta2, t))))
     elif RULE == SGD or RULE == RMSPROP:
         momentum = tl.load(h + f.MOMENTUM)

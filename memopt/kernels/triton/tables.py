@@ -13,6 +13,7 @@ from torch import Tensor
 
 from memopt.core import dither
 from memopt.core.rows import FLAT_ROW, Rows
+from memopt.formats import int4
 from memopt.formats.rowmean import span
 from memopt.kernels import abi, pack
 from memopt.kernels.triton.available import missing
@@ -49,14 +50,46 @@ class Bucket(NamedTuple):
 
     p_type: torch.dtype
     g_type: torch.dtype
-    format: str
-    slots: tuple[bool, bool, bool]  # V, M, X
+    kinds: tuple[str, str, str]  # the formats of V, M and X
+    slots: tuple[bool, bool, bool]  # which of them are kept element by element
     x_signed: bool
-    row_means: int  # a kind of row_means.py
+    means: int  # a kind of row_means.py
+    residual: bool  # CAME's, factored
     align: int
     whole: bool
     width: int
+    band: int  # columns of a band of a factored moment; 0 without one
     master: str
+
+    @property
+    def factored(self) -> bool:
+        """Whether bands are all that a step goes by."""
+        return self.band > 0 and self.means == row_means.NONE.value
+
+    @property
+    def precise(self) -> bool:
+        return set(self.kinds) <= {"32bit", "bf16", "factored"}
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """What the kernels over elements are compiled for."""
+        v, m, x = (KINDS.get(kind, KINDS["32bit"]) for kind in self.kinds)
+        return {
+            "P_TYPE": TYPES[self.p_type],
+            "G_TYPE": TYPES[self.g_type],
+            **self.master_constants,
+            "V_KIND": v,
+            "M_KIND": m,
+            "X_KIND": x,
+            "HALVES": "4bit" in self.kinds,
+            "MEANS": self.means,
+            "WIDTH": self.width,
+            "TILE": self.tile,
+            "ALIGN": self.align,
+            "WHOLE": self.whole,
+            "PRECISE": self.precise,
+            "num_warps": WARPS,
+        }
 
     @property
     def master_constants(self) -> dict[str, Any]:
@@ -66,9 +99,7 @@ class Bucket(NamedTuple):
     @property
     def tile(self) -> int:
         """Blocks of one tile."""
-        if self.format == "factored":
-            return (WIDE if self.width == WIDE[0] else NARROW)[1]
-        elements = 4 if self.p_type.itemsize == 4 and self.format in ("32bit", "bf16") else 8
+        elements = 4 if self.p_type.itemsize == 4 and self.precise else 8
         return max(WARPS * 32 * elements // self.width, 1)
 
 
@@ -81,7 +112,7 @@ def refuse(layout: ParamLayout, p: Tensor, world_size: int) -> str | None:
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
     rule = layout.rule
     known = rule.wrapper in ("", "lookahead") and rule.inner in NUMBER
-    known = known and pack.format_of(layout) in (*KINDS, "factored")
+    known = known and pack.formats_of(layout) <= {*KINDS, "factored"}
     if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
         return f"there is no kernel for {rule.name} in {layout.asked}"
     if layout.master.name not in masters.KINDS:
@@ -128,10 +159,15 @@ class Tensors:
 
     def __init__(self, work: Work, seed: int, group: int, counter: int) -> None:
         layout, p, rows = work.layout, work.p, work.rows
-        fmt = pack.format_of(layout)
+        names = pack.formats_of(layout)
+        # In bands alone go moments whose lines are no blocks.
+        bands = "factored" in names and names <= {"factored", "32bit"}
         row = [0] * f.FIELDS.value
         slots, x_signed, addresses = [False] * abi.SLOTS, False, [p.data_ptr(), work.g.data_ptr()]
+        kinds = ["32bit"] * abi.SLOTS
         means = row_means.NONE.value
+        if "factored" in names and not bands:
+            means = (row_means.FACTORS_OF_STACK if len(rows.shape) > 2 else row_means.FACTORS).value
         for order, (moment, kept, _, keys) in enumerate(layout.moments):
             parts = [work.state[key] for _, key in keys]
             if moment is SLOW:
@@ -143,7 +179,8 @@ class Tensors:
                 row[f.DATA0.value] = parts[0].data_ptr()
                 means = (row_means.ONE if span(rows) == rows.in_units(FLAT_ROW).cols else row_means.SEVERAL).value
                 continue
-            slots[slot] = True
+            kinds[slot] = kept.name
+            slots[slot] = bands or kept.name != "factored"
             x_signed = x_signed or (slot == 2 and moment.signed)
             row[f.DATA0.value + slot] = parts[0].data_ptr()
             row[f.AUX0.value + slot] = parts[1].data_ptr() if len(parts) > 1 else 0
@@ -155,9 +192,15 @@ class Tensors:
             row[f.BESIDE.value] = work.state[master.key].data_ptr()
             addresses.append(row[f.BESIDE.value])
         # Without blocks and random bits it does not matter where rows begin.
-        anywhere = fmt == "32bit" and master.name not in masters.DITHERED and means == row_means.NONE.value
+        anywhere = names <= {"32bit"} and master.name not in masters.DITHERED and means == row_means.NONE.value
         flat = len(rows.shape) < 2 or anywhere
-        width, cols, count = geometry(fmt, rows, p, flat)
+        width, cols, count = geometry(names, rows, p, flat)
+        line, band = cols, 0
+        if "factored" in names:
+            line = rows.local_shape[-1]
+            band = WIDE[0] if line > NARROW[0] else NARROW[0]
+            if bands:
+                width, cols, count = band, line, p.numel() // max(line, 1)
         per_row = max(-(-cols // width), 1)
         numel = p.numel()
         row[f.P.value], row[f.NUMEL.value], row[f.COLS.value] = p.data_ptr(), numel, cols
@@ -167,28 +210,30 @@ class Tensors:
         row[f.GROUP.value], row[f.STEP.value] = group, counter
         row[f.BLOCKS.value] = -(-numel // width) if flat else count * per_row
         #: Elements by which rows begin, in units of which a vector of the smallest code is still aligned.
-        step = VECTOR * 2 if fmt == "4bit" else VECTOR
+        step = VECTOR * 2 if "4bit" in names else VECTOR
         aligned = all(a % VECTOR == 0 for a in addresses) and (numel if flat else cols) % step == 0
-        if means != row_means.NONE.value:
+        if means in (row_means.ONE.value, row_means.SEVERAL.value):
             row[f.ROW_SPAN.value] = max(span(rows), 1)
             row[f.ROW_GROUP.value] = rows_together(numel, row[f.ROW_SPAN.value])
-        if fmt == "factored":
-            row[f.HEIGHT.value] = rows.local_shape[-2]
+        if band:
+            row[f.HEIGHT.value], row[f.LINE.value] = rows.local_shape[-2], line
             row[f.STACKED.value] = len(rows.shape) > 2
-            row[f.LINES.value] = max(rows.cols // max(cols, 1), 1)
+            row[f.LINES.value] = max(rows.cols // max(line, 1), 1)
         self.row = row  # how it is cut and where its sums are is added by the launcher
         self.blocks = row[f.BLOCKS.value]
         whole = (numel if flat else cols) % width == 0
         self.bucket = Bucket(
             p.dtype,
             work.g.dtype,
-            fmt,
+            (kinds[0], kinds[1], kinds[2]),
             (slots[0], slots[1], slots[2]),
             x_signed,
             means,
-            VECTOR if aligned else 1,
-            whole and fmt != "factored",
+            kinds[2] == "factored",
+            VECTOR if aligned and line % VECTOR == 0 else 1,
+            whole and not bands,
             width,
+            band,
             master.name,
         )
 
@@ -199,12 +244,9 @@ class Tensors:
         return twin
 
 
-def geometry(fmt: str, rows: Rows, p: Tensor, flat: bool) -> tuple[int, int, int]:
-    """Columns of a block, of a row, and how many rows."""
-    if fmt == "factored":
-        cols = rows.local_shape[-1]
-        return WIDE[0] if cols > NARROW[0] else NARROW[0], cols, p.numel() // max(cols, 1)
-    width = 128 if fmt == "4bit" else FLAT_ROW
+def geometry(names: set[str], rows: Rows, p: Tensor, flat: bool) -> tuple[int, int, int]:
+    """Columns of a tile, which is as wide as the widest block, of a row, and how many rows."""
+    width = FLAT_ROW if names & {"8bit", "fp8"} or "4bit" not in names else int4.CODE.block
     if flat:
         return width, FLAT_ROW, -(-p.numel() // FLAT_ROW)
     return width, rows.cols, rows.count
@@ -237,7 +279,7 @@ def rows_together(numel: int, span: int) -> int:
 
 def bands(row: Sequence[int], width: int) -> tuple[int, int, int]:
     """Matrices of a factored tensor, bands along its rows' direction and along its columns'."""
-    numel, cols, height = row[f.NUMEL.value], row[f.COLS.value], row[f.HEIGHT.value]
+    numel, cols, height = row[f.NUMEL.value], row[f.LINE.value], row[f.HEIGHT.value]
     return numel // (cols * height), -(-height // HEIGHT.value), -(-cols // width)
 
 

@@ -14,7 +14,7 @@ HEIGHT = tl.constexpr(256)
 @triton.jit
 def band(row_of, tile, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
     """Matrix, first and last row in it, number of the band along rows and along columns, columns [WIDTH] and mask."""
-    cols = tl.multiple_of(tl.load(row_of + f.COLS), ALIGN)
+    cols = tl.multiple_of(tl.load(row_of + f.LINE), ALIGN)
     height = tl.load(row_of + f.HEIGHT)
     across = tl.cdiv(cols, WIDTH).to(tl.int32)
     down = tl.cdiv(height, HEIGHT).to(tl.int32)
@@ -30,7 +30,7 @@ def band(row_of, tile, WIDTH: tl.constexpr, ALIGN: tl.constexpr):
 def vectors(row_of, means, matrix, column, inside, SLOT: tl.constexpr):
     """Of a factored moment: the address of this matrix's rows, its columns [WIDTH], its mean."""
     height = tl.load(row_of + f.HEIGHT)
-    cols = tl.load(row_of + f.COLS)
+    cols = tl.load(row_of + f.LINE)
     rows = tl.load(row_of + f.DATA0 + SLOT).to(tl.pointer_type(tl.float32)) + matrix * height
     col_at = tl.load(row_of + f.AUX0 + SLOT).to(tl.pointer_type(tl.float32)) + matrix * cols
     mean = tl.load(means + tl.load(row_of + f.MEANS_AT) + matrix * 2 + SLOT // 2)
@@ -52,7 +52,7 @@ def rows_of(rows, mean, r, live, INVERSE: tl.constexpr):
 @triton.jit
 def offsets(row_of, matrix, r, live, column, inside, ALIGN: tl.constexpr):
     """int64 offsets and mask [TILE, WIDTH]"""
-    cols = tl.load(row_of + f.COLS)
+    cols = tl.load(row_of + f.LINE)
     start = tl.multiple_of((matrix * tl.load(row_of + f.HEIGHT) + r) * cols, ALIGN)
     return start[:, None] + column[None, :], live[:, None] & inside[None, :]
 
@@ -63,13 +63,13 @@ def line_words(row_of, c, matrix, r, column, WIDTH: tl.constexpr):
     lines = tl.load(row_of + f.LINES)
     line = matrix * tl.load(row_of + f.HEIGHT) + r
     row = line // lines + tl.load(row_of + f.FIRST_ROW)
-    first = (line % lines) * tl.load(row_of + f.COLS) + column
+    first = (line % lines) * tl.load(row_of + f.LINE) + column
     return words(tl.load(row_of + f.BESIDE_KEY).to(tl.uint32), c[f.T].to(tl.int32), row, first, WIDTH)
 
 
 @triton.jit
 def keep_columns(row_of, partial, matrix, first, column, inside, sums):
-    cols = tl.load(row_of + f.COLS)
+    cols = tl.load(row_of + f.LINE)
     total = tl.load(row_of + f.NUMEL) // tl.load(row_of + f.HEIGHT)  # columns of all matrices
     at = partial + tl.load(row_of + f.COLS_AT) + first * total + matrix * cols
     tl.store(at + column, sums, mask=inside)
@@ -77,6 +77,6 @@ def keep_columns(row_of, partial, matrix, first, column, inside, sums):
 
 @triton.jit
 def keep_rows(row_of, partial, matrix, along, r, live, sums):
-    total = tl.load(row_of + f.NUMEL) // tl.load(row_of + f.COLS)  # rows of all matrices
+    total = tl.load(row_of + f.NUMEL) // tl.load(row_of + f.LINE)  # rows of all matrices
     at = partial + tl.load(row_of + f.ROWS_AT) + along * total + matrix * tl.load(row_of + f.HEIGHT)
     tl.store(at + r, sums, mask=live)

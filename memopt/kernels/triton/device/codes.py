@@ -1,8 +1,9 @@
 """The element codes of :mod:`memopt.formats`: a tile of a moment is loaded and decoded, encoded and stored.
 
-A tile is ``[blocks, WIDTH]``: blocks of the format, each within one row. Formulas are those of
-``memopt/formats/blockwise.py``, ``fp8.py`` and ``bf16.py``; where a polynomial is evaluated in another order or a root
-is approximate, a rounding tie may fall otherwise (``docs/kernels.md``).
+A tile is ``[blocks, WIDTH]``: blocks of the format, each within one row; where moments are in several formats, as wide
+as the widest of their blocks. ``scale`` is [blocks, 1], or [blocks, WIDTH] where a block is narrower than the tile.
+Formulas are those of ``memopt/formats/blockwise.py``, ``fp8.py`` and ``bf16.py``; where a polynomial is evaluated in
+another order or a root is approximate, a rounding tie may fall otherwise (``docs/kernels.md``).
 """
 
 import os
@@ -10,16 +11,19 @@ import os
 import triton
 import triton.language as tl
 
-from memopt.formats import blockwise, fp8
+from memopt.formats import blockwise, fp8, int4
 from memopt.kernels.triton.device.dither import uniform32
 
 #: What a moment is kept as.
 FULL, HALF, BYTES, FP8, NIBBLES = (tl.constexpr(i) for i in range(5))
+#: Elements of a block of NIBBLES; of the other codes a block is twice as wide.
+NARROW = tl.constexpr(int4.CODE.block)
 KINDS = {"32bit": FULL, "bf16": HALF, "8bit": BYTES, "fp8": FP8, "4bit": NIBBLES}
 
 _FLT_MAX = tl.constexpr(blockwise.FLT_MAX)
 _LARGEST = tl.constexpr(fp8.LARGEST)
-_BEND = tl.constexpr(blockwise.bend(0))
+_SLOPE = tl.constexpr(blockwise.SLOPE * 2.0**-32)
+_ROOT = tl.constexpr(blockwise.ROOT)
 _BELOW_ONE = tl.constexpr(blockwise.BELOW_ONE)
 _SIGN = tl.constexpr(-(2**31))
 #: Triton's interpreter cuts off where it should round to bf16.
@@ -63,21 +67,20 @@ def largest(x, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def added(w, SHIFT: tl.constexpr, BENT: tl.constexpr):
+def added(w, SHIFT: tl.constexpr, IN_ROOTS: tl.constexpr):
     """What is added to the bits of an fp32 number before SHIFT of them are cut off: 0 … 2^SHIFT - 1."""
-    if not BENT:
+    if not IN_ROOTS:
         return (w >> (32 - SHIFT)).to(tl.int32)
-    scale: tl.constexpr = 2.0**SHIFT * _BELOW_ONE / 2.0**32
-    u = uniform32(w)
-    bent = tl.fma(u, tl.fma(u, 2 * _BEND * scale / 2.0**64, -3 * _BEND * scale / 2.0**32), (1 + _BEND) * scale)
-    return (u * bent).to(tl.int32)
+    scale: tl.constexpr = 2.0**SHIFT * _BELOW_ONE
+    h = tl.fma(uniform32(w), -_SLOPE, _ROOT)
+    return tl.fma(h * h * (h * h), -scale, 2 * scale).to(tl.int32)
 
 
 @triton.jit
 def decode_signed(q, scale, LEVELS: tl.constexpr):
     """q in -LEVELS … LEVELS stands for sign(q) (q / LEVELS)² scale."""
     x = q.to(tl.float32)
-    return x * tl.abs(x) * (scale * (1.0 / (LEVELS * LEVELS)))[:, None]
+    return x * tl.abs(x) * (scale * (1.0 / (LEVELS * LEVELS)))
 
 
 @triton.jit
@@ -87,7 +90,7 @@ def encode_signed(x, scale, w, LEVELS: tl.constexpr):
     Where there is no root y is under v, and q is 0. v is kept under 1, so that 0 stays 0.
     """
     v = tl.fma(uniform32(w), -(2.0**-32), 1 - 2.0**-24)
-    above = tl.fma(tl.abs(x), reciprocal(scale, LEVELS * LEVELS * 1.0)[:, None], -v)  # y - v
+    above = tl.fma(tl.abs(x), reciprocal(scale, LEVELS * LEVELS * 1.0), -v)  # y - v
     q = tl.minimum(tl.sqrt(tl.maximum(tl.fma(v, v, above), 0.0)) + v, LEVELS * 1.0)
     return number(bits(q) | (bits(x) & _SIGN)).to(tl.int32)
 
@@ -96,12 +99,12 @@ def encode_signed(x, scale, w, LEVELS: tl.constexpr):
 def decode_unsigned(q, scale, TOP: tl.constexpr, MANTISSA: tl.constexpr):
     """q in 0 … TOP: the leading bits of an fp32 number, MANTISSA of them after the point; TOP stands for ``scale``."""
     value = number((q + ((127 << MANTISSA) - TOP)) << (23 - MANTISSA))
-    return tl.where(q > 0, value, 0.0) * scale[:, None]
+    return tl.where(q > 0, value, 0.0) * scale
 
 
 @triton.jit
 def encode_unsigned(x, scale, w, TOP: tl.constexpr, MANTISSA: tl.constexpr):
-    y = x * reciprocal(scale, 1.0 - 2.0**-21)[:, None]  # not above 1, where the reciprocal is
+    y = x * reciprocal(scale, 1.0 - 2.0**-21)  # not above 1, where the reciprocal is
     q = ((bits(y) + added(w, 23 - MANTISSA, MANTISSA == 0)) >> (23 - MANTISSA)) - ((127 << MANTISSA) - TOP)
     return tl.maximum(q, tl.minimum(bits(x), 1))  # 0 for 0 alone
 
@@ -111,12 +114,12 @@ def decode_fp8(q, scale):
     """float8_e4m3fn from its bits, so that cards without the type read it too."""
     body = q & 0x7F
     x = tl.where(body >= 8, number((body << 20) + (120 << 23)), body.to(tl.float32) * 2.0**-9)
-    return number(bits(x) | ((q & 0x80) << 24)) * scale[:, None]
+    return number(bits(x) | ((q & 0x80) << 24)) * scale
 
 
 @triton.jit
 def encode_fp8(x, scale, w, SIGNED: tl.constexpr):
-    y = tl.minimum(tl.abs(x) * reciprocal(scale, _LARGEST)[:, None], _LARGEST)
+    y = tl.minimum(tl.abs(x) * reciprocal(scale, _LARGEST), _LARGEST)
     normal = ((bits(y) + added(w, 20, False)) >> 20) - (120 << 3)
     small = tl.fma(y, 512.0, uniform32(w) * 2.0**-32).to(tl.int32)
     q = tl.where(y >= 2.0**-6, normal, small)
@@ -132,73 +135,119 @@ def pointer(address, TYPE: tl.constexpr, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def decode(q, scale, KIND: tl.constexpr, SIGNED: tl.constexpr):
+    """Codes, of NIBBLES 0 … 15, as numbers."""
+    if KIND == FP8:
+        return decode_fp8(q, scale)
+    if KIND == NIBBLES:
+        if SIGNED:
+            return decode_signed((q << 28) >> 28, scale, 7)
+        return decode_unsigned(q, scale, 15, 0)
+    if SIGNED:
+        return decode_signed((q << 24) >> 24, scale, 127)
+    return decode_unsigned(q, scale, 255, 4)
+
+
+@triton.jit
 def load_moment(
-    data, aux, at, half_at, block, live, half_live, mask, KIND: tl.constexpr, SIGNED: tl.constexpr, ALIGN: tl.constexpr
+    data, aux, where, mask, KIND: tl.constexpr, SIGNED: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr
 ):
     """fp32 [blocks, WIDTH], zeros outside ``mask``.
 
-    data, aux: addresses of the codes and of the scales; at: int64 offsets of the elements, half_at: of the bytes of
-    packed codes; block: numbers of the blocks, which are the places of their scales; live: which of them there are.
+    data, aux: addresses of the codes and of the scales; where: of :func:`elementwise.place`, the int64 offsets of the
+    elements and of the bytes of packed codes, the places of the blocks' scales, and which of all these there are.
     """
+    at, half_at, half_live, block, narrow, live = where
     if KIND == FULL:
         return tl.load(pointer(data, tl.float32, ALIGN) + at, mask=mask, other=0.0)
     if KIND == HALF:
         raw = tl.load(pointer(data, tl.int16, ALIGN) + at, mask=mask, other=0)
         return number(raw.to(tl.int32) << 16)
-    scale = tl.load(pointer(aux, tl.float32, 4) + block, mask=live, other=0.0)
+    scales = pointer(aux, tl.float32, 4)
     if KIND == NIBBLES:
         pair = tl.load(pointer(data, tl.uint8, ALIGN) + half_at, mask=half_live, other=0).to(tl.int32)
         q = tl.interleave(pair & 15, pair >> 4)
-        if SIGNED:
-            return decode_signed((q << 28) >> 28, scale, 7)
-        return decode_unsigned(q, scale, 15, 0)
-    if KIND == FP8:
+        if WIDTH > NARROW:
+            return decode(
+                q,
+                tl.load(scales + (narrow[:, None] + tl.arange(0, WIDTH)[None, :] // NARROW), mask=mask, other=0.0),
+                KIND,
+                SIGNED,
+            )
+    else:
         q = tl.load(pointer(data, tl.uint8, ALIGN) + at, mask=mask, other=0).to(tl.int32)
-        return decode_fp8(q, scale)
-    if SIGNED:
-        return decode_signed(tl.load(pointer(data, tl.int8, ALIGN) + at, mask=mask, other=0), scale, 127)
-    q = tl.load(pointer(data, tl.uint8, ALIGN) + at, mask=mask, other=0).to(tl.int32)
-    return decode_unsigned(q, scale, 255, 4)
+    return decode(q, tl.load(scales + block, mask=live, other=0.0)[:, None], KIND, SIGNED)
+
+
+@triton.jit
+def load_anywhere(data, aux, at, mask, cols, KIND: tl.constexpr):
+    """A signed moment at these offsets, in a tile that does not go by the rows of ``cols`` elements in which its blocks
+    are."""
+    if KIND == FULL:
+        return tl.load(pointer(data, tl.float32, 4) + at, mask=mask, other=0.0)
+    if KIND == HALF:
+        raw = tl.load(pointer(data, tl.int16, 2) + at, mask=mask, other=0)
+        return number(raw.to(tl.int32) << 16)
+    row = at // cols
+    column = at - row * cols
+    BLOCK: tl.constexpr = NARROW if KIND == NIBBLES else 256
+    scale = tl.load(
+        pointer(aux, tl.float32, 4) + row * ((cols + BLOCK - 1) // BLOCK) + column // BLOCK, mask=mask, other=0.0
+    )
+    codes = pointer(data, tl.uint8, 1)
+    if KIND == NIBBLES:
+        pair = tl.load(codes + row * ((cols + 1) // 2) + column // 2, mask=mask, other=0).to(tl.int32)
+        q = (pair >> ((column & 1) * 4).to(tl.int32)) & 15
+    else:
+        q = tl.load(codes + at, mask=mask, other=0).to(tl.int32)
+    return decode(q, scale, KIND, True)
+
+
+@triton.jit
+def encode(x, scale, w, KIND: tl.constexpr, SIGNED: tl.constexpr):
+    if KIND == FP8:
+        return encode_fp8(x, scale, w, SIGNED)
+    if KIND == NIBBLES:
+        return encode_signed(x, scale, w, 7) if SIGNED else encode_unsigned(x, scale, w, 15, 0)
+    return encode_signed(x, scale, w, 127) if SIGNED else encode_unsigned(x, scale, w, 255, 4)
 
 
 @triton.jit
 def store_moment(
-    data,
-    aux,
-    at,
-    half_at,
-    block,
-    live,
-    half_live,
-    mask,
-    x,
-    w,
-    KIND: tl.constexpr,
-    SIGNED: tl.constexpr,
-    ALIGN: tl.constexpr,
+    data, aux, where, mask, x, w, KIND: tl.constexpr, SIGNED: tl.constexpr, WIDTH: tl.constexpr, ALIGN: tl.constexpr
 ):
     """The inverse of :func:`load_moment`, rounded with the words ``w``; ``x`` is zero outside ``mask``."""
+    at, half_at, half_live, block, narrow, live = where
     if KIND == FULL:
         tl.store(pointer(data, tl.float32, ALIGN) + at, x, mask=mask)
     elif KIND == HALF:
         # A card's NaN has all bits set: with anything added it would be -0.
         upper = tl.where(x == x, (bits(x).to(tl.uint32) + (w >> 16)) >> 16, 0x7FC0)
         tl.store(pointer(data, tl.int16, ALIGN) + at, upper.to(tl.int16), mask=mask)
+    elif KIND == NIBBLES and WIDTH > NARROW:
+        PARTS: tl.constexpr = WIDTH // NARROW
+        rows: tl.constexpr = x.shape[0]
+        scale = largest(tl.reshape(x, (rows * PARTS, NARROW)), SIGNED)
+        wide = tl.reshape(tl.broadcast_to(scale[:, None], (rows * PARTS, NARROW)), (rows, WIDTH))
+        store_halves(data, half_at, half_live, encode(x, wide, w, KIND, SIGNED), ALIGN)
+        part = tl.arange(0, WIDTH)[None, :]
+        # By the first element of each narrow block.
+        begins = mask & (part % NARROW == 0)
+        tl.store(pointer(aux, tl.float32, 4) + (narrow[:, None] + part // NARROW), wide, mask=begins)
     else:
         scale = largest(x, SIGNED)
+        q = encode(x, scale[:, None], w, KIND, SIGNED)
         if KIND == NIBBLES:
-            q = encode_signed(x, scale, w, 7) if SIGNED else encode_unsigned(x, scale, w, 15, 0)
-            low, high = tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2)))
-            pair = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)
-            tl.store(pointer(data, tl.uint8, ALIGN) + half_at, pair, mask=half_live)
-        elif KIND == FP8:
-            q = encode_fp8(x, scale, w, SIGNED)
-            tl.store(pointer(data, tl.uint8, ALIGN) + at, q.to(tl.uint8), mask=mask)
-            scale = tl.div_rn(scale, _LARGEST)
-        elif SIGNED:
-            q = encode_signed(x, scale, w, 127)
-            tl.store(pointer(data, tl.int8, ALIGN) + at, q.to(tl.int8), mask=mask)
+            store_halves(data, half_at, half_live, q, ALIGN)
         else:
-            q = encode_unsigned(x, scale, w, 255, 4)
             tl.store(pointer(data, tl.uint8, ALIGN) + at, q.to(tl.uint8), mask=mask)
+        if KIND == FP8:
+            scale = tl.div_rn(scale, _LARGEST)
         tl.store(pointer(aux, tl.float32, 4) + block, scale, mask=live)
+
+
+@triton.jit
+def store_halves(data, half_at, half_live, q, ALIGN: tl.constexpr):
+    low, high = tl.split(tl.reshape(q, (q.shape[0], q.shape[1] // 2, 2)))
+    pair = ((low & 15) | ((high & 15) << 4)).to(tl.uint8)
+    tl.store(pointer(data, tl.uint8, ALIGN) + half_at, pair, mask=half_live)

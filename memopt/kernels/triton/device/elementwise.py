@@ -10,10 +10,10 @@ import triton.language as tl
 
 from memopt.kernels.triton.device import fields as f
 from memopt.kernels.triton.device import row_means
-from memopt.kernels.triton.device.codes import FULL, NIBBLES, load_moment, store_moment
+from memopt.kernels.triton.device.codes import FULL, NARROW, load_moment, store_moment
 from memopt.kernels.triton.device.dither import words
 from memopt.kernels.triton.device.masters import SPLIT8, STOCHASTIC
-from memopt.kernels.triton.device.row_means import load_row_means
+from memopt.kernels.triton.device.row_means import load_factors, load_row_means
 from memopt.kernels.triton.device.tile import (
     find,
     gradient_of,
@@ -25,7 +25,7 @@ from memopt.kernels.triton.device.tile import (
     store_parameter,
 )
 
-_NO_MEANS = row_means.NONE
+_NO_MEANS, _FACTORS = row_means.NONE, row_means.FACTORS
 
 
 @triton.jit
@@ -43,8 +43,10 @@ def load_geometry(table_row):
 
 
 @triton.jit
-def place(geometry, block, WIDTH: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr):
-    """Where blocks are: row and first column [blocks], offsets and mask [blocks, WIDTH], and those of packed bytes.
+def place(geometry, block, WIDTH: tl.constexpr, HALVES: tl.constexpr, ALIGN: tl.constexpr, WHOLE: tl.constexpr):
+    """Where blocks are: row and first column [blocks], the mask [blocks, WIDTH], and what :func:`load_moment` takes:
+    offsets [blocks, WIDTH], those of packed bytes and their mask if there are HALVES, the place of each block and that
+    of the first of its narrow ones among those of its format, and which blocks there are.
 
     ALIGN: of the beginning of a row, in elements; WHOLE: a row is a whole number of blocks.
     """
@@ -62,14 +64,17 @@ def place(geometry, block, WIDTH: tl.constexpr, KIND: tl.constexpr, ALIGN: tl.co
         mask = mask & (lane < left[:, None])
     half_at = at
     half_live = mask
-    if KIND == NIBBLES:
+    narrow = block
+    if HALVES:
+        if WIDTH > NARROW:
+            narrow = row * ((cols + NARROW - 1) // NARROW).to(tl.int32) + column // NARROW
         half = tl.arange(0, WIDTH // 2)[None, :]
         line = row.to(tl.int64) * ((cols + 1) // 2) + column // 2
         half_at = tl.multiple_of(line, ALIGN // 2 if ALIGN > 1 else 1)[:, None] + half
         half_live = live[:, None]
         if not WHOLE:
             half_live = half_live & (half * 2 < left[:, None])
-    return row, column, at, mask, half_at, half_live, live
+    return row, column, mask, (at, half_at, half_live, block, narrow, live)
 
 
 @triton.jit
@@ -80,11 +85,7 @@ def keep_moment(
     step,
     row,
     column,
-    at,
-    half_at,
-    block,
-    live,
-    half_live,
+    where,
     mask,
     x,
     KIND: tl.constexpr,
@@ -94,12 +95,12 @@ def keep_moment(
     WHOLE: tl.constexpr,
 ):
     """A moment's tile, rounded with the dither of its key where its format rounds."""
-    w = block
+    w = row
     if KIND != FULL:
         w = words(key, step, row, column, WIDTH)
     if not WHOLE:
         x = tl.where(mask, x, 0.0)
-    store_moment(data, aux, at, half_at, block, live, half_live, mask, x, w, KIND, SIGNED, ALIGN)
+    store_moment(data, aux, where, mask, x, w, KIND, SIGNED, WIDTH, ALIGN)
 
 
 @triton.jit(do_not_specialize=["run"])
@@ -109,15 +110,21 @@ def step_kernel(
     scalars,  # fp32 [tensors, SCALARS]
     map,  # int32 [programs, 2]: tensor, first block
     run,  # tiles of one program
+    means,  # fp32: two of every matrix with a factored moment
     RULE: tl.constexpr,
     P_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
-    KIND: tl.constexpr,
+    V_KIND: tl.constexpr,
+    M_KIND: tl.constexpr,
+    X_KIND: tl.constexpr,
+    HALVES: tl.constexpr,  # whether one of them is packed
     V: tl.constexpr,  # which moments there are
     M: tl.constexpr,
     X: tl.constexpr,
     X_SIGNED: tl.constexpr,
-    ROW_MEANS: tl.constexpr,  # whether the second moment is one number for each row, and already that of this step
+    MEANS: tl.constexpr,  # whether the second moment is means, and already that of this step
+    INVERSE: tl.constexpr,  # whether RULE takes the inverse roots of means
+    RESIDUAL: tl.constexpr,  # whether the third moment is CAME's, factored too
     LOOKAHEAD: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
@@ -147,7 +154,9 @@ def step_kernel(
     beside_key = tl.load(row_of + f.BESIDE_KEY).to(tl.uint32)
     for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
-        row, column, at, mask, half_at, half_live, live = place(geometry, block, WIDTH, KIND, ALIGN, WHOLE)
+        row, column, mask, where = place(geometry, block, WIDTH, HALVES, ALIGN, WHOLE)
+        at = where[0]
+        live = where[5]
         g = load_gradient(g_at, at, mask, c)
         p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
         before = p
@@ -155,14 +164,18 @@ def step_kernel(
         m = g
         x = g
         if V:
-            v = load_moment(v_data, v_aux, at, half_at, block, live, half_live, mask, KIND, False, ALIGN)
-        if ROW_MEANS != _NO_MEANS:
-            v = load_row_means(row_of, row, column, live, mask, WIDTH, ROW_MEANS)
+            v = load_moment(v_data, v_aux, where, mask, V_KIND, False, WIDTH, ALIGN)
+        if MEANS >= _FACTORS:
+            v = load_factors(row_of, means, row, column, at, live, mask, 0, INVERSE, WIDTH, MEANS)
+        elif MEANS != _NO_MEANS:
+            v = load_row_means(row_of, row, column, live, mask, WIDTH, MEANS)
         if M:
-            m = load_moment(m_data, m_aux, at, half_at, block, live, half_live, mask, KIND, True, ALIGN)
-        if X:
-            x = load_moment(x_data, x_aux, at, half_at, block, live, half_live, mask, KIND, X_SIGNED, ALIGN)
-        p, v, m, x = RULE(p, g, v, m, x, c, M, X, ROW_MEANS != _NO_MEANS, PRECISE)
+            m = load_moment(m_data, m_aux, where, mask, M_KIND, True, WIDTH, ALIGN)
+        if RESIDUAL:
+            x = load_factors(row_of, means, row, column, at, live, mask, 2, True, WIDTH, MEANS)
+        elif X:
+            x = load_moment(x_data, x_aux, where, mask, X_KIND, X_SIGNED, WIDTH, ALIGN)
+        p, v, m, x = RULE(p, g, v, m, x, c, M, X, MEANS != _NO_MEANS, PRECISE)
         if LOOKAHEAD:
             p = look_ahead(row_of, at, mask, before, p, c, ALIGN)
         w = block
@@ -171,68 +184,11 @@ def step_kernel(
             w = words(beside_key, step, row, column, WIDTH)
         store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
         if V:
-            keep_moment(
-                v_data,
-                v_aux,
-                v_key,
-                step,
-                row,
-                column,
-                at,
-                half_at,
-                block,
-                live,
-                half_live,
-                mask,
-                v,
-                KIND,
-                False,
-                WIDTH,
-                ALIGN,
-                WHOLE,
-            )
+            keep_moment(v_data, v_aux, v_key, step, row, column, where, mask, v, V_KIND, False, WIDTH, ALIGN, WHOLE)
         if M:
-            keep_moment(
-                m_data,
-                m_aux,
-                m_key,
-                step,
-                row,
-                column,
-                at,
-                half_at,
-                block,
-                live,
-                half_live,
-                mask,
-                m,
-                KIND,
-                True,
-                WIDTH,
-                ALIGN,
-                WHOLE,
-            )
-        if X:
-            keep_moment(
-                x_data,
-                x_aux,
-                x_key,
-                step,
-                row,
-                column,
-                at,
-                half_at,
-                block,
-                live,
-                half_live,
-                mask,
-                x,
-                KIND,
-                X_SIGNED,
-                WIDTH,
-                ALIGN,
-                WHOLE,
-            )
+            keep_moment(m_data, m_aux, m_key, step, row, column, where, mask, m, M_KIND, True, WIDTH, ALIGN, WHOLE)
+        if X and not RESIDUAL:
+            keep_moment(x_data, x_aux, x_key, step, row, column, where, mask, x, X_KIND, X_SIGNED, WIDTH, ALIGN, WHOLE)
 
 
 @triton.jit(do_not_specialize=["run"])
@@ -243,11 +199,17 @@ def sums_kernel(
     map,  # int32 [programs, 2]: tensor, first block
     run,  # tiles of one program
     sums,  # out: fp64 [programs, 2]: of p² and of the squares of SUM
+    means,  # fp32: two of every matrix with a factored moment
     SUM: tl.constexpr,
     M: tl.constexpr,  # whether SUM takes the signed moment
     P_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
-    KIND: tl.constexpr,
+    V_KIND: tl.constexpr,
+    M_KIND: tl.constexpr,
+    X_KIND: tl.constexpr,
+    HALVES: tl.constexpr,
+    MEANS: tl.constexpr,
+    INVERSE: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -256,7 +218,7 @@ def sums_kernel(
     MASTER: tl.constexpr,
     K_TYPE: tl.constexpr,
 ):
-    """What a rule needs to know of a tensor whose second moment is kept element by element."""
+    """What a rule needs to know of a tensor one of whose moments is kept element by element."""
     tensor, row_of, first = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
     geometry = load_geometry(row_of)
@@ -271,14 +233,18 @@ def sums_kernel(
     last = tl.where(c[f.RUN] != 0, tl.minimum(first + run * TILE, geometry[5]), first)
     for start in range(first, last, TILE):
         block = start + tl.arange(0, TILE)
-        _row, _column, at, mask, half_at, half_live, live = place(geometry, block, WIDTH, KIND, ALIGN, WHOLE)
+        row, column, mask, where = place(geometry, block, WIDTH, HALVES, ALIGN, WHOLE)
+        at = where[0]
         g = load_gradient(g_at, at, mask, c)
         p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
-        v = load_moment(v_data, v_aux, at, half_at, block, live, half_live, mask, KIND, False, ALIGN)
+        if MEANS >= _FACTORS:
+            v = load_factors(row_of, means, row, column, at, where[5], mask, 0, INVERSE, WIDTH, MEANS)
+        else:
+            v = load_moment(v_data, v_aux, where, mask, V_KIND, False, WIDTH, ALIGN)
         m = g
         if M:
-            m = load_moment(m_data, m_aux, at, half_at, block, live, half_live, mask, KIND, True, ALIGN)
-        u = SUM(p, g, v, m, c, False, PRECISE)
+            m = load_moment(m_data, m_aux, where, mask, M_KIND, True, WIDTH, ALIGN)
+        u = SUM(p, g, v, m, c, MEANS >= _FACTORS, PRECISE)
         squares += p * p
         terms += tl.where(mask, u * u, 0.0)
     tl.store(sums + tl.program_id(0) * 2, tl.sum(tl.sum(squares, 1), 0).to(tl.float64))

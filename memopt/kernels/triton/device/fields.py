@@ -14,7 +14,8 @@ def _columns(count: int) -> list[tl.constexpr]:
 #: BESIDE, BESIDE_KEY: what a master keeps beside the parameter, and its dither; LINES: lines of a factored moment's
 #: matrices in one row of ``memopt/core/rows.py``; STACKED: whether they are of a stack, even where one is held here;
 #: ROW_SPAN, ROW_GROUP: elements that share one of Adam-mini's second moments, and how many of these a program renews;
-#: SLOW: the slow weights of a rule inside lookahead().
+#: SLOW: the slow weights of a rule inside lookahead(); LINE: columns of a matrix with a factored moment, COLS being
+#: those of a row of ``memopt/core/rows.py`` where the other moments are in blocks.
 (
     P,
     DATA0,
@@ -48,8 +49,9 @@ def _columns(count: int) -> list[tl.constexpr]:
     ROW_SPAN,
     ROW_GROUP,
     SLOW,
-) = _columns(32)
-FIELDS = tl.constexpr(32)
+    LINE,
+) = _columns(33)
+FIELDS = tl.constexpr(34)
 
 #: fp64: the hyperparameters of one param group, before any are combined with the step. GRADIENT_SCALE: what gradients
 #: are multiplied by, as far as the host knows it; MAX_NORM: the bound of the norm of all gradients together, infinite
@@ -91,7 +93,8 @@ HYPER = tl.constexpr(28)  # even: rows begin at multiples of 16 bytes
 #: RAdam's step without its second moment; FLOOR, CEILING: bounds of a second moment and of its inverse root, or of
 #: AdaBound's rates; SHRINK: a decay too small to be taken from 1, or LAMB's within its update; FIRST_BIAS:
 #: 1 / (1 - b1^t); MIXED: how much of AdEMAMix's slow mean is taken; BEGINS, RETURNS: whether lookahead()'s slow weights
-#: become the parameter, and the parameter them.
+#: become the parameter, and the parameter them; LONGEST: what an element moves by at most where the second moment is
+#: factored.
 (
     RUN,
     T,
@@ -128,5 +131,6 @@ HYPER = tl.constexpr(28)  # even: rows begin at multiples of 16 bytes
     SLOW_END,
     BEGINS,
     RETURNS,
-) = _columns(35)
+    LONGEST,
+) = _columns(36)
 SCALARS = tl.constexpr(40)

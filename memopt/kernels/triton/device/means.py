@@ -21,7 +21,7 @@ from memopt.kernels.triton.device.bands import (
     rows_of,
     vectors,
 )
-from memopt.kernels.triton.device.codes import pointer
+from memopt.kernels.triton.device.codes import load_anywhere, pointer
 from memopt.kernels.triton.device.masters import SPLIT8, STOCHASTIC
 from memopt.kernels.triton.device.rules import lerp, raw_update
 from memopt.kernels.triton.device.tile import (
@@ -44,7 +44,7 @@ def mean_kernel(table, scalars, means, map, SLOT: tl.constexpr, FLOOR: tl.conste
     a stack that of its rows' means, as ``memopt/formats/factored.py`` has it; FLOOR bounds it as the rule says."""
     tensor, row_of, matrix = find(table, map)
     height = tl.load(row_of + f.HEIGHT)
-    cols = tl.load(row_of + f.COLS)
+    cols = tl.load(row_of + f.LINE)
     single = tl.load(row_of + f.STACKED) == 0
     column = tl.load(row_of + f.AUX0 + SLOT)
     row = tl.load(row_of + f.DATA0 + SLOT)
@@ -64,7 +64,7 @@ def gather_kernel(table, scalars, partial, map, SLOT: tl.constexpr, WIDTH: tl.co
     """Sums of bands to means of rows and columns: SPAN rows, or behind the last of them SPAN columns, per program."""
     tensor, row_of, number = find(table, map)
     height = tl.load(row_of + f.HEIGHT)
-    cols = tl.load(row_of + f.COLS)
+    cols = tl.load(row_of + f.LINE)
     numel = tl.load(row_of + f.NUMEL)
     rows = numel // cols
     row_programs = tl.cdiv(rows, SPAN).to(tl.int32)
@@ -181,11 +181,12 @@ def residual_kernel(
     partial,
     map,
     G_TYPE: tl.constexpr,
+    M_KIND: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """CAME's first moment, and its residual (place 2) decoded, renewed and summed."""
+    """CAME's residual (place 2) decoded, renewed and summed."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
     matrix, top, bottom, first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
@@ -193,7 +194,9 @@ def residual_kernel(
     x_rows, x_col, x_mean = vectors(row_of, means, matrix, column, inside, 2)
     col = inverse_root(col)
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
-    m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
+    m_data = tl.load(row_of + f.DATA1)
+    m_aux = tl.load(row_of + f.AUX1)
+    cols = tl.load(row_of + f.COLS)
     columns = tl.zeros((TILE, WIDTH), tl.float32)
     bottom = tl.where(c[f.RUN] != 0, bottom, top)
     for start in range(top, bottom, TILE):
@@ -201,12 +204,11 @@ def residual_kernel(
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
         g = load_gradient(g_at, at, mask, c)
-        m = tl.load(m_at + at, mask=mask, other=0.0)
+        m = load_anywhere(m_data, m_aux, at, mask, cols, M_KIND)
         v = rows_of(rows, mean, r, live, True)[:, None] * col[None, :]
         u, _same = raw_update(g, v, c, True, True)
         u = u * c[f.UPDATE_SCALE]
         m = lerp(m, u, c, f.FIRST)
-        tl.store(m_at + at, m, mask=mask)
         x = rows_of(x_rows, x_mean, r, live, False)[:, None] * x_col[None, :]
         x = lerp(x, (u - m) * (u - m) + c[f.EPS_RESIDUAL], c, f.THIRD)
         x = tl.where(mask, x, 0.0)
@@ -237,7 +239,7 @@ def apply_kernel(
     ALIGN: tl.constexpr,
 ):
     """The parameter, and moments in fp32. INVERSE: the rule takes inverse roots. RESIDUAL: the third moment is CAME's,
-    factored too, and the pass before wrote it and the first one."""
+    factored too, and the pass before has averaged it."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
     matrix, top, bottom, _first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
@@ -276,7 +278,7 @@ def apply_kernel(
         if MASTER == STOCHASTIC or MASTER == SPLIT8:
             w = line_words(row_of, c, matrix, r, along * WIDTH, WIDTH)
         store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
-        if M and not RESIDUAL:
+        if M:
             tl.store(m_at + at, m, mask=mask)
         if X and not RESIDUAL:
             tl.store(x_at + at, x, mask=mask)

@@ -1,13 +1,16 @@
-"""Adam-mini's second moment: one number for each row, renewed by the mean of its squared gradients."""
+"""Second moments of which a step reads means that an earlier pass has renewed: Adam-mini's, one number for each row,
+and factored ones beside moments that are in blocks."""
 
 import triton
 import triton.language as tl
 
 from memopt.kernels.triton.device import fields as f
+from memopt.kernels.triton.device.bands import inverse_root
 from memopt.kernels.triton.device.tile import find, gradient_of, load_gradient, load_scalars
 
-#: What a step kernel meets: no row means, one in each row of its view, several in a row (of a stack of matrices).
-NONE, ONE, SEVERAL = (tl.constexpr(i) for i in range(3))
+#: What a step kernel meets: no means, one number in each row of its view, several in a row (of a stack of matrices);
+#: row and column means of one matrix, or of the matrices of a stack.
+NONE, ONE, SEVERAL, FACTORS, FACTORS_OF_STACK = (tl.constexpr(i) for i in range(5))
 #: Columns of a tile.
 COLS = tl.constexpr(256)
 
@@ -59,3 +62,39 @@ def load_row_means(row_of, row, column, live, mask, WIDTH: tl.constexpr, KIND: t
         within = (column[:, None] + tl.arange(0, WIDTH)[None, :]) // span
         v = tl.load(at + first[:, None] + within, mask=mask, other=0.0)
     return v
+
+
+@triton.jit
+def load_factors(
+    row_of,
+    means,
+    row,
+    column,
+    at,
+    live,
+    mask,
+    SLOT: tl.constexpr,
+    INVERSE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """fp32 [blocks, WIDTH]: row * col / mean of a factored moment, or its inverse root; ``row`` of the rows held here,
+    ``at`` the offsets of the elements."""
+    rows = tl.load(row_of + f.DATA0 + SLOT).to(tl.pointer_type(tl.float32))
+    cols = tl.load(row_of + f.AUX0 + SLOT).to(tl.pointer_type(tl.float32))
+    mean_at = means + tl.load(row_of + f.MEANS_AT) + SLOT // 2
+    if KIND == FACTORS:
+        lane = column[:, None] + tl.arange(0, WIDTH)[None, :]
+        factor = tl.div_rn(tl.load(rows + row, mask=live, other=0.0), tl.load(mean_at))[:, None]
+        col = tl.load(cols + lane, mask=mask, other=0.0)
+    else:
+        span = tl.load(row_of + f.LINE)
+        line = at // span
+        matrix = line // tl.load(row_of + f.HEIGHT)
+        factor = tl.div_rn(
+            tl.load(rows + line, mask=mask, other=0.0), tl.load(mean_at + matrix * 2, mask=mask, other=1.0)
+        )
+        col = tl.load(cols + (matrix * span + (at - line * span)), mask=mask, other=0.0)
+    if INVERSE:
+        return inverse_root(factor) * inverse_root(col)
+    return factor * col

@@ -44,6 +44,15 @@ def denominator(v, c, PRECISE: tl.constexpr):
 
 
 @triton.jit
+def bounded(u, c, FACTORED: tl.constexpr):
+    """Where the second moment does not know the element (``memopt/rules/adamw.py``)."""
+    if FACTORED:
+        u = tl.where(u > c[f.LONGEST], c[f.LONGEST], u)
+        u = tl.where(u < -c[f.LONGEST], -c[f.LONGEST], u)
+    return u
+
+
+@triton.jit
 def lerp(a, b, c, WEIGHT: tl.constexpr):
     return tl.fma(b - a, c[WEIGHT], tl.where(c[WEIGHT + 1] != 0, b, a))
 
@@ -82,7 +91,7 @@ def adamw(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.const
     if X:
         x = tl.where((v > x) | (v != v), v, x)
         below = x
-    update = over(m * c[f.RATE], denominator(below, c, PRECISE), PRECISE, False)
+    update = bounded(over(m * c[f.RATE], denominator(below, c, PRECISE), PRECISE, False), c, FACTORED)
     return tl.fma(p, c[f.DECAY], update), v, m, x
 
 
@@ -93,7 +102,7 @@ def radam(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.const
     m = lerp(m, g, c, f.FIRST)
     if not FACTORED:
         v = second_moment(v, g, c)
-    adaptive = p + over(m * c[f.RATE], root(v, PRECISE) + c[f.EPS], PRECISE)
+    adaptive = p + bounded(over(m * c[f.RATE], root(v, PRECISE) + c[f.EPS], PRECISE), c, FACTORED)
     return tl.where(c[f.PLAIN] != 0, tl.fma(m, c[f.RATE], p), adaptive), v, m, x
 
 
@@ -145,13 +154,12 @@ def adafactor(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.c
 
 @triton.jit
 def came(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
-    """X: matrices. Of a factored state m and x were written by the pass before."""
-    if not FACTORED:
-        u, v = raw_update(g, v, c, False, PRECISE)
-        u = u * c[f.UPDATE_SCALE]
-        m = lerp(m, u, c, f.FIRST)
-        if X:
-            x = lerp(x, (u - m) * (u - m) + c[f.EPS_RESIDUAL], c, f.THIRD)
+    """X: matrices. Of a factored state x is that of this step, which the pass before has averaged."""
+    u, v = raw_update(g, v, c, FACTORED, PRECISE)
+    u = u * c[f.UPDATE_SCALE]
+    m = lerp(m, u, c, f.FIRST)
+    if X and not FACTORED:
+        x = lerp(x, (u - m) * (u - m) + c[f.EPS_RESIDUAL], c, f.THIRD)
     step = m
     if X:
         step = m * x if FACTORED else over(m, root(x, PRECISE), PRECISE)
@@ -177,7 +185,7 @@ def ademamix(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.co
     if not FACTORED:
         v = second_moment(v, g, c)
     mean = tl.fma(x, c[f.MIXED], m * c[f.FIRST_BIAS])
-    update = over(mean * c[f.RATE], denominator(v, c, PRECISE), PRECISE, False)
+    update = bounded(over(mean * c[f.RATE], denominator(v, c, PRECISE), PRECISE, False), c, FACTORED)
     return tl.fma(p, c[f.DECAY], update), v, m, x
 
 

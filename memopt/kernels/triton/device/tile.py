@@ -57,6 +57,7 @@ def load_scalars(at):
         tl.load(at + 32),
         tl.load(at + 33),
         tl.load(at + 34),
+        tl.load(at + 35),
     )
 
 
