@@ -24,7 +24,7 @@ from memopt.optim.state_dtensors import ON_EVERY_RANK, REPLICAS, asking_framewor
 from memopt.optim.state_store import StateStore
 from memopt.optim.step import Scaler, Stepper, bounds_of
 from memopt.partitions import Partition
-from memopt.placements.stores.by_placement import Homes
+from memopt.placements.stores.by_placement import PlacementStores
 from memopt.placements.stores.common_commit import go_on_together
 from memopt.rules import Rule
 from memopt.spec import OptimSpec, parse
@@ -75,7 +75,7 @@ class Optimizer(torch.optim.Optimizer):
     rule: Rule = _of_setup()
     engine: Engine = _of_setup()
     partition: Partition = _of_setup()
-    homes: Homes = _of_setup()
+    placement_stores: PlacementStores = _of_setup()
     integrity: Integrity = _of_setup()
     process_group: Any = _of_setup()
     nonfinite: str = _of_setup()
@@ -116,22 +116,22 @@ class Optimizer(torch.optim.Optimizer):
         clip = {} if max_grad_norm is None else {"max_grad_norm": max_grad_norm}
         self.kinds = dict(kinds or {})
         super().__init__(named_groups(params), {**spec.resolve(), **clip})
-        self.spec = self.homes.spec = spec.for_names([name for name, _, _ in self.params.entries()])
+        self.spec = self.placement_stores.spec = spec.for_names([name for name, _, _ in self.params.entries()])
         if spec.is_mixed:
             check_assigned(list(self.params.entries()), self.spec, self.kinds, is_named(self.param_groups))
         self._go_on_together()
-        self.homes.expect(
+        self.placement_stores.expect(
             lambda: {one.layout.name: one.layout.lines(str(one.p.device))[1:] for one in self.params.resolved()}
         )
         warn_of_replacement()
 
     def _go_on_together(self) -> None:
         """Ranks that an earlier run left at different commits."""
-        if self.homes.durable is not None and self.partition.world_size > 1:
+        if self.placement_stores.durable is not None and self.partition.world_size > 1:
             try:
-                go_on_together(self.homes, self.partition, self.process_group)
+                go_on_together(self.placement_stores, self.partition, self.process_group)
             except BaseException:
-                self.homes.close()
+                self.placement_stores.close()
                 raise
 
     def _make(self, setup: Setup) -> None:
@@ -326,7 +326,7 @@ class Optimizer(torch.optim.Optimizer):
         process has locked for it. State can still be read."""
         from memopt.checkpoint.io import lock
 
-        self.homes.close()
+        self.placement_stores.close()
         lock.release(id(self))
 
     # Saving and loading ----------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ class Optimizer(torch.optim.Optimizer):
             raise TypeError(
                 "an optimizer of DeepSpeed's vectors cannot be pickled or copied; use the engine's save_checkpoint"
             )
-        if not self.homes.copyable:
+        if not self.placement_stores.copyable:
             raise TypeError(
                 "an optimizer with a directory cannot be pickled or copied, two would write there; use state_dict()"
             )

@@ -90,7 +90,7 @@ def device(monkeypatch):
     from tests.helpers import simulated
     from tests.helpers.offloading import EVEN
 
-    made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
+    made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(EVEN))
     monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
     return made
 
@@ -103,7 +103,7 @@ def either(monkeypatch, request):
     from tests.helpers.offloading import EVEN
 
     made = (
-        simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
+        simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(EVEN))
         if request.param == "clock"
         else simulated.ThreadedBus()
     )

@@ -134,7 +134,7 @@ def tier(line: Line) -> str:
 
 def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     """Elements of a parameter that are stepped at once where its state is streamed."""
-    from memopt.layout.chunks import lease_rows, target_of
+    from memopt.layout.chunks import chunk_rows, target_of
     from memopt.layout.param import resolve
     from memopt.placements import workspaces as w
     from memopt.placements.stores.by_placement import held
@@ -143,7 +143,7 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     placement = spec.for_parameter(name)[1]
     most, target = {"host": (w.HOST_MOST, w.HOST_TARGET), "disk": (w.DISK_MOST, w.DISK_TARGET)}[placement]
     workspace = of_placement(spec.options, placement)["workspace"]
-    step = lease_rows(
+    step = chunk_rows(
         *held(resolve(spec, spec.hyper_for(name, rows.shape), name, 0, rows, dtype))[:3],
         target_of(workspace, target, most),
     )

@@ -125,7 +125,7 @@ class Plan:
             for key, t in state.items()
         }
         same = there == {line.key: (line.dtype, line.shape) for line in lines}
-        if not same or not self._optimizer.homes.of(slot.name).rewritable:
+        if not same or not self._optimizer.placement_stores.of(slot.name).rewritable:
             state.clear()
             state.update(slot.allocate())
         else:

@@ -42,7 +42,7 @@ def explain(optimizer: OptimizerParts) -> str:
         path = optimizer.engine.slow_path(layout, p, ranks, cut_row)
         if path:
             slow.setdefault(path, []).append(name)
-        place = optimizer.homes.of(name).explain(p.device)
+        place = optimizer.placement_stores.of(name).explain(p.device)
         places[place, spec.for_parameter(name)[1]] = places.get((place, spec.for_parameter(name)[1]), 0) + 1
     rows += [("placement", f"{name}: {text} ({count} parameters)") for (text, name), count in places.items()]
     partition = optimizer.partition

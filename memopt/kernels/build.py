@@ -183,7 +183,7 @@ def cache_root() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     root = Path(base) / "memopt"
-    if root.is_absolute():  # a user without a home is "~"
+    if root.is_absolute():  # a user without a placement's store is "~"
         with suppress(OSError):
             own_directory(root)
             return root

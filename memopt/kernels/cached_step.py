@@ -107,7 +107,7 @@ class Plan(Known):
             places = [i for i in range(len(self.known)) if i not in missing]
             for first, stop in partition.buckets(parameters):
                 self._step(places[first], places[stop - 1] + 1)
-                partition.publish(parameters[first:stop])
+                partition.all_gather_begin(parameters[first:stop])
             partition.finish()
         self.pages.after(time.perf_counter() - start)
 

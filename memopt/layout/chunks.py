@@ -1,4 +1,4 @@
-"""How state is cut into leases: what is brought to the step at once. Arithmetic on layouts alone, without torch.
+"""How state is cut into chunks: what is brought to the step at once. Arithmetic on layouts alone, without torch.
 
 The state of a few rows of a parameter is, part by part, a run of bytes within the state of all its rows: parts are
 laid out along rows. So the same ledger lines that say how large the parts are also say where the rows stand in them,
@@ -50,8 +50,9 @@ class Held(NamedTuple):
     dtype: str = "float32"  # of the parameter
 
 
-class Setting(NamedTuple):
-    """What a home is made for: the options of its placement, the spec in words, and which rank of how many."""
+class StoreOptions(NamedTuple):
+    """What a placement's store is made for: the options of its placement, the spec in words, and which rank of how
+    many."""
 
     options: Mapping[str, Any]
     spec: str = ""
@@ -109,14 +110,14 @@ def _power_of_two_in(n: int) -> int:
 
 def pieces(name: str, rows: Rows, layout: Layout, whole: bool, target: int, align: int = PAGE) -> list[Piece]:
     """The pieces in which one parameter's state is leased, in order."""
-    step = lease_rows(rows, layout, whole, target)
+    step = chunk_rows(rows, layout, whole, target)
     if step is None:
         return [piece(name, rows, rows, layout, align)]
     cuts = range(rows.first, rows.stop, step)
     return [piece(name, rows, Rows(rows.shape, i, min(i + step, rows.stop)), layout) for i in cuts]
 
 
-def lease_rows(rows: Rows, layout: Layout, whole: bool, target: int) -> int | None:
+def chunk_rows(rows: Rows, layout: Layout, whole: bool, target: int) -> int | None:
     """Rows of a piece; None for all of them at once."""
     if whole or sum(room(line.nbytes) for line in layout(rows)) <= target or not divisible(rows, layout):
         return None
@@ -132,7 +133,7 @@ class Extent(NamedTuple):
 
 def extent(rows: Rows, layout: Layout, whole: bool, target: int) -> Extent:
     """The same as of :func:`pieces`, without making them."""
-    step = lease_rows(rows, layout, whole, target)
+    step = chunk_rows(rows, layout, whole, target)
     if step is None or step >= rows.count:
         nbytes = sum(-(-line.nbytes // PAGE) * PAGE for line in layout(rows))
         return Extent(nbytes, nbytes)
@@ -166,7 +167,7 @@ def buffers(found: Sequence[Extent], target: int, workspace: int, most: int) -> 
 
 
 def target_of(workspace: int, target: int, most: int) -> int:
-    """Bytes of a lease: ``target``, or less where the workspace is too small for ``most`` of them."""
+    """Bytes of a chunk: ``target``, or less where the workspace is too small for ``most`` of them."""
     return max(1, min(target, workspace // most))
 
 
@@ -177,16 +178,16 @@ class Sized(Protocol):
 
 def pack(found: "Iterable[T]", nbytes: int) -> "Iterator[list[T]]":
     """Pieces in order, as many at once as a buffer of ``nbytes`` holds."""
-    lease: list[T] = []
+    chunk: list[T] = []
     held = 0
     for one in found:
-        if lease and held + one.nbytes > nbytes:
-            yield lease
-            lease, held = [], 0
-        lease.append(one)
+        if chunk and held + one.nbytes > nbytes:
+            yield chunk
+            chunk, held = [], 0
+        chunk.append(one)
         held += one.nbytes
-    if lease:
-        yield lease
+    if chunk:
+        yield chunk
 
 
 T = TypeVar("T", bound=Sized)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from memopt.optim.state_store import StateStore
     from memopt.optim.step import Stepper
     from memopt.partitions import Partition
-    from memopt.placements.stores.by_placement import Homes
+    from memopt.placements.stores.by_placement import PlacementStores
     from memopt.rules import Rule
     from memopt.spec import OptimSpec
 
@@ -32,7 +32,7 @@ class OptimizerParts(Protocol):
     rule: Rule
     engine: Engine
     partition: Partition
-    homes: Homes
+    placement_stores: PlacementStores
     integrity: Integrity
     process_group: Any
     nonfinite: str

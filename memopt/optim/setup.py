@@ -10,7 +10,7 @@ from memopt.core.integrity import Integrity
 from memopt.engines import ENGINES, Engine
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements.gradients.checks import POLICIES
-from memopt.placements.stores.by_placement import Homes
+from memopt.placements.stores.by_placement import PlacementStores
 from memopt.rules import RULES, Rule
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Setup:
     rule: Rule
     engine: Engine
     partition: Partition
-    homes: Homes
+    placement_stores: PlacementStores
     #: A conversion that was stopped where the parameters done and the others are of two rules; its ``str`` says so.
     unfinished: Any
 
@@ -81,7 +81,7 @@ class Setup:
         self.engine = ENGINES[spec.engine]
         self.engine.require()
         self.partition = PARTITIONS[spec.partition](process_group)
-        self.homes = Homes(spec, self.partition.rank, self.partition.world_size)
+        self.placement_stores = PlacementStores(spec, self.partition.rank, self.partition.world_size)
         self.release: Releasing | None = None
         self.unfinished = None
 

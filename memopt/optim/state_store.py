@@ -18,7 +18,7 @@ from memopt.optim.column_shards import check_slab
 from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.params import Params, Resolved
 from memopt.partitions.dtensor import as_sharded
-from memopt.placements.base import Home
+from memopt.placements.base import PlacementStore
 from memopt.placements.stores.by_placement import held
 
 if TYPE_CHECKING:
@@ -54,10 +54,10 @@ class StateStore:
         state = self.state.get(p)
         if not state:
             return
-        home = self.setup.homes.of(layout.name)
+        placement_store = self.setup.placement_stores.of(layout.name)
         problem = layout.misfit(local, state)
         fits = problem is None and not is_plain(layout, state) and not lost_master(layout, state)
-        if fits and home.holds(layout.name, {key: state[key] for key in layout.tensors}):
+        if fits and placement_store.holds(layout.name, {key: state[key] for key in layout.tensors}):
             self._check_shape(layout.name, p, state)
             return
         partition = self.setup.partition
@@ -90,15 +90,15 @@ class StateStore:
         beside = stands(layout, state, values)
         step, *lines = layout.lines(str(p.device), self.setup.capturable)
         count = torch.full((), values.pop("step"), dtype=torch.float32, device=step.location)
-        home = self.setup.homes.of(layout.name)
-        if type(home) is Home:  # tensors that fit are the state, as in torch.optim
+        placement_store = self.setup.placement_stores.of(layout.name)
+        if type(placement_store) is PlacementStore:  # tensors that fit are the state, as in torch.optim
             dtypes = {line.key: getattr(torch, line.dtype) for line in lines}
             made = {key: x.detach().to(p.device, dtypes[key]).contiguous() for key, x in values.items()}
         else:
             # They may lie where there will be room.
             values = {key: x.clone() for key, x in values.items()}
             beside = {key: x.clone() if isinstance(x, Tensor) else x for key, x in beside.items()}
-            made = home.allocate(layout.name, lines, p.device)
+            made = placement_store.allocate(layout.name, lines, p.device)
             for key, x in values.items():
                 made[key].copy_(x)
         state.clear()
@@ -118,10 +118,10 @@ class StateStore:
         whole = setup.integrity.torn is None and setup.unfinished is None
         with setup.integrity.changing(what, restores=True):
             if not whole:
-                setup.homes.abandon()
+                setup.placement_stores.abandon()
                 setup.partition.abandon()
                 if setup.unfinished is not None:
-                    setup.unfinished.homes.replaced_by(setup.homes)
+                    setup.unfinished.placement_stores.replaced_by(setup.placement_stores)
                     setup.unfinished = None
                 self.state.clear()
             yield
@@ -133,7 +133,7 @@ class StateStore:
         if not anew:
             self.setup.check_whole()
         self.notice_replaced()
-        self.setup.partition.admit([(name, p) for name, p, _ in self.params.entries()], str(self.setup.spec))
+        self.setup.partition.validate_params([(name, p) for name, p, _ in self.params.entries()], str(self.setup.spec))
         wanted = [one for one in self.params.resolved() if one.p.requires_grad]
         if not anew:
             self.allocate_missing(wanted)
@@ -171,8 +171,11 @@ class StateStore:
 
         check_slab(layout, p, whole, len(self.setup.partition.groups(p)))
         step, *lines = layout.lines(str(p.device), self.setup.capturable)
-        name, home = layout.name, self.setup.homes.of(layout.name)
-        tensors, count = (None if fresh else home.survivor(name, lines)) or (home.allocate(name, lines, p.device), 0.0)
+        name, placement_store = layout.name, self.setup.placement_stores.of(layout.name)
+        tensors, count = (None if fresh else placement_store.restore(name, lines)) or (
+            placement_store.allocate(name, lines, p.device),
+            0.0,
+        )
         state = {step.key: torch.full((), count, dtype=torch.float32, device=step.location), **tensors}
         self.state[p] = state
         self._check_shape(name, p, state)
@@ -181,7 +184,7 @@ class StateStore:
     def to_overwrite(self, name: str, p: Tensor, h: Mapping[str, Any]) -> dict[str, Tensor]:
         """State that may be written over, none of its values being wanted any more."""
         layout = self.params.resolve(name, p, h)
-        there: dict[str, Tensor] | None = self.state.get(p) if self.setup.homes.of(name).rewritable else None
+        there: dict[str, Tensor] | None = self.state.get(p) if self.setup.placement_stores.of(name).rewritable else None
         if there and layout.misfit(self.setup.partition.local(p, layout.rows, p), there) is None:
             return there
         return self.allocate(Resolved(layout, p, dict(h)), fresh=True)
@@ -194,40 +197,42 @@ class StateStore:
 
     def flush(self) -> None:
         """Call after state changed outside ``step()``: allocates stream buffers and flushes persistent state."""
-        if self.setup.homes.elsewhere:
+        if self.setup.placement_stores.elsewhere:
             self.prepare()
             self.commit()
 
     def prepare(self, fresh: Iterable[Tensor] | None = None) -> None:
         """Allocate what stepping parameters that have state needs; with ``fresh``, for these besides the others."""
-        if self.setup.homes.elsewhere and fresh != []:
+        if self.setup.placement_stores.elsewhere and fresh != []:
             known = None if fresh is None else {id(p) for p in fresh}
             stepping = {
                 layout.name: (held(layout), p.device)
                 for layout, p, _ in self.params.resolved()
                 if self.state.get(p) and (known is None or id(p) in known)
             }
-            self.setup.homes.prepare(stepping, also=fresh is not None)
+            self.setup.placement_stores.prepare(stepping, also=fresh is not None)
 
     def watch(self) -> None:
         """Tell the placements of parameters and groups as they are now, and whose gradients may go elsewhere."""
-        release, homes = self.setup.release, self.setup.homes
+        release, placement_stores = self.setup.release, self.setup.placement_stores
         if release is not None:
             release.follow()
-        if homes.watches:
+        if placement_stores.watches:
             released = release.covers if release is not None else lambda p: False
             self._unshaped = [p for _, p, _ in self.params.entries() if not has_shape(p)]
-            homes.watch((layout.name, p, held(layout), not released(p)) for layout, p, _ in self.params.resolved())
+            placement_stores.watch(
+                (layout.name, p, held(layout), not released(p)) for layout, p, _ in self.params.resolved()
+            )
 
     def commit(self) -> None:
         """What outlives the process is the state of now."""
-        if not self.setup.homes.elsewhere:
+        if not self.setup.placement_stores.elsewhere:
             return
         states = {name: self.state[p] for name, p, _ in self.params.entries() if self.state.get(p)}
         failed: OSError | None = None
         with self.setup.integrity.changing("the commit of a step"):
             try:
-                self.setup.homes.commit(states)
+                self.setup.placement_stores.commit(states)
             except OSError as error:  # in this process the state is whole, and the next commit may succeed
                 failed = error
         if failed is not None:
@@ -237,7 +242,7 @@ class StateStore:
         """See :meth:`memopt.Optimizer.ledger`."""
         lines, setup = [], self.setup
         for name, p, group in self.params.entries():
-            rule, placement = setup.spec.rule_of(group), setup.homes.of(name).placement
+            rule, placement = setup.spec.rule_of(group), setup.placement_stores.of(name).placement
             for key, tensor in self.state.get(p, {}).items():
                 if not isinstance(tensor, Tensor):  # a number of the user's own
                     continue
@@ -246,4 +251,4 @@ class StateStore:
                 where = str(tensor.device) if own else placement.location(str(p.device))
                 nbytes = tensor.numel() * tensor.element_size()
                 lines.append(Line(name, moment, part, dtype_name(tensor), tuple(tensor.shape), nbytes, where))
-        return Ledger([*lines, *setup.engine.shared_lines(lines), *setup.homes.workspace()])
+        return Ledger([*lines, *setup.engine.shared_lines(lines), *setup.placement_stores.workspace()])

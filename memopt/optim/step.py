@@ -75,7 +75,7 @@ class Stepper:
         if setup.release is None and self._run_cached(scaler):  # the tensors of the last step, with new gradients
             return
         self.store.notice_replaced()
-        with setup.partition.at_step(groups):
+        with setup.partition.step_context(groups):
             with self._released():
                 gradients, ready = self._collect_gradients()
                 scales = self._look(scaler, gradients, ready)
@@ -131,7 +131,7 @@ class Stepper:
         # A step without any gradient leaves the plan, which counts, to the next one; what a release leaves over is
         # another every time.
         if works and self.setup.release is None:
-            where = self.setup.homes.in_place
+            where = self.setup.placement_stores.in_place
             originals = {i: p for i, _, p, _ in self.params.numbered()}
             plannable = self.setup.partition.plannable
             context = self._context(scaler)
@@ -200,12 +200,12 @@ class Stepper:
         """What has a gradient, checked: the gradients as they are here, and what is stepped here."""
         setup = self.setup
         everything = list(self.params.numbered())
-        setup.partition.admit([(name, p) for _, name, p, _ in everything], str(setup.spec))
+        setup.partition.validate_params([(name, p) for _, name, p, _ in everything], str(setup.spec))
         entries = [one for one in everything if one[2].grad is not None]
         if setup.spec.options.get("offload_gradients") is True and setup.release is None:
-            setup.homes.settle()
+            setup.placement_stores.settle()
             for _, name, p, _ in entries:
-                setup.homes.of(name).bring(name, p)
+                setup.placement_stores.of(name).bring(name, p)
         layouts = self.params.layouts_of(entries)
         gradients, ready = [], []
         for (_, name, p, group), layout in zip(entries, layouts, strict=True):
@@ -250,7 +250,7 @@ class Stepper:
         """Step what :meth:`check` has found to fit, the gradients of each group multiplied by its number."""
         setup = self.setup
         setup.check_whole()
-        setup.homes.check()
+        setup.placement_stores.check()
         self.store.allocate_missing([Resolved(*one[:3]) for one in ready])
         works = [self._work(one, scales.get(id(one.group), 1.0)) for one in ready]
         parameters = [one.p for one in ready]
@@ -260,9 +260,9 @@ class Stepper:
 
         with setup.integrity.changing("a step"):  # whatever can be refused has been refused before
             for first, stop in setup.partition.buckets(parameters):  # one travels while the next is stepped
-                setup.homes.step(setup.partition.gather(works[first:stop]), run)
+                setup.placement_stores.step(setup.partition.gather(works[first:stop]), run)
                 count_steps(works[first:stop])
-                setup.partition.publish(parameters[first:stop])
+                setup.partition.all_gather_begin(parameters[first:stop])
             setup.partition.finish()
         increment_version(parameters)
         for work in works:

@@ -62,7 +62,7 @@ class Partition(ABC):
                 yield name, p, group
             index += len(group["params"])
 
-    def at_step(self, groups: Sequence[Mapping[str, Any]]) -> AbstractContextManager[object]:
+    def step_context(self, groups: Sequence[Mapping[str, Any]]) -> AbstractContextManager[object]:
         """Around a step of these groups."""
         return nullcontext()
 
@@ -77,7 +77,7 @@ class Partition(ABC):
     def refuse_conversion(self, spec: OptimSpec, needs_shapes: str | None) -> None:  # noqa: B027
         """Raise SpecError where ``convert_`` cannot go to this spec of the same partition."""
 
-    def admit(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
+    def validate_params(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
         """Raise RuntimeError for parameters that are not as this partition (the one of ``spec``) takes them. A
         partition of replicated parameters takes no DTensors."""
         from memopt.partitions.dtensor import is_dtensor
@@ -153,7 +153,7 @@ class Partition(ABC):
         """These works, one of :meth:`buckets`, with what other ranks have of their rows."""
         return works
 
-    def publish(self, parameters: Sequence[Tensor]) -> None:  # noqa: B027  # most have nothing to do
+    def all_gather_begin(self, parameters: Sequence[Tensor]) -> None:  # noqa: B027  # most have nothing to do
         """Begin to bring every rank's updated rows of these parameters, one of :meth:`buckets`, to all ranks."""
 
     def finish(self) -> None:  # noqa: B027

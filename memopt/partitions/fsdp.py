@@ -39,7 +39,7 @@ class Sharded(Partition):
     def declines(shape: Shape) -> str | None:
         return "a vector that is cut between any two elements" if len(shape) == 1 else None
 
-    def admit(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
+    def validate_params(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
         parameters = list(parameters)
         if self.world_size > 1 and parameters and not any(is_dtensor(p) for _, p in parameters):
             replicated = f"{spec.partition('/')[0]}/zero1"

@@ -53,7 +53,7 @@ class Zero1(Partition):
         kinds = [(p.dtype, p.device) for p in parameters]
         return buckets([p.numel() * p.element_size() for p in parameters], kinds)
 
-    def publish(self, parameters: Sequence[Tensor]) -> None:
+    def all_gather_begin(self, parameters: Sequence[Tensor]) -> None:
         if self.world_size > 1 and parameters:
             if len(self._travelling) == IN_FLIGHT:
                 self._travelling.pop(0).arrive()

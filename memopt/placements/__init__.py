@@ -2,8 +2,8 @@
 
 from memopt.core import registry
 from memopt.core.registry import Axis
-from memopt.placements.base import Home, Placement
+from memopt.placements.base import Placement, PlacementStore
 
 PLACEMENTS: Axis[Placement] = registry.PLACEMENTS
 
-__all__ = ["PLACEMENTS", "Home", "Placement"]
+__all__ = ["PLACEMENTS", "Placement", "PlacementStore"]

@@ -91,7 +91,7 @@ class Arena:
 
     def write(self, view: memoryview, offset: int) -> None:
         """Bytes at any offset, from memory that stands in its page as the offset in its own. Pages that are not written
-        whole go through the cache: those beside them may be another lease's."""
+        whole go through the cache: those beside them may be another chunk's."""
         end = offset + len(view)
         first, last = -(-offset // PAGE) * PAGE, end // PAGE * PAGE
         if self._direct is None or first >= last:

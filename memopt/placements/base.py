@@ -1,4 +1,5 @@
-"""What a placement is, and the home it gives the state of one optimizer: where parts are allocated, and the lease that
+"""What a placement is, and the placement's store it gives the state of one optimizer: where parts are allocated, and
+the chunk that
 brings them to where the step runs and writes them back."""
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, Setting
+from memopt.layout.chunks import Held, StoreOptions
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 Run = Callable[[Sequence["Work"]], None]
 E = TypeVar("E")
 #: Of one parameter: its state without ``step``, and how often it has stepped.
-Survivor = tuple[dict[str, "Tensor"], float]
+Restored = tuple[dict[str, "Tensor"], float]
 
 
 class Placement(ABC):
@@ -39,15 +40,15 @@ class Placement(ABC):
         """What the ledger says of state whose parameter is on ``device``."""
 
     @abstractmethod
-    def home(self, setting: Setting) -> Home:
-        """A home for one optimizer's state."""
+    def placement_store(self, store_options: StoreOptions) -> PlacementStore:
+        """A placement's store for one optimizer's state."""
 
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
         """What is allocated besides the state while these parameters on ``device`` are stepped, and stays."""
         return []
 
 
-class Home:
+class PlacementStore:
     """Where an optimizer keeps the state of one placement. This one: memory, and stepped as it lies."""
 
     #: Whether state that exists may be overwritten where it lies. Else it is allocated anew and :meth:`commit` follows.
@@ -72,10 +73,10 @@ class Home:
         return {line.key: torch.zeros(line.shape, dtype=getattr(torch, line.dtype), device=device) for line in lines}
 
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
-        """Whether these tensors are what this home knows as the state of the parameter, if it knows parameters."""
+        """Whether these tensors are what this store knows as the state of the parameter, if it knows parameters."""
         return True
 
-    def survivor(self, name: str, lines: Sequence[Line]) -> Survivor | None:
+    def restore(self, name: str, lines: Sequence[Line]) -> Restored | None:
         """The state of this parameter that an earlier process left, once."""
         return None
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line, TensorSpec
-from memopt.layout.chunks import Held, Setting, buffers, extents, target_of
-from memopt.placements.base import Home, Placement
+from memopt.layout.chunks import Held, StoreOptions, buffers, extents, target_of
+from memopt.placements.base import Placement, PlacementStore
 from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
 
 
@@ -33,10 +33,10 @@ class Cpu(Placement):
     def location(self, device: str) -> str:
         return "cpu"
 
-    def home(self, setting: Setting) -> Home:
+    def placement_store(self, store_options: StoreOptions) -> PlacementStore:
         from memopt.placements.stores.cpu import Offloaded
 
-        return Offloaded(self, setting)
+        return Offloaded(self, store_options)
 
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
         if device == "cpu":

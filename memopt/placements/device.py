@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import final
 
-from memopt.layout.chunks import Setting
-from memopt.placements.base import Home, Placement
+from memopt.layout.chunks import StoreOptions
+from memopt.placements.base import Placement, PlacementStore
 
 
 @final
@@ -18,5 +18,5 @@ class Device(Placement):
     def location(self, device: str) -> str:
         return device
 
-    def home(self, setting: Setting) -> Home:
-        return Home(self)
+    def placement_store(self, store_options: StoreOptions) -> PlacementStore:
+        return PlacementStore(self)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, Setting, buffers, extents, target_of
-from memopt.placements.base import Home, Placement
+from memopt.layout.chunks import Held, StoreOptions, buffers, extents, target_of
+from memopt.placements.base import Placement, PlacementStore
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
 
@@ -29,10 +29,10 @@ class Disk(Placement):
     def location(self, device: str) -> str:
         return "disk"
 
-    def home(self, setting: Setting) -> Home:
+    def placement_store(self, store_options: StoreOptions) -> PlacementStore:
         from memopt.placements.stores.disk import Files
 
-        return Files(self, setting)
+        return Files(self, store_options)
 
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
         target = target_of(options["workspace"], DISK_TARGET, DISK_MOST)

@@ -6,16 +6,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, Setting, buffers, extents, target_of
-from memopt.placements.base import Home, Placement
+from memopt.layout.chunks import Held, StoreOptions, buffers, extents, target_of
+from memopt.placements.base import Placement, PlacementStore
 from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
 
 
 @final
 class Host(Placement):
     """State in host memory; the step runs on the parameter's device, through which the state is streamed: copy in, step
-    and copy out of different leases happen at once. ``workspace`` bounds the device memory this takes. Rules that need
-    statistics of a whole tensor lease whole parameters: then the bound is the largest one's state, if that is more.
+    and copy out of different chunks happen at once. ``workspace`` bounds the device memory this takes. Rules that need
+    statistics of a whole tensor chunk whole parameters: then the bound is the largest one's state, if that is more.
 
     Parameters in host memory are stepped where their state is: nothing is copied, as with ``device``.
     """
@@ -27,10 +27,10 @@ class Host(Placement):
     def location(self, device: str) -> str:
         return "cpu" if device == "cpu" else "pinned"
 
-    def home(self, setting: Setting) -> Home:
+    def placement_store(self, store_options: StoreOptions) -> PlacementStore:
         from memopt.placements.stores.host import Pinned
 
-        return Pinned(self, setting)
+        return Pinned(self, store_options)
 
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
         if device == "cpu":

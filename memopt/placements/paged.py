@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, Setting, buffers, extents, target_of
-from memopt.placements.base import Home, Placement
+from memopt.layout.chunks import Held, StoreOptions, buffers, extents, target_of
+from memopt.placements.base import Placement, PlacementStore
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, window
 
 
@@ -31,10 +31,10 @@ class Paged(Placement):
     def location(self, device: str) -> str:
         return f"paged:{device}"
 
-    def home(self, setting: Setting) -> Home:
+    def placement_store(self, store_options: StoreOptions) -> PlacementStore:
         from memopt.placements.stores.paged import Mapped
 
-        return Mapped(self, setting)
+        return Mapped(self, store_options)
 
     def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
         if options["resident"] is None or device != "cpu":

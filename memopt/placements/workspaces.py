@@ -6,13 +6,13 @@ from typing import Any
 from memopt.core.ledger import Line, TensorSpec
 from memopt.core.rows import Rows
 from memopt.layout.chunks import Buffers, Held, divisible
-from memopt.spec.placement_options import EARLY
+from memopt.spec.placement_options import PREFETCH
 
-#: Bytes of a lease and the number of its buffers: enough that reading, stepping and writing never wait for each other.
+#: Bytes of a chunk and the number of its buffers: enough that reading, stepping and writing never wait for each other.
 DISK_TARGET, DISK_MOST = 16 * 2**20, 6
-#: Bytes of a lease and the number of its buffers: one is filled, one stepped, one emptied; the fourth evens them out.
+#: Bytes of a chunk and the number of its buffers: one is filled, one stepped, one emptied; the fourth evens them out.
 HOST_TARGET, HOST_MOST = 64 * 2**20, 4
-#: Bytes of a lease and the number of its buffers: one comes down, one is stepped, one goes up.
+#: Bytes of a chunk and the number of its buffers: one comes down, one is stepped, one goes up.
 CPU_TARGET, CPU_MOST = 64 * 2**20, 4
 #: Elements of a gradient that have a constant each when its bits are looked at, and elements that are at once.
 WIDTH, AT_ONCE = 2**16, 2**20
@@ -53,7 +53,7 @@ def staging(held: Held, gradient_is_there: bool) -> Held:
 
 def looking(numel: int, options: Mapping[str, Any]) -> int:
     """Bytes of the card that it takes for a moment to look at the bits of a gradient of so many elements."""
-    return 16 * min(numel, AT_ONCE) + 8 * min(numel, WIDTH) if options["offload_gradients"] == EARLY else 0
+    return 16 * min(numel, AT_ONCE) + 8 * min(numel, WIDTH) if options["offload_gradients"] == PREFETCH else 0
 
 
 def gradient_line(nbytes: int) -> list[Line]:

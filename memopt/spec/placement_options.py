@@ -40,13 +40,13 @@ def _path(value: Any, what: str) -> str:
 
 
 def _gradients(value: Any, what: str) -> Any:
-    if not isinstance(value, bool) and value != EARLY:
-        raise SpecError(f"{what}={value!r} is not allowed; it is True, False or {EARLY!r}")
+    if not isinstance(value, bool) and value != PREFETCH:
+        raise SpecError(f"{what}={value!r} is not allowed; it is True, False or {PREFETCH!r}")
     return value
 
 
 #: Gradients are copied to the host as they become ready, and stay on the device.
-EARLY = "early"
+PREFETCH = "early"
 #: The smallest workspace or limit that can be asked for.
 MIN_SIZE = 2**20
 #: Host or device memory that state is streamed through, unless it is said.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memopt.core.hyperparameters import CLIP_EPS, SpecError
 from memopt.placements.gradients.checks import clip_factor, look, note_finite
-from memopt.placements.gradients.host_grad import Away
+from memopt.placements.gradients.host_grad import HostGradient
 from memopt.placements.gradients.prefetch import scaled
 
 
@@ -202,7 +202,7 @@ def _parameters(what: Any) -> Iterable[Any]:
 
 def _cut(g: Tensor) -> tuple[Any, tuple[int, ...]] | None:
     """The mesh and those of its dimensions along which ``g`` is cut; None for one that is whole here."""
-    if type(g) is Tensor or isinstance(g, Away):
+    if type(g) is Tensor or isinstance(g, HostGradient):
         return None
     from torch.distributed.tensor import DTensor
 
@@ -218,7 +218,7 @@ def local_part(g: Tensor) -> Tensor:
     """The part that is here, as a view; of a gradient that is in host memory, that."""
     if type(g) is Tensor:
         return g
-    if isinstance(g, Away):
+    if isinstance(g, HostGradient):
         return g.on_host()
     from torch.distributed.tensor import DTensor
 

@@ -78,7 +78,7 @@ class Release:
         if self._setup.release is self:
             self._setup.release = None
             self._stepper.store.watch()
-            self._setup.homes.settle()
+            self._setup.placement_stores.settle()
 
     def covers(self, p: Tensor) -> bool:
         return p in self._hooks
@@ -87,7 +87,7 @@ class Release:
         """The end of a step; called by ``optimizer.step()``. ``counted``: it was skipped for a gradient that was not
         released, and has been counted as skipped."""
         try:
-            self._setup.homes.settle()  # what steps beside backward() has stepped
+            self._setup.placement_stores.settle()  # what steps beside backward() has stepped
         except BaseException:
             self._begin()
             raise
@@ -127,7 +127,7 @@ class Release:
         name = self._entries[id(p)][1]
         check_gradient(name, p)
         _refuse_replica(name, p)
-        self._setup.partition.admit([(name, p)], str(self._setup.spec))
+        self._setup.partition.validate_params([(name, p)], str(self._setup.spec))
         count = self._passes[id(p)] = self._passes.get(id(p), 0) + 1
         passes = 1 if self.max_norm is None else 2
         if count > passes:
@@ -156,7 +156,7 @@ class Release:
                 p.grad.mul_(clip_factor(self.norm, self.max_norm))
         index, name, group = self._entries[id(p)]
         entry = index, name, p, group
-        if not setup.homes.of(name).aside(name, p, entry, self._step_those):
+        if not setup.placement_stores.of(name).aside(name, p, entry, self._step_those):
             [layout] = stepper.params.layouts_of([entry])
             self._step_those([(entry, stepper.own(layout, p, stepper.local_gradient(layout, p)))])
 

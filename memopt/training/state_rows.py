@@ -102,7 +102,7 @@ def reset_state(
 
 def _slot(optimizer: OptimizerParts, p: Tensor) -> Slot:
     optimizer.setup.check_whole()
-    optimizer.homes.check()
+    optimizer.placement_stores.check()
     for q, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition):
         if q is p:
             return slot

@@ -54,7 +54,7 @@ def test_figures_are_the_live_ledger(run, monkeypatch, tmp_path, on_disk, spec, 
     code, out, err = run("estimate", on_disk, "--json", "--optim", "adamw-4bit", spec, *flags)
     assert (code, err) == (0, "")
     form = json.loads(out)
-    made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(EVEN))
+    made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(EVEN))
     monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
     model = odd_model()
     opt = memopt.create(model, spec, **options)

@@ -170,7 +170,7 @@ def live_nbytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of every tensor in ``optimizer.state`` and of the buffers that it streams through, counted without the
     ledger."""
     tensors = [t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
-    tensors += [t for home in getattr(optimizer, "homes", ()) for t in home.tensors()]
+    tensors += [t for placement_store in getattr(optimizer, "placement_stores", ()) for t in placement_store.tensors()]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -60,5 +60,5 @@ def early_twins(spec="adamw@cpu", make=narrow, **options):
 
 def counts(opt):
     """Copies that were made before the last step, and that it used."""
-    early = opt.homes.of("")._early
+    early = opt.placement_stores.of("")._prefetch
     return early.made, early.used

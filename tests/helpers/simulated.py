@@ -121,7 +121,7 @@ class Part:
             op.result()
 
 
-class Bus:
+class DeviceTransfer:
     """The memory of the simulated device is ordinary memory, filled with rubbish where it is fresh. Each call of
     ``lanes`` begins a clock of its own, unless ``clock`` is given: then the device computes on its lane ``backward``,
     which whoever drives it submits, and everything is on one time line."""
@@ -148,23 +148,23 @@ class Bus:
         self.runs.append(Lanes(self._costs))
         return self.runs[-1]
 
-    def arrivals(self):
+    def gradient_offload(self):
         if self.clock is None:
             self.clock = Lanes(self._costs)
         return Part(self.clock, self.clock.free.get("backward", 0.0))
 
     def apart(self):
         assert self.clock is not None
-        bus, part = self, Part(self.clock, 0.0, thread=True)
+        transfer, part = self, Part(self.clock, 0.0, thread=True)
 
         class Thread:
             def submit(self, lane, run, after, nbytes):
                 def inside() -> None:
-                    bus._inside = True
+                    transfer._inside = True
                     try:
                         run()
                     finally:
-                        bus._inside = False
+                        transfer._inside = False
 
                 return part.submit(lane, inside, after, nbytes)
 
@@ -190,7 +190,7 @@ class ThreadedBus:
     def lanes(self):
         return Copying(self._copiers)
 
-    def arrivals(self):
+    def gradient_offload(self):
         return Copying({"down": self._copiers["arriving"]})
 
     def apart(self):

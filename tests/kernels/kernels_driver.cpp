@@ -8,7 +8,7 @@
 #include <cstring>
 #include <vector>
 
-#include "../memopt/kernels/src/abi.h"
+#include "../../memopt/kernels/src/abi.h"
 
 using namespace memopt;
 

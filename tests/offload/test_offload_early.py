@@ -114,7 +114,7 @@ def test_a_full_device_goes_on_without_copies(device, monkeypatch):
         o.zero_grad()
         m(2).backward()
         if o is opt:
-            opt.homes.of("")._early._wait()
+            opt.placement_stores.of("")._prefetch._wait()
             monkeypatch.setattr(prefetch, "fingerprint", full)
         o.step()
         train(m, o, 3, 2)
@@ -125,7 +125,7 @@ def test_a_full_device_goes_on_without_copies(device, monkeypatch):
 def test_optimizers_and_models_that_nobody_refers_to_are_gone(device):
     (model, opt), _ = early_twins()
     train(model, opt, 0, 3)
-    gone = weakref.ref(opt.homes.of("")), weakref.ref(opt), weakref.ref(model.layers[0].weight)
+    gone = weakref.ref(opt.placement_stores.of("")), weakref.ref(opt), weakref.ref(model.layers[0].weight)
     del opt
     model(5).backward()
     gc.collect()
@@ -139,5 +139,5 @@ def test_optimizers_and_models_that_nobody_refers_to_are_gone(device):
 def test_gradients_come_down_in_the_step_unless_something_else_is_asked_for(spec):
     """No card has shown yet that copies in ``backward()`` gain."""
     opt = memopt.create(odd_model(), spec)
-    assert not opt.homes.watches
-    assert opt.homes.of("")._early is None
+    assert not opt.placement_stores.watches
+    assert opt.placement_stores.of("")._prefetch is None

@@ -37,7 +37,7 @@ def test_copies_in_backward_change_nothing(spec, workspace, between):
     reference = trained(spec, between, offload_gradients=False)
     model, opt = trained(spec, between, workspace=workspace, offload_gradients="early")
     assert_same((model, opt), reference)
-    early = opt.homes.of("")._early
+    early = opt.placement_stores.of("")._prefetch
     assert early.made > 0 or between is halved
     assert early.stopped is None
     assert opt.ledger() == memopt.price(model, opt.spec, device="cuda:0")

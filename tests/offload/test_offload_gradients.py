@@ -15,8 +15,8 @@ from torch import nn
 import memopt
 from estimators import estimate
 from memopt.core.hyperparameters import SpecError
-from memopt.placements.gradients.host_grad import Away
-from memopt.placements.transfer import device as bus
+from memopt.placements.gradients.host_grad import HostGradient
+from memopt.placements.transfer import device as transfer
 from tests.helpers import simulated
 from tests.helpers.cases import HYPER, assert_same_bits, live_nbytes, odd_model, train
 from tests.helpers.offloading import OPTIONS, SPECS, Deep, twins
@@ -29,7 +29,7 @@ def test_parameters_and_state_are_those_of_device(either, spec):
     for pair in ((model, opt), twin):
         train(*pair, 0, 4)
     assert_same((model, opt), twin)
-    assert all(isinstance(p.grad, Away) for p in model.parameters())
+    assert all(isinstance(p.grad, HostGradient) for p in model.parameters())
     for p, q in zip(model.parameters(), twin[0].parameters(), strict=True):
         assert_same_bits(p.grad.on_host(), q.grad)
     predicted = memopt.price(model, spec, device="cuda", **HYPER.get(memopt.parse(spec).rule, {}), **OPTIONS)
@@ -51,12 +51,12 @@ def test_bf16_with_a_master_and_prices_in_bf16(device):
 def test_a_buffer_is_not_filled_again_before_what_is_in_it_is_added(monkeypatch):
     """Five gradients may be on the way, and there are four buffers."""
     made = simulated.ThreadedBus(beside=0.01)
-    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: made)
     (model, opt), twin = twins("adamw@cpu", lambda: Deep(width=224))
     for m, _ in ((model, opt), twin):
         for seed in range(3):
             m(seed).backward()
-    assert opt.homes.of("").buffers.number == 4
+    assert opt.placement_stores.of("").buffers.number == 4
     for p, q in zip(model.parameters(), twin[0].parameters(), strict=True):
         assert_same_bits(p.grad.on_host(), q.grad)
 

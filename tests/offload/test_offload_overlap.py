@@ -8,7 +8,7 @@ import torch
 
 import memopt
 from memopt.placements.gradients.offload import Arrival
-from memopt.placements.transfer import device as bus
+from memopt.placements.transfer import device as transfer
 from tests.helpers import simulated
 from tests.helpers.cases import train
 from tests.helpers.offloading import EVEN, Deep, early_twins, narrow, on_clock, twins
@@ -96,8 +96,8 @@ def test_gradients_leave_the_device_and_no_more_than_the_workspace_is_on_the_way
 
 def test_a_slow_bus_holds_backward_up_instead_of_filling_the_device(monkeypatch):
     costs = {**EVEN, "down": (3.0, 0.0)}
-    made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(costs))
-    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(costs))
+    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: made)
     pairs = twins("adamw@cpu", Deep)  # an optimizer that nobody refers to leaves gradients alone
     model = pairs[0][0]
     on_clock(made, model)
@@ -110,7 +110,8 @@ def test_a_slow_bus_holds_backward_up_instead_of_filling_the_device(monkeypatch)
 
 @pytest.mark.parametrize("how", TIMELINES)
 def test_copies_overlap_backward_and_the_step_begins_at_once(device, how):
-    """A second for each gradient and each step, and on the bus for each parameter or gradient; each of four buffers
+    """A second for each gradient and each step, and on the device transfer for each parameter or gradient; each of four
+    buffers
     holds one parameter and its gradient (docs/placements.md)."""
     (model, opt), _ = early_twins(workspace="1MiB", offload_gradients=how)
     train(model, opt, 0, 1)
@@ -124,13 +125,14 @@ def test_copies_overlap_backward_and_the_step_begins_at_once(device, how):
 
 @pytest.mark.parametrize("slow", [1.0, 4.0])
 def test_what_came_early_does_not_come_down_again(monkeypatch, slow):
-    """Copies that take as long as what they move: the step is shorter by all the time for which the bus carried
+    """Copies that take as long as what they move: the step is shorter by all the time for which the device transfer
+    carried
     gradients while backward() computed others."""
     ends = {}
     for how in (False, "early"):
         costs = {**EVEN, "down": (0.0, slow / 102_400), "up": (0.0, 1 / 102_400), "host": (0.25, 0.0)}
-        made = simulated.Bus(torch.device("cpu"), clock=simulated.Lanes(costs))
-        monkeypatch.setitem(bus.BUSES, "cpu", lambda where, made=made: made)
+        made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(costs))
+        monkeypatch.setitem(transfer.BUSES, "cpu", lambda where, made=made: made)
         (model, opt), _ = early_twins(offload_gradients=how)
         on_clock(made, model)
         train(model, opt, 0, 1)

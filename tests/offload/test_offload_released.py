@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import memopt
-from memopt.placements.gradients.host_grad import Away
+from memopt.placements.gradients.host_grad import HostGradient
 from memopt.placements.transfer import device
 from tests.helpers import simulated
 from tests.helpers.cases import assert_same_bits, odd_model, train
@@ -92,7 +92,9 @@ def test_released_those_that_have_come_are_stepped_together(monkeypatch, poisone
     monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
     (model, opt), twin = twins("adamw-8bit@cpu", Deep, workspace="8MiB")
     steps, real = [], opt.stepper.step_some
-    monkeypatch.setattr(opt.stepper, "step_some", lambda some: (steps.append(len(some)), real(some))[1])
+    monkeypatch.setattr(
+        opt.stepper, "step_some", lambda some, *scales: (steps.append(len(some)), real(some, *scales))[1]
+    )
     bad = [m.layers[3].weight for m in (model, twin[0])] if poisoned else []
     opt.release_gradients(model)
     twin[1].release_gradients(twin[0])
@@ -123,5 +125,5 @@ def test_released_with_a_norm_and_not_any_more(either):
     other.remove()
     for pair in ((model, opt), twin):
         train(*pair, 3, 1)
-    assert isinstance(model.layers[0].weight.grad, Away)
+    assert isinstance(model.layers[0].weight.grad, HostGradient)
     assert_same((model, opt), twin)

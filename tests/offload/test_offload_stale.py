@@ -75,7 +75,7 @@ def test_what_is_done_to_a_gradient_after_it_was_ready_is_what_is_stepped(either
 
     def between(m):
         if m is model and arrived:
-            opt.homes.of("")._early._wait()
+            opt.placement_stores.of("")._prefetch._wait()
         STALE[how](m)
 
     for m, o in ((model, opt), twin):
@@ -105,11 +105,11 @@ def test_clipping_that_has_nothing_to_clip_leaves_copies_what_they_are(either):
             o.zero_grad()
             (1e6 * m(seed)).backward()
             if o is opt:
-                opt.homes.of("")._early._wait()
+                opt.placement_stores.of("")._prefetch._wait()
             norm = float(grad_norm(m))
             before = [p.grad._version for p in m.parameters()]
             memopt.clip_grad_norm_(m, scale * norm)
-            assert [p.grad._version for p in m.parameters()] == [v + 1 for v in before]
+            assert [p.grad._version for p in m.parameters()] == before  # nothing was written
             if seed == 2:
                 m.layers[0].weight.grad.mul_(1.0)  # somebody else's is not excused
             o.step()

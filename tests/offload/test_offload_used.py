@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import memopt
-from memopt.placements.gradients.host_grad import Away
+from memopt.placements.gradients.host_grad import HostGradient
 from tests.helpers import simulated
 from tests.helpers.cases import assert_same_bits, train
 from tests.helpers.offloading import Deep, twins
@@ -28,7 +28,7 @@ def test_gradients_of_several_backward_passes_are_added_as_on_the_device(either,
     assert_same((model, opt), twin)
     for p, q in zip(model.parameters(), twin[0].parameters(), strict=True):
         assert_same_bits(p.grad.on_host(), q.grad)
-    if isinstance(either, simulated.Bus):
+    if isinstance(either, simulated.DeviceTransfer):
         assert len(either.clock.of("apart")) >= 3 * 2 * 8 * (2 if dtype is torch.float32 else 1)  # in pieces
 
 
@@ -118,7 +118,7 @@ def test_a_closure_schedules_save_load_copies(device):
     for m, o in copies:
         m.head.weight = m.embedding.weight
         train(m, o, 5, 2)
-        assert isinstance(m.vector.grad, Away)
+        assert isinstance(m.vector.grad, HostGradient)
         assert_same((m, o), twin)
 
 
@@ -151,7 +151,7 @@ def test_converted_between_backward_and_step_nothing_is_lost(either):
             if o is opt:
                 given = {k: v for k, v in options.items() if v is not None}
                 o.convert_(spec, **given)
-                assert not isinstance(m.vector.grad, Away), spec
+                assert not isinstance(m.vector.grad, HostGradient), spec
             o.step()
     assert_same((model, opt), twin)
 
@@ -162,13 +162,13 @@ def test_some_parameters(device):
     for pair in ((model, opt), twin):
         train(*pair, 0, 3)
     assert_same((model, opt), twin)
-    assert isinstance(model.wide.weight.grad, Away)
-    assert not isinstance(model.embedding.weight.grad, Away)
+    assert isinstance(model.wide.weight.grad, HostGradient)
+    assert not isinstance(model.embedding.weight.grad, HostGradient)
     memopt.clip_grad_norm_(opt, 1.0)
     opt.add_param_group({"params": [("more", nn.Parameter(torch.ones(4096)))]})
     p = opt.param_groups[1]["params"][0]
     p.square().sum().backward()
-    assert isinstance(p.grad, Away)
+    assert isinstance(p.grad, HostGradient)
     opt.step()
 
 

@@ -124,7 +124,7 @@ def test_damage_is_found_before_anything_is_used(tmp_path):
     model = odd_model()
     opt = memopt.create(model, "adamw@disk", directory=tmp_path)
     drive(model, opt, 0, 2)
-    entry = opt.homes.of("wide.weight").entries["wide.weight"]
+    entry = opt.placement_stores.of("wide.weight").entries["wide.weight"]
     begin = entry.begins[entry.copy]
     opt.close()
     path = next(tmp_path.glob("state-*"))

@@ -10,7 +10,7 @@ import memopt
 from memopt.cli import doctor
 from memopt.cli.output import places
 from memopt.placements.transfer import cuda
-from memopt.placements.transfer import device as bus
+from memopt.placements.transfer import device as transfer
 from tests.helpers import simulated
 from tests.helpers.cases import assert_same_bits, odd_model, train
 from tests.placements.test_placements import assert_same, drive
@@ -18,7 +18,7 @@ from tests.placements.test_placements import assert_same, drive
 PINNED = [("host", {}), ("cpu", {}), ("cpu", {"offload_gradients": True}), ("disk", {})]
 
 
-class Scarce(simulated.Bus):
+class Scarce(simulated.DeviceTransfer):
     """Pins ``left`` pieces of memory, and then fails as CUDA does."""
 
     left = 10**9
@@ -33,7 +33,7 @@ class Scarce(simulated.Bus):
 @pytest.fixture
 def scarce(monkeypatch):
     made = Scarce(torch.device("cpu"))
-    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: made)
     return made
 
 
@@ -181,7 +181,7 @@ def test_what_cuda_says_of_pinned_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: Runtime)
     monkeypatch.setattr(torch.cuda, "device", lambda d: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda d: types.SimpleNamespace())
-    made = cuda.CudaBus(torch.device("cuda", 0))
+    made = cuda.CudaTransfer(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match=r"cannot pin 5,000 bytes of host memory \(CUDA error 2\), and nothing was"):
         made.host(5000)
     code = 0

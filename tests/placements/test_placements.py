@@ -15,14 +15,14 @@ from memopt.layout import chunks
 from memopt.layout.param import resolve
 from memopt.placements import PLACEMENTS
 from memopt.placements.stores.by_placement import held
-from memopt.placements.transfer import device as bus
+from memopt.placements.transfer import device as transfer
 from memopt.placements.transfer.pipeline import Operation, stream
 from tests.helpers import simulated
 from tests.helpers.cases import ENDINGS, HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, odd_model
 
 STEPS = 50
 ELSEWHERE = [name for name in PLACEMENTS if name != "device"]
-#: Small enough that the odd model's matrices are cut into several leases.
+#: Small enough that the odd model's matrices are cut into several chunks.
 SMALL = {"disk": {"workspace": 2**20}, "paged": {"resident": 2**20}, "host": {"workspace": 2**20}, "cpu": {}}
 #: Every rule in every format, each with one placement, in turn. And a few with all of them.
 CASES = [(spec, ELSEWHERE[i % len(ELSEWHERE)]) for i, spec in enumerate(PLAIN_SPECS)]
@@ -93,8 +93,8 @@ def test_every_rule_and_format_in_every_place(monkeypatch, tmp_path, on_device, 
     for place in ELSEWHERE:
         against_device(spec, place, on_device, **SMALL[place])
     against_device(spec, "disk", on_device, directory=tmp_path, workspace="1MiB")
-    device = simulated.Bus(torch.device("cpu"))
-    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: device)
+    device = simulated.DeviceTransfer(torch.device("cpu"))
+    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: device)
     for place in ("host", "disk", "cpu"):
         against_device(spec, place, on_device, workspace="1MiB")
     against_device(spec, "cpu", on_device, workspace="1MiB", offload_gradients=True)
@@ -240,9 +240,9 @@ def test_a_slow_lane_is_never_idle():
 )
 def test_streaming_through_a_simulated_device(monkeypatch, on_device, spec, place, fetch, compute):
     """The state comes through the device's buffers, full of rubbish, in the order of the clock; the result is that of
-    ``device``, and while a lease is stepped others are on the bus."""
-    device = simulated.Bus(torch.device("cpu"))
-    monkeypatch.setitem(bus.BUSES, "cpu", lambda where: device)
+    ``device``, and while a chunk is stepped others are on the device transfer."""
+    device = simulated.DeviceTransfer(torch.device("cpu"))
+    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: device)
     model = odd_model()
     opt = memopt.create(model, f"{spec}@{place}", workspace="1MiB", **HYPER.get(memopt.parse(spec).rule, {}))
     drive(model, opt, 0, STEPS)

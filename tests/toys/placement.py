@@ -2,7 +2,7 @@
 
 from typing import final
 
-from memopt.placements.base import Home, Placement
+from memopt.placements.base import Placement, PlacementStore
 
 
 @final
@@ -15,5 +15,5 @@ class Elsewhere(Placement):
     def location(self, device):
         return f"toy:{device}"
 
-    def home(self, setting):
-        return Home(self)
+    def placement_store(self, store_options):
+        return PlacementStore(self)

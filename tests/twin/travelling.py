@@ -126,7 +126,7 @@ def state_dict_hooks(t: Twin, r: Random) -> None:
 def copied(t: Twin, r: Random) -> None:
     """A deepcopy or a pickle of model and optimizer together goes on."""
     pair = (t.ours.model, t.ours.opt)
-    if not t.ours.opt.homes.copyable:
+    if not t.ours.opt.placement_stores.copyable:
         t.refused(lambda: copy.deepcopy(pair), "directory")
         return
     if t.released is not None or t.watch is not None or t.ours.scheduler is not None:

@@ -14,7 +14,7 @@ from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
-from memopt.placements.stores.by_placement import Homes
+from memopt.placements.stores.by_placement import PlacementStores
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
 
@@ -69,7 +69,10 @@ class Converted:
 
     def _slots(self) -> Iterator[tuple[Slot, Record]]:
         """Every parameter that has state."""
-        index, homes = 0, Homes(self.spec.replace(placement="device", overrides={}, options={}), 0, 1)
+        index, placement_stores = (
+            0,
+            PlacementStores(self.spec.replace(placement="device", overrides={}, options={}), 0, 1),
+        )
         for group in self.groups:
             for name in group.names:
                 record = self.source.records[name]
@@ -86,7 +89,7 @@ class Converted:
                         seed,
                         lambda x: x,
                         record.dtype,
-                        homes,
+                        placement_stores,
                         encoding=self._encoding,
                     )
                     yield slot, record

@@ -21,7 +21,7 @@ from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.edits.regroup import regrouped
 from memopt.partitions import PARTITIONS, Partition
 from memopt.partitions.ranks import Ranks
-from memopt.placements.stores.by_placement import Homes
+from memopt.placements.stores.by_placement import PlacementStores
 from memopt.placements.stores.common_commit import go_on_together
 from memopt.pricing.price import spec_fields
 from memopt.rules import RULES
@@ -38,13 +38,13 @@ def slots(
     spec: OptimSpec,
     hypers: Groups,
     partition: Partition,
-    homes: Homes | None = None,
+    placement_stores: PlacementStores | None = None,
     dormant: Sequence[Iterable[str]] | None = None,
 ) -> Iterator[tuple[Tensor, Slot]]:
-    """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups', ``homes`` the
+    """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups', ``stores`` the
     optimizer's own unless others are given. ``dormant`` are the moments of each parameter that are switched off and
     have their place too, by default those that its state has."""
-    homes = homes or optimizer.homes
+    placement_stores = placement_stores or optimizer.placement_stores
     optimizer.settle()
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
     for index, (name, p, group) in enumerate(optimizer.params.entries()):
@@ -66,7 +66,7 @@ def slots(
                 optimizer.seed,
                 total,
                 dtype_name(p),
-                homes,
+                placement_stores,
                 partition.local(p, rows, p.detach()),
                 optimizer.capturable,
             ),
@@ -97,17 +97,17 @@ def convert_(
             change_of(work)(optimizer, work)
         except BaseException as error:
             if optimizer.unfinished is None:
-                work.homes.replaced_by(optimizer.homes)
+                work.placement_stores.replaced_by(optimizer.placement_stores)
             if work.between:
                 raise
             stopped = error
         else:
             try:
                 _commit(optimizer, work)
-                move(optimizer, work.homes)
+                move(optimizer, work.placement_stores)
             except BaseException as error:
                 _commit(optimizer, work)  # one spec, whose state is then made anew or loaded
-                optimizer.homes = work.homes
+                optimizer.placement_stores = work.placement_stores
                 if not isinstance(error, Exception):
                     raise
                 stopped = error  # all state is the new spec's: what has no room yet is asked for by the next step
@@ -144,32 +144,32 @@ def _planned_groups(
     old = optimizer.spec
     both = zip(optimizer.param_groups, rules, strict=True)
     hypers = [target_hyper(old, new, group, rule, given) for group, rule in both]
-    homes = Homes(new, partition.rank, partition.world_size, optimizer.homes)
+    placement_stores = PlacementStores(new, partition.rank, partition.world_size, optimizer.placement_stores)
     try:
-        _refuse_left(homes, optimizer, partition)
+        _refuse_left(placement_stores, optimizer, partition)
     except BaseException:
-        homes.replaced_by(optimizer.homes, empty=False)  # what somebody else left there stays
+        placement_stores.replaced_by(optimizer.placement_stores, empty=False)  # what somebody else left there stays
         raise
     before = list(slots(optimizer, old, optimizer.param_groups, optimizer.partition))
-    after = [slot for _, slot in slots(optimizer, new, hypers, partition, homes)]
+    after = [slot for _, slot in slots(optimizer, new, hypers, partition, placement_stores)]
     todo = [(p, here, there) for (p, here), there in zip(before, after, strict=True) if optimizer.state.get(p)]
     try:
         _check(optimizer, before, after, fill)
     except BaseException:
-        homes.replaced_by(optimizer.homes)
+        placement_stores.replaced_by(optimizer.placement_stores)
         raise
     together = max(optimizer.partition.world_size, partition.world_size) > 1
     ranks = Ranks(optimizer.process_group, "convert_") if together else None
     report = Conversion(spelled(old), spelled(new))
-    return Work(old, new, given, fill, hypers, partition, homes, after, todo, report, ranks)
+    return Work(old, new, given, fill, hypers, partition, placement_stores, after, todo, report, ranks)
 
 
-def _refuse_left(homes: Homes, optimizer: OptimizerParts, partition: Partition) -> None:
+def _refuse_left(placement_stores: PlacementStores, optimizer: OptimizerParts, partition: Partition) -> None:
     """Raise ValueError, on every rank, for a directory that holds the state of an earlier run."""
-    directory = homes.durable
-    if directory is None or directory is optimizer.homes.durable:
+    directory = placement_stores.durable
+    if directory is None or directory is optimizer.placement_stores.durable:
         return
-    go_on_together(homes, partition, optimizer.process_group)
+    go_on_together(placement_stores, partition, optimizer.process_group)
     if directory.pending:
         raise ValueError(
             f"disk: {directory.path} holds the state of an earlier run, of {next(iter(directory.pending))} and others; "

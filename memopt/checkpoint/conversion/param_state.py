@@ -23,7 +23,7 @@ from memopt.core.rows import Rows, Shape
 from memopt.formats import Shard
 from memopt.layout.param import resolve
 from memopt.masters import Master, master_of
-from memopt.placements.stores.by_placement import Homes
+from memopt.placements.stores.by_placement import PlacementStores
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
 
@@ -52,7 +52,7 @@ class Slot(NamedTuple):
     seed: int
     total: Callable[[Tensor], Tensor]
     dtype: str
-    homes: Homes
+    placement_stores: PlacementStores
     parameter: Tensor | None = None  # these rows of it, where it is at hand
     capturable: bool = False  # the optimizer's: its number of steps is on the device
     encoding: Encoding = OURS
@@ -91,7 +91,7 @@ class Slot(NamedTuple):
         """Zeroed state where the placement says."""
         step, *lines = self.lines()
         counter = torch.zeros((), dtype=torch.float32, device=step.location)
-        return {step.key: counter, **self.homes.of(self.name).allocate(self.name, lines, self.device)}
+        return {step.key: counter, **self.placement_stores.of(self.name).allocate(self.name, lines, self.device)}
 
     def completed(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state with what is not there yet, of a moment that was switched on: it begins at zero."""

@@ -20,8 +20,8 @@ from memopt.layout.replaced_state import own_entries
 from memopt.partitions import Partition
 from memopt.partitions.ranks import Ranks
 from memopt.partitions.zero1 import Zero1
-from memopt.placements.base import Home
-from memopt.placements.stores.by_placement import Homes
+from memopt.placements.base import PlacementStore
+from memopt.placements.stores.by_placement import PlacementStores
 from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class Work:
     fill: Fill
     hypers: list[dict[str, Any]]  # of each param group
     partition: Partition
-    homes: Homes
+    placement_stores: PlacementStores
     every: list[Slot]  # of every parameter, with state or without
     todo: Todo
     report: Conversion
@@ -59,19 +59,21 @@ class Work:
         )
 
 
-def move(optimizer: OptimizerParts, homes: Homes) -> None:
-    """State is in these homes now."""
-    optimizer.homes, left = homes, optimizer.homes
+def move(optimizer: OptimizerParts, placement_stores: PlacementStores) -> None:
+    """State is in these stores now."""
+    optimizer.placement_stores, left = placement_stores, optimizer.placement_stores
     optimizer.store.watch()
     optimizer.store.flush()
-    left.replaced_by(homes)
+    left.replaced_by(placement_stores)
 
 
 def change_of(work: Work) -> Callable[[OptimizerParts, Work], None]:
     """The way to do it that leaves most where it is stopped."""
     if _stores_the_same(work.old, work.new, work.todo):
         return _one_by_one
-    elsewhere = any(type(slot.homes.of(slot.name)) is not Home for _, *both in work.todo for slot in both)
+    elsewhere = any(
+        type(slot.placement_stores.of(slot.name)) is not PlacementStore for _, *both in work.todo for slot in both
+    )
     return _all_or_none if elsewhere else _one_by_one_or_unfinished
 
 
@@ -108,9 +110,11 @@ def _one_by_one(optimizer: OptimizerParts, work: Work) -> None:
             optimizer.partition,
             mixture(old, new, done, {name: work.old.rule_of(group) for name, _, group in optimizer.params.entries()}),
         )
-        homes = Homes(mixed, now.rank, now.world_size, optimizer.homes, stopped[2].homes)
+        placement_stores = PlacementStores(
+            mixed, now.rank, now.world_size, optimizer.placement_stores, stopped[2].placement_stores
+        )
         optimizer.spec = mixed
-        move(optimizer, homes)
+        move(optimizer, placement_stores)
         work.between = False
         what = f"{len(done)} of {len(todo)} parameters are as {str(new)!r} keeps them and the others as {str(old)!r}"
         _say(error, stopped[1].name, f"{what}: the overrides of the spec say so, and training can go on")
@@ -143,7 +147,7 @@ def _one_by_one_or_unfinished(optimizer: OptimizerParts, work: Work) -> None:
 
 
 def _all_or_none(optimizer: OptimizerParts, work: Work) -> None:
-    """Old state is given up when all of the new is there: homes that know parameters by name, and outlive the process,
+    """Old state is given up when all of the new is there: stores that know parameters by name, and outlive the process,
     have state of one rule."""
     made: list[tuple[Tensor, dict[str, Tensor]]] = []
     try:
@@ -168,10 +172,13 @@ def _all_or_none(optimizer: OptimizerParts, work: Work) -> None:
 
 
 def _put_back(optimizer: OptimizerParts, entry: tuple[Tensor, Slot, Slot]) -> None:
-    """A home that knows parameters by name, and has made room for the new state, gets the old state again."""
+    """A placement's store that knows parameters by name, and has made room for the new state, gets the old state
+    again."""
     p, here, there = entry
-    home = here.homes.of(here.name)
-    if home is there.homes.of(there.name) and not home.holds(here.name, optimizer.state[p]):
+    placement_store = here.placement_stores.of(here.name)
+    if placement_store is there.placement_stores.of(there.name) and not placement_store.holds(
+        here.name, optimizer.state[p]
+    ):
         room = here.allocate()
         for key, tensor in room.items():
             tensor.copy_(optimizer.state[p][key])

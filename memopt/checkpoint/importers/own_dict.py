@@ -17,7 +17,7 @@ from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
 from memopt.optim.state_dict import described_parameters
 from memopt.optim.state_dtensors import has_dtensors, unwrapped
 from memopt.partitions import PARTITIONS
-from memopt.placements.stores.by_placement import Homes
+from memopt.placements.stores.by_placement import PlacementStores
 from memopt.rules import RULES
 from memopt.spec import OptimSpec, parse
 from memopt.untrusted import laid_out
@@ -111,7 +111,7 @@ def _record(
         saved.get("seed", 0),
         lambda x: x,
         dtype,
-        Homes(spec.replace(placement="device", overrides={}), 0, 1),
+        PlacementStores(spec.replace(placement="device", overrides={}), 0, 1),
     )
     own = own_entries(rule.name, state)
     ours = {key: value for key, value in state.items() if key not in own}

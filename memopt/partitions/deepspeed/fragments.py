@@ -163,7 +163,7 @@ class Fragments(Partition):
         return self.anywhere(bad, "cpu")
 
     @contextmanager
-    def at_step(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
+    def step_context(self, groups: Sequence[Mapping[str, Any]]) -> Iterator[None]:
         present = {id(p) for group in groups for p in group["params"]}
         self._to_publish.clear()
         try:
@@ -234,7 +234,7 @@ class Fragments(Partition):
             self._to_publish.append((f, p))
         return work._replace(p=p, g=g, counted=f.span.counted(f.origin.shape) if f.cut else ...)
 
-    def publish(self, parameters: Sequence[Tensor]) -> None:
+    def all_gather_begin(self, parameters: Sequence[Tensor]) -> None:
         for f, p in self._to_publish:
             f.part.data.view(-1).copy_(p.view(-1)[f.inside()])
         self._to_publish.clear()

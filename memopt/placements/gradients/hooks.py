@@ -1,4 +1,4 @@
-"""Hooks with which a home sees gradients as they become ready."""
+"""Hooks with which a placement's store sees gradients as they become ready."""
 
 from __future__ import annotations
 

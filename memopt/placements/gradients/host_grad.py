@@ -16,14 +16,14 @@ class Gradient(Protocol):
 
     name: str
 
-    def here(self, asked: Away) -> Tensor:
+    def here(self, asked: HostGradient) -> Tensor:
         """All of it, when it has come. Raises RuntimeError where ``asked`` stood for an earlier one."""
 
-    def add(self, asked: Away, more: Tensor) -> None:
+    def add(self, asked: HostGradient, more: Tensor) -> None:
         """Add another gradient, from the device, when that has come."""
 
 
-class Away(Tensor):
+class HostGradient(Tensor):
     """A tensor without memory: shape, dtype and device of the gradient, which is on the host. It is what ``p.grad`` is,
     so that everybody sees whether there is a gradient, and whoever sets it to None drops it.
 
@@ -36,8 +36,8 @@ class Away(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, gradient: Gradient, like: Tensor) -> Away:
-        made: Away = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+    def __new__(cls, gradient: Gradient, like: Tensor) -> HostGradient:
+        made: HostGradient = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
         made.gradient = gradient
         return made
 
@@ -65,8 +65,10 @@ class Away(Tensor):
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             return _unscale(func, *args)
         act = _ACTS.get(func)
-        if act is None or not isinstance(args[0], Away) or any(isinstance(x, Away) for x in args[1:]):
-            named = next(x for x in (*args, *kwargs.values(), *_listed(args)) if isinstance(x, Away)).gradient.name
+        if act is None or not isinstance(args[0], HostGradient) or any(isinstance(x, HostGradient) for x in args[1:]):
+            named = next(
+                x for x in (*args, *kwargs.values(), *_listed(args)) if isinstance(x, HostGradient)
+            ).gradient.name
             raise RuntimeError(
                 f"{func} cannot be done to the gradient of {named}: it is in host memory "
                 "(offload_gradients=True); p.grad.on_host() is the tensor there"
@@ -76,33 +78,38 @@ class Away(Tensor):
 
 def on_host(g: Tensor) -> Tensor:
     """The tensor that holds a gradient's numbers: itself, unless it is in host memory."""
-    return g.on_host() if isinstance(g, Away) else g
+    return g.on_host() if isinstance(g, HostGradient) else g
 
 
-def _change(func: Any, away: Away, *args: Any, **kwargs: Any) -> Away:
-    func(away.on_host(), *(x.cpu() if isinstance(x, Tensor) else x for x in args), **kwargs)
-    return away
+def _change(func: Any, host_gradient: HostGradient, *args: Any, **kwargs: Any) -> HostGradient:
+    func(host_gradient.on_host(), *(x.cpu() if isinstance(x, Tensor) else x for x in args), **kwargs)
+    return host_gradient
 
 
-def _add(func: Any, away: Away, more: Any, alpha: float = 1) -> Away:
+def _add(func: Any, host_gradient: HostGradient, more: Any, alpha: float = 1) -> HostGradient:
     """What autograd does with the gradient of a further backward pass."""
-    if alpha == 1 and isinstance(more, Tensor) and more.shape == away.shape and more.dtype == away.dtype:
-        away.gradient.add(away, more)
-        return away
-    return _change(func, away, more, alpha=alpha)
+    if (
+        alpha == 1
+        and isinstance(more, Tensor)
+        and more.shape == host_gradient.shape
+        and more.dtype == host_gradient.dtype
+    ):
+        host_gradient.gradient.add(host_gradient, more)
+        return host_gradient
+    return _change(func, host_gradient, more, alpha=alpha)
 
 
-def _read(func: Any, away: Away, *args: Any, **kwargs: Any) -> Tensor:
-    found: Tensor = func(away.on_host(), *args, **kwargs)
-    return found.to(kwargs.get("device") or away.device)
+def _read(func: Any, host_gradient: HostGradient, *args: Any, **kwargs: Any) -> Tensor:
+    found: Tensor = func(host_gradient.on_host(), *args, **kwargs)
+    return found.to(kwargs.get("device") or host_gradient.device)
 
 
 def _unscale(func: Any, gradients: list[Tensor], found: Tensor, inverse: Tensor) -> None:
     """Some of the gradients of one device and dtype may be here, others there."""
-    away = [g.on_host() for g in gradients if isinstance(g, Away)]
-    there = [g for g in gradients if not isinstance(g, Away)]
+    host_gradient = [g.on_host() for g in gradients if isinstance(g, HostGradient)]
+    there = [g for g in gradients if not isinstance(g, HostGradient)]
     bad = torch.zeros_like(found, device="cpu")
-    func(away, bad, inverse.cpu())
+    func(host_gradient, bad, inverse.cpu())
     if there:
         func(there, found, inverse)
     found.copy_(torch.maximum(found, bad.to(found.device)))

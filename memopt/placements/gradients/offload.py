@@ -1,8 +1,8 @@
-"""Gradients that go to the host as they become ready, for the home of ``@cpu`` with ``offload_gradients=True``.
+"""Gradients that go to the host as they become ready, for the store of ``@cpu`` with ``offload_gradients=True``.
 
-A hook on each parameter hands its gradient to the bus in the middle of ``backward()``, which goes on meanwhile; the
-gradient's memory is the device's again when the copy has been made. What stands in ``p.grad`` then says so
-(:mod:`memopt.placements.gradients.host_grad`). A further backward pass adds: its gradient comes down through the
+A hook on each parameter hands its gradient to the device transfer in the middle of ``backward()``, which goes on
+meanwhile; the gradient's memory is the device's again when the copy has been made. What stands in ``p.grad`` then says
+so (:mod:`memopt.placements.gradients.host_grad`). A further backward pass adds: its gradient comes down through the
 buffers that steps use, a piece at a time, and a thread adds the pieces to what is there, in the order and with the
 rounding with which autograd would have on the device.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from memopt.placements.gradients.checks import check_gradient
 from memopt.placements.gradients.hooks import Hooks, leave, ranks
-from memopt.placements.gradients.host_grad import Away
-from memopt.placements.transfer.device import Bus, bus_of
+from memopt.placements.gradients.host_grad import HostGradient
+from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Event
 
 if TYPE_CHECKING:
@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 class Arrival:
     """Room for one parameter's gradient in pinned host memory, and what was last done to it."""
 
-    def __init__(self, arrivals: Arrivals, name: str, memory: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:
+    def __init__(
+        self, gradient_offload: GradientOffload, name: str, memory: Tensor, dtype: torch.dtype, shape: torch.Size
+    ) -> None:
         self.name = name
         self.memory = memory  # uint8 [bytes]
         self.host = memory.view(dtype).view(shape)
@@ -40,19 +42,19 @@ class Arrival:
         self.reader: Event | None = None  # a step beside backward(), until it is settled
         # Weak, for no collector sees through p.grad: p -> what stands there -> this -> p would never be garbage.
         self._p: weakref.ref[Tensor] | None = None
-        self._stands: weakref.ref[Away] | None = None
-        self._arrivals = weakref.ref(arrivals)
+        self._stands: weakref.ref[HostGradient] | None = None
+        self._gradient_offload = weakref.ref(gradient_offload)
 
     def stand_in(self, p: Tensor, g: Tensor) -> None:
         """Replace ``p.grad``, which is ``g``."""
-        away = Away(self, g)
-        self._p, self._stands = weakref.ref(p), weakref.ref(away)
-        p.grad = away
+        host_gradient = HostGradient(self, g)
+        self._p, self._stands = weakref.ref(p), weakref.ref(host_gradient)
+        p.grad = host_gradient
 
     def give_back(self) -> None:
         """Put the gradient where it was, if that is still waited for."""
         p = self._p() if self._p is not None else None
-        if p is not None and isinstance(p.grad, Away) and p.grad.gradient is self:
+        if p is not None and isinstance(p.grad, HostGradient) and p.grad.gradient is self:
             p.grad = self.here(p.grad).to(p.device, copy=True)
 
     def wait(self) -> Tensor:
@@ -62,26 +64,27 @@ class Arrival:
             last.result()
         return self.host
 
-    def here(self, asked: Away) -> Tensor:
+    def here(self, asked: HostGradient) -> Tensor:
         self._check(asked)
         return self.wait()
 
-    def _check(self, asked: Away) -> None:
+    def _check(self, asked: HostGradient) -> None:
         if self._stands is None or asked is not self._stands():
             raise RuntimeError(f"this gradient of {self.name} is gone: a later backward pass has taken its place")
 
-    def add(self, asked: Away, more: Tensor) -> None:
+    def add(self, asked: HostGradient, more: Tensor) -> None:
         self._check(asked)
-        arrivals = self._arrivals()
-        if arrivals is not None and bus_of(more.device) is not None:
-            arrivals.add(self, more)
+        gradient_offload = self._gradient_offload()
+        if gradient_offload is not None and transfer_of(more.device) is not None:
+            gradient_offload.add(self, more)
         else:  # the optimizer is gone
             self.wait().add_(more.cpu())
 
 
 @final
-class Arrivals:
-    """``buffers`` returns the pinned buffers of the home, uint8 [n] each, after allocating what is missing; ``bound``
+class GradientOffload:
+    """``buffers`` returns the pinned buffers of the placement's store, uint8 [n] each, after allocating what is
+    missing; ``bound``
     is how many bytes of gradients may be on their way at once: the device holds no more of them."""
 
     def __init__(self, buffers: Callable[[], Sequence[Tensor]], bound: int) -> None:
@@ -103,15 +106,15 @@ class Arrivals:
 
     def take_new(self, name: str, p: Tensor) -> None:
         """Send the gradient of ``p`` down unless it is there, or in host memory as ``p`` is."""
-        if bus_of(p.device) is not None and p.grad is not None and not isinstance(p.grad, Away):
+        if transfer_of(p.device) is not None and p.grad is not None and not isinstance(p.grad, HostGradient):
             self.take(name, p)
 
-    def allocate(self, name: str, dtype: torch.dtype, shape: torch.Size, bus: Bus) -> Arrival:
+    def allocate(self, name: str, dtype: torch.dtype, shape: torch.Size, transfer: DeviceTransfer) -> Arrival:
         """Room for this gradient, what is there being kept where it fits."""
         old = self.slots.get(name)
         if old is None or old.host.dtype != dtype or old.host.shape != shape:
             nbytes = shape.numel() * dtype.itemsize
-            self.slots[name] = Arrival(self, name, bus.host(nbytes), dtype, shape)
+            self.slots[name] = Arrival(self, name, transfer.host(nbytes), dtype, shape)
         return self.slots[name]
 
     # On their way ------------------------------------------------------------------------------------------------
@@ -119,11 +122,11 @@ class Arrivals:
     def take(self, name: str, p: Tensor) -> Arrival:
         """Send the gradient of ``p`` down, and put what stands for it in its place."""
         _refuse_replica(name)
-        g, bus = check_gradient(name, p), bus_of(p.device)
-        assert bus is not None
+        g, transfer = check_gradient(name, p), transfer_of(p.device)
+        assert transfer is not None
         with self._lock:
             self._buffers()
-            slot = self.allocate(name, g.dtype, g.shape, bus)
+            slot = self.allocate(name, g.dtype, g.shape, transfer)
             self._make_way(g.nbytes)
             before = [slot.last] if slot.last is not None else []
 
@@ -131,19 +134,19 @@ class Arrivals:
                 slot.host.copy_(g, non_blocking=True)
                 leave(g)
 
-            slot.last = bus.arrivals().submit("down", down, before, g.nbytes)
+            slot.last = transfer.gradient_offload().submit("down", down, before, g.nbytes)
             self._on_way.append((slot.last, g.nbytes))
             slot.stand_in(p, g)
         return slot
 
     def add(self, slot: Arrival, more: Tensor) -> None:
         """Add the gradient of a further backward pass to one that is here or on its way."""
-        bus = bus_of(more.device)
-        assert bus is not None
+        transfer = transfer_of(more.device)
+        assert transfer is not None
         with self._lock:
             buffers = self._buffers()
             self._make_way(more.nbytes)
-            lanes, apart = bus.arrivals(), self.apart(more.device)
+            lanes, apart = transfer.gradient_offload(), self.apart(more.device)
             new, old = more.reshape(-1), slot.host.view(-1)
             size = buffers[0].numel() // new.itemsize if len(new) else 1
             for start in range(0, len(new), size):
@@ -187,9 +190,9 @@ class Arrivals:
     def apart(self, device: torch.device) -> Lanes:
         """The thread beside backward() for this device."""
         if device not in self._apart:
-            bus = bus_of(device)
-            assert bus is not None
-            self._apart[device] = bus.apart()
+            transfer = transfer_of(device)
+            assert transfer is not None
+            self._apart[device] = transfer.apart()
         return self._apart[device]
 
     def free_buffers(self) -> None:

@@ -1,4 +1,4 @@
-"""Gradients whose copies come down in ``backward()``, each as it becomes ready, for the home of ``@cpu``.
+"""Gradients whose copies come down in ``backward()``, each as it becomes ready, for the store of ``@cpu``.
 
 The gradient stays on the device, in ``p.grad``, where anything may be done to it. Its copy goes to the very place in
 the step's pinned buffers from which the step would read it, which lies idle during ``backward()``: no memory is taken
@@ -26,8 +26,8 @@ from torch import Tensor
 from memopt.layout.chunks import Piece
 from memopt.placements.gradients.checksum import fingerprint
 from memopt.placements.gradients.hooks import Hooks, leave, ranks
-from memopt.placements.stores.streaming import Loan, Placed
-from memopt.placements.transfer.device import bus_of
+from memopt.placements.stores.streaming import ChunkSlice, Placed
+from memopt.placements.transfer.device import transfer_of
 
 if TYPE_CHECKING:
     from memopt.placements.transfer.pipeline import Event
@@ -110,12 +110,13 @@ def scaled(gradients: Iterable[Tensor]) -> None:
 
 
 @final
-class Early:
-    """``known`` is the home's: name -> (something, pieces, something) of the parameters that have stepped."""
+class GradientPrefetch:
+    """``known`` is the placement's store's: name -> (something, pieces, something) of the parameters that have
+    stepped."""
 
     def __init__(self, known: Mapping[str, tuple[Any, Sequence[Piece], Any]]) -> None:
         self._known = known
-        self._buffers: Sequence[Tensor] = ()  # the home's, uint8 [n] each
+        self._buffers: Sequence[Tensor] = ()  # the placement's store's, uint8 [n] each
         self._hooks = Hooks(self)
         self._copies: dict[str, Copy] = {}
         self._ends: list[int] = []  # bytes taken of each buffer
@@ -156,8 +157,8 @@ class Early:
         if not places or places[0].piece.rows.shape != g.shape:
             return
         copy, buffers = Copy(p, g, places), self._buffers
-        bus = bus_of(g.device)
-        assert bus is not None
+        transfer = transfer_of(g.device)
+        assert transfer is not None
 
         def down() -> None:
             copy.mark = copy.marked(g)
@@ -166,7 +167,7 @@ class Early:
             leave(g)
 
         try:
-            copy.ended = bus.arrivals().submit("down", down, [], copy.numel * g.itemsize)
+            copy.ended = transfer.gradient_offload().submit("down", down, [], copy.numel * g.itemsize)
         except torch.OutOfMemoryError:  # of the device, which trained well without
             self.stopped = NO_MEMORY
             return
@@ -187,19 +188,23 @@ class Early:
 
     # In the step -------------------------------------------------------------------------------------------------
 
-    def claim(self, loans: Sequence[Loan]) -> list[list[Placed]]:
+    def claim(self, loans: Sequence[ChunkSlice]) -> list[list[Placed]]:
         """Of these, those whose gradient is in its place, with where that is, by buffer. What else was copied is
         forgotten: the buffers are the step's now."""
         there = self._verified()
         placed = {(name, place.number): place for name, copy in there.items() for place in copy.places}
-        leases: list[list[Placed]] = [[] for _ in self._ends]
-        for loan in loans:
-            place = placed.get((loan.work.name, loan.number))
-            if place is not None and place.piece == loan.piece and loan.work.g is there[loan.work.name].p.grad:
-                leases[place.buffer].append((loan, place.at))
-        self._learn(there, {loan.work.name for loan in loans})
+        chunks: list[list[Placed]] = [[] for _ in self._ends]
+        for chunk_slice in loans:
+            place = placed.get((chunk_slice.work.name, chunk_slice.number))
+            if (
+                place is not None
+                and place.piece == chunk_slice.piece
+                and chunk_slice.work.g is there[chunk_slice.work.name].p.grad
+            ):
+                chunks[place.buffer].append((chunk_slice, place.at))
+        self._learn(there, {chunk_slice.work.name for chunk_slice in loans})
         self.forget()
-        return leases
+        return chunks
 
     def _verified(self) -> dict[str, Copy]:
         self._wait()

@@ -1,4 +1,4 @@
-"""The homes of one optimizer's state, by placement."""
+"""The placements' stores of one optimizer's state, by placement."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from memopt.core.ledger import Line
 from memopt.core.rows import Rows
-from memopt.layout.chunks import Held, Setting
+from memopt.layout.chunks import Held, StoreOptions
 from memopt.placements import PLACEMENTS
-from memopt.placements.base import Home, Run
+from memopt.placements.base import PlacementStore, Run
 from memopt.spec.placement_options import of_placement
 
 if TYPE_CHECKING:
@@ -31,30 +31,32 @@ def held(layout: ParamLayout) -> Held:
     return Held(layout.rows, lines, not layout.rule.element_wise, layout.dtype)
 
 
-class Homes:
-    """One home for each placement that ``spec`` uses. Those of ``before`` are kept where nothing about them changes, of
+class PlacementStores:
+    """One store for each placement that ``spec`` uses. Those of ``before`` are kept where nothing about them changes,
+    of
     the first that has one."""
 
-    def __init__(self, spec: OptimSpec, rank: int, world_size: int, *before: Homes) -> None:
+    def __init__(self, spec: OptimSpec, rank: int, world_size: int, *before: PlacementStores) -> None:
         self.spec = spec
-        self._homes: dict[str, Home] = {}
-        self._settings: dict[str, Setting] = {}
+        self._placement_stores: dict[str, PlacementStore] = {}
+        self._settings: dict[str, StoreOptions] = {}
         for name in sorted(spec.placements):
-            setting = Setting(of_placement(spec.options, name), str(spec), rank, world_size)
+            store_options = StoreOptions(of_placement(spec.options, name), str(spec), rank, world_size)
             same = (
-                b._homes[name]
+                b._placement_stores[name]
                 for b in before
-                if name in b._homes and b._settings[name]._replace(spec="") == setting._replace(spec="")
+                if name in b._placement_stores
+                and b._settings[name]._replace(spec="") == store_options._replace(spec="")
             )
-            self._homes[name] = next(same, None) or PLACEMENTS[name].home(setting)
-            self._settings[name] = setting
+            self._placement_stores[name] = next(same, None) or PLACEMENTS[name].placement_store(store_options)
+            self._settings[name] = store_options
 
-    def __iter__(self) -> Iterator[Home]:
-        return iter(self._homes.values())
+    def __iter__(self) -> Iterator[PlacementStore]:
+        return iter(self._placement_stores.values())
 
-    def of(self, name: str) -> Home:
-        """The home of a parameter's state."""
-        return self._homes[self.spec.for_parameter(name)[1]]
+    def of(self, name: str) -> PlacementStore:
+        """The store of a parameter's state."""
+        return self._placement_stores[self.spec.for_parameter(name)[1]]
 
     def in_place(self, name: str, device: torch.device) -> bool:
         return self.of(name).in_place(device)
@@ -62,41 +64,48 @@ class Homes:
     @property
     def elsewhere(self) -> bool:
         """Whether any state is not simply in memory."""
-        return any(type(home) is not Home for home in self._homes.values())
+        return any(type(placement_store) is not PlacementStore for placement_store in self._placement_stores.values())
 
     @property
     def watches(self) -> bool:
         """Whether any wants to be told of parameters and gradients."""
-        return any(home.watches for home in self._homes.values())
+        return any(placement_store.watches for placement_store in self._placement_stores.values())
 
     @property
     def copyable(self) -> bool:
-        return all(home.copyable for home in self._homes.values())
+        return all(placement_store.copyable for placement_store in self._placement_stores.values())
 
     def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
-        for home in self._homes.values():
-            home.expect(lines)
+        for placement_store in self._placement_stores.values():
+            placement_store.expect(lines)
 
     @property
     def durable(self) -> Directory | None:
         """What is kept beyond this process, where it is."""
-        return next((home.durable for home in self._homes.values() if home.durable is not None), None)
+        return next(
+            (
+                placement_store.durable
+                for placement_store in self._placement_stores.values()
+                if placement_store.durable is not None
+            ),
+            None,
+        )
 
     def check(self) -> None:
-        for home in self._homes.values():
-            home.check()
+        for placement_store in self._placement_stores.values():
+            placement_store.check()
 
     def step(self, works: Sequence[Work], run: Run) -> None:
         """Step the works, those of each home at once."""
-        if len(self._homes) == 1:
-            next(iter(self._homes.values())).step(works, run, self._held)
+        if len(self._placement_stores) == 1:
+            next(iter(self._placement_stores.values())).step(works, run, self._held)
             return
-        groups: dict[int, tuple[Home, list[Work]]] = {}
+        groups: dict[int, tuple[PlacementStore, list[Work]]] = {}
         for work in works:
-            home = self.of(work.name)
-            groups.setdefault(id(home), (home, []))[1].append(work)
-        for home, mine in groups.values():
-            home.step(mine, run, self._held)
+            placement_store = self.of(work.name)
+            groups.setdefault(id(placement_store), (placement_store, []))[1].append(work)
+        for placement_store, mine in groups.values():
+            placement_store.step(mine, run, self._held)
 
     @staticmethod
     def _held(work: Work) -> Held:
@@ -104,45 +113,47 @@ class Homes:
 
     def prepare(self, states: Mapping[str, tuple[Held, torch.device]], also: bool = False) -> None:
         """These are the parameters that have state; ``also``: besides those of before."""
-        by_home: dict[tuple[int, torch.device], tuple[Home, dict[str, Held]]] = {}
+        by_store: dict[tuple[int, torch.device], tuple[PlacementStore, dict[str, Held]]] = {}
         for name, (one, device) in states.items():
-            home = self.of(name)
-            by_home.setdefault((id(home), device), (home, {}))[1][name] = one
-        for (_, device), (home, mine) in by_home.items():
-            home.prepare(mine, device, also)
+            placement_store = self.of(name)
+            by_store.setdefault((id(placement_store), device), (placement_store, {}))[1][name] = one
+        for (_, device), (placement_store, mine) in by_store.items():
+            placement_store.prepare(mine, device, also)
 
     def watch(self, parameters: Iterable[tuple[str, Tensor, Held, bool]]) -> None:
         """These are the parameters; those with True may give their gradients away in ``backward()``."""
-        by_home: dict[str, dict[str, tuple[Tensor, Held, bool]]] = {placement: {} for placement in self._homes}
+        by_store: dict[str, dict[str, tuple[Tensor, Held, bool]]] = {
+            placement: {} for placement in self._placement_stores
+        }
         for name, *rest in parameters:
-            by_home[self.spec.for_parameter(name)[1]][name] = tuple(rest)  # type: ignore[assignment]
-        for placement, home in self._homes.items():
-            home.watch(by_home[placement])
+            by_store[self.spec.for_parameter(name)[1]][name] = tuple(rest)  # type: ignore[assignment]
+        for placement, placement_store in self._placement_stores.items():
+            placement_store.watch(by_store[placement])
 
     def settle(self) -> None:
-        for home in self._homes.values():
-            home.settle()
+        for placement_store in self._placement_stores.values():
+            placement_store.settle()
 
     def abandon(self) -> None:
         """Nothing of an interrupted step is under way any more."""
-        for home in self._homes.values():
-            home.abandon()
+        for placement_store in self._placement_stores.values():
+            placement_store.abandon()
 
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Make what survives this process complete: all states, by parameter."""
-        for placement, home in self._homes.items():
-            home.commit({n: s for n, s in states.items() if self.spec.for_parameter(n)[1] == placement})
+        for placement, placement_store in self._placement_stores.items():
+            placement_store.commit({n: s for n, s in states.items() if self.spec.for_parameter(n)[1] == placement})
 
     def workspace(self) -> list[Line]:
-        return [line for home in self._homes.values() for line in home.workspace()]
+        return [line for placement_store in self._placement_stores.values() for line in placement_store.workspace()]
 
-    def replaced_by(self, after: Homes, empty: bool = True) -> None:
-        """Close the homes that ``after`` does not have; ``empty``: their state has moved there."""
-        kept = {id(home) for home in after._homes.values()}
-        for home in self._homes.values():
-            if id(home) not in kept:
-                home.close(empty)
+    def replaced_by(self, after: PlacementStores, empty: bool = True) -> None:
+        """Close the placements' stores that ``after`` does not have; ``empty``: their state has moved there."""
+        kept = {id(placement_store) for placement_store in after._placement_stores.values()}
+        for placement_store in self._placement_stores.values():
+            if id(placement_store) not in kept:
+                placement_store.close(empty)
 
     def close(self) -> None:
-        for home in self._homes.values():
-            home.close()
+        for placement_store in self._placement_stores.values():
+            placement_store.close()

@@ -13,12 +13,12 @@ from memopt.placements.stores.record import Commit
 
 if TYPE_CHECKING:
     from memopt.partitions import Partition
-    from memopt.placements.stores.by_placement import Homes
+    from memopt.placements.stores.by_placement import PlacementStores
 
 
-def go_on_together(homes: Homes, partition: Partition, process_group: Any) -> None:
+def go_on_together(placement_stores: PlacementStores, partition: Partition, process_group: Any) -> None:
     """Raises RuntimeError on every rank where there is no such commit or it is damaged."""
-    directory = homes.durable if partition.world_size > 1 else None
+    directory = placement_stores.durable if partition.world_size > 1 else None
     if directory is None:
         return
     ranks = Ranks(process_group, "@disk", "a directory")

@@ -1,4 +1,4 @@
-"""The home of ``@cpu``: state in host memory, stepped by the host's processor.
+"""The store of ``@cpu``: state in host memory, stepped by the host's processor.
 
 Parameters in host memory are stepped where they are. For those on a device, parameter and gradient come down a few
 megabytes at a time into pinned buffers, are stepped there by the CPU kernels, and the parameter goes up again in its
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Buffers, Held, Part, Piece, Setting, piece
-from memopt.placements.base import E, Home, Placement, Run
-from memopt.placements.gradients.offload import Arrivals
-from memopt.placements.gradients.prefetch import Early
-from memopt.placements.stores.streaming import Loan, Placed, Streamed, bytes_of
-from memopt.placements.transfer.device import Bus, bus_of
+from memopt.layout.chunks import Buffers, Held, Part, Piece, StoreOptions, piece
+from memopt.placements.base import E, Placement, PlacementStore, Run
+from memopt.placements.gradients.offload import GradientOffload
+from memopt.placements.gradients.prefetch import GradientPrefetch
+from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of
+from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
-from memopt.spec.placement_options import EARLY
+from memopt.spec.placement_options import PREFETCH
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout
@@ -43,50 +43,50 @@ class Offloaded(Streamed):
 
     target = CPU_TARGET
 
-    def __init__(self, placement: Placement, setting: Setting) -> None:
-        super().__init__(placement, setting.options["workspace"])
-        self.most = most_of(setting.options)
+    def __init__(self, placement: Placement, store_options: StoreOptions) -> None:
+        super().__init__(placement, store_options.options["workspace"])
+        self.most = most_of(store_options.options)
         self._host: list[Tensor] = []
         self._where = "cpu"
         self._parts: dict[str, tuple[ParamLayout, list[Piece]]] = {}
-        gradients = setting.options["offload_gradients"]
-        self._arrivals = Arrivals(self._buffers_ready, self.nbytes) if gradients is True else None
-        self._early = Early(self._known) if gradients == EARLY else None
+        gradients = store_options.options["offload_gradients"]
+        self._gradient_offload = GradientOffload(self._buffers_ready, self.nbytes) if gradients is True else None
+        self._prefetch = GradientPrefetch(self._known) if gradients == PREFETCH else None
         self.watches = gradients is not False
         self._begun: set[tuple[str, int]] = set()  # parameters and numbers of pieces whose gradient is in its place
         self._watched: dict[str, tuple[Tensor, Held, bool]] = {}
 
     def in_place(self, device: torch.device) -> bool:
-        return bus_of(device) is None
+        return transfer_of(device) is None
 
     def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
-        return Home.allocate(self, name, lines, torch.device("cpu"))
+        return PlacementStore.allocate(self, name, lines, torch.device("cpu"))
 
     # Gradients ---------------------------------------------------------------------------------------------------
 
     def watch(self, parameters: Mapping[str, tuple[Tensor, Held, bool]]) -> None:
         self._watched = dict(parameters)
-        if self._early is not None:
-            self._early.hook(self._known_to_step())
-        if self._arrivals is None:
+        if self._prefetch is not None:
+            self._prefetch.hook(self._known_to_step())
+        if self._gradient_offload is None:
             return
-        self._arrivals.hook({name: p for name, (p, _, wanted) in parameters.items() if wanted})
-        for name in [n for n in self._arrivals.slots if n not in parameters]:
-            self._arrivals.slots.pop(name).give_back()
+        self._gradient_offload.hook({name: p for name, (p, _, wanted) in parameters.items() if wanted})
+        for name in [n for n in self._gradient_offload.slots if n not in parameters]:
+            self._gradient_offload.slots.pop(name).give_back()
 
     def bring(self, name: str, p: Tensor) -> None:
-        if self._arrivals is not None:
-            self._arrivals.take_new(name, p)
+        if self._gradient_offload is not None:
+            self._gradient_offload.take_new(name, p)
 
     def aside(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
-        if self._arrivals is None or bus_of(p.device) is None:
+        if self._gradient_offload is None or transfer_of(p.device) is None:
             return False
-        self._arrivals.aside(name, p, entry, step)
+        self._gradient_offload.aside(name, p, entry, step)
         return True
 
     def settle(self) -> None:
-        if self._arrivals is not None:
-            self._arrivals.settle()
+        if self._gradient_offload is not None:
+            self._gradient_offload.settle()
 
     def _buffers_ready(self) -> Sequence[Tensor]:
         """Gradients are coming: what they and the step need is allocated, as it is priced."""
@@ -109,21 +109,21 @@ class Offloaded(Streamed):
     # The step ----------------------------------------------------------------------------------------------------
 
     def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
-        here = [work for work in works if bus_of(work.p.device) is None]
+        here = [work for work in works if transfer_of(work.p.device) is None]
         if here:
             run(here)
-        there = [work for work in works if bus_of(work.p.device) is not None]
+        there = [work for work in works if transfer_of(work.p.device) is not None]
         for work in there:
             if max(work.p.itemsize, work.g.itemsize) > 4:
                 raise RuntimeError(f"cpu: {work.name} is {work.p.dtype} on {work.p.device}; buffers are for 32 bits")
         self._begun = set()
-        if self._arrivals is not None:
-            self._arrivals.free_buffers()
-        if self._early is not None and any(work.groups for work in there):
-            self._early.forget()
+        if self._gradient_offload is not None:
+            self._gradient_offload.free_buffers()
+        if self._prefetch is not None and any(work.groups for work in there):
+            self._prefetch.forget()
 
         def staged(work: Work) -> Held:
-            return staging(held(work), self._arrivals is not None)
+            return staging(held(work), self._gradient_offload is not None)
 
         for work in there:
             known = self._parts.get(work.name)
@@ -132,31 +132,36 @@ class Offloaded(Streamed):
                 parts = [piece(work.name, state.rows, part.rows, state.layout) for part in cut]
                 self._parts[work.name] = work.layout, parts
         super().step(there, run, staged)
-        if self._early is not None and there:
-            self._early.ready(there[0].p.device, self._host, self._known_to_step())
+        if self._prefetch is not None and there:
+            self._prefetch.ready(there[0].p.device, self._host, self._known_to_step())
 
-    def begun(self, loans: Sequence[Loan], device: torch.device) -> list[list[Placed]]:
+    def begun(self, loans: Sequence[ChunkSlice], device: torch.device) -> list[list[Placed]]:
         """Those whose gradients came down in ``backward()``; their buffers are the first of all from now on."""
-        if self._early is None or device != self._early.device:
+        if self._prefetch is None or device != self._prefetch.device:
             return []
-        leases = self._early.claim(loans)
-        full = [i for i, lease in enumerate(leases) if lease]
+        chunks = self._prefetch.claim(loans)
+        full = [i for i, chunk in enumerate(chunks) if chunk]
         self._host = [*(self._host[i] for i in full), *(x for i, x in enumerate(self._host) if i not in full)]
-        self._begun = {(loan.work.name, loan.number) for lease in leases for loan, _ in lease}
-        return [leases[i] for i in full]
+        self._begun = {(chunk_slice.work.name, chunk_slice.number) for chunk in chunks for chunk_slice, _ in chunk}
+        return [chunks[i] for i in full]
 
     def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
-        bus = bus_of(device)
-        if bus is None:
+        transfer = transfer_of(device)
+        if transfer is None:
             return
-        if self._arrivals is not None:
+        if self._gradient_offload is not None:
             for name, one in held.items():
-                self._arrivals.allocate(name, getattr(torch, one.dtype), torch.Size(one.rows.local_shape), bus)
-        super().prepare({n: staging(h, self._arrivals is not None) for n, h in held.items()}, device, also)
+                self._gradient_offload.allocate(
+                    name, getattr(torch, one.dtype), torch.Size(one.rows.local_shape), transfer
+                )
+        super().prepare({n: staging(h, self._gradient_offload is not None) for n, h in held.items()}, device, also)
 
-    def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
-        loans = [(loan, loan.on({}), at) for loan, at in lease]
-        there = [self._arrivals is not None or (loan.work.name, loan.number) in self._begun for loan, _ in lease]
+    def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+        loans = [(chunk_slice, chunk_slice.on({}), at) for chunk_slice, at in chunk]
+        there = [
+            self._gradient_offload is not None or (chunk_slice.work.name, chunk_slice.number) in self._begun
+            for chunk_slice, _ in chunk
+        ]
         down_nbytes = sum(w.p.nbytes + (0 if t else w.g.nbytes) for (_, w, _), t in zip(loans, there, strict=True))
 
         staged: list[list[Tensor]] = []
@@ -164,8 +169,8 @@ class Offloaded(Streamed):
         def stage(i: int) -> None:
             """Where they are in the buffer: the parameter, and the gradient behind it unless that is in host memory; as
             wide as they are."""
-            for loan, work, at in loans:
-                both = zip(loan.piece.parts, (work.p, work.g), strict=False)
+            for chunk_slice, work, at in loans:
+                both = zip(chunk_slice.piece.parts, (work.p, work.g), strict=False)
                 staged.append([self._as_wide(i, at + part.at, x) for part, x in both])
 
         def down(i: int) -> None:
@@ -181,8 +186,8 @@ class Offloaded(Streamed):
         def step(i: int) -> None:
             run(
                 [
-                    self._on_host(loan, work, p, g[0] if g else work.g)
-                    for (loan, work, _), (p, *g) in zip(loans, staged, strict=True)
+                    self._on_host(chunk_slice, work, p, g[0] if g else work.g)
+                    for (chunk_slice, work, _), (p, *g) in zip(loans, staged, strict=True)
                 ]
             )
 
@@ -195,13 +200,13 @@ class Offloaded(Streamed):
             Operation("up", up, sum(work.p.nbytes for _, work, _ in loans)),
         ]
 
-    def _on_host(self, loan: Loan, work: Work, p: Tensor, g: Tensor) -> Work:
-        whole = loan.work.state
-        if loan.layout is loan.work.layout:
+    def _on_host(self, chunk_slice: ChunkSlice, work: Work, p: Tensor, g: Tensor) -> Work:
+        whole = chunk_slice.work.state
+        if chunk_slice.layout is chunk_slice.work.layout:
             return work._replace(p=p, g=g, state=whole)
         state = {
             part.key: bytes_of(whole[part.key], part).view(whole[part.key].dtype).view(part.shape)
-            for part in self._parts[work.name][1][loan.number].parts
+            for part in self._parts[work.name][1][chunk_slice.number].parts
         }
         return work._replace(p=p, g=g, state={"step": whole["step"], **state})
 
@@ -210,48 +215,51 @@ class Offloaded(Streamed):
         return self.in_buffer(self._host[i], at, part)
 
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
-        if self._arrivals is not None:
-            self._arrivals.free_buffers()
-        if self._early is not None:
-            self._early.forget()
-        bus = self._bus(device)
+        if self._gradient_offload is not None:
+            self._gradient_offload.free_buffers()
+        if self._prefetch is not None:
+            self._prefetch.forget()
+        transfer = self._transfer(device)
         self._where, self._host = str(device), []
-        self._host = [bus.host(wanted.nbytes) for _ in range(wanted.number)]
+        self._host = [transfer.host(wanted.nbytes) for _ in range(wanted.number)]
 
     def lanes(self, device: torch.device) -> Lanes:
-        return self._bus(device).lanes()
+        return self._transfer(device).lanes()
 
     @staticmethod
-    def _bus(device: torch.device) -> Bus:
-        bus = bus_of(device)
-        assert bus is not None
-        return bus
+    def _transfer(device: torch.device) -> DeviceTransfer:
+        transfer = transfer_of(device)
+        assert transfer is not None
+        return transfer
 
     # Looking -----------------------------------------------------------------------------------------------------
 
     def workspace(self) -> list[Line]:
-        slots = self._arrivals.slots.values() if self._arrivals is not None else ()
+        slots = self._gradient_offload.slots.values() if self._gradient_offload is not None else ()
         return [*buffer_lines(self.buffers, "pinned", "cpu"), *gradient_line(sum(slot.host.nbytes for slot in slots))]
 
     def tensors(self) -> list[Tensor]:
-        return [*self._host, *([slot.memory for slot in self._arrivals.slots.values()] if self._arrivals else [])]
+        return [
+            *self._host,
+            *([slot.memory for slot in self._gradient_offload.slots.values()] if self._gradient_offload else []),
+        ]
 
     def explain(self, device: torch.device) -> str:
-        if bus_of(device) is None:
+        if transfer_of(device) is None:
             return f"state and step are on the {device}, where the parameters are: nothing is copied" + (
-                f"; gradients too: {IDLE}" if self._arrivals else ""
+                f"; gradients too: {IDLE}" if self._gradient_offload else ""
             )
-        what = "parameters" if self._arrivals else "parameters and gradients"
+        what = "parameters" if self._gradient_offload else "parameters and gradients"
         through = f"{self.buffers.number} pinned buffers of {self.buffers.nbytes:,} bytes"
         return f"state and step are on the host; {what} of {device} come and go through {through}; {self._gradients()}"
 
     def _gradients(self) -> str:
-        if self._arrivals is not None:
+        if self._gradient_offload is not None:
             return "gradients go to pinned memory in backward(), and leave the device"
-        return self._early.explain() if self._early is not None else "gradients come down in the step"
+        return self._prefetch.explain() if self._prefetch is not None else "gradients come down in the step"
 
     def close(self, empty: bool = False) -> None:
-        if self._arrivals is not None:
-            self._arrivals.close()
-        if self._early is not None:
-            self._early.close()
+        if self._gradient_offload is not None:
+            self._gradient_offload.close()
+        if self._prefetch is not None:
+            self._prefetch.close()

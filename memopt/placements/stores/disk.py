@@ -1,4 +1,4 @@
-"""The home of ``@disk``: state in a file, streamed, and with a directory committed step by step.
+"""The store of ``@disk``: state in a file, streamed, and with a directory committed step by step.
 
 In a directory each parameter has room for its state twice. A step reads one copy and writes the other; when all of it
 is on the disk, a record is replaced (:mod:`memopt.placements.stores.atomic_record`) that says which copies are the
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import PAGE, Buffers, Held, Part, Setting
+from memopt.layout.chunks import PAGE, Buffers, Held, Part, StoreOptions
 from memopt.placements.arena import Arena
-from memopt.placements.base import Placement, Run, Survivor
+from memopt.placements.base import Placement, Restored, Run
 from memopt.placements.entry import Entry, Sum
 from memopt.placements.stores.durable_directory import Directory
 from memopt.placements.stores.mapped_files import bytes_view
-from memopt.placements.stores.streaming import Loan, Placed, Streamed
-from memopt.placements.transfer.device import Bus, bus_of
+from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed
+from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.transfer.streams import Threads
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
@@ -44,17 +44,17 @@ class Files(Streamed):
 
     target, most = DISK_TARGET, DISK_MOST
 
-    def __init__(self, placement: Placement, setting: Setting) -> None:
-        super().__init__(placement, setting.options["workspace"])
-        path = setting.options["directory"]
-        self.directory = Directory(path, setting) if path else None
+    def __init__(self, placement: Placement, store_options: StoreOptions) -> None:
+        super().__init__(placement, store_options.options["workspace"])
+        path = store_options.options["directory"]
+        self.directory = Directory(path, store_options) if path else None
         self.arena = self.directory.arena if self.directory else Arena(None, placement.name)
         self.copyable = self.rewritable = self.directory is None
         self.entries: dict[str, Entry] = {}
         self._host: list[Tensor] = []
         self._device: list[Tensor] = []
         self._views: list[memoryview] = []
-        self._bus: Bus | None = None
+        self._transfer: DeviceTransfer | None = None
         self._where = "cpu"
         self._threads = Threads(WORKERS)
         self.kept: set[str] = set()  # parameters whose mapped state is to stay in memory
@@ -77,7 +77,7 @@ class Files(Streamed):
             return False
         return all(state[key].data_ptr() == t.data_ptr() for key, t in known.items() if t.numel())
 
-    def survivor(self, name: str, lines: Sequence[Line]) -> Survivor | None:
+    def restore(self, name: str, lines: Sequence[Line]) -> Restored | None:
         if self.directory is None or name not in self.directory.pending:
             return None
         entry, step = self.directory.take(name, lines)
@@ -148,9 +148,9 @@ class Files(Streamed):
             found.add(name)
         return found
 
-    def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
-        nbytes = sum(part.nbytes for loan, _ in lease for part in loan.piece.parts)
-        places = self._places(lease)
+    def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+        nbytes = sum(part.nbytes for chunk_slice, _ in chunk for part in chunk_slice.piece.parts)
+        places = self._places(chunk)
 
         def read(i: int) -> None:
             for at, offset, size in runs([(at, e.begin(e.copy) + offset, part) for e, part, at, offset in places]):
@@ -169,8 +169,8 @@ class Files(Streamed):
                     self.arena.write(view, entry.begin(entry.next) + offset)
 
         def step(i: int) -> None:
-            memory = self._device if self._bus else self._host
-            run([loan.on(self._state(loan, memory[i], base)) for loan, base in lease])
+            memory = self._device if self._transfer else self._host
+            run([chunk_slice.on(self._state(chunk_slice, memory[i], base)) for chunk_slice, base in chunk])
 
         def up(i: int) -> None:
             self._device[i].copy_(self._host[i], non_blocking=True)
@@ -180,42 +180,42 @@ class Files(Streamed):
 
         reading, writing = Operation("read", read, nbytes), Operation("write", write, nbytes)
         stepping = Operation("step", step, nbytes)
-        if self._bus is None:
+        if self._transfer is None:
             return [reading, stepping, writing]
         return [reading, Operation("up", up, nbytes), stepping, Operation("down", down, nbytes), writing]
 
-    def _places(self, lease: Sequence[Placed]) -> list[tuple[Entry, Part, int, int]]:
-        """Where each part of the lease is in the buffer, and in its entry's copy."""
+    def _places(self, chunk: Sequence[Placed]) -> list[tuple[Entry, Part, int, int]]:
+        """Where each part of the chunk is in the buffer, and in its entry's copy."""
         return [
             (entry, part, base + part.at, entry.offsets[part.key] + part.offset)
-            for loan, base in lease
-            for entry in [self.entries[loan.work.name]]
-            for part in loan.piece.parts
+            for chunk_slice, base in chunk
+            for entry in [self.entries[chunk_slice.work.name]]
+            for part in chunk_slice.piece.parts
             if part.nbytes
         ]
 
-    def _state(self, loan: Loan, memory: Tensor, base: int) -> dict[str, Tensor]:
-        offsets = self.entries[loan.work.name].offsets
+    def _state(self, chunk_slice: ChunkSlice, memory: Tensor, base: int) -> dict[str, Tensor]:
+        offsets = self.entries[chunk_slice.work.name].offsets
         return {
             part.key: self.in_buffer(memory, base + part.at + (offsets[part.key] + part.offset) % PAGE, part)
             if part.nbytes
-            else loan.work.state[part.key]
-            for part in loan.piece.parts
+            else chunk_slice.work.state[part.key]
+            for part in chunk_slice.piece.parts
         }
 
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
         self._views, self._host, self._device = [], [], []
-        self._bus, self._where = bus_of(device), str(device)
+        self._transfer, self._where = transfer_of(device), str(device)
         for _ in range(wanted.number):
-            if self._bus:
-                self._host.append(self._bus.host(wanted.nbytes))
-                self._device.append(self._bus.device(wanted.nbytes))
+            if self._transfer:
+                self._host.append(self._transfer.host(wanted.nbytes))
+                self._device.append(self._transfer.device(wanted.nbytes))
             else:
                 self._host.append(torch.frombuffer(mmap.mmap(-1, wanted.nbytes), dtype=torch.uint8))
         self._views = [bytes_view(tensor) for tensor in self._host]
 
     def lanes(self, device: torch.device) -> Lanes:
-        return self._bus.lanes() if self._bus else self._threads
+        return self._transfer.lanes() if self._transfer else self._threads
 
     # What survives ---------------------------------------------------------------------------------------------
 
@@ -228,7 +228,7 @@ class Files(Streamed):
     def workspace(self) -> list[Line]:
         nbytes = sum(entry.state_nbytes for entry in self.entries.values())
         return [
-            *buffer_lines(self.buffers, "pinned" if self._bus else "cpu", self._where),
+            *buffer_lines(self.buffers, "pinned" if self._transfer else "cpu", self._where),
             *(spare_line(nbytes) if self.directory and nbytes else []),
         ]
 

@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from memopt.core.ledger import ITEMSIZE, Line
-from memopt.layout.chunks import PAGE, Setting
+from memopt.layout.chunks import PAGE, StoreOptions
 from memopt.placements.arena import Arena
 from memopt.placements.entry import Entry, Sum
 from memopt.placements.stores.atomic_record import Journal, Lock, sync_directory
@@ -30,17 +30,17 @@ class Directory:
     behind: nothing that the commit before needs is written over until all have made theirs (:meth:`wait`), and
     :meth:`go_on_from` takes all ranks to the last that every one has."""
 
-    def __init__(self, path: str, setting: Setting) -> None:
+    def __init__(self, path: str, store_options: StoreOptions) -> None:
         self.path = path
-        self.spec = setting.spec
-        rank = f"{setting.rank:05d}-of-{setting.world_size:05d}"
+        self.spec = store_options.spec
+        rank = f"{store_options.rank:05d}-of-{store_options.world_size:05d}"
         self.retired: list[Entry] = []
         self._unneeded: list[Entry] = []  # by the last commit; the one before it may need them
         self.announced = False
         self.undone = False  # a commit that not every rank had made
         self.number = 0
         self.pending: dict[str, dict[str, Any]] = {}
-        self._alone = setting.world_size == 1
+        self._alone = store_options.world_size == 1
         self._barrier: Callable[[], None] | None = None
         self._ahead = False  # whether another rank may not have made the last commit yet
         self._buffer = memoryview(mmap.mmap(-1, PAGE))

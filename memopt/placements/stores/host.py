@@ -1,4 +1,4 @@
-"""The home of ``@host``."""
+"""The store of ``@host``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Buffers, Held, Part, Setting
+from memopt.layout.chunks import Buffers, Held, Part, StoreOptions
 from memopt.placements.base import Placement, Run
 from memopt.placements.stores.mapped_files import tensors_in
 from memopt.placements.stores.streaming import Placed, Streamed, bytes_of
-from memopt.placements.transfer.device import Bus, bus_of
+from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
 
@@ -33,20 +33,20 @@ class Pinned(Streamed):
     target, most = HOST_TARGET, HOST_MOST
     align = ALIGN
 
-    def __init__(self, placement: Placement, setting: Setting) -> None:
-        super().__init__(placement, setting.options["workspace"])
+    def __init__(self, placement: Placement, store_options: StoreOptions) -> None:
+        super().__init__(placement, store_options.options["workspace"])
         self._device: list[Tensor] = []
         self._slabs: list[Tensor] = []  # of small states, side by side: they are copied at once
         self._end = 0  # of what is taken of the last one
         self._where = "cpu"
-        self._bus: Bus | None = None
+        self._transfer: DeviceTransfer | None = None
 
     def in_place(self, device: torch.device) -> bool:
-        return bus_of(device) is None
+        return transfer_of(device) is None
 
     def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
-        bus = bus_of(device)
-        if bus is None:
+        transfer = transfer_of(device)
+        if transfer is None:
             return super().allocate(name, lines, device)
         parts, end = [], 0
         for line in lines:
@@ -54,34 +54,34 @@ class Pinned(Streamed):
             end += -(-line.nbytes // ALIGN) * ALIGN
         if not end:
             return tensors_in(None, parts)
-        memory, begin = self._room(bus, end)
+        memory, begin = self._room(transfer, end)
         return tensors_in(memory.numpy(), [part._replace(offset=begin + part.offset) for part in parts])
 
-    def _room(self, bus: Bus, nbytes: int) -> tuple[Tensor, int]:
+    def _room(self, transfer: DeviceTransfer, nbytes: int) -> tuple[Tensor, int]:
         """Host memory for so many bytes, and where in it they begin: of large states their own, of small ones a slab's,
         each as large as all before together, so that at most half of what is taken lies idle."""
         if nbytes > SMALL:
-            return bus.host(nbytes), 0
+            return transfer.host(nbytes), 0
         if not self._slabs or self._end + nbytes > self._slabs[-1].numel():
             before = self._slabs[-1].numel() if self._slabs else SMALL // 2
-            self._slabs.append(bus.host(min(2 * before, SLAB)))
+            self._slabs.append(transfer.host(min(2 * before, SLAB)))
             self._end = 0
         begin, self._end = self._end, self._end + nbytes
         return self._slabs[-1], begin
 
     def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
-        on_host = [work for work in works if bus_of(work.p.device) is None]
+        on_host = [work for work in works if transfer_of(work.p.device) is None]
         if on_host:
             run(on_host)
-        super().step([work for work in works if bus_of(work.p.device) is not None], run, held)
+        super().step([work for work in works if transfer_of(work.p.device) is not None], run, held)
 
     def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
-        if bus_of(device) is not None:
+        if transfer_of(device) is not None:
             super().prepare(held, device, also)
 
-    def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
-        nbytes = sum(part.nbytes for loan, _ in lease for part in loan.piece.parts)
-        pairs = self._pairs(lease)
+    def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+        nbytes = sum(part.nbytes for chunk_slice, _ in chunk for part in chunk_slice.piece.parts)
+        pairs = self._pairs(chunk)
 
         def up(i: int) -> None:
             for there, at in pairs:
@@ -90,15 +90,15 @@ class Pinned(Streamed):
         def step(i: int) -> None:
             run(
                 [
-                    loan.on(
+                    chunk_slice.on(
                         {
                             part.key: self.in_buffer(self._device[i], at + part.at, part)
                             if part.nbytes
-                            else loan.work.state[part.key]
-                            for part in loan.piece.parts
+                            else chunk_slice.work.state[part.key]
+                            for part in chunk_slice.piece.parts
                         }
                     )
-                    for loan, at in lease
+                    for chunk_slice, at in chunk
                 ]
             )
 
@@ -108,18 +108,18 @@ class Pinned(Streamed):
 
         return [Operation("up", up, nbytes), Operation("step", step, nbytes), Operation("down", down, nbytes)]
 
-    def _pairs(self, lease: Sequence[Placed]) -> list[tuple[Tensor, int]]:
+    def _pairs(self, chunk: Sequence[Placed]) -> list[tuple[Tensor, int]]:
         """What is copied: bytes in host memory, and where they go in the buffer. Parts that lie side by side in a slab,
         and so in the buffer, are one copy."""
         slabs = sorted((slab.data_ptr(), slab) for slab in self._slabs) if self._slabs else []
         begins = [begin for begin, _ in slabs]
         runs: list[list[int]] = []  # number of the slab, first and last byte in it, place in the buffer
         pairs: list[tuple[Tensor, int]] = []
-        for loan, at in lease:
-            for part in loan.piece.parts:
+        for chunk_slice, at in chunk:
+            for part in chunk_slice.piece.parts:
                 if not part.nbytes:
                     continue
-                tensor = loan.work.state[part.key]
+                tensor = chunk_slice.work.state[part.key]
                 number = bisect_right(begins, tensor.data_ptr()) - 1
                 first = tensor.data_ptr() - begins[number] + part.offset if number >= 0 else 0
                 if number < 0 or first + part.nbytes > slabs[number][1].numel():
@@ -134,23 +134,23 @@ class Pinned(Streamed):
         return [*pairs, *((slabs[number][1][first:last], at) for number, first, last, at in runs)]
 
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
-        self._bus, self._where, self._device = bus_of(device), str(device), []
-        assert self._bus is not None
-        self._device = [self._bus.device(wanted.nbytes) for _ in range(wanted.number)]
+        self._transfer, self._where, self._device = transfer_of(device), str(device), []
+        assert self._transfer is not None
+        self._device = [self._transfer.device(wanted.nbytes) for _ in range(wanted.number)]
 
     def lanes(self, device: torch.device) -> Lanes:
-        bus = bus_of(device)
-        assert bus is not None
-        return bus.lanes()
+        transfer = transfer_of(device)
+        assert transfer is not None
+        return transfer.lanes()
 
     def workspace(self) -> list[Line]:
-        return buffer_lines(self.buffers, None, self._where) if self._bus else []
+        return buffer_lines(self.buffers, None, self._where) if self._transfer else []
 
     def tensors(self) -> list[Tensor]:
         return self._device
 
     def explain(self, device: torch.device) -> str:
-        if bus_of(device) is None:
+        if transfer_of(device) is None:
             return f"state is in the memory of {device}, where the parameters are too: nothing is streamed"
         return (
             f"state is in pinned host memory, streamed through {self.buffers.number} buffers of "

@@ -1,4 +1,4 @@
-"""The home of ``@paged``: a file mapped into memory, of which the system or ``resident`` decides what is in memory.
+"""The store of ``@paged``: a file mapped into memory, of which the system or ``resident`` decides what is in memory.
 
 With ``resident`` the parameters whose state fits beside the buffers are stepped where they are mapped, and stay in
 memory from step to step; the state of the others is streamed past the page cache, as that of ``@disk``, and what was
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, Setting
+from memopt.layout.chunks import Held, StoreOptions
 from memopt.placements.arena import Arena
-from memopt.placements.base import Home, Placement, Run
+from memopt.placements.base import Placement, PlacementStore, Run
 from memopt.placements.entry import Entry
 from memopt.placements.stores.disk import Files
 from memopt.placements.workspaces import AHEAD, window
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 
 @final
-class Mapped(Home):
-    def __init__(self, placement: Placement, setting: Setting) -> None:
+class Mapped(PlacementStore):
+    def __init__(self, placement: Placement, store_options: StoreOptions) -> None:
         super().__init__(placement)
-        self.resident: int | None = setting.options["resident"]
+        self.resident: int | None = store_options.options["resident"]
         self._arena: Arena | None = None
         self._unified: dict[str, int] = {}  # bytes of state in unified memory
         self._files: Files | None = None
         if self.resident is not None:
             options = {"directory": None, "workspace": window(self.resident)}
-            self._files = Files(placement, setting._replace(options=options))
+            self._files = Files(placement, store_options._replace(options=options))
 
     def in_place(self, device: torch.device) -> bool:
         return self._files is None and sum(self._unified.values()) <= AHEAD

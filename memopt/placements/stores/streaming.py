@@ -1,4 +1,4 @@
-"""A home whose state is brought to the step lease by lease, through a bounded number of buffers."""
+"""A placement's store whose state is brought to the step chunk by chunk, through a bounded number of buffers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.layout.chunks import PAGE, Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
-from memopt.placements.base import Home, Run
+from memopt.placements.base import PlacementStore, Run
 from memopt.placements.transfer.pipeline import Lanes, Operation, stream
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memopt.layout.param_step import Work
 
 
-class Loan(NamedTuple):
+class ChunkSlice(NamedTuple):
     """One piece of one work's state, and the layout of its rows."""
 
     work: Work
@@ -58,23 +58,23 @@ def bytes_of(whole: Tensor, part: Part) -> Tensor:
 
 #: Tensors in buffers that are remembered, at most.
 REMEMBERED = 1 << 16
-#: A loan, and where it begins in the buffer.
-Placed = tuple[Loan, int]
+#: A slice, and where it begins in the buffer.
+Placed = tuple[ChunkSlice, int]
 
 
-def placed(lease: Sequence[Loan]) -> list[Placed]:
+def placed(chunk: Sequence[ChunkSlice]) -> list[Placed]:
     """One behind the other."""
     found, at = [], 0
-    for loan in lease:
-        found.append((loan, at))
-        at += loan.nbytes
+    for chunk_slice in chunk:
+        found.append((chunk_slice, at))
+        at += chunk_slice.nbytes
     return found
 
 
-class Streamed(Home):
-    """Subclasses say what a lease's chain of operations is and allocate the buffers."""
+class Streamed(PlacementStore):
+    """Subclasses say what a chunk's chain of operations is and allocate the buffers."""
 
-    #: Bytes of a lease, unless the workspace is too small for several, and the number of buffers at most.
+    #: Bytes of a chunk, unless the workspace is too small for several, and the number of buffers at most.
     target = 16 * 2**20
     most = 6
     #: Bytes at whose multiples the parts of a parameter's state begin where they are kept.
@@ -93,11 +93,11 @@ class Streamed(Home):
         return False
 
     @abstractmethod
-    def chain(self, lease: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
-        """The operations of one lease, the first of which fetches."""
+    def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+        """The operations of one chunk, the first of which fetches."""
 
-    def begun(self, loans: Sequence[Loan], device: torch.device) -> list[list[Placed]]:
-        """Leases that have been begun before the step, in the buffers 0, 1, …"""
+    def begun(self, loans: Sequence[ChunkSlice], device: torch.device) -> list[list[Placed]]:
+        """Chunks that have been begun before the step, in the buffers 0, 1, …"""
         return []
 
     @abstractmethod
@@ -115,27 +115,31 @@ class Streamed(Home):
             self._step(mine, run, held, device)
 
     def _step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held], device: torch.device) -> None:
-        loans: list[Loan] = []
+        loans: list[ChunkSlice] = []
         for work in works:
             layout, cut, layouts = self._cut(work, held)
             if len(cut) == 1:
-                loans.append(Loan(work, cut[0], 0, layout))
+                loans.append(ChunkSlice(work, cut[0], 0, layout))
             else:
-                loans += [Loan(work, p, i, layouts[i]) for i, p in enumerate(cut)]
+                loans += [ChunkSlice(work, p, i, layouts[i]) for i, p in enumerate(cut)]
         self._fit(device)
-        leases: list[list[Placed]]
+        chunks: list[list[Placed]]
         if any(work.groups for work in works):
-            # Sums over ranks are taken in the order of the leases, and ranks hold different numbers of rows.
-            leases = [[(loan, 0)] for loan in loans]
+            # Sums over ranks are taken in the order of the chunks, and ranks hold different numbers of rows.
+            chunks = [[(chunk_slice, 0)] for chunk_slice in loans]
         else:
-            empty = [loan for loan in loans if not loan.nbytes]
+            empty = [chunk_slice for chunk_slice in loans if not chunk_slice.nbytes]
             if empty:
-                run([loan.on(dict(loan.work.state)) for loan in empty])
-            leases = self.begun(loans, device)
-            there = {(loan.work.name, loan.number) for lease in leases for loan, _ in lease}
-            rest = (loan for loan in loans if loan.nbytes and (loan.work.name, loan.number) not in there)
-            leases += [placed(lease) for lease in pack(rest, self.buffers.nbytes)]
-        chains = [self.chain(lease, run, device) for lease in leases]
+                run([chunk_slice.on(dict(chunk_slice.work.state)) for chunk_slice in empty])
+            chunks = self.begun(loans, device)
+            there = {(chunk_slice.work.name, chunk_slice.number) for chunk in chunks for chunk_slice, _ in chunk}
+            rest = (
+                chunk_slice
+                for chunk_slice in loans
+                if chunk_slice.nbytes and (chunk_slice.work.name, chunk_slice.number) not in there
+            )
+            chunks += [placed(chunk) for chunk in pack(rest, self.buffers.nbytes)]
+        chains = [self.chain(chunk, run, device) for chunk in chunks]
         if chains:
             self._lanes = self.lanes(device)
             stream(chains, self._lanes, self.buffers.number)

@@ -71,7 +71,8 @@ class CudaLanes:
 
 @final
 class CudaApart:
-    """A thread with a current stream of its own, on which nothing is ever queued that :meth:`CudaBus.lanes` would wait
+    """A thread with a current stream of its own, on which nothing is ever queued that :meth:`CudaTransfer.lanes` would
+    wait
     for."""
 
     def __init__(self, device: torch.device) -> None:
@@ -91,7 +92,7 @@ class CudaApart:
 
 
 @final
-class CudaBus:
+class CudaTransfer:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         with torch.cuda.device(device):
@@ -120,7 +121,7 @@ class CudaBus:
     def lanes(self) -> Lanes:
         return CudaLanes(self._device, self._sides, self._threads)
 
-    def arrivals(self) -> Lanes:
+    def gradient_offload(self) -> Lanes:
         return CudaLanes(self._device, self._arriving, self._threads)
 
     def apart(self) -> Lanes:
@@ -136,6 +137,6 @@ def _cannot_pin(nbytes: int, why: str) -> RuntimeError:
 
 
 @lru_cache
-def cuda_bus(device: torch.device) -> CudaBus:
+def cuda_transfer(device: torch.device) -> CudaTransfer:
     """One for each device: streams are shared by its optimizers."""
-    return CudaBus(device)
+    return CudaTransfer(device)

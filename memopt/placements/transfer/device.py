@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Bus(Protocol):
+class DeviceTransfer(Protocol):
     """Between the host and one device. Lanes: ``up`` and ``down`` copy, ``step`` computes on the device, ``host`` on
     the host, ``read`` and ``write`` are threads for files."""
 
@@ -25,7 +25,7 @@ class Bus(Protocol):
     def lanes(self) -> Lanes:
         """For one step: whatever the device was given before is done before them."""
 
-    def arrivals(self) -> Lanes:
+    def gradient_offload(self) -> Lanes:
         """A lane ``down`` of its own, for what the device was given before; nobody calls ``finish``."""
 
     def apart(self) -> Lanes:
@@ -33,7 +33,7 @@ class Bus(Protocol):
         device is given meanwhile is none of theirs: they wait for the events they are told of."""
 
 
-def bus_of(device: torch.device) -> Bus | None:
+def transfer_of(device: torch.device) -> DeviceTransfer | None:
     """None for a device that steps on host memory as it is."""
     make = BUSES.get(device.type)
     if make is None and device.type != "cpu":
@@ -41,11 +41,11 @@ def bus_of(device: torch.device) -> Bus | None:
     return make(device) if make else None
 
 
-def _cuda(device: torch.device) -> Bus:
-    from memopt.placements.transfer.cuda import cuda_bus
+def _cuda(device: torch.device) -> DeviceTransfer:
+    from memopt.placements.transfer.cuda import cuda_transfer
 
-    return cuda_bus(device)
+    return cuda_transfer(device)
 
 
-#: Type of a device -> its bus. Tests put a simulated one here.
-BUSES: dict[str, Callable[[torch.device], Bus]] = {"cuda": _cuda}
+#: Type of a device -> its device transfer. Tests put a simulated one here.
+BUSES: dict[str, Callable[[torch.device], DeviceTransfer]] = {"cuda": _cuda}

@@ -1,9 +1,10 @@
-"""The order in which leases are fetched, stepped and stored, whatever executes it.
+"""The order in which chunks are fetched, stepped and stored, whatever executes it.
 
-Each lease is a chain of operations, each on a *lane*: ``read`` and ``write`` are the disk's, ``up`` and ``down`` the
-bus between host and card, ``step`` the processor's. A lane executes what it is given in order; lanes run beside each
-other. A lease lives in one of ``count`` buffers, so its chain begins when the chain that had the buffer before has
-ended. That is all: with two buffers the next lease is fetched while this one is stepped and the last one stored.
+Each chunk is a chain of operations, each on a *lane*: ``read`` and ``write`` are the disk's, ``up`` and ``down`` the
+device transfer between host and card, ``step`` the processor's. A lane executes what it is given in order; lanes run
+beside each other. A chunk lives in one of ``count`` buffers, so its chain begins when the chain that had the buffer
+before has ended. That is all: with two buffers the next chunk is fetched while this one is stepped and the last one
+stored.
 
     read   0 1 2 3 ...
     step     0 1 2 ...
