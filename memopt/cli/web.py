@@ -49,6 +49,9 @@ def _write(args: Namespace) -> int:
             "--write needs Pyodide, which runs Python in the browser: npm install pyodide, then "
             "--pyodide node_modules/pyodide"
         )
-    sizes = write(args.write, args.pyodide)
+    try:
+        sizes = write(args.write, args.pyodide)
+    except OSError as error:
+        raise OSError(f"--write {args.write!r} cannot be written: {error.strerror or error}") from None
     print(f"written: {args.write}, {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return 0

@@ -265,6 +265,13 @@ class TestSite:
             code, _, err = run("web", *argv)
             assert (code, said in err, err.count("\n")) == (2, True, 1), err
         assert not (tmp_path / "s").exists()
+
+    def test_a_folder_that_cannot_be_written_is_a_sentence(self, run, tmp_path, pyodide):
+        (tmp_path / "taken").write_text("")
+        code, _, err = run("web", "--write", str(tmp_path / "taken"), "--pyodide", str(pyodide))
+        assert (code, "cannot be written" in err, err.count("\n")) == (2, True, 1), err
+
+    def test_a_folder_without_pyodide_is_left_alone(self, tmp_path):
         with pytest.raises(ValueError, match="npm install pyodide"):
             write(tmp_path / "s", tmp_path)
 
