@@ -70,7 +70,7 @@ def model(settings: Mapping[str, Any]) -> Model | str:
         if not isinstance(content, dict):
             raise InputError(f"{PASTED} holds {shown(content)}, not a JSON object")
         return from_config(content, PASTED)
-    text = settings.get("model", "").strip()
+    text: str = settings.get("model", "").strip()
     if not text:
         raise InputError("which model? a name such as llama-3.1-8b, a parameter count such as 8B, or a config.json")
     known = architectures()
