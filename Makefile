@@ -19,7 +19,7 @@ help:
 	@echo "make test    lint, types, doctests and the test suite"
 	@echo "make sanitize  the CPU kernels under the sanitizers (some minutes)"
 	@echo "make lint    ruff, mypy and the layers"
-	@echo "make site    the calculator as static files, in build/calculator (PYODIDE=folder of its npm package, else npm)"
+	@echo "make site    the calculator as static files (Pyodide from npm, or PYODIDE=folder), in build/calculator"
 	@echo "make bench   start-up, time of a step, and loss by format (half an hour)"
 	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make dist    the source distribution and a wheel with the CPU kernels, in dist"
