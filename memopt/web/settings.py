@@ -10,7 +10,8 @@ from typing import Any
 from estimators.errors import InputError, shown
 from estimators.models.from_config import from_config
 from estimators.models.model import Model
-from estimators.models.resolve import architectures, plain_name
+from estimators.models.names import plain_name
+from estimators.models.resolve import architectures, built_in
 from estimators.units import count
 from memopt.cli import estimate, plan
 from memopt.cli.flags import placement, step
@@ -73,15 +74,14 @@ def model(settings: Mapping[str, Any]) -> Model | str:
     text: str = settings.get("model", "").strip()
     if not text:
         raise InputError("which model? a name such as llama-3.1-8b, a parameter count such as 8B, or a config.json")
-    known = architectures()
-    if text in known or count(text) is not None:
+    if count(text) is not None:
         return text
-    name = plain_name(text)
-    if name in known:
-        return name
+    found = built_in(text)
+    if found is not None:
+        return found
     from difflib import get_close_matches
 
-    near = get_close_matches(name, known, n=3, cutoff=0.5)
+    near = get_close_matches(plain_name(text), architectures(), n=3, cutoff=0.5)
     raise InputError(
         f"{shown(text)} is neither a parameter count such as 8B nor a built-in architecture; "
         + (f"nearest names: {', '.join(near)}" if near else "paste its config.json")
