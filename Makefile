@@ -12,13 +12,14 @@ export TMPDIR ?= $(CURDIR)/build/tmp
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test sanitize lint bench docs dist clean
+.PHONY: help demo test sanitize lint bench docs site dist clean
 
 help:
 	@echo "make demo    the memory of an 8-billion-parameter model, then five optimizers on one language model"
 	@echo "make test    lint, types, doctests and the test suite"
 	@echo "make sanitize  the CPU kernels under the sanitizers (some minutes)"
 	@echo "make lint    ruff, mypy and the layers"
+	@echo "make site    the calculator as static files (Pyodide from npm, or PYODIDE=folder), in build/calculator"
 	@echo "make bench   start-up, time of a step, and loss by format (half an hour)"
 	@echo "make docs    the documentation as a site, in build/site"
 	@echo "make dist    the source distribution and a wheel with the CPU kernels, in dist"
@@ -68,6 +69,16 @@ build/dist-venv/.ready:
 	$(PYTHON) -m venv build/dist-venv
 	build/dist-venv/bin/python -m pip install --quiet build
 	@touch $@
+
+# Pyodide is taken from PYODIDE, or from npm into build/; the page loads nothing from elsewhere.
+PYODIDE_VERSION := 314.0.7
+PYODIDE ?= build/npm/node_modules/pyodide
+
+site: $(READY)
+	@test -e "$(PYODIDE)" || command -v npm >/dev/null || { \
+	  echo "make site needs Pyodide: install npm, or say PYODIDE=folder of its npm package, unpacked" >&2; exit 1; }
+	@test -e "$(PYODIDE)" || npm install --no-audit --no-fund --prefix build/npm pyodide@$(PYODIDE_VERSION)
+	$(BIN)/memopt web --write build/calculator --pyodide "$(PYODIDE)"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -4,6 +4,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 from estimators.allocator.contexts import CONTEXTS, context, workspace
@@ -30,19 +31,19 @@ FRAGMENTS = (0, 2, 10)
 BUFFERS = (300 * _MIB, 600 * _MIB, 1000 * _MIB)
 
 
-#: Bytes of a card, while plans for it are searched.
-_SEARCHED: list[int] = []
+#: Bytes of the card for which plans are searched, 0 elsewhere; each thread has its own.
+_SEARCHED: "ContextVar[int]" = ContextVar("searched", default=0)
 
 
 @contextmanager
 def searched(nbytes: int) -> Iterator[None]:
     """While plans for a card of so many bytes are searched, nothing is replayed that is more than that by what is
     allocated alone: whatever is reserved beside it, it does not fit."""
-    _SEARCHED.append(nbytes)
+    before = _SEARCHED.set(nbytes)
     try:
         yield
     finally:
-        _SEARCHED.pop()
+        _SEARCHED.reset(before)
 
 
 def runtime(
@@ -70,7 +71,7 @@ def runtime(
     allocated = max(of_phase(rows, phase) for phase in PHASES)
     moving = max(of_phase(rows, phase, ("weights", "buffers")) for phase in PHASES)
     unordered = ran is None or (ran.walked is None and ran.recorded is None)
-    if ran is None or unordered or (_SEARCHED and allocated + known.low > _SEARCHED[-1]):
+    if ran is None or unordered or 0 < _SEARCHED.get() < allocated + known.low:
         least, share, most = (moving * percent // 100 for percent in FRAGMENTS)
         return [*found, Row(name, "runtime", RESERVED, share, GPU, PHASES[1:], "assumed", least, most)]
     from estimators.allocator.caching_allocator import parsed

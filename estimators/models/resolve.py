@@ -83,18 +83,35 @@ def _from_text(text: str) -> Model:
         from estimators.models.from_files import from_path
 
         return from_path(text)
-    from estimators.models.names import notes, otherwise, plain_name
+    known = built_in(text)
+    if known is not None:
+        return known
+    from estimators.models.names import plain_name
 
     name = plain_name(text)
-    config = published(name)
-    if config is not None:
-        return _known(name, {**config, **otherwise(text)}, notes(text, name))
     if "/" in text:
         from estimators.models.from_hub import from_hub, is_id
 
         if is_id(text):
             return from_hub(text, _unknown(text, name))
     raise InputError(_unknown(text, name))
+
+
+def built_in(text: str) -> Model | None:
+    """The built-in architecture that a published name means, whatever files there are; None where it means none.
+
+    >>> built_in("openai-community/gpt2").name, built_in("./gpt2.json")
+    ('gpt2', None)
+    """
+    from estimators.models.names import notes, otherwise, plain_name
+    from estimators.models.published import published
+
+    config = published(text)
+    if config is not None:
+        return _known(text, config)
+    name = plain_name(text)
+    config = published(name)
+    return None if config is None else _known(name, {**config, **otherwise(text)}, notes(text, name))
 
 
 def _known(name: str, config: Mapping[str, Any], notes: tuple[str, ...] = ()) -> Model:

@@ -22,6 +22,7 @@ VERBS = {
     "estimate": "what a model and its optimizer state will cost, before anything is allocated",
     "plan": "the configurations that fit a card, the gentlest first",
     "solve": "the largest batch, sequence, rank or model that fits a card, or the fewest GPUs",
+    "web": "the calculator as a page, on this machine or as static files",
     "measure": "run a training script, and record its memory by phase",
     "list": "the specs that exist, and the values on each axis; published recipes",
     "train": "train a small language model on a text file or folder, once for each spec given",

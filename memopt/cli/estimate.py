@@ -68,7 +68,6 @@ def run(args: Namespace) -> int:
         return _list_models(args)
     files.check("--html", args.html)
     files.check("--plot", args.plot, picture=True)
-    from estimators.calculator import estimate
     from estimators.errors import InputError
     from estimators.report.text import as_text
 
@@ -87,32 +86,7 @@ def run(args: Namespace) -> int:
         )
     if args.json and args.emit:
         raise InputError("--json and --emit both print; one of them")
-    world = whole(args.world, "--world")
-    if args.emit == "deepspeed":
-        args.deepspeed = True
-    defaults = DEEPSPEED_SPECS if args.deepspeed else (*DEFAULT_SPECS, *(SHARDED_SPECS if world > 1 else ()))
-    options = placement.told(args)
-    if options and args.deepspeed:
-        raise InputError(
-            f"{placement.flag(min(options))} does not go with DeepSpeed, which offloads by its own settings"
-        )
-    model, inputs = args.model, None
-    if args.module:
-        from estimators.traced.given import module_and_inputs
-
-        model, inputs = module_and_inputs(args.module, args.inputs)
-    result = estimate(
-        model,
-        placement.placed(
-            hyperparameters.with_hyper(args.optim or defaults, hyperparameters.given(args.hyper)), options
-        ),
-        gpu=args.gpu,
-        weights=args.weights,
-        gradients=args.gradients,
-        world_size=world,
-        inputs=inputs,
-        **step_options(args),
-    )
+    result = estimated(args)
     if args.html or args.plot:
         from estimators.report import pictures
 
@@ -137,6 +111,39 @@ def run(args: Namespace) -> int:
 
             print("\n" + "\n".join(compared(result, read(args.against))))
     return 0 if result.gpu is None or good(result, args.accept_tight) else 1
+
+
+def estimated(args: Namespace) -> Estimate:
+    """The estimate that the flags ask for. ``args.model`` may also be what else :func:`estimators.estimate` takes."""
+    from estimators.calculator import estimate
+    from estimators.errors import InputError
+
+    world = whole(args.world, "--world")
+    if args.emit == "deepspeed":
+        args.deepspeed = True
+    defaults = DEEPSPEED_SPECS if args.deepspeed else (*DEFAULT_SPECS, *(SHARDED_SPECS if world > 1 else ()))
+    options = placement.told(args)
+    if options and args.deepspeed:
+        raise InputError(
+            f"{placement.flag(min(options))} does not go with DeepSpeed, which offloads by its own settings"
+        )
+    model, inputs = args.model, None
+    if args.module:
+        from estimators.traced.given import module_and_inputs
+
+        model, inputs = module_and_inputs(args.module, args.inputs)
+    return estimate(
+        model,
+        placement.placed(
+            hyperparameters.with_hyper(args.optim or defaults, hyperparameters.given(args.hyper)), options
+        ),
+        gpu=args.gpu,
+        weights=args.weights,
+        gradients=args.gradients,
+        world_size=world,
+        inputs=inputs,
+        **step_options(args),
+    )
 
 
 def good(result: Estimate, accept_tight: bool | None) -> bool:

@@ -35,11 +35,23 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    result = planned(args)
+    if args.json:
+        import json
+
+        print(json.dumps(as_json(result), indent=2))
+    else:
+        print("\n".join(as_lines(result)))
+    return 0 if result.found else 1
+
+
+def planned(args: Namespace) -> Plans:
+    """The plans that the flags ask for. ``args.model`` may also be what else :func:`estimators.estimate` takes."""
     from estimators.planning.plan import plans
 
     options = step.given(args)
     specs = hyperparameters.with_hyper(args.optim or (), hyperparameters.given(args.hyper)) if args.optim else ()
-    result = plans(
+    return plans(
         args.model,
         args.gpu,
         seq=options.pop("seq", 0),
@@ -50,13 +62,6 @@ def run(args: Namespace) -> int:
         **options,
         **placement.told(args),
     )
-    if args.json:
-        import json
-
-        print(json.dumps(as_json(result), indent=2))
-    else:
-        print("\n".join(as_lines(result)))
-    return 0 if result.found else 1
 
 
 def as_json(result: Plans) -> dict[str, object]:
