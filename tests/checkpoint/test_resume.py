@@ -8,9 +8,12 @@ import pytest
 import torch
 
 import memopt
-from tests.helpers.cases import CASE_IDS, CASES, assert_same_bits, odd_model, train
+from tests.helpers.cases import HYPER, PAIRS, VARIANTS, assert_same_bits, odd_model, sampled, train
 
-BEFORE, AFTER = 5, 10
+BEFORE, AFTER = 3, 6
+#: A quarter of the plain specs, and everything else that is there.
+CASES = [(s, HYPER.get(memopt.parse(s).rule, {})) for s in sampled(8)[::2]] + VARIANTS + PAIRS
+CASE_IDS = [s + "".join(f" {k}={v}" for k, v in h.items()) for s, h in CASES]
 
 
 def checkpoint(directory: Path, i: int) -> Path:

@@ -68,7 +68,7 @@ def single():
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[pytest.param(2, marks=pytest.mark.slow), 3])
 def sharded(request):
     return ranks.run(sharded_run, request.param, ZERO1)
 

@@ -92,6 +92,7 @@ def load_sharded(folder):
     return values, [p.detach() for p in model.parameters()]
 
 
+@pytest.mark.slow
 def test_masters_of_two_ranks_become_others_on_one_and_on_three(tmp_path):
     _, opt = stepped("adamw-8bit+kahan")
     exact = exact_values(opt)

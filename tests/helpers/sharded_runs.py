@@ -16,7 +16,7 @@ from tests.helpers.cases import HYPER, assert_same_bits, live_nbytes
 from tests.helpers.loops import Net
 
 WORLD = 4
-STEPS = 20
+STEPS = 10
 #: A sample; benchmarks/sharding_matrix.py runs every rule × format × partition on 1 to 4 ranks.
 SPECS = [
     "adamw/zero2",

@@ -356,7 +356,15 @@ def sharded(spec):
 
 
 @pytest.mark.filterwarnings("ignore:NaN or Inf")
-@pytest.mark.parametrize("spec", ["adamw-8bit/zero1", "adafactor/zero1", "adamw/zero3", "adafactor/zero3"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "adamw-8bit/zero1",
+        pytest.param("adafactor/zero1", marks=pytest.mark.slow),
+        pytest.param("adamw/zero3", marks=pytest.mark.slow),
+        "adafactor/zero3",
+    ],
+)
 def test_of_ranks_the_norm_is_that_of_all(spec) -> None:
     found = ranks.run(sharded, 2, spec)
     for rank in found:

@@ -164,7 +164,10 @@ def in_ranks(spec):
 
 
 @pytest.mark.filterwarnings("ignore:NaN or Inf")
-@pytest.mark.parametrize("spec", ["adamw-8bit/zero1", "adamw-8bit/zero3", "adafactor/zero1"])
+@pytest.mark.parametrize(
+    "spec",
+    ["adamw-8bit/zero1", *(pytest.param(s, marks=pytest.mark.slow) for s in ("adamw-8bit/zero3", "adafactor/zero1"))],
+)
 def test_ranks_step_from_a_plan_too(spec) -> None:
     alone, _, _ = run(spec.partition("/")[0])
     for rank in ranks.run(in_ranks, 2, spec):

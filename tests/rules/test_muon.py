@@ -162,7 +162,7 @@ def run(specs):
     return found
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_step_as_one_process(world):
     """To the bit: each matrix is multiplied whole, on one rank."""
     alone = run(SPECS)

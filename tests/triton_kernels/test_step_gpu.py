@@ -133,6 +133,7 @@ def test_when_the_device_fails_the_run_ends_with_what_was_measured(bench, monkey
     assert "Stopped: the device failed" in text
 
 
+@pytest.mark.slow
 def test_programs_of_other_sizes_are_timed_and_compared(bench, monkeypatch, capsys) -> None:
     import step_gpu_tune
 
