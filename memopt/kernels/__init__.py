@@ -162,7 +162,6 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
             torch.get_num_threads(),
             found.index,
             over_ranks,
-            False,
         )
         if failed:
             raise failed[0]

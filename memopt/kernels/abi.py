@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
-VERSION = 7
+VERSION = 6
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
 SLOTS = 3
@@ -26,8 +26,6 @@ RULES = {
     "lamb": 10,
     "stableadamw": 11,
 }
-#: Rules whose kernels begin with sums that show a gradient which is not finite.
-SUMS_FIRST = ("lamb", "stableadamw")
 MASTERS = {"none": 0, "fp32": 1, "kahan": 2, "stochastic": 3, "split": 4, "split16": 5}
 FORMATS = {"32bit": 0, "bf16": 1, "8bit": 2, "fp8": 3, "4bit": 4, "factored": 5}
 #: Of a tensor whose moments are in several of them.

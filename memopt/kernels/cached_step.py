@@ -47,9 +47,6 @@ class Plan(Known):
         self._offsets = [one.offset for one in records]
         self._shifted = any(self._offsets)
         self._missing: list[int] = []  # places of those without a gradient
-        self._unseen = False  # nobody has looked at the gradients of this step
-        whole = self.partition.world_size > 1 or any(one.layout.rule.inner not in abi.SUMS_FIRST for one in records)
-        self._sums_first = not whole and all(tensor.format != abi.FORMATS["factored"] for tensor in tensors)
         # What looks at the gradients refers to their descriptors and not to the plan: memory is freed with the last
         # reference to the optimizer, without waiting for the garbage collector.
         spans = self.spans
@@ -92,20 +89,14 @@ class Plan(Known):
             self._missing = missing
 
     def look(self, summed: bool) -> tuple[list[str], list[float]]:
-        """The names of parameters whose gradient holds a NaN or an Inf, and the sum of squares of each gradient. Where
-        the step begins with sums that say it, they are left to say it."""
-        self._unseen = self._sums_first and not summed
-        if self._unseen:
-            return [], []
+        """The names of parameters whose gradient holds a NaN or an Inf, and the sum of squares of each gradient."""
         bad = look(self.spans, summed)
         sums = [span.squares for span in self.spans if not span.idle] if summed else []
         return [self.names[i] for i in bad], sums
 
-    def step(self, scales: Sequence[float]) -> list[str]:
+    def step(self, scales: Sequence[float]) -> None:
         """Step all parameters, with the gradients of each group multiplied by its number, and bring what other ranks
-        need of them to them; the kernels count the steps. Returns names where nothing was stepped, because only now
-        NaN or Inf was found."""
-        bad: list[str] = []
+        need of them to them; the kernels count the steps."""
         start = time.perf_counter()
         for group, scale in zip(self.hyper, scales, strict=True):
             group.gradient_scale = scale
@@ -115,17 +106,15 @@ class Plan(Known):
             missing = set(self._missing)
             places = [i for i in range(len(self.known)) if i not in missing]
             for first, stop in partition.buckets(parameters):
-                bad = self._step(places[first], places[stop - 1] + 1)
+                self._step(places[first], places[stop - 1] + 1)
                 partition.all_gather_begin(parameters[first:stop])
             partition.finish()
         self.pages.after(time.perf_counter() - start)
-        return bad
 
-    def _step(self, first: int, stop: int) -> list[str]:
+    def _step(self, first: int, stop: int) -> None:
         found = library()
         assert found is not None
-        unseen, self._unseen = self._unseen, False
-        code = found.handle.memopt_step(
+        if found.handle.memopt_step(
             ctypes.byref(self.hyper),
             ctypes.byref(self.tensors, first * _SIZE),
             stop - first,
@@ -133,13 +122,8 @@ class Plan(Known):
             torch.get_num_threads(),
             found.index,
             abi.ALONE,
-            unseen,
-        )
-        if code == 1:
+        ):
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
-        if code == 3:  # a sum is not finite: for a gradient, or because an update is too large for fp32
-            return [self.names[i] for i in look(self.spans, False)] or self._step(first, stop)
-        return []
 
     def settle(self) -> StepOutcome | None:
         """Nothing is left to be noted: the kernels are done when a step returns."""

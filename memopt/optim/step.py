@@ -122,7 +122,8 @@ class Stepper:
             self.norm = plan.norm
         else:
             scales = self._scales(scaler, context.bounds, parameters, plan.look)
-        if scales is not None and not self.stopped_by(plan.step(scales)):
+        if scales is not None:
+            plan.step(scales)
             increment_version(parameters)
         return True
 

@@ -14,7 +14,7 @@ using namespace memopt;
 
 extern "C" int32_t memopt_isa_count();
 extern "C" const char* memopt_isa_name(int32_t);
-extern "C" int32_t memopt_step(const Group*, Tensor*, int64_t, uint32_t, int32_t threads, int32_t isa, Total, int32_t unseen);
+extern "C" int32_t memopt_step(const Group*, Tensor*, int64_t, uint32_t, int32_t threads, int32_t isa, Total);
 extern "C" int32_t memopt_look(Span*, int64_t, int32_t summed, int32_t threads, int32_t isa);
 
 namespace {
@@ -104,12 +104,8 @@ std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int thre
     for (Tensor& t : tensors) spans.push_back({t.g, t.numel, 0, t.g_dtype, t.idle, 0});
     for (int summed = 0; summed < 2; summed++)
         if (memopt_look(spans.data(), spans.size(), summed, threads, isa)) std::exit(3);
-    const bool sums_first = (rule == LAMB || rule == STABLEADAMW) && format != FMT_FACTORED && !cut;
-    for (int i = 0; i < 3; i++) {
-        tensors[1].idle = i == 1;
-        const int code = memopt_step(&group, tensors.data(), tensors.size(), 5, threads, isa, cut ? alone : nullptr, i == 2);
-        if (code != (i < 2 || sums_first ? 0 : 3)) std::exit(4);
-    }
+    for (int i = 0; i < 2; i++)
+        if (memopt_step(&group, tensors.data(), tensors.size(), 5, threads, isa, cut ? alone : nullptr)) std::exit(4);
     return memory.image();
 }
 

@@ -1,7 +1,6 @@
 // The step of a list of tensors. Rules that look at each element alone are one pass: all tensors are cut into chunks
 // of at most 1024 columns and equal runs of chunks are the tasks, whatever the sizes. Rules that need statistics of a whole
 // tensor (whole.cpp) run large tensors one after the other on all threads, and small ones each on one thread.
-#include <cmath>
 #include <cstdlib>
 
 #include "pool.h"
@@ -52,7 +51,6 @@ struct Job {
     int64_t count, small_count, grain, chunks;
     int64_t* small;   // tensors that one thread runs through all passes
     int64_t* before;  // chunks of element-wise tensors before each tensor; count + 1 of them
-    Totals* sums;     // of each tensor, taken before anything is changed; null where they are not
 };
 
 void element_wise(const Job& job, int64_t first, int64_t last) {
@@ -77,34 +75,11 @@ void run_task(void* context, int64_t task) {
     const Job& job = *static_cast<Job*>(context);
     if (task < job.small_count) {
         const int64_t i = job.small[task];
-        whole_step(*job.table, job.groups[job.tensors[i].group], job.tensors[i], job.prepared[i], 1, nullptr,
-                   job.sums ? job.sums + i : nullptr);
+        whole_step(*job.table, job.groups[job.tensors[i].group], job.tensors[i], job.prepared[i], 1, nullptr);
         return;
     }
     const int64_t first = (task - job.small_count) * job.grain;
     element_wise(job, first, first + job.grain < job.chunks ? first + job.grain : job.chunks);
-}
-
-void sum_task(void* context, int64_t task) {
-    const Job& job = *static_cast<Job*>(context);
-    const int64_t i = job.small[task];
-    job.sums[i] = first_sums(*job.table, job.groups[job.tensors[i].group], job.tensors[i], job.prepared[i], 1);
-}
-
-// Takes the first sums of all tensors; whether they are finite, and so every gradient is.
-bool finite_sums(Job& job, int threads) {
-    int64_t few = 0;
-    for (int64_t i = 0; i < job.count; i++) {
-        const Tensor& t = job.tensors[i];
-        job.sums[i] = {0, 0};
-        if (t.idle || !t.numel) continue;
-        if (t.numel < LARGE) job.small[few++] = i;
-        else job.sums[i] = first_sums(*job.table, job.groups[t.group], t, job.prepared[i], threads);
-    }
-    parallel(threads, few, sum_task, &job);
-    bool finite = true;
-    for (int64_t i = 0; i < job.count; i++) finite = finite && std::isfinite(job.sums[i].rule + job.sums[i].squares);
-    return finite;
 }
 
 // Scalars are shared by the tensors of a group that are at the same step, which is nearly always all of them.
@@ -117,15 +92,14 @@ struct Shared {
 }  // namespace
 
 int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int threads,
-         Total total, bool unseen) {
+         Total total) {
     const OwnThreads apart(total != nullptr);  // called from a thread for each parameter (memopt/partitions/batched_allreduce.py)
-    Job job{&table, groups, tensors, nullptr, count, 0, 1, 0, nullptr, nullptr, nullptr};
+    Job job{&table, groups, tensors, nullptr, count, 0, 1, 0, nullptr, nullptr};
     job.prepared = static_cast<Prepared*>(std::malloc((count + 1) * sizeof(Prepared)));
     job.small = static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t)));
     job.before = static_cast<int64_t*>(std::malloc((count + 1) * sizeof(int64_t)));
     Shared* shared = static_cast<Shared*>(std::malloc((count + 1) * sizeof(Shared)));
-    if (unseen) job.sums = static_cast<Totals*>(std::malloc((count + 1) * sizeof(Totals)));
-    const bool room = job.prepared && job.small && job.before && shared && (job.sums || !unseen);
+    const bool room = job.prepared && job.small && job.before && shared;
     int64_t kinds = 0;
     const uint32_t seeded = fold(0, seed);
     for (int64_t i = 0; room && i < count; i++) {
@@ -133,7 +107,7 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         Prepared& ready = job.prepared[i];
         job.before[i] = job.chunks;
         if (t.idle) continue;
-        const int64_t now = t.counter ? static_cast<int64_t>(*t.counter + 1) : t.step;
+        const int64_t now = t.counter ? static_cast<int64_t>(*t.counter += 1) : t.step;
         int64_t k = kinds;
         while (k > 0 && k > kinds - 8 && (shared[k - 1].group != t.group || shared[k - 1].step != now)) k--;
         if (k == 0 || k <= kinds - 8) {
@@ -149,24 +123,14 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         ready.pass = single_pass(groups[t.group], t);
         if (ready.pass >= 0) job.chunks += t.numel ? t.rows * chunks_of(t.cols) : 0;
     }
-    bool seen = !unseen;
-    if (room && unseen) {
-        seen = true;
-        for (int64_t i = 0; i < count; i++) seen = seen && (tensors[i].idle || sums_first(groups[tensors[i].group], tensors[i]));
-        seen = seen && !total && finite_sums(job, threads);
-    }
-    for (int64_t i = 0; room && seen && i < count; i++)
-        if (tensors[i].counter && !tensors[i].idle) *tensors[i].counter += 1;
-    bool going = room && seen;
-    if (going) {
+    bool going = room;
+    if (room) {
         job.before[count] = job.chunks;
         for (int64_t i = 0; going && i < count; i++) {
             // A rank without rows of a parameter takes part in the sums over its ranks.
             if (tensors[i].idle || job.prepared[i].pass >= 0 || !(total ? tensors[i].whole_numel : tensors[i].numel)) continue;
             if (!total && tensors[i].numel < LARGE) job.small[job.small_count++] = i;
-            else
-                going = whole_step(table, groups[tensors[i].group], tensors[i], job.prepared[i], threads, total,
-                                   job.sums ? job.sums + i : nullptr);
+            else going = whole_step(table, groups[tensors[i].group], tensors[i], job.prepared[i], threads, total);
         }
     }
     if (going) {
@@ -179,8 +143,7 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
     std::free(job.small);
     std::free(job.before);
     std::free(shared);
-    std::free(job.sums);
-    return !room ? 1 : !seen ? 3 : going ? 0 : 2;
+    return !room ? 1 : going ? 0 : 2;
 }
 
 }  // namespace memopt

@@ -17,6 +17,10 @@ namespace {
 // a thread keeps for a piece of a factored moment is bounded by that, however wide the tensor.
 constexpr int64_t PIECE = 64, BLOCK = 16, FEWEST_ROWS = 16;
 
+struct Totals {
+    double rule, squares;
+};
+
 struct Sweep {
     const Table& table;
     const Tensor& t;
@@ -76,17 +80,7 @@ Totals sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32
 
 }  // namespace
 
-bool sums_first(const Group& h, const Tensor& t) {
-    return (h.rule == LAMB || h.rule == STABLEADAMW) && t.format != FMT_FACTORED;
-}
-
-Totals first_sums(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads) {
-    const Pass which = h.rule == LAMB ? SUM_LAMB : SUM_SURPRISE;
-    return sweep(table, t, *ready.scalars, ready.keys, which, Means(TINY), true, false, threads);
-}
-
-bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Total total,
-                const Totals* known) {
+bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Total total) {
     Scalars s = *ready.scalars;
     const bool factored = is_factored(t.format);
     Tensor lines = t;  // as the matrices lie, which is how their means are found
@@ -134,9 +128,8 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         if (total && going) going = total(&squares, 1) == 0;
         return static_cast<double>(static_cast<float>(std::sqrt(squares / static_cast<double>(t.whole_numel))));
     };
-    if (known) backward = false;  // the next pass is the second
     const auto clip = [&](Pass which) {
-        const double rms = root_mean_square(known ? known->rule : pass(which, true).rule);
+        const double rms = root_mean_square(pass(which, true).rule);
         return rms / h.d < 1 ? 1.0 : rms / h.d;  // a NaN stays
     };
     switch (h.rule) {
@@ -181,7 +174,7 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         case LAMB: {
             if (factored) renew_adam();
             const double rate = -h.lr * s.rate;
-            const Totals sums = known ? *known : pass(SUM_LAMB, true);
+            const Totals sums = pass(SUM_LAMB, true);
             const double size = root_mean_square(sums.squares), step = root_mean_square(sums.rule);
             const double trust = size > 0 && step > 0 ? size / step : 1;
             s.rate = static_cast<float>(rate * trust);

@@ -17,22 +17,11 @@ struct Prepared {
 // Adam-mini's second moment at this step.
 void renew_row_means(const Table&, const Tensor&, double beta2, const Scalars&, int threads);
 
-struct Totals {
-    double rule, squares;
-};
-
-// Whether a step of this tensor begins with sums that are not finite where an element of its gradient is not, and that
-// change nothing: then nobody need look at the gradient before.
-bool sums_first(const Group&, const Tensor&);
-// These sums.
-Totals first_sums(const Table&, const Group&, const Tensor&, const Prepared&, int threads);
-
-// Returns false where `total` failed. `known` are the first sums, where they were taken. Sums over ranks are taken one after the other, in the order and of the size in
+// Returns false where `total` failed. Sums over ranks are taken one after the other, in the order and of the size in
 // which the rule in memopt/rules takes them, so that ranks may step the same parameter in different ways.
-bool whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Total total,
-                const Totals* known = nullptr);
+bool whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Total total);
 
-int step(const Table&, const Group*, Tensor*, int64_t count, uint32_t seed, int threads, Total total, bool unseen);
+int step(const Table&, const Group*, Tensor*, int64_t count, uint32_t seed, int threads, Total total);
 // 0: all gradients are finite, 2: some are not, 1: there was no memory and nobody has looked.
 int look(const Table&, Span*, int64_t count, bool summed, int threads);
 
