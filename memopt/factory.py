@@ -103,14 +103,14 @@ def create(
         alpha: rmsprop: decay of the mean of squares. ademamix: weight of the slow mean.
             Default 0.99; ademamix 5.
         centered: Divide by the standard deviation instead of the root mean square. rmsprop, 32bit. Default False.
-        decoupled_weight_decay: Decay as adamw does. radam. Default False. d: Largest RMS of an update; larger ones are
-        scaled down to it. adafactor, came, stableadamw. Default 1. beta1: Decay of a first moment; None keeps none.
-        adafactor. Default None. beta2_decay: Exponent c of the second moment's decay ``1 - t^c``, at most 0. adafactor.
-        Default -0.8. scale_parameter: Scale the rate with the parameter's RMS. adafactor, torch's and transformers'
-        conventions, where
-            it is True.
-        relative_step: Make the rate from the step count. adafactor, transformers' convention, where it is True
-            without an ``lr``.
+        decoupled_weight_decay: Decay as adamw does. radam. Default False.
+        d: Largest RMS of an update; larger ones are scaled down to it. adafactor, came, stableadamw. Default 1.
+        beta1: Decay of a first moment; None keeps none. adafactor. Default None.
+        beta2_decay: Exponent c of the second moment's decay ``1 - t^c``, at most 0. adafactor. Default -0.8.
+        scale_parameter: Scale the rate with the parameter's RMS. adafactor; the conventions of torch and transformers
+            begin with True. Default False.
+        relative_step: Make the rate from the step count. adafactor; the convention of torch begins with True, that of
+            transformers where no ``lr`` is given. Default False.
         warmup_init: Let that rate grow over the first 10,000 steps. The same. Default False.
         convention: What adafactor makes of ``lr``: ``"absolute"`` takes it as it stands, ``"torch"`` and
             ``"transformers"`` scale it as these do. Default "absolute".

@@ -57,7 +57,7 @@ def test_what_is_emitted_says_them_and_is_read_back(run, tmp_path, kind):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["adamw", "--hyper", "momentum=0.9"], "--hyper momentum is for sgd, rmsprop, and none of the specs is"),
+        (["adamw", "--hyper", "momentum=0.9"], "--hyper momentum is for sgd, rmsprop, muon, and none of the specs is"),
         (["adamw", "--hyper", "width=3"], "--hyper width is not allowed; no rule has it"),
         (["sgd", "--hyper", "momentum"], "--hyper 'momentum' is not allowed; it is NAME=VALUE, such as momentum=0.9"),
         (["sgd", "--hyper", "momentum=-1"], "momentum=-1 is not allowed"),

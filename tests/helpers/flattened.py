@@ -177,9 +177,9 @@ def resumed(engine: Any, optimizer: memopt.Optimizer, again: Any) -> list[str]:
     ]
 
 
-def collectives() -> int:
+def collectives(convention: str) -> int:
     """How many collectives a step of a whole-tensor rule takes."""
-    engine, optimizer = started("adafactor", 3)
+    engine, optimizer = started("adafactor", 3, convention=convention)
     drive(engine, 0, 1)
     count, whole, step = [0], dist.all_reduce, optimizer.step
 
@@ -212,7 +212,12 @@ def others() -> dict[str, Any]:
         engine, optimizer = started(spec, stage, zero=zero, **keywords)
         drive(engine, 0, STEPS)
         made_of[name] = found(optimizer), optimizer.explain()
-    return {"found": made_of, "collectives": collectives(), "refused": refusals(), "flat": flat_groups()}
+    return {
+        "found": made_of,
+        "collectives": {c: collectives(c) for c in ("absolute", "transformers")},
+        "refused": refusals(),
+        "flat": flat_groups(),
+    }
 
 
 def refusals() -> dict[str, str]:

@@ -12,12 +12,12 @@ from memopt.layout.param_step import Work
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
 
 
-def work_of(spec, shape=(40, 24)):
+def work_of(spec, shape=(40, 24), **hyper):
     """A parameter that ranks share, after one step."""
     torch.manual_seed(0)
     p = torch.nn.Parameter(torch.randn(shape))
     p.grad = torch.randn(shape)
-    opt = memopt.create([("w", p)], spec)
+    opt = memopt.create([("w", p)], spec, **hyper)
     opt.step()
     layout = resolve(opt.spec, opt.param_groups[0], "w", 0, Rows.whole(shape), "float32")
     return Work(layout, p.detach(), p.grad, opt.state[p], 2, opt.param_groups[0], ("ranks",))
@@ -28,20 +28,22 @@ def run(work, spec, total):
 
 
 @pytest.mark.parametrize(
-    ("spec", "numbers"),
+    ("spec", "hyper", "numbers"),
     [
-        ("lamb-8bit", [1, 1]),  # RMS of the parameter, of the update
-        ("stableadamw", [1]),
-        ("adafactor", [1, 24, 1]),  # RMS of the parameter, column means, RMS of the update
-        ("came", [24, 1, 24]),
-        ("adamw-factored", [24]),
+        ("lamb-8bit", {}, [1, 1]),  # RMS of the parameter, of the update
+        ("stableadamw", {}, [1]),
+        ("adafactor", {}, [24, 1]),  # column means, RMS of the update
+        ("adafactor", {"convention": "torch"}, [1, 24, 1]),  # RMS of the parameter before them
+        ("adafactor", {"convention": "transformers"}, [1, 24, 1]),
+        ("came", {}, [24, 1, 24]),
+        ("adamw-factored", {}, [24]),
     ],
 )
-def test_sums_are_those_of_the_plain_path(spec, numbers, monkeypatch):
+def test_sums_are_those_of_the_plain_path(spec, hyper, numbers):
     """In number, order, size and value: another rank may be on that path."""
     taken = {}
     for path in ("kernels", "torch"):
-        work, sums = work_of(spec), []
+        work, sums = work_of(spec, **hyper), []
 
         def total(x, sums=sums):
             sums.append(x.clone().reshape(-1))
@@ -74,7 +76,7 @@ def test_a_sum_over_two_ranks_is_used():
 
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_an_error_in_a_sum_is_raised_and_ends_the_step(number):
-    work, sums = work_of("adafactor"), []
+    work, sums = work_of("adafactor", convention="transformers"), []  # three sums
     before = work.p.clone()
 
     def total(x):

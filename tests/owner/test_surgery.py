@@ -111,10 +111,7 @@ def by_hand(state: dict[str, Tensor], index: Tensor, dim: int) -> None:
 @pytest.mark.parametrize("rule", ["adamw", "adam", "rmsprop", "sgd", "adafactor"])
 def test_as_torch_by_hand(rule):
     """Rows cloned, split and pruned, and moments reset, as scripts do it to torch.optim: the same run."""
-    ours, opt = made(rule)
-    if rule == "adafactor":
-        opt = memopt.create(ours, rule, lr=1e-2, convention="torch")
-        step(ours, opt, 0)
+    ours, opt = made(rule, **({"convention": "torch"} if rule == "adafactor" else {}))
     theirs, _ = made(rule, 0)
     cls = {"adamw": "AdamW", "adam": "Adam", "rmsprop": "RMSprop", "sgd": "SGD", "adafactor": "Adafactor"}[rule]
     other = getattr(torch.optim, cls)(theirs, lr=1e-2, **HYPER.get(rule, {}))

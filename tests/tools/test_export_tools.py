@@ -203,7 +203,7 @@ def test_a_code_book_that_is_not_torchaos_is_said():
 
 
 def test_the_command_line_names_every_tool(run):
-    from memopt.checkpoint.export import TOOLS
+    from memopt.checkpoint.exporting import TOOLS
 
     _, out, _ = run("convert", "--help")
     words = out.replace(",", " ").split()
