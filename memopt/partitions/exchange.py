@@ -36,7 +36,7 @@ def owners(costs: Sequence[float], ranks: int) -> list[int]:
     """The rank that works on each matrix: the dearest first, to whoever has least. The same on all ranks.
 
     >>> owners([1, 5, 3, 3], 2)
-    [1, 0, 1, 1]
+    [0, 0, 1, 1]
     """
     load, found = [0.0] * ranks, [0] * len(costs)
     for i in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):

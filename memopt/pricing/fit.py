@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from memopt.keywords import SpecKeywords
 
 #: Formats, the gentlest first: by how far their updates are from those of fp32 on recorded gradients
-#: (``benchmarks/results/fidelity.md``), down to half a byte a parameter. A rung that would not save anything for a
+#: (``benchmarks/fidelity.py``), down to half a byte a parameter. A rung that would not save anything for a
 #: parameter is passed over, as what is factored is for a vector, and one that the rule does not have is left out.
 LADDER = ("32bit", "8bit", "8bit.4bit", "factored", "8bit.factored", "4bit", "4bit.factored")
 

@@ -13,6 +13,8 @@ from memopt.untrusted.text import shown
 
 #: What calls are given to copy, and the values that are made, per byte of the pickle.
 MAX_COPIED, MAX_MADE = 16, 0.5
+#: A set takes the memory, and the time, of so many lists. One with a member has at least 6 bytes of the pickle.
+_SET = 3
 #: Whole numbers have at most so many bytes, and as keys so many values.
 MAX_INT_NBYTES, MAX_KEY = 16, 2**53
 _NEWEST = 5
@@ -84,9 +86,9 @@ class Machine:
     def push(self, value: Any) -> None:
         self._stack.append(value)
 
-    def made(self, value: Any) -> None:
+    def made(self, value: Any, weight: int = 1) -> None:
         """A value that takes more memory than its operation has bytes."""
-        self._room -= 1
+        self._room -= weight
         if self._room < 0:
             raise Refused("it makes more values than so short a pickle can hold")
         self._stack.append(value)
@@ -261,13 +263,13 @@ _OPERATIONS: dict[int, Callable[[Machine], None]] = {
     ord("]"): lambda m: m.made([]),
     ord("}"): lambda m: m.made({}),
     ord(")"): lambda m: m.push(()),
-    0x8F: lambda m: m.made(set()),
+    0x8F: lambda m: m.made(set(), _SET),
     ord("l"): lambda m: m.push(m.since_mark()),
     ord("t"): lambda m: m.push(tuple(m.since_mark())),
     0x85: lambda m: m.tuple(1),
     0x86: lambda m: m.tuple(2),
     0x87: lambda m: m.tuple(3),
-    0x91: lambda m: m.made(frozenset(map(_key, m.since_mark()))),
+    0x91: lambda m: m.made(frozenset(map(_key, m.since_mark())), _SET),
     ord("a"): lambda m: m.extend([m.pop()]),
     ord("e"): lambda m: m.extend(m.since_mark()),
     ord("s"): lambda m: m.update([m.pop(), m.pop()][::-1]),

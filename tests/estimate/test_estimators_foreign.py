@@ -1,6 +1,7 @@
 """State bytes against the live state of other people's optimizers."""
 
 import copy
+import json
 
 import pytest
 
@@ -79,29 +80,39 @@ CONFIG = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 4, "vocab_
 class TestHub:
     """Ids of the Hub, without the network."""
 
-    def test_an_id_is_its_configuration(self, monkeypatch):
+    @pytest.fixture
+    def hub(self, monkeypatch):
+        from estimators.models import from_hub
+
+        monkeypatch.setattr(from_hub, "_reachable", lambda endpoint: True)
+        found = pytest.importorskip("huggingface_hub")
+        monkeypatch.setattr(found.constants, "HF_HUB_OFFLINE", False)
+        return found
+
+    def test_an_id_is_its_configuration(self, hub, monkeypatch, tmp_path):
         from estimators import resolve
 
-        transformers = pytest.importorskip("transformers", minversion="5.0")
         asked = []
-        monkeypatch.setattr(
-            transformers.PreTrainedConfig, "get_config_dict", lambda name: (asked.append(name), (CONFIG, {}))[1]
-        )
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+
+        def download(name, file, local_files_only):
+            asked.append((name, file, local_files_only))
+            return str(tmp_path / file)
+
+        monkeypatch.setattr(hub, "hf_hub_download", download)
         assert resolve("nobody/something").shapes == resolve(CONFIG).shapes
         assert resolve("openai-community/gpt2").name == "gpt2"  # built in: nobody is asked
-        assert asked == ["nobody/something"]
+        assert asked == [("nobody/something", "config.json", False)]
 
-    def test_a_failure_is_one_sentence(self, monkeypatch):
+    def test_a_failure_is_one_sentence(self, hub, monkeypatch):
         from estimators import InputError, resolve
 
-        transformers = pytest.importorskip("transformers", minversion="5.0")
-
-        def nowhere(name):
+        def nowhere(name, file, local_files_only):
             raise OSError("We couldn't connect\nto the Hub")
 
-        monkeypatch.setattr(transformers.PreTrainedConfig, "get_config_dict", nowhere)
-        with pytest.raises(InputError, match="did not help: OSError: We couldn't connect to the Hub"):
+        monkeypatch.setattr(hub, "hf_hub_download", nowhere)
+        with pytest.raises(InputError, match="did not help: We couldn't connect to the Hub$"):
             resolve("nobody/lama-3-8b")
-        monkeypatch.setitem(__import__("sys").modules, "transformers", None)
-        with pytest.raises(InputError, match="pip install transformers"):
+        monkeypatch.setitem(__import__("sys").modules, "huggingface_hub", None)
+        with pytest.raises(InputError, match="pip install huggingface_hub"):
             resolve("nobody/lama-3-8b")

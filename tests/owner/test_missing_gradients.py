@@ -56,8 +56,11 @@ def values(params, opt):
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_plan_stays_and_steps_those_that_have_gradients(spec) -> None:
     params, opt, plans = run(spec)
-    assert plans[0] is not None
-    assert all(plan is plans[0] for plan in plans)
+    if memopt.parse(spec).rule == "muon":  # its parameters are planned in every step: no plan is kept
+        assert plans == [None] * STEPS
+    else:
+        assert plans[0] is not None
+        assert all(plan is plans[0] for plan in plans)
     others = run(spec, cached=False)
     for mine, theirs in zip(values(params, opt), values(*others[:2]), strict=True):
         for a, b in zip(mine, theirs, strict=True):

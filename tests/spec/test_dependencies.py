@@ -18,8 +18,9 @@ ROOT = Path(memopt.__file__).parent.parent
 NAMES = {"yaml": "pyyaml"}
 #: Imported only where something else has brought them: torch brings numpy, typing_extensions and Triton; PyYAML comes
 #: with accelerate and transformers, and the sentence without it says how to get it. pynvml is a better source of one
-#: figure of a card; without it the card's own is taken.
-BROUGHT = {"numpy", "typing_extensions", "triton", "pyyaml", "tensorboard", "pynvml"}
+#: figure of a card; without it the card's own is taken. transformers brings huggingface_hub; PEFT makes
+#: the adapters of a traced step, and the sentence without it says how to get it.
+BROUGHT = {"numpy", "typing_extensions", "triton", "pyyaml", "tensorboard", "pynvml", "huggingface_hub", "peft"}
 
 
 def declared(name):
