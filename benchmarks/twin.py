@@ -222,8 +222,8 @@ def _note(done: dict[str, Any], record: dict[str, Any], part: dict[str, Any], ag
 
 def _write(out: Path, done: dict[str, Any]) -> None:
     write_result(out, done)
-    table = _table(json.loads(out.read_text()))
-    out.with_suffix(".md").write_text(table)
+    written = json.loads(out.read_text())
+    out.with_suffix(".md").write_text(_table(written))
 
 
 def _table(record: dict[str, Any]) -> str:

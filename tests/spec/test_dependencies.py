@@ -18,8 +18,8 @@ ROOT = Path(memopt.__file__).parent.parent
 NAMES = {"yaml": "pyyaml"}
 #: Imported only where something else has brought them: torch brings numpy, typing_extensions and Triton; PyYAML comes
 #: with accelerate and transformers, and the sentence without it says how to get it. pynvml is a better source of one
-#: figure of a card; without it the card's own is taken. transformers brings huggingface_hub; PEFT makes
-#: the adapters of a traced step, and the sentence without it says how to get it.
+#: figure of a card; without it the card's own is taken.
+#: huggingface_hub comes with transformers; a PEFT model is there only where its user has peft.
 BROUGHT = {"numpy", "typing_extensions", "triton", "pyyaml", "tensorboard", "pynvml", "huggingface_hub", "peft"}
 
 

@@ -5,9 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 #: Of NamedTuple, ctypes and torch, whose names they are.
-FOREIGN = {"_replace", "_fields", "_asdict", "_fields_", "_make", "_version"}
-#: Of torch.nn.Module, where ours have the same names: in these words alone, in what is traced.
-OF_MODULES = {"one._parameters", "one._buffers"}
+FOREIGN = {"_parameters", "_buffers", "_replace", "_fields", "_asdict", "_fields_", "_make", "_version"}
 ROOT = Path(__file__).parents[2]
 SOURCES = {path: ast.parse(path.read_text()) for top in ("memopt", "estimators") for path in (ROOT / top).rglob("*.py")}
 
@@ -44,8 +42,6 @@ def strangers(path):
     """Uses of private names that another module of ours defines, and this one does not."""
     for node in ast.walk(SOURCES[path]):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
-            if "traced" in path.parts and ast.unparse(node) in OF_MODULES:
-                continue
             if is_self(node.value):
                 continue  # inherited names are for subclasses
             if node.attr in OWNERS and node.attr not in DEFINED[path]:
