@@ -159,7 +159,8 @@ def _adapted(module: torch.nn.Module, model: Model, faked: Faked, asked: Trainin
     )
     try:
         with faked.on():
-            return get_peft_model(module, config, autocast_adapter_dtype=asked.lora_dtype == "fp32")
+            adapted: torch.nn.Module = get_peft_model(module, config, autocast_adapter_dtype=asked.lora_dtype == "fp32")
+            return adapted
     except Exception as error:
         raise InputError(f"PEFT does not adapt {type(module).__name__}: {reason(error)}") from None
 
