@@ -21,6 +21,7 @@ from memopt.checkpoint.load_model import plan_common, plan_model
 from memopt.checkpoint.load_state import Plan
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.state.detect import is_foreign, read_path
+from memopt.optim.state_dict import apart
 from memopt.partitions.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def _load_foreign(
     if optimizer is None or any(other is not None for other in others):
         raise ValueError("another tool's state_dict is loaded into optimizer= alone; load the rest with that tool")
     if isinstance(path, Mapping):
-        source, where = read_state_dict(path, "the state_dict", rule), Path()
+        source, where = read_state_dict(apart(optimizer.store, path), "the state_dict", rule), Path()
     else:
         source, where = read_path(Path(path), rule), Path(path)
     plan = Plan(optimizer, source, hyper, fill, strict)

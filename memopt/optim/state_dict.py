@@ -15,6 +15,7 @@ from memopt.layout.replaced_state import is_own, own_entries
 from memopt.masters import MASTERS
 from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.state_dtensors import has_dtensors, unwrapped, wrapped
+from memopt.partitions.dtensor import is_dtensor
 
 if TYPE_CHECKING:
     from memopt.optim.params import Params
@@ -238,18 +239,19 @@ def load(
 ) -> Mapping[str, Any]:
     """Check all of it, then write it; returns what was saved beside the state. What another optimizer saved is for
     ``convert``, unless the optimizer was made to refuse it."""
+    refuse = store.setup.on_mismatch == "refuse"
     other = _of_another(store.params, state_dict)
-    if not other and _has_all_rows(store.params, state_dict):
-        convert(state_dict)
+    # Of another spec, tensors may be of the same keys and sizes and mean something else.
+    meant_otherwise = other and not refuse and "memopt" in state_dict
+    if meant_otherwise or (not other and _has_all_rows(store.params, state_dict)):
+        convert(apart(store, state_dict))
         return {}
     try:
-        if other and "memopt" in state_dict and store.setup.on_mismatch == "convert":
-            raise ValueError("of another spec, whose tensors may be of the same sizes and mean something else")
         plan = plan_load(store.params, state_dict)
     except ValueError:
-        if not other or store.setup.on_mismatch == "refuse":
+        if refuse or not other:
             raise
-        convert(state_dict)
+        convert(apart(store, state_dict))
         return {}
     _refuse_own(store, plan)
     with store.restoring("load_state_dict()"):
@@ -289,19 +291,48 @@ def _of_another(params: Params, state_dict: Mapping[str, Any]) -> bool:
     )
 
 
+def apart(store: StateStore, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The dictionary with copies of tensors that are the optimizer's own, as ``state_dict()`` returns them: converting
+    writes into their memory. Raises ValueError where that state was interrupted."""
+    own = _own_memory(store)
+    state: dict[Any, Any] = {}
+    for key, saved in state_dict.get("state", {}).items():
+        if isinstance(saved, Mapping):
+            _refuse_torn(store, own, str(key), saved)
+            saved = {part: x.clone() if _is_in(own, x) else x for part, x in saved.items()}
+        state[key] = saved
+    return {**state_dict, "state": state}
+
+
+def _own_memory(store: StateStore) -> set[int]:
+    states = [state for state in store.state.values() if isinstance(state, dict)]
+    return {t.untyped_storage().data_ptr() for state in states for t in state.values() if _is_plain(t)}
+
+
+def _is_plain(x: Any) -> bool:
+    return isinstance(x, Tensor) and not is_dtensor(x) and x.numel() > 0
+
+
+def _is_in(memory: set[int], x: Any) -> bool:
+    local = x.to_local() if is_dtensor(x) else x
+    return _is_plain(local) and local.untyped_storage().data_ptr() in memory
+
+
 def _refuse_own(store: StateStore, plan: LoadPlan) -> None:
     """Raise ValueError for a dictionary whose tensors are the state itself where that was interrupted."""
+    if store.setup.integrity.torn is not None:
+        own = _own_memory(store)
+        for (name, _, _), saved in plan.states:
+            _refuse_torn(store, own, name, saved)
+
+
+def _refuse_torn(store: StateStore, own: set[int], name: str, saved: Mapping[str, Any]) -> None:
     torn = store.setup.integrity.torn
-    if torn is None:
-        return
-    states = [state for state in store.state.values() if isinstance(state, dict)]
-    own = {t.data_ptr() for state in states for t in state.values() if isinstance(t, Tensor) and t.numel()}
-    for (name, _, _), saved in plan.states:
-        if any(isinstance(t, Tensor) and t.numel() and t.data_ptr() in own for t in saved.values()):
-            raise ValueError(
-                f"{name}: the state_dict holds the optimizer's own tensors, as state_dict() returns them, and they "
-                f"are what {torn.split(':')[0]} left; load a copy or a checkpoint"
-            )
+    if torn is not None and any(_is_in(own, x) for x in saved.values()):
+        raise ValueError(
+            f"{name}: the state_dict holds the optimizer's own tensors, as state_dict() returns them, and they "
+            f"are what {torn.split(':')[0]} left; load a copy or a checkpoint"
+        )
 
 
 def _write(store: StateStore, plan: LoadPlan) -> None:

@@ -12,7 +12,6 @@ pickle. torch's ``weights_only`` unpickler does the last, too, and can be made t
 
 from __future__ import annotations
 
-import gc
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -36,8 +35,6 @@ def read_pickle(content: bytes, names: Names, origin: str, outside: Callable[[An
 
     Raises :class:`Refused` with ``origin`` for a pickle that is damaged, names anything else, or unfolds.
     """
-    collecting = gc.isenabled()
-    gc.disable()  # what is made here is no garbage; looking for some after every 700 values takes longer than the rest
     try:
         value = Machine(content, names, outside).run()
         refuse_growth(value, len(content))
@@ -46,9 +43,6 @@ def read_pickle(content: bytes, names: Names, origin: str, outside: Callable[[An
         reason = str(error)
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, struct.error) as error:
         reason = f"{type(error).__name__}: {printable(str(error), 100)}"
-    finally:
-        if collecting:
-            gc.enable()
     raise Refused(
         f"{printable(origin)} cannot be read without executing what it says, or is damaged: {reason}"
     ) from None

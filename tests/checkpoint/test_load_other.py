@@ -149,3 +149,18 @@ def test_the_command_line_reads_the_file_that_a_framework_wrote(tmp_path, run, k
     opt = made(net, "adamw-4bit")
     memopt.load(tmp_path / "out", optimizer=opt)
     assert opt.state[next(net.parameters())]["step"] == 2
+
+
+@pytest.mark.parametrize("place", ["", "@paged", "@host", "@cpu"])
+def test_the_optimizers_own_tensors_are_read_before_they_are_written_over(place):
+    net = model()
+    opt = made(net, f"adamw{place}")
+    drive(net, opt, 3)
+    saved = opt.state_dict()
+    wanted = {p: state["exp_avg"].clone() for p, state in opt.state.items()}
+    opt.convert_(f"adam{place}")
+    with pytest.warns(UserWarning, match="was converted to"):
+        opt.load_state_dict(saved)
+    assert all(torch.equal(opt.state[p]["exp_avg"], x) for p, x in wanted.items())
+    memopt.load(opt.state_dict(), optimizer=opt)
+    assert all(torch.equal(opt.state[p]["exp_avg"], x) for p, x in wanted.items())
