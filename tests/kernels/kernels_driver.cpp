@@ -51,6 +51,22 @@ void fill(void* to, int64_t n, uint8_t dtype, uint32_t seed) {
 
 struct Shape { int64_t rows, cols, numel, height, span; };
 
+// The format of one moment where a tensor's is `format`: memopt/kernels/pack.py, with one pair for each way in which
+// formats stand together.
+uint8_t format_of(uint8_t format, int slot, int rule) {
+    const bool is_signed = slot == 1 || (slot == 2 && rule == ADEMAMIX);
+    switch (format) {
+        case FMT_FACTORED: return is_signed ? FMT_32BIT : FMT_FACTORED;
+        case FMT_MIXED: return slot == 1 ? FMT_BF16 : slot == 2 ? FMT_4BIT : FMT_8BIT;
+        case FMT_MIXED_FACTORED: return is_signed ? FMT_FP8 : FMT_FACTORED;
+        case FMT_FACTORED_8: return is_signed ? FMT_8BIT : FMT_FACTORED;
+        case FMT_FACTORED_4: return is_signed ? FMT_4BIT : FMT_FACTORED;
+        default: return format;
+    }
+}
+
+// What one rule has of a parameter. Of a stack `shape` has the lines of all matrices; where moments in blocks stand
+// beside factored ones its rows are matrices, as in memopt/core/rows.py.
 Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, uint32_t index, Master master, int rule) {
     Tensor t{};
     const int64_t n = shape.numel, size = dtype == F32 ? 4 : 2;
@@ -59,24 +75,29 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
     fill(t.p, n, dtype, index);
     fill(g, n, dtype, index + 100);
     t.g = g;
-    t.rows = shape.rows, t.cols = shape.cols, t.numel = n, t.height = shape.height, t.index = index;
+    t.stacked = shape.height != shape.rows;
+    const bool by_matrix = format == FMT_MIXED_FACTORED && t.stacked && n;
+    t.rows = by_matrix ? shape.rows / shape.height : shape.rows;
+    t.cols = by_matrix ? shape.height * shape.cols : shape.cols;
+    t.whole_cols = t.cols, t.numel = n, t.height = shape.height, t.index = index;
     t.whole_numel = n, t.whole_height = shape.height;
-    t.format = format, t.p_dtype = t.g_dtype = dtype, t.span = shape.span, t.stacked = shape.height != shape.rows;
+    t.format = format, t.p_dtype = t.g_dtype = dtype, t.span = is_factored(format) ? shape.cols : shape.span;
     t.slow = static_cast<float*>(memory.make(4 * n));
     const int beside[] = {0, 4, 2, 0, 1, 2};  // bytes of one element of what each master keeps
     t.master = dtype == F32 ? ROUNDED : master;
     if (beside[t.master]) t.kept = memory.make(n * beside[t.master]);
     for (int slot = 0; slot < SLOTS; slot++) {
         t.order[slot] = slot;
-        const int64_t block = format == FMT_4BIT ? 128 : 256;
+        const uint8_t kept = t.formats[slot] = format_of(format, slot, rule);
+        const int64_t block = kept == FMT_4BIT ? 128 : 256;
         const bool flat = shape.cols == 256 && n % 256;
-        const int64_t blocks = flat ? (n + block - 1) / block : shape.rows * ((shape.cols + block - 1) / block);
+        const int64_t blocks = flat ? (n + block - 1) / block : t.rows * ((t.cols + block - 1) / block);
         if (rule == ADAMMINI && slot == 0) t.data[slot] = memory.make(4 * ((n + shape.span - 1) / shape.span));
-        else if (format == FMT_32BIT || (format == FMT_FACTORED && (slot == 1 || (slot == 2 && rule == ADEMAMIX)))) t.data[slot] = memory.make(4 * n);
-        else if (format == FMT_BF16) t.data[slot] = memory.make(2 * n);
-        else if (format == FMT_FACTORED) t.data[slot] = memory.make(4 * shape.rows), t.aux[slot] = memory.make(4 * shape.rows / shape.height * shape.cols);
+        else if (kept == FMT_32BIT) t.data[slot] = memory.make(4 * n);
+        else if (kept == FMT_BF16) t.data[slot] = memory.make(2 * n);
+        else if (kept == FMT_FACTORED) t.data[slot] = memory.make(4 * shape.rows), t.aux[slot] = memory.make(4 * shape.rows / shape.height * shape.cols);
         else {
-            t.data[slot] = memory.make(format != FMT_4BIT ? n : flat ? (n + 1) / 2 : shape.rows * ((shape.cols + 1) / 2));
+            t.data[slot] = memory.make(kept != FMT_4BIT ? n : flat ? (n + 1) / 2 : t.rows * ((t.cols + 1) / 2));
             t.aux[slot] = memory.make(4 * blocks);
         }
     }
@@ -93,8 +114,11 @@ std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int thre
     Memory memory;
     std::vector<Tensor> tensors;
     uint32_t index = 1;
-    for (const Shape& shape : shapes) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
-    if (format != FMT_FACTORED)
+    for (const Shape& shape : shapes) {
+        if (format >= FMT_FACTORED_8 && shape.height != shape.rows) continue;  // stacks are FMT_MIXED_FACTORED
+        tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
+    }
+    if (!is_factored(format))
         for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
     Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0, 0.1, 0, 1e-3, 5, 9, 9, 0, 0, 0.5};
     if (looks_ahead) group.slow_steps = 1, group.slow_rate = 0.5;
@@ -118,7 +142,9 @@ bool all(int isa) {
     };
     for (auto [rule, flags] : rules)
         for (int f = 0; f < FORMATS; f++) {
-            if ((flags & CENTERED && f != FMT_32BIT) || (f == FMT_FACTORED && (rule == LION || rule == SGD || rule == ADAMMINI || flags & AMSGRAD))) continue;
+            const bool one_kind = rule == LION || rule == SGD || rule == ADAMMINI;
+            if (flags & CENTERED && f != FMT_32BIT) continue;
+            if ((is_factored(f) && flags & AMSGRAD) || (f >= FMT_FACTORED && one_kind)) continue;
             const auto one = run(rule, flags, static_cast<Format>(f), 1, isa), four = run(rule, flags, static_cast<Format>(f), 4, isa);
             if (one != four) std::printf("rule %d flags %u format %d isa %d: threads change the result\n", rule, flags, f, isa), same = false;
             const auto cut = run(rule, flags, static_cast<Format>(f), 1, isa, ROUNDED, false, true);
@@ -127,8 +153,8 @@ bool all(int isa) {
         }
     for (int m = FP32_COPY; m <= SPLIT16; m++)
         for (int rule : {ADAM, SGD, ADAFACTOR, LAMB})
-            for (Format f : {FMT_32BIT, FMT_8BIT, FMT_FACTORED}) {
-                if (rule == SGD && f == FMT_FACTORED) continue;
+            for (Format f : {FMT_32BIT, FMT_8BIT, FMT_FACTORED, FMT_MIXED_FACTORED, FMT_FACTORED_8}) {
+                if (rule == SGD && is_factored(f)) continue;
                 const auto master = static_cast<Master>(m);
                 const auto one = run(rule, 0, f, 1, isa, master, true), four = run(rule, 0, f, 4, isa, master, true);
                 if (one != four) std::printf("master %d rule %d format %d isa %d: threads change the result\n", m, rule, f, isa), same = false;
