@@ -306,16 +306,17 @@ def apart(store: StateStore, state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 def _own_memory(store: StateStore) -> set[int]:
     states = [state for state in store.state.values() if isinstance(state, dict)]
-    return {t.untyped_storage().data_ptr() for state in states for t in state.values() if _is_plain(t)}
+    return {t.untyped_storage().data_ptr() for state in states for t in state.values() if _has_memory(t)}
 
 
-def _is_plain(x: Any) -> bool:
-    return isinstance(x, Tensor) and not is_dtensor(x) and x.numel() > 0
+def _has_memory(x: Any) -> bool:
+    """Whether x is a tensor with a storage of its own to look at: a subclass that wraps others (torchao's) has none."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.numel() > 0
 
 
 def _is_in(memory: set[int], x: Any) -> bool:
     local = x.to_local() if is_dtensor(x) else x
-    return _is_plain(local) and local.untyped_storage().data_ptr() in memory
+    return _has_memory(local) and local.untyped_storage().data_ptr() in memory
 
 
 def _refuse_own(store: StateStore, plan: LoadPlan) -> None:
