@@ -52,7 +52,7 @@ def die_in(where: str) -> None:
 
 @pytest.mark.parametrize("where", ["step", pytest.param("gather", marks=pytest.mark.slow), "save"])
 def test_the_others_stop_and_the_last_checkpoint_loads(tmp_path, where):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=one_rank, args=(rank, str(tmp_path), where)) for rank in range(2)]
     for process in processes:
         process.start()

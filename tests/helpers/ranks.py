@@ -1,7 +1,12 @@
-"""Run a function in several processes of one gloo group and collect what they return."""
+"""Run a function in several processes of one gloo group and collect what they return.
+
+Ranks are forked from a process that has only imported (``PRELOADED``) and never computed: starting Python and importing
+torch took most of the time of most of these tests.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -18,13 +23,23 @@ import torch.multiprocessing as mp
 
 TIMEOUT = timedelta(seconds=120)
 FSDP_ON_CPU = tuple(int(n) for n in torch.__version__.split(".")[:2]) >= (2, 7)
+PRELOADED = ["torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint", "memopt.optim.optimizer"]
 NO_FSDP = "FSDP2 of torch 2.6 does not run on a CPU"
 
 
-def _rank(rank: int, world: int, directory: str, module: str, function: str, arguments: tuple[Any, ...]) -> None:
+def _rank(
+    rank: int,
+    world: int,
+    directory: str,
+    environment: dict[str, str],
+    module: str,
+    function: str,
+    arguments: tuple[Any, ...],
+) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2]))
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    os.environ.clear()  # the process that it was forked from may be older than the test's environment
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(world))
     store = dist.FileStore(f"{directory}/store", world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     result = getattr(import_module(module), function)(*arguments)
@@ -38,13 +53,14 @@ def _rank(rank: int, world: int, directory: str, module: str, function: str, arg
 
 def run(function: Any, world: int, *arguments: Any) -> list[Any]:
     """``function(*arguments)`` of a test module in each of ``world`` processes; the results by rank."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as directory:
         try:
             mp.start_processes(
                 _rank,
-                (world, directory, function.__module__, function.__name__, arguments),
+                (world, directory, dict(os.environ), function.__module__, function.__name__, arguments),
                 nprocs=world,
-                start_method="spawn",
+                start_method="forkserver",
             )
         except mp.ProcessRaisedException as error:
             if not FSDP_ON_CPU and "'Stream' object has no attribute 'record_event'" in str(error):
