@@ -12,7 +12,7 @@ from tests.helpers.cases import HYPER, PAIRS, VARIANTS, assert_same_bits, odd_mo
 
 BEFORE, AFTER = 3, 6
 #: A quarter of the plain specs, and everything else that is there.
-CASES = [(s, HYPER.get(memopt.parse(s).rule, {})) for s in sampled(8)[::2]] + VARIANTS + PAIRS
+CASES = [(s, HYPER.get(memopt.parse(s).rule, {})) for s in sampled(8)[::3]] + VARIANTS + PAIRS
 CASE_IDS = [s + "".join(f" {k}={v}" for k, v in h.items()) for s, h in CASES]
 
 

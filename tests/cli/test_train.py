@@ -147,7 +147,7 @@ def alive(process: psutil.Process) -> bool:
 @pytest.mark.parametrize(
     ("fault", "arguments", "sentence"),
     [
-        (signal.SIGKILL, [], "rank 1: the process was ended by SIGKILL"),
+        pytest.param(signal.SIGKILL, [], "rank 1: the process was ended by SIGKILL", marks=pytest.mark.slow),
         (signal.SIGSTOP, ["--timeout", "3"], "nothing was heard for 3 seconds"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 import warnings
 from typing import Any
@@ -84,10 +83,9 @@ def started(
     **keywords: Any,
 ) -> tuple[Any, memopt.Optimizer]:
     """An engine over this rank's group, and the optimizer that it steps."""
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=os.environ["RANK"], LOCAL_SIZE=os.environ["WORLD_SIZE"])
-    import deepspeed
-
     from memopt.integrations.deepspeed import check_engine
+
+    deepspeed = ranks.deepspeed_on_gloo()
 
     config = memopt.deepspeed_config(f"adamw/zero{stage}" if stage else "adamw", offload=offload)
     if dtype is torch.bfloat16:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+from tests.helpers.ranks import deepspeed_on_gloo
 
 STEPS, BATCH, SAVED_AT = 8, 8, 4
 LR = 1e-2
@@ -57,7 +58,8 @@ def bare(spec: str, accumulate: int = 2, **hyper: Any) -> list[float]:
 def _accelerator(kind: str, spec: str) -> dict[str, Any]:
     """What an Accelerator of this kind is made with, on a CPU."""
     if kind == "deepspeed":  # with offload to the host
-        os.environ.update(DS_ACCELERATOR="cpu", ACCELERATE_USE_DEEPSPEED="true", LOCAL_SIZE=os.environ["WORLD_SIZE"])
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        deepspeed_on_gloo()
     import accelerate
     from accelerate.utils import DistributedType
 
@@ -241,10 +243,9 @@ def under_lightning(spec: str, path: str) -> dict[str, Any]:
 
 def under_deepspeed(spec: str, path: str, stage: int, offload: bool) -> dict[str, Any]:
     """DeepSpeed by itself: a checkpoint in the middle, and training on from it in another engine."""
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_RANK=os.environ["RANK"], LOCAL_SIZE=os.environ["WORLD_SIZE"])
-    import deepspeed
-
     from memopt.integrations.deepspeed import check_engine
+
+    deepspeed = deepspeed_on_gloo()
 
     def started() -> Any:
         model = net()

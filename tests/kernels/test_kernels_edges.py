@@ -218,7 +218,16 @@ def peaks_kib(specs: list[str], shapes: list[tuple[int, ...]], *more: str, **env
     return [int(line) for line in done.stdout.split()]
 
 
-@pytest.mark.parametrize("shape", [(2048, 2048), (48, 90_000), (90_000, 48), (3, 700, 700)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1024, 2048),
+        (48, 40_000),
+        pytest.param((90_000, 48), marks=pytest.mark.slow),
+        pytest.param((3, 700, 700), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_no_memory_to_speak_of(shape) -> None:
     """Under 1 MiB per thread, whatever the shape."""
     specs = ["adamw-8bit", "adamw-4bit", "adafactor", "came", "rmsprop-factored", "lamb-8bit", "adammini"]
@@ -226,14 +235,14 @@ def test_no_memory_to_speak_of(shape) -> None:
 
 
 def test_no_copies_of_what_is_not_contiguous() -> None:
-    """Transposed parameters and gradients of 16 MiB are brought together a chunk at a time."""
+    """Transposed parameters and gradients of 8 MiB are brought together a chunk at a time."""
     specs = ["adamw", "adamw-8bit", "adafactor"]
-    assert max(peaks_kib(specs, [(2048, 2048), (3, 70, 90)], "turned")) <= 2 * 1024
+    assert max(peaks_kib(specs, [(1024, 2048), (3, 70, 90)], "turned")) <= 2 * 1024
 
 
 def test_the_memory_test_can_fail() -> None:
     """The plain path has fp32 copies of whole tensors, and they are seen."""
-    assert peaks_kib(["adamw-8bit"], [(2048, 2048)], MEMOPT_KERNELS="off")[0] >= 16 * 1024
+    assert peaks_kib(["adamw-8bit"], [(1024, 2048)], MEMOPT_KERNELS="off")[0] >= 8 * 1024
 
 
 def test_they_can_be_turned_off_and_say_so() -> None:

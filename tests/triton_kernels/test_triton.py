@@ -45,7 +45,11 @@ def compare(spec, hyper, on, steps=1, **keywords) -> None:
                 assert_close(a, b, 0.0, ties, f"{tuple(p.shape)} {key}")
 
 
-@pytest.mark.parametrize(("spec", "hyper"), cases(), ids=str)
+@pytest.mark.parametrize(
+    ("spec", "hyper"),
+    [pytest.param(*case, marks=[pytest.mark.slow] if i % 2 else []) for i, case in enumerate(cases())],
+    ids=str,
+)
 def test_every_rule_on_every_format(spec, hyper, on) -> None:
     compare(spec, hyper, on, shapes=SHAPES[:2] if "factored" in spec or spec in ("adafactor", "came") else SHAPES[::2])
 
