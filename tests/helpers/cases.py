@@ -6,8 +6,10 @@ keep any state gets a row in ``HYPER``.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -87,6 +89,12 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("adafactor-8bit.factored", {"beta1": 0.9}),
     ("lookahead(adamw)-8bit.factored", {"lookahead_steps": 3}),
 ]
+
+
+def thinned(cases: Iterable[Any], every: int) -> list[Any]:
+    """Parameters of a test of which one in so many runs always, and the others only among the slow tests."""
+    every_value = [c if type(c) is tuple else (c,) for c in cases]
+    return [pytest.param(*c, marks=[pytest.mark.slow] if i % every else []) for i, c in enumerate(every_value)]
 
 
 def sampled(every: int) -> list[str]:

@@ -18,7 +18,7 @@ from memopt.placements.stores.by_placement import held
 from memopt.placements.transfer import device as transfer
 from memopt.placements.transfer.pipeline import Operation, stream
 from tests.helpers import simulated
-from tests.helpers.cases import ENDINGS, HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, odd_model
+from tests.helpers.cases import ENDINGS, HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, odd_model, thinned
 
 STEPS = 50
 ELSEWHERE = [name for name in PLACEMENTS if name != "device"]
@@ -65,7 +65,7 @@ def assert_same(a, b):
             assert_same_bits(value, b[1].state[q][key], f"{name} {key}")
 
 
-@pytest.mark.parametrize(("spec", "place"), CASES)
+@pytest.mark.parametrize(("spec", "place"), thinned(CASES, 3))
 def test_parameters_and_state_are_those_of_device_after_50_steps(on_device, spec, place):
     model = odd_model()
     where = str(memopt.parse(spec).replace(placement=place))

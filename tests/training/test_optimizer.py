@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import memopt
-from tests.helpers.cases import HYPER, PLAIN_SPECS, assert_same_bits, odd_model, train
+from tests.helpers.cases import HYPER, PLAIN_SPECS, assert_same_bits, odd_model, thinned, train
 
 
 def state_of(opt):
@@ -23,7 +23,7 @@ def test_it_is_a_torch_optimizer():
     assert opt.defaults["betas"] == (0.9, 0.999)
 
 
-@pytest.mark.parametrize("spec", PLAIN_SPECS)
+@pytest.mark.parametrize("spec", thinned(PLAIN_SPECS, 2))
 def test_the_loss_falls(spec):
     torch.manual_seed(0)
     model, target = nn.Linear(80, 64, bias=False), torch.randn(64, 80) / 9
@@ -200,7 +200,7 @@ def test_hooks_run():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("spec", PLAIN_SPECS)
+@pytest.mark.parametrize("spec", thinned(PLAIN_SPECS, 2))
 def test_low_precision_parameters(spec, dtype):
     model = odd_model(dtype)
     before = model.wide.weight.detach().clone()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import memopt
 from memopt.masters import MASTERS
-from tests.helpers.cases import assert_same_bits
+from tests.helpers.cases import assert_same_bits, thinned
 from tests.helpers.interpreting import DEVICE, MAX_TIES, SHAPES, gradients, parameters, stepped
 from tests.kernels.test_kernels import HALF_STEP, TOLERANCE, VARIANTS, as_numbers, assert_close, cases, gradient
 
@@ -47,7 +47,7 @@ def compare(spec, hyper, on, steps=1, **keywords) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "hyper"),
-    [pytest.param(*case, marks=[pytest.mark.slow] if i % 2 else []) for i, case in enumerate(cases())],
+    thinned(cases(), 2),
     ids=str,
 )
 def test_every_rule_on_every_format(spec, hyper, on) -> None:
