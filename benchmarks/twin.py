@@ -21,6 +21,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections import Counter
@@ -44,6 +45,7 @@ def main() -> int:
     parser = ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--sequences", type=int, default=20_000, help="in all, those of earlier parts counted in")
     parser.add_argument("--minutes", type=float, default=0.0, help="after which no batch is begun; 0 for no limit")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--again", action="store_true", help="only those that went wrong")
     parser.add_argument("--plain", action="store_true", help="ordinary kernels instead of sanitized ones")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -111,47 +113,55 @@ def _replay(text: str) -> int:
 # Batches, each in a process of its own ----------------------------------------------------------------------------
 
 
-def _batch(sequences: Sequence[tuple[int, str]], patience: float = PATIENCE) -> Iterator[dict[str, Any]]:
-    """What became of sequences ``(seed, text)``, in their order; after one whose process died, the rest is missing."""
-    reading, writing = os.pipe()
-    log = ROOT / "build" / "twin.stderr"
-    log.parent.mkdir(exist_ok=True)
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            os.close(reading)
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 2)
-            _child(sequences, writing)
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writing)
-    begun, late = 0, False
-    with os.fdopen(reading, "rb", buffering=0) as lines:
-        rest = b""
-        while True:
-            if not select.select([lines], [], [], patience)[0]:
-                late = True
-                os.kill(child, signal.SIGKILL)
-            more = lines.read(65536)
-            if not more:
-                break
-            *whole, rest = (rest + more).split(b"\n")
-            for line in whole:
-                seed, text = sequences[begun]
-                begun += 1
-                yield {"seed": seed, "text": text, **json.loads(line)}
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if begun < len(sequences):
-        seed, text = sequences[begun]
-        said = f"it did not come back within {patience:.0f} s\n" * late + log.read_text(errors="replace")[-4000:]
-        yield {"seed": seed, "text": text, "died": code, "stderr": said}
+class Batch:
+    """A forked process that runs sequences ``(seed, text)``, begun at once."""
+
+    def __init__(self, sequences: Sequence[tuple[int, str]]) -> None:
+        self.sequences = sequences
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the records have been read
+        self.reading, writing = os.pipe()
+        self.child = os.fork()
+        if not self.child:
+            code = 1
+            try:
+                os.close(self.reading)
+                os.dup2(self.log.fileno(), 2)
+                _child(sequences, writing)
+                code = 0
+            finally:
+                os._exit(code)
+        os.close(writing)
+
+    def records(self, patience: float = PATIENCE) -> Iterator[dict[str, Any]]:
+        """What became of them, in their order; after one whose process died, the rest is missing."""
+        begun, late, rest = 0, False, b""
+        with os.fdopen(self.reading, "rb", buffering=0) as lines:
+            while True:
+                if not select.select([lines], [], [], patience)[0]:
+                    late = True
+                    os.kill(self.child, signal.SIGKILL)
+                more = lines.read(65536)
+                if not more:
+                    break
+                *whole, rest = (rest + more).split(b"\n")
+                for line in whole:
+                    seed, text = self.sequences[begun]
+                    begun += 1
+                    yield {"seed": seed, "text": text, **json.loads(line)}
+        code = os.waitstatus_to_exitcode(os.waitpid(self.child, 0)[1])
+        if begun < len(self.sequences):
+            seed, text = self.sequences[begun]
+            self.log.seek(0)
+            said = f"it did not come back within {patience:.0f} s\n" * late
+            said += self.log.read().decode(errors="replace")[-4000:]
+            yield {"seed": seed, "text": text, "died": code, "stderr": said}
+        self.log.close()
 
 
 def _child(sequences: Sequence[tuple[int, str]], out: int) -> None:
     from tests.twin.sequences import Failed, replay
 
+    os.fsync = os.fdatasync = lambda handle: None  # nobody cuts the power: waiting for the platters would show nothing
     for _, text in sequences:
         try:
             line: dict[str, Any] = {"applied": replay(text)}
@@ -171,23 +181,29 @@ def _run(arguments: Namespace) -> int:
     part = {"commit": commit(), "first": done["sequences"], "sequences": 0, "seconds": 0}
     done["parts"].append(part)
     start = time.monotonic()
-    for batch in _again(done) if arguments.again else _batches(done, arguments.sequences):
-        for record in _batch(batch):
-            _note(done, record, part, arguments.again)
+    waiting = _again(done) if arguments.again else _batches(done["sequences"], arguments.sequences)
+    running: list[Batch] = []
+    while True:
+        late = arguments.minutes and part["seconds"] > 60 * arguments.minutes
+        while not late and len(running) < arguments.processes and (sequences := next(waiting, None)):
+            running.append(Batch(sequences))
+        if not running:
+            break
+        batch = running.pop(0)
+        found = [_note(done, record, part, arguments.again) for record in batch.records()]
+        if rest := batch.sequences[len(found) :]:  # the process died in one of them
+            running.insert(0, Batch(rest))
         part["seconds"] = round(time.monotonic() - start)
         _write(arguments.out, done)
         print(f"{done['sequences']:,} sequences, {len(done['wrong'])} went wrong, {part['seconds']} s", flush=True)
-        if arguments.minutes and part["seconds"] > 60 * arguments.minutes:
-            break
     return 1 if done["wrong"] else 0
 
 
-def _batches(done: dict[str, Any], goal: int) -> Iterator[list[tuple[int, str]]]:
+def _batches(first: int, goal: int) -> Iterator[list[tuple[int, str]]]:
     from tests.twin.sequences import draw
 
-    while done["sequences"] < goal:
-        first = done["sequences"]
-        yield [(seed, draw(seed)) for seed in range(first, min(first + BATCH, goal))]
+    for begin in range(first, goal, BATCH):
+        yield [(seed, draw(seed)) for seed in range(begin, min(begin + BATCH, goal))]
 
 
 def _again(done: dict[str, Any]) -> Iterator[list[tuple[int, str]]]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from estimators.errors import InputError, shown
+from estimators.traced.bounds import checked, counted, offline
 from estimators.traced.step import Faked, fake_weights
 
 #: transformers' tables of classes by type, in the order in which one is looked for: what a type is trained with. A
@@ -70,10 +71,12 @@ def built(
     errors: list[Exception] = []
     for device in (torch.device("meta"), faked.on()):
         try:
-            with quiet(), device, _no_init():
+            with quiet(), offline(), device, _no_init(), counted(source):
                 module = cls._from_config(made, dtype=dtype, **arguments)
                 module.tie_weights()
             break
+        except InputError:
+            raise
         except Exception as error:  # on the meta device values are not known, under the fake mode some are
             errors.append(error)
     else:
@@ -95,9 +98,9 @@ def configuration(config: Mapping[str, Any], source: str) -> Any:
         near = get_close_matches(str(kind)[:40], list(CONFIG_MAPPING.keys()), n=1)
         guess = f" (did you mean {near[0]!r}?)" if near else ""
         raise InputError(f"{source}: model_type={shown(kind)} is not one that this transformers knows{guess}")
-    given = {k: v for k, v in config.items() if k not in ("model_type", "quantization_config")}
+    given = checked(config, source)
     try:
-        with quiet():
+        with quiet(), offline():
             return AutoConfig.for_model(str(kind), **given)
     except Exception as error:
         raise InputError(f"{source}: transformers refuses the configuration: {reason(error)}") from None
@@ -196,5 +199,7 @@ def quiet() -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """An exception as part of a sentence."""
+    if type(error).__name__ == "OfflineModeIsEnabled":
+        return "a part of it is named as a model of the Hub, and nothing is looked up there"
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

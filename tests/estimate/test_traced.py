@@ -252,6 +252,13 @@ class TestTransformers:
             estimate({"model_type": "gemmma"})
         with pytest.raises(InputError, match=r"transformers (refuses the configuration|does not build)"):
             estimate({"model_type": "helium", **SMALL, "hidden_size": "wide"})
+        for wrong, sentence in (
+            ({"num_hidden_layers": 10**9}, "'num_hidden_layers'=1000000000 is not allowed; at most 4,096"),
+            ({"num_hidden_layers": 4000}, "more than 30,000 modules and weights"),
+            ({"backbone": "resnet50", "model_type": "dpt"}, "nothing is looked up there"),
+        ):
+            with pytest.raises(InputError, match=sentence):
+                estimate({"model_type": "helium", **SMALL, **wrong})
 
 
 def test_the_command_line(tmp_path, monkeypatch, run):

@@ -53,6 +53,8 @@ def corpus() -> list[tuple[str, Folder]]:
     }
     config |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False}
     found.append(("config", {"config.json": json.dumps(config).encode()}))
+    built = {"model_type": "helium", "head_dim": 4, "num_hidden_layers": 2, "pad_token_id": 0}  # by transformers
+    found.append(("config", {"config.json": json.dumps(config | built).encode()}))
     zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}, "bf16": {"enabled": True}}
     zero |= {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW"}}
     found.append(("launch", {"x.json": json.dumps(zero).encode()}))

@@ -140,6 +140,7 @@ class Fuzzer:
         (directory / "secret").write_text("secret " * 100)
         net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
         self._model, self._opt = net, memopt.create(net, "adamw")
+        os.environ["MEMOPT_CACHE"] = str(directory / "case" / "cache")  # of configurations that transformers built
 
     def run(self, first: int, count: int) -> None:
         for kind, folder in self.corpus:  # everything is imported before it is watched
