@@ -122,7 +122,7 @@ class Training(NamedTuple):
         if self.versions:
             _ = self.of
         if self.alloc_conf:
-            from estimators.allocator.caching_allocator import parsed as settings
+            from estimators.allocator.alloc_conf import parsed as settings
 
             settings(self.alloc_conf)
         p = self.lora_dropout

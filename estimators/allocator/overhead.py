@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
-from estimators.allocator.caching_allocator import DEFAULT, MIB, Settings
+from estimators.allocator.alloc_conf import DEFAULT, MIB, Settings
 from estimators.memory.memory_row import GPU, PHASES, WORKSPACES, Row
 from estimators.models.lora import NF4
 from estimators.models.model import Model

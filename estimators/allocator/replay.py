@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from estimators.activations.op import Op
 from estimators.activations.phases import KEEPING
 from estimators.activations.simulate import RERUN, Log, again, backward, forward, kept_by
-from estimators.allocator.caching_allocator import DEFAULT, Block, Settings
+from estimators.allocator.alloc_conf import DEFAULT, Settings
+from estimators.allocator.caching_allocator import Block
 from estimators.allocator.replayed_step import (
     AGAIN,
     FREE,

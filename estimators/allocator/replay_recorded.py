@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from estimators.activations.recorded import Recorded
-from estimators.allocator.caching_allocator import Block, Settings
+from estimators.allocator.alloc_conf import Settings
+from estimators.allocator.caching_allocator import Block
 from estimators.allocator.replayed_step import FREE, GRADIENT, INSIDE, TAKE, Held, Replay
 
 

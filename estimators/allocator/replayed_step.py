@@ -5,7 +5,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from estimators.allocator.caching_allocator import Allocator, Block, Settings
+from estimators.allocator.alloc_conf import Settings
+from estimators.allocator.caching_allocator import Allocator, Block
 
 #: What an instruction does with a slot: free it, allocate into it, allocate and free, allocate a gradient, run again.
 FREE, TAKE, INSIDE, GRADIENT, AGAIN = range(5)

@@ -74,7 +74,7 @@ def runtime(
     if ran is None or unordered or 0 < _SEARCHED.get() < allocated + known.low:
         least, share, most = (moving * percent // 100 for percent in FRAGMENTS)
         return [*found, Row(name, "runtime", RESERVED, share, GPU, PHASES[1:], "assumed", least, most)]
-    from estimators.allocator.caching_allocator import parsed
+    from estimators.allocator.alloc_conf import parsed
     from estimators.allocator.overhead import overhead
 
     over = overhead([*rows, workspaces], model, training, ran, parsed(training.alloc_conf))

@@ -19,6 +19,7 @@ from estimators.models.lora import targets
 from estimators.models.model import Model
 from estimators.models.positions import default_seq, positions
 from estimators.models.resolve import resolve
+from estimators.planning.search import fewest, most_within
 from estimators.result import Estimate
 from estimators.training import MOST
 
@@ -112,9 +113,9 @@ def solve(
             return needed(at(n), accept_tight)
 
     if what == "gpus":
-        value, beyond = _fewest(lambda n: full(n) <= nbytes, most)
+        value, beyond = fewest(lambda n: full(n) <= nbytes, most)
     else:
-        value, beyond = _most(full, plain, nbytes, most)
+        value, beyond = most_within(full, plain, nbytes, most)
     answer = value if value is not None else 1 if what != "gpus" else most
     found = Solved(
         what, value, at(answer), beyond, None, nbytes, accept_tight, "" if beyond or (what == "gpus" and value) else end
@@ -224,66 +225,6 @@ def _trained(model: Model) -> Callable[[int], Model]:
         return model._replace(frozen=frozenset(name for name, _ in model.shapes if block_of(name) not in last))
 
     return of
-
-
-def _most(
-    full: "Callable[[int], int]", plain: "Callable[[int], int]", limit: int, most: int
-) -> "tuple[int | None, int | None]":
-    """The value below the first one that does not fit, and that one. ``plain`` is what is needed without the replay of
-    the allocator, which costs little. What the replay adds is taken to grow with the value as it did between the last
-    two guesses."""
-    first = full(1)
-    if first > limit:
-        return None, None
-    added = [(1, first - plain(1))]
-    low, high = 1, most + 1
-    for turn in range(64):
-        if high - low <= 1:
-            break
-        guess = (low + high) // 2 if turn > 7 else _reached(plain, added, limit, low, high)
-        guess = min(max(guess, low + 1), high - 1)
-        need = full(guess)
-        added = [*added[-1:], (guess, need - plain(guess))]
-        low, high = (guess, high) if need <= limit else (low, guess)
-    return low, high if high <= most else None
-
-
-def _reached(plain: "Callable[[int], int]", added: "list[tuple[int, int]]", limit: int, low: int, high: int) -> int:
-    """The last value from ``low`` on and below ``high`` that is within the limit with what is ``added``: false
-    position, in which an end that stays twice counts half (Illinois)."""
-    (x, a), (y, b) = added[0], added[-1]
-
-    def above(n: int) -> int:
-        return plain(n) + a + ((n - x) * (b - a) // (y - x) if y != x else 0) - limit
-
-    end = high - 1
-    at_low, at_end = above(low), above(end)
-    if at_end <= 0 or at_low > 0:
-        return end if at_end <= 0 else low
-    stays = 0
-    while end - low > 1:
-        guess = min(max(low + (end - low) * -at_low // (at_end - at_low), low + 1), end - 1)
-        found = above(guess)
-        if found <= 0:
-            low, at_low, stays = guess, found, max(stays, 0) + 1
-            at_end = max(1, at_end // 2) if stays > 1 else at_end
-        else:
-            end, at_end, stays = guess, found, min(stays, 0) - 1
-            at_low = min(-1, -(-at_low // 2)) if stays < -1 else at_low
-    return low
-
-
-def _fewest(fits: "Callable[[int], bool]", most: int) -> "tuple[int | None, int | None]":
-    """The least value that fits, and the one below it, by doubling and halving."""
-    low, high = 0, 1
-    while not fits(high):
-        if high >= most:
-            return None, None
-        low, high = high, min(2 * high, most)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high, low or None
 
 
 def _smallest_card(model: Model, spec: Any, accept_tight: bool, options: "dict[str, Any]") -> Solved:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from estimators import InputError
-from estimators.allocator.caching_allocator import MIB, Allocator, Block, OutOfMemory, Settings, parsed
+from estimators.allocator.alloc_conf import MIB, Settings, parsed
+from estimators.allocator.caching_allocator import Allocator, Block, OutOfMemory
 
 KIB = 2**10
 

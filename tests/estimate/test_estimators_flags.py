@@ -6,7 +6,8 @@ import random
 import pytest
 
 from estimators import InputError, estimate
-from estimators.allocator.caching_allocator import LARGE_SEGMENT, SMALL_SEGMENT
+from estimators.allocator.alloc_conf import LARGE_SEGMENT
+from estimators.allocator.caching_allocator import SMALL_SEGMENT
 from estimators.memory.memory_row import FIGURES
 from estimators.models.published import KNOWN
 from memopt.cli import main

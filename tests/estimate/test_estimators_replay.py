@@ -7,7 +7,7 @@ import time
 import pytest
 
 from estimators import estimate
-from estimators.allocator.caching_allocator import MIB, Settings
+from estimators.allocator.alloc_conf import MIB, Settings
 from estimators.allocator.replay import _ReplayWalked, replayed
 from estimators.allocator.replayed_step import Held
 

@@ -1,0 +1,63 @@
+"""Search for the largest or the least value that fits, in as few estimates as it takes."""
+
+from collections.abc import Callable
+
+
+def most_within(
+    full: Callable[[int], int], plain: Callable[[int], int], limit: int, most: int
+) -> tuple[int | None, int | None]:
+    """The value below the first one that does not fit, and that one. ``plain`` is what is needed without the replay of
+    the allocator, which costs little. What the replay adds is taken to grow with the value as it did between the last
+    two guesses."""
+    first = full(1)
+    if first > limit:
+        return None, None
+    added = [(1, first - plain(1))]
+    low, high = 1, most + 1
+    for turn in range(64):
+        if high - low <= 1:
+            break
+        guess = (low + high) // 2 if turn > 7 else _reached(plain, added, limit, low, high)
+        guess = min(max(guess, low + 1), high - 1)
+        need = full(guess)
+        added = [*added[-1:], (guess, need - plain(guess))]
+        low, high = (guess, high) if need <= limit else (low, guess)
+    return low, high if high <= most else None
+
+
+def _reached(plain: Callable[[int], int], added: list[tuple[int, int]], limit: int, low: int, high: int) -> int:
+    """The last value from ``low`` on and below ``high`` that is within the limit with what is ``added``: false
+    position, in which an end that stays twice counts half (Illinois)."""
+    (x, a), (y, b) = added[0], added[-1]
+
+    def above(n: int) -> int:
+        return plain(n) + a + ((n - x) * (b - a) // (y - x) if y != x else 0) - limit
+
+    end = high - 1
+    at_low, at_end = above(low), above(end)
+    if at_end <= 0 or at_low > 0:
+        return end if at_end <= 0 else low
+    stays = 0
+    while end - low > 1:
+        guess = min(max(low + (end - low) * -at_low // (at_end - at_low), low + 1), end - 1)
+        found = above(guess)
+        if found <= 0:
+            low, at_low, stays = guess, found, max(stays, 0) + 1
+            at_end = max(1, at_end // 2) if stays > 1 else at_end
+        else:
+            end, at_end, stays = guess, found, min(stays, 0) - 1
+            at_low = min(-1, -(-at_low // 2)) if stays < -1 else at_low
+    return low
+
+
+def fewest(fits: Callable[[int], bool], most: int) -> tuple[int | None, int | None]:
+    """The least value that fits, and the one below it, by doubling and halving."""
+    low, high = 0, 1
+    while not fits(high):
+        if high >= most:
+            return None, None
+        low, high = high, min(2 * high, most)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high, low or None
