@@ -2,42 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from functools import cache
 from types import MappingProxyType
 from typing import Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.param_names import clean_pattern
 from memopt.core.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS, by_sign
-from memopt.rules import RULES, Moment
-from memopt.spec.aliases import ALIASES
+from memopt.rules import RULES
+from memopt.spec.overrides import Override, parse_override, rule_and_format
 from memopt.spec.placement_options import checked
-from memopt.spec.values import SIGNED, Override, check_pair, known, known_format, one_spelling, plain
+from memopt.spec.spec_fields import SpecFields
+from memopt.spec.values import check_format, check_pair, known, one_spelling
 
-_OVERRIDE = re.compile(r"(?P<what>[a-z0-9_.-]+(?:\([a-z0-9]+\)[a-z0-9.-]*)?)?(?:@(?P<placement>[a-z0-9]+))?")
-
-
-#: The axes, then what is not on one.
-FIELDS = (
-    "rule",
-    "format",
-    "fallback",
-    "master",
-    "placement",
-    "partition",
-    "engine",
-    "overrides",
-    "hyper",
-    "rules",
-    "options",
-)
 #: Of the hyperparameters of a spec's rule those that its other rules have too, unless ``rules`` gives them their own.
 SHARED = ("lr", "weight_decay", "maximize")
 
 
-class OptimSpec:
+class OptimSpec(SpecFields):
     """A value on the axes *rule*, *format*, *master*, *placement*, *partition* and *engine*.
 
     ``format`` is one for all moments, or two with a dot between them: ``"8bit.factored"`` keeps signed moments
@@ -60,58 +42,7 @@ class OptimSpec:
     memopt.core.hyperparameters.SpecError: 'lion-factored': no moment of lion has a factored form; nearest: lion, ...
     """
 
-    # Written out rather than a dataclass: importing dataclasses takes longer than all else that an estimate does.
-    __slots__ = FIELDS
-
-    rule: str
-    format: str
-    fallback: str
-    master: str
-    placement: str
-    partition: str
-    engine: str
-    overrides: Mapping[str, str]
-    hyper: Mapping[str, Any]
-    rules: Mapping[str, Mapping[str, Any]]
-    options: Mapping[str, Any]
-
-    def __init__(
-        self,
-        *,
-        rule: str,
-        format: str = "",
-        fallback: str = "",
-        master: str = "none",
-        placement: str = "device",
-        partition: str = "none",
-        engine: str = "native",
-        overrides: Mapping[str, str] = MappingProxyType({}),
-        hyper: Mapping[str, Any] = MappingProxyType({}),
-        rules: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
-        options: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        values = (rule, format, fallback, master, placement, partition, engine, overrides, hyper, rules, options)
-        for name, value in zip(FIELDS, values, strict=True):
-            object.__setattr__(self, name, value)
-        self._validate()
-
-    def __hash__(self) -> int:
-        return hash((str(self), self.engine, tuple(self.overrides.items()), tuple(self.hyper)))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"an OptimSpec cannot be changed; make another with replace({name}=...)")
-
-    def __delattr__(self, name: str) -> None:
-        raise AttributeError("an OptimSpec cannot be changed")
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, OptimSpec):
-            return NotImplemented
-        return all(getattr(self, name) == getattr(other, name) for name in FIELDS)
-
-    def replace(self, **changes: Any) -> OptimSpec:
-        """The same spec with other values of some fields."""
-        return OptimSpec(**{**{name: getattr(self, name) for name in FIELDS}, **changes})
+    __slots__ = ()
 
     def _validate(self) -> None:
         known("rule", self.rule, RULES)
@@ -134,7 +65,7 @@ class OptimSpec:
         set_(self, "options", MappingProxyType(options))
         set_(self, "fallback", self._whole_fallback())
         self._check_rules()
-        self._check_formats()
+        check_format(self.rule, self.format, str(self), self.hyper)
         reason = ENGINES[self.engine].refuse(self)
         if reason:
             raise SpecError(f"'{self}' with engine={self.engine!r}: {reason}")
@@ -151,7 +82,7 @@ class OptimSpec:
                 raise SpecError(f"{self.rule} takes every parameter and has no fallback; got {self.fallback!r}")
             return ""
         given = self.fallback or own.fallback
-        rule, fmt = _rule_and_format(given, f"the fallback {given!r}")
+        rule, fmt = rule_and_format(given, f"the fallback {given!r}")
         if RULES[rule].declines is not None:
             raise SpecError(f"the fallback {given!r} does not take every parameter; a fallback is a rule such as adamw")
         return f"{rule}-{fmt}" if fmt and fmt != self._inherited(rule) else rule
@@ -164,7 +95,7 @@ class OptimSpec:
     @property
     def rule_names(self) -> tuple[str, ...]:
         """The spec's rule, its fallback's, and those of its overrides."""
-        named = [self.rule, *([_rule_and_format(self.fallback, "")[0]] if self.fallback else [])]
+        named = [self.rule, *([rule_and_format(self.fallback, "")[0]] if self.fallback else [])]
         named += [o.rule for o in map(self._override, self.overrides) if o.rule]
         return tuple(dict.fromkeys(named))
 
@@ -209,14 +140,14 @@ class OptimSpec:
         declines = RULES[self.rule].declines
         if declines is None or declines(name, shape, kind) is None:
             return self.rule
-        return _rule_and_format(self.fallback, "")[0]
+        return rule_and_format(self.fallback, "")[0]
 
     def format_for(self, name: str, rule: str) -> str:
         """The format that the spec names for a parameter of this rule."""
         chosen = self._of_name(name)
         if chosen is not None and chosen.format:
             return chosen.format
-        named, fmt = _rule_and_format(self.fallback, "") if self.fallback else ("", "")
+        named, fmt = rule_and_format(self.fallback, "") if self.fallback else ("", "")
         if rule == named and fmt and not (chosen is not None and chosen.rule):
             return fmt
         return self._inherited(rule)
@@ -230,7 +161,7 @@ class OptimSpec:
         """The spec of one parameter: without overrides."""
         rule, placement = self.rule_for(name, shape, kind), self.for_parameter(name)[1]
         fallback = self.fallback if rule == self.rule else ""
-        used = {k: v for k, v in self.rules.items() if fallback and k == _rule_and_format(fallback, "")[0]}
+        used = {k: v for k, v in self.rules.items() if fallback and k == rule_and_format(fallback, "")[0]}
         return self.replace(
             rule=rule,
             format=self.format_for(name, rule),
@@ -246,47 +177,14 @@ class OptimSpec:
         """The formats of signed and of non-negative moments."""
         return by_sign(self.format)
 
-    def _check_formats(self) -> None:
-        rule = RULES[self.rule]
-        signed, non_negative = self.formats
-        if non_negative == "factored" and not any(m.factorable for m in self._all_moments()):
-            nearest = f"{self.rule}, {self.rule}-{'8bit' if signed == 'factored' else signed}"
-            raise SpecError(f"'{self}': no moment of {self.rule} has a factored form; nearest: {nearest}")
-        if signed == non_negative:
-            return
-        if "." in self.format:
-            every = {**rule.hyperparameters, **rule.example, **dict.fromkeys(rule.moments_by, 0.5)}
-            check_pair(self.rule, self.format, rule.moments(every, (2, 2)))
-        reason = FORMATS[signed].declines(SIGNED, (4096, 4096))
-        if reason:
-            raise SpecError(f"'{self}': {reason}; nearest: {self.rule}-{one_spelling(f'8bit.{non_negative}')}")
-
     @property
     def placements(self) -> set[str]:
         """The spec's placement and those of its overrides."""
         named = (text.partition("@")[2] for text in self.overrides.values() if isinstance(text, str))
         return {self.placement, *(placement for placement in named if placement)}
 
-    def _all_moments(self) -> tuple[Moment, ...]:
-        rule = RULES[self.rule]
-        return rule.moments(rule.resolve({**self.hyper, **rule.example}), (2, 2))
-
     def _override(self, pattern: str) -> Override:
-        text = self.overrides[pattern]
-        match = _OVERRIDE.fullmatch(text) if isinstance(text, str) and text else None
-        if match is None:
-            raise SpecError(
-                f"overrides[{pattern!r}] = {text!r} is not FORMAT, RULE or RULE-FORMAT, with or without @PLACEMENT"
-            )
-        what, placement = match["what"] or "", match["placement"] or self.placement
-        known("placement", placement, PLACEMENTS)
-        what = ALIASES.get(what, what)
-        if what in RULES or "-" in what:
-            return Override(*_rule_and_format(what, f"overrides[{pattern!r}] = {text!r}"), placement, pattern)
-        if what:
-            what = known_format(what)
-            _check_format_of((self.rule, _rule_and_format(self.fallback, "")[0] if self.fallback else ""), what)
-        return Override("", what, placement, pattern)
+        return parse_override(pattern, self.overrides[pattern], self.placement, (self.rule, self.fallback))
 
     def _of_name(self, name: str) -> Override | None:
         """The first override that matches a name."""
@@ -347,7 +245,7 @@ class OptimSpec:
         if rule == self.rule:
             found.add(self.format)
         elif self.fallback:
-            named, fmt = _rule_and_format(self.fallback, "")
+            named, fmt = rule_and_format(self.fallback, "")
             found |= {fmt or self._inherited(rule)} if named == rule else set()
             # An override that names a format alone may be of parameters that the rule does not take.
             found |= {o.format for o in overrides if not o.rule and o.format and named == rule}
@@ -362,56 +260,3 @@ class OptimSpec:
         reason = ENGINES[self.engine].refuse_hyper(self, h)
         if reason:
             raise SpecError(f"'{self}' with engine={self.engine!r}: {reason}")
-
-    def __str__(self) -> str:
-        default = RULES[self.rule].default_format if self.rule in RULES else ""
-        return (
-            self.rule
-            + (f"-{self.format}" if self.format != default else "")
-            + (f"({self.fallback})" if self.fallback else "")
-            + (f"+{self.master}" if self.master != "none" else "")
-            + (f"@{self.placement}" if self.placement != "device" else "")
-            + (f"/{self.partition}" if self.partition != "none" else "")
-        )
-
-    def __repr__(self) -> str:
-        fields = ("overrides", "hyper", "rules", "options")
-        extra = [f"{k}={plain(getattr(self, k))!r}" for k in fields if getattr(self, k)]
-        if self.engine != "native":
-            extra.insert(0, f"engine={self.engine!r}")
-        return f"OptimSpec({', '.join([repr(str(self)), *extra])})"
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        fields = {name: getattr(self, name) for name in FIELDS}
-        return _rebuild, ({k: plain(v) for k, v in fields.items()},)
-
-
-def _rule_and_format(text: str, what: str) -> tuple[str, str]:
-    """``RULE[-FORMAT]``, or another tool's name for it; the format is empty where none is named."""
-    text = ALIASES.get(text, text)
-    rule, _, fmt = text.partition("-")
-    known("rule", rule, RULES)
-    if fmt:
-        fmt = known_format(fmt)
-        try:
-            _check_format_of((rule,), fmt)
-        except SpecError as error:
-            raise SpecError(f"{what}: {error}") from None
-    return rule, fmt
-
-
-@cache
-def _check_format_of(rules: tuple[str, ...], fmt: str) -> None:
-    """Raise SpecError for a format that none of these rules has; an empty name is none."""
-    for last, rule in enumerate(reversed([rule for rule in rules if rule])):
-        try:
-            OptimSpec(rule=rule, format=fmt)
-        except SpecError:
-            if last + 1 == sum(map(bool, rules)):
-                raise
-        else:
-            return
-
-
-def _rebuild(fields: dict[str, Any]) -> OptimSpec:
-    return OptimSpec(**fields)

@@ -1,24 +1,14 @@
-"""What the values of a spec may be, each by itself: names on an axis, formats and how they are spelled, overrides."""
+"""What the values of a spec may be, each by itself: names on an axis, formats and how they are spelled."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.registry import FORMATS, by_sign
-from memopt.rules import Moment
-
-
-class Override(NamedTuple):
-    """What an override says: ``rule`` and ``format`` are empty where it names none."""
-
-    rule: str
-    format: str
-    placement: str
-    pattern: str
-
+from memopt.rules import RULES, Moment
 
 #: Whatever a format says of a signed moment.
 SIGNED = Moment("exp_avg")
@@ -49,6 +39,25 @@ def check_pair(rule: str, fmt: str, moments: tuple[Moment, ...]) -> None:
             f"'{rule}-{fmt}': {rule} has no two kinds of moments to keep in two formats, only {kind} ones; "
             f"nearest: {rule}-{one}"
         )
+
+
+def check_format(rule: str, fmt: str, spec: str, hyper: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """Raise SpecError for a format, or two, that the moments of a rule do not have; ``spec`` is what is refused."""
+    own = RULES[rule]
+    signed, non_negative = by_sign(fmt)
+    if non_negative == "factored":
+        moments = own.moments(own.resolve({**hyper, **own.example}), (2, 2))
+        if not any(m.factorable for m in moments):
+            nearest = f"{rule}, {rule}-{'8bit' if signed == 'factored' else signed}"
+            raise SpecError(f"'{spec}': no moment of {rule} has a factored form; nearest: {nearest}")
+    if signed == non_negative:
+        return
+    if "." in fmt:
+        every = {**own.hyperparameters, **own.example, **dict.fromkeys(own.moments_by, 0.5)}
+        check_pair(rule, fmt, own.moments(every, (2, 2)))
+    reason = FORMATS[signed].declines(SIGNED, (4096, 4096))
+    if reason:
+        raise SpecError(f"'{spec}': {reason}; nearest: {rule}-{one_spelling(f'8bit.{non_negative}')}")
 
 
 def known(axis: str, value: Any, allowed: Mapping[str, Any]) -> None:

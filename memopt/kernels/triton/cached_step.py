@@ -19,7 +19,7 @@ from memopt.kernels.context import StepOutcome
 from memopt.kernels.triton import tables
 from memopt.kernels.triton.available import capturing
 from memopt.kernels.triton.device import fields as f
-from memopt.kernels.triton.launch import Launcher
+from memopt.kernels.triton.launcher import Launcher
 from memopt.kernels.triton.upload import write_by_value
 
 if TYPE_CHECKING:

@@ -37,6 +37,10 @@ VECTOR = 16
 #: A program takes so many elements, more where there would be more programs than the second number (of a bucket).
 PROGRAM, PROGRAMS = 8192, 2**17
 WARPS = 4
+#: Additions and multiplications are fused where the source says so, as in the C++ kernels.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
+#: Entries that a program of the small kernels takes at a time.
+SPAN = 256
 #: Columns and rows of a tile of a factored moment, and the width up to which the narrow one is taken.
 WIDE, NARROW = (512, 4), (64, 32)
 #: Bytes of the sums of bands that are kept at a time.
