@@ -18,7 +18,7 @@ from memopt.core.param_names import matching
 from memopt.layout.replaced_state import own_entries
 from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
 from memopt.optim.edits.param_groups import has_shape
-from memopt.optim.state_dict import TORCH_EXECUTION
+from memopt.optim.saving.load_state_dict import TORCH_EXECUTION
 from memopt.rules import RULES
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from memopt.checkpoint.load_model import plan_common, plan_model
 from memopt.checkpoint.load_state import Plan
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.state.detect import is_foreign, read_path
-from memopt.optim.state_dict import apart
+from memopt.optim.saving.load_state_dict import apart
 from memopt.partitions.ranks import Ranks
 
 if TYPE_CHECKING:

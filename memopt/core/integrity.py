@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from threading import get_ident
 from types import TracebackType
+from typing import Any
 
 REPAIR = (
     "parameters and state may be of two different steps. Load a checkpoint (memopt.load with model= and optimizer=) "
@@ -23,16 +24,20 @@ class Integrity:
 
     A thread that finds its own mark while it is not changing anything was interrupted. An error that ends a change
     makes the mark everybody's: what is left by a thread that steps beside ``backward()`` must stop the main thread.
+
+    ``snapshot`` is empty, or what :meth:`memopt.Optimizer.consolidate_state_dict` collected: every change drops it.
     """
 
-    __slots__ = ("marks",)
+    __slots__ = ("marks", "snapshot")
 
     def __init__(self) -> None:
         self.marks: dict[int | None, str] = {}
+        self.snapshot: tuple[Any, ...] = ()
 
     def changing(self, what: str, *, restores: bool = False) -> Change:
         """Around all that changes parameters and state: ``what``, as a sentence begins. What ``restores`` writes all of
         the state, and ends every mark that is there."""
+        self.snapshot = ()
         return Change(self.marks, what, restores)
 
     @property

@@ -178,6 +178,7 @@ class StateStore:
         )
         state = {step.key: torch.full((), count, dtype=torch.float32, device=step.location), **tensors}
         self.state[p] = state
+        self.setup.integrity.snapshot = ()
         self._check_shape(name, p, state)
         return state
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from math import inf, isfinite, sqrt
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
@@ -15,9 +13,10 @@ from torch.autograd.graph import increment_version  # kernels write where autogr
 
 from memopt import kernels
 from memopt.layout.param_step import Work, count_steps
+from memopt.optim.gradient_policy import GradientPolicy, Scaler, bounds_of
 from memopt.optim.params import Resolved
 from memopt.optim.state_store import StateStore
-from memopt.placements.gradients.checks import check_gradient, clip_factor, known_finite, look, rounded
+from memopt.placements.gradients.checks import check_gradient, look
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout
@@ -38,21 +37,6 @@ class Ready(NamedTuple):
     gradient: Tensor
 
 
-class Scaler(NamedTuple):
-    """What torch.amp.GradScaler has put on the optimizer for this step."""
-
-    found_inf: Tensor | None
-    grad_scale: Tensor | None
-
-
-def bounds_of(groups: Sequence[Mapping[str, Any]]) -> list[float | None] | None:
-    """The ``max_grad_norm`` of each group; None where none has one."""
-    bounds = [group.get("max_grad_norm") for group in groups]
-    if all(bound is None for bound in bounds):
-        return None
-    return [None if bound is None else float(bound) for bound in bounds]
-
-
 @final
 class Stepper:
     """``plan`` is the cached step: what was prepared for the tensors of the last one."""
@@ -61,10 +45,7 @@ class Stepper:
         self.store, self.params, self.setup = store, store.params, store.setup
         self.plan: kernels.Plan | None = None
         self._captured: list[kernels.Plan] = []  # plans whose tables a CUDA graph reads
-        #: Steps that did not happen, as far as the host has counted them.
-        self.skipped = 0
-        #: The norm of all gradients of the last step, fp32; None where nobody asked for it.
-        self.norm: float | Tensor | None = None
+        self.gradients = GradientPolicy(self.params)
 
     def step(self, scaler: Scaler) -> None:
         """One step of every parameter that has a gradient."""
@@ -118,10 +99,10 @@ class Stepper:
         scales: Sequence[float] | None
         if plan.on_device:
             bad, _ = plan.look(context.bounds is not None)
-            scales = None if self.stopped_by(bad) else ()
-            self.norm = plan.norm
+            scales = None if self.gradients.stopped_by(bad) else ()
+            self.gradients.norm = plan.norm
         else:
-            scales = self._scales(scaler, context.bounds, parameters, plan.look)
+            scales = self.gradients.scales(scaler, context.bounds, parameters, plan.look)
         if scales is not None:
             plan.step(scales)
             increment_version(parameters)
@@ -142,51 +123,16 @@ class Stepper:
         outcome = self.plan.settle() if self.plan is not None else None
         if outcome is not None:
             if outcome.names:
-                self.stopped_by(outcome.names)
+                self.gradients.stopped_by(outcome.names)
             else:
-                self.skipped += outcome.skipped
-
-    # What gradients are multiplied by ----------------------------------------------------------------------------
-
-    def _scales(
-        self,
-        scaler: Scaler,
-        bounds: Sequence[float | None] | None,
-        parameters: Sequence[Tensor],
-        look: Callable[[bool], tuple[list[str], list[float]]],
-    ) -> list[float] | None:
-        """For each group the number that its gradients are multiplied by: what undoes a scaler's scale, and what clips
-        them. None where this step does not happen; it is counted then. One ``look(summed)`` at the gradients of
-        ``parameters`` gives the names of those with NaN or Inf and, if summed, the sums of their squares."""
-        partition, groups = self.setup.partition, self.params.owner.param_groups
-        inverse = 1.0
-        if scaler.found_inf is not None and bool(scaler.found_inf):
-            self.skipped += 1
-            return None
-        if scaler.grad_scale is not None:
-            inverse = rounded(1.0 / float(scaler.grad_scale))
-        if bounds is None:
-            self.norm = None
-            if self.setup.nonfinite != "propagate":
-                # Clipping has just read them; what other ranks have is asked in any case.
-                known = known_finite(None if p.grad is None else partition.memory_of(p, p.grad) for p in parameters)
-                if self.stopped_by(partition.agree([] if known else look(False)[0], parameters)):
-                    return None
-            return [inverse] * len(groups)
-        bad, squares = look(True)
-        total = partition.total_squares(parameters, squares)
-        self.norm = norm = rounded(sqrt(total) * inverse) if parameters else 0.0
-        if not isfinite(total) and self.setup.nonfinite != "propagate":
-            self.stopped_by(bad or ["a parameter on another rank"])
-            return None
-        return [rounded(inverse * clip_factor(norm, inf if bound is None else bound)) for bound in bounds]
+                self.gradients.skipped += outcome.skipped
 
     # The step without a cache ----------------------------------------------------------------------------------
 
     @contextmanager
     def _released(self) -> Iterator[None]:
         """Around a step that ends what gradient release has begun in ``backward()``."""
-        release, before = self.setup.release, self.skipped
+        release, before = self.setup.release, self.gradients.skipped
         try:
             yield
         except BaseException:
@@ -194,7 +140,7 @@ class Stepper:
                 release.give_up()
             raise
         if release is not None:
-            release.finish(counted=self.skipped > before)
+            release.finish(counted=self.gradients.skipped > before)
 
     def _collect_gradients(self) -> tuple[list[tuple[str, Tensor]], list[Ready]]:
         """What has a gradient, checked: the gradients as they are here, and what is stepped here."""
@@ -230,7 +176,7 @@ class Stepper:
     def _look(
         self, scaler: Scaler, gradients: Sequence[tuple[str, Tensor]], ready: Sequence[Ready]
     ) -> dict[int, float] | None:
-        """:meth:`_scales` of a step without a plan, by identity of the group."""
+        """The scales of a step without a plan, by identity of the group."""
         setup, groups = self.setup, self.params.owner.param_groups
         if setup.capturable:
             kernels.check_capturable([(one.layout, one.p) for one in ready], setup.partition.world_size)
@@ -241,7 +187,7 @@ class Stepper:
                 "max_grad_norm needs the norm of all gradients before the first parameter steps, and gradients are "
                 "released: use opt.release_gradients(model, max_norm=…), which takes it in a backward pass of its own"
             )
-        scales = self._scales(scaler, bounds, [one.p for one in ready], partial(look, gradients))
+        scales = self.gradients.scales(scaler, bounds, [one.p for one in ready], partial(look, gradients))
         if scales is None:
             return None
         return {id(group): scale for group, scale in zip(groups, scales, strict=True) if scale != 1}
@@ -284,19 +230,3 @@ class Stepper:
     def own(self, layout: ParamLayout, p: Tensor, g: Tensor) -> Tensor:
         """Of a gradient from :meth:`local_gradient`, the rows that are stepped here."""
         return self.setup.partition.local(p, layout.rows, g) if g is p.grad else g
-
-    def stopped_by(self, bad: Sequence[str]) -> bool:
-        """Whether a step does not happen because these gradients have NaN or Inf; it is counted, and said once."""
-        if not bad:
-            return False
-        shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        if self.setup.nonfinite == "raise":
-            raise FloatingPointError(f"NaN or Inf in the gradient of {shown}; nothing was changed")
-        if not self.skipped:
-            warnings.warn(
-                f"NaN or Inf in the gradient of {shown}: this step was skipped, parameters and state are as they "
-                "were. Later skips are only counted, in optimizer.skipped_steps.",
-                stacklevel=6,
-            )
-        self.skipped += 1
-        return True

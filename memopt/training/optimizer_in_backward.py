@@ -101,7 +101,7 @@ class Release:
                 f"the gradient of {once[0]} came once"
             )
         if skipped and not counted:
-            self._stepper.skipped += 1
+            self._stepper.gradients.skipped += 1
 
     def give_up(self) -> None:
         """The step has failed: the next backward pass begins another."""
@@ -177,7 +177,7 @@ class Release:
     def _stop(self, name: str, what: str) -> None:
         if self._setup.nonfinite == "raise":
             raise FloatingPointError(f"NaN or Inf in the gradient of {name}: {what}")
-        if not self._skipped and not self._stepper.skipped:
+        if not self._skipped and not self._stepper.gradients.skipped:
             scope = "no parameter was stepped" if self.max_norm is not None else "it was not stepped, others were"
             warnings.warn(
                 f"NaN or Inf in the gradient of {name}: {scope}. Later skips are only counted, in "

@@ -14,8 +14,8 @@ from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.core.hyperparameters import SpecError
 from memopt.layout.replaced_state import own_entries
 from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
-from memopt.optim.state_dict import described_parameters
-from memopt.optim.state_dtensors import has_dtensors, unwrapped
+from memopt.optim.saving.dtensors import has_dtensors, unwrapped
+from memopt.optim.saving.state_dict import described_parameters
 from memopt.partitions import PARTITIONS
 from memopt.placements.stores.by_placement import PlacementStores
 from memopt.rules import RULES

@@ -1,4 +1,4 @@
-"""``state_dict`` and ``load_state_dict``: a saved state is held against the optimizer before anything is changed."""
+"""``load_state_dict``: a saved state is held against the optimizer before anything is changed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from torch import Tensor
 from memopt.core.param_names import clean_names
 from memopt.layout.replaced_state import is_own, own_entries
 from memopt.masters import MASTERS
-from memopt.optim.edits.param_groups import has_shape
-from memopt.optim.state_dtensors import has_dtensors, unwrapped, wrapped
+from memopt.optim.saving.dtensors import has_dtensors, unwrapped
 from memopt.partitions.dtensor import is_dtensor
 
 if TYPE_CHECKING:
@@ -23,41 +22,6 @@ if TYPE_CHECKING:
 
 #: Keys that torch.optim keeps in a group and that say how it computes, not what.
 TORCH_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
-
-
-def packed(params: Params) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
-    """State and groups with numbers for parameters, as torch.optim has them; what is under another key stays there.
-    State of parameters that are in no group any more is the process's alone."""
-    numbers = {id(p): i for i, (_, p, _) in enumerate(params.entries())}  # which puts names right, too
-    groups = [{**g, "params": [numbers[id(p)] for p in g["params"]]} for g in params.owner.param_groups]
-    state = {
-        numbers[id(key)] if isinstance(key, Tensor) else key: value
-        for key, value in params.owner.state.items()
-        if not isinstance(key, Tensor) or id(key) in numbers
-    }
-    return state, groups
-
-
-class _Bytes(NamedTuple):
-    """A tensor of torch's 8-bit floats, which pickle cannot carry: its bytes travel instead."""
-
-    dtype: torch.dtype
-    values: Tensor
-
-
-def packed_bytes(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What pickle can carry of a parameter's state."""
-    return {
-        key: _Bytes(x.dtype, x.view(torch.uint8))
-        if isinstance(x, Tensor) and x.is_floating_point() and x.itemsize == 1
-        else x
-        for key, x in state.items()
-    }
-
-
-def unpacked_bytes(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of :func:`packed_bytes`."""
-    return {key: x.values.view(x.dtype) if isinstance(x, _Bytes) else x for key, x in state.items()}
 
 
 class LoadPlan(NamedTuple):
@@ -190,50 +154,6 @@ def _check_state(
             )
 
 
-def dump(params: Params, skipped_steps: int, whole: Mapping[int, Any] | None = None) -> dict[str, Any]:
-    """torch.optim's dictionary with what is needed to tell whether it fits. ``whole`` is the state of all ranks, by the
-    parameters' numbers, in the place of this rank's."""
-    setup = params.setup
-    state, groups = packed(params)
-    if whole is None:
-        state = wrapped(setup.spec, setup.partition, params.entries(), state)
-    else:
-        state = {**{key: x for key, x in state.items() if not isinstance(key, int)}, **whole}
-    cut = setup.partition.cut()
-    rank, world = (0, 1) if whole is not None else (setup.partition.rank, setup.partition.world_size)
-    return {
-        "state": state,
-        "param_groups": groups,
-        "memopt": {
-            "spec": str(setup.spec),
-            "rank": rank,
-            "world_size": world,
-            "seed": setup.seed,
-            "skipped_steps": skipped_steps,
-            **(described(params) if cut is None else {"cut": cut}),
-        },
-    }
-
-
-def described(params: Params) -> dict[str, str]:
-    """What another spec must know to read the state, each as one string, which every tool that saves keeps as it is."""
-    spec = params.setup.spec
-    known = [
-        [name, str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p, _ in params.entries() if has_shape(p)
-    ]
-    whole = len(known) == len(list(params.entries()))  # else a lazy module has not seen data, nor stepped
-    return {
-        "engine": spec.engine,
-        "overrides": json.dumps(dict(spec.overrides)),
-        **({"parameters": json.dumps(known)} if whole else {}),
-    }
-
-
-def described_parameters(saved: Mapping[str, Any]) -> list[tuple[str, str, tuple[int, ...]]]:
-    """Name, dtype and global shape of each parameter, in the groups' order, from what :func:`described` wrote."""
-    return [(str(name), str(dtype), tuple(map(int, shape))) for name, dtype, shape in json.loads(saved["parameters"])]
-
-
 def load(
     store: StateStore, state_dict: Mapping[str, Any], convert: Callable[[Mapping[str, Any]], None]
 ) -> Mapping[str, Any]:
@@ -355,21 +275,4 @@ def _write(store: StateStore, plan: LoadPlan) -> None:
     for group, loaded in zip(store.params.owner.param_groups, plan.groups, strict=True):
         group.update(loaded)
     setup.seed = plan.metadata.get("seed", setup.seed)
-    store.flush()
-
-
-def restore_copied(store: StateStore, copied: dict[Any, Any]) -> None:
-    """Put the state of a pickle or a copy, which is ordinary memory, back where the placement says."""
-    copied = {p: unpacked_bytes(x) if isinstance(x, dict) else x for p, x in copied.items()}
-    for one in store.params.resolved():
-        parts = copied.pop(one.p, None)
-        if parts:
-            target = store.allocate(one, fresh=True)
-            for key, value in parts.items():
-                if key in target:
-                    target[key].copy_(value)
-                else:
-                    target[key] = value
-    store.state.update(copied)
-    store.watch()
     store.flush()

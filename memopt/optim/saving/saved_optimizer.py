@@ -1,0 +1,134 @@
+"""An optimizer that is saved, loaded, copied and pickled, as torch.optim's are."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from memopt.optim.saving.dtensors import ON_EVERY_RANK, REPLICAS, asking_framework, refuse
+from memopt.optim.saving.load_state_dict import load
+from memopt.optim.saving.pickling import packed_bytes, restore_copied
+from memopt.optim.saving.state_dict import dump
+from memopt.optim.setup import Setup
+from memopt.optim.stepping_optimizer import SteppingOptimizer
+
+
+class SavedOptimizer(SteppingOptimizer):
+    """``state_dict()`` and what goes with it."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim's dictionary (plain tensors, this rank's rows; of sharded parameters DTensors, as
+        torch.distributed.checkpoint takes them), and under ``"memopt"`` what is needed to tell whether it fits: spec,
+        rank, world size and the seed of the stochastic rounding. Hooks see all of it, and what they return is what is
+        returned; state under a key that is no parameter goes along."""
+        asking = asking_framework(self.spec, self.partition)
+        if asking in ON_EVERY_RANK:
+            self.consolidate_state_dict()
+        elif asking is not None and (not self.integrity.snapshot or asking in REPLICAS):
+            refuse(self.spec, asking)
+        self.setup.check_whole()
+        self.settle()
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        with self.partition.shown(self):
+            self.store.check_all()
+            found = dump(self.params, self.skipped_steps, *self.integrity.snapshot)
+        for after in self._optimizer_state_dict_post_hooks.values():
+            replaced = after(self, found)
+            found = found if replaced is None else replaced
+        return found
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Under ``/zero1``, collect the state of all ranks for the next ``state_dict()`` on rank ``to``, which then is
+        what one process would have: the method of ``torch.distributed.optim.ZeroRedundancyOptimizer``. Elsewhere it
+        does nothing. Every rank must call it.
+
+        What was collected holds until the optimizer steps or its state changes otherwise. It is loaded by
+        :meth:`load_state_dict` on any number of ranks, each of which takes its rows.
+
+        Args:
+            to: the rank in the optimizer's process group whose host memory takes all of the state; None for every
+                rank's.
+        """
+        if self.spec.partition != "zero1" or self.partition.world_size == 1:
+            return
+        from memopt.checkpoint.consolidate import consolidated
+
+        if to is not None and not 0 <= to < self.partition.world_size:
+            raise ValueError(
+                f"to={to!r} is not allowed; it is a rank from 0 to {self.partition.world_size - 1}, or None"
+            )
+        self.setup.check_whole()
+        self.settle()
+        self.store.check_all()
+        self.integrity.snapshot = (consolidated(self, to),)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict()`` of this or of another optimizer returned: of memopt under any spec, torch.optim,
+        transformers' Adafactor, bitsandbytes, torchao, flashoptim.
+
+        State of the same spec is copied. Other state is converted, and one warning says what was lost of each moment;
+        ``create(..., on_mismatch="refuse")`` raises instead. So a run goes on after its spec was changed inside a
+        framework that resumes by this method (``Trainer``, accelerate, Lightning). Everything is checked before
+        anything is changed. State goes where the placement says and keeps its dtype (torch.optim's own method casts
+        it to the parameter's).
+
+        Args:
+            state_dict: as ``torch.optim.Optimizer.state_dict()`` has it: ``state`` and ``param_groups``, with the same
+                parameters in the same groups as here.
+
+        Raises:
+            ValueError: with the parameter and the key that do not fit.
+            SpecError: (a ValueError) for a moment that was not saved; ``memopt.load(..., fill=...)`` makes one up.
+        """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = before(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        self.store.notice_replaced()
+        with self.partition.shown(self):
+            metadata = load(self.store, state_dict, self._load_other)
+        self.skipped_steps = metadata.get("skipped_steps", self.skipped_steps)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _load_other(self, state_dict: Mapping[str, Any]) -> None:
+        from memopt.checkpoint.load_dict import load_other
+
+        load_other(self, state_dict)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.setup.check_whole()
+        if self.process_group is not None:
+            raise TypeError("an optimizer with its own process_group cannot be pickled or copied; use state_dict()")
+        if self.partition.is_flattened:
+            raise TypeError(
+                "an optimizer of DeepSpeed's vectors cannot be pickled or copied; use the engine's save_checkpoint"
+            )
+        if not self.placement_stores.copyable:
+            raise TypeError(
+                "an optimizer with a directory cannot be pickled or copied, two would write there; use state_dict()"
+            )
+        self.settle()
+        self.store.check_all()
+        ours = {
+            name: getattr(self, name)
+            for name in ("spec", "nonfinite", "seed", "capturable", "on_mismatch", "skipped_steps")
+        }
+        state = {p: packed_bytes(x) if isinstance(x, dict) else x for p, x in self.state.items()}
+        return {**super().__getstate__(), "state": state, "memopt": {**ours, "kinds": self.kinds}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        ours = state.pop("memopt", None)
+        if ours is not None:
+            skipped = ours.pop("skipped_steps")
+            self.kinds = ours.pop("kinds", {})
+            self._make(Setup(ours.pop("spec"), **ours))
+            self.stepper.gradients.skipped = skipped
+        super().__setstate__(state)
+        copied = dict(self.state)
+        self.state = defaultdict(dict)
+        self.params.remember()
+        restore_copied(self.store, copied)
