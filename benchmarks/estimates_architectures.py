@@ -24,10 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from estimates_architectures_table import BATCH, SEQ, table
+from estimates_families import families
 from provenance import write_result
 
 OUT = Path(__file__).parent / "results" / "estimates_architectures.json"
-BATCH, SEQ = 2, 64
 #: Seconds for one type, and elements of a model that a real step is run of.
 LIMIT, MOST = 120, 120_000_000
 DRAWN = 80
@@ -212,40 +213,6 @@ def _real(module: Any, ways: Any, arguments: Any, loss_of: Any, summed: Any, sav
     raise error
 
 
-def families() -> list[dict[str, Any]]:
-    """Traced steps beside the formulas, for every family that has both."""
-    from estimates_models import FAMILIES, ONLY_EAGER, SIZES, config
-
-    from estimators.memory.step_rows import run
-    from estimators.models.from_config import from_config
-    from estimators.traced.from_transformers import from_transformers
-    from estimators.training import Training
-
-    rows = []
-    for family in FAMILIES:
-        for how in ("none", "full"):
-            cfg = config(family, SIZES[0][0])
-            attention = "eager" if family in ONLY_EAGER else "sdpa"
-            asked = Training(batch=4, seq=64, checkpointing=how, attention=attention)
-            formula, _ = run(from_config(cfg, family), asked)
-            start = time.process_time()
-            traced, why = run(from_transformers(cfg, family), asked)
-            row = {"family": family, "checkpointing": how, "seconds": round(time.process_time() - start, 2)}
-            if formula is None or traced is None:
-                rows.append({**row, "refused": why})
-                continue
-            pairs = {
-                "saved": (formula.saved, traced.saved),
-                "peak": (max(formula.loss[0], sum(formula.backward)), max(traced.loss[0], sum(traced.backward))),
-                "accumulated": (formula.accumulated[0], traced.accumulated[0]),
-            }
-            for name, (a, b) in pairs.items():
-                row |= {name: a, f"{name}_traced": b, f"{name}_difference": round(b / a - 1, 5)}
-            rows.append(row)
-            print(row, flush=True)
-    return rows
-
-
 def worker(steps: bool) -> None:
     """Types on standard input, a line of JSON for each on standard output."""
     out = os.fdopen(os.dup(1), "w")
@@ -323,71 +290,6 @@ def main() -> None:
 def _run(rows: list[dict[str, Any]], drawn: list[str]) -> int:
     """How many of the types that were drawn, in their order, were run."""
     return len({r["type"] for r in rows if "saved_nbytes" in r} & set(drawn) - set(ALWAYS))
-
-
-def table(done: dict[str, Any]) -> str:
-    types, steps = done.get("types", []), done.get("steps", [])
-    built = [r for r in types if "parameters" in r]
-    exact, known = [r for r in types if r.get("exact")], [r for r in types if "saved" in r]
-    refused = [r for r in types if "saved" not in r]
-    lines = [
-        "# transformers' types",
-        "",
-        f"{done['known']} types; {len(types)} were looked at, in the order of a draw (seed {done['seed']}, the",
-        "CRC-32 of transformers' version), each with its default configuration:",
-        "",
-        f"- {len(exact)} priced exactly, parameter for parameter the module on the meta device",
-        f"- {len(known)} with activations ({BATCH} x {SEQ} tokens, or what the model takes in their place)",
-        f"- {len(types) - len(built)} are not built by transformers itself from their defaults, with what is installed",
-        "",
-    ]
-    if steps:
-        ran = [r for r in steps if "saved_nbytes" in r]
-        within = [r for r in ran if abs(r["saved_error"]) < 0.01 and abs(r["peak_error"]) < 0.05]
-        lines += [
-            "## Real steps",
-            "",
-            f"{len(ran)} steps of {len({r['type'] for r in ran})} types in bf16 on the CPU; {len(within)} have saved",
-            "bytes within 1 % and the peak within 5 %. *Moving* is the peak without weights.",
-            "",
-            "| type | checkpointing | saved, bytes | error | peak, bytes | error | moving |",
-            "|---|---|---|---|---|---|---|",
-            *(
-                f"| {r['type']} | {r['checkpointing']} | {r['saved_nbytes']:,} | {r['saved_error']:+.2%} | "
-                f"{r['peak_nbytes']:,} | {r['peak_error']:+.2%} | {r['moving_error']:+.2%} |"
-                for r in ran
-            ),
-            "",
-            "Not run: " + "; ".join(_line(r["type"], r["not_run"]) for r in steps if "not_run" in r),
-            "",
-        ]
-    if done.get("families"):
-        both = [r for r in done["families"] if "saved" in r]
-        columns = ("saved", "peak", "accumulated")
-        near = [r for r in both if all(abs(r[f"{c}_difference"]) < 0.005 for c in columns)]
-        lines += [
-            "## Traced steps beside formulas",
-            "",
-            f"{len(both)} steps of {len({r['family'] for r in both})} families; {len(near)} agree within 0.5 % in all",
-            "three. *Accumulated* is the fullest moment where gradients are all there.",
-            "",
-            "| family | checkpointing | saved | peak | accumulated |",
-            "|---|---|---|---|---|",
-            *(
-                f"| {r['family']} | {r['checkpointing']} | "
-                + " | ".join(f"{r[f'{c}_difference']:+.2%}" for c in columns)
-                + " |"
-                for r in both
-            ),
-            "",
-        ]
-    lines += ["## Without activations", "", "| type | class | why |", "|---|---|---|"]
-    lines += [f"| {r['type']} | {r.get('class', '')} | {_line('', r.get('refused', ''))} |" for r in refused]
-    return "\n".join([*lines, ""])
-
-
-def _line(kind: str, why: str) -> str:
-    return f"{kind} ({why[:160]})" if kind else why[:200].replace("|", "/")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_sweep import require
-from interrupt_bytecodes import Interrupt, Snapshot, gradients, same, snapshot, step
+from interrupt_bytecodes import Interrupt
+from interrupt_case import Snapshot, gradients, same, snapshot, step
 from provenance import write_result
 
 import memopt

@@ -32,6 +32,7 @@ import torch
 from provenance import write_result
 from settled import settle
 from step_cpu_table import BARS, SETTINGS, plot, table
+from step_libraries import others
 
 import memopt
 from memopt import kernels
@@ -63,51 +64,6 @@ def moved(spec: str, numel: int, nonfinite: str) -> float:
     state = memopt.price({"p": shape(numel)}, spec, **HYPER.get(rule, {}))
     again = sum(line.nbytes for line in state if line.moment in DECODED_TWICE.get(rule, ()))
     return 4 * passes + (2 * state.nbytes + again) / numel
-
-
-def others(params: Callable[[], list[torch.nn.Parameter]]) -> dict[str, Step]:
-    """Steps of the libraries that are installed."""
-    found: dict[str, Callable[[], Any]] = {
-        "torch AdamW foreach": lambda: torch.optim.AdamW(params(), foreach=True),
-        "torch Adafactor": lambda: torch.optim.Adafactor(params()),
-    }
-    try:
-        import bitsandbytes as bnb
-
-        found["bitsandbytes AdamW32bit"] = lambda: bnb.optim.AdamW32bit(params())
-        found["bitsandbytes AdamW8bit"] = lambda: bnb.optim.AdamW8bit(params())
-        found["bitsandbytes Lion8bit"] = lambda: bnb.optim.Lion8bit(params())
-    except ImportError:
-        pass
-    try:
-        from torchao import optim as ao
-
-        found["torchao AdamW8bit"] = lambda: ao.AdamW8bit(params())
-        found["torchao AdamW4bit"] = lambda: ao.AdamW4bit(params())
-    except ImportError:
-        pass
-    try:
-        from transformers.optimization import Adafactor
-
-        found["transformers Adafactor"] = lambda: Adafactor(params())
-    except ImportError:
-        pass
-    try:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        found["DeepSpeedCPUAdam"] = lambda: DeepSpeedCPUAdam(params())
-    except ImportError:
-        pass
-    steps: dict[str, Step] = {}
-    for name, build in found.items():
-        try:
-            step = build().step
-            step()
-            steps[name] = step
-        except Exception as error:  # a library that cannot build its extension here is left out, and said so
-            print(f"left out: {name}: {type(error).__name__}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
-    return steps
 
 
 def interleaved(steps: dict[str, Step], rounds: int, budget: float = 90.0) -> dict[str, list[float]]:

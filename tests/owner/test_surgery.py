@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
 import memopt
-from tests.helpers import ranks, sharded
 from tests.helpers.cases import HYPER, SPECS, assert_same_bits
+from tests.helpers.surgery import made, step
 
-SHAPES = [(70, 67), (4500,), (5, 24, 65), (33,), (66, 64, 1, 1)]
 #: Every format and master, rules with every kind of moment, every placement and /zero1.
 SAMPLE = [
     *(f"adamw-{fmt}" for fmt in ("32bit", "bf16", "8bit", "fp8", "4bit", "factored")),
@@ -21,23 +18,6 @@ SAMPLE = [
     *("adamw-4bit/zero1", "adafactor/zero1"),
     *(f"adamw-8bit+{master}" for master in ("fp32", "kahan", "split", "split16", "stochastic")),
 ]
-
-
-def made(spec: str, steps: int = 3, **options) -> tuple[list[nn.Parameter], memopt.Optimizer]:
-    torch.manual_seed(0)
-    dtype = torch.bfloat16 if "+" in spec else torch.float32
-    params = [nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
-    opt = memopt.create(params, spec, lr=1e-2, **HYPER.get(memopt.parse(spec).rule, {}), **options)
-    step(params, opt, steps)
-    return params, opt
-
-
-def step(params: list[nn.Parameter], opt: torch.optim.Optimizer, steps: int = 1, first: int = 0) -> None:
-    for i in range(first, first + steps):
-        g = torch.Generator().manual_seed(i)
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
-        opt.step()
 
 
 def rowwise(key: str, x: Tensor, p: nn.Parameter) -> bool:
@@ -216,67 +196,6 @@ def test_a_row_in_a_directory_survives(tmp_path):
     for key, x in saved.items():
         assert_same_bits(again.state[params[0]][key], x, key)
     again.close()
-
-
-def on_ranks(spec: str) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    """Weights and this rank's state after surgery in mid-training."""
-    params, opt = made(spec)
-    for p in params:
-        opt.select_rows(p, torch.arange(len(p)).roll(2)[: len(p) - 1])
-        opt.append_rows(p, torch.ones(4, *p.shape[1:]))
-        opt.reset_state(p, rows=[0, 2])
-    step(params, opt, 2, first=7)
-    return [(p.detach(), dict(opt.state[p])) for p in params]
-
-
-RANKED = ["adamw-8bit", "adafactor", "lookahead(adamw)-4bit", "adamw-8bit+split", "came-8bit"]
-
-
-@ranks.once
-def session() -> list[dict[str, Any]]:
-    return ranks.run(on_two_ranks, 2)
-
-
-def on_two_ranks() -> dict[str, Any]:
-    return {**{spec: on_ranks(f"{spec}/zero1") for spec in RANKED}, "reset": sharded_reset("adamw-8bit/zero3")}
-
-
-@pytest.mark.parametrize("spec", RANKED)
-def test_ranks_share_the_rows_anew(spec):
-    """Two processes of /zero1 have what one has, bit for bit, each its rows."""
-    alone = on_ranks(f"{spec}/zero1")
-    both = [rank[spec] for rank in session()]
-    for i, (p, state) in enumerate(alone):
-        for rank in both:
-            assert_same_bits(rank[i][0], p, f"{spec} {tuple(p.shape)}")
-        for key, x in state.items():
-            parts = [rank[i][1][key] for rank in both]
-            whole = parts[0] if parts[0].shape == x.shape else _joined(parts)
-            assert_same_bits(whole, x, f"{spec} {tuple(p.shape)} {key}")
-
-
-def _joined(parts: list[Tensor]) -> Tensor:
-    bits = [x.view(torch.uint8) if x.itemsize == 1 else x for x in parts]
-    return torch.cat(bits).view(parts[0].dtype)
-
-
-def sharded_reset(spec: str) -> list[Tensor]:
-    """What :func:`sharded.drive` gives with a reset between, of parameters that torch has sharded or of whole ones."""
-    model, opt = sharded.build(spec) if "zero" in spec else sharded.reference(f"{spec}/zero3")
-    sharded.drive(model, opt, 0, 3)
-    for name, p in model.named_parameters():
-        opt.reset_state(p, "exp_avg", rows=[0, 1] if name != "odd" else range(100, 200))
-        if "zero" in spec:
-            with pytest.raises(RuntimeError, match="strict=False"):
-                opt.append_rows(p, torch.zeros(1))
-    sharded.drive(model, opt, 3, 2)
-    return [sharded.whole(p) for p in model.parameters()]
-
-
-def test_rows_of_sharded_parameters_are_reset_and_stay_where_they_are():
-    for rank in session():
-        for a, b in zip(rank["reset"], sharded_reset("adamw-8bit"), strict=True):
-            assert_same_bits(a, b)
 
 
 def test_what_is_refused_changes_nothing():

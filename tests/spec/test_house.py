@@ -52,3 +52,14 @@ def test_a_folder_has_at_most_a_dozen_modules():
 def _one_of_a_kind(folder):
     """Folders of which every file is the same thing: a rule, a family of models, a verb."""
     return folder.relative_to(ROOT).as_posix() in ("memopt/rules", "memopt/cli", "estimators/families")
+
+
+#: Where a file is at most 300 lines: what is longer has two ideas.
+FOLDERS = ("memopt", "estimators", "tests", "benchmarks", "examples")
+
+
+def test_a_file_has_at_most_300_lines():
+    files = [path for folder in FOLDERS for kind in ("*.py", "*.cpp", "*.h") for path in (ROOT / folder).rglob(kind)]
+    assert len(files) > 500
+    long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {name: lines for name, lines in long.items() if lines > 300}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import mmap
 import tempfile
 from collections.abc import Callable, Mapping
 from random import Random
@@ -15,8 +14,9 @@ from torch import Tensor
 import memopt
 from memopt.placements.transfer import device
 from memopt.spec.placement_options import OPTIONS
-from tests.helpers.simulated import ThreadedBus
+from tests.helpers.simulated import PageBus
 from tests.twin import reference
+from tests.twin.bits import same
 from tests.twin.cases import BOUND, ROUNDING, RTOL, Case
 from tests.twin.sides import Bag, Side, kernels_off, twin_optimizer
 
@@ -33,13 +33,6 @@ class Difference(AssertionError):
 
 class Skip(Exception):
     """This operation means nothing for this pair as it is now."""
-
-
-class PageBus(ThreadedBus):
-    """Buffers begin at pages, as pinned memory does: files are read into them directly."""
-
-    def host(self, nbytes: int) -> Tensor:
-        return torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
 
 
 class Twin:
@@ -213,7 +206,7 @@ class Twin:
 
     def unchanged(self, before: Any, what: str) -> None:
         after = self.fingerprint()
-        different = [k for k in before if not _same(before[k], after.get(k))]
+        different = [k for k in before if not same(before[k], after.get(k))]
         # What a state lacked (a master, after a cast) may be there now, at zero.
         different += [
             k for k in after.keys() - before.keys() if not isinstance(after[k], Tensor) or bool(after[k].any())
@@ -300,15 +293,3 @@ class Twin:
         """Whether all state is of parameters in groups."""
         inside = {id(p) for side in self.sides for group in side.opt.param_groups for p in group["params"]}
         return all(id(p) in inside for side in self.sides for p in side.opt.state)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and a.shape == b.shape and _bits(a) == _bits(b)
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return type(a) is type(b) and bool(a == b or (a != a and b != b))
-
-
-def _bits(x: Tensor) -> bytes:
-    return x.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if x.numel() else b""

@@ -27,6 +27,6 @@ def operation(weight: int = 2) -> Callable[[Operation], Operation]:
 
 
 def load_all() -> dict[str, Operation]:
-    from tests.twin import by_hand, grouping, stepping, surgery, travelling  # noqa: F401
+    from tests.twin import by_hand, grouping, hyper, stepping, surgery, travelling  # noqa: F401
 
     return OPERATIONS
