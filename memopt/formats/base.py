@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from memopt.core.ledger import TensorSpec
@@ -80,8 +81,7 @@ class Format(ABC):
 
     def is_shared(self, moment: Moment, part: str, shape: Shape) -> bool:
         """Whether whoever holds some rows holds the whole part, as it does the column means of a matrix."""
-        none, whole = Rows(shape, 0, 0), Rows.whole(shape)
-        return self.layout(moment, none)[part].shape == self.layout(moment, whole)[part].shape
+        return _is_shared(self, moment, part, shape)
 
     @abstractmethod
     def read(self, parts: Parts, moment: Moment, shard: Shard) -> Tensor:
@@ -90,6 +90,12 @@ class Format(ABC):
     @abstractmethod
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
         """Encode fp32 ``x`` into ``parts``; return what this step may see of it (see ``rules.base.State``)."""
+
+
+@lru_cache(maxsize=1024)
+def _is_shared(fmt: Format, moment: Moment, part: str, shape: Shape) -> bool:
+    none, whole = Rows(shape, 0, 0), Rows.whole(shape)
+    return fmt.layout(moment, none)[part].shape == fmt.layout(moment, whole)[part].shape
 
 
 def as_blocks(x: Tensor, rows: Rows, block: int) -> Tensor:

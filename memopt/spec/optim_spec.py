@@ -42,7 +42,10 @@ class OptimSpec(SpecFields):
     memopt.core.hyperparameters.SpecError: 'lion-factored': no moment of lion has a factored form; nearest: lion, ...
     """
 
-    __slots__ = ()
+    __slots__ = ("rule_names",)
+
+    #: The spec's rule, its fallback's, and those of its overrides.
+    rule_names: tuple[str, ...]
 
     def _validate(self) -> None:
         known("rule", self.rule, RULES)
@@ -64,6 +67,7 @@ class OptimSpec(SpecFields):
         options = checked(self.options, self.placements, self.partition) if self.options else {}
         set_(self, "options", MappingProxyType(options))
         set_(self, "fallback", self._whole_fallback())
+        set_(self, "rule_names", self._named_rules())
         self._check_rules()
         check_format(self.rule, self.format, str(self), self.hyper)
         reason = ENGINES[self.engine].refuse(self)
@@ -92,9 +96,7 @@ class OptimSpec(SpecFields):
         own = self.rule == rule or self.format != RULES[self.rule].default_format
         return self.format if own else RULES[rule].default_format
 
-    @property
-    def rule_names(self) -> tuple[str, ...]:
-        """The spec's rule, its fallback's, and those of its overrides."""
+    def _named_rules(self) -> tuple[str, ...]:
         named = [self.rule, *([rule_and_format(self.fallback, "")[0]] if self.fallback else [])]
         named += [o.rule for o in map(self._override, self.overrides) if o.rule]
         return tuple(dict.fromkeys(named))
