@@ -98,3 +98,17 @@ def test_bad_input():
         memopt.watch(opt, every=0)
     with pytest.raises(SpecError, match="an optimizer is needed, got a Linear"):
         memopt.watch(nn.Linear(2, 2))
+
+
+def test_a_moment_that_is_switched_on_while_some_have_no_gradient():
+    """What is compared in that step begins at zero, as what is stored does."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    opt = memopt.create([{"params": list(part.parameters())} for part in model], "adamw-8bit", lr=1e-3)
+    seen = memopt.watch(opt, every=1, out=None)
+    for step in range(4):
+        for group in opt.param_groups:
+            group["amsgrad"] = step >= 2
+        for i, p in enumerate(model.parameters()):
+            p.grad = torch.ones_like(p) if step != 2 or i < 2 else None
+        opt.step()
+    assert {m.moment for m in seen.readings[-1].moments} == {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}

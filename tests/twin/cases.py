@@ -37,8 +37,9 @@ HYPER: dict[str, list[dict[str, Any]]] = {
 #: Of parameters: codes need 4,096 elements and rows of 64; others stay in 32 bits. Each is there in some sequences.
 SHAPES = [(64, 64), (66, 67), (7, 5), (4100,), (33,), (), (3, 24, 65), (0, 7), (9, 8, 3, 3), (1, 4200)]
 #: How far weights may be from the twin's in each format: in parts of the way that the twin's weights have gone. Weights
-#: in 32 bits are not compared so, but within RTOL.
-BOUND = {"32bit": 0.0, "bf16": 0.05, "8bit": 0.5, "fp8": 1.5, "4bit": 3.0, "factored": 6.0}
+#: in 32 bits are not compared so, but within RTOL. In 8 bits an element whose second moment is seven orders under the
+#: largest of its block, below the smallest code, hardly moves: it may be the whole way off.
+BOUND = {"32bit": 0.0, "bf16": 0.05, "8bit": 1.0, "fp8": 1.5, "4bit": 3.0, "factored": 6.0}
 #: The same for weights that are rounded: units of 2^-8 of the largest weight, for each step.
 ROUNDING = {"none": 1.0, "stochastic": 2.0, "kahan": 2.0**-5, "split": 2.0**-5, "fp32": 2.0**-12, "split16": 2.0**-12}
 #: fp32 arithmetic in another order, relative to the largest element or the way gone.
@@ -92,7 +93,7 @@ def draw_case(seed: int, only: str | None = None) -> Case:
         str(spec),
         dict(spec.hyper),
         _options(r, spec),
-        {"w0": r.choice(["8bit", "@host", "32bit"])} if r.random() < 0.1 and "sgd" not in spec.rule else {},
+        _overrides(r, spec),
         dtype,
         shapes,
         r.randint(1, min(3, len(shapes))),
@@ -100,6 +101,13 @@ def draw_case(seed: int, only: str | None = None) -> Case:
         r.random() < 0.8,
         spec.placement in ("host", "cpu", "disk") and r.random() < 0.5,
     )
+
+
+def _overrides(r: Random, spec: Any) -> dict[str, str]:
+    if r.random() >= 0.1 or "sgd" in spec.rule:
+        return {}
+    given = r.choice(["8bit", "@host", "32bit"])
+    return {"w0": "32bit" if given == "8bit" and spec.hyper.get("centered") else given}  # 8 bits do not hold both
 
 
 def _options(r: Random, spec: Any) -> dict[str, Any]:

@@ -66,7 +66,22 @@ class Side:
         (self.model(given) * scale).backward()
 
     def step(self, closure: Any = None) -> Any:
+        if not isinstance(self.opt, memopt.Optimizer):
+            self._begin_switched()
         return self.opt.step(closure) if closure else self.opt.step()
+
+    def _begin_switched(self) -> None:
+        """torch.optim has no state for what is switched on later, but SGD's buffer: ours begins at zero."""
+        for group in self.opt.param_groups:
+            for p in group["params"]:
+                state = self.opt.state.get(p)
+                for key, moment in SWITCHED.items():
+                    if state and group.get(key) and not isinstance(self.opt, torch.optim.SGD):
+                        state.setdefault(moment, torch.zeros_like(p))
+
+
+#: Hyperparameters that may be switched on in mid-training, and the moment that they keep.
+SWITCHED = {"momentum": "momentum_buffer", "amsgrad": "max_exp_avg_sq", "centered": "grad_avg"}
 
 
 @contextmanager
