@@ -1,11 +1,13 @@
 """Optimizer state under another spec, or for another tool, without a model.
 
 IN is a checkpoint of memopt.save (or a folder of them), a file that torch.save wrote with the state_dict() of
-torch.optim, transformers' Adafactor, bitsandbytes, torchao or flashoptim, or a checkpoint folder of DeepSpeed (ZeRO 1
-to 3, universal) or torch.distributed.checkpoint (FSDP). OUT is a folder in which a checkpoint is committed; for another
-tool it is a file for its load_state_dict, and a folder for --to dcp, from which torch.distributed.checkpoint loads
-"optimizer" (FSDP), and --to deepspeed, a universal checkpoint for engines of ZeRO 1 to 3. The exit code is 0 when it is
-done, 2 if the input cannot be used.
+torch.optim, transformers' Adafactor, bitsandbytes, torchao, flashoptim or memopt, alone (Trainer's optimizer.pt,
+accelerate's optimizer.bin) or in a checkpoint with more (Lightning, nanoGPT), or a checkpoint folder of DeepSpeed (ZeRO
+1 to 3, universal) or torch.distributed.checkpoint (FSDP). OUT is a folder in which a checkpoint is committed. Where its
+name ends in .pt, .pth, .bin or .ckpt it is a file for load_state_dict, with all else that a file IN has: it takes the
+place of IN in the run that wrote it (and may be IN). For another tool it is such a file whatever its name, and a folder
+for --to dcp, from which torch.distributed.checkpoint loads "optimizer" (FSDP), and --to deepspeed, a universal
+checkpoint for engines of ZeRO 1 to 3. The exit code is 0 when it is done, 2 if the input cannot be used.
 """
 
 from __future__ import annotations
@@ -19,11 +21,17 @@ from memopt.untrusted.text import printable, printable_lines
 
 SUMMARY = "optimizer state of a checkpoint or of another tool under another spec"
 
+#: Endings of files that torch.save wrote.
+FILES = (".pt", ".pth", ".bin", ".ckpt")
+
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a checkpoint, a folder of them, or another tool's file or folder")
     parser.add_argument(
-        "out", metavar="OUT", help="a folder of checkpoints; for another tool a file (dcp, deepspeed: a folder)"
+        "out",
+        metavar="OUT",
+        help="a folder of checkpoints, or a .pt, .pth, .bin or .ckpt file in the place of IN; for another tool a file "
+        "(dcp, deepspeed: a folder)",
     )
     parser.add_argument(
         "--to",
@@ -50,13 +58,18 @@ def run(args: Namespace) -> int:
     fill = dict(map(_fill, args.fill))
     source, checkpoint = open_source(Path(args.source), args.rule)
     if args.to in TOOLS:
-        return _export(source, checkpoint, args, fill)
+        if args.engine is not None:
+            raise ValueError(f"--engine {args.engine} is of a spec of ours; --to {args.to} is a tool")
+        return _export(source, checkpoint, args, args.to, fill)
     from memopt.checkpoint.conversion.converted_source import Converted
     from memopt.checkpoint.conversion.rewrite import rewrite
     from memopt.checkpoint.tensorfile import nbytes_of
     from memopt.spec import parse
 
-    converted = Converted(source, parse(args.to, engine=args.engine or "native"), fill)
+    spec = parse(args.to, engine=args.engine or "native")
+    if Path(args.out).suffix in FILES and not Path(args.out).is_dir():
+        return _export(source, checkpoint, args, spec, fill)
+    converted = Converted(source, spec, fill)
     nbytes = sum(nbytes_of(spec) for spec in converted.layout().values())
     print(
         printable(f"{source.origin}: {converted.report.before} -> {converted.report.after}, {nbytes:,} bytes of state")
@@ -84,20 +97,17 @@ def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
     return checkpoint.optimizer_of(rule), checkpoint
 
 
-def _export(source: Any, checkpoint: Any, args: Namespace, fill: dict[str, Any]) -> int:
+def _export(source: Any, checkpoint: Any, args: Namespace, to: Any, fill: dict[str, Any]) -> int:
+    """``to`` is a tool's name, or a spec of ours."""
     from memopt.checkpoint.exporting import exported, write
 
-    if args.engine is not None:
-        raise ValueError(f"--engine {args.engine} is of a spec of ours; --to {args.to} is a tool")
-    found = exported(source, args.to, fill)
-    print(
-        printable(f"{source.origin}: {len(source.records)} parameters for {args.to}, {found.nbytes:,} bytes of state")
-    )
+    found = exported(source, to, fill)
+    print(printable(f"{source.origin}: {len(source.records)} parameters for {to}, {found.nbytes:,} bytes of state"))
     if args.dry_run:
         return 0
-    out = Path(args.out)
+    given, out = Path(args.source), Path(args.out)
     with bar("exporting", found.nbytes) as progress:
-        write(found, out, checkpoint, progress)
+        write(found, out, checkpoint, progress, within=given if given.is_file() else None)
     print(printable_lines(f"{found.report}\nwritten: {out}"))
     return 0
 

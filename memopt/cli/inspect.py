@@ -1,7 +1,8 @@
 """What is in a checkpoint: spec, bytes by part, and the health of every moment.
 
-PATH is a checkpoint of memopt.save (or a folder of them: the newest), a file that torch.save wrote with another tool's
-state_dict(), or a folder of DeepSpeed or torch.distributed.checkpoint. The exit code is 0 if all is well, 1 if state
+PATH is a checkpoint of memopt.save (or a folder of them: the newest), a file that torch.save wrote with an optimizer's
+state_dict(), alone or in a checkpoint with more (Trainer's optimizer.pt, accelerate's optimizer.bin, Lightning's,
+nanoGPT's), or a folder of DeepSpeed or torch.distributed.checkpoint. The exit code is 0 if all is well, 1 if state
 holds NaN or Inf, 2 if it cannot be used.
 """
 

@@ -14,6 +14,7 @@ from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
+from memopt.layout.replaced_state import own_entries
 from memopt.placements.stores.by_placement import PlacementStores
 from memopt.rules import RULES
 from memopt.spec import OptimSpec
@@ -116,6 +117,13 @@ class Converted:
             fill_slot(slot, state, record, old, self._fill, self.report)
             yield slot.name, state
             del state  # before the next is made
+
+    def own_entries(self) -> dict[str, dict[str, Any]]:
+        """What the user has put into the state of each parameter (of several ranks what the first had), but for what
+        would be a moment of the new rule."""
+        found = {name: record.own(0) for name, record in self.source.records.items() if record.own is not None}
+        rules = {name: self.spec.rule_of(group.hyper) for group in self.groups for name in group.names}
+        return {name: own_entries(rules[name], own) for name, own in found.items()}
 
     def parameters_json(self) -> dict[str, Any]:
         """The manifest's account of every parameter."""

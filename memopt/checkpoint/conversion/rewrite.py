@@ -17,7 +17,6 @@ from memopt.checkpoint.io.safetensors_write import file_order, write_file
 from memopt.checkpoint.opened import Checkpoint, check_written
 from memopt.checkpoint.tensorfile import FileInfo, Progress, spec_of
 from memopt.core.rows import Rows
-from memopt.layout.replaced_state import is_own
 
 
 @torch.no_grad()
@@ -36,7 +35,7 @@ def rewrite(
 
 
 def _rewrite(converted: Converted, checkpoint: Checkpoint | None, out: Path, progress: Progress) -> Path:
-    own = _own(converted)
+    own = converted.own_entries()
     body = _body(converted, checkpoint, own)
     temporary = checkpoint_dir.begin(out, checkpoint_dir.next_name(out, body["step"]))
     try:
@@ -76,14 +75,6 @@ def _state(converted: Converted, others: dict[str, Tensor]) -> Iterator[tuple[st
         yield from ((f"{parameter}/{key}", tensor) for key, tensor in state.items() if key != "step")
         del state  # before the next is made
     yield from others.items()
-
-
-def _own(converted: Converted) -> dict[str, dict[str, Any]]:
-    """What the user has put into the state of each parameter (of several ranks what the first had), but for what would
-    be a moment of the new rule."""
-    found = {name: record.own(0) for name, record in converted.source.records.items() if record.own is not None}
-    rules = {name: converted.spec.rule_of(group.hyper) for group in converted.groups for name in group.names}
-    return {name: {k: x for k, x in own.items() if is_own(rules[name], k)} for name, own in found.items()}
 
 
 def _body(converted: Converted, checkpoint: Checkpoint | None, own: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -31,25 +31,29 @@ State = dict[str, Any]
 class Plan(NamedTuple):
     """``spec`` and ``encoding`` are what the tool can hold; ``group(hyper)`` and ``state(record, parts)`` make its
     dictionaries of ours (no ``state`` where an optimizer has no dictionary of its own); ``check(converted)`` raises
-    ValueError where what would be written cannot be."""
+    ValueError where what would be written cannot be; ``complete(found, converted)`` has the last word on the whole."""
 
     spec: OptimSpec
     group: Callable[[State], State]
     state: Callable[[Record, State], State] | None = None
     encoding: Encoding = OURS
     check: Callable[[Converted], Any] = lambda converted: None
+    complete: Callable[[State, Converted], State] = lambda found, converted: found
 
 
 @final
 class Exported:
-    """``source`` as a tool would save it. Nothing is computed yet; ``report`` is complete when it has been."""
+    """``source`` as a tool would save it, or under no tool's name an optimizer of ours. Nothing is computed yet;
+    ``report`` is complete when it has been."""
 
-    def __init__(self, source: Source, tool: str, plan: Plan, fill: Fill, *, named: bool) -> None:
+    def __init__(self, source: Source, tool: str, exporter: Exporter, fill: Fill) -> None:
+        plan = exporter.plan(source)
         self.converted = Converted(source, plan.spec, fill, plan.encoding)
-        self.converted.report.after = f"{plan.spec.rule} of {tool}"
+        if tool:
+            self.converted.report.after = f"{plan.spec.rule} of {tool}"
         plan.check(self.converted)
-        self.tool, self.group = tool, plan.group
-        self._plan, self._named = plan, named
+        self.tool, self.exporter, self.group = tool, exporter, plan.group
+        self._plan = plan
 
     @property
     def report(self) -> Conversion:
@@ -70,10 +74,10 @@ class Exported:
             )
         groups, records = self.converted.groups, self.converted.source.records
         names = [name for group in groups for name in group.names]
-        numbers: dict[str, Any] = {name: name if self._named else i for i, name in enumerate(names)}
+        numbers: dict[str, Any] = {name: name if self.exporter.named else i for i, name in enumerate(names)}
         state = {numbers[name]: make(records[name], parts) for name, parts in self.converted.states(zeros)}
         members = [{**self.group(group.hyper), "params": [numbers[name] for name in group.names]} for group in groups]
-        return {"state": state, "param_groups": members}
+        return self._plan.complete({"state": state, "param_groups": members}, self.converted)
 
 
 #: ``write(exported, path, zeros, checkpoint, progress)``: durable under ``path``, which does not exist. ``zeros`` makes

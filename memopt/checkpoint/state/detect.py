@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import torch
 
 from memopt.checkpoint.importers import dcp, deepspeed, read_state_dict, safe_unpickle
 from memopt.checkpoint.state.saved import Source
+from memopt.untrusted.text import printable
 
 #: Tools that write folders: ``find(path)`` is the one that path means, or None.
 FOLDERS = (deepspeed, dcp)
@@ -37,14 +41,59 @@ def read_file(path: Path, rule: str | None = None) -> Source:
 
     Raises ValueError for a file that cannot be read without executing what it says.
     """
-    return read_state_dict(_optimizer_in(safe_unpickle.load(path), path), str(path), rule)
+    content = safe_unpickle.load(path)
+    for key in _place(content, path):
+        content = content[key]
+    return read_state_dict(content, str(path), rule)
 
 
-def _optimizer_in(content: Any, path: Path) -> Mapping[str, Any]:
-    if isinstance(content, Mapping) and "param_groups" not in content:
-        found = [content[key] for key in _KEYS if key in content]
-        content = found[0] if found else content
-        content = content[0] if isinstance(content, list) and len(content) == 1 else content
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not an optimizer's state_dict")
-    return content
+def _place(content: Any, path: Path) -> tuple[Any, ...]:
+    """The keys under which the optimizer's dictionary is, one in the other; none where the content is it."""
+    if isinstance(content, Mapping):
+        if "param_groups" in content:
+            return ()
+        key = next((key for key in _KEYS if key in content), None)
+        if key is None:
+            return ()  # what it lacks is said by whoever reads it
+        inside = content[key]
+        if isinstance(inside, list):
+            if len(inside) != 1:
+                raise ValueError(
+                    f"{printable(str(path))} holds the states of {len(inside)} optimizers under {key!r}, and one is "
+                    "read; a resumed run converts them all by itself (load_state_dict)"
+                )
+            return (key, 0) if isinstance(inside[0], Mapping) else _refuse(inside[0], path)
+        return (key,) if isinstance(inside, Mapping) else _refuse(inside, path)
+    _refuse(content, path)
+
+
+def _refuse(content: Any, path: Path) -> NoReturn:
+    raise ValueError(f"{printable(str(path))} holds a {type(content).__name__}, not an optimizer's state_dict")
+
+
+def surroundings(path: Path) -> Callable[[dict[str, Any]], Any] | None:
+    """What the content of a file that ``torch.save`` wrote is with another optimizer's dictionary in the place of its
+    own; None where that is all there is. Tensors are mapped.
+
+    Raises ValueError for content that torch does not read with ``weights_only``.
+    """
+    place = _place(safe_unpickle.load(path), path)
+    if not place:
+        return None
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"what {printable(str(path))} has beside the optimizer cannot be written again, for torch.load does not "
+            f"read it with weights_only=True ({printable(str(error), 300)})"
+        ) from error
+
+    def replaced(state_dict: dict[str, Any]) -> Any:
+        *outer, last = place
+        owner = content
+        for key in outer:
+            owner = owner[key]
+        owner[last] = state_dict
+        return content
+
+    return replaced
