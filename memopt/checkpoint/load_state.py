@@ -14,6 +14,8 @@ from memopt.checkpoint.conversion.param_state import Slot, fill_slot, filling
 from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.checkpoint.state.saved import Record, Source
+from memopt.checkpoint.state.slabs import here as slab_of
+from memopt.checkpoint.state.slabs import of_columns
 from memopt.core.param_names import matching
 from memopt.layout.replaced_state import own_entries
 from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
@@ -50,6 +52,10 @@ class Plan:
         self._slots = [
             (p, slot._replace(seed=self._seed))
             for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition, dormant=dormant)
+        ]
+        both = zip(self._slots, self._records, strict=True)
+        self._records = [
+            of_columns(record, slab_of(p, 0)) if record.shape == tuple(p.shape) else record for (p, _), record in both
         ]
         if not strict:
             shapes = {name: record.shape for name, record in source.records.items()}

@@ -20,15 +20,16 @@ from memopt.checkpoint.io import (
     rng_state,
     whole_checkpoints,
 )
+from memopt.checkpoint.state import slabs
 from memopt.checkpoint.state.moment_codes import CODES
 from memopt.checkpoint.state.saved import Group, Kept, Piece, Record, Source, Span, Stored
+from memopt.checkpoint.state.slabs import Slab
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
 from memopt.formats import Format
 from memopt.masters import MASTERS
 from memopt.partitions import PARTITIONS
-from memopt.partitions.dtensor import chunk
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
 from memopt.untrusted.names import within
@@ -104,9 +105,8 @@ class Checkpoint:
         model = self.body.get("model", {"tied": {}, "sharded": {}})
         world = self.body["world_size"]
         for name, spec in self.sharded_model.items():
-            for rank in range(world):
-                file, rows = self._files[contents.rank_file(rank, world)], chunk(spec.shape, rank, world)
-                there = TensorSpec(spec.dtype, rows.local_shape)
+            for slab in self._model_slabs(name):
+                file, there = self._files[contents.rank_file(slab.rank, world)], TensorSpec(spec.dtype, slab.size)
                 if file.specs.get(contents.SHARDED_MODEL + name) != there:
                     raise DamagedFile(f"{file.path} does not have the rows of {name} that the manifest says ({there})")
         for name, same in model["tied"].items():
@@ -135,22 +135,29 @@ class Checkpoint:
         """All tensors of the model, whole."""
         return {**(self.model.specs if self.model is not None else {}), **self.sharded_model}
 
-    def read_model(self, name: str, rows: Rows, out: Tensor) -> None:
-        """These rows of a tensor of the model into ``out`` [rows.local_shape], from wherever they are."""
+    def _model_slabs(self, name: str) -> list[Slab]:
+        """Where a tensor of the model is, of which ranks have parts."""
+        saved = self.body["model"].get("slabs", {}).get(name)
+        if saved is None:
+            return slabs.by_rows(self.sharded_model[name].shape, self.body["world_size"])
+        return [Slab(rank, tuple(offset), tuple(size)) for rank, offset, size in saved]
+
+    def read_model(self, name: str, rows: Rows, out: Tensor, columns: slabs.Columns = ()) -> None:
+        """These rows of a tensor of the model, and of these its ``columns``, into ``out``, from wherever they are."""
+        if columns:
+            whole = out.new_empty((rows.bounds[1] - rows.bounds[0], *self.model_specs[name].shape[1:]))
+            self.read_model(name, rows, whole)
+            out.copy_(whole[(slice(None), *columns)])
+            return
         start, stop = rows.bounds
         spec = self.sharded_model.get(name)
         if spec is None:
             assert self.model is not None
             self.model.read_into(name, None if rows.is_whole else (start, stop), out)
             return
-        world = self.body["world_size"]
-        for rank in range(world):
-            first, last = chunk(spec.shape, rank, world).bounds
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                file = self._files[contents.rank_file(rank, world)]
-                piece = out[low - start : high - start]
-                file.read_into(contents.SHARDED_MODEL + name, (low - first, high - first), piece)
+        found, world = self._model_slabs(name), self.body["world_size"]
+        key = contents.SHARDED_MODEL + name
+        slabs.copy_rows(found, spec.shape, (start, stop), out, lambda r: self._files[contents.rank_file(r, world)], key)
 
     @property
     def nbytes(self) -> int:
@@ -203,11 +210,11 @@ class Checkpoint:
     def _record(self, name: str, entry: dict[str, Any], saved: dict[str, Any]) -> Record:
         shape = tuple(entry["shape"])
         moments = {
-            moment: self._stored(name, Moment(moment, signed=code["signed"]), code["format"], shape, saved)
+            moment: self._stored(name, Moment(moment, signed=code["signed"]), code["format"], entry, saved)
             for moment, code in entry.get("moments", {}).items()
         }
         dtype = entry.get("dtype", "")
-        kept = self._kept(name, entry["master"], dtype, shape, saved) if "master" in entry else None
+        kept = self._kept(name, entry["master"], dtype, entry, saved) if "master" in entry else None
         weights = self._weights(name, dtype, shape)
         own = self._own(name, entry, saved) if "own" in entry else None
         return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry, dtype, kept, weights, own)
@@ -223,12 +230,12 @@ class Checkpoint:
 
         return read
 
-    def _kept(self, name: str, master: str, dtype: str, shape: Shape, saved: dict[str, Any]) -> Kept:
+    def _kept(self, name: str, master: str, dtype: str, entry: dict[str, Any], saved: dict[str, Any]) -> Kept:
         if master not in MASTERS:
             raise ValueError(f"{self.path}: {name} has a master {master!r}, which this version does not know")
         raw = Raw(MASTERS[master].kept(dtype))
-        stored = self._pieces(name, Moment(MASTERS[master].key), raw, shape, saved)
-        return Kept(MASTERS[master], dtype, stored, self._weights(name, dtype, shape))
+        stored = self._pieces(name, Moment(MASTERS[master].key), raw, entry, saved)
+        return Kept(MASTERS[master], dtype, stored, self._weights(name, dtype, tuple(entry["shape"])))
 
     def _weights(self, name: str, dtype: str, shape: Shape) -> Callable[[Rows], Tensor] | None:
         """The parameter itself, if the checkpoint has a model with it."""
@@ -246,18 +253,20 @@ class Checkpoint:
 
         return gathered
 
-    def _stored(self, name: str, moment: Moment, tag: str, shape: Shape, saved: dict[str, Any]) -> Stored:
+    def _stored(self, name: str, moment: Moment, tag: str, entry: dict[str, Any], saved: dict[str, Any]) -> Stored:
         if tag not in CODES:
             raise ValueError(
                 f"{self.path}: {name}.{moment.name} is stored as {tag!r}, which this version does not know"
             )
-        return self._pieces(name, moment, CODES[tag], shape, saved)
+        return self._pieces(name, moment, CODES[tag], entry, saved)
 
-    def _pieces(self, name: str, moment: Moment, fmt: Format, shape: Shape, saved: dict[str, Any]) -> Stored:
-        world = saved["world_size"]
+    def _pieces(self, name: str, moment: Moment, fmt: Format, entry: dict[str, Any], saved: dict[str, Any]) -> Stored:
+        world, shape = saved["world_size"], tuple(entry["shape"])
+        parts = [Slab(rank, tuple(offset), tuple(size)) for rank, offset, size in entry.get("slabs", ())]
+        cut = PARTITIONS[saved["partition"]].rows
+        places = [(one.rank, one.rows(shape)) for one in parts] or [(r, cut(shape, r, world)) for r in range(world)]
         pieces = []
-        for rank in range(world):
-            rows = PARTITIONS[saved["partition"]].rows(shape, rank, world)
+        for rank, rows in places:
             file = self._files[contents.rank_file(rank, self.body["world_size"])]
             piece = FilePiece(rows, file, f"{name}/{moment.name}")
             for part, spec in fmt.layout(moment, rows).items():
@@ -267,7 +276,8 @@ class Checkpoint:
                         f"the manifest says {spec}"
                     )
             pieces.append(piece)
-        return Stored(moment, fmt, shape, tuple(pieces))
+        by_rows = slabs.assembled(shape, zip(parts, pieces, strict=True)) if parts else tuple(pieces)
+        return Stored(moment, fmt, shape, by_rows)
 
 
 def check_written(path: Path, body: dict[str, Any]) -> None:

@@ -137,16 +137,23 @@ def save(
     error: Exception | None = None
     files: Files = {}
     body: dict[str, Any] = {}
+    sharded: dict[str, Any] = {}
     try:
         with torch.no_grad():
-            files, body = _contents(ranks, model, optimizer, scheduler, rng, extra)
-            if asynchronous:
-                files = _copied(files)
+            files, body, sharded = _contents(ranks, model, optimizer, scheduler, rng, extra)
     except Exception as failure:
         error = failure
     ranks.agree(error)
     if optimizer is not None and optimizer.partition.world_size > 1:
         _refuse_two_steps(ranks, body["optimizer"])
+    others = contents.add_slabs(body, ranks, sharded, optimizer) if ranks.world_size > 1 else set[str]()
+    files = {name: {k: x for k, x in tensors.items() if k not in others} for name, tensors in files.items()}
+    if asynchronous:
+        try:
+            files = _copied(files)
+        except Exception as failure:
+            error = failure
+        ranks.agree(error)
     temporary = _begin(ranks, where, body["step"], [x for x in (model, optimizer) if x is not None])
     job = _Job(ranks, where, temporary, files, body, keep)
     saving = Saving(where / temporary.name.removeprefix(checkpoint_dir.WRITING))
@@ -159,18 +166,19 @@ def save(
 
 def _contents(
     ranks: Ranks, model: Any, optimizer: Any, scheduler: Any, with_rng: bool, extra: Any
-) -> tuple[Files, dict[str, Any]]:
-    """This rank's tensors by file, and the manifest without the files."""
+) -> tuple[Files, dict[str, Any], dict[str, Any]]:
+    """This rank's tensors by file, the manifest without the files, and the model's tensors that are sharded."""
     files: Files = {}
+    sharded: dict[str, Any] = {}
     mine: dict[str, Tensor] = {}
     body: dict[str, Any] = {"step": 0, "world_size": ranks.world_size, "written_by": contents.written_by()}
     if model is not None:
         tensors, tied = contents.model_tensors(model)
-        sharded = contents.sharded_tensors(tensors, ranks.rank, ranks.world_size)
+        sharded = contents.sharded_tensors(tensors)
         body["model"] = {"tied": tied, "sharded": {name: spec_of(tensors[name]) for name in sharded}}
         if ranks.rank == 0:
             files[contents.MODEL_FILE] = {name: x for name, x in tensors.items() if name not in sharded}
-        mine.update({contents.SHARDED_MODEL + name: x for name, x in sharded.items()})
+        mine.update({contents.SHARDED_MODEL + name: x.to_local() for name, x in sharded.items()})
     if optimizer is not None:
         body["optimizer"] = contents.optimizer_json(optimizer)
         body["step"] = int(
@@ -185,7 +193,7 @@ def _contents(
     if with_rng:
         mine.update({contents.RANDOM + name: state for name, state in random_state.get().items()})
     files[contents.rank_file(ranks.rank, ranks.world_size)] = mine
-    return files, body
+    return files, body, sharded
 
 
 def _refuse_two_steps(ranks: Ranks, mine: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import memopt
-from tests.helpers import ranks, sharded
+from tests.helpers import meshes, ranks, sharded
 from tests.helpers.cases import HYPER, assert_same_bits, live_nbytes
 from tests.helpers.loops import Net
 
@@ -189,8 +190,9 @@ def collectives() -> int:
     return count[0]
 
 
-def everything() -> dict[str, Any]:
+def everything(path: str) -> dict[str, Any]:
     return {
+        "mesh": meshes.everything(path),
         "specs": {spec: run_spec(spec) for spec in SPECS},
         "blocks": {spec: train_blocks(spec, WORLD) for spec in ("adamw-8bit/zero2", "adamw-8bit/zero3")},
         "two": two_dimensions(),
@@ -203,4 +205,7 @@ def everything() -> dict[str, Any]:
 
 @ranks.once
 def session() -> Any:
-    return ranks.run(everything, WORLD)
+    path = tempfile.mkdtemp()
+    model, opt = meshes.alone(meshes.STEPS)
+    memopt.save(f"{path}/alone", model=model, optimizer=opt)
+    return ranks.run(everything, WORLD, path)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from memopt.checkpoint.io import json_values
+from memopt.checkpoint.state import slabs
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.core.param_names import clean_names
 from memopt.layout.replaced_state import own_entries
 from memopt.masters import MASTERS
 from memopt.optim.edits.group_checks import is_named
 from memopt.optim.edits.param_groups import has_shape
-from memopt.partitions.dtensor import chunk, held, is_dtensor
+from memopt.partitions.dtensor import held, is_dtensor
+from memopt.partitions.fsdp import Sharded
+from memopt.partitions.ranks import Ranks
 from memopt.spec import OptimSpec
 from memopt.version import __version__
 
@@ -27,12 +30,6 @@ MODEL_FILE = "model.safetensors"
 RANDOM = "random/"
 #: Before the name of a tensor of the model of which a rank's file has the rows.
 SHARDED_MODEL = "model:"
-
-
-_OTHER_MESH = (
-    "{} is not cut by rows over all ranks (it is on a mesh of several dimensions, or was not sharded); memopt.save "
-    "takes one dimension: save with torch.distributed.checkpoint"
-)
 
 
 def rank_file(rank: int, world_size: int) -> str:
@@ -84,29 +81,47 @@ def model_tensors(model: torch.nn.Module) -> tuple[dict[str, Tensor], dict[str, 
     return tensors, tied
 
 
-def sharded_tensors(tensors: dict[str, Any], rank: int, world_size: int) -> dict[str, Tensor]:
-    """What this rank holds of the DTensors among the model's tensors. Raises ValueError where that is not what the
-    partition of all ranks by rows would give it."""
-    found = {}
-    for name, value in tensors.items():
-        if is_dtensor(value):
-            if held(name, value).rows != chunk(tuple(value.shape), rank, world_size):
-                raise ValueError(_OTHER_MESH.format(name))
-            found[name] = value.to_local()
+def sharded_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
+    """The DTensors among the model's tensors. Raises RuntimeError where what a rank has of one is not one range."""
+    found = {name: value for name, value in tensors.items() if is_dtensor(value)}
+    for name, value in found.items():
+        held(name, value)
     return found
 
 
-def check_rows(optimizer: Optimizer) -> None:
-    """Raise ValueError for state whose rows are not what the spec's partition gives this rank of all."""
-    partition = optimizer.partition
-    if partition.is_flattened:
+def add_slabs(body: dict[str, Any], ranks: Ranks, sharded: Mapping[str, Any], optimizer: Any) -> set[str]:
+    """Say in the manifest where parameters are that are not cut by rows over all ranks. Returns what of this rank's
+    file another rank writes. Every rank must call this."""
+    parameters = dict[str, Any]()
+    if optimizer is not None and isinstance(optimizer.partition, Sharded) and optimizer.partition.world_size > 1:
+        parameters = {name: p for name, p, _ in optimizer.params.entries()}
+    others: set[str] = set()
+    of_model = slabs.together(ranks.gather, sharded, ranks.rank, ranks.world_size)
+    of_state = slabs.together(ranks.gather, parameters, ranks.rank, ranks.world_size)
+    for name, found in of_model.items():
+        body["model"].setdefault("slabs", {})[name] = [list(slab) for slab in found]
+        if ranks.rank not in {slab.rank for slab in found}:
+            others.add(SHARDED_MODEL + name)
+    for name, found in of_state.items():
+        body["optimizer"]["parameters"][name]["slabs"] = [list(slab) for slab in found]
+        if ranks.rank not in {slab.rank for slab in found}:
+            others |= {f"{name}/{key}" for key in _layout_keys(optimizer, name, parameters[name])}
+    return others
+
+
+def _layout_keys(optimizer: Any, name: str, p: Tensor) -> list[str]:
+    group = next(group for known, q, group in optimizer.params.entries() if q is p and known == name)
+    state = optimizer.state.get(p, {})
+    return [key for key in state if key not in own_entries(optimizer.spec.rule_of(group), state)]
+
+
+def refuse_vectors(optimizer: Optimizer) -> None:
+    """Raise ValueError for an optimizer of DeepSpeed's vectors."""
+    if optimizer.partition.is_flattened:
         raise ValueError(
             "the optimizer steps DeepSpeed's flat vectors, which memopt.save does not take; save with the "
             "engine's save_checkpoint"
         )
-    for name, p, _ in optimizer.params.entries():
-        if partition.held(p) != partition.rows(tuple(p.shape), partition.rank, partition.world_size):
-            raise ValueError(_OTHER_MESH.format(name))
 
 
 def spec_json(spec: OptimSpec) -> dict[str, Any]:
@@ -122,7 +137,7 @@ def spec_json(spec: OptimSpec) -> dict[str, Any]:
 def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
     """Everything about the optimizer that is not a tensor."""
     optimizer.setup.check_whole()
-    check_rows(optimizer)
+    refuse_vectors(optimizer)
     optimizer.settle()
     optimizer.store.check_all()
     parameters = {}

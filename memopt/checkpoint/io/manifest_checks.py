@@ -51,12 +51,19 @@ def _check(body: dict[str, Any]) -> None:
     if ("model" in body) != (MODEL_FILE in files):
         raise Refused(f"it has {'a' if 'model' in body else 'no'} model, and {MODEL_FILE} is not what that says")
     if "model" in body:
-        _check_model(_object(body["model"], "model"))
+        _check_model(_object(body["model"], "model"), world)
     if "optimizer" in body:
         _check_optimizer(_object(body["optimizer"], "optimizer"), world)
 
 
-def _check_model(model: dict[str, Any]) -> None:
+def _check_slabs(name: str, slabs: Any, shape: list[int], world: int) -> None:
+    from memopt.checkpoint.state.slabs import refuse
+
+    if reason := refuse(slabs, tuple(shape), world):
+        raise Refused(f"the slabs of {name} {reason}")
+
+
+def _check_model(model: dict[str, Any], world: int) -> None:
     for name, same in _need("tied", model, _object).items():
         label(name, "a tensor of the model")
         label(same, f"the tensor that {name} is tied to")
@@ -64,6 +71,10 @@ def _check_model(model: dict[str, Any]) -> None:
         label(name, "a tensor of the model")
         if not isinstance(spec, list) or len(spec) != 2 or spec[0] not in DTYPES.values() or not _is_shape(spec[1]):
             raise Refused(f"{name} of the model is {shown(spec)}, not a dtype and a shape")
+    for name, slabs in _object(model.get("slabs", {}), "slabs").items():
+        if name not in model["sharded"]:
+            raise Refused(f"slabs of {shown(name)}, which is not sharded")
+        _check_slabs(name, slabs, model["sharded"][name][1], world)
 
 
 def _check_optimizer(saved: dict[str, Any], world: int) -> None:
@@ -89,6 +100,8 @@ def _check_optimizer(saved: dict[str, Any], world: int) -> None:
     parameters = _need("parameters", saved, _object)
     for name, entry in parameters.items():
         _check_parameter(label(name, "a parameter"), _object(entry, name))
+        if "slabs" in entry:
+            _check_slabs(name, entry["slabs"], entry["shape"], saved["world_size"])
     grouped: set[str] = set()
     for i, group in enumerate(_list(saved.get("groups"), "groups")):
         members = _list(_object(group, f"group {i}").get("parameters"), f"the parameters of group {i}")
