@@ -44,7 +44,7 @@ TABLES = (
 def described(config: Mapping[str, Any], source: str, head: str = "") -> dict[str, Any]:
     """Names and shapes of the parameters, shared ones once; which of them do not train; bytes of the buffers; the
     class. Raises :class:`InputError`."""
-    module, _ = built(config, source, head)
+    module, _ = _module(config, source, head)
     return {
         "shapes": [[name, list(p.shape)] for name, p in module.named_parameters()],
         "frozen": [name for name, p in module.named_parameters() if not p.requires_grad],
@@ -60,7 +60,20 @@ def built(
     dtype: torch.dtype = torch.bfloat16,
     attention: str | None = None,
 ) -> tuple[torch.nn.Module, Faked]:
-    """The module in training mode, and its fake mode. Raises :class:`InputError`."""
+    """The module in training mode on fake tensors, and its fake mode. Raises :class:`InputError`."""
+    module, faked = _module(config, source, head, dtype, attention)
+    fake_weights(module, faked)
+    return module.train(), faked
+
+
+def _module(
+    config: Mapping[str, Any],
+    source: str,
+    head: str = "",
+    dtype: torch.dtype = torch.bfloat16,
+    attention: str | None = None,
+) -> tuple[torch.nn.Module, Faked]:
+    """The module as transformers makes it, on the meta device where that will do."""
     made = configuration(config, source)
     cls = class_of(made, source, head)
     for one in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
@@ -81,8 +94,7 @@ def built(
             errors.append(error)
     else:
         raise InputError(f"{source}: transformers does not build {cls.__name__}: {reason(errors[0])}")
-    fake_weights(module, faked)
-    return module.train(), faked
+    return module, faked
 
 
 def configuration(config: Mapping[str, Any], source: str) -> Any:
