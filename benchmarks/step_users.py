@@ -1,21 +1,24 @@
 """The time of a step as people get it, on a CPU: a fresh process, nothing settled first, the default policy, with
-clipping and without; settled figures beside it.
+clipping and without; settled figures and what bounds them beside it.
 
     python benchmarks/step_users.py [--numel 16777216] [--threads 2] [--processes 5] [--only SPEC]
 
-Writes benchmarks/results/step_users.json and .md. Each spec has processes of its own, in which its steps and those of
-torch's fused AdamW are taken in turn; a process gives the ratio of two medians, the table the median of the processes
-with the smallest and the largest. Clipping is torch's ``clip_grad_norm_`` before torch's step, and ``max_grad_norm``
-here; where it is active, torch's bound is each time a little below the norm, since it changes the gradients.
+Writes benchmarks/results/step_users.json and .md, in four minutes of two quiet cores. Each spec has processes of its
+own, in which its steps and those of torch's fused AdamW are taken in turn; a process gives the ratio of two medians,
+the table the median of the processes with the smallest and the largest. Clipping is torch's ``clip_grad_norm_`` before
+torch's step, and ``max_grad_norm`` here; where it is active, torch's bound is each time a little below the norm, since
+it changes the gradients. The roofs (:mod:`roof`) are of the default policy without clipping, in the same process: the
+loads and stores of the step without arithmetic, and its arithmetic on what stays in the cache.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -33,6 +36,8 @@ BARS: dict[str, tuple[float | None, float | None]] = {
     "came": (None, 1.5),
     "stableadamw": (None, 1.3),
     "lamb": (None, 1.7),
+    "adamw-8bit.factored": (None, None),
+    "adamw-4bit.factored": (None, None),
 }
 #: What is measured: name here -> the name of torch's that it is compared with.
 AGAINST = {
@@ -42,13 +47,15 @@ AGAINST = {
     "clip inactive": "torch clip inactive",
     "clip_grad_norm_ and step": "torch clipped",
     "settled step": "torch step",
-    "settled clipped": "torch clipped",
+    "memory roof": "torch step",
+    "arithmetic roof": "torch step",
 }
-ROUNDS, SETTLED_ROUNDS = 12, 6
+ROUNDS, SETTLED_ROUNDS = 11, 5
 
 
 def worker(spec: str, numel: int, threads: int) -> dict[str, float]:
     """Medians in ms of every kind of step, in this process."""
+    import roof
     import torch
     from settled import settle
 
@@ -57,10 +64,11 @@ def worker(spec: str, numel: int, threads: int) -> dict[str, float]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     rows = 1 << (numel.bit_length() // 2)
+    first = torch.randn(rows, numel // rows), torch.randn(rows, numel // rows)
 
     def parameter() -> list[torch.nn.Parameter]:
-        p = torch.nn.Parameter(torch.randn(rows, numel // rows))
-        p.grad = torch.randn_like(p)
+        p = torch.nn.Parameter(first[0].clone())
+        p.grad = first[1].clone()
         return [p]
 
     def theirs(clip: float | None) -> Callable[[], Any]:
@@ -76,11 +84,10 @@ def worker(spec: str, numel: int, threads: int) -> dict[str, float]:
 
         return step
 
-    made = []
+    made: dict[str, memopt.Optimizer] = {}
 
-    def ours(**keywords: Any) -> Callable[[], Any]:
-        opt = memopt.create(parameter(), spec, **keywords)
-        made.append(opt)
+    def ours(name: str, **keywords: Any) -> Callable[[], Any]:
+        opt = made[name] = memopt.create(parameter(), spec, **keywords)
         return opt.step
 
     def ours_apart() -> Callable[[], Any]:
@@ -100,10 +107,10 @@ def worker(spec: str, numel: int, threads: int) -> dict[str, float]:
         "torch step": theirs(None),
         "torch clipped": theirs(0.95 * norm),
         "torch clip inactive": theirs(1e30),
-        "step": ours(),
-        "propagate": ours(nonfinite="propagate"),
-        "clipped": ours(max_grad_norm=0.5 * norm),
-        "clip inactive": ours(max_grad_norm=1e30),
+        "step": ours("step"),
+        "propagate": ours("propagate", nonfinite="propagate"),
+        "clipped": ours("clipped", max_grad_norm=0.5 * norm),
+        "clip inactive": ours("clip inactive", max_grad_norm=1e30),
         "clip_grad_norm_ and step": ours_apart(),
     }
 
@@ -119,21 +126,26 @@ def worker(spec: str, numel: int, threads: int) -> dict[str, float]:
     for step in steps.values():
         step()
     found = timed(ROUNDS, list(steps))
-    for opt in made:
-        settle(opt)
-    settled = timed(SETTLED_ROUNDS, ["torch step", "torch clipped", "step", "clipped"])
-    # Compared with torch's steps beside them, scaled to the ones that the table is of.
-    for name in ("step", "clipped"):
-        found[f"settled {name}"] = settled[name] * found[f"torch {name}"] / settled[f"torch {name}"]
+    opt = made["step"]
+    settle(opt)
+    # Compared with torch's step beside it, scaled to the one that the table is of.
+    settled = timed(SETTLED_ROUNDS, ["torch step", "step"])
+    found["settled step"] = settled["step"] * found["torch step"] / settled["torch step"]
+    p = opt.param_groups[0]["params"][0]
+    passes = roof.passes(memopt.parse(spec).rule, p, opt.state[p])
+    found["memory roof"] = roof.memory(passes, numel) * 1e3
+    found["arithmetic roof"] = roof.arithmetic(spec, numel) * 1e3
     return found
 
 
-def measure(spec: str, args: Any) -> dict[str, Any]:
+def measure(spec: str, args: Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--worker", spec, "--numel", str(args.numel), "--threads", str(args.threads)]
-    runs = [
-        json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-        for _ in range(args.processes)
-    ]
+    runs = []
+    for _ in range(args.processes):
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{spec}: {done.stderr}")
+        runs.append(json.loads(done.stdout))
     row: dict[str, Any] = {"spec": spec, "ms": {name: median(run[name] for run in runs) for name in runs[0]}}
     for name, other in AGAINST.items():
         ratios = sorted(run[name] / run[other] for run in runs)
@@ -141,29 +153,33 @@ def measure(spec: str, args: Any) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, Any]], args: Any) -> str:
-    kinds = list(AGAINST)
+def cells(row: dict[str, Any]) -> str:
+    clipped, plain = BARS[row["spec"]]
+    bars = {"clipped": clipped, "clip inactive": clipped, "step": plain}
+    found = [row["spec"]]
+    for kind in AGAINST:
+        one, bar = row[kind], bars.get(kind)
+        text = f"{one['ratio']:.2f} ({one['least']:.2f}–{one['most']:.2f})"
+        found.append(text + (f" [{bar}]" if bar is not None else ""))
+    return "| " + " | ".join(found) + " |"
+
+
+def table(rows: list[dict[str, Any]], args: Namespace) -> str:
+    torch = [median(row["ms"][name] for row in rows) for name in ("torch step", "torch clipped", "torch clip inactive")]
     lines = [
         "# Steps as people get them",
         "",
-        f"{args.numel:,} parameters, {args.threads} threads, fresh processes ({args.processes} of each spec). Ratios "
-        "to torch's fused AdamW; with clipping to torch's `clip_grad_norm_` and that step: the median of the "
-        "processes, the smallest and the largest. In brackets the bar.",
+        f"`python benchmarks/step_users.py`: {args.numel:,} parameters, {args.threads} threads, fresh processes "
+        f"({args.processes} of each spec). Ratios to torch's fused AdamW ({torch[0]:.1f} ms); with clipping to torch's "
+        f"`clip_grad_norm_` and that step ({torch[1]:.1f} ms where it clips, {torch[2]:.1f} where the norm is below "
+        "the bound): the median of the processes, the smallest and the largest. In brackets the bar. The roofs are "
+        "what bounds `step` from below: its loads and stores without arithmetic, and its arithmetic on what stays in "
+        "the cache of a core.",
         "",
-        "| spec | " + " | ".join(kinds) + " |",
-        "|---" * (len(kinds) + 1) + "|",
+        "| spec | " + " | ".join(AGAINST) + " |",
+        "|---" * (len(AGAINST) + 1) + "|",
+        *map(cells, rows),
     ]
-    for row in rows:
-        clipped, plain = BARS[row["spec"]]
-        bars = {"clipped": clipped, "clip inactive": clipped, "step": plain}
-        cells = []
-        for kind in kinds:
-            one, bar = row[kind], bars.get(kind)
-            cells.append(
-                f"{one['ratio']:.2f} ({one['least']:.2f} to {one['most']:.2f})"
-                + (f" [{bar}]" if bar is not None else "")
-            )
-        lines.append(f"| {row['spec']} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -178,15 +194,14 @@ def main() -> None:
     if args.worker:
         print(json.dumps(worker(args.worker, args.numel, args.threads)))
         return
-    rows = []
+    rows, before = [], os.getloadavg()[0]
     for spec in BARS:
         if args.only in ("", spec):
             rows.append(measure(spec, args))
-            print(table(rows[-1:], args).splitlines()[-1], flush=True)
+            print(cells(rows[-1]), flush=True)
     if not args.only:
-        write_result(
-            RESULTS / "step_users.json", {"numel": args.numel, "threads": args.threads, "rows": rows, "bars": BARS}
-        )
+        result = {"numel": args.numel, "threads": args.threads, "load_before": before, "rows": rows, "bars": BARS}
+        write_result(RESULTS / "step_users.json", result)
         (RESULTS / "step_users.md").write_text(table(rows, args))
 
 

@@ -162,6 +162,7 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
             torch.get_num_threads(),
             found.index,
             over_ranks,
+            False,
         )
         if failed:
             raise failed[0]

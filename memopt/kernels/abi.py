@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ctypes import CFUNCTYPE, POINTER, Structure, c_double, c_int32, c_int64, c_uint8, c_uint32, c_void_p
 
-VERSION = 6
+VERSION = 7
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
 SLOTS = 3
@@ -26,10 +26,14 @@ RULES = {
     "lamb": 10,
     "stableadamw": 11,
 }
+#: Rules that take several passes in every format; the others do where a moment is factored. The first pass shows what
+#: is not finite.
+SEVERAL_PASSES = ("adafactor", "came", "adammini", "lamb", "stableadamw")
 MASTERS = {"none": 0, "fp32": 1, "kahan": 2, "stochastic": 3, "split": 4, "split16": 5}
 FORMATS = {"32bit": 0, "bf16": 1, "8bit": 2, "fp8": 3, "4bit": 4, "factored": 5}
 #: Of a tensor whose moments are in several of them.
 MIXED, MIXED_FACTORED, FACTORED_8, FACTORED_4 = 6, 7, 8, 9
+ALL_FACTORED = (FORMATS["factored"], MIXED_FACTORED, FACTORED_8, FACTORED_4)
 
 MAXIMIZE, AMSGRAD, DECOUPLED, NESTEROV, CENTERED = 1, 2, 4, 8, 16
 MOMENTUM, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT = 32, 64, 128, 256, 512

@@ -47,6 +47,9 @@ class Plan(Known):
         self._offsets = [one.offset for one in records]
         self._shifted = any(self._offsets)
         self._missing: list[int] = []  # places of those without a gradient
+        self._unseen = False  # nobody has looked at the gradients of this step
+        # Ranks agree on what is finite before anything is stepped.
+        self._looks_first = self.partition.world_size > 1 or not any(map(_several_passes, records, tensors))
         # What looks at the gradients refers to their descriptors and not to the plan: memory is freed with the last
         # reference to the optimizer, without waiting for the garbage collector.
         spans = self.spans
@@ -62,6 +65,7 @@ class Plan(Known):
 
     def refresh(self, context: StepContext) -> bool:
         """Take this step's gradients and hyperparameters; False if anything else is not as it was."""
+        self._unseen = False
         if not self.same(context):
             return False
         for i, group in enumerate(self.groups):
@@ -89,14 +93,20 @@ class Plan(Known):
             self._missing = missing
 
     def look(self, summed: bool) -> tuple[list[str], list[float]]:
-        """The names of parameters whose gradient holds a NaN or an Inf, and the sum of squares of each gradient."""
+        """The names of parameters whose gradient holds a NaN or an Inf, and the sum of squares of each gradient. Where
+        the step takes several passes, its first one is left to say it."""
+        self._unseen = not (self._looks_first or summed)
+        if self._unseen:
+            return [], []
         bad = look(self.spans, summed)
         sums = [span.squares for span in self.spans if not span.idle] if summed else []
         return [self.names[i] for i in bad], sums
 
-    def step(self, scales: Sequence[float]) -> None:
+    def step(self, scales: Sequence[float]) -> list[str]:
         """Step all parameters, with the gradients of each group multiplied by its number, and bring what other ranks
-        need of them to them; the kernels count the steps."""
+        need of them to them; the kernels count the steps. Returns names where nothing was stepped, because only now
+        NaN or Inf was found."""
+        bad: list[str] = []
         start = time.perf_counter()
         for group, scale in zip(self.hyper, scales, strict=True):
             group.gradient_scale = scale
@@ -106,15 +116,17 @@ class Plan(Known):
             missing = set(self._missing)
             places = [i for i in range(len(self.known)) if i not in missing]
             for first, stop in partition.buckets(parameters):
-                self._step(places[first], places[stop - 1] + 1)
+                bad = self._step(places[first], places[stop - 1] + 1)
                 partition.all_gather_begin(parameters[first:stop])
             partition.finish()
         self.pages.after(time.perf_counter() - start)
+        return bad
 
-    def _step(self, first: int, stop: int) -> None:
+    def _step(self, first: int, stop: int) -> list[str]:
         found = library()
         assert found is not None
-        if found.handle.memopt_step(
+        unseen, self._unseen = self._unseen, False
+        code = found.handle.memopt_step(
             ctypes.byref(self.hyper),
             ctypes.byref(self.tensors, first * _SIZE),
             stop - first,
@@ -122,8 +134,13 @@ class Plan(Known):
             torch.get_num_threads(),
             found.index,
             abi.ALONE,
-        ):
+            unseen,
+        )
+        if code == 1:
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
+        if code == 3:  # nothing was stepped: for a gradient, or because fp32 cannot hold the square of a finite one
+            return [self.names[i] for i in look(self.spans, False)] or self._step(first, stop)
+        return []
 
     def settle(self) -> StepOutcome | None:
         """Nothing is left to be noted: the kernels are done when a step returns."""
@@ -131,6 +148,10 @@ class Plan(Known):
 
     def skipped_on_device(self) -> int:
         return 0
+
+
+def _several_passes(one: Record, tensor: abi.TensorStep) -> bool:
+    return tensor.format in abi.ALL_FACTORED or one.layout.rule.inner in abi.SEVERAL_PASSES
 
 
 def look(spans: ctypes.Array[abi.Span], summed: bool) -> list[int]:

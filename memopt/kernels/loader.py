@@ -87,6 +87,7 @@ def open_library(path: Path) -> Library:
         ctypes.c_int32,
         ctypes.c_int32,
         abi.Total,
+        ctypes.c_int32,
     ]
     handle.memopt_look.restype = ctypes.c_int32
     handle.memopt_look.argtypes = [ctypes.c_void_p, ctypes.c_int64, *[ctypes.c_int32] * 3]

@@ -103,8 +103,7 @@ class Stepper:
             self.gradients.norm = plan.norm
         else:
             scales = self.gradients.scales(scaler, context.bounds, parameters, plan.look)
-        if scales is not None:
-            plan.step(scales)
+        if scales is not None and not self.gradients.stopped_by(plan.step(scales)):
             increment_version(parameters)
         return True
 

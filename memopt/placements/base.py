@@ -70,7 +70,9 @@ class PlacementStore:
         """Zeroed tensors for these lines of one parameter: state key -> tensor."""
         import torch
 
-        return {line.key: torch.zeros(line.shape, dtype=getattr(torch, line.dtype), device=device) for line in lines}
+        from memopt.kernels.huge_pages import zeros
+
+        return {line.key: zeros(line.shape, getattr(torch, line.dtype), device) for line in lines}
 
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
         """Whether these tensors are what this store knows as the state of the parameter, if it knows parameters."""

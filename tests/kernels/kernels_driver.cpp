@@ -14,7 +14,7 @@ using namespace memopt;
 
 extern "C" int32_t memopt_isa_count();
 extern "C" const char* memopt_isa_name(int32_t);
-extern "C" int32_t memopt_step(const Group*, Tensor*, int64_t, uint32_t, int32_t threads, int32_t isa, Total);
+extern "C" int32_t memopt_step(const Group*, Tensor*, int64_t, uint32_t, int32_t threads, int32_t isa, Total, int32_t unseen);
 extern "C" int32_t memopt_look(Span*, int64_t, int32_t summed, int32_t threads, int32_t isa);
 
 namespace {
@@ -128,8 +128,19 @@ std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int thre
     for (Tensor& t : tensors) spans.push_back({t.g, t.numel, 0, t.g_dtype, t.idle, 0});
     for (int summed = 0; summed < 2; summed++)
         if (memopt_look(spans.data(), spans.size(), summed, threads, isa)) std::exit(3);
-    for (int i = 0; i < 2; i++)
-        if (memopt_step(&group, tensors.data(), tensors.size(), 5, threads, isa, cut ? alone : nullptr)) std::exit(4);
+    const auto step = [&](bool unseen) {
+        return memopt_step(&group, tensors.data(), tensors.size(), 5, threads, isa, cut ? alone : nullptr, unseen);
+    };
+    tensors[1].idle = true;
+    if (step(false)) std::exit(4);
+    tensors[1].idle = false;
+    if (step(true) != (cut ? 3 : 0) || (cut && step(false))) std::exit(4);  // ranks do not leave the look to it
+    // A NaN is found, and nothing has changed.
+    Tensor& bad = tensors[(rule + format) % tensors.size()];
+    if (cut || !bad.numel) return memory.image();
+    std::memset(static_cast<char*>(const_cast<void*>(bad.g)) + (bad.numel - 1) * (bad.g_dtype == F32 ? 4 : 2), 0xFF, bad.g_dtype == F32 ? 4 : 2);
+    const auto before = memory.image();
+    if (step(true) != 3 || before != memory.image()) std::exit(6);
     return memory.image();
 }
 

@@ -84,7 +84,7 @@ def test_gradients_that_move_are_left_alone(monkeypatch) -> None:
     assert all(any(t.data_ptr() <= b < t.data_ptr() + t.nbytes for t in kept) for b in begins)
 
 
-def test_an_eighth_of_a_steps_time_is_spent(monkeypatch) -> None:
+def test_a_share_of_a_steps_time_is_spent(monkeypatch) -> None:
     """A page that takes longer than that is paid for by the next steps."""
     clock = [0.0]
     monkeypatch.setattr(huge_pages.time, "perf_counter", lambda: clock[0])
@@ -98,7 +98,7 @@ def test_an_eighth_of_a_steps_time_is_spent(monkeypatch) -> None:
     found = huge_pages.Pages([(0, 4 * PAGE)], list)
     given = []
     for _ in range(10):
-        found.after(8.0)
+        found.after(1 / huge_pages.SHARE)
         given.append(found.given)
     assert given == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4]
 

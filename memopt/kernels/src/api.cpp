@@ -45,10 +45,11 @@ API int32_t memopt_isa_count() { return table_count; }
 API const char* memopt_isa_name(int32_t isa) { return chosen(isa).name; }
 
 // One step of `count` tensors; isa -1 is the best there is; `total` is null where all rows of every tensor are here.
-// Returns 0, 1 if there was no memory and nothing changed, or 2 if `total` failed.
+// `unseen`: nobody has looked at the gradients. Returns 0, 1 if there was no memory and nothing changed, 2 if `total`
+// failed, or 3 if nobody has looked at the gradients and some may not be finite: nothing changed.
 API int32_t memopt_step(const Group* groups, Tensor* tensors, int64_t count, uint32_t seed, int32_t threads,
-                        int32_t isa, Total total) {
-    return step(chosen(isa), groups, tensors, count, seed, threads, total);
+                        int32_t isa, Total total, int32_t unseen) {
+    return step(chosen(isa), groups, tensors, count, seed, threads, total, unseen != 0);
 }
 
 // Sets `bad` of every span that holds a NaN or an Inf, and where `summed` is not 0 `squares` of all. Returns 0 if all are

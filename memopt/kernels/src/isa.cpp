@@ -42,6 +42,8 @@ template <bool F> using AdafactorStep = Adafactor<F, false>;
 template <bool F> using AdafactorMomentum = Adafactor<F, true>;
 template <bool F> using CameStep = Came<F, true>;
 template <bool F> using CameVector = Came<F, false>;
+template <bool F> using SumOfUpdate = SumUpdate<F, false>;
+template <bool F> using SumOfBoth = SumUpdate<F, true>;
 
 }  // namespace
 
@@ -68,7 +70,8 @@ void MEMOPT_TABLE(memopt::Table& t) {
     fill<Adabound>(t.run[STEP_ADABOUND]);
     fill<Ademamix>(t.run[STEP_ADEMAMIX]);
     fill_adammini(t.run[STEP_ADAMMINI]);
-    fill<SumUpdate>(t.run[SUM_UPDATE]);
+    fill<SumOfUpdate>(t.run[SUM_UPDATE]);
+    fill<SumOfBoth>(t.run[SUM_UPDATE_PARAMETER]);
     fill<SumLamb>(t.run[SUM_LAMB]);
     fill<SumSurprise>(t.run[SUM_SURPRISE]);
     t.run[STEP_RMSPROP_CENTERED][FMT_32BIT] = run<Rmsprop<false, false, true>, In32>;
@@ -79,11 +82,13 @@ void MEMOPT_TABLE(memopt::Table& t) {
         t.run[MEANS_ADAM][f] = run<MeansAdam, InFactors>;
         t.run[MEANS_RMSPROP][f] = run<MeansRmsprop, InFactors>;
         t.run[MEANS_ADAFACTOR][f] = run<MeansAdafactor, InFactors>;
-        t.run[MEANS_RESIDUAL][f] = f == FMT_FACTORED ? run<MeansResidual, InFactors>
-                                                     : run<MeansResidual, BesideFactors<Anywhere>>;
+        t.run[MEANS_RESIDUAL][f] = run<MeansResidual<false>, BesideFactors<Anywhere>>;
     }
+    t.run[MEANS_RESIDUAL_WRITING][FMT_FACTORED] = run<MeansResidual<true>, InFactors>;
+    t.run[STEP_CAME_WRITTEN][FMT_FACTORED] = run<CameWritten, InFactors>;
     for (int f = FMT_FACTORED_8; f <= FMT_FACTORED_4; f++) {  // of one matrix, without the first moment
         t.run[SUM_UPDATE][f] = t.run[SUM_UPDATE][FMT_FACTORED];
+        t.run[SUM_UPDATE_PARAMETER][f] = t.run[SUM_UPDATE_PARAMETER][FMT_FACTORED];
         t.run[SUM_SURPRISE][f] = t.run[SUM_SURPRISE][FMT_FACTORED];
     }
     for (int f = 0; f < FORMATS; f++) {  // without moments the format does not matter

@@ -167,6 +167,15 @@ struct Came : Reads {
     }
 };
 
+// CAME's step where the first moment of this step is there already.
+struct CameWritten : Reads {
+    static constexpr bool ROOT_X = true, G = false, M = true, X = true;
+    INLINE vf apply(vf& p, vf, vf&, vf& m, vf& x, const Scalars& s) {
+        p = fma(m * x, splat(-s.lr), p * s.decay);
+        return vf{};
+    }
+};
+
 struct SumParameter : Reads {
     static constexpr bool G = false, SQUARES = true, W_P = false;
     INLINE vf apply(vf&, vf, vf&, vf&, vf&, const Scalars&) { return vf{}; }
@@ -201,9 +210,10 @@ struct SumSurprise : Reads {
     }
 };
 
-template <bool FACTORED>
+// Adafactor's and CAME's update, for its size; WITH_P: and the parameter's.
+template <bool FACTORED, bool WITH_P>
 struct SumUpdate : Reads {
-    static constexpr bool ROOT_V = FACTORED, SUMS = true, P = false, W_P = false, V = true;
+    static constexpr bool ROOT_V = FACTORED, SUMS = true, SQUARES = WITH_P, P = WITH_P, W_P = false, V = true;
     INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars& s) {
         const vf u = raw_update<FACTORED>(g, v, s);
         return u * u;
@@ -234,8 +244,10 @@ struct MeansAdafactor : Reads {
         return vf{};
     }
 };
+// WRITES: the first moment, in fp32, which the step then need not find again.
+template <bool WRITES>
 struct MeansResidual : Reads {
-    static constexpr bool ROOT_V = true, P = false, W_P = false, V = true, M = true, X = true, W_X = true;
+    static constexpr bool ROOT_V = true, P = false, W_P = false, V = true, M = true, X = true, W_M = WRITES, W_X = true;
     INLINE vf apply(vf&, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
         const vf u = raw_update<true>(g, v, s) * s.update_scale;
         m = lerp(m, u, s.first);

@@ -17,10 +17,6 @@ namespace {
 // a thread keeps for a piece of a factored moment is bounded by that, however wide the tensor.
 constexpr int64_t PIECE = 64, BLOCK = 16, FEWEST_ROWS = 16;
 
-struct Totals {
-    double rule, squares;
-};
-
 struct Sweep {
     const Table& table;
     const Tensor& t;
@@ -78,16 +74,92 @@ Totals sweep(const Table& table, const Tensor& t, const Scalars& s, const uint32
     return total;
 }
 
-}  // namespace
-
-bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Total total) {
-    Scalars s = *ready.scalars;
-    const bool factored = is_factored(t.format);
-    Tensor lines = t;  // as the matrices lie, which is how their means are found
-    if (factored && t.format != FMT_FACTORED) {
+// As the matrices of a factored moment lie, which is how their means are found.
+Tensor lines_of(const Tensor& t) {
+    Tensor lines = t;
+    if (is_factored(t.format) && t.format != FMT_FACTORED) {
         lines.cols = t.span;
         lines.rows = t.span ? t.numel / t.span : 0;
     }
+    return lines;
+}
+
+// How a factored second moment is renewed. Without a decay in the gradient the parameter is not read, and the squares
+// are those that Adafactor averages.
+Change second_moment(const Group& h, const Scalars& s) {
+    if (h.rule == ADAFACTOR || h.rule == CAME) return {MEANS_ADAFACTOR, 0, 1.0 - s.second.weight, s.second.weight};
+    const Pass pass = !s.coupled ? MEANS_ADAFACTOR : h.rule == RMSPROP ? MEANS_RMSPROP : MEANS_ADAM;
+    return {pass, 0, s.beta2, s.one_minus_beta2};
+}
+
+// The sums that a step begins with where no moment is factored; PASSES where there are none.
+Pass first_sums(const Group& h) {
+    switch (h.rule) {
+        case ADAFACTOR:
+            return h.flags & SCALE_PARAMETER ? SUM_UPDATE_PARAMETER : SUM_UPDATE;
+        case CAME:
+            return SUM_UPDATE;
+        case LAMB:
+            return SUM_LAMB;
+        case STABLEADAMW:
+            return SUM_SURPRISE;
+        default:
+            return PASSES;
+    }
+}
+
+struct Count {
+    int64_t rows, cols;  // numbers
+};
+
+// Means of the second moment that the first pass of a step writes.
+Count means_of(const Group& h, const Tensor& t) {
+    if (h.rule == ADAMMINI) return {(t.numel + t.span - 1) / t.span, 0};
+    if (!is_factored(t.format) || !t.span || !t.height) return {0, 0};
+    return {t.numel / t.span, t.numel / t.span / t.height * t.span};
+}
+
+}  // namespace
+
+int64_t floats_to_keep(const Group& h, const Tensor& t) {
+    const Count count = means_of(h, t);
+    return count.rows + count.cols;
+}
+
+bool begin(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Begun& begun) {
+    const Count count = means_of(h, t);
+    if (!count.rows) {
+        begun.sums = sweep(table, t, *ready.scalars, ready.keys, first_sums(h), Means(TINY), nullptr, true, false, threads);
+        return std::isfinite(begun.sums.rule + begun.sums.squares);
+    }
+    float* const rows = static_cast<float*>(t.data[0]);
+    std::memcpy(begun.before, rows, count.rows * sizeof(float));
+    if (count.cols) std::memcpy(begun.before + count.rows, t.aux[0], count.cols * sizeof(float));
+    begun.written = true;
+    if (h.rule == ADAMMINI) {
+        renew_row_means(table, t, h.beta2, *ready.scalars, threads);
+    } else {
+        const Tensor lines = lines_of(t);
+        Means means(TINY);
+        means.prepare(lines, 0);
+        means.renewed = 0;
+        renew_means(table, lines, *ready.scalars, ready.keys, second_moment(h, *ready.scalars), means, threads, nullptr);
+    }
+    return table.all_finite(rows, count.rows, F32);  // every element is in the mean of a row
+}
+
+void undo(const Group& h, const Tensor& t, const Begun& begun) {
+    if (!begun.written) return;
+    const Count count = means_of(h, t);
+    std::memcpy(t.data[0], begun.before, count.rows * sizeof(float));
+    if (count.cols) std::memcpy(t.aux[0], begun.before + count.rows, count.cols * sizeof(float));
+}
+
+bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Total total,
+                const Begun* begun) {
+    Scalars s = *ready.scalars;
+    const bool factored = is_factored(t.format);
+    const Tensor lines = lines_of(t);
     // Blocks of a stack's other moments run over lines and matrices: then every element's line is looked up.
     const bool spread = lines.cols != t.cols;
     const int64_t matrices = spread && t.height ? lines.rows / t.height : 0;
@@ -104,13 +176,15 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         return going ? sweep(table, t, s, ready.keys, which, means, of_each, summed, backward, threads) : Totals{};
     };
     // The new means of a factored moment; what reads them afterwards divides by a mean bounded by `floor`.
-    const auto renew = [&](Pass which, int slot, double keep, double take, double floor = TINY) {
-        means.floor[slot] = static_cast<float>(TINY);
-        means.prepare(lines, slot);
-        means.renewed = slot;
-        const Change change{which, slot, keep, take};
-        going = going && renew_means(table, lines, s, ready.keys, change, means, threads, total);
-        means.renewed = -1;
+    const auto renew = [&](const Change& change, double floor = TINY) {
+        const int slot = change.slot;
+        if (!begun || slot != 0) {
+            means.floor[slot] = static_cast<float>(TINY);
+            means.prepare(lines, slot);
+            means.renewed = slot;
+            going = going && renew_means(table, lines, s, ready.keys, change, means, threads, total);
+            means.renewed = -1;
+        }
         backward = false;
         means.floor[slot] = static_cast<float>(floor);
         means.prepare(lines, slot);
@@ -120,62 +194,70 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
             each[slot] = out;
         }
     };
-    // Without a decay in the gradient the parameter is not read, and the squares are those that Adafactor averages.
-    const auto renew_adam = [&](Pass coupled = MEANS_ADAM) {
-        renew(s.coupled ? coupled : MEANS_ADAFACTOR, 0, s.beta2, s.one_minus_beta2);
+    const auto renew_second = [&](double floor = TINY) {
+        if (factored) renew(second_moment(h, *ready.scalars), floor);
+    };
+    const auto sums = [&](Pass which) {
+        return begun && !factored ? begun->sums : pass(which, true);
     };
     const auto root_mean_square = [&](double squares) {
         if (total && going) going = total(&squares, 1) == 0;
         return static_cast<double>(static_cast<float>(std::sqrt(squares / static_cast<double>(t.whole_numel))));
     };
-    const auto clip = [&](Pass which) {
-        const double rms = root_mean_square(pass(which, true).rule);
+    if (begun) backward = false;  // the next pass is the second
+    const auto clipped_by = [&](double squares) {
+        const double rms = root_mean_square(squares);
         return rms / h.d < 1 ? 1.0 : rms / h.d;  // a NaN stays
     };
     switch (h.rule) {
         case ADAM:
         case RADAM:
-            renew_adam();
+            renew_second();
             pass(STEP_ADAM);
             break;
         case RMSPROP:
-            renew_adam(MEANS_RMSPROP);
+            renew_second();
             pass(h.flags & MOMENTUM ? STEP_RMSPROP_MOMENTUM : STEP_RMSPROP);
             break;
         case ADAFACTOR: {
             double rate = adafactor_rate(h, static_cast<double>(ready.step));
-            if (h.flags & SCALE_PARAMETER) {
-                const double rms = root_mean_square(pass(SUM_PARAMETER, true).squares);
+            const bool scaled = h.flags & SCALE_PARAMETER, apart = scaled && total;  // what ranks add up goes by the rule
+            double squares = apart ? root_mean_square(pass(SUM_PARAMETER, true).squares) : 0;
+            renew_second(s.mean_floor);
+            const Totals found = sums(scaled && !apart ? SUM_UPDATE_PARAMETER : SUM_UPDATE);
+            if (scaled) {
+                const double rms = apart ? squares : root_mean_square(found.squares);
                 rate *= rms < h.eps2 ? h.eps2 : rms;
             }
-            if (factored) renew(MEANS_ADAFACTOR, 0, 1.0 - s.second.weight, s.second.weight, s.mean_floor);
-            s.update_scale = static_cast<float>(rate / clip(SUM_UPDATE));
+            s.update_scale = static_cast<float>(rate / clipped_by(found.rule));
             if (h.flags & TRANSFORMERS) s.shrink = static_cast<float>(h.weight_decay * rate);
             pass(h.flags & MOMENTUM ? STEP_ADAFACTOR_MOMENTUM : STEP_ADAFACTOR);
             break;
         }
         case CAME: {
-            if (factored) renew(MEANS_ADAFACTOR, 0, 1.0 - s.second.weight, s.second.weight);
-            s.update_scale = static_cast<float>(1 / clip(SUM_UPDATE));
-            if (factored) renew(MEANS_RESIDUAL, 2, 1.0 - s.third.weight, s.third.weight);
-            pass(t.data[2] ? STEP_CAME : STEP_CAME_VECTOR);
+            renew_second();
+            s.update_scale = static_cast<float>(1 / clipped_by(sums(SUM_UPDATE).rule));
+            // A first moment in fp32 is written where the residual is found: the step reads it instead of the gradient.
+            const bool written = t.format == FMT_FACTORED;
+            if (factored) renew({written ? MEANS_RESIDUAL_WRITING : MEANS_RESIDUAL, 2, 1.0 - s.third.weight, s.third.weight});
+            pass(!t.data[2] ? STEP_CAME_VECTOR : written ? STEP_CAME_WRITTEN : STEP_CAME);
             break;
         }
         case ADABOUND:
         case ADEMAMIX:
-            renew_adam();
+            renew_second();
             pass(h.rule == ADABOUND ? STEP_ADABOUND : STEP_ADEMAMIX);
             break;
         case ADAMMINI:
-            renew_row_means(table, t, h.beta2, s, threads);
+            if (!begun) renew_row_means(table, t, h.beta2, s, threads);
             backward = false;
             pass(STEP_ADAMMINI);
             break;
         case LAMB: {
-            if (factored) renew_adam();
+            renew_second();
             const double rate = -h.lr * s.rate;
-            const Totals sums = pass(SUM_LAMB, true);
-            const double size = root_mean_square(sums.squares), step = root_mean_square(sums.rule);
+            const Totals found = sums(SUM_LAMB);
+            const double size = root_mean_square(found.squares), step = root_mean_square(found.rule);
             const double trust = size > 0 && step > 0 ? size / step : 1;
             s.rate = static_cast<float>(rate * trust);
             s.decay = static_cast<float>(1 - h.lr * trust * h.weight_decay);
@@ -183,8 +265,8 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
             break;
         }
         case STABLEADAMW: {
-            if (factored) renew_adam();
-            const double clipped = clip(SUM_SURPRISE);
+            renew_second();
+            const double clipped = clipped_by(sums(SUM_SURPRISE).rule);
             s.rate = static_cast<float>(s.rate / clipped);
             s.decay = static_cast<float>(1 - h.lr / clipped * h.weight_decay);
             pass(STEP_ADAM);

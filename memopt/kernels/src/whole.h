@@ -17,11 +17,34 @@ struct Prepared {
 // Adam-mini's second moment at this step.
 void renew_row_means(const Table&, const Tensor&, double beta2, const Scalars&, int threads);
 
-// Returns false where `total` failed. Sums over ranks are taken one after the other, in the order and of the size in
-// which the rule in memopt/rules takes them, so that ranks may step the same parameter in different ways.
-bool whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Total total);
+struct Totals {
+    double rule, squares;
+};
 
-int step(const Table&, const Group*, Tensor*, int64_t count, uint32_t seed, int threads, Total total);
+// What the first pass of a tensor's step has found and written. Every rule that takes several passes begins with one
+// that shows by numbers which are not finite that an element of the gradient is not, and writes the means of the second
+// moment at most, of which a copy is kept: so nobody need look at the gradient before.
+struct Begun {
+    Totals sums;    // where it takes sums
+    float* before;  // room for the means as they were
+    bool written;   // whether they were written
+};
+
+// Numbers that `before` must have room for.
+int64_t floats_to_keep(const Group&, const Tensor&);
+// The first pass. Returns whether all it has found is finite. Where it is not, a gradient may be finite all the same:
+// its squares need not be.
+bool begin(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Begun&);
+// Makes it as if it had not been.
+void undo(const Group&, const Tensor&, const Begun&);
+
+// Returns false where `total` failed. `begun` is null where the first pass is still to be made. Sums over ranks are
+// taken one after the other, in the order and of the size in which the rule in memopt/rules takes them, so that ranks may
+// step the same parameter in different ways.
+bool whole_step(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Total total, const Begun* begun);
+
+// 0, or 1: there was no memory, 2: `total` failed, 3: `unseen`, and a gradient may not be finite. 1 and 3: nothing changed.
+int step(const Table&, const Group*, Tensor*, int64_t count, uint32_t seed, int threads, Total total, bool unseen);
 // 0: all gradients are finite, 2: some are not, 1: there was no memory and nobody has looked.
 int look(const Table&, Span*, int64_t count, bool summed, int threads);
 

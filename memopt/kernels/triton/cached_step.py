@@ -121,7 +121,7 @@ class Plan(Known):
 
     # The step --------------------------------------------------------------------------------------------------
 
-    def step(self, scales: Sequence[float]) -> None:
+    def step(self, scales: Sequence[float]) -> list[str]:
         """Step all parameters, unless the kernels find that this step does not happen; they find the scales, too."""
         with self.integrity.changing("a step"):  # one launch for each kind of parameter
             self.launcher.run(self.found_inf, self.grad_scale)
@@ -129,6 +129,7 @@ class Plan(Known):
                 torch._foreach_add_(self.stepping, 1)
                 if self.nonfinite == "skip" or self.found_inf is not None:
                     self._send_flags()
+        return []
 
     def _send_flags(self) -> None:
         """Send what became of this step to the host; :meth:`settle` reads it, by then it has arrived."""

@@ -1,0 +1,159 @@
+"""The time of a step of many small tensors on a CPU, of which another quarter has no gradient in each step, and with
+state on a disk.
+
+    python benchmarks/step_small.py [--count 500] [--numel 1000] [--threads 2] [--processes 5]
+
+Writes benchmarks/results/step_small.json and .md, in a minute. ``quarter``: in each round another quarter of the
+tensors, drawn anew, has ``grad = None``, the same for all that are compared; the ratio is that of the medians to
+torch's fused AdamW on the same. ``all`` is with all gradients. ``@disk`` is compared with the time that its own disk
+takes for the same bytes: whole pages of its file read and written again past the page cache, in requests of 16 MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import random
+import subprocess
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from provenance import write_result
+
+RESULTS = Path(__file__).parent / "results"
+SPECS = ("adamw", "adamw-8bit", "adamw-4bit", "lion-8bit", "adafactor", "came", "lamb", "adamw@cpu", "adamw@host")
+ON_DISK = ("adamw@disk", "adamw-8bit@disk")
+#: The largest ratio that each is to have.
+BAR_QUARTER, BAR_DISK = 1.2, 3.0
+ROUNDS, REQUEST = 30, 16 << 20
+
+
+def worker(count: int, numel: int, threads: int) -> dict[str, Any]:
+    """Medians in ms of every kind of step, in this process."""
+    import torch
+
+    import memopt
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    gradients = [torch.randn(numel) for _ in range(count)]
+
+    def parameters() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.randn(numel)) for _ in range(count)]
+
+    made: dict[str, tuple[list[torch.nn.Parameter], Any]] = {}
+    params = parameters()
+    made["torch"] = params, torch.optim.AdamW(params, fused=True)
+    for spec in (*SPECS, *ON_DISK):
+        params = parameters()
+        made[spec] = params, memopt.create(params, spec)
+
+    def timed(missing: Callable[[], set[int]]) -> dict[str, float]:
+        times: dict[str, list[float]] = {name: [] for name in made}
+        for i in range(-2, ROUNDS):
+            without = missing() if i >= 0 else set()  # the first two are not counted
+            for name, (params, opt) in made.items():
+                for k, (p, g) in enumerate(zip(params, gradients, strict=True)):
+                    p.grad = None if k in without else g
+                start = time.perf_counter()
+                opt.step()
+                if i >= 0:
+                    times[name].append(time.perf_counter() - start)
+        return {name: median(some) * 1e3 for name, some in times.items()}
+
+    found: dict[str, Any] = {"all": timed(set), "quarter": timed(lambda: set(random.sample(range(count), count // 4)))}
+    found["disk"] = {spec: disk(made[spec][1]) * 1e3 for spec in ON_DISK}
+    return found
+
+
+def disk(opt: Any) -> float:
+    """Seconds for reading the pages of the state from its file and writing them again."""
+    (store,) = opt.setup.placement_stores
+    entries = list(store.entries.values())
+    nbytes = sum(entry.nbytes for entry in entries)
+    first = min(entry.begins[0] for entry in entries)
+    buffer = memoryview(mmap.mmap(-1, nbytes))
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for act in (store.arena.read, store.arena.write):
+            for at in range(0, nbytes, REQUEST):
+                act(buffer[at : at + REQUEST], first + at)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def measure(args: Namespace) -> list[dict[str, Any]]:
+    command = [sys.executable, __file__, "--worker", "--count", str(args.count), "--numel", str(args.numel)]
+    runs = []
+    for _ in range(args.processes):
+        done = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(done.stderr)
+        runs.append(json.loads(done.stdout))
+    rows = []
+    for spec in (*SPECS, *ON_DISK):
+        row: dict[str, Any] = {"spec": spec}
+        for kind in ("all", "quarter"):
+            row[kind] = spread([run[kind][spec] / run[kind]["torch"] for run in runs])
+            row[f"{kind} ms"] = median(run[kind][spec] for run in runs)
+        if spec in ON_DISK:
+            row["disk"] = spread([run["all"][spec] / run["disk"][spec] for run in runs])
+            row["disk ms"] = median(run["disk"][spec] for run in runs)
+        rows.append(row)
+    return rows
+
+
+def spread(ratios: list[float]) -> dict[str, float]:
+    return {"ratio": median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def table(rows: list[dict[str, Any]], args: Namespace) -> str:
+    def cell(row: dict[str, Any], kind: str) -> str:
+        one = row.get(kind)
+        return f"{one['ratio']:.2f} ({one['least']:.2f}–{one['most']:.2f})" if one else ""
+
+    lines = [
+        "# Steps of many small tensors",
+        "",
+        f"`python benchmarks/step_small.py`: {args.count} tensors of {args.numel} elements, {args.threads} threads, "
+        f"{args.processes} fresh processes: the median, the smallest and the largest. Ratios to torch's fused AdamW on "
+        f"the same, with all gradients and with another quarter of them missing in each step [{BAR_QUARTER}]; of "
+        f"`@disk` to the time of its own disk for the same bytes [{BAR_DISK}].",
+        "",
+        "| spec | ms | all | a quarter missing | to its disk |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        found = " | ".join(cell(row, kind) for kind in ("all", "quarter", "disk"))
+        lines.append(f"| {row['spec']} | {row['all ms']:.2f} | {found} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--numel", type=int, default=1000)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--print", action="store_true", help="print the table and write nothing")
+    parser.add_argument("--worker", action="store_true", help="used by itself")
+    args = parser.parse_args()
+    if args.worker:
+        print(json.dumps(worker(args.count, args.numel, args.threads)))
+        return
+    rows = measure(args)
+    if not args.print:
+        result = {"count": args.count, "numel": args.numel, "threads": args.threads, "rows": rows}
+        write_result(RESULTS / "step_small.json", {**result, "bars": {"quarter": BAR_QUARTER, "disk": BAR_DISK}})
+        (RESULTS / "step_small.md").write_text(table(rows, args))
+    print(table(rows, args))
+
+
+if __name__ == "__main__":
+    main()
