@@ -68,6 +68,7 @@ class Shadow:
         stored = [sample.moments() for sample in samples]
         names = stored[0]
         self.state = Flat({m: torch.cat([s[m][0] for s in stored]).float() for m in names})
+        self.shapes = [sample.p.shape for sample in samples]
         self.sizes = [len(next(iter(s.values()))[0]) for s in stored]
         self.marks: list[object] = []
         self.note()
@@ -84,7 +85,10 @@ class Shadow:
     def gather(self) -> tuple[Tensor, Tensor, list[int]] | None:
         """(weights, gradients) of all samples before a step, flat fp32, where their state is, and which samples have no
         gradient; None where none has, or one has another shape than before."""
-        grads = [s.p.grad for s in self.samples]
+        if [s.p.shape for s in self.samples] != self.shapes:
+            return None
+        # A gradient of another shape is not stepped either: the step says so.
+        grads = [g if (g := s.p.grad) is not None and g.shape == s.p.shape else None for s in self.samples]
         idle = [i for i, g in enumerate(grads) if g is None]
         if len(idle) == len(grads):
             return None

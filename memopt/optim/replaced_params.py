@@ -23,8 +23,10 @@ def are_vectors(made: Sequence[Made], now: Sequence[Tensor]) -> bool:
 
     flat = {one.shape for one in made if len(one.shape) == 1}
     vectors = any(tuple(p.shape) not in flat for p in now) and all(p.dim() == 1 for p in now)
-    known = {id(one.parameter()) for one in made} & {id(p) for p in now}
-    return (vectors and not known and any(len(one.shape) > 1 for one in made)) or is_flattened(made)
+    alive = [p for one in made if (p := one.parameter()) is not None]  # DeepSpeed's engine holds the model, so all are
+    known = {id(p) for p in alive} & {id(p) for p in now}
+    replaced = vectors and not known and len(alive) == len(made) and any(len(one.shape) > 1 for one in made)
+    return replaced or is_flattened(made)
 
 
 def flattened(spec: OptimSpec, made: Sequence[Made]) -> Partition:

@@ -191,3 +191,13 @@ def test_a_stale_graph_is_refused(spec):
         opt.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
+
+
+def test_a_vector_in_the_place_of_all_that_was_there_is_no_flat_vector_of_deepspeeds():
+    """DeepSpeed keeps the parameters that it steps for; these are gone."""
+    opt = memopt.create([torch.nn.Parameter(torch.ones(64, 64))], "stableadamw")
+    opt.param_groups[0]["params"] = [torch.nn.Parameter(torch.ones(33))]
+    (p,) = opt.param_groups[0]["params"]
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert float(p.detach().max()) < 1

@@ -112,3 +112,15 @@ def test_a_moment_that_is_switched_on_while_some_have_no_gradient():
             p.grad = torch.ones_like(p) if step != 2 or i < 2 else None
         opt.step()
     assert {m.moment for m in seen.readings[-1].moments} == {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+
+
+def test_a_gradient_of_the_old_shape_is_the_steps_to_refuse():
+    p = torch.nn.Parameter(torch.ones(9, 64))
+    opt = memopt.create([p], "adamw", lr=1e-3)
+    memopt.watch(opt, every=1, out=None)
+    p.grad = torch.ones_like(p)
+    for _ in range(2):
+        opt.step()
+    p.data = torch.ones(5, 64)
+    with pytest.raises(RuntimeError, match="gradient"):
+        opt.step()
