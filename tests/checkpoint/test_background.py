@@ -60,8 +60,15 @@ if end == "thread":
 """
 
 
-def test_a_save_in_the_background_ends_before_the_process_does(tmp_path):
-    ends = ["end", "exit", "error", "signal", "ctrl-c", "thread", "full"]
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ["end", "ctrl-c", "full"],
+        pytest.param(["exit", "error", "signal", "thread"], marks=pytest.mark.slow),
+    ],
+    ids=" ".join,
+)
+def test_a_save_in_the_background_ends_before_the_process_does(tmp_path, ends):
     subprocess.run([sys.executable, "-c", ENDS, str(tmp_path), *ends], check=True, timeout=120)
     for end in ends:
         said = (tmp_path / f"{end}.err").read_text()
