@@ -76,8 +76,8 @@ def switch(t: Twin, r: Random) -> None:
     if "sgd" in t.ours.opt.spec.rule and t.ours.opt.spec.format != "32bit":
         raise Skip  # the plain path is made anew for a comparison, and refuses what keeps no state
     value: Any = (0.9 if not group[key] else 0.0) if key == "momentum" else not group[key]
-    if t.case.overrides and isinstance(t.theirs.opt, memopt.Optimizer):
-        raise Skip  # the twin, in one format, may refuse what ours does for some
+    if isinstance(t.theirs.opt, memopt.Optimizer) and t.theirs.opt.spec.format != "32bit":
+        raise Skip  # the twin may refuse what ours does for some, or since it was converted
     before = t.ours.opt.param_groups[0][key]
     for side in t.sides:
         side.opt.param_groups[0][key] = value

@@ -192,6 +192,9 @@ def load_theirs(t: Twin, r: Random) -> None:
     ]
     if len(set(kinds)) > 1 or t.released is not None:
         raise Skip
+    inside = {id(p) for group in t.theirs.opt.param_groups for p in group["params"]}
+    for p in [p for p in t.theirs.opt.state if id(p) not in inside]:
+        del t.theirs.opt.state[p]  # torch's own state_dict() does not know what to call it
     memopt.load(t.theirs.opt.state_dict(), optimizer=t.ours.opt, rule=spec.rule)
 
 
