@@ -157,6 +157,7 @@ def create(
         max_grad_norm: Clip inside the step: gradients whose norm, of all of them together, is larger are scaled down
             to it, in registers; ``p.grad`` stays as it is, and ``opt.grad_norm`` is the norm. ``inf`` measures only; a
             group may have its own. Default None, no clipping.
+        unknown: no keyword has another name.
 
     Returns:
         The :class:`Optimizer`. No state is allocated before a parameter's first step (or ``init_state()``).

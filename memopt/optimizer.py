@@ -35,6 +35,11 @@ class Optimizer(SavedOptimizer):
 
     ``capturable=True`` keeps ``step`` on the parameter's device, so that a step can be part of a CUDA graph; it needs
     kernels that run there for every parameter.
+
+    >>> import torch, memopt
+    >>> opt = memopt.create(torch.nn.Linear(2, 2), "adamw-8bit", lr=2e-5)
+    >>> isinstance(opt, torch.optim.Optimizer), str(opt.spec), opt.param_groups[0]["lr"]
+    (True, 'adamw-8bit', 2e-05)
     """
 
     def release_gradients(self, model: torch.nn.Module, *, max_norm: float | None = None) -> Release:
@@ -47,8 +52,27 @@ class Optimizer(SavedOptimizer):
         which only measures the norm. See ``docs/release.md`` for accumulation, NaN and Inf, GradScaler,
         DistributedDataParallel and FSDP2.
 
-        Returns the :class:`~memopt.training.optimizer_in_backward.Release`, whose ``remove()`` ends it. Raises
-        RuntimeError with the reason for a model that it cannot work with.
+        Args:
+            model: the module whose parameters these are.
+            max_norm: the largest norm of all gradients together, > 0; larger ones are scaled down to it. Default None,
+                no clipping and one backward pass.
+
+        Returns:
+            The :class:`~memopt.training.optimizer_in_backward.Release`, whose ``remove()`` ends it.
+
+        Raises:
+            RuntimeError: with the reason, for a model that it cannot work with (DataParallel, replicas on several
+                ranks), with ``capturable`` and with ``max_grad_norm``.
+            ValueError: for a parameter of the optimizer that is not the model's.
+            SpecError: for a ``max_norm`` that is not a number > 0.
+
+        >>> import torch, memopt
+        >>> model = torch.nn.Linear(2, 1)
+        >>> opt = memopt.create(model, "adamw-8bit")
+        >>> release = opt.release_gradients(model)
+        >>> model(torch.ones(1, 2)).sum().backward(); opt.step()
+        >>> model.weight.grad is None, float(opt.state[model.weight]["step"])
+        (True, 1.0)
         """
         from memopt.training.optimizer_in_backward import Release
 
@@ -86,12 +110,34 @@ class Optimizer(SavedOptimizer):
     def convert_(self, spec: str | OptimSpec, *, fill: Mapping[str, Any] | None = None, **fields: Any) -> Conversion:
         """Change the spec in place, in the middle of training; schedulers, groups and references stay valid.
 
-        Each moment is decoded and encoded again (copied where its encoding stays), one parameter at a time. Engine,
-        overrides and hyperparameters stay unless ``fields`` says otherwise; a full :class:`OptimSpec` means what it
-        says. ``fill`` says what stands in for a moment that was not kept: ``{"exp_avg": 0}``, or the name of another
-        moment. Returns the relative error of every moment. Raises SpecError before anything changes, and RuntimeError
-        where memory or disk gives out: then some parameters may be as the new spec says. Overrides say which where
-        formats and places change; else the same call goes on with the rest, and the optimizer does nothing before.
+        Each moment is decoded and encoded again (copied where its encoding stays), one parameter at a time.
+
+        Args:
+            spec: the new one. Of a string, what it does not say stays: engine, overrides, hyperparameters; an
+                :class:`OptimSpec` means what it says.
+            fill: what stands in for a moment that was not kept: moment -> a number (``{"exp_avg": 0}``), or the name of
+                another moment. Default none.
+            fields: keywords of :func:`memopt.create` that belong to the spec: hyperparameters, overrides, options of
+                placements, engine.
+
+        Returns:
+            A :class:`~memopt.checkpoint.conversion.report.Conversion`: the ``relative_error`` of every moment, what was
+            dropped or filled.
+
+        Raises:
+            SpecError: before anything changes, for a spec or a value that is not allowed, and for a moment that was not
+                kept and is not filled.
+            RuntimeError: where memory or disk gives out: then some parameters may be as the new spec says. Overrides
+                say which where formats and places change; else the same call goes on with the rest, and the optimizer
+                does nothing before.
+
+        >>> import torch, memopt
+        >>> w = torch.nn.Parameter(torch.randn(256, 256))
+        >>> opt = memopt.create([w], "adamw")
+        >>> w.grad = torch.randn(256, 256); opt.step()
+        >>> report = opt.convert_("adamw-8bit")
+        >>> str(opt.spec), 0 < report.relative_error["exp_avg"] < 0.05
+        ('adamw-8bit', True)
         """
         from memopt.checkpoint.conversion.in_place import convert_
 

@@ -47,6 +47,9 @@ class Line(NamedTuple):
     of the encoded moment it is (``codes``, ``scales``; empty where the moment is one tensor). ``location`` says
     where the bytes are (``cpu``, ``cuda:0``, ``paged:cpu``), ``lifetime`` how long they stay: ``persistent`` for
     state, ``shared`` for a table that all parameters use.
+
+    >>> Line("w", "exp_avg", "codes", "uint8", (256, 256), 65536, "cpu").key
+    'exp_avg.codes'
     """
 
     parameter: str
@@ -65,7 +68,13 @@ class Line(NamedTuple):
 
 
 class Ledger:
-    """An immutable list of :class:`Line`; ``nbytes`` is their sum."""
+    """An immutable list of :class:`Line`; ``nbytes`` is their sum. ``str()`` of it is a table by moment.
+
+    >>> import memopt
+    >>> ledger = memopt.price([(256, 256)], "adamw-8bit")
+    >>> ledger.nbytes, ledger.by("moment")["exp_avg"]
+    (133124, 66560)
+    """
 
     __slots__ = ("lines", "nbytes")
 
@@ -88,6 +97,16 @@ class Ledger:
     def by(self, *fields: str) -> dict[Any, int]:
         """Bytes summed over equal values of the named fields of :class:`Line`.
 
+        Args:
+            fields: one or more of ``parameter``, ``moment``, ``part``, ``dtype``, ``shape``, ``nbytes``, ``location``,
+                ``lifetime`` and ``key``.
+
+        Returns:
+            The value of the field (of several: a tuple of values) -> bytes.
+
+        Raises:
+            ValueError: for no field, or one that lines do not have.
+
         >>> Ledger([Line("w", "exp_avg", "", "float32", (2,), 8, "cpu")]).by("moment")
         {'exp_avg': 8}
         """
@@ -102,6 +121,7 @@ class Ledger:
         return totals
 
     def to_json(self) -> dict[str, Any]:
+        """``nbytes`` and ``lines`` as plain values, for ``json.dumps``."""
         return {"nbytes": self.nbytes, "lines": [{**line._asdict(), "shape": list(line.shape)} for line in self.lines]}
 
     def __repr__(self) -> str:

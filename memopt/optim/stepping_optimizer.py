@@ -219,8 +219,23 @@ class SteppingOptimizer(torch.optim.Optimizer):
     # Groups and state ------------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch.optim.Optimizer's; a hyperparameter that the rule does not have, or a value that is not allowed,
-        and a parameter that is already there raise an error and leave the optimizer as it was."""
+        """One more param group, as torch.optim.Optimizer's. Where the spec has several rules, its parameters go to a
+        group of each.
+
+        Args:
+            param_group: ``"params"``, and hyperparameters that differ from the optimizer's.
+
+        Raises:
+            SpecError: for a hyperparameter that the rule does not have, or a value that is not allowed.
+            ValueError: for a parameter that is already there.
+            RuntimeError: where DeepSpeed has taken the parameters. The optimizer is as it was in all cases.
+
+        >>> import torch, memopt
+        >>> opt = memopt.create([torch.nn.Parameter(torch.zeros(2))], "adamw-8bit")
+        >>> opt.add_param_group({"params": [torch.nn.Parameter(torch.zeros(3))], "lr": 1e-4})
+        >>> [group["lr"] for group in opt.param_groups]
+        [0.001, 0.0001]
+        """
         self.setup.check_whole()
         if self.partition.is_flattened:
             raise RuntimeError("DeepSpeed has taken the parameters of this optimizer; no group can be added")

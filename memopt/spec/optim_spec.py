@@ -7,19 +7,15 @@ from types import MappingProxyType
 from typing import Any
 
 from memopt.core.hyperparameters import SpecError
-from memopt.core.param_names import clean_pattern
 from memopt.core.registry import ENGINES, FORMATS, MASTERS, PARTITIONS, PLACEMENTS, by_sign
 from memopt.rules import RULES
-from memopt.spec.overrides import Override, parse_override, rule_and_format
+from memopt.spec.by_parameter import ByParameter
+from memopt.spec.overrides import rule_and_format
 from memopt.spec.placement_options import checked
-from memopt.spec.spec_fields import SpecFields
 from memopt.spec.values import check_format, check_pair, known, one_spelling
 
-#: Of the hyperparameters of a spec's rule those that its other rules have too, unless ``rules`` gives them their own.
-SHARED = ("lr", "weight_decay", "maximize")
 
-
-class OptimSpec(SpecFields):
+class OptimSpec(ByParameter):
     """A value on the axes *rule*, *format*, *master*, *placement*, *partition* and *engine*.
 
     ``format`` is one for all moments, or two with a dot between them: ``"8bit.factored"`` keeps signed moments
@@ -42,10 +38,7 @@ class OptimSpec(SpecFields):
     memopt.core.hyperparameters.SpecError: 'lion-factored': no moment of lion has a factored form; nearest: lion, ...
     """
 
-    __slots__ = ("rule_names",)
-
-    #: The spec's rule, its fallback's, and those of its overrides.
-    rule_names: tuple[str, ...]
+    __slots__ = ()
 
     def _validate(self) -> None:
         known("rule", self.rule, RULES)
@@ -76,8 +69,6 @@ class OptimSpec(SpecFields):
         for pattern in self.overrides:
             self._override(pattern)
 
-    # Rules by parameter ----------------------------------------------------------------------------------------
-
     def _whole_fallback(self) -> str:
         """``fallback`` as it is spelled in the spec: with its format where that is not the spec's."""
         own = RULES[self.rule]
@@ -90,22 +81,6 @@ class OptimSpec(SpecFields):
         if RULES[rule].declines is not None:
             raise SpecError(f"the fallback {given!r} does not take every parameter; a fallback is a rule such as adamw")
         return f"{rule}-{fmt}" if fmt and fmt != self._inherited(rule) else rule
-
-    def _inherited(self, rule: str) -> str:
-        """The format of a rule that is named without one: the spec's, or its own default where the spec has its."""
-        own = self.rule == rule or self.format != RULES[self.rule].default_format
-        return self.format if own else RULES[rule].default_format
-
-    def _named_rules(self) -> tuple[str, ...]:
-        named = [self.rule, *([rule_and_format(self.fallback, "")[0]] if self.fallback else [])]
-        named += [o.rule for o in map(self._override, self.overrides) if o.rule]
-        return tuple(dict.fromkeys(named))
-
-    @property
-    def is_mixed(self) -> bool:
-        """Whether parameters may have different rules: then each param group is of one, which it says under
-        ``"rule"``."""
-        return bool(self.fallback) or len(self.rule_names) > 1
 
     def _check_rules(self) -> None:
         names = self.rule_names
@@ -120,47 +95,25 @@ class OptimSpec(SpecFields):
         if len(names) > 1 and self.engine != "native":
             raise SpecError(f"'{self}' with engine={self.engine!r}: rules by parameter are the native engine's")
 
-    def given(self, rule: str) -> dict[str, Any]:
-        """The hyperparameters that the spec gives one of its rules."""
-        if rule == self.rule:
-            return dict(self.hyper)
-        own = RULES[rule].hyperparameters
-        return {**{k: self.hyper[k] for k in SHARED if k in self.hyper and k in own}, **self.rules.get(rule, {})}
-
-    def rule_of(self, group: Mapping[str, Any]) -> str:
-        """The rule of a param group."""
-        return str(group.get("rule", self.rule)) if self.is_mixed else self.rule
-
-    def rule_for(self, name: str, shape: tuple[int, ...], kind: str = "") -> str:
-        """The rule that steps a parameter: its override's, else the spec's where that takes it, else the fallback.
-        ``kind`` is what its module says that it is (:mod:`memopt.core.param_kinds`)."""
-        if not self.is_mixed:
-            return self.rule
-        chosen = self._of_name(name)
-        if chosen is not None and chosen.rule:
-            return chosen.rule
-        declines = RULES[self.rule].declines
-        if declines is None or declines(name, shape, kind) is None:
-            return self.rule
-        return rule_and_format(self.fallback, "")[0]
-
-    def format_for(self, name: str, rule: str) -> str:
-        """The format that the spec names for a parameter of this rule."""
-        chosen = self._of_name(name)
-        if chosen is not None and chosen.format:
-            return chosen.format
-        named, fmt = rule_and_format(self.fallback, "") if self.fallback else ("", "")
-        if rule == named and fmt and not (chosen is not None and chosen.rule):
-            return fmt
-        return self._inherited(rule)
-
     def hyper_for(self, name: str, shape: tuple[int, ...], kind: str = "") -> dict[str, Any]:
-        """The hyperparameters that a parameter has, with its rule where there are several."""
+        """The hyperparameters that a parameter has, with its ``"rule"`` where there are several.
+
+        Args:
+            name: the parameter's, as overrides match it.
+            shape: its global shape.
+            kind: what its module says that it is (:mod:`memopt.core.param_kinds`). Default "", not known.
+        """
         rule = self.rule_for(name, shape, kind)
         return {**self.resolve(rule=rule), **({"rule": rule} if self.is_mixed else {})}
 
     def alone(self, name: str, shape: tuple[int, ...], kind: str = "") -> OptimSpec:
-        """The spec of one parameter: without overrides."""
+        """The spec of one parameter, without overrides.
+
+        Args:
+            name: the parameter's, as overrides match it.
+            shape: its global shape.
+            kind: what its module says that it is (:mod:`memopt.core.param_kinds`). Default "", not known.
+        """
         rule, placement = self.rule_for(name, shape, kind), self.for_parameter(name)[1]
         fallback = self.fallback if rule == self.rule else ""
         used = {k: v for k, v in self.rules.items() if fallback and k == rule_and_format(fallback, "")[0]}
@@ -174,58 +127,17 @@ class OptimSpec(SpecFields):
             rules=used,
         )
 
-    @property
-    def formats(self) -> tuple[str, str]:
-        """The formats of signed and of non-negative moments."""
-        return by_sign(self.format)
-
-    @property
-    def placements(self) -> set[str]:
-        """The spec's placement and those of its overrides."""
-        named = (text.partition("@")[2] for text in self.overrides.values() if isinstance(text, str))
-        return {self.placement, *(placement for placement in named if placement)}
-
-    def _override(self, pattern: str) -> Override:
-        return parse_override(pattern, self.overrides[pattern], self.placement, (self.rule, self.fallback))
-
-    def _of_name(self, name: str) -> Override | None:
-        """The first override that matches a name."""
-        if self.overrides:
-            from fnmatch import fnmatchcase
-
-            for pattern in self.overrides:
-                if fnmatchcase(name, pattern):
-                    return self._override(pattern)
-        return None
-
-    def for_parameter(self, name: str) -> tuple[str, str, str | None]:
-        """``(format, placement, pattern)`` for a parameter: the first override that matches its name, or the spec's.
-        The format is that of the spec's rule, or of the override's; :meth:`format_for` knows the fallback's."""
-        chosen = self._of_name(name)
-        if chosen is None:
-            return self.format, self.placement, None
-        return self.format_for(name, chosen.rule or self.rule), chosen.placement, chosen.pattern
-
-    def for_names(self, names: list[str]) -> OptimSpec:
-        """This spec for parameters of these names: a pattern that names a wrapper's prefix (``module.``,
-        ``_orig_mod.``) and matches none of them goes without it. Raises :class:`SpecError` for a pattern that is the
-        first match of no name."""
-        if not self.overrides:
-            return self
-        used = {self.for_parameter(name)[2] for name in names}
-        unused = [pattern for pattern in self.overrides if pattern not in used]
-        if unused:
-            plain = {clean_pattern(p) if p in unused else p: value for p, value in self.overrides.items()}
-            if plain.keys() != self.overrides.keys():
-                return self.replace(overrides=plain).for_names(names)
-        for pattern in unused:
-            shown = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
-            raise SpecError(f"overrides: {pattern!r} is the first match of no parameter; the names are {shown}")
-        return self
-
     def resolve(self, given: Mapping[str, Any] | None = None, rule: str = "") -> dict[str, Any]:
         """Every hyperparameter of the rule, or of another of the spec's, with its value, checked against the formats in
-        use."""
+        use.
+
+        Args:
+            given: values in the place of the spec's. Default none.
+            rule: one of :attr:`rule_names`. Default the spec's rule.
+
+        Raises:
+            SpecError: for a name that the rule does not have, and a value that is not allowed.
+        """
         name = rule or self.rule
         h = RULES[name].resolve({**self.given(name), **(given or {})})
         self._check_hyper(name, h)
@@ -235,7 +147,15 @@ class OptimSpec(SpecFields):
 
     def check_live(self, h: Mapping[str, Any], rule: str = "") -> None:
         """The combinations of values that :meth:`resolve` refuses, of values that were set later. What has no moments
-        is not held against a format: state that is switched off may stay."""
+        is not held against a format: state that is switched off may stay.
+
+        Args:
+            h: every hyperparameter of the rule, with its value.
+            rule: one of :attr:`rule_names`. Default the spec's rule.
+
+        Raises:
+            SpecError: for values that mean nothing together, or with the formats in use.
+        """
         name = rule or self.rule
         if RULES[name].moments(h, (2, 2)):
             self._check_hyper(name, h)

@@ -79,7 +79,18 @@ class SpecFields:
         return all(getattr(self, name) == getattr(other, name) for name in FIELDS)
 
     def replace(self: Spec, **changes: Any) -> Spec:
-        """The same spec with other values of some fields."""
+        """The same spec with other values of some fields.
+
+        Args:
+            changes: field of :class:`memopt.OptimSpec` -> its value.
+
+        Raises:
+            SpecError: for a value that does not exist, or that means nothing beside the others.
+
+        >>> import memopt
+        >>> memopt.parse("adamw-8bit").replace(placement="paged")
+        OptimSpec('adamw-8bit@paged')
+        """
         return type(self)(**{**{name: getattr(self, name) for name in FIELDS}, **changes})
 
     def _validate(self) -> None:

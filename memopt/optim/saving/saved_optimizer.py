@@ -21,7 +21,20 @@ class SavedOptimizer(SteppingOptimizer):
         """torch.optim's dictionary (plain tensors, this rank's rows; of sharded parameters DTensors, as
         torch.distributed.checkpoint takes them), and under ``"memopt"`` what is needed to tell whether it fits: spec,
         rank, world size and the seed of the stochastic rounding. Hooks see all of it, and what they return is what is
-        returned; state under a key that is no parameter goes along."""
+        returned; state under a key that is no parameter goes along.
+
+        Returns:
+            ``{"state": …, "param_groups": …, "memopt": …}``; the tensors are the optimizer's own, not copies.
+
+        Raises:
+            RuntimeError: where a step or a conversion stopped in the middle, and under ``/zero1`` where a framework
+                asks that would keep one rank's rows for all.
+
+        >>> import torch, memopt
+        >>> opt = memopt.create([torch.nn.Parameter(torch.zeros(2))], "adamw-8bit")
+        >>> opt.init_state(); sorted(opt.state_dict()["state"][0])
+        ['exp_avg', 'exp_avg_sq', 'step']
+        """
         asking = asking_framework(self.spec, self.partition)
         if asking in ON_EVERY_RANK:
             self.consolidate_state_dict()
@@ -49,7 +62,10 @@ class SavedOptimizer(SteppingOptimizer):
 
         Args:
             to: the rank in the optimizer's process group whose host memory takes all of the state; None for every
-                rank's.
+                rank's. Default 0.
+
+        Raises:
+            ValueError: for a rank that there is not.
         """
         if self.spec.partition != "zero1" or self.partition.world_size == 1:
             return
@@ -81,6 +97,13 @@ class SavedOptimizer(SteppingOptimizer):
         Raises:
             ValueError: with the parameter and the key that do not fit.
             SpecError: (a ValueError) for a moment that was not saved; ``memopt.load(..., fill=...)`` makes one up.
+
+        >>> import torch, memopt
+        >>> w = torch.nn.Parameter(torch.ones(2)); theirs = torch.optim.AdamW([w])
+        >>> w.grad = torch.ones(2); theirs.step()
+        >>> opt = memopt.create([w], "adamw"); opt.load_state_dict(theirs.state_dict())
+        >>> float(opt.state[w]["step"])
+        1.0
         """
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
