@@ -47,7 +47,8 @@ class Rows(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        return self.count == row_count(self.shape, self.flat)
+        shape = self.shape
+        return self.stop - self.first == (shape[0] if len(shape) >= 2 else row_count(shape, self.flat))
 
     @property
     def cols(self) -> int:

@@ -47,6 +47,8 @@ def is_plain(layout: ParamLayout, state: Mapping[str, Any]) -> bool:
 
 def lost_master(layout: ParamLayout, state: Mapping[str, Any]) -> bool:
     """Whether something stands beside a weight that needs no master any more: it was cast to 32 bits."""
+    if MASTER_KEYS.isdisjoint(state):
+        return False
     return any(key in state and key not in layout.tensors for key in MASTER_KEYS)
 
 

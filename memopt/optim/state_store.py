@@ -57,7 +57,9 @@ class StateStore:
         placement_store = self.setup.placement_stores.of(layout.name)
         problem = layout.misfit(local, state)
         fits = problem is None and not is_plain(layout, state) and not lost_master(layout, state)
-        if fits and placement_store.holds(layout.name, {key: state[key] for key in layout.tensors}):
+        if fits and placement_store.knows_states:
+            fits = placement_store.holds(layout.name, {key: state[key] for key in layout.tensors})
+        if fits:
             self._check_shape(layout.name, p, state)
             return
         partition = self.setup.partition
@@ -74,11 +76,17 @@ class StateStore:
     def _check_shape(self, name: str, p: Tensor, state: Mapping[str, Any]) -> None:
         """Raise RuntimeError for state of a weight of another shape that takes as many bytes: two 4-bit codes are in
         one. Remember the shape that this state is of."""
-        first = next((x for key, x in state.items() if key != "step" and isinstance(x, Tensor)), None)
+        before = self._shapes.get(name)
+        first: Tensor | None = None
+        for key, x in state.items():
+            if key != "step" and isinstance(x, Tensor):
+                first = x
+                break
         if first is None:
             return
-        before = self._shapes.get(name)
-        if before is not None and before[0]() is first and before[1] != p.shape:
+        if before is not None and before[0]() is first:
+            if before[1] == p.shape:
+                return
             raise RuntimeError(
                 f"{name} is {tuple(p.shape)} here, and its state is of {tuple(before[1])}; nothing was stepped. "
                 "opt.append_rows and opt.select_rows take state along, opt.state.pop(parameter) begins it anew"

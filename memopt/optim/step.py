@@ -196,8 +196,9 @@ class Stepper:
         setup = self.setup
         setup.check_whole()
         setup.placement_stores.check()
-        self.store.allocate_missing([Resolved(*one[:3]) for one in ready])
-        works = [self._work(one, scales.get(id(one.group), 1.0)) for one in ready]
+        state = self.store.state
+        self.store.allocate_missing([Resolved(*one[:3]) for one in ready if not state.get(one.p)])
+        works = [self._work(one, state[one.p], scales.get(id(one.group), 1.0)) for one in ready]
         parameters = [one.p for one in ready]
 
         def run(some: Sequence[Work]) -> None:
@@ -214,8 +215,8 @@ class Stepper:
             self.params.live.note_state(work.name, work.state)
         return works
 
-    def _work(self, one: Ready, scale: float) -> Work:
-        state, partition = self.store.state[one.p], self.setup.partition
+    def _work(self, one: Ready, state: dict[str, Any], scale: float) -> Work:
+        partition = self.setup.partition
         groups = partition.groups(one.p)
         shares = partition.shares(one.p) if groups and one.layout.rule.declines is not None else ()
         step = int(state["step"]) + 1

@@ -58,6 +58,8 @@ class PlacementStore:
 
     #: Whether :meth:`watch` does anything.
     watches = False
+    #: Whether :meth:`holds` looks at anything.
+    knows_states = False
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement

@@ -70,6 +70,8 @@ class Files(Streamed):
         self.entries[name] = entry
         return entry.tensors()
 
+    knows_states = True
+
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
         entry = self.entries.get(name)
         known = entry.tensors() if entry is not None else {}

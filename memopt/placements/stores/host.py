@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, final
+from operator import is_
+from typing import TYPE_CHECKING, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Buffers, Held, Part, StoreOptions
+from memopt.layout.chunks import Buffers, Held, Part, Piece, StoreOptions
 from memopt.placements.base import Placement, Run
 from memopt.placements.stores.mapped_files import tensors_in
-from memopt.placements.stores.streaming import Placed, Streamed, bytes_of
+from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of, tensor_in
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Lanes, Operation
 from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
@@ -28,6 +29,21 @@ if TYPE_CHECKING:
 ALIGN, SMALL, SLAB = 64, 128 * 2**10, 4 * 2**20
 
 
+class _Chunk(NamedTuple):
+    """``pairs`` is what is copied, ``nbytes`` how much; ``states`` are the slices' states in each buffer that the chunk
+    has been in."""
+
+    pieces: list[Piece]
+    addresses: list[int]  # of the state in host memory, which the pairs keep alive
+    pairs: list[tuple[Tensor, int]]
+    nbytes: int
+    states: dict[int, list[dict[str, Tensor]]]
+
+
+def _same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
 @final
 class Pinned(Streamed):
     target, most = HOST_TARGET, HOST_MOST
@@ -40,6 +56,9 @@ class Pinned(Streamed):
         self._end = 0  # of what is taken of the last one
         self._where = "cpu"
         self._transfer: DeviceTransfer | None = None
+        #: By the first slice: most steps are cut as the one before. What a step does not use is forgotten.
+        self._chunks: dict[tuple[str, int], _Chunk] = {}
+        self._before: dict[tuple[str, int], _Chunk] = {}
 
     def in_place(self, device: torch.device) -> bool:
         return transfer_of(device) is None
@@ -48,6 +67,7 @@ class Pinned(Streamed):
         transfer = transfer_of(device)
         if transfer is None:
             return super().allocate(name, lines, device)
+        self._chunks.clear()  # memory that they keep may be in the way
         parts, end = [], 0
         for line in lines:
             parts.append(Part(line.key, line.dtype, line.shape, end, line.nbytes, 0))
@@ -73,40 +93,59 @@ class Pinned(Streamed):
         on_host = [work for work in works if transfer_of(work.p.device) is None]
         if on_host:
             run(on_host)
-        super().step([work for work in works if transfer_of(work.p.device) is not None], run, held)
+        there = [work for work in works if transfer_of(work.p.device) is not None]
+        if len(there) > 1:  # parameters that step inside backward() come one by one
+            self._before, self._chunks = self._chunks, {}
+        try:
+            super().step(there, run, held)
+        finally:
+            self._before = {}
 
     def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
         if transfer_of(device) is not None:
             super().prepare(held, device, also)
 
     def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
-        nbytes = sum(part.nbytes for chunk_slice, _ in chunk for part in chunk_slice.piece.parts)
-        pairs = self._pairs(chunk)
+        known = self._chunk(chunk)
+        pairs, nbytes = known.pairs, known.nbytes
 
         def up(i: int) -> None:
             for there, at in pairs:
                 self._device[i][at : at + len(there)].copy_(there, non_blocking=True)
 
         def step(i: int) -> None:
-            run(
-                [
-                    chunk_slice.on(
-                        {
-                            part.key: self.in_buffer(self._device[i], at + part.at, part)
-                            if part.nbytes
-                            else chunk_slice.work.state[part.key]
-                            for part in chunk_slice.piece.parts
-                        }
-                    )
-                    for chunk_slice, at in chunk
-                ]
-            )
+            states = known.states.get(i)
+            if states is None:
+                states = known.states[i] = [self._in_buffer(i, *one) for one in chunk]
+            run([chunk_slice.on(state) for (chunk_slice, _), state in zip(chunk, states, strict=True)])
 
         def down(i: int) -> None:
             for there, at in pairs:
                 there.copy_(self._device[i][at : at + len(there)], non_blocking=True)
 
         return [Operation("up", up, nbytes), Operation("step", step, nbytes), Operation("down", down, nbytes)]
+
+    def _in_buffer(self, i: int, chunk_slice: ChunkSlice, at: int) -> dict[str, Tensor]:
+        """The state of a slice as it stands in the buffer ``i``."""
+        return {
+            part.key: tensor_in(self._device[i], at + part.at, part)
+            if part.nbytes
+            else chunk_slice.work.state[part.key]
+            for part in chunk_slice.piece.parts
+        }
+
+    def _chunk(self, chunk: Sequence[Placed]) -> _Chunk:
+        """What is the same at every step while the chunk is of the same pieces and the same memory."""
+        first = chunk[0][0]
+        key = first.work.name, first.number
+        pieces = [chunk_slice.piece for chunk_slice, _ in chunk]
+        addresses = [one.work.state[part.key].data_ptr() for one, _ in chunk for part in one.piece.parts]
+        found = self._chunks.get(key) or self._before.get(key)
+        if found is None or found.addresses != addresses or not _same(found.pieces, pieces):
+            nbytes = sum(part.nbytes for piece in pieces for part in piece.parts)
+            found = _Chunk(pieces, addresses, self._pairs(chunk), nbytes, {})
+        self._chunks[key] = found
+        return found
 
     def _pairs(self, chunk: Sequence[Placed]) -> list[tuple[Tensor, int]]:
         """What is copied: bytes in host memory, and where they go in the buffer. Parts that lie side by side in a slab,
@@ -135,6 +174,7 @@ class Pinned(Streamed):
 
     def reserve(self, wanted: Buffers, device: torch.device) -> None:
         self._transfer, self._where, self._device = transfer_of(device), str(device), []
+        self._chunks.clear()
         assert self._transfer is not None
         self._device = [self._transfer.device(wanted.nbytes) for _ in range(wanted.number)]
 

@@ -61,6 +61,8 @@ class Mapped(PlacementStore):
         entry.release(self._arena)  # when the last of these tensors is gone
         return tensors
 
+    knows_states = True
+
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
         return self._files is None or self._files.holds(name, state)
 

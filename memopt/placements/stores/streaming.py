@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.layout.chunks import PAGE, Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
+from memopt.layout.param_step import Work
 from memopt.placements.base import PlacementStore, Run
 from memopt.placements.transfer.pipeline import Lanes, Operation, stream
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.layout.param import ParamLayout
-    from memopt.layout.param_step import Work
 
 
 class ChunkSlice(NamedTuple):
@@ -36,7 +36,7 @@ class ChunkSlice(NamedTuple):
         work = self.work
         state["step"] = work.state["step"]
         if self.layout is work.layout:
-            return work._replace(state=state)
+            return Work(work.layout, work.p, work.g, state, *work[4:])
         begin = work.rows.bounds[0]
         start, stop = (bound - begin for bound in self.piece.rows.bounds)
         return work._replace(layout=self.layout, p=work.p[start:stop], g=work.g[start:stop], state=state)
@@ -133,11 +133,11 @@ class Streamed(PlacementStore):
                 run([chunk_slice.on(dict(chunk_slice.work.state)) for chunk_slice in empty])
             chunks = self.begun(loans, device)
             there = {(chunk_slice.work.name, chunk_slice.number) for chunk in chunks for chunk_slice, _ in chunk}
-            rest = (
+            rest = [
                 chunk_slice
                 for chunk_slice in loans
-                if chunk_slice.nbytes and (chunk_slice.work.name, chunk_slice.number) not in there
-            )
+                if chunk_slice.piece.nbytes and (not there or (chunk_slice.work.name, chunk_slice.number) not in there)
+            ]
             chunks += [placed(chunk) for chunk in pack(rest, self.buffers.nbytes)]
         chains = [self.chain(chunk, run, device) for chunk in chunks]
         if chains:
