@@ -133,7 +133,7 @@ def compare(model: nn.Module, opt: memopt.Optimizer, expected: dict[str, Any]) -
 
 def starts(opt: memopt.Optimizer, name: str, p: Tensor, group: dict[str, Any]) -> dict[str, int]:
     """Where this rank's part of each tensor of the state begins along dimension 0 of the whole."""
-    rows = opt.partition.held(p)
+    rows = opt.partition.local_rows(p)
     before = Rows(rows.shape, 0, rows.first, rows.flat)
     return {
         key: m.format.layout(m.moment, before)[part].shape[0]

@@ -38,11 +38,11 @@ def measure(spec: str, layers: int, width: int, rounds: int) -> dict[str, list[f
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
     parameters = list(model.parameters())
     opt = memopt.create(model, f"{spec}/zero1")
-    mine = [nn.Parameter(owned(p.detach(), opt.partition.held(p)).clone()) for p in parameters]
+    mine = [nn.Parameter(owned(p.detach(), opt.partition.local_rows(p)).clone()) for p in parameters]
     half = memopt.create(mine, spec)
     for p, q in zip(parameters, mine, strict=True):
         p.grad = torch.randn_like(p)
-        q.grad = owned(p.grad, opt.partition.held(p)).clone()
+        q.grad = owned(p.grad, opt.partition.local_rows(p)).clone()
 
     def gather() -> None:
         for first, stop in opt.partition.buckets(parameters):

@@ -137,14 +137,14 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     from memopt.layout.chunks import chunk_rows, target_of
     from memopt.layout.param import resolve
     from memopt.placements import workspaces as w
-    from memopt.placements.stores.by_placement import held
+    from memopt.placements.stores.by_placement import chunked
     from memopt.spec.placement_options import of_placement
 
     placement = spec.for_parameter(name)[1]
     most, target = {"host": (w.HOST_MOST, w.HOST_TARGET), "disk": (w.DISK_MOST, w.DISK_TARGET)}[placement]
     workspace = of_placement(spec.options, placement)["workspace"]
     step = chunk_rows(
-        *held(resolve(spec, spec.hyper_for(name, rows.shape), name, 0, rows, dtype))[:3],
+        *chunked(resolve(spec, spec.hyper_for(name, rows.shape), name, 0, rows, dtype))[:3],
         target_of(workspace, target, most),
     )
     return rows.numel if step is None else min(step, rows.count) * rows.cols

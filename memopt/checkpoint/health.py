@@ -103,8 +103,8 @@ def _parts_of(stored: Stored, rows: Rows) -> list[Tensor]:
 
 def _parts(stored: Stored, rows: Rows) -> dict[str, tuple[int, Tensor | None]]:
     """part -> its bytes, and the tensor where that is of scales."""
-    if stored.held is not None:
-        return {part: (t.nbytes, t if part == "scales" else None) for part, t in stored.held.items()}
+    if stored.coded is not None:
+        return {part: (t.nbytes, t if part == "scales" else None) for part, t in stored.coded.items()}
     return {
         part: (spec.nbytes, stored.part(part, rows) if part == "scales" else None)
         for part, spec in stored.format.layout(stored.moment, rows).items()

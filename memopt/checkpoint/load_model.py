@@ -15,7 +15,7 @@ from memopt.checkpoint.state.slabs import Columns, here
 from memopt.checkpoint.tensorfile import spec_of
 from memopt.core.param_names import matching
 from memopt.core.rows import Rows
-from memopt.partitions.dtensor import held, is_dtensor
+from memopt.partitions.dtensor import local_rows, is_dtensor
 
 
 def plan_model(checkpoint: Checkpoint, model: torch.nn.Module) -> Callable[[], None]:
@@ -83,5 +83,5 @@ def _target(name: str, tensor: Any) -> tuple[Rows, Tensor, Columns]:
     shape = tuple(tensor.shape)
     if not is_dtensor(tensor):
         return Rows.whole(shape), tensor, ()
-    slab, rows = here(tensor, 0), held(name, tensor).rows
+    slab, rows = here(tensor, 0), local_rows(name, tensor).rows
     return rows._replace(shape=shape), tensor.to_local(), slab.columns() if slab.size[1:] != shape[1:] else ()

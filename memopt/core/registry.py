@@ -116,7 +116,7 @@ WRAPPERS: Axis[Any] = Axis("memopt.rules", {"lookahead": "lookahead.wrap"})
 RULES: Axis[Any] = Rules("memopt.rules", {name: f"{name}.RULE" for name in _RULES}, WRAPPERS)
 FORMATS: Axis[Any] = Axis("memopt.formats", dict(_FORMATS), _once)
 #: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.held``).
-HELD: Axis[Any] = Axis("memopt.formats", {**_FORMATS, "rowmean": "rowmean.RowMean"}, _once)
+ALL_FORMATS: Axis[Any] = Axis("memopt.formats", {**_FORMATS, "rowmean": "rowmean.RowMean"}, _once)
 MASTERS: Axis[Any] = Axis(
     "memopt.masters",
     {
@@ -156,7 +156,7 @@ def by_sign(fmt: str) -> tuple[str, str]:
 #: axis -> the mappings in which a value of it stands.
 _AXES: dict[str, tuple[Axis[Any], ...]] = {
     "rule": (RULES,),
-    "format": (FORMATS, HELD),
+    "format": (FORMATS, ALL_FORMATS),
     "master": (MASTERS,),
     "placement": (PLACEMENTS,),
     "partition": (PARTITIONS,),

@@ -123,7 +123,7 @@ def _masters(optimizer: OptimizerParts) -> list[tuple[str, str]]:
 def _foreign(optimizer: OptimizerParts, master: Master, p: Tensor) -> int:
     kept = optimizer.state[p][master.key]
     with torch.no_grad():
-        local = optimizer.partition.local(p, optimizer.partition.held(p), p)
+        local = optimizer.partition.local(p, optimizer.partition.local_rows(p), p)
     return int((master.foreign(local, kept) & (kept != 0)).sum())
 
 

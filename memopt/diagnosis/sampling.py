@@ -35,7 +35,7 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any] | None = 
         h = rule.resolve({k: group[k] for k in rule.hyperparameters if k in group})
     except SpecError:
         return None
-    whole = any(moment.held == "rowmean" for moment in rule.moments(h, (2, 2)))
+    whole = any(moment.fixed_format == "rowmean" for moment in rule.moments(h, (2, 2)))
     return rule if rule.element_wise and not whole else None
 
 
@@ -63,7 +63,7 @@ def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
 def _has_rows(optimizer: torch.optim.Optimizer, p: Tensor) -> bool:
     """Whether state of some elements of it is on this rank."""
     return bool(local_part(p).numel()) and (
-        not isinstance(optimizer, Optimizer) or optimizer.partition.held(p).numel > 0
+        not isinstance(optimizer, Optimizer) or optimizer.partition.local_rows(p).numel > 0
     )
 
 

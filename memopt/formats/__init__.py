@@ -6,6 +6,6 @@ from memopt.formats.base import Format, Shard
 
 FORMATS: Axis[Format] = registry.FORMATS
 #: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.held``).
-HELD: Axis[Format] = registry.HELD
+ALL_FORMATS: Axis[Format] = registry.ALL_FORMATS
 
-__all__ = ["FORMATS", "HELD", "Format", "Shard"]
+__all__ = ["FORMATS", "ALL_FORMATS", "Format", "Shard"]

@@ -70,8 +70,8 @@ class Format(ABC):
     def span(self, moment: Moment, part: str, outer: Rows, inner: Rows) -> tuple[int, int] | None:
         """Where the rows ``inner`` stand along dimension 0 of the part that holds ``outer``; None is all of it.
 
-        >>> from memopt.formats import HELD
-        >>> HELD["8bit"].span(Moment("exp_avg"), "scales", Rows((1024,), 1, 4), Rows((1024,), 2, 3))
+        >>> from memopt.formats import ALL_FORMATS
+        >>> ALL_FORMATS["8bit"].span(Moment("exp_avg"), "scales", Rows((1024,), 1, 4), Rows((1024,), 2, 3))
         (1, 2)
         """
         if inner == outer or self.is_shared(moment, part, outer.shape):

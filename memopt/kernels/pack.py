@@ -90,7 +90,7 @@ def facts(layout: ParamLayout) -> Facts:
 
 def formats_of(layout: ParamLayout) -> set[str]:
     """The formats of the moments whose format is not fixed by the rule."""
-    return {m.format.name for m in layout.moments if not m.moment.held}
+    return {m.format.name for m in layout.moments if not m.moment.fixed_format}
 
 
 def format_code(layout: ParamLayout) -> int:

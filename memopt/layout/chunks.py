@@ -41,7 +41,7 @@ class Piece(NamedTuple):
 Layout = Callable[[Rows], Sequence[Line]]
 
 
-class Held(NamedTuple):
+class ChunkedState(NamedTuple):
     """A parameter's state as far as its cutting is concerned."""
 
     rows: Rows
@@ -143,7 +143,7 @@ def extent(rows: Rows, layout: Layout, whole: bool, target: int) -> Extent:
     return Extent(each, each * full + last)
 
 
-def extents(found: Sequence[Held], target: int) -> list[Extent]:
+def extents(found: Sequence[ChunkedState], target: int) -> list[Extent]:
     """The extent of each; the same object is looked at once."""
     known = {id(one): extent(*one[:3], target) for one in {id(one): one for one in found}.values()}
     return [known[id(one)] for one in found]

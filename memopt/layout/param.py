@@ -13,7 +13,7 @@ from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import Line, TensorSpec
 from memopt.core.registry import ENGINES, PLACEMENTS, by_sign
 from memopt.core.rows import Rows
-from memopt.formats import FORMATS, HELD, Format
+from memopt.formats import ALL_FORMATS, FORMATS, Format
 from memopt.layout.check import Expected, Place
 from memopt.masters import Master, master_of
 from memopt.partitions import PARTITIONS
@@ -200,8 +200,8 @@ def _moments(
     uncut = PARTITIONS[partition].declines(rows.shape) if asked != "32bit" else None
     chosen = []
     for moment in keeps.moments(dict(zip(keeps.moments_by, values, strict=True)), rows.shape):
-        if moment.held:
-            fmt, reason = HELD[moment.held], moment.held_because if moment.held != asked else ""
+        if moment.fixed_format:
+            fmt, reason = ALL_FORMATS[moment.fixed_format], moment.fixed_because if moment.fixed_format != asked else ""
         else:
             moment, fmt = executes.code_of(moment, by_sign(asked)[not moment.signed])
             reason = fmt.declines(moment, rows.shape) or uncut or ""

@@ -55,7 +55,7 @@ class Layouts:
                 key = keys[id(group)] = rule, RULES[rule].moments_key(group)
             one = known.get(id(p))
             if one is None or not _holds(one, index, name, p, key, partition):
-                rows = partition.held(p)
+                rows = partition.local_rows(p)
                 layout = param.resolve(spec, group, name, index, rows, dtype_name(p), seed)
                 one = known[id(p)] = _Known(ref(p), p.shape, p.dtype, layout)
             found.append(one.layout)
@@ -68,4 +68,4 @@ def _holds(known: _Known, index: int, name: str, p: Tensor, key: Any, partition:
         return False
     if (layout.rule.name, layout.key) != key or layout.index != index or layout.name != name:
         return False
-    return type(p) is nn.Parameter or not is_dtensor(p) or layout.rows == partition.held(p)
+    return type(p) is nn.Parameter or not is_dtensor(p) or layout.rows == partition.local_rows(p)

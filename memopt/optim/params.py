@@ -131,4 +131,4 @@ class Params:
     def resolve(self, name: str, p: Tensor, h: Mapping[str, Any]) -> ParamLayout:
         """The layout that a parameter would have with the hyperparameters ``h``."""
         setup = self.setup
-        return param.resolve(setup.spec, h, name, 0, setup.partition.held(p), dtype_name(p), setup.seed)
+        return param.resolve(setup.spec, h, name, 0, setup.partition.local_rows(p), dtype_name(p), setup.seed)

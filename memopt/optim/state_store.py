@@ -19,7 +19,7 @@ from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.params import Params, Resolved
 from memopt.partitions.dtensor import as_sharded
 from memopt.placements.base import PlacementStore
-from memopt.placements.stores.by_placement import held
+from memopt.placements.stores.by_placement import chunked
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout
@@ -44,7 +44,7 @@ class StateStore:
         if self.params.follow():
             self.watch()
 
-    # Held against the layouts ----------------------------------------------------------------------------------
+    # Checked against the layouts -------------------------------------------------------------------------------
 
     def check(self, one: Resolved, local: Tensor) -> None:
         """Hold the state of a parameter, of which ``local`` are the rows here, against its layout and its placement.
@@ -215,7 +215,7 @@ class StateStore:
         if self.setup.placement_stores.elsewhere and fresh != []:
             known = None if fresh is None else {id(p) for p in fresh}
             stepping = {
-                layout.name: (held(layout), p.device)
+                layout.name: (chunked(layout), p.device)
                 for layout, p, _ in self.params.resolved()
                 if self.state.get(p) and (known is None or id(p) in known)
             }
@@ -230,7 +230,7 @@ class StateStore:
             released = release.covers if release is not None else lambda p: False
             self._unshaped = [p for _, p, _ in self.params.entries() if not has_shape(p)]
             placement_stores.watch(
-                (layout.name, p, held(layout), not released(p)) for layout, p, _ in self.params.resolved()
+                (layout.name, p, chunked(layout), not released(p)) for layout, p, _ in self.params.resolved()
             )
 
     def commit(self) -> None:

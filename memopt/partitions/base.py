@@ -91,7 +91,7 @@ class Partition(ABC):
                     f"that are whole on every rank; for sharded ones write '{whole}/zero3'"
                 )
 
-    def held(self, p: Tensor) -> Rows:
+    def local_rows(self, p: Tensor) -> Rows:
         """The rows of this parameter that are stepped here."""
         return self.rows(tuple(p.shape), self.rank, self.world_size)
 

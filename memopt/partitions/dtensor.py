@@ -22,7 +22,7 @@ def is_dtensor(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
-class Held(NamedTuple):
+class LocalRows(NamedTuple):
     """``rows`` are stepped here. Where a dimension other than the first is cut, ``rows.shape`` has this rank's share
     of it, and the parameter is a slab of the whole: enough for updates that look at single elements."""
 
@@ -49,7 +49,7 @@ def unit(shape: Shape) -> int:
     return 1 if len(shape) == 1 else FLAT_ROW
 
 
-def held(name: str, p: DTensor) -> Held:
+def local_rows(name: str, p: DTensor) -> LocalRows:
     """Raises RuntimeError, with the name, for placements whose rows are not one range."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -70,9 +70,9 @@ def held(name: str, p: DTensor) -> Held:
     local, offset = compute_local_shape_and_global_offset(shape, mesh, placements)
     groups = tuple(mesh.get_group(i) for i in cut if mesh.size(i) > 1)
     if not shape:
-        return Held(Rows.whole(shape), groups)
+        return LocalRows(Rows.whole(shape), groups)
     slab = (shape[0], *local[1:])
-    return Held(Rows(slab, offset[0], offset[0] + local[0], unit(shape)), groups)
+    return LocalRows(Rows(slab, offset[0], offset[0] + local[0], unit(shape)), groups)
 
 
 def as_sharded(x: Tensor, p: Any) -> Tensor:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.core.rows import Rows, Shape
 from memopt.partitions.base import Partition, sum_over
-from memopt.partitions.dtensor import Held, chunk, held, is_dtensor
+from memopt.partitions.dtensor import LocalRows, chunk, is_dtensor, local_rows
 from memopt.partitions.exchange import Share
 from memopt.partitions.world import Groups
 
@@ -29,7 +29,7 @@ class Sharded(Partition):
 
     def __init__(self, process_group: Any = None) -> None:
         super().__init__(process_group)
-        self._held: dict[Any, Held] = {}
+        self._local_rows: dict[Any, LocalRows] = {}
 
     @staticmethod
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
@@ -51,16 +51,18 @@ class Sharded(Partition):
         for name, p in parameters:
             self._of(p, name)
 
-    def _of(self, p: Any, name: str = "a parameter") -> Held:
+    def _of(self, p: Any, name: str = "a parameter") -> LocalRows:
         if not is_dtensor(p):  # ignored by fully_shard: whole on every rank
             shape = tuple(p.shape)
-            return Held(Rows.whole(shape)._replace(stop=shape[0], flat=1) if len(shape) == 1 else Rows.whole(shape), ())
+            return LocalRows(
+                Rows.whole(shape)._replace(stop=shape[0], flat=1) if len(shape) == 1 else Rows.whole(shape), ()
+            )
         key = p.device_mesh, p.placements, p.shape
-        if key not in self._held:
-            self._held[key] = held(name, p)
-        return self._held[key]
+        if key not in self._local_rows:
+            self._local_rows[key] = local_rows(name, p)
+        return self._local_rows[key]
 
-    def held(self, p: Tensor) -> Rows:
+    def local_rows(self, p: Tensor) -> Rows:
         return self._of(p).rows
 
     def local(self, p: Any, rows: Rows, x: Any) -> Any:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, StoreOptions
+from memopt.layout.chunks import ChunkedState, StoreOptions
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +43,7 @@ class Placement(ABC):
     def placement_store(self, store_options: StoreOptions) -> PlacementStore:
         """A placement's store for one optimizer's state."""
 
-    def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
+    def workspace(self, chunked: Sequence[ChunkedState], device: str, options: Mapping[str, Any]) -> list[Line]:
         """What is allocated besides the state while these parameters on ``device`` are stepped, and stays."""
         return []
 
@@ -95,15 +95,15 @@ class PlacementStore:
     def check(self) -> None:
         """Raise, before a step changes anything, if the state cannot be reached any more."""
 
-    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
         """Bring the state of these works to where they are stepped, ``run`` them, write it back."""
         run(works)
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
+    def prepare(self, chunked: Mapping[str, ChunkedState], device: torch.device, also: bool = False) -> None:
         """These parameters on ``device`` have state (``also``: besides those of before): allocate what their step will
         need besides."""
 
-    def watch(self, parameters: Mapping[str, tuple[Tensor, Held, bool]]) -> None:
+    def watch(self, parameters: Mapping[str, tuple[Tensor, ChunkedState, bool]]) -> None:
         """These are the parameters, with what their state will be; the gradients of those with True stand in ``p.grad``
         until the step, and may be taken or copied in ``backward()``."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line, TensorSpec
-from memopt.layout.chunks import Held, StoreOptions, buffers, extents, target_of
+from memopt.layout.chunks import ChunkedState, StoreOptions, buffers, extents, target_of
 from memopt.placements.base import Placement, PlacementStore
 from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
 
@@ -38,13 +38,13 @@ class Cpu(Placement):
 
         return Offloaded(self, store_options)
 
-    def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
+    def workspace(self, chunked: Sequence[ChunkedState], device: str, options: Mapping[str, Any]) -> list[Line]:
         if device == "cpu":
             return []
         most = most_of(options)
         target = target_of(options["workspace"], CPU_TARGET, most)
         kept = options["offload_gradients"] is True
-        staged = {id(h): staging(h, kept) for h in held}
-        wanted = buffers(extents([staged[id(h)] for h in held], target), target, options["workspace"], most)
-        nbytes = sum(TensorSpec(h.dtype, h.rows.local_shape).nbytes for h in held)
+        staged = {id(h): staging(h, kept) for h in chunked}
+        wanted = buffers(extents([staged[id(h)] for h in chunked], target), target, options["workspace"], most)
+        nbytes = sum(TensorSpec(h.dtype, h.rows.local_shape).nbytes for h in chunked)
         return [*buffer_lines(wanted, "pinned", "cpu"), *(gradient_line(nbytes) if kept else [])]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, StoreOptions, buffers, extents, target_of
+from memopt.layout.chunks import ChunkedState, StoreOptions, buffers, extents, target_of
 from memopt.placements.base import Placement, PlacementStore
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
@@ -34,10 +34,10 @@ class Disk(Placement):
 
         return Files(self, store_options)
 
-    def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
+    def workspace(self, chunked: Sequence[ChunkedState], device: str, options: Mapping[str, Any]) -> list[Line]:
         target = target_of(options["workspace"], DISK_TARGET, DISK_MOST)
-        wanted = buffers(extents(held, target), target, options["workspace"], DISK_MOST)
-        nbytes = sum(line.nbytes for one in held for line in one.layout(one.rows))
+        wanted = buffers(extents(chunked, target), target, options["workspace"], DISK_MOST)
+        nbytes = sum(line.nbytes for one in chunked for line in one.layout(one.rows))
         return [
             *buffer_lines(wanted, "pinned" if device.startswith("cuda") else "cpu", device),
             *(spare_line(nbytes) if options["directory"] and nbytes else []),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, StoreOptions, buffers, extents, target_of
+from memopt.layout.chunks import ChunkedState, StoreOptions, buffers, extents, target_of
 from memopt.placements.base import Placement, PlacementStore
 from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
 
@@ -32,9 +32,9 @@ class Host(Placement):
 
         return Pinned(self, store_options)
 
-    def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
+    def workspace(self, chunked: Sequence[ChunkedState], device: str, options: Mapping[str, Any]) -> list[Line]:
         if device == "cpu":
             return []
         target = target_of(options["workspace"], HOST_TARGET, HOST_MOST)
-        wanted = buffers(extents(held, target), target, options["workspace"], HOST_MOST)
+        wanted = buffers(extents(chunked, target), target, options["workspace"], HOST_MOST)
         return buffer_lines(wanted, None, device)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, StoreOptions, buffers, extents, target_of
+from memopt.layout.chunks import ChunkedState, StoreOptions, buffers, extents, target_of
 from memopt.placements.base import Placement, PlacementStore
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, window
 
@@ -36,9 +36,9 @@ class Paged(Placement):
 
         return Mapped(self, store_options)
 
-    def workspace(self, held: Sequence[Held], device: str, options: Mapping[str, Any]) -> list[Line]:
+    def workspace(self, chunked: Sequence[ChunkedState], device: str, options: Mapping[str, Any]) -> list[Line]:
         if options["resident"] is None or device != "cpu":
             return []
         nbytes = window(options["resident"])
         target = target_of(nbytes, DISK_TARGET, DISK_MOST)
-        return buffer_lines(buffers(extents(held, target), target, nbytes, DISK_MOST), "cpu", device)
+        return buffer_lines(buffers(extents(chunked, target), target, nbytes, DISK_MOST), "cpu", device)

@@ -5,7 +5,7 @@ from typing import Any
 
 from memopt.core.ledger import Line, TensorSpec
 from memopt.core.rows import Rows
-from memopt.layout.chunks import Buffers, Held, divisible
+from memopt.layout.chunks import Buffers, ChunkedState, divisible
 from memopt.spec.placement_options import PREFETCH
 
 #: Bytes of a chunk and the number of its buffers: enough that reading, stepping and writing never wait for each other.
@@ -40,7 +40,7 @@ def most_of(options: Mapping[str, Any]) -> int:
     return max(CPU_MOST, options["workspace"] // CPU_TARGET) if options["offload_gradients"] else CPU_MOST
 
 
-def staging(held: Held, gradient_is_there: bool) -> Held:
+def staging(chunked: ChunkedState, gradient_is_there: bool) -> ChunkedState:
     """How a parameter and its gradient, unless that is in host memory, are cut: each with room for 32 bits."""
     what = ("p",) if gradient_is_there else ("p", "g")
 
@@ -48,7 +48,9 @@ def staging(held: Held, gradient_is_there: bool) -> Held:
         tensor = TensorSpec("float32", some.local_shape)
         return [Line("", one, "", tensor.dtype, tensor.shape, tensor.nbytes, "") for one in what]
 
-    return Held(held.rows, layout, held.whole or not divisible(held.rows, held.layout), held.dtype)
+    return ChunkedState(
+        chunked.rows, layout, chunked.whole or not divisible(chunked.rows, chunked.layout), chunked.dtype
+    )
 
 
 def looking(numel: int, options: Mapping[str, Any]) -> int:

@@ -11,7 +11,7 @@ from memopt.core.param_kinds import kinds
 from memopt.core.param_names import clean_names
 from memopt.core.rows import Rows
 from memopt.engines import ENGINES
-from memopt.layout.chunks import Held
+from memopt.layout.chunks import ChunkedState
 from memopt.layout.param import resolve
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS, Placement
@@ -115,11 +115,11 @@ def workspace_lines(
     streaming = [p for p in sorted(spec.placements) if type(PLACEMENTS[p]).workspace is not Placement.workspace]
     if not streaming:
         return []
-    from memopt.placements.stores.by_placement import held
+    from memopt.placements.stores.by_placement import chunked
     from memopt.spec.placement_options import of_placement
 
     lines = []
-    known: dict[Any, Held] = {}  # a name matters through overrides alone
+    known: dict[Any, ChunkedState] = {}  # a name matters through overrides alone
     for name in streaming:
         mine = []
         for n, rows, dtype in owned:
@@ -128,7 +128,7 @@ def workspace_lines(
                 own = h(n)
                 rule = spec.rule_of(own)
                 key = (rule, spec.format_for(n, rule), place, rows, dtype)
-                mine.append(known.get(key) or known.setdefault(key, held(resolve(spec, own, n, 0, rows, dtype))))
+                mine.append(known.get(key) or known.setdefault(key, chunked(resolve(spec, own, n, 0, rows, dtype))))
         lines += PLACEMENTS[name].workspace(mine, device, of_placement(spec.options, name))
     return lines
 
@@ -154,7 +154,7 @@ def held_here(partition: type[Partition], items: Iterable[tuple[str, Any]]) -> d
     if not issubclass(partition, Sharded):
         return {}
     live = partition()
-    return {name: live.held(p) for name, p in items}
+    return {name: live.local_rows(p) for name, p in items}
 
 
 def named_tensors(source: Any, dtype: str = "bfloat16") -> list[tuple[str, TensorSpec]]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: One number per row, in every format.
-ROW_SQ = Moment("exp_avg_sq", signed=False, held="rowmean")
+ROW_SQ = Moment("exp_avg_sq", signed=False, fixed_format="rowmean")
 
 
 def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:

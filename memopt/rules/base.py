@@ -18,15 +18,15 @@ Hyper = Mapping[str, Any]
 class Moment(NamedTuple):
     """One running statistic. ``signed`` chooses the code, ``factorable`` says that a rank-1 form makes sense.
 
-    ``held`` names the one format that holds it whatever the spec says, and ``held_because`` why. ``begins`` says what
+    ``fixed_format`` is the one that it has whatever the spec says, and ``fixed_because`` why. ``begins`` says what
     the rule makes of it at the first step where that is not zero.
     """
 
     name: str
     signed: bool = True
     factorable: bool = False
-    held: str = ""
-    held_because: str = ""
+    fixed_format: str = ""
+    fixed_because: str = ""
     begins: str = ""
 
 

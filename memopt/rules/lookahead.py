@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 SLOW = Moment(
     "slow",
-    held="32bit",
-    held_because="slow weights are weights, and rounding them would round the model",
+    fixed_format="32bit",
+    fixed_because="slow weights are weights, and rounding them would round the model",
     begins="the parameter",
 )
 

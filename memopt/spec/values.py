@@ -32,7 +32,7 @@ def known_format(fmt: str) -> str:
 def check_pair(rule: str, fmt: str, moments: tuple[Moment, ...]) -> None:
     """Raise SpecError for two formats where these moments are all of one kind."""
     signed, non_negative = by_sign(fmt)
-    kinds = {m.signed for m in moments if not m.held}
+    kinds = {m.signed for m in moments if not m.fixed_format}
     if len(kinds) == 1:
         kind, one = ("signed", signed) if True in kinds else ("non-negative", non_negative)
         raise SpecError(

@@ -148,7 +148,7 @@ def _check_sharded(optimizer: OptimizerParts, name: str, p: Tensor, into: Tensor
                 "and give the weight that takes its place as into=. Or save, and use memopt.load(..., strict=False), "
                 "which takes the rows that are in both"
             )
-        if partition.held(x) != partition.rows(tuple(x.shape), partition.rank, partition.world_size):
+        if partition.local_rows(x) != partition.rows(tuple(x.shape), partition.rank, partition.world_size):
             raise RuntimeError(
                 f"{name} is not cut by rows over all ranks; save, and use memopt.load(..., strict=False)"
             )

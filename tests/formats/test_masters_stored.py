@@ -85,7 +85,7 @@ def load_sharded(folder):
     memopt.load(folder, model=model, optimizer=opt)
     master = MASTERS["split16"]
     values = [
-        master.read(owned(p.detach(), opt.partition.held(p)), opt.state[p]["correction"])
+        master.read(owned(p.detach(), opt.partition.local_rows(p)), opt.state[p]["correction"])
         for _, p, _ in opt.params.entries()
     ]
     drive(model, opt, 3, 1)

@@ -126,7 +126,7 @@ def over_tensor_parallelism() -> str:
     memopt.shard(model, "adamw-8bit/zero3", mesh=mesh["dp"])
     opt = memopt.create(model, "adamw-8bit/zero3")
     even, uneven = model.parameters()
-    rows = opt.partition.held(even)
+    rows = opt.partition.local_rows(even)
     assert_same_bits(even.to_local(), wholes[0][rows.first : rows.stop])
     even.grad = even.detach().clone()
     uneven.grad = uneven.detach().clone()

@@ -225,17 +225,17 @@ def test_torch_is_not_imported(call):
 
 def test_every_axis_names_its_values_as_they_name_themselves():
     from memopt.engines import ENGINES
-    from memopt.formats import FORMATS, HELD
+    from memopt.formats import ALL_FORMATS, FORMATS
     from memopt.masters import MASTERS
     from memopt.partitions import PARTITIONS
     from memopt.placements import PLACEMENTS
     from memopt.rules import RULES
 
-    for axis in (RULES, FORMATS, HELD, MASTERS, PLACEMENTS, PARTITIONS, ENGINES):
+    for axis in (RULES, FORMATS, ALL_FORMATS, MASTERS, PLACEMENTS, PARTITIONS, ENGINES):
         assert {name: value.name for name, value in axis.items()} == {name: name for name in axis}
         assert len(axis) == len(list(axis))
         assert "nothing" not in axis
-    assert all(HELD[name] is FORMATS[name] for name in FORMATS)
+    assert all(ALL_FORMATS[name] is FORMATS[name] for name in FORMATS)
 
 
 def test_a_value_is_imported_when_it_is_asked_for():

@@ -50,7 +50,7 @@ def slots(
     for index, (name, p, group) in enumerate(optimizer.params.entries()):
         if not has_shape(p):
             continue  # it has no state either
-        rows, total = partition.held(p), partition.total_of(p)
+        rows, total = partition.local_rows(p), partition.total_of(p)
         h = of_group[id(group)]
         own = optimizer.setup.rule_of(group)
         off = own.dormant(group, optimizer.state.get(p) or ()) if dormant is None else dormant[index]

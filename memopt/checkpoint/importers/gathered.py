@@ -39,11 +39,11 @@ class GatheredPiece(Piece):
 
 
 def gathered(
-    name: str, shape: Shape, gather: Gather, code: str = "", held: Mapping[str, Tensor] | None = None
+    name: str, shape: Shape, gather: Gather, code: str = "", coded: Mapping[str, Tensor] | None = None
 ) -> Stored:
-    """A moment that reads as fp32; ``code`` names what it is decoded from, ``held`` are the tensors of that."""
+    """A moment that reads as fp32; ``code`` names what it is decoded from, ``coded`` are the tensors of that."""
     moment = Moment(name, signed=name not in NON_NEGATIVE)
-    return Stored(moment, CODES["32bit"], shape, (GatheredPiece(shape, gather),), code, held)
+    return Stored(moment, CODES["32bit"], shape, (GatheredPiece(shape, gather),), code, coded)
 
 
 def from_fragments(fragments: list[Tensor]) -> Gather:

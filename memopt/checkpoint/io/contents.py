@@ -17,7 +17,7 @@ from memopt.layout.replaced_state import own_entries
 from memopt.masters import MASTERS
 from memopt.optim.edits.group_checks import is_named
 from memopt.optim.edits.param_groups import has_shape
-from memopt.partitions.dtensor import held, is_dtensor
+from memopt.partitions.dtensor import local_rows, is_dtensor
 from memopt.partitions.fsdp import Sharded
 from memopt.partitions.ranks import Ranks
 from memopt.spec import OptimSpec
@@ -85,7 +85,7 @@ def sharded_tensors(tensors: dict[str, Any]) -> dict[str, Any]:
     """The DTensors among the model's tensors. Raises RuntimeError where what a rank has of one is not one range."""
     found = {name: value for name, value in tensors.items() if is_dtensor(value)}
     for name, value in found.items():
-        held(name, value)
+        local_rows(name, value)
     return found
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 from memopt.core.rows import FLAT_ROW, Rows, Shape
 from memopt.engines.bitsandbytes import BLOCK
-from memopt.formats import HELD, Format
+from memopt.formats import ALL_FORMATS, Format
 from memopt.formats.foreign.bitsandbytes import dynamic8
 from memopt.layout.param import resolve
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
 
 #: Every encoding that a checkpoint may hold: its tag in the manifest -> format.
-CODES: dict[str, Format] = {**HELD, "dynamic8": dynamic8(BLOCK)}
+CODES: dict[str, Format] = {**ALL_FORMATS, "dynamic8": dynamic8(BLOCK)}
 
 #: Elements that are decoded at a time: about 10 MiB with the temporaries of encoding.
 CHUNK_NUMEL = 1 << 18
@@ -39,7 +39,7 @@ def stored_rows(fmt: Format, moment: Moment, rows: Rows) -> Rows:
     """What the parts for these rows really hold. Of a vector, whose rows a partition may cut within a block: single
     elements where the format keeps one number for each, the whole where every rank has all, else the rows around.
 
-    >>> stored_rows(HELD["8bit"], Moment("exp_avg"), Rows((600,), 300, 301, 1))
+    >>> stored_rows(ALL_FORMATS["8bit"], Moment("exp_avg"), Rows((600,), 300, 301, 1))
     Rows(shape=(600,), first=1, stop=2, flat=256)
     """
     if len(rows.shape) >= 2:

@@ -53,14 +53,14 @@ class LivePiece(Piece):
 
 class Stored(NamedTuple):
     """One moment of one parameter as it is stored: encoded by ``format``, its rows in one or more pieces. Where those
-    are decoded from another tool's code as they are read, ``code`` names it and ``held`` are its tensors."""
+    are decoded from another tool's code as they are read, ``code`` names it and ``coded`` are its tensors."""
 
     moment: Moment
     format: Format
     shape: Shape
     pieces: tuple[Piece, ...]
     code: str = ""
-    held: Mapping[str, Tensor] | None = None
+    coded: Mapping[str, Tensor] | None = None
 
     def part(self, part: str, rows: Rows) -> Tensor:
         """The part for these rows, assembled from the pieces; a view where one piece has them all."""

@@ -40,7 +40,7 @@ def wrapped(
         if index in packed:
             state = dict(packed[index])
             if is_dtensor(p):
-                shapes = _shapes(spec, partition.held(p), name, p, group)
+                shapes = _shapes(spec, partition.local_rows(p), name, p, group)
                 state = {
                     key: like(p, x, shapes[key][0], replicated=shapes[key][1]) if key in shapes else x
                     for key, x in state.items()

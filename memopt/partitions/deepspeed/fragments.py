@@ -134,7 +134,7 @@ class Fragments(Partition):
         for f in self.fragments:
             yield f.origin.name, f.part, f.origin.group
 
-    def held(self, p: Tensor) -> Rows:
+    def local_rows(self, p: Tensor) -> Rows:
         return self._of[id(p)].rows
 
     def cuts_a_row(self, p: Tensor) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from memopt.core.ledger import Line
 from memopt.core.rows import Rows
-from memopt.layout.chunks import Held, StoreOptions
+from memopt.layout.chunks import ChunkedState, StoreOptions
 from memopt.placements import PLACEMENTS
 from memopt.placements.base import PlacementStore, Run
 from memopt.spec.placement_options import of_placement
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 
-def held(layout: ParamLayout) -> Held:
+def chunked(layout: ParamLayout) -> ChunkedState:
     """The rows of a parameter with its state, for cutting."""
 
     def lines(some: Rows) -> list[Line]:
         return layout.at(some).lines("")[1:]
 
-    return Held(layout.rows, lines, not layout.rule.element_wise, layout.dtype)
+    return ChunkedState(layout.rows, lines, not layout.rule.element_wise, layout.dtype)
 
 
 class PlacementStores:
@@ -98,31 +98,31 @@ class PlacementStores:
     def step(self, works: Sequence[Work], run: Run) -> None:
         """Step the works, those of each home at once."""
         if len(self._placement_stores) == 1:
-            next(iter(self._placement_stores.values())).step(works, run, self._held)
+            next(iter(self._placement_stores.values())).step(works, run, self._chunked)
             return
         groups: dict[int, tuple[PlacementStore, list[Work]]] = {}
         for work in works:
             placement_store = self.of(work.name)
             groups.setdefault(id(placement_store), (placement_store, []))[1].append(work)
         for placement_store, mine in groups.values():
-            placement_store.step(mine, run, self._held)
+            placement_store.step(mine, run, self._chunked)
 
     @staticmethod
-    def _held(work: Work) -> Held:
-        return held(work.layout)
+    def _chunked(work: Work) -> ChunkedState:
+        return chunked(work.layout)
 
-    def prepare(self, states: Mapping[str, tuple[Held, torch.device]], also: bool = False) -> None:
+    def prepare(self, states: Mapping[str, tuple[ChunkedState, torch.device]], also: bool = False) -> None:
         """These are the parameters that have state; ``also``: besides those of before."""
-        by_store: dict[tuple[int, torch.device], tuple[PlacementStore, dict[str, Held]]] = {}
+        by_store: dict[tuple[int, torch.device], tuple[PlacementStore, dict[str, ChunkedState]]] = {}
         for name, (one, device) in states.items():
             placement_store = self.of(name)
             by_store.setdefault((id(placement_store), device), (placement_store, {}))[1][name] = one
         for (_, device), (placement_store, mine) in by_store.items():
             placement_store.prepare(mine, device, also)
 
-    def watch(self, parameters: Iterable[tuple[str, Tensor, Held, bool]]) -> None:
+    def watch(self, parameters: Iterable[tuple[str, Tensor, ChunkedState, bool]]) -> None:
         """These are the parameters; those with True may give their gradients away in ``backward()``."""
-        by_store: dict[str, dict[str, tuple[Tensor, Held, bool]]] = {
+        by_store: dict[str, dict[str, tuple[Tensor, ChunkedState, bool]]] = {
             placement: {} for placement in self._placement_stores
         }
         for name, *rest in parameters:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Buffers, Held, Part, Piece, StoreOptions, piece
+from memopt.layout.chunks import Buffers, ChunkedState, Part, Piece, StoreOptions, piece
 from memopt.placements.base import E, Placement, PlacementStore, Run
 from memopt.placements.gradients.offload import GradientOffload
 from memopt.placements.gradients.prefetch import GradientPrefetch
@@ -54,7 +54,7 @@ class Offloaded(Streamed):
         self._prefetch = GradientPrefetch(self._known) if gradients == PREFETCH else None
         self.watches = gradients is not False
         self._begun: set[tuple[str, int]] = set()  # parameters and numbers of pieces whose gradient is in its place
-        self._watched: dict[str, tuple[Tensor, Held, bool]] = {}
+        self._watched: dict[str, tuple[Tensor, ChunkedState, bool]] = {}
 
     def in_place(self, device: torch.device) -> bool:
         return transfer_of(device) is None
@@ -64,7 +64,7 @@ class Offloaded(Streamed):
 
     # Gradients ---------------------------------------------------------------------------------------------------
 
-    def watch(self, parameters: Mapping[str, tuple[Tensor, Held, bool]]) -> None:
+    def watch(self, parameters: Mapping[str, tuple[Tensor, ChunkedState, bool]]) -> None:
         self._watched = dict(parameters)
         if self._prefetch is not None:
             self._prefetch.hook(self._known_to_step())
@@ -99,16 +99,16 @@ class Offloaded(Streamed):
         return {name: p for name, (p, _, wanted) in self._watched.items() if wanted and name in self._known}
 
     def _prepare_watched(self) -> None:
-        by_device: dict[torch.device, dict[str, Held]] = {}
-        for name, (p, held, _) in self._watched.items():
+        by_device: dict[torch.device, dict[str, ChunkedState]] = {}
+        for name, (p, chunked, _) in self._watched.items():
             if p.requires_grad:
-                by_device.setdefault(p.device, {})[name] = held
+                by_device.setdefault(p.device, {})[name] = chunked
         for device, mine in by_device.items():
             self.prepare(mine, device, also=True)
 
     # The step ----------------------------------------------------------------------------------------------------
 
-    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
         here = [work for work in works if transfer_of(work.p.device) is None]
         if here:
             run(here)
@@ -122,13 +122,13 @@ class Offloaded(Streamed):
         if self._prefetch is not None and any(work.groups for work in there):
             self._prefetch.forget()
 
-        def staged(work: Work) -> Held:
-            return staging(held(work), self._gradient_offload is not None)
+        def staged(work: Work) -> ChunkedState:
+            return staging(chunked(work), self._gradient_offload is not None)
 
         for work in there:
             known = self._parts.get(work.name)
             if known is None or known[0] is not work.layout:
-                state, cut = held(work), self._cut(work, staged)[1]
+                state, cut = chunked(work), self._cut(work, staged)[1]
                 parts = [piece(work.name, state.rows, part.rows, state.layout) for part in cut]
                 self._parts[work.name] = work.layout, parts
         super().step(there, run, staged)
@@ -145,16 +145,16 @@ class Offloaded(Streamed):
         self._begun = {(chunk_slice.work.name, chunk_slice.number) for chunk in chunks for chunk_slice, _ in chunk}
         return [chunks[i] for i in full]
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
+    def prepare(self, chunked: Mapping[str, ChunkedState], device: torch.device, also: bool = False) -> None:
         transfer = transfer_of(device)
         if transfer is None:
             return
         if self._gradient_offload is not None:
-            for name, one in held.items():
+            for name, one in chunked.items():
                 self._gradient_offload.allocate(
                     name, getattr(torch, one.dtype), torch.Size(one.rows.local_shape), transfer
                 )
-        super().prepare({n: staging(h, self._gradient_offload is not None) for n, h in held.items()}, device, also)
+        super().prepare({n: staging(h, self._gradient_offload is not None) for n, h in chunked.items()}, device, also)
 
     def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
         loans = [(chunk_slice, chunk_slice.on({}), at) for chunk_slice, at in chunk]

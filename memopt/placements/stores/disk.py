@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import PAGE, Buffers, Held, Part, StoreOptions
+from memopt.layout.chunks import PAGE, Buffers, ChunkedState, Part, StoreOptions
 from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, Restored, Run
 from memopt.placements.entry import Entry, Sum
@@ -118,11 +118,11 @@ class Files(Streamed):
         if self.directory:
             self.directory.check()
 
-    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
         self._written = []
         if self.directory:
             self.directory.wait()
-        super().step(works, run, held)
+        super().step(works, run, chunked)
         sums: dict[Entry, dict[str, list[Sum]]] = {}
         for entry, part, crc in self._written:
             sums.setdefault(entry, {}).setdefault(part.key, []).append((part.offset, part.nbytes, crc))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Buffers, Held, Part, Piece, StoreOptions
+from memopt.layout.chunks import Buffers, ChunkedState, Part, Piece, StoreOptions
 from memopt.placements.base import Placement, Run
 from memopt.placements.stores.mapped_files import tensors_in
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of, tensor_in
@@ -89,7 +89,7 @@ class Pinned(Streamed):
         begin, self._end = self._end, self._end + nbytes
         return self._slabs[-1], begin
 
-    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
         on_host = [work for work in works if transfer_of(work.p.device) is None]
         if on_host:
             run(on_host)
@@ -97,13 +97,13 @@ class Pinned(Streamed):
         if len(there) > 1:  # parameters that step inside backward() come one by one
             self._before, self._chunks = self._chunks, {}
         try:
-            super().step(there, run, held)
+            super().step(there, run, chunked)
         finally:
             self._before = {}
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
+    def prepare(self, chunked: Mapping[str, ChunkedState], device: torch.device, also: bool = False) -> None:
         if transfer_of(device) is not None:
-            super().prepare(held, device, also)
+            super().prepare(chunked, device, also)
 
     def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
         known = self._chunk(chunk)

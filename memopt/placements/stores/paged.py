@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import Held, StoreOptions
+from memopt.layout.chunks import ChunkedState, StoreOptions
 from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, PlacementStore, Run
 from memopt.placements.entry import Entry
@@ -70,7 +70,7 @@ class Mapped(PlacementStore):
         if self._files is not None:
             self._files.abandon()
 
-    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
         if self._files is None or self.resident is None:
             self._step_in_place(works, run)
             return
@@ -81,7 +81,7 @@ class Mapped(PlacementStore):
         staying = [work for work in works if work.name in hot]
         if staying:
             run(staying)
-        self._files.step([work for work in works if work.name not in hot], run, held)
+        self._files.step([work for work in works if work.name not in hot], run, chunked)
 
     @staticmethod
     def _step_in_place(works: Sequence[Work], run: Run) -> None:
@@ -94,9 +94,9 @@ class Mapped(PlacementStore):
         if len(unified) < len(works):
             run([work for work in works if not work.p.is_cuda])
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
+    def prepare(self, chunked: Mapping[str, ChunkedState], device: torch.device, also: bool = False) -> None:
         if self._files is not None:
-            self._files.prepare(held, device, also)
+            self._files.prepare(chunked, device, also)
 
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         if self._files is not None:

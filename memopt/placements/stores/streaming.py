@@ -7,7 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memopt.layout.chunks import PAGE, Buffers, Extent, Held, Part, Piece, buffers, extent, pack, pieces, target_of
+from memopt.layout.chunks import (
+    PAGE,
+    Buffers,
+    ChunkedState,
+    Extent,
+    Part,
+    Piece,
+    buffers,
+    extent,
+    pack,
+    pieces,
+    target_of,
+)
 from memopt.layout.param_step import Work
 from memopt.placements.base import PlacementStore, Run
 from memopt.placements.transfer.pipeline import Lanes, Operation, stream
@@ -107,17 +119,19 @@ class Streamed(PlacementStore):
     @abstractmethod
     def lanes(self, device: torch.device) -> Lanes: ...
 
-    def step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held]) -> None:
+    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
         by_device: dict[torch.device, list[Work]] = {}
         for work in works:
             by_device.setdefault(work.p.device, []).append(work)
         for device, mine in by_device.items():
-            self._step(mine, run, held, device)
+            self._step(mine, run, chunked, device)
 
-    def _step(self, works: Sequence[Work], run: Run, held: Callable[[Work], Held], device: torch.device) -> None:
+    def _step(
+        self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState], device: torch.device
+    ) -> None:
         loans: list[ChunkSlice] = []
         for work in works:
-            layout, cut, layouts = self._cut(work, held)
+            layout, cut, layouts = self._cut(work, chunked)
             if len(cut) == 1:
                 loans.append(ChunkSlice(work, cut[0], 0, layout))
             else:
@@ -150,8 +164,8 @@ class Streamed(PlacementStore):
             with suppress(Exception):
                 self._lanes.finish()
 
-    def prepare(self, held: Mapping[str, Held], device: torch.device, also: bool = False) -> None:
-        found = {name: extent(*one[:3], self._target) for name, one in held.items()}
+    def prepare(self, chunked: Mapping[str, ChunkedState], device: torch.device, also: bool = False) -> None:
+        found = {name: extent(*one[:3], self._target) for name, one in chunked.items()}
         self._extents = {**self._extents, **found} if also else found
         self._fit(device)
 
@@ -167,11 +181,13 @@ class Streamed(PlacementStore):
             self.reserve(wanted, device)
             self.buffers = wanted
 
-    def _cut(self, work: Work, held: Callable[[Work], Held]) -> tuple[ParamLayout, list[Piece], list[ParamLayout]]:
+    def _cut(
+        self, work: Work, chunked: Callable[[Work], ChunkedState]
+    ) -> tuple[ParamLayout, list[Piece], list[ParamLayout]]:
         """A work's layout, the pieces of its state, and the layout of each: cut once for a layout."""
         known = self._known.get(work.layout.name)
         if known is None or known[0] is not work.layout:
-            one = held(work)
+            one = chunked(work)
             cut = pieces(work.name, *one[:3], self._target, self.align)
             known = self._known[work.name] = work.layout, cut, [work.layout.at(p.rows) for p in cut]
             self._extents[work.name] = extent(*one[:3], self._target)
