@@ -48,6 +48,6 @@ def _whole(slot: Slot, state: Mapping[str, Tensor], record: Record) -> dict[str,
     for moment, fmt in whole.codes:
         keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, rows)}
         record.moments[moment.name].copy(rows, {part: tensors[key] for part, key in keys.items()})
-    if record.kept is not None:
-        record.kept.stored.copy(rows, {"": tensors[whole.master.key]})
+    if record.master is not None:
+        record.master.stored.copy(rows, {"": tensors[whole.master.key]})
     return {"step": state["step"].detach().cpu().clone(), **tensors}

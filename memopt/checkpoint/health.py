@@ -48,10 +48,10 @@ def examine(source: Source, progress: Callable[[int], None] = lambda nbytes: Non
         for name, stored in record.moments.items():
             code = stored.code or stored.format.name
             progress(_add(found.setdefault((name, code), Health(name, code)), record.name, stored))
-        if record.kept is not None:
-            stored = record.kept.stored
+        if record.master is not None:
+            stored = record.master.stored
             name = stored.moment.name
-            _add(found.setdefault((name, ""), Health(name, record.kept.stored.format.name)), record.name, stored)
+            _add(found.setdefault((name, ""), Health(name, record.master.stored.format.name)), record.name, stored)
     return list(found.values())
 
 

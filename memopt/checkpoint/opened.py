@@ -22,7 +22,7 @@ from memopt.checkpoint.io import (
 )
 from memopt.checkpoint.state import slabs
 from memopt.checkpoint.state.moment_codes import CODES
-from memopt.checkpoint.state.saved import Group, Kept, Piece, Record, Source, Span, Stored
+from memopt.checkpoint.state.saved import Group, SavedMaster, Piece, Record, Source, Span, Stored
 from memopt.checkpoint.state.slabs import Slab
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
 from memopt.core.ledger import TensorSpec
@@ -230,12 +230,12 @@ class Checkpoint:
 
         return read
 
-    def _kept(self, name: str, master: str, dtype: str, entry: dict[str, Any], saved: dict[str, Any]) -> Kept:
+    def _kept(self, name: str, master: str, dtype: str, entry: dict[str, Any], saved: dict[str, Any]) -> SavedMaster:
         if master not in MASTERS:
             raise ValueError(f"{self.path}: {name} has a master {master!r}, which this version does not know")
         raw = Raw(MASTERS[master].kept(dtype))
         stored = self._pieces(name, Moment(MASTERS[master].key), raw, entry, saved)
-        return Kept(MASTERS[master], dtype, stored, self._weights(name, dtype, tuple(entry["shape"])))
+        return SavedMaster(MASTERS[master], dtype, stored, self._weights(name, dtype, tuple(entry["shape"])))
 
     def _weights(self, name: str, dtype: str, shape: Shape) -> Callable[[Rows], Tensor] | None:
         """The parameter itself, if the checkpoint has a model with it."""

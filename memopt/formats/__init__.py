@@ -8,4 +8,4 @@ FORMATS: Axis[Format] = registry.FORMATS
 #: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.held``).
 ALL_FORMATS: Axis[Format] = registry.ALL_FORMATS
 
-__all__ = ["FORMATS", "ALL_FORMATS", "Format", "Shard"]
+__all__ = ["ALL_FORMATS", "FORMATS", "Format", "Shard"]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.report import Loss
 from memopt.checkpoint.state.moment_codes import CHUNK_NUMEL, chunks
-from memopt.checkpoint.state.saved import Kept, LivePiece, Piece, Stored
+from memopt.checkpoint.state.saved import LivePiece, Piece, SavedMaster, Stored
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
 from memopt.formats.base import Format, Parts, Shard
@@ -41,23 +41,23 @@ class Raw(Format):
         return x
 
 
-def kept_of(
+def saved_master(
     master: str, dtype: str, shape: Shape, pieces: tuple[Piece, ...], weights: Callable[[Rows], Tensor] | None
-) -> Kept:
+) -> SavedMaster:
     found = MASTERS[master]
     raw = Raw(found.kept(dtype))
-    return Kept(found, dtype, Stored(Moment(found.key), raw, shape, pieces), weights)
+    return SavedMaster(found, dtype, Stored(Moment(found.key), raw, shape, pieces), weights)
 
 
-def live(master: Master, dtype: str, rows: Rows, state: Mapping[str, Tensor], p: Tensor | None) -> Kept | None:
+def live(master: Master, dtype: str, rows: Rows, state: Mapping[str, Tensor], p: Tensor | None) -> SavedMaster | None:
     """That of a running optimizer; ``p`` [rows.local_shape] are the parameter's rows."""
     if not master.layout(rows, dtype):
         return None
     weights = None if p is None else lambda piece: cut(p, rows, piece)
-    return kept_of(master.name, dtype, rows.shape, (LivePiece(rows, {"": state[master.key]}),), weights)
+    return saved_master(master.name, dtype, rows.shape, (LivePiece(rows, {"": state[master.key]}),), weights)
 
 
-def refuse(kept: Kept, master: Master, p: Tensor | None) -> str | None:
+def refuse(kept: SavedMaster, master: Master, p: Tensor | None) -> str | None:
     """Why ``kept`` cannot become what ``master`` keeps, or None."""
     if kept.master is master or not master.key or p is not None or kept.weights is not None:
         return None
@@ -67,7 +67,7 @@ def refuse(kept: Kept, master: Master, p: Tensor | None) -> str | None:
     )
 
 
-def move(kept: Kept, master: Master, rows: Rows, p: Tensor | None, target: Tensor, loss: Loss) -> None:
+def move(kept: SavedMaster, master: Master, rows: Rows, p: Tensor | None, target: Tensor, loss: Loss) -> None:
     """Into zeroed ``target`` [rows.local_shape]: bit for bit within a master, else as precisely as the other can.
 
     ``p`` are the weights beside which it will stand, by default those beside which it stood.

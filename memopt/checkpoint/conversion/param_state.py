@@ -15,7 +15,7 @@ from memopt.checkpoint.conversion.mean_of import share
 from memopt.checkpoint.conversion.recode import Target, transfer
 from memopt.checkpoint.conversion.report import Conversion, Loss
 from memopt.checkpoint.state.moment_codes import MomentCodes, moment_codes
-from memopt.checkpoint.state.saved import Kept, LivePiece, Record, Stored
+from memopt.checkpoint.state.saved import LivePiece, Record, SavedMaster, Stored
 from memopt.core import dither
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import Line, TensorSpec
@@ -133,7 +133,7 @@ class Slot(NamedTuple):
             float(state["step"]),
             moments,
             dtype=self.dtype,
-            kept=beside,
+            master=beside,
             weights=self._parameter(),
         )
 
@@ -155,8 +155,8 @@ class Slot(NamedTuple):
             negative = record.moments[chosen].moment.signed if isinstance(chosen, str) else chosen < 0
             if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
                 raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
-        if record.kept is not None:
-            reason = master_weights.refuse(record.kept, self.master, self.parameter)
+        if record.master is not None:
+            reason = master_weights.refuse(record.master, self.master, self.parameter)
             if reason:
                 raise ValueError(f"{self.name}: {reason}")
         return plan
@@ -205,11 +205,11 @@ def fill_slot(
         if name in fill:
             report.filled[name] = fill[name]
     report.dropped += [m for m in record.moments if m not in (*plan.values(), *report.dropped)]
-    if record.kept is not None:
-        _fill_kept(slot, state, record.kept, report)
+    if record.master is not None:
+        _fill_master(slot, state, record.master, report)
 
 
-def _fill_kept(slot: Slot, state: dict[str, Tensor], before: Kept, report: Conversion) -> None:
+def _fill_master(slot: Slot, state: dict[str, Tensor], before: SavedMaster, report: Conversion) -> None:
     """Zeros, which stand for the weights as they are, are right where there was no master before."""
     master = slot.master
     if master.key in state and before.dtype == slot.dtype:

@@ -1,4 +1,4 @@
-"""The state of one parameter for other rows than it was kept for: selected, appended, begun anew.
+"""The state of one parameter for other rows than it was master for: selected, appended, begun anew.
 
 A row is one index of dimension 0. State lies along rows in every format (blocks never straddle them), so that rows
 which stay are copied part by part, codes bit for bit, and only the rest is made:
@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.conversion.master_weights import kept_of
+from memopt.checkpoint.conversion.master_weights import saved_master
 from memopt.checkpoint.conversion.param_state import Slot
 from memopt.checkpoint.state.saved import LivePiece, Record, Stored
 from memopt.core.rows import Rows, row_count
@@ -60,12 +60,12 @@ def changed(record: Record, there: Slot, change_of: Callable[[str], Change]) -> 
             values[new.to(values.device)] = weights[new].to(values)
         piece = LivePiece(change.after, parts)
         moments[name] = Stored(stored.moment, fmt, change.after.shape, (piece,))
-    change, kept = change_of(""), record.kept
-    if kept is not None:
-        beside = _rows_of(kept.stored.part("", change.before), change.index)
+    change, master = change_of(""), record.master
+    if master is not None:
+        beside = _rows_of(master.stored.part("", change.before), change.index)
         piece = LivePiece(change.after, {"": beside})
-        kept = kept_of(kept.master.name, kept.dtype, change.after.shape, (piece,), None)
-    return Record(record.name, change.after.shape, record.step, moments, dtype=record.dtype, kept=kept)
+        master = saved_master(master.master.name, master.dtype, change.after.shape, (piece,), None)
+    return Record(record.name, change.after.shape, record.step, moments, dtype=record.dtype, master=master)
 
 
 def _parts(stored: Stored, change: Change, there: Slot) -> Parts | None:

@@ -65,7 +65,7 @@ def _plan(source: Source) -> Plan:
             f"{source.origin} does not have the weight {without}, which DeepSpeed's universal checkpoints "
             "have in fp32: save the model with the optimizer, memopt.save(..., model=model)"
         )
-    masters = {record.kept.master.name for record in source.records.values() if record.kept is not None}
+    masters = {record.master.master.name for record in source.records.values() if record.master is not None}
     spec = OptimSpec(rule=rule, master=next(iter(masters), "none"))
     return Plan(spec, lambda h: torch_optim.group(rule, h), check=_step)
 

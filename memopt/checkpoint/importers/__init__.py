@@ -104,18 +104,20 @@ def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Sou
 
 def _record(tool: Tool, rule: str, name: str, group: Any, state: Any, origin: str) -> Record:
     try:
-        moments, kept = tool.moments(state), tool.kept(group, state)
+        moments, master = tool.moments(state), tool.master(group, state)
     except (ValueError, LookupError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{origin}, parameter {name}: {printable(str(error), 300)}") from error
     if not moments:
         return Record(name, (), stepped=False)
     if tool is bitsandbytes.TOOL:
         moments = bitsandbytes.renamed(moments, rule)
-    shape, dtype = next(iter(moments.values())).shape, "" if kept is None else kept.dtype
-    everything = {**moments, **({} if kept is None else {"its master weights": kept.stored})}
+    shape, dtype = next(iter(moments.values())).shape, "" if master is None else master.dtype
+    everything = {**moments, **({} if master is None else {"its master weights": master.stored})}
     for moment, stored in everything.items():
         if stored.shape != shape:
             raise ValueError(
                 f"{origin}, parameter {name}: {moment} is {list(stored.shape)}, and others are {list(shape)}"
             )
-    return Record(name, shape, steps(tool.step(state), f"{origin}, parameter {name}"), moments, dtype=dtype, kept=kept)
+    return Record(
+        name, shape, steps(tool.step(state), f"{origin}, parameter {name}"), moments, dtype=dtype, master=master
+    )

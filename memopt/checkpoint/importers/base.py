@@ -11,7 +11,7 @@ from torch import Tensor
 
 from memopt.checkpoint.importers.gathered import NON_NEGATIVE, gathered
 from memopt.checkpoint.state.moment_codes import CODES
-from memopt.checkpoint.state.saved import Group, Kept, LivePiece, Stored
+from memopt.checkpoint.state.saved import Group, LivePiece, SavedMaster, Stored
 from memopt.core.rows import Rows, Shape
 from memopt.formats import Format
 from memopt.rules import RULES, Moment
@@ -24,7 +24,7 @@ class Tool(NamedTuple):
 
     ``rules(group, state)`` are the rules it may have been, ``hyper(group, rule)`` our names and values, ``unsaved`` the
     hyperparameters that it has and does not save, which stay as they are. ``moments(state)`` is what is stored: name ->
-    moment; ``step(state)`` the number of steps taken; ``kept(group, state)`` what stands beside the weight.
+    moment; ``step(state)`` the number of steps taken; ``master(group, state)`` what stands beside the weight.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Tool(NamedTuple):
     moments: Callable[[State], dict[str, Stored]]
     step: Callable[[State], float] = lambda state: float(state["step"])
     unsaved: tuple[str, ...] = ()
-    kept: Callable[[State, State], Kept | None] = lambda group, state: None
+    master: Callable[[State, State], SavedMaster | None] = lambda group, state: None
 
 
 def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None, likely: str | None = None) -> str:

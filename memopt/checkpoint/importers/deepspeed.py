@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.conversion.master_weights import kept_of
+from memopt.checkpoint.conversion.master_weights import saved_master
 from memopt.checkpoint.importers import safe_unpickle, torch_optim
 from memopt.checkpoint.importers.base import choose, group_of
 from memopt.checkpoint.importers.base import steps as steps_of
@@ -246,5 +246,5 @@ def _record(path: Path, name: str, shape: Shape, dtype: str, step: float, found:
         return Record(name, shape, stepped=False, dtype=dtype, weights=weights)
     kept = None
     if dtype in LOW_PRECISION and whole is not None and all(p.dtype == torch.float32 for p in found[_WEIGHTS]):
-        kept = kept_of("fp32", dtype, shape, (whole,), None)
-    return Record(name, shape, step, moments, dtype=dtype, kept=kept, weights=weights)
+        kept = saved_master("fp32", dtype, shape, (whole,), None)
+    return Record(name, shape, step, moments, dtype=dtype, master=kept, weights=weights)

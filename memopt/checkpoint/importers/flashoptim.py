@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.master_weights import Raw
 from memopt.checkpoint.importers.base import State, Tool, encoded, plain
-from memopt.checkpoint.state.saved import Kept, LivePiece, Stored
+from memopt.checkpoint.state.saved import LivePiece, SavedMaster, Stored
 from memopt.core.rows import Rows
 from memopt.formats.base import Shard
 from memopt.formats.foreign.flashoptim import BLOCK, Companded
@@ -107,7 +107,7 @@ def _half_a_unit(p: Tensor) -> Tensor:
 CORRECTIONS = {3: _Correction(8), 4: _Correction(16)}
 
 
-def kept(group: State, state: State) -> Kept | None:
+def kept(group: State, state: State) -> SavedMaster | None:
     correction = state.get(CORRECTION)
     if correction is None:
         return None
@@ -120,7 +120,7 @@ def kept(group: State, state: State) -> Kept | None:
     shape = tuple(correction.shape)
     piece = LivePiece(Rows.whole(shape), {"": correction})
     master = CORRECTIONS[group["master_bytewidth"]]
-    return Kept(master, dtype, Stored(Moment(master.key), Raw(dtype), shape, (piece,)))
+    return SavedMaster(master, dtype, Stored(Moment(master.key), Raw(dtype), shape, (piece,)))
 
 
 TOOL = Tool(
@@ -132,5 +132,5 @@ TOOL = Tool(
     # SGD and Lion do not count their steps; that there is a moment says that one was taken.
     step=lambda state: float(state.get("step", 1)),
     unsaved=("nesterov",),
-    kept=kept,
+    master=kept,
 )

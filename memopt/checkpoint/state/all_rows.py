@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.conversion.master_weights import kept_of
+from memopt.checkpoint.conversion.master_weights import saved_master
 from memopt.checkpoint.conversion.param_state import Slot
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.checkpoint.state.saved import LivePiece, Record, Stored
@@ -25,11 +25,11 @@ def record_of_all(slot: Slot, state: Mapping[str, Tensor], partition: Partition)
     for moment, fmt in moment_codes(slot.spec, slot.h, slot.name, slot.shape):
         moments[moment.name] = _gathered(slot, state, partition, moment, fmt)
     mine = slot.record(state)
-    kept = mine.kept
+    kept = mine.master
     if kept is not None:
         whole = _gathered(slot, state, partition, kept.stored.moment, kept.stored.format)
-        kept = kept_of(master_of(slot.spec.master, slot.dtype).name, slot.dtype, slot.shape, whole.pieces, None)
-    return Record(slot.name, slot.shape, mine.step, moments, dtype=slot.dtype, kept=kept)
+        kept = saved_master(master_of(slot.spec.master, slot.dtype).name, slot.dtype, slot.shape, whole.pieces, None)
+    return Record(slot.name, slot.shape, mine.step, moments, dtype=slot.dtype, master=kept)
 
 
 def _gathered(slot: Slot, state: Mapping[str, Tensor], partition: Partition, moment: Moment, fmt: Format) -> Stored:

@@ -105,7 +105,7 @@ class Stored(NamedTuple):
                     piece.copy(part, here, target if there is None else target[slice(*there)])
 
 
-class Kept(NamedTuple):
+class SavedMaster(NamedTuple):
     """The tensor of one parameter's master. ``weights(rows)`` are the weights beside which it stands, None where they
     are not at hand."""
 
@@ -118,8 +118,8 @@ class Kept(NamedTuple):
 @dataclass
 class Record:
     """The state of one parameter; no moments where it has never been stepped. ``dtype`` is the parameter's, empty where
-    that was not saved; ``kept`` is what its master keeps beside it; ``weights(rows)`` is the parameter itself, where it
-    is at hand. ``own(rank)`` is what the user has put beside it."""
+    that was not saved; ``master`` is what stands beside it; ``weights(rows)`` is the parameter itself, where it is at
+    hand. ``own(rank)`` is what the user has put beside its state."""
 
     name: str
     shape: Shape
@@ -127,7 +127,7 @@ class Record:
     moments: dict[str, Stored] = field(default_factory=dict)
     stepped: bool = True
     dtype: str = ""
-    kept: Kept | None = None
+    master: SavedMaster | None = None
     weights: Callable[[Rows], Tensor] | None = None
     own: Callable[[int], dict[str, Any]] | None = None
 

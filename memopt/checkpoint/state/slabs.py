@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.state.saved import Kept, Piece, Record, Span, Stored
+from memopt.checkpoint.state.saved import SavedMaster, Piece, Record, Span, Stored
 from memopt.core.rows import Rows, Shape
 from memopt.formats import FORMATS
 from memopt.partitions.dtensor import chunk, is_dtensor, unit
@@ -212,11 +212,11 @@ def of_columns(record: Record, slab: Slab) -> Record:
         for name, one in record.moments.items()
     }
     weights = record.weights and _columns_of(record.weights, record.shape, columns)
-    kept = record.kept
+    kept = record.master
     if kept is not None:
         one, beside = kept.stored, kept.weights and _columns_of(kept.weights, record.shape, columns)
         stored = Stored(one.moment, one.format, shape, (_SlabPiece(one, slab, raw=True),))
-        kept = Kept(kept.master, kept.dtype, stored, beside)
+        kept = SavedMaster(kept.master, kept.dtype, stored, beside)
     return Record(record.name, shape, record.step, moments, record.stepped, record.dtype, kept, weights, record.own)
 
 
