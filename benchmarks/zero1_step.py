@@ -47,7 +47,7 @@ def measure(spec: str, layers: int, width: int, rounds: int) -> dict[str, list[f
     def gather() -> None:
         for first, stop in opt.partition.buckets(parameters):
             opt.partition.publish(parameters[first:stop])
-        opt.partition.finish()
+        opt.partition.all_gather_wait()
 
     with torch.no_grad():
         return _timed({"step": opt.step, "half": half.step, "gather": gather}, rounds)

@@ -94,7 +94,7 @@ class Optimizer(SavedOptimizer):
         if self.release is not None:
             self.release.remove()
         self.release = Release(self.stepper, model, max_norm)
-        self.store.watch()
+        self.store.register_params()
         return self.release
 
     def close(self) -> None:

@@ -118,7 +118,7 @@ class Plan(Known):
             for first, stop in partition.buckets(parameters):
                 bad = self._step(places[first], places[stop - 1] + 1)
                 partition.all_gather_begin(parameters[first:stop])
-            partition.finish()
+            partition.all_gather_wait()
         self.pages.after(time.perf_counter() - start)
         return bad
 

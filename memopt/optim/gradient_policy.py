@@ -63,7 +63,7 @@ class GradientPolicy:
             if self._setup.nonfinite != "propagate":
                 # Clipping has just read them; what other ranks have is asked in any case.
                 known = known_finite(None if p.grad is None else partition.memory_of(p, p.grad) for p in parameters)
-                if self.stopped_by(partition.agree([] if known else look(False)[0], parameters)):
+                if self.stopped_by(partition.any_rank([] if known else look(False)[0], parameters)):
                     return None
             return [inverse] * len(groups)
         bad, squares = look(True)

@@ -42,7 +42,7 @@ class StateStore:
     def notice_replaced(self) -> None:
         """Follow parameters that somebody has replaced."""
         if self.params.follow():
-            self.watch()
+            self.register_params()
 
     # Checked against the layouts -------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ class StateStore:
     def allocate_missing(self, wanted: Sequence[Resolved]) -> None:
         """State for those that have none; all of it or, where there is no room, none."""
         if self._unshaped and all(has_shape(p) for p in self._unshaped):
-            self.watch()
+            self.register_params()
         fresh: list[Tensor] = []
         try:
             for one in wanted:
@@ -221,15 +221,15 @@ class StateStore:
             }
             self.setup.placement_stores.prepare(stepping, also=fresh is not None)
 
-    def watch(self) -> None:
+    def register_params(self) -> None:
         """Tell the placements of parameters and groups as they are now, and whose gradients may go elsewhere."""
         release, placement_stores = self.setup.release, self.setup.placement_stores
         if release is not None:
             release.follow()
-        if placement_stores.watches:
+        if placement_stores.takes_params:
             released = release.covers if release is not None else lambda p: False
             self._unshaped = [p for _, p, _ in self.params.entries() if not has_shape(p)]
-            placement_stores.watch(
+            placement_stores.register_params(
                 (layout.name, p, chunked(layout), not released(p)) for layout, p, _ in self.params.resolved()
             )
 

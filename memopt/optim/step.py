@@ -148,9 +148,9 @@ class Stepper:
         setup.partition.validate_params([(name, p) for _, name, p, _ in everything], str(setup.spec))
         entries = [one for one in everything if one[2].grad is not None]
         if setup.spec.options.get("offload_gradients") is True and setup.release is None:
-            setup.placement_stores.settle()
+            setup.placement_stores.synchronize()
             for _, name, p, _ in entries:
-                setup.placement_stores.of(name).bring(name, p)
+                setup.placement_stores.of(name).prefetch_grad(name, p)
         layouts = self.params.layouts_of(entries)
         gradients, ready = [], []
         for (_, name, p, group), layout in zip(entries, layouts, strict=True):
@@ -209,7 +209,7 @@ class Stepper:
                 setup.placement_stores.step(setup.partition.gather(works[first:stop]), run)
                 count_steps(works[first:stop])
                 setup.partition.all_gather_begin(parameters[first:stop])
-            setup.partition.finish()
+            setup.partition.all_gather_wait()
         increment_version(parameters)
         for work in works:
             self.params.live.note_state(work.name, work.state)

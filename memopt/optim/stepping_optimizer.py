@@ -98,7 +98,7 @@ class SteppingOptimizer(torch.optim.Optimizer):
         if spec.is_mixed:
             check_assigned(list(self.params.entries()), self.spec, self.kinds, is_named(self.param_groups))
         self._go_on_together()
-        self.placement_stores.expect(
+        self.placement_stores.validate_existing(
             lambda: {one.layout.name: one.layout.lines(str(one.p.device))[1:] for one in self.params.resolved()}
         )
         warn_of_replacement()
@@ -245,7 +245,7 @@ class SteppingOptimizer(torch.optim.Optimizer):
             align_names(group, self.param_groups)
             super().add_param_group(group)
         self.params.remember(edited=True)
-        self.store.watch()
+        self.store.register_params()
 
     def init_state(self, *, anew: bool = False) -> None:
         """Allocate the state of every parameter that requires a gradient and has none; zeros, as before the first step.

@@ -66,7 +66,7 @@ class Partition(ABC):
         """Around a step of these groups."""
         return nullcontext()
 
-    def shown(self, optimizer: Any) -> AbstractContextManager[object]:
+    def logical_params(self, optimizer: Any) -> AbstractContextManager[object]:
         """Around saving and loading: the optimizer's groups have what is stepped as their parameters."""
         return nullcontext()
 
@@ -126,7 +126,7 @@ class Partition(ABC):
         groups = self.groups(p)
         return lambda x: sum_over(x, groups)
 
-    def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
+    def any_rank(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         """Names of parameters with a bad gradient, empty only if they are on every rank. ``parameters`` are those with
         a gradient here."""
         return bad
@@ -156,7 +156,7 @@ class Partition(ABC):
     def all_gather_begin(self, parameters: Sequence[Tensor]) -> None:  # noqa: B027  # most have nothing to do
         """Begin to bring every rank's updated rows of these parameters, one of :meth:`buckets`, to all ranks."""
 
-    def finish(self) -> None:  # noqa: B027
+    def all_gather_wait(self) -> None:  # noqa: B027
         """Wait until all that was published is there."""
 
     def abandon(self) -> None:  # noqa: B027

@@ -94,5 +94,5 @@ class Sharded(Partition):
         found = [chunk(tuple(p.shape), rank, ranks).bounds for rank in range(ranks)]
         return tuple(Share(bounds, bounds) for bounds in found)
 
-    def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
+    def any_rank(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         return self.anywhere(bad, parameters[0].device) if parameters else bad

@@ -66,7 +66,7 @@ class Zero1(Partition):
             found = self._shards[id(p)] = _Shards(self, p)
         return found
 
-    def finish(self) -> None:
+    def all_gather_wait(self) -> None:
         while self._travelling:
             self._travelling.pop(0).arrive()
 

@@ -56,8 +56,8 @@ class PlacementStore:
     #: Whether it may be made again from a pickle or a copy of the optimizer.
     copyable = True
 
-    #: Whether :meth:`watch` does anything.
-    watches = False
+    #: Whether :meth:`register_params` does anything.
+    takes_params = False
     #: Whether :meth:`holds` looks at anything.
     knows_states = False
 
@@ -84,7 +84,7 @@ class PlacementStore:
         """The state of this parameter that an earlier process left, once."""
         return None
 
-    def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
+    def validate_existing(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
         """Raise ValueError if what an earlier process left is not of these parameters: name -> lines without step."""
 
     @property
@@ -103,26 +103,26 @@ class PlacementStore:
         """These parameters on ``device`` have state (``also``: besides those of before): allocate what their step will
         need besides."""
 
-    def watch(self, parameters: Mapping[str, tuple[Tensor, ChunkedState, bool]]) -> None:
+    def register_params(self, parameters: Mapping[str, tuple[Tensor, ChunkedState, bool]]) -> None:
         """These are the parameters, with what their state will be; the gradients of those with True stand in ``p.grad``
         until the step, and may be taken or copied in ``backward()``."""
 
-    def bring(self, name: str, p: Tensor) -> None:
+    def prefetch_grad(self, name: str, p: Tensor) -> None:
         """Begin to bring the gradient to where the step will read it, if it is not there."""
 
-    def aside(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
+    def submit_step(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
         """Have ``step`` called, beside ``backward()``, with the gradient of ``p`` when it is where the step reads it:
         with ``entry`` and the gradient, and with those that have come meanwhile. False where nothing runs beside it:
         then nothing was done. ``step`` runs in another thread, where ``p.grad`` must not be looked at."""
         return False
 
-    def settle(self) -> None:
-        """Wait for all that :meth:`aside` began; raise the first error there was."""
+    def synchronize(self) -> None:
+        """Wait for all that :meth:`submit_step` began; raise the first error there was."""
 
     def abandon(self) -> None:
         """A step was interrupted, and its state is about to be replaced: wait until nothing of it is under way."""
         with suppress(Exception):  # what it met is no matter any more
-            self.settle()
+            self.synchronize()
 
     def commit(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Everything that is to survive now: parameter -> state."""

@@ -77,8 +77,8 @@ class Release:
         self._hooks.clear()
         if self._setup.release is self:
             self._setup.release = None
-            self._stepper.store.watch()
-            self._setup.placement_stores.settle()
+            self._stepper.store.register_params()
+            self._setup.placement_stores.synchronize()
 
     def covers(self, p: Tensor) -> bool:
         return p in self._hooks
@@ -87,7 +87,7 @@ class Release:
         """The end of a step; called by ``optimizer.step()``. ``counted``: it was skipped for a gradient that was not
         released, and has been counted as skipped."""
         try:
-            self._setup.placement_stores.settle()  # what steps beside backward() has stepped
+            self._setup.placement_stores.synchronize()  # what steps beside backward() has stepped
         except BaseException:
             self._begin()
             raise
@@ -156,7 +156,7 @@ class Release:
                 p.grad.mul_(clip_factor(self.norm, self.max_norm))
         index, name, group = self._entries[id(p)]
         entry = index, name, p, group
-        if not setup.placement_stores.of(name).aside(name, p, entry, self._step_those):
+        if not setup.placement_stores.of(name).submit_step(name, p, entry, self._step_those):
             [layout] = stepper.params.layouts_of([entry])
             self._step_those([(entry, stepper.own(layout, p, stepper.local_gradient(layout, p)))])
 
@@ -166,7 +166,7 @@ class Release:
         setup, stepper = self._setup, self._stepper
         if self.max_norm is None and setup.nonfinite != "propagate":
             found = non_finite([(entry[1], gradient) for entry, gradient in ready])
-            bad = set(setup.partition.agree(found, [entry[2] for entry, _ in ready]))
+            bad = set(setup.partition.any_rank(found, [entry[2] for entry, _ in ready]))
             for name in sorted(bad):
                 self._stop(name, "it and what comes after it in this backward pass is as it was; others have stepped")
             ready = [(entry, gradient) for entry, gradient in ready if entry[1] not in bad]

@@ -240,7 +240,7 @@ def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: T
                 group["params"][next(i for i, q in enumerate(group["params"]) if q is into)] = p
             optimizer.params.remember()
             raise
-        optimizer.store.watch()
+        optimizer.store.register_params()
         optimizer.store.flush()
 
 

@@ -139,5 +139,5 @@ def test_optimizers_and_models_that_nobody_refers_to_are_gone(device):
 def test_gradients_come_down_in_the_step_unless_something_else_is_asked_for(spec):
     """No card has shown yet that copies in ``backward()`` gain."""
     opt = memopt.create(odd_model(), spec)
-    assert not opt.placement_stores.watches
+    assert not opt.placement_stores.takes_params
     assert opt.placement_stores.of("")._prefetch is None

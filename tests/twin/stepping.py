@@ -105,7 +105,7 @@ def zeroed_gradients(t: Twin, r: Random) -> None:
         side.opt.zero_grad(set_to_none=False)
         side.step()
 
-    if t.ours.opt.placement_stores.watches:
+    if t.ours.opt.placement_stores.takes_params:
         raise Skip  # gradients may be in host memory by now, where zero_grad does not see them
     t.advance(do, r)
 

@@ -62,7 +62,7 @@ class Work:
 def move(optimizer: OptimizerParts, placement_stores: PlacementStores) -> None:
     """State is in these stores now."""
     optimizer.placement_stores, left = placement_stores, optimizer.placement_stores
-    optimizer.store.watch()
+    optimizer.store.register_params()
     optimizer.store.flush()
     left.replaced_by(placement_stores)
 

@@ -1,4 +1,4 @@
-"""The state of one parameter for other rows than it was master for: selected, appended, begun anew.
+"""The state of one parameter for other rows than it was kept for: selected, appended, begun anew.
 
 A row is one index of dimension 0. State lies along rows in every format (blocks never straddle them), so that rows
 which stay are copied part by part, codes bit for bit, and only the rest is made:

@@ -47,5 +47,5 @@ def restore_copied(store: StateStore, copied: dict[Any, Any]) -> None:
                 else:
                     target[key] = value
     store.state.update(copied)
-    store.watch()
+    store.register_params()
     store.flush()

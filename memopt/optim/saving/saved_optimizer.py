@@ -44,7 +44,7 @@ class SavedOptimizer(SteppingOptimizer):
         self.settle()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        with self.partition.shown(self):
+        with self.partition.logical_params(self):
             self.store.check_all()
             found = dump(self.params, self.skipped_steps, *self.integrity.snapshot)
         for after in self._optimizer_state_dict_post_hooks.values():
@@ -110,7 +110,7 @@ class SavedOptimizer(SteppingOptimizer):
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         self.store.notice_replaced()
-        with self.partition.shown(self):
+        with self.partition.logical_params(self):
             metadata = load(self.store, state_dict, self._load_other)
         self.skipped_steps = metadata.get("skipped_steps", self.skipped_steps)
         for after in self._optimizer_load_state_dict_post_hooks.values():

@@ -48,7 +48,7 @@ class Flat(Partition):
 
         return self.total(torch.tensor([fsum(squares)], dtype=torch.float64)).item()
 
-    def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
+    def any_rank(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         return self.anywhere(bad, "cpu")
 
     def refuse_conversion(self, spec: OptimSpec, needs_shapes: str | None) -> None:

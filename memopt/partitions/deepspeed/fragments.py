@@ -159,7 +159,7 @@ class Fragments(Partition):
             found.append(Share((start + counted.start, start + counted.stop), rows.bounds))
         return tuple(found)
 
-    def agree(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
+    def any_rank(self, bad: list[str], parameters: Sequence[Tensor]) -> list[str]:
         return self.anywhere(bad, "cpu")
 
     @contextmanager
@@ -175,7 +175,7 @@ class Fragments(Partition):
                 f.part.grad = None  # it is DeepSpeed's to free
 
     @contextmanager
-    def shown(self, optimizer: Any) -> Iterator[None]:
+    def logical_params(self, optimizer: Any) -> Iterator[None]:
         groups, state = optimizer.param_groups, optimizer.state
         mine = list({id(f.origin.group): f.origin.group for f in self.fragments}.values())
         before = [group["params"] for group in mine]

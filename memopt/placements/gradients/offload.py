@@ -170,12 +170,12 @@ class GradientOffload:
         slot.last = apart.submit("apart", lambda: _sum(old, room), waits, new.nbytes)
         self._ends.append(slot.last)
 
-    def aside(self, name: str, p: Tensor, entry: Any, step: Callable[[list[tuple[Any, Tensor]]], None]) -> None:
+    def submit_step(self, name: str, p: Tensor, entry: Any, step: Callable[[list[tuple[Any, Tensor]]], None]) -> None:
         """Send the gradient down, and have ``step`` called beside backward() with it and all that have come by then:
         the more there are, the better do their copies and steps overlap."""
         known = self.slots.get(name)
         if known is not None and known.reader is not None:
-            self.settle()  # a backward pass that was given up
+            self.synchronize()  # a backward pass that was given up
         slot = self.take(name, p)
         came, slot.last = slot.last, None
         queue = self._queues.setdefault(p.device, deque())
@@ -201,7 +201,7 @@ class GradientOffload:
         for end in ends:
             end.result()
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Wait for all that was begun beside backward(); raise the first error there was."""
         self._on_way.clear()
         try:

@@ -67,17 +67,17 @@ class PlacementStores:
         return any(type(placement_store) is not PlacementStore for placement_store in self._placement_stores.values())
 
     @property
-    def watches(self) -> bool:
+    def takes_params(self) -> bool:
         """Whether any wants to be told of parameters and gradients."""
-        return any(placement_store.watches for placement_store in self._placement_stores.values())
+        return any(placement_store.takes_params for placement_store in self._placement_stores.values())
 
     @property
     def copyable(self) -> bool:
         return all(placement_store.copyable for placement_store in self._placement_stores.values())
 
-    def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
+    def validate_existing(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
         for placement_store in self._placement_stores.values():
-            placement_store.expect(lines)
+            placement_store.validate_existing(lines)
 
     @property
     def durable(self) -> Directory | None:
@@ -120,7 +120,7 @@ class PlacementStores:
         for (_, device), (placement_store, mine) in by_store.items():
             placement_store.prepare(mine, device, also)
 
-    def watch(self, parameters: Iterable[tuple[str, Tensor, ChunkedState, bool]]) -> None:
+    def register_params(self, parameters: Iterable[tuple[str, Tensor, ChunkedState, bool]]) -> None:
         """These are the parameters; those with True may give their gradients away in ``backward()``."""
         by_store: dict[str, dict[str, tuple[Tensor, ChunkedState, bool]]] = {
             placement: {} for placement in self._placement_stores
@@ -128,11 +128,11 @@ class PlacementStores:
         for name, *rest in parameters:
             by_store[self.spec.for_parameter(name)[1]][name] = tuple(rest)  # type: ignore[assignment]
         for placement, placement_store in self._placement_stores.items():
-            placement_store.watch(by_store[placement])
+            placement_store.register_params(by_store[placement])
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         for placement_store in self._placement_stores.values():
-            placement_store.settle()
+            placement_store.synchronize()
 
     def abandon(self) -> None:
         """Nothing of an interrupted step is under way any more."""

@@ -52,7 +52,7 @@ class Offloaded(Streamed):
         gradients = store_options.options["offload_gradients"]
         self._gradient_offload = GradientOffload(self._buffers_ready, self.nbytes) if gradients is True else None
         self._prefetch = GradientPrefetch(self._known) if gradients == PREFETCH else None
-        self.watches = gradients is not False
+        self.takes_params = gradients is not False
         self._begun: set[tuple[str, int]] = set()  # parameters and numbers of pieces whose gradient is in its place
         self._watched: dict[str, tuple[Tensor, ChunkedState, bool]] = {}
 
@@ -64,7 +64,7 @@ class Offloaded(Streamed):
 
     # Gradients ---------------------------------------------------------------------------------------------------
 
-    def watch(self, parameters: Mapping[str, tuple[Tensor, ChunkedState, bool]]) -> None:
+    def register_params(self, parameters: Mapping[str, tuple[Tensor, ChunkedState, bool]]) -> None:
         self._watched = dict(parameters)
         if self._prefetch is not None:
             self._prefetch.hook(self._known_to_step())
@@ -74,19 +74,19 @@ class Offloaded(Streamed):
         for name in [n for n in self._gradient_offload.slots if n not in parameters]:
             self._gradient_offload.slots.pop(name).give_back()
 
-    def bring(self, name: str, p: Tensor) -> None:
+    def prefetch_grad(self, name: str, p: Tensor) -> None:
         if self._gradient_offload is not None:
             self._gradient_offload.take_new(name, p)
 
-    def aside(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
+    def submit_step(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
         if self._gradient_offload is None or transfer_of(p.device) is None:
             return False
-        self._gradient_offload.aside(name, p, entry, step)
+        self._gradient_offload.submit_step(name, p, entry, step)
         return True
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         if self._gradient_offload is not None:
-            self._gradient_offload.settle()
+            self._gradient_offload.synchronize()
 
     def _buffers_ready(self) -> Sequence[Tensor]:
         """Gradients are coming: what they and the step need is allocated, as it is priced."""

@@ -93,9 +93,9 @@ class Files(Streamed):
             )
         return entry.tensors(), step
 
-    def expect(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
+    def validate_existing(self, lines: Callable[[], Mapping[str, Sequence[Line]]]) -> None:
         if self.directory and self.directory.pending:
-            self.directory.expect(lines())
+            self.directory.validate_existing(lines())
 
     @property
     def durable(self) -> Directory | None:

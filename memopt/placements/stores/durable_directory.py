@@ -201,7 +201,7 @@ class Directory:
         while self._unneeded:
             self._unneeded.pop().release(self.arena)
 
-    def expect(self, lines: Mapping[str, Sequence[Line]]) -> None:
+    def validate_existing(self, lines: Mapping[str, Sequence[Line]]) -> None:
         """Raise ValueError where what is pending is not of these parameters, or of another layout."""
         for name in self.pending:
             if name not in lines:
