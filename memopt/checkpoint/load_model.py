@@ -15,7 +15,7 @@ from memopt.checkpoint.state.slabs import Columns, here
 from memopt.checkpoint.tensorfile import spec_of
 from memopt.core.param_names import matching
 from memopt.core.rows import Rows
-from memopt.partitions.dtensor import local_rows, is_dtensor
+from memopt.partitions.dtensor import is_dtensor, local_rows
 
 
 def plan_model(checkpoint: Checkpoint, model: torch.nn.Module) -> Callable[[], None]:

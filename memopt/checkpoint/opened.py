@@ -22,7 +22,7 @@ from memopt.checkpoint.io import (
 )
 from memopt.checkpoint.state import slabs
 from memopt.checkpoint.state.moment_codes import CODES
-from memopt.checkpoint.state.saved import Group, SavedMaster, Piece, Record, Source, Span, Stored
+from memopt.checkpoint.state.saved import Group, Piece, Record, SavedMaster, Source, Span, Stored
 from memopt.checkpoint.state.slabs import Slab
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
 from memopt.core.ledger import TensorSpec

@@ -115,7 +115,7 @@ _RULES = (
 WRAPPERS: Axis[Any] = Axis("memopt.rules", {"lookahead": "lookahead.wrap"})
 RULES: Axis[Any] = Rules("memopt.rules", {name: f"{name}.RULE" for name in _RULES}, WRAPPERS)
 FORMATS: Axis[Any] = Axis("memopt.formats", dict(_FORMATS), _once)
-#: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.held``).
+#: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.fixed_format``).
 ALL_FORMATS: Axis[Any] = Axis("memopt.formats", {**_FORMATS, "rowmean": "rowmean.RowMean"}, _once)
 MASTERS: Axis[Any] = Axis(
     "memopt.masters",

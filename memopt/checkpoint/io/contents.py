@@ -17,7 +17,7 @@ from memopt.layout.replaced_state import own_entries
 from memopt.masters import MASTERS
 from memopt.optim.edits.group_checks import is_named
 from memopt.optim.edits.param_groups import has_shape
-from memopt.partitions.dtensor import local_rows, is_dtensor
+from memopt.partitions.dtensor import is_dtensor, local_rows
 from memopt.partitions.fsdp import Sharded
 from memopt.partitions.ranks import Ranks
 from memopt.spec import OptimSpec

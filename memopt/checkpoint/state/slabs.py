@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.state.saved import SavedMaster, Piece, Record, Span, Stored
+from memopt.checkpoint.state.saved import Piece, Record, SavedMaster, Span, Stored
 from memopt.core.rows import Rows, Shape
 from memopt.formats import FORMATS
 from memopt.partitions.dtensor import chunk, is_dtensor, unit
