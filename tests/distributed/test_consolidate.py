@@ -114,3 +114,23 @@ def test_without_ranks_there_is_nothing_to_collect():
     saved = opt.state_dict()
     assert saved["memopt"]["world_size"] == 1
     assert all(saved["state"][i][key] is x for i, p in enumerate(net.parameters()) for key, x in opt.state[p].items())
+
+
+def test_every_change_of_the_state_drops_what_was_collected(tmp_path):
+    model = torch.nn.Linear(8, 4)
+    opt = memopt.create(model, "adamw-8bit/zero1")
+    model(torch.ones(1, 8)).sum().backward()
+    memopt.save(tmp_path, optimizer=opt)
+    changes = {
+        "init_state": opt.init_state,
+        "step": opt.step,
+        "state_dict": lambda: opt.load_state_dict(opt.state_dict()),
+        "load": lambda: memopt.load(tmp_path, optimizer=opt),
+        "rows": lambda: opt.reset_state(step=0),
+        "convert": lambda: opt.convert_("adamw/zero1"),
+        "anew": lambda: opt.init_state(anew=True),
+    }
+    for name, change in changes.items():
+        opt.integrity.snapshot = (None,)
+        change()
+        assert opt.integrity.snapshot == (), name
