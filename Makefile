@@ -46,6 +46,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/step_cpu.py
+	$(BIN)/python benchmarks/step_users.py
+	$(BIN)/python benchmarks/step_small.py
+	$(BIN)/python benchmarks/many_threads.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/offload.py
 	$(BIN)/python benchmarks/watch_cost.py

@@ -8,9 +8,9 @@ the same step up to 1.4 times slower, torch's as well as ours, so the steps with
 and the median of their ratios is reported, with the smallest and the largest: as it comes, where memopt puts what it
 steps on large pages and torch does not; with torch's THP_MEM_ALLOC_ENABLE=1, where everything is on large pages; and
 with MEMOPT_HUGE_PAGES=off, where nothing is. Gradients stay where they are, as with zero_grad(set_to_none=False). Bytes
-moved are what a step must read and write once: parameter read and written, gradient read (twice where it is looked at
-first), state read and written. They are divided by the time and by the bandwidth of a large copy measured in the same
-process.
+moved are what a step must read and write once: parameter read and written, gradient read (twice where a rule of one
+pass looks at it first), state read and written. They are divided by the time and by the bandwidth of a large copy
+measured in the same process.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def ours(spec: str, params: list[torch.nn.Parameter], nonfinite: str) -> Step:
 def moved(spec: str, numel: int, nonfinite: str) -> float:
     """Bytes that a step must read and write, for each of its parameters."""
     rule = memopt.parse(spec).rule
-    passes = 3 + sum(EXTRA_READS.get(rule, (0, 0))) + (nonfinite != "propagate")
-    if rule not in EXTRA_READS and memopt.parse(spec).formats[1] == "factored":
-        passes += 1  # the gradient, for the means
+    passes = 3 + sum(EXTRA_READS.get(rule, (0, 0)))
+    if rule not in EXTRA_READS:  # the gradient, for the means or to look at it
+        passes += memopt.parse(spec).formats[1] == "factored" or nonfinite != "propagate"
     state = memopt.price({"p": shape(numel)}, spec, **HYPER.get(rule, {}))
     again = sum(line.nbytes for line in state if line.moment in DECODED_TWICE.get(rule, ()))
     return 4 * passes + (2 * state.nbytes + again) / numel

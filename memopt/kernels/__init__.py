@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from memopt.kernels.context import Plan, StepContext, StepOutcome
+from memopt.kernels.context import Plan, StepContext, StepOutcome, Stores, Streaming
 from memopt.kernels.loader import library, missing
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from memopt.layout.param import ParamLayout
@@ -25,6 +24,8 @@ __all__ = [
     "Plan",
     "StepContext",
     "StepOutcome",
+    "Stores",
+    "Streaming",
     "check_capturable",
     "library",
     "look",
@@ -42,19 +43,17 @@ def make_plan(
     context: StepContext,
     works: Sequence[Work],
     originals: Mapping[int, Tensor],
-    in_place: Callable[[str, torch.device], bool],
+    stores: Stores,
     before: Plan | None,
 ) -> Plan | None:
     """A plan for these parameters, after they have stepped; None where not all of them can go one way.
 
-    ``originals`` are all parameters by their place, ``in_place(name, device)`` says whether state is stepped where it
-    lies, ``before`` is the plan of the step before.
+    ``originals`` are all parameters by their place, ``before`` is the plan of the step before.
     """
-    from memopt.kernels import cached_step, triton
+    from memopt.kernels import cached_step, streamed_step, triton
 
-    return triton.make_plan(context, works, originals, in_place, before) or cached_step.make(
-        context, works, originals, in_place, before
-    )
+    ways = (triton.make_plan, cached_step.make, streamed_step.make)
+    return next((plan for make in ways if (plan := make(context, works, originals, stores, before))), None)
 
 
 def on_cpu() -> str:
@@ -153,7 +152,7 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
         count += 1
     if count:
         packed = (abi.Group * len(groups))(*groups)
-        over_ranks, failed = (abi.ALONE, []) if total is None else _over_ranks(total)
+        over_ranks, failed = (abi.ALONE, []) if total is None else abi.over_ranks(total)
         code = found.handle.memopt_step(
             ctypes.byref(packed),
             ctypes.byref(tensors),
@@ -169,27 +168,6 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
         if code:
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
     return left
-
-
-def _over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[Any, list[BaseException]]:
-    """What the kernels call for a sum, and where an error that it meets is put: none can pass through C."""
-    import torch
-
-    from memopt.kernels import abi
-
-    failed: list[BaseException] = []
-
-    def call(numbers: Any, n: int) -> int:
-        try:
-            here = torch.frombuffer(
-                (ctypes.c_double * n).from_address(ctypes.addressof(numbers.contents)), dtype=torch.float64
-            )
-            here.copy_(total(here))
-        except BaseException as error:
-            failed.append(error)
-        return len(failed)
-
-    return abi.Total(call), failed
 
 
 def look(gradients: Sequence[Tensor], summed: bool) -> tuple[list[int], list[float], list[int]]:

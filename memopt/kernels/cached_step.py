@@ -9,22 +9,40 @@ import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from memopt.core.rows import Rows
 from memopt.kernels import abi, pack
 from memopt.kernels.cached_entries import Known, Record, record
 from memopt.kernels.huge_pages import SMALLEST, Pages
 from memopt.kernels.loader import library
+from memopt.partitions.batched_allreduce import Update, run_together
+from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from memopt.kernels.context import StepContext, StepOutcome
+    from memopt.kernels.context import StepContext, StepOutcome, Stores
     from memopt.layout.param_step import Work
 
 _SIZE = ctypes.sizeof(abi.TensorStep)
+CPU = torch.device("cpu")
+
+
+class Shared(NamedTuple):
+    """A parameter whose rows are on several ranks, which add up what its rule asks for: ``numel`` elements on each, the
+    same number on all of them."""
+
+    tensor: abi.TensorStep
+    groups: Groups
+    numel: int
+
+
+NONE_SHARED: Mapping[int, Shared] = MappingProxyType({})
 
 
 class Plan(Known):
@@ -34,15 +52,25 @@ class Plan(Known):
     on_device = False
     norm: Tensor | None = None
 
-    def __init__(self, context: StepContext, records: Sequence[Record], tensors: ctypes.Array[abi.TensorStep]) -> None:
+    def __init__(
+        self,
+        context: StepContext,
+        records: Sequence[Record],
+        tensors: ctypes.Array[abi.TensorStep],
+        shared: Mapping[int, Shared] = NONE_SHARED,
+    ) -> None:
         super().__init__(context, records)
         self.tensors = tensors
+        #: By place, those whose steps take sums over ranks: each has a call of its own, and is idle among the others.
+        self.shared = shared
+        for i in shared:
+            tensors[i].idle = True
         self.integrity = context.integrity
         self.spans = (abi.Span * len(records))()
-        for span, tensor, one in zip(self.spans, tensors, records, strict=True):
+        for span, one in zip(self.spans, records, strict=True):
             # Of a parameter that is whole on every rank all of the gradient is looked at: ranks must see the same.
-            _, _, _, shape, _ = one.like
-            span.numel, span.dtype = shape.numel(), tensor.g_dtype
+            _, dtype, _, shape, _ = one.like
+            span.numel, span.dtype = shape.numel(), pack.DTYPES[dtype]
         self.hyper = (abi.Group * len(self.groups))()
         self._offsets = [one.offset for one in records]
         self._shifted = any(self._offsets)
@@ -77,19 +105,29 @@ class Plan(Known):
             self._leave_out([i for i, address in enumerate(addresses) if address < 0])
         for span, address in zip(self.spans, addresses, strict=True):
             span.data = address
+        self._take(addresses)
+        return True
+
+    def _take(self, addresses: list[int]) -> None:
+        """These are the gradients of this step."""
         if self._shifted:
             addresses = list(map(int.__add__, addresses, self._offsets))
         for tensor, address in zip(self.tensors, addresses, strict=True):
             tensor.g = address
-        return True
+        for i, one in self.shared.items():
+            one.tensor.g = self.tensors[i].g
+
+    def _set_idle(self, places: Sequence[int], idle: bool) -> None:
+        for i in places:
+            self.tensors[i].idle = idle or i in self.shared
 
     def _leave_out(self, missing: list[int]) -> None:
         """Only these have no gradient."""
         if missing != self._missing:
-            for i in self._missing:
-                self.tensors[i].idle = self.spans[i].idle = 0
-            for i in missing:
-                self.tensors[i].idle = self.spans[i].idle = 1
+            for places, idle in ((self._missing, False), (missing, True)):
+                self._set_idle(places, idle)
+                for i in places:
+                    self.spans[i].idle = idle
             self._missing = missing
 
     def look(self, summed: bool) -> tuple[list[str], list[float]]:
@@ -117,27 +155,37 @@ class Plan(Known):
             places = [i for i in range(len(self.known)) if i not in missing]
             for first, stop in partition.buckets(parameters):
                 bad = self._step(places[first], places[stop - 1] + 1)
+                self._step_together([self.shared[i] for i in places[first:stop] if i in self.shared])
                 partition.all_gather_begin(parameters[first:stop])
             partition.all_gather_wait()
         self.pages.after(time.perf_counter() - start)
         return bad
 
-    def _step(self, first: int, stop: int) -> list[str]:
+    def _step_together(self, some: Sequence[Shared]) -> None:
+        """Step these with sums over the ranks that share them."""
+        if some:
+            updates = [Update(partial(self._step_shared, one), one.groups, one.numel, CPU) for one in some]
+            run_together(updates, lambda asked: [x for _, x in asked])  # none of them asks for a whole matrix
+
+    def _step_shared(self, one: Shared, total: Callable[[Tensor], Tensor], _: object) -> None:
+        over_ranks, failed = abi.over_ranks(total)
+        self._call(ctypes.byref(one.tensor), 1, over_ranks, False)
+        if failed:
+            raise failed[0]
+
+    def _call(self, tensors: Any, count: int, over_ranks: Any, unseen: bool) -> int:
         found = library()
         assert found is not None
-        unseen, self._unseen = self._unseen, False
-        code = found.handle.memopt_step(
-            ctypes.byref(self.hyper),
-            ctypes.byref(self.tensors, first * _SIZE),
-            stop - first,
-            self.seed & 0xFFFFFFFF,
-            torch.get_num_threads(),
-            found.index,
-            abi.ALONE,
-            unseen,
-        )
+        threads, seed = torch.get_num_threads(), self.seed & 0xFFFFFFFF
+        hyper, step = ctypes.byref(self.hyper), found.handle.memopt_step
+        code: int = step(hyper, tensors, count, seed, threads, found.index, over_ranks, unseen)
         if code == 1:
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
+        return code
+
+    def _step(self, first: int, stop: int) -> list[str]:
+        unseen, self._unseen = self._unseen, False
+        code = self._call(ctypes.byref(self.tensors, first * _SIZE), stop - first, abi.ALONE, unseen)
         if code == 3:  # nothing was stepped: for a gradient, or because fp32 cannot hold the square of a finite one
             return [self.names[i] for i in look(self.spans, False)] or self._step(first, stop)
         return []
@@ -168,7 +216,7 @@ def make(
     context: StepContext,
     works: Sequence[Work],
     originals: Mapping[int, Tensor],
-    in_place: Callable[[str, torch.device], bool],
+    stores: Stores,
     before: object,
 ) -> Plan | None:
     """A plan for these parameters, after they have stepped, and for those that ``before`` knew; None where not all of
@@ -178,20 +226,23 @@ def make(
     world = context.partition.world_size
     numbers = {id(group): i for i, group in enumerate(context.groups)}
     fresh: dict[int, tuple[Record, Work]] = {}
+    over_ranks: dict[int, tuple[Groups, int]] = {}
     for work in works:
         p, counter = originals[work.index], work.state["step"]
         one = record(context, work, p)
-        if one is None or not in_place(work.name, p.device) or not pack.is_dense(one.like):
+        if one is None or not stores.in_place(work.name, p.device) or not pack.is_dense(one.like):
             return None
         if pack.refuse(work.layout, work.p, work.g) or not counter.is_cpu:
             return None
         if work.groups and pack.needs_ranks(work.layout, world):
-            return None  # it takes sums over the ranks within the step
+            over_ranks[work.index] = work.groups, -(-Rows.whole(work.rows.shape).numel // world)
         fresh[work.index] = one, work
     kept: dict[int, tuple[Record, abi.TensorStep]] = {}
     if isinstance(before, Plan):
         both = zip(before.still_known(context), before.tensors, strict=False)
         kept = {one.layout.index: (one, tensor) for one, tensor in both if one.layout.index not in fresh}
+        places = {place: one.layout.index for place, one in enumerate(before.records)}
+        over_ranks |= {places[i]: (one.groups, one.numel) for i, one in before.shared.items() if places[i] in kept}
     order = sorted([*fresh, *kept])
     tensors = (abi.TensorStep * len(order))()
     for target, index in zip(tensors, order, strict=True):
@@ -201,4 +252,10 @@ def make(
             one, work = fresh[index]
             pack.describe(target, work, numbers[id(work.h)])
             target.counter = one.state["step"].data_ptr()
-    return Plan(context, [(fresh.get(i) or kept[i])[0] for i in order], tensors)
+    shared = {}
+    for place, index in enumerate(order):
+        if index in over_ranks:
+            alone = abi.TensorStep()
+            pack.copy(alone, tensors[place])
+            shared[place] = Shared(alone, *over_ranks[index])
+    return Plan(context, [(fresh.get(i) or kept[i])[0] for i in order], tensors, shared)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from memopt.core.integrity import Integrity
     from memopt.kernels.huge_pages import Pages
+    from memopt.layout.param_step import Work
     from memopt.partitions import Partition
     from memopt.spec import OptimSpec
 
@@ -36,6 +38,24 @@ class StepOutcome(NamedTuple):
 
     skipped: int
     names: list[str]
+
+
+class Streaming(NamedTuple):
+    """A step of state that is brought to it in chunks, as long as it is cut in the same way. ``chunks`` are the works
+    of each, rows of parameters with their state in a buffer; ``run(step, wanted)`` brings those that are wanted one
+    after the other, calls ``step(i)`` for chunk i and writes it back; ``same()`` says whether buffers and state are
+    still where they were."""
+
+    chunks: Sequence[Sequence[Work]]
+    run: Callable[[Callable[[int], None], Collection[int]], None]
+    same: Callable[[], bool]
+
+
+class Stores(Protocol):
+    """What a plan asks of the stores of the state."""
+
+    def in_place(self, name: str, device: torch.device) -> bool: ...  # whether its state is stepped where it lies
+    def streaming(self, works: Sequence[Work]) -> Streaming | None: ...  # of works whose state is not; None: not alike
 
 
 class Plan(Protocol):

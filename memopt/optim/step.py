@@ -111,11 +111,11 @@ class Stepper:
         # A step without any gradient leaves the plan, which counts, to the next one; what a release leaves over is
         # another every time.
         if works and self.setup.release is None:
-            where = self.setup.placement_stores.in_place
+            stores = self.setup.placement_stores
             originals = {i: p for i, _, p, _ in self.params.numbered()}
             plannable = self.setup.partition.plannable
             context = self._context(scaler)
-            self.plan = kernels.make_plan(context, works, originals, where, self.plan) if plannable else None
+            self.plan = kernels.make_plan(context, works, originals, stores, self.plan) if plannable else None
 
     def settle(self) -> None:
         """Take note of what became of the last step, where kernels run beside the host."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from memopt.kernels import Streaming
     from memopt.layout.param_step import Work
     from memopt.placements.stores.durable_directory import Directory
 
@@ -67,6 +68,10 @@ class PlacementStore:
     def in_place(self, device: torch.device) -> bool:
         """Whether the step reads and writes the state where ``optimizer.state`` says it is, and that is all."""
         return True
+
+    def streaming(self, works: Sequence[Work], chunked: Callable[[Work], ChunkedState]) -> Streaming | None:
+        """How these works are stepped where that is the same in every step; None where it is not."""
+        return None
 
     def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
         """Zeroed tensors for these lines of one parameter: state key -> tensor."""

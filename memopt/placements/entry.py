@@ -81,3 +81,42 @@ class Entry:
     def to_json(self, step: float) -> dict[str, Any]:
         parts = [[p.key, p.dtype, list(p.shape), (self.sums or {}).get(p.key, [])] for p in self.parts]
         return {"step": step, "begins": self.begins, "copy": self.copy, "parts": parts}
+
+
+#: Of a part in a chunk: its entry, where it is in the buffer, and in the entry's copy.
+Place = tuple[Entry, Part, int, int]
+
+
+def runs(found: Sequence[tuple[int, int, Part]]) -> list[tuple[int, int, int]]:
+    """Of parts ``(place in a buffer, offset in the file, part)`` the whole pages that have them, ``(place, offset,
+    bytes)``: neighbours in both are one.
+
+    >>> a, b = (Part(key, "uint8", (5000,), 0, 5000, 0) for key in "ab")
+    >>> runs([(0, 8192, a), (8192, 16384, b), (16384, 4096, a)])
+    [(0, 8192, 16384), (16384, 4096, 8192)]
+    """
+    merged: list[list[int]] = []
+    for at, offset, part in found:
+        shift = offset % PAGE
+        offset, size = offset - shift, -(-(shift + part.nbytes) // PAGE) * PAGE
+        last = merged[-1] if merged else None
+        if last and last[0] + last[2] == at and last[1] + last[2] == offset:
+            last[2] += size
+        else:
+            merged.append([at, offset, size])
+    return [(at, offset, size) for at, offset, size in merged]
+
+
+def fetched(places: Sequence[Place]) -> list[tuple[int, int, int]]:
+    """What is read for the parts of a chunk, of the copies that are the state: ``(place, offset, bytes)``."""
+    return runs([(at, entry.begin(entry.copy) + offset, part) for entry, part, at, offset in places])
+
+
+def written(places: Sequence[Place]) -> list[tuple[int, int, int]]:
+    """What is written of the parts of a chunk, to the next copy of each entry: ``(place, offset, bytes)``."""
+    whole = [one for one in places if one[1].nbytes == one[0].nbytes_of[one[1].key]]
+    found = runs([(at, entry.begin(entry.next) + offset, part) for entry, part, at, offset in whole])
+    for entry, part, at, offset in places if len(whole) < len(places) else ():
+        if part.nbytes < entry.nbytes_of[part.key]:  # the pages at its ends are those of other rows too
+            found.append((at + offset % PAGE, entry.begin(entry.next) + offset, part.nbytes))
+    return found

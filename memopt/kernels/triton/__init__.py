@@ -6,16 +6,15 @@ formats of :mod:`memopt.formats`; the plain torch path is the definition (``docs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from memopt.kernels.triton.available import capturing, missing, status, version
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-    from memopt.kernels.context import StepContext
+    from memopt.kernels.context import StepContext, Stores
     from memopt.kernels.triton.cached_step import Plan
     from memopt.layout.param import ParamLayout
     from memopt.layout.param_step import Work
@@ -49,7 +48,7 @@ def make_plan(
     context: StepContext,
     works: Sequence[Work],
     originals: Mapping[int, Tensor],
-    in_place: Callable[[str, torch.device], bool],
+    stores: Stores,
     before: object,
 ) -> Plan | None:
     """A prepared step for all of these parameters, or None."""
@@ -57,7 +56,7 @@ def make_plan(
         return None
     from memopt.kernels.triton import cached_step
 
-    return cached_step.make(context, works, originals, in_place, before)
+    return cached_step.make(context, works, originals, stores, before)
 
 
 __all__ = ["capturing", "make_plan", "missing", "refuse", "serves", "status", "step", "version"]

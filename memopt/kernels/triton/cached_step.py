@@ -7,7 +7,7 @@ As ``memopt/kernels/cached_step.py`` for the CPU. Nothing here waits for the dev
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from memopt.kernels.triton.launcher import Launcher
 from memopt.kernels.triton.upload import write_by_value
 
 if TYPE_CHECKING:
-    from memopt.kernels.context import StepContext
+    from memopt.kernels.context import StepContext, Stores
     from memopt.kernels.huge_pages import Pages
     from memopt.layout.param_step import Work
     from memopt.rules import Rule
@@ -243,7 +243,7 @@ def make(
     context: StepContext,
     works: Sequence[Work],
     originals: Mapping[int, Tensor],
-    in_place: Callable[[str, torch.device], bool],
+    stores: Stores,
     before: object,
 ) -> Plan | None:
     """A plan for these parameters, after they have stepped, and for those that ``before`` knew; None where not all of
@@ -255,7 +255,7 @@ def make(
         return None
     for work in works:
         # A CUDA graph steps @paged without asking for its pages beforehand.
-        placed = context.capturable or in_place(work.name, work.p.device)
+        placed = context.capturable or stores.in_place(work.name, work.p.device)
         counted = context.capturable or work.state["step"].device.type == "cpu"
         if not placed or not counted or work.p is not originals[work.index] or refuse_work(work, 1):
             return None

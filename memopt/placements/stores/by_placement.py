@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from memopt.kernels import Streaming
     from memopt.layout.param import ParamLayout
     from memopt.layout.param_step import Work
     from memopt.placements.stores.durable_directory import Directory
@@ -60,6 +61,11 @@ class PlacementStores:
 
     def in_place(self, name: str, device: torch.device) -> bool:
         return self.of(name).in_place(device)
+
+    def streaming(self, works: Sequence[Work]) -> Streaming | None:
+        """How these works, all of one store, are stepped where that is the same in every step; None where it is not."""
+        stores = {id(store): store for store in (self.of(work.name) for work in works)}
+        return next(iter(stores.values())).streaming(works, self._chunked) if len(stores) == 1 else None
 
     @property
     def elsewhere(self) -> bool:

@@ -12,22 +12,23 @@ import mmap
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
-from memopt.layout.chunks import PAGE, Buffers, ChunkedState, Part, StoreOptions
+from memopt.kernels import Streaming
+from memopt.layout.chunks import PAGE, Buffers, ChunkedState, Part, StoreOptions, pack
 from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, Restored, Run
-from memopt.placements.entry import Entry, Sum
+from memopt.placements.entry import Entry, Place, Sum, fetched, written
 from memopt.placements.stores.durable_directory import Directory
 from memopt.placements.stores.mapped_files import bytes_view
-from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed
+from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, placed
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
-from memopt.placements.transfer.pipeline import Lanes, Operation
+from memopt.placements.transfer.pipeline import Lanes, Operation, stream
 from memopt.placements.transfer.streams import Threads
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
@@ -131,6 +132,9 @@ class Files(Streamed):
             if entry in sums:
                 entry.written({key: sorted(found) for key, found in sums[entry].items()})
                 work.state.update(entry.tensors())
+        self._unmap()
+
+    def _unmap(self) -> None:
         for name, entry in self.entries.items():
             if name not in self.kept:
                 entry.unmap()
@@ -155,20 +159,13 @@ class Files(Streamed):
         places = self._places(chunk)
 
         def read(i: int) -> None:
-            for at, offset, size in runs([(at, e.begin(e.copy) + offset, part) for e, part, at, offset in places]):
-                self.arena.read(self._views[i][at : at + size], offset)
+            self._move(self.arena.read, i, fetched(places))
 
         def write(i: int) -> None:
             for entry, part, at, offset in places:
                 view = self._views[i][at + offset % PAGE :][: part.nbytes]
                 self._written.append((entry, part, zlib.crc32(view) if self.directory else 0))
-            whole = [one for one in places if one[1].nbytes == one[0].nbytes_of[one[1].key]]
-            for at, offset, size in runs([(at, e.begin(e.next) + offset, part) for e, part, at, offset in whole]):
-                self.arena.write(self._views[i][at : at + size], offset)
-            for entry, part, at, offset in places if len(whole) < len(places) else ():
-                if part.nbytes < entry.nbytes_of[part.key]:  # the pages at its ends are those of other rows too
-                    view = self._views[i][at + offset % PAGE :][: part.nbytes]
-                    self.arena.write(view, entry.begin(entry.next) + offset)
+            self._move(self.arena.write, i, written(places))
 
         def step(i: int) -> None:
             memory = self._device if self._transfer else self._host
@@ -186,7 +183,50 @@ class Files(Streamed):
             return [reading, stepping, writing]
         return [reading, Operation("up", up, nbytes), stepping, Operation("down", down, nbytes), writing]
 
-    def _places(self, chunk: Sequence[Placed]) -> list[tuple[Entry, Part, int, int]]:
+    def streaming(self, works: Sequence[Work], chunked: Callable[[Work], ChunkedState]) -> Streaming | None:
+        if self.directory or any(work.groups or work.p.device.type != "cpu" for work in works):
+            return None  # every step writes elsewhere than it reads, or waits for other ranks, or for a card
+        slices = self._slices(works, chunked)
+        self._fit(works[0].p.device)
+        host, entries = self._host, [self.entries[work.name] for work in works]
+        if not host:
+            return None
+        chunks = [placed(chunk) for chunk in pack([one for one in slices if one.nbytes], self.buffers.nbytes)]
+        moves, on_buffers = [], []
+        for i, chunk in enumerate(chunks):
+            places = self._places(chunk)
+            moves.append((fetched(places), written(places), sum(part.nbytes for _, part, _, _ in places)))
+            on_buffers.append([one.on(self._state(one, host[i % len(host)], base)) for one, base in chunk])
+        empty = [one.on(dict(one.work.state)) for one in slices if not one.nbytes]
+        on_buffers += [empty] if empty else []
+
+        def same() -> bool:
+            there = self._host is host  # another list where buffers were made anew
+            return there and all(self.entries.get(w.name) is e for w, e in zip(works, entries, strict=True))
+
+        def chain(i: int, step: Callable[[int], None]) -> list[Operation]:
+            reads, writes, nbytes = moves[i]
+            return [
+                Operation("read", lambda buffer: self._move(self.arena.read, buffer, reads), nbytes),
+                Operation("step", lambda _: step(i), nbytes),
+                Operation("write", lambda buffer: self._move(self.arena.write, buffer, writes), nbytes),
+            ]
+
+        def run(step: Callable[[int], None], wanted: Collection[int]) -> None:
+            self._lanes = self._threads
+            nothing = [Operation("step", lambda _: None)]  # a chunk that is left out keeps its place among the buffers
+            stream([chain(i, step) if i in wanted else nothing for i in range(len(chunks))], self._threads, len(host))
+            if empty and len(chunks) in wanted:
+                step(len(chunks))
+            self._unmap()
+
+        return Streaming(on_buffers, run, same)
+
+    def _move(self, act: Callable[[memoryview, int], None], i: int, found: Sequence[tuple[int, int, int]]) -> None:
+        for at, offset, size in found:
+            act(self._views[i][at : at + size], offset)
+
+    def _places(self, chunk: Sequence[Placed]) -> list[Place]:
         """Where each part of the chunk is in the buffer, and in its entry's copy."""
         return [
             (entry, part, base + part.at, entry.offsets[part.key] + part.offset)
@@ -253,26 +293,6 @@ class Files(Streamed):
         if empty and self.directory and self._finalizer.alive:
             self.directory.clear()
         self._finalizer()
-
-
-def runs(found: Sequence[tuple[int, int, Part]]) -> list[tuple[int, int, int]]:
-    """Of parts ``(place in a buffer, offset in the file, part)`` the whole pages that have them, ``(place, offset,
-    bytes)``: neighbours in both are one.
-
-    >>> a, b = (Part(key, "uint8", (5000,), 0, 5000, 0) for key in "ab")
-    >>> runs([(0, 8192, a), (8192, 16384, b), (16384, 4096, a)])
-    [(0, 8192, 16384), (16384, 4096, 8192)]
-    """
-    merged: list[list[int]] = []
-    for at, offset, part in found:
-        shift = offset % PAGE
-        offset, size = offset - shift, -(-(shift + part.nbytes) // PAGE) * PAGE
-        last = merged[-1] if merged else None
-        if last and last[0] + last[2] == at and last[1] + last[2] == offset:
-            last[2] += size
-        else:
-            merged.append([at, offset, size])
-    return [(at, offset, size) for at, offset, size in merged]
 
 
 def _close(things: list[Threads | Directory | Arena]) -> None:

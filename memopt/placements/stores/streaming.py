@@ -129,13 +129,7 @@ class Streamed(PlacementStore):
     def _step(
         self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState], device: torch.device
     ) -> None:
-        loans: list[ChunkSlice] = []
-        for work in works:
-            layout, cut, layouts = self._cut(work, chunked)
-            if len(cut) == 1:
-                loans.append(ChunkSlice(work, cut[0], 0, layout))
-            else:
-                loans += [ChunkSlice(work, p, i, layouts[i]) for i, p in enumerate(cut)]
+        loans = self._slices(works, chunked)
         self._fit(device)
         chunks: list[list[Placed]]
         if any(work.groups for work in works):
@@ -157,6 +151,16 @@ class Streamed(PlacementStore):
         if chains:
             self._lanes = self.lanes(device)
             stream(chains, self._lanes, self.buffers.number)
+
+    def _slices(self, works: Sequence[Work], chunked: Callable[[Work], ChunkedState]) -> list[ChunkSlice]:
+        found: list[ChunkSlice] = []
+        for work in works:
+            layout, cut, layouts = self._cut(work, chunked)
+            if len(cut) == 1:
+                found.append(ChunkSlice(work, cut[0], 0, layout))
+            else:
+                found += [ChunkSlice(work, p, i, layouts[i]) for i, p in enumerate(cut)]
+        return found
 
     def abandon(self) -> None:
         super().abandon()
