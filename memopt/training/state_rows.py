@@ -6,7 +6,7 @@ A row is one index of dimension 0. What becomes of each part of the state is in
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -58,11 +58,17 @@ def append_rows(optimizer: OptimizerParts, p: Tensor, rows: Tensor | None, into:
         weights = (p if into is None else into).detach()
         if not optimizer.state.get(p) and into is None:
             return  # it is made at the first step, for the weight as it is then
+        if len(weights) == before and not _has_rows(optimizer.state[p]) and into is None:
+            return  # nothing but a number of steps: what had fewer rows is nowhere
         if len(weights) <= before:
             raise ValueError(f"{name} has {len(weights)} rows and state of {before}: there is none to append")
     index = torch.full((len(weights),), -1, device=p.device)
     index[:before] = torch.arange(before, device=p.device)
     _change_rows(optimizer, p, index, weights, into)
+
+
+def _has_rows(state: Mapping[str, Any]) -> bool:
+    return any(isinstance(x, Tensor) and x.dim() > 0 for x in state.values())
 
 
 @torch.no_grad()

@@ -72,8 +72,11 @@ def refused_group(t: Twin, r: Random) -> None:
 
 @operation(1)
 def empty_group(t: Twin, r: Random) -> None:
+    known = t.ours.opt.rule.hyperparameters
+    first = {k: v for k, v in t.ours.opt.param_groups[0].items() if k in known}
     for side in t.sides:
-        side.opt.add_param_group({"params": [], "lr": 1e-3, "weight_decay": 0.0})
+        keep = {k: v for k, v in first.items() if k in side.opt.param_groups[0]}
+        side.opt.add_param_group({**keep, "params": [], "lr": 1e-3, "weight_decay": 0.0})
     t.ours.scheduler = t.theirs.scheduler = None
 
 

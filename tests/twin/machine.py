@@ -238,6 +238,10 @@ class Twin:
             slack += self.rounded[name] + 2.0**-8 * largest
         return slack
 
+    def group_decays(self, name: str) -> bool:
+        group = self.theirs.group_of(name) if any(name in names for names in self.theirs.names()) else {}
+        return bool(group.get("weight_decay"))
+
     def _close(self, name: str, p: Tensor, q: Tensor) -> None:
         if p.shape != q.shape:
             raise Difference(f"{name} is {tuple(p.shape)}, the twin's {tuple(q.shape)}")

@@ -41,6 +41,10 @@ def blueprint(t: Twin) -> Callable[[], tuple[Bag, Any]]:
     return make
 
 
+def _names(opt: Any) -> list[str]:
+    return [name for name, _, _ in opt.params.entries()]
+
+
 def _same(t: Twin, model: Bag, opt: Any, what: str, weights: bool = True) -> None:
     """This pair is ours, bit for bit."""
     for name in t.names:
@@ -157,6 +161,10 @@ def save(t: Twin, r: Random) -> None:
     )
     saved = saving.wait()
     model, opt = make()
+    if _names(opt) != _names(t.ours.opt):  # without names a parameter's is its place, which it keeps when it is moved
+        t.refused(lambda: memopt.load(saved, model=model, optimizer=opt, rng=False), "param groups differ")
+        opt.close()
+        return
     memopt.load(saved, model=model, optimizer=opt, rng=False)
     _same(t, model, opt, "a checkpoint")
     if r.random() < 0.5:
