@@ -10,17 +10,19 @@ BATCH, SEQ = 2, 64
 def table(done: dict[str, Any]) -> str:
     types, steps = done.get("types", []), done.get("steps", [])
     built = [r for r in types if "parameters" in r]
+    looked = [r for r in types if "saved" in r or "refused" in r]
     exact, known = [r for r in types if r.get("exact")], [r for r in types if "saved" in r]
-    refused = [r for r in types if "saved" not in r]
+    refused = [r for r in looked if "saved" not in r]
     lines = [
         "# transformers' types",
         "",
-        f"{done['known']} types; {len(types)} were looked at, in the order of a draw (seed {done['seed']}, the",
-        "CRC-32 of transformers' version), each with its default configuration:",
+        f"{done.get('known', 0)} types, each with its default configuration, in the order of a draw (seed",
+        f"{done.get('seed', 0)}, the CRC-32 of transformers' version):",
         "",
-        f"- {len(exact)} priced exactly, parameter for parameter the module on the meta device",
-        f"- {len(known)} with activations ({BATCH} x {SEQ} tokens, or what the model takes in their place)",
-        f"- {len(types) - len(built)} are not built by transformers itself from their defaults, with what is installed",
+        f"- {len(types)} were priced: {len(exact)} exactly, parameter for parameter the module on the meta device;",
+        f"  {len(types) - len(built)} are not built by transformers itself from their defaults, with what is installed",
+        f"- {len(looked)} were traced: {len(known)} have activations ({BATCH} x {SEQ} tokens, or what the model takes",
+        "  in their place)",
         "",
     ]
     if steps:

@@ -7,27 +7,25 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from estimators.columns import Asked, columns
 from estimators.errors import InputError, shown
 from estimators.hardware import capacity
-from estimators.memory.rank_memory import SHARDS_ALSO, rows_of, step_temporaries
+from estimators.heads import with_head
 from estimators.models.model import Model
 from estimators.models.resolve import resolve
-from estimators.result import Column, Estimate
+from estimators.result import Estimate
 from estimators.trained import as_trained
-from estimators.training import BUCKET, Training, unknown
+from estimators.training import BUCKET, Training
 from estimators.units import dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from estimators.activations import Activations
     from memopt.keywords import SpecKeywords
     from memopt.spec import OptimSpec
 
 __all__ = ["estimate"]
 
-#: What an estimate without activations does not contain.
-WITHOUT = ("temporaries of the step", "CUDA context", "allocator rounding")
 _MAX_WORLD_SIZE = 10**6
 
 
@@ -68,6 +66,15 @@ def estimate(
     versions: str = "",
     alloc_conf: str = "",
     reference_model: str = "",
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    replicas: int = 1,
+    schedule: str = "1f1b",
+    regather: bool = False,
+    head: str = "",
+    packed: bool = False,
     inputs: Any = None,
     **fields: "Unpack[SpecKeywords]",
 ) -> Estimate:
@@ -118,6 +125,16 @@ def estimate(
             (:mod:`estimators.versions`); default today's.
         alloc_conf: ``PYTORCH_ALLOC_CONF``, such as ``"expandable_segments:True"``; default torch's own.
         reference_model: The frozen second model of preference training (DPO): ``"same"`` for a copy, or a name or path.
+        tp: Degree of tensor parallelism, with sequences cut between layers (GPUs are ``world_size * tp * pp * cp``).
+        pp: Stages of a pipeline; ``accumulate`` are the micro-batches of a step, figures those of the fullest stage.
+        cp: Ranks of context parallelism, which share each sequence, and shards of ``/zero2`` and ``/zero3``.
+        ep: Of the data-parallel ranks, those that share the experts.
+        replicas: HSDP's copies of what ``/zero2`` or ``/zero3`` shards, among the ``world_size`` ranks.
+        schedule: The pipeline's: ``"1f1b"``, ``"gpipe"`` or ``"interleaved-V"``, V chunks of layers on each rank.
+        regather: Tensor parallelism gathers inputs again in the backward pass (Megatron-LM) and saves its part of them.
+        head: With which the model is counted: ``"causal-lm"``, ``"masked-lm"``, ``"classification"``, ``"none"`` … or a
+            class of transformers (:mod:`estimators.heads`); default that with which its type is trained.
+        packed: Each row of ``seq`` tokens is several sequences (TRL's packing), kept apart by a mask under ``sdpa``.
         inputs: A module's micro-batch (keywords, arguments or a tensor): one step is traced, and says batch and seq.
         fields: Hyperparameters, placement options and fields of :class:`memopt.OptimSpec`, as of :func:`memopt.create`.
 
@@ -168,6 +185,15 @@ def estimate(
         versions=versions,
         alloc_conf=alloc_conf,
         reference_model=reference_model,
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        ep=ep,
+        replicas=replicas,
+        schedule=schedule,
+        regather=regather,
+        head=head,
+        packed=packed,
     )
     if is_adapter(model):
         from estimators.models.from_adapter import read
@@ -187,7 +213,7 @@ def estimate(
         training = training._replace(lora_dropout=dropout(model, training.lora_dropout))
     specs = _parsed(spec, dict(fields))
     nbytes = gpu if gpu is None or isinstance(gpu, int) else capacity(gpu)
-    described = resolve(model, inputs)
+    described = with_head(resolve(model, inputs), training.head)
     weight_dtype = None if weights is None else dtype(weights, "weights")
     if mixed and not training.lora and weight_dtype not in (None, "float32"):
         raise InputError(f"mixed={mixed!r} is for weights in float32, not {weight_dtype}, unless adapters train")
@@ -200,57 +226,24 @@ def estimate(
 
         second = reference(described, training, weight_dtype)
     described = as_trained(described, training, weight_dtype)
-    card = gpu if isinstance(gpu, str) else ""
-    runs = {own: _activations(described, training, own, card) for own in {_own_precision(s, training) for s in specs}}
-    ran, missing = runs[_own_precision(specs[0], training)]
-    if ran is not None and ran.notes:
-        described = described._replace(notes=(*described.notes, *ran.notes))
-    columns = []
-    without = (missing, *(() if training.seq else WITHOUT)) if missing else ()
-    without += (*unknown(training), *described.without)
-    if second and training.seq and second[1] is None:
-        without += ("the reference model's forward pass",)
-    for one in specs:
-        of_the_step = step_temporaries(described, one, world_size, None, training) if training.seq else 0
-        lacks = without
-        if of_the_step is None and "temporaries of the step" not in without:
-            lacks = (*without, "temporaries of the step")
-        held = rows_of(
-            described,
-            one,
-            gradient_dtype,
-            world_size,
-            training,
-            runs[_own_precision(one, training)][0],
-            of_the_step,
-            card,
-            second,
-        )
-        if training.seq and training.device != "cpu" and str(one) == "adamw":
-            from estimators.memory.other_optimizers import foreach
+    if training.tp > 1 or training.ep > 1:
+        from estimators.parallel.local import cut
 
-            held += foreach(spec, one, described)
-        columns.append(Column(str(one), held, one.options, one.hyper, lacks))
+        described = cut(described, training)
+    card = gpu if isinstance(gpu, str) else ""
+    found = columns(described, specs, Asked(training, world_size, gradient_dtype, card, second, spec))
     return Estimate(
-        described,
-        columns,
+        found.model,
+        found.columns,
         nbytes,
         weight_dtype or _one(described, all_=True),
         gradient_dtype or _one(described, all_=False),
         world_size,
         training,
-        ran,
-        tuple(dict.fromkeys(one for column in columns for one in column.without)),
+        found.ran,
+        tuple(dict.fromkeys(one for column in found.columns for one in column.without)),
         _as_text,
     )
-
-
-def _activations(model: Model, training: Training, sharded: bool, card: str) -> "tuple[Activations | None, str]":
-    if not training.seq:
-        return None, "activations (say --seq)"
-    from estimators.memory.step_rows import run
-
-    return run(model, training, sharded, card)
 
 
 def _as_text(e: Estimate) -> str:
@@ -263,11 +256,6 @@ def is_adapter(model: Any) -> bool:
     """Whether this is the path of a folder that PEFT saved."""
     path = model.__fspath__() if hasattr(model, "__fspath__") else model
     return isinstance(path, str) and "\0" not in path and os.path.isfile(os.path.join(path, "adapter_config.json"))
-
-
-def _own_precision(spec: "OptimSpec", training: Training) -> bool:
-    """Whether mixed precision is FSDP2's, which computes in it throughout."""
-    return bool(training.mixed) and SHARDS_ALSO.get(spec.partition, (False,))[0]
 
 
 def _one(model: Model, *, all_: bool) -> str:

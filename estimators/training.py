@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from estimators.errors import InputError, shown
 from estimators.models.lora import KBIT, NF4, Adapters
+from estimators.parallel.degrees import DEGREES, SCHEDULES, contradictions
 from estimators.units import DTYPES
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 #: ``every_n_layers``).
 CHECKPOINTINGS = ("none", "full", "selective", *(f"every-{k}" for k in range(2, 65)), "selective-2")
 ATTENTIONS = ("sdpa", "flash", "eager")
-MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16, "bucket": 2**40}
+MOST = {"batch": 2**16, "seq": 2**24, "accumulate": 2**16, "lora": 2**16, "bucket": 2**40, **DEGREES}
 #: DeepSpeed's default reduce_bucket_size, elements.
 BUCKET = 5 * 10**8
 
@@ -39,7 +40,11 @@ class Training(NamedTuple):
     pinned memory, ``offload_params`` weights, gradients and state of FSDP2 or DeepSpeed. ``compile`` and ``float8``:
     torch.compile of the model and torchao's float8 training. ``versions`` are those of libraries that do otherwise than
     today's (:mod:`estimators.versions`), ``alloc_conf`` is the text of PYTORCH_ALLOC_CONF.
-    ``reference_model``: the frozen second model of preference training, ``same`` or another one's name or path."""
+    ``reference_model``: the frozen second model of preference training, ``same`` or another one's name or path.
+    ``tp``, ``pp``, ``cp``, ``ep``: degrees of tensor, pipeline, context and expert parallelism; ``replicas`` of the
+    shards (HSDP). ``schedule`` is the pipeline's; ``regather``: what tensor parallelism gathers is gathered again in
+    the backward pass (Megatron-LM) and not saved (torch). ``head``: with which the model is counted
+    (:mod:`estimators.heads`). ``packed``: rows of ``seq`` tokens are several sequences each."""
 
     batch: int = 1
     seq: int = 0
@@ -70,6 +75,15 @@ class Training(NamedTuple):
     versions: str = ""
     alloc_conf: str = ""
     reference_model: str = ""
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    replicas: int = 1
+    schedule: str = "1f1b"
+    regather: bool = False
+    head: str = ""
+    packed: bool = False
 
     @property
     def kbit(self) -> bool:
@@ -116,7 +130,7 @@ class Training(NamedTuple):
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is true or false")
-        for name in ("lora_targets", "modules_to_save", "frozen", "train", "versions", "alloc_conf", "reference_model"):
+        for name in _TEXTS:
             if not isinstance(getattr(self, name), str):
                 raise InputError(f"{name}={shown(getattr(self, name))} is not allowed; it is text: names, with commas")
         if self.versions:
@@ -128,7 +142,7 @@ class Training(NamedTuple):
         p = self.lora_dropout
         if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
             raise InputError(f"lora_dropout={shown(p)} is not allowed; it is a number from 0 up to 1")
-        for refused, sentence in self._contradictions():
+        for refused, sentence in (*self._contradictions(), *contradictions(self)):
             if refused:
                 raise InputError(sentence)
         return self
@@ -181,6 +195,7 @@ class Training(NamedTuple):
                 t.float8 and bool(t.lora),
                 "float8 does not go with lora: torchao converts torch.nn.Linear layers that train",
             ),
+            (t.packed and not t.seq, "packed says what the tokens of a row are, which needs seq"),
             (
                 not t.seq and given != (1, "none", 1, "sdpa", "full", "dropped", False),
                 "batch, checkpointing, accumulate, attention, loss, outputs and offload_activations have an effect on "
@@ -200,8 +215,19 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "kbit_prepare": ("", "yes", "no"),
     "loss": ("full", "chunked", "fused"),
     "outputs": ("dropped", "kept"),
+    "schedule": SCHEDULES,
 }
-_FLAGS = ("release_gradients", "deepspeed", "offload_activations", "offload_params", "compile", "float8")
+_FLAGS = (
+    "release_gradients",
+    "deepspeed",
+    "offload_activations",
+    "offload_params",
+    "compile",
+    "float8",
+    "regather",
+    "packed",
+)
+_TEXTS = ("lora_targets", "modules_to_save", "frozen", "train", "versions", "alloc_conf", "reference_model", "head")
 _OF_LORA = ("lora_targets", "lora_dtype", "lora_dropout", "lora_kind", "modules_to_save")
 
 
@@ -220,6 +246,7 @@ def describe(training: Training, given: bool = False) -> str:
     if training.seq:
         tokens = f"{training.batch} x {training.seq:,} tokens, {training.attention} attention"
         parts.append(f"inputs that were given, of {training.batch}" if given else tokens)
+        parts += ["packed"] * training.packed
         if training.checkpointing != "none":
             parts.append(f"{training.checkpointing} checkpointing")
         if training.accumulate > 1:
@@ -233,6 +260,9 @@ def describe(training: Training, given: bool = False) -> str:
         parts.append(f"{second} as reference model")
     if training.deepspeed:
         parts.append("under DeepSpeed")
+    parts += [f"{name} {value}" for name in DEGREES if (value := getattr(training, name)) > 1]
+    if training.pp > 1:
+        parts.append(f"schedule {training.schedule}")
     if training.lora:
         parts.append(f"LoRA rank {training.lora}" + (f" on {training.quantised} weights" if training.quantised else ""))
     return ", ".join(parts)

@@ -19,8 +19,11 @@ from estimators.models.config_fields import Fields
 
 __all__ = [
     "ATTENTIONS",
+    "EXPERTS",
     "MIXED",
     "OWN",
+    "PACKED",
+    "SPLIT",
     "WRITTEN",
     "Activations",
     "Moment",
@@ -80,6 +83,14 @@ OWN: dict[str, Callable[[Fields, Step], Network]] = {}
 #: Families whose formula was checked under torch.autocast: all but DeepSeek, T5 and those with eager attention only.
 MIXED = frozenset(WRITTEN) - {"bloom", "deepseek_v2", "deepseek_v3", "gemma2", "gpt_oss", "gptj", "t5"}
 
+#: Families whose formula is one rank's of tensor or context parallelism, and of expert parallelism.
+_SPLIT = """cohere gemma gemma3_text glm4 gpt2 granite llama ministral3 mistral mixtral olmo phi3 qwen2 qwen2_moe qwen3
+qwen3_moe smollm3"""
+SPLIT = frozenset(_SPLIT.split())
+#: Families whose formula knows packed sequences.
+PACKED = SPLIT - {"gpt2"}
+EXPERTS = frozenset({"deepseek_v2", "deepseek_v3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+
 #: Families that torch's selective checkpointing does not work on -> why.
 NOT_SELECTIVE = {"gpt_oss": "biases are added to results of products in place"}
 
@@ -97,11 +108,13 @@ def activations(
     step: Step,
     checkpointing: str = "none",
     parameters: Parameters | None = None,
+    part: Callable[[Network, Step], Network] | None = None,
 ) -> Activations:
     """Of one micro-batch. ``parameters``: their dtypes, which of them train, and their adapters; by default the
-    configuration's own, all of which train, or adapters of ``step.rank`` on all linear layers in fp32. Raises KeyError
-    for a family or a nonlinearity without a formula."""
+    configuration's own, all of which train, or adapters of ``step.rank`` on all linear layers in fp32. ``part``
+    makes the network of a stage of a pipeline. Raises KeyError for a family or a nonlinearity without a formula."""
     network = _forward_pass(config["model_type"])(Fields(config, source), step)
+    network = part(network, step) if part else network
     return composed(network, step, checkpointing, parameters or _own(config, source, step))
 
 

@@ -98,6 +98,11 @@ def rotated(t: Tape, x: Tensor, item: int = 0) -> Tensor:
     return t.cast(y, x.item) if item else y
 
 
+def split(step: Step, a: Heads) -> Heads:
+    """This rank's heads."""
+    return a if step.tp == 1 else a._replace(n=a.n // step.tp, kv=a.kv // step.tp)
+
+
 def attend(
     t: Tape,
     step: Step,
@@ -119,7 +124,8 @@ def attend(
     Fused kernels lay it out as the queries are: ``relaid`` says that those are head by head, so that a copy is made.
 
     Fused kernels (``sdpa``, ``flash``) save what they read, their result and one fp32 number per query; a boolean mask
-    (``mask``: its elements, 0 for none) is converted to the weights' dtype for each call, and saved.
+    (``mask``: its elements, 0 for none) is converted to the weights' dtype for each call, and saved. ``sdpa`` has one
+    where sequences are packed, and then repeats keys and values for every query head.
     ``eager`` saves the probabilities, in fp32 and in the weights' dtype, and copies of q, k and v laid out for a
     batched product, keys and values repeated for every query head. ``drop``: the probability of dropout on the
     probabilities, of which a fused kernel keeps a seed. ``narrow``: a softmax in the scores' dtype, as ``gpt2`` has it,
@@ -128,11 +134,21 @@ def attend(
     size = step.tokens * a.n * a.dim
     if step.attention != "eager":
         q, k, v = (t.cast(x, t.mm) for x in (q, k, v))
-        if step.expand and step.attention == "sdpa" and a.n != a.kv:
+        mask = mask or step.mask
+        if (step.expand or step.packed) and step.attention == "sdpa" and a.n != a.kv:
             k, v = t.copy(k, size), t.copy(v, size)
         result, added = t.tensor(step.tokens * a.n, FP32), [t.tensor(mask, t.mm)] if mask else []
+        forward_tmp, backward_tmp = _ring(step, q, k)
         out = t.op(
-            [q, k, v], size, t.mm, saves=[q, k, v, *added, result], saves_out=True, product=True, beside=[result]
+            [q, k, v],
+            size,
+            t.mm,
+            saves=[q, k, v, *added, result],
+            saves_out=True,
+            product=True,
+            beside=[result],
+            forward_tmp=forward_tmp,
+            backward_tmp=backward_tmp,
         )
         return t.copy(out) if relaid else out
     numel = step.batch * a.n * step.seq * (over or step.seq)
@@ -174,6 +190,18 @@ def attend(
     return out
 
 
+def _ring(step: Step, q: Tensor, k: Tensor) -> tuple[int, int]:
+    """What attention over the parts of ``cp`` ranks allocates and frees, forward and backward: keys and values
+    of all of them, gathered, and this rank's beside them; the result and its gradients are summed in fp32. Source:
+    torch/distributed/tensor/experimental/_context_parallel/_attention.py of torch 2.13."""
+    if step.cp == 1:
+        return 0, 0
+    pairs, sums = 2 * k.nbytes * (step.cp + 1), FP32 * (q.numel + 2 * k.numel)
+    # Gradients of one step of the ring, and those that go round it, twice.
+    one_step, sent = sums * q.item // FP32, 2 * FP32 * 2 * k.numel
+    return pairs + 2 * FP32 * q.numel, pairs + sums + one_step + sent
+
+
 def attention(
     t: Tape,
     step: Step,
@@ -193,6 +221,7 @@ def attention(
 ) -> Tensor:
     """Separate projections; ``norm`` is applied to queries and to keys, ``table`` the bytes of the tables of rotary
     positions where that is not the weights' dtype; ``partial``: rotated and other elements are concatenated."""
+    given, x, a = x, t.gathered(x), split(step, a)
     q = linear(t, x, width, a.n * a.dim, bias)
     k = linear(t, x, width, a.kv * a.dim, bias)
     v = linear(t, x, width, a.kv * a.dim, bias)
@@ -203,8 +232,8 @@ def attention(
         q, k = rotated(t, q, table), rotated(t, k, table)
         t.hold(*before)
     y = attend(t, step, q, k, v, a, softcap=softcap, relaid=partial, drop=drop, narrow=narrow)
-    out = linear(t, y, a.n * a.dim, width, out_bias)
-    t.hold(x, q, k, v)
+    out = t.scattered(linear(t, y, a.n * a.dim, width, out_bias))
+    t.hold(given, x, q, k, v)
     return out
 
 
@@ -223,13 +252,14 @@ def fused_attention(
 ) -> Tensor:
     """Query, key and value in one matrix, of whose result they are views; with ``rope`` queries and keys are made anew,
     by concatenation."""
+    x, a = t.gathered(x), split(step, a)
     qkv = linear(t, x, width, (a.n + 2 * a.kv) * a.dim, bias)
     q, k, v = qkv, qkv, qkv
     if rope:
         q = rotated(t, t.op([qkv], step.tokens * a.n * a.dim))
         k = rotated(t, t.op([qkv], step.tokens * a.kv * a.dim))
     y = attend(t, step, q, k, v, a, relaid=rope, drop=drop, narrow=narrow)
-    return linear(t, y, a.n * a.dim, width, out_bias)
+    return t.scattered(linear(t, y, a.n * a.dim, width, out_bias))
 
 
 # MLPs ----------------------------------------------------------------------------------------------------------
@@ -237,6 +267,7 @@ def fused_attention(
 
 def gated_mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = False, fused: bool = False) -> Tensor:
     """``down(act(gate(x)) * up(x))``; ``fused``: gate and up are halves of one result."""
+    given, x, ffn = x, t.gathered(x), ffn // t.step.tp
     if fused:
         both = linear(t, x, width, 2 * ffn, bias)
         activated = t.op([both], both.numel // 2, saves=[both])
@@ -244,21 +275,22 @@ def gated_mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = F
     else:
         gate, up = linear(t, x, width, ffn, bias), linear(t, x, width, ffn, bias)
         product = t.mul(t.activation(gate, act), up)
-    out = linear(t, product, ffn, width, bias)
-    t.hold(x)
+    out = t.scattered(linear(t, product, ffn, width, bias))
+    t.hold(given, x)
     return out
 
 
 def mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = True) -> Tensor:
-    return linear(t, t.activation(linear(t, x, width, ffn, bias), act), ffn, width, bias)
+    x, ffn = t.gathered(x), ffn // t.step.tp
+    return t.scattered(linear(t, t.activation(linear(t, x, width, ffn, bias), act), ffn, width, bias))
 
 
 # Both ends -----------------------------------------------------------------------------------------------------
 
 
 def causal_mask(step: Step) -> int:
-    """Bytes of the mask that eager attention adds to the scores, made once for all layers."""
-    return step.batch * step.seq**2 * step.item * (step.attention == "eager")
+    """Bytes of the mask that eager attention adds to the scores, or of booleans, made once for all layers."""
+    return step.batch * step.seq**2 * step.item * (step.attention == "eager") + step.mask
 
 
 def tables(step: Step, dim: int, item: int = 0) -> int:

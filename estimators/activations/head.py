@@ -24,8 +24,10 @@ def loss(
     """The head's projection and the cross-entropy of every token, for causal models computed in fp32 (``upcast``).
 
     The forward variable ``logits`` lives until the model returns, or as long as its output does. ``scaled``: logits
-    are multiplied by a constant; ``capped``: divided, put through tanh and multiplied.
+    are multiplied by a constant; ``capped``: divided, put through tanh and multiplied. Under tensor parallelism each
+    rank has its part of the vocabulary, and the loss is taken over the parts.
     """
+    x, vocab = t.gathered(x), -(-vocab // step.tp)
     if step.loss != "full":
         return _without_logits(t, step, x, width, vocab)
     logits = linear(t, x, width, vocab, bias)
@@ -42,10 +44,13 @@ def loss(
         if step.copied_logits:
             full = t.copy(full)
             t.held.append(full)
-    log_probabilities = t.op([full], saves_out=True)
-    labels = t.tensor(step.tokens, INT64)
+    # Over parts of the vocabulary torch's loss_parallel computes operation by operation: one tensor more forward, and
+    # backward two (tensor/parallel/loss.py); Megatron-LM's computes in place.
+    more = full.nbytes * (step.tp > 1 and not step.regather)
+    log_probabilities = t.op([full], saves_out=True, forward_tmp=more)
+    labels = t.tensor(x.numel // width, INT64)
     # Backward fills the gradient of the log-probabilities with zeros first.
-    return t.op([log_probabilities], 1, FP32, saves=[log_probabilities, labels])
+    return t.op([log_probabilities], 1, FP32, saves=[log_probabilities, labels], backward_tmp=2 * more)
 
 
 #: Tokens and columns of the logits that TRL's kernels/chunked_logprob.py makes at a time.

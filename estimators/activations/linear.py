@@ -30,6 +30,9 @@ def linear(t: Tape, x: Tensor, cols: int, rows: int, bias: bool = False, name: s
                 once = cols * rows * t.mm
     elif p.item > x.item:
         x, item = t.cast(x, p.item), p.item
+    source, again = t.sources.get(id(x)), 0
+    if source is not None:  # gathered again for the weight's gradient
+        again = x.nbytes * p.trains
     # torchao's Float8Linear saves its input as it is, and casts both operands to 8 bits for each product.
     eight = t.float8 and p.trains
     y = t.op(
@@ -37,10 +40,11 @@ def linear(t: Tape, x: Tensor, cols: int, rows: int, bias: bool = False, name: s
         tokens * rows,
         item,
         product=True,
-        saves=[*([x] if p.trains else []), *copies],
+        saves=[*([x if source is None else source] if p.trains else []), *copies],
         gradients=cols * rows * p.trains * p.item + rows * _trained_bias(t, p, bias),
         forward_tmp=once + eight * (cols * rows + tokens * cols),
-        backward_tmp=cols * rows * t.mm * (bool(copies) and p.trains)
+        backward_tmp=again
+        + cols * rows * t.mm * (bool(copies) and p.trains)
         + eight * (max(cols * rows, tokens * cols) + tokens * rows),
     )
     if not p.adapter:

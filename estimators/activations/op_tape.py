@@ -46,11 +46,16 @@ class Tape:
         "scope",
         "shared",
         "shares",
+        "sources",
+        "step",
         "trains",
         "x",
     )
 
     def __init__(self, step: Step, scope: Scope, x: Tensor) -> None:
+        self.step = step
+        #: What was gathered to be multiplied and is not saved, by ``id`` -> the part that is saved for it.
+        self.sources: dict[int, Tensor] = {}
         self.cpu = step.cpu
         self.item = step.item
         self.autocast = bool(step.mixed)
@@ -128,6 +133,28 @@ class Tape:
     def hold(self, *tensors: Tensor) -> None:
         """Variables of a function that ends here held them until now."""
         self.holds.setdefault(len(self.ops) - 1, []).extend(tensors)
+
+    # Tensor parallelism ------------------------------------------------------------------------------------------
+
+    def gathered(self, x: Tensor) -> Tensor:
+        """All tokens of ``x``, of which each rank has a part between layers: the input of column-parallel layers. Along
+        the sequence's dimension torch copies what it has gathered; Megatron-LM, whose first dimension that is, does
+        not."""
+        tp = self.step.tp
+        if tp == 1:
+            return x
+        whole, again = x.numel * tp, self.step.regather
+        copied = whole * x.item * (not again)
+        y = self.op([x], whole, forward_tmp=copied, backward_tmp=copied)
+        if again:
+            self.sources[id(y)] = x
+        return y
+
+    def scattered(self, x: Tensor) -> Tensor:
+        """This rank's part of the sum over ranks of ``x``, a row-parallel layer's result."""
+        tp = self.step.tp
+        copied = x.nbytes * (not self.step.regather)
+        return x if tp == 1 else self.op([x], x.numel // tp, forward_tmp=copied, backward_tmp=copied)
 
     # Arithmetic ------------------------------------------------------------------------------------------------
 

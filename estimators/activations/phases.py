@@ -38,7 +38,8 @@ class Activations(NamedTuple):
     the head's). ``walked`` is what they follow from, for whoever asks for the order of it all. ``output`` are bytes
     that live as long as the model's output, and ``kept`` is the same step with an output that lives until the backward
     pass is over. ``away`` are saved bytes on the host. ``recorded`` is in place of ``walked`` where the
-    step was traced (:mod:`estimators.traced`), and ``notes`` are sentences on how."""
+    step was traced (:mod:`estimators.traced`), and ``notes`` are sentences on how; ``flown`` where it is that of a rank
+    of a pipeline."""
 
     saved: int
     forward: Moment
@@ -54,6 +55,7 @@ class Activations(NamedTuple):
     away: int = 0
     notes: tuple[str, ...] = ()
     recorded: Recorded | None = None
+    flown: "Flown | None" = None
 
 
 class Segment(NamedTuple):
@@ -102,6 +104,13 @@ class Walked(NamedTuple):
     segments: tuple[Segment, ...]
     tables: int
     masks: int
+
+
+class Flown(NamedTuple):
+    """The chunks of a rank of a pipeline, and the order of passes through them: ``(whether forward, chunk)``."""
+
+    chunks: tuple[Walked, ...]
+    order: tuple[tuple[bool, int], ...]
 
 
 class _Chain:
@@ -268,13 +277,14 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[Moment, int, 
             x = s.tape.x.nbytes
             rerun = left + x + s.forward.kept + run.waiting + s.again.peak
             fullest = max(fullest, Moment(rerun, made), key=sum)
-            accumulated = max(accumulated, rerun)
+            accumulated = max(accumulated, rerun + table)
             released = max(released, Moment(rerun, table), key=sum)
             left += s.again.left + x * (not s.saves_input)
         fullest = max(fullest, Moment(left + run.activations, made + run.gradients), key=sum)
-        accumulated = max(accumulated, left + run.most)
         # Of a tied table the head's half waits for the embedding's, where both halves and their sum are there.
-        waiting = table * (s.kind != "loss") + s.table
+        half = table * (s.kind != "loss")
+        accumulated = max(accumulated, left + run.most + half)
+        waiting = half + s.table
         released = max(released, Moment(left + run.released[0], run.released[1] + waiting), key=sum)
         made += run.total
         waited |= {

@@ -37,7 +37,8 @@ class Backward(NamedTuple):
     of activations, temporaries; the segment's input counts if it is saved) and ``gradients`` of parameters made so
     far. ``total`` are the parameters' gradients at the end. ``waiting`` are the gradients of activations that are
     alive when the first saved tensor is asked for: under checkpointing the segment runs again at that moment.
-    ``most`` are the activations of the moment that has most of them, whatever gradients of parameters there are;
+    ``most`` are the activations of the moment that has most of them, whatever gradients of parameters there are, with
+    those that one operation has just made, which are added to them;
     ``released`` are both, at the fullest moment where a gradient goes as soon as its operation is done.
     ``begins`` and ``leaves`` are the gradients that are there at the start and at the end, by the ``id`` of their
     tensor."""
@@ -216,6 +217,7 @@ class _Pass:
                 self.live += tensor.nbytes
                 self.log.append((outgoing[-1][1], tensor.nbytes))
         self.note(op.backward_tmp)
+        self.most = max(self.most, self.live + op.backward_tmp + op.gradients)
         self.released = max(self.released, (self.live + op.backward_tmp, op.gradients), key=sum)
         self.log += [(key, n) for key, n in ((None, op.backward_tmp), (op, op.gradients)) if n]
         incoming.holders -= 1

@@ -13,7 +13,10 @@ class Step(NamedTuple):
     logits (``full``), those of some tokens at a time (``chunked``), or gradients with them (``fused``); whether linear
     layers are torchao's float8, whether what layers save goes to the host, and whether ``sdpa`` has no kernel for
     grouped heads, so that keys and values are repeated; whether the loss copies the logits without their last token,
-    and whether 4-bit products save their input (older libraries)."""
+    and whether 4-bit products save their input (older libraries). ``seq`` is this rank's part of a sequence that ``cp``
+    ranks share, of which between layers ``tp`` ranks have a part each; ``regather``: what is gathered for a product is
+    gathered again in the backward pass, as Megatron-LM does, and not saved. ``ep`` ranks share the experts.
+    ``packed``: a row of tokens is several sequences, which do not see each other."""
 
     batch: int
     seq: int
@@ -30,7 +33,17 @@ class Step(NamedTuple):
     expand: bool = False
     copied_logits: bool = False
     saves_quantised_input: bool = False
+    tp: int = 1
+    cp: int = 1
+    ep: int = 1
+    regather: bool = False
+    packed: bool = False
 
     @property
     def tokens(self) -> int:
         return self.batch * self.seq
+
+    @property
+    def mask(self) -> int:
+        """Elements of the mask that keeps packed sequences apart, which a kernel that takes lengths does not need."""
+        return self.batch * self.seq**2 * (self.packed and self.attention == "sdpa")

@@ -54,7 +54,8 @@ def overhead(
     from estimators.allocator.replay import replayed
 
     found = replayed(ran, held(rows, model, training), settings)
-    layers = [s.tape.ops for s in ran.walked.segments if s.kind == "layer"] if ran.walked else []
+    tapes = ran.flown.chunks if ran.flown else [ran.walked] if ran.walked else []
+    layers = [s.tape.ops for tape in tapes for s in tape.segments if s.kind == "layer"]
     block = max((op.out.nbytes for ops in layers for op in ops), default=ran.recorded.largest if ran.recorded else 0)
     return Overhead(max(0, found.allocated - found.requested), found.reserved - found.allocated, block)
 
@@ -75,7 +76,7 @@ def held(rows: Sequence[Row], model: Model, training: Training) -> "Held":
             whole += [r.nbytes // 2] * 2
         elif "buckets" in r.detail:
             whole += _pieces(r.nbytes, _BUCKET)
-        elif r.what == "gradients" and sharded and "step" in r.phases:
+        elif r.what == "gradients" and sharded and ("step" in r.phases or training.pp > 1):
             whole += _split(r.nbytes, trainable)
         elif r.what == "buffers" or "gathered" in r.detail or (r.what == "temporaries" and r not in step):
             whole.append(r.nbytes)

@@ -27,7 +27,7 @@ from estimators.allocator.replayed_step import (
 )
 
 if TYPE_CHECKING:
-    from estimators.activations.phases import Activations, Segment, Walked
+    from estimators.activations.phases import Activations, Flown, Segment, Walked
 
 
 class _Backward(NamedTuple):
@@ -117,18 +117,21 @@ def _left(program: Program) -> list[int]:
     return list(live)
 
 
-#: The last tape that was replayed, and its programs: several specs follow each other.
+#: The last tapes that were replayed, and their programs: several specs follow each other.
 _LAST: "list[tuple[Walked, list[_Programs]]]" = []
+_MOST_LAST = 32
 
 
 def _programs(walked: "Walked") -> list[_Programs]:
-    if not (_LAST and _LAST[0][0] is walked):
+    found = next((programs for tape, programs in _LAST if tape is walked), None)
+    if found is None:
         known: dict[int, _Programs] = {}
         for s in walked.segments:
             if id(s) not in known:
                 known[id(s)] = _Programs(s)
-        _LAST[:] = [(walked, [known[id(s)] for s in walked.segments])]
-    return _LAST[0][1]
+        found = [known[id(s)] for s in walked.segments]
+        _LAST[:] = [(walked, found), *_LAST[: _MOST_LAST - 1]]
+    return found
 
 
 def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps: int = 2) -> Replayed:
@@ -137,28 +140,41 @@ def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps
         from estimators.allocator.replay_recorded import ReplayRecorded
 
         return ReplayRecorded(ran.recorded, held, settings).run(steps)
+    if ran.flown is not None:
+        return _ReplayPipeline(ran.flown, held, settings).run(steps)
     if ran.walked is None:
         raise ValueError("these activations do not say what they follow from")
     return _ReplayWalked(ran.walked, held, settings).run(steps)
+
+
+class _Flying(NamedTuple):
+    """A micro-batch whose forward pass is over: its segments with their blocks, the last result, and what the layers
+    were called with."""
+
+    runs: "list[tuple[_Programs, list[Block | None]]]"
+    shared: "dict[str, Block | None]"
+    others: "tuple[Block | None, ...]"
 
 
 class _ReplayWalked(Replay):
     def __init__(self, walked: "Walked", held: Held, settings: Settings) -> None:
         super().__init__(held, settings)
         self.walked = walked
-        self.programs = _programs(walked)
 
     def micro_batch(self, first: bool) -> None:
-        """Forward and backward through all segments. A block between two segments is the result of the one and the
-        input of the other, whichever keeps it for the backward pass."""
-        a, w = self.allocator, self.walked
+        self.backward_pass(self.forward_pass(self.walked, first), first)
+
+    def forward_pass(self, w: "Walked", first: bool) -> _Flying:
+        """Through all segments. A block between two segments is the result of the one and the input of the other,
+        whichever keeps it for the backward pass."""
+        a = self.allocator
         tables, masks = a.malloc(w.tables), a.malloc(w.masks)
         x: Block | None = None
         shared: dict[str, Block | None] = {}
         runs: list[tuple[_Programs, list[Block | None]]] = []
         copies = []
         kept = False  # the segment before keeps its result
-        for program in self.programs:
+        for program in _programs(w):
             s = program.segment
             slots: list[Block | None] = [None] * program.size
             slots[0] = x
@@ -175,10 +191,12 @@ class _ReplayWalked(Replay):
             runs.append((program, slots))
         for block in copies:
             a.free(block)
-        self.backward(runs, shared, first)
-        a.free(x if not kept else None)
-        for block in (tables, masks):
-            a.free(block)
+        return _Flying(runs, shared, (x if not kept else None, tables, masks))
+
+    def backward_pass(self, flying: _Flying, first: bool) -> None:
+        self.backward(flying.runs, flying.shared, first)
+        for block in flying.others:
+            self.allocator.free(block)
 
     def backward(
         self, runs: list[tuple[_Programs, list[Block | None]]], shared: dict[str, Block | None], first: bool
@@ -231,3 +249,21 @@ class _ReplayWalked(Replay):
                 self.gradients.append(malloc(nbytes))
             else:  # added to the one that is there
                 touch(nbytes)
+
+
+class _ReplayPipeline(_ReplayWalked):
+    """A step of one rank of a pipeline: the passes of all its micro-batches in their order."""
+
+    def __init__(self, flown: "Flown", held: Held, settings: Settings) -> None:
+        super().__init__(flown.chunks[0], held, settings)
+        self.flown = flown
+
+    def micro_batch(self, first: bool) -> None:
+        flying: list[list[_Flying]] = [[] for _ in self.flown.chunks]
+        made = [not first] * len(self.flown.chunks)  # a chunk's gradients are there after its first backward pass
+        for ahead, chunk in self.flown.order:
+            if ahead:
+                flying[chunk].append(self.forward_pass(self.flown.chunks[chunk], False))
+            else:
+                self.backward_pass(flying[chunk].pop(0), not made[chunk])
+                made[chunk] = True

@@ -63,7 +63,7 @@ def rows_of(
             by_dtype = released(model, here, lambda n, shape: _nbytes(model, n, shape, gradients))
         if here is not model:
             computed = dtype(training.mixed, "mixed") if training.mixed else None
-            held += _whole_at_work(model, spec, computed or weights, computed or gradients)
+            held += _whole_at_work(model, spec, computed or weights, computed or gradients, training.pp > 1)
         elif world_size > 1 and not training.release_gradients:
             # Measured: DistributedDataParallel keeps them from its constructor on; none with gradient_as_bucket_view.
             held += [
@@ -223,17 +223,30 @@ def _fullest(model: Model, spec: "OptimSpec", world_size: int) -> Model:
     if not SHARDS_ALSO[spec.partition][0] or world_size == 1:
         return model
     rows = PARTITIONS[spec.partition].rows
-    return model._replace(shapes=tuple((name, rows(shape, 0, world_size).local_shape) for name, shape in model.shapes))
+    return model._replace(
+        shapes=tuple((name, rows(shape, 0, model.ranks(name, world_size)).local_shape) for name, shape in model.shapes)
+    )
 
 
-def _whole_at_work(model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None) -> list[Row]:
-    """Weights and gradients that FSDP2 holds whole while blocks compute."""
+def _whole_at_work(
+    model: Model, spec: "OptimSpec", weights: str | None, gradients: str | None, pipeline: bool = False
+) -> list[Row]:
+    """Weights and gradients that FSDP2 holds whole while blocks compute. In a ``pipeline`` both stay for all
+    micro-batches of a step; gradients are added up in the dtype in which they are reduced, which is the weights' own
+    unless the policy says another (``reduce_dtype``)."""
     from estimators.memory.sharding import gathered, unreduced
 
     def sizes(given: str | None, all_: bool) -> list[tuple[str, int]]:
         return [(n, _nbytes(model, n, shape, given)[1]) for n, shape in model.shapes if all_ or n not in model.frozen]
 
     name, reshard = str(spec), SHARDS_ALSO[spec.partition][1]
+    if pipeline:
+        whole, raw = sum(n for _, n in sizes(weights, True)), sum(n for _, n in sizes(gradients, False))
+        most = max(raw, sum(n for _, n in sizes("float32", False)))
+        return [
+            Row(name, "weights", "gathered, of all layers", whole, GPU, PHASES[1:4], "formula"),
+            Row(name, "gradients", "whole, before they are reduced", most, GPU, PHASES[1:4], "formula", raw, most),
+        ]
     whole, raw = gathered(sizes(weights, True), reshard=reshard), unreduced(sizes(gradients, False))
     detail = "gathered, two blocks" if reshard else "gathered"
     return [

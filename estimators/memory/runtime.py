@@ -11,6 +11,7 @@ from estimators.allocator.contexts import CONTEXTS, context, workspace
 from estimators.hardware import generation
 from estimators.memory.memory_row import CONTEXT, GPU, NCCL, PHASES, RESERVED, ROUNDING, WORKSPACES, Row
 from estimators.models.model import Model
+from estimators.parallel.degrees import communicators
 from estimators.training import Training
 
 if TYPE_CHECKING:
@@ -66,11 +67,11 @@ def runtime(
         workspaces,
         Row(name, "runtime", CONTEXT, known.expected, GPU, PHASES, measured, known.low, known.high),
     ]
-    if world_size > 1:
-        found.append(Row(name, "runtime", NCCL, BUFFERS[1], GPU, PHASES, "assumed", BUFFERS[0], BUFFERS[2]))
+    one_group = Row(name, "runtime", NCCL, BUFFERS[1], GPU, PHASES, "assumed", BUFFERS[0], BUFFERS[2])
+    found += [one_group] * communicators(training, world_size)
     allocated = max(of_phase(rows, phase) for phase in PHASES)
     moving = max(of_phase(rows, phase, ("weights", "buffers")) for phase in PHASES)
-    unordered = ran is None or (ran.walked is None and ran.recorded is None)
+    unordered = ran is None or not (ran.walked or ran.recorded or ran.flown)
     if ran is None or unordered or 0 < _SEARCHED.get() < allocated + known.low:
         least, share, most = (moving * percent // 100 for percent in FRAGMENTS)
         return [*found, Row(name, "runtime", RESERVED, share, GPU, PHASES[1:], "assumed", least, most)]

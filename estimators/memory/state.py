@@ -63,18 +63,21 @@ def state_nbytes(
     """
     from memopt.core.ledger import TensorSpec
 
+    by_name = bool(spec.overrides) or spec.is_mixed
     count: dict[str, int] = {}
-    first: dict[tuple[str, Shape], str] = {}
+    first: dict[tuple[object, ...], str] = {}
     chosen: list[tuple[str, TensorSpec]] = []
-    for name, shape in model.shapes:
+    for name, local in model.shapes:
         if name not in model.frozen:
-            dtype = weight_dtype(model, name, weights)
-            one = name if spec.overrides or spec.is_mixed else first.setdefault((dtype, shape), name)
+            dtype, shape = weight_dtype(model, name, weights), model.uncut.get(name, local)
+            key = (dtype, shape, model.cuts.get(name))
+            one = name if by_name else first.setdefault(key, name)
             count[one] = count.get(one, 0) + 1
             if one == name:
                 chosen.append((name, TensorSpec(dtype, shape)))
     ranks = candidate_ranks(world_size) if spec.partition == "zero1" else [0]  # of the others the first is the fullest
-    return max((_priced(chosen, count, spec, world_size, rank) for rank in ranks), key=lambda t: sum(t.values()))
+    found = (_priced(chosen, count, spec, world_size, rank, model) for rank in ranks)
+    return max(found, key=lambda totals: sum(totals.values()))
 
 
 def weight_dtype(model: Model, name: str, weights: str | None) -> str:
@@ -95,15 +98,20 @@ def candidate_ranks(world_size: int) -> list[int]:
 
 
 def _priced(
-    chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
+    chosen: list[tuple[str, TensorSpec]],
+    count: dict[str, int],
+    spec: OptimSpec,
+    world_size: int,
+    rank: int,
+    model: Model,
 ) -> dict[tuple[str, str], int]:
     from memopt.pricing.price import price
 
     totals: dict[tuple[str, str], int] = {}
-    lines = [
-        n for n in price(chosen, spec, world_size=world_size, rank=rank, device=DEVICE) if n.lifetime != "workspace"
-    ]
-    for line in [*lines, *_workspace(chosen, count, spec, world_size, rank)]:
+    tp, ep = model.degrees
+    priced = price(chosen, spec, world_size=world_size, rank=rank, device=DEVICE, tp=tp, ep=ep)
+    lines = [n for n in priced if n.lifetime != "workspace"]
+    for line in [*lines, *_workspace(chosen, count, spec, world_size, rank, model)]:
         key = (line.moment, tier(line))
         times = count[line.parameter] if line.lifetime == "persistent" else 1
         totals[key] = totals.get(key, 0) + line.nbytes * times
@@ -111,16 +119,32 @@ def _priced(
 
 
 def _workspace(
-    chosen: list[tuple[str, TensorSpec]], count: dict[str, int], spec: OptimSpec, world_size: int, rank: int
+    chosen: list[tuple[str, TensorSpec]],
+    count: dict[str, int],
+    spec: OptimSpec,
+    world_size: int,
+    rank: int,
+    model: Model,
 ) -> list[Line]:
     """What placements allocate besides the state: it depends on all parameters together."""
     from memopt.partitions import PARTITIONS
     from memopt.pricing.price import workspace_lines
 
-    rows = PARTITIONS[spec.partition].rows
-    owned = [one for name, t in chosen for one in [(name, rows(t.shape, rank, world_size), t.dtype)] * count[name]]
+    partition, (tp, ep) = PARTITIONS[spec.partition], model.degrees
+    cut = {}
+    if tp * ep > 1:
+        from memopt.layout.model_parallel import cut_rows
+
+        cut = cut_rows(partition, {name: t.shape for name, t in chosen}, rank, world_size, tp, ep)
+    owned = []
+    for name, t in chosen:
+        rows = cut[name] if name in cut else partition.rows(t.shape, rank, world_size)
+        owned += [(name, rows, t.dtype)] * count[name]
     shapes = {name: tensor.shape for name, tensor in chosen}
-    return workspace_lines(spec, lambda name: spec.hyper_for(name, shapes[name]), owned, DEVICE)
+    plain = None if spec.is_mixed else spec.hyper_for("", ())
+    return workspace_lines(
+        spec, lambda name: spec.hyper_for(name, shapes[name]) if plain is None else plain, owned, DEVICE
+    )
 
 
 def tier(line: Line) -> str:

@@ -8,29 +8,39 @@ from typing import TYPE_CHECKING
 from estimators.hardware import plain_name
 from estimators.memory.memory_row import GPU, PHASES, PINNED, Row
 from estimators.models.model import Model, Shape
+from estimators.parallel.degrees import several
 from estimators.training import Training
 
 if TYPE_CHECKING:
-    from estimators.activations import Activations
+    from estimators.activations import Activations, Network, Step
     from estimators.activations.scope import Parameters
 
+    Part = Callable[[Network, Step], Network]
 
 #: Cards before Ampere: torch's flash kernel does not run on them, and the memory-efficient one knows no grouped heads.
 WITHOUT_FLASH = ("t4", "p100", "v10016gb", "v10032gb", "gtx1080ti", "rtx2080ti")
 
 
-def run(model: Model, training: Training, sharded: bool = False, card: str = "") -> "tuple[Activations | None, str]":
-    """The activations of a step, or None and why they are not known. ``sharded``: FSDP2 has its own mixed precision."""
+def run(
+    model: Model, training: Training, sharded: bool = False, card: str = "", part: "Part | None" = None
+) -> "tuple[Activations | None, str]":
+    """The activations of a step, or None and why they are not known. ``sharded``: FSDP2 has its own mixed precision.
+    ``part`` makes the network of a stage."""
     if model.module is not None or model.head:
+        if several(training) and training.tp * training.pp * training.cp * training.ep > 1:
+            return None, "activations (a traced step is that of the whole model; there is no formula of a part)"
         from estimators.traced.source import traced
 
         return traced(model, training, sharded)
     if model.config is None:
         return None, "activations (only shapes are known; name an architecture or a config.json)"
-    from estimators.activations import MIXED, NOT_SELECTIVE, Step, activations, written
+    from estimators.activations import EXPERTS, MIXED, NOT_SELECTIVE, PACKED, SPLIT, Step, activations, written
 
     if not written(str(model.config.get("model_type"))):
         return None, f"activations (there is no formula for {model.config.get('model_type')} yet)"
+    for degree, known in (("tp", SPLIT), ("cp", SPLIT), ("ep", EXPERTS), ("packed", PACKED)):
+        if int(getattr(training, degree)) > (degree != "packed") and model.config["model_type"] not in known:
+            return None, f"activations (there is no formula for {model.config['model_type']} under {degree} yet)"
     selective = training.checkpointing.startswith("selective")
     refused = NOT_SELECTIVE.get(str(model.config["model_type"])) if selective else None
     if refused:
@@ -51,7 +61,7 @@ def run(model: Model, training: Training, sharded: bool = False, card: str = "")
     item = 4 if entries and entries[0][2] == "float32" else 2
     step = Step(
         training.batch,
-        training.seq,
+        training.seq // training.cp,
         training.attention,
         item,
         training.lora,
@@ -65,9 +75,15 @@ def run(model: Model, training: Training, sharded: bool = False, card: str = "")
         plain_name(card) in WITHOUT_FLASH,
         training.of.copies_logits,
         training.of.saves_quantised_input,
+        training.tp,
+        training.cp,
+        training.ep,
+        training.regather,
+        training.packed,
     )
     try:
-        return activations(model.config, model.name, step, training.checkpointing, _parameters(model, entries)), ""
+        parameters = _parameters(model, entries)
+        return activations(model.config, model.name, step, training.checkpointing, parameters, part), ""
     except KeyError as error:
         return None, f"activations (there is no formula for {error.args[0]!r} yet)"
 
@@ -159,13 +175,13 @@ def released(model: Model, here: Model, nbytes: Callable[[str, Shape], tuple[str
         from estimators.memory.sharding import largest_block
 
         return [(max(kind for _, kind, _ in each), largest_block((name, n) for name, _, n in each))]
-    shared = _tied(model)
+    shared = tied(model)
     table = max((n for name, _, n in each if name == shared), default=0)
     most = max((3 * n if name == shared else n + table, kind) for name, kind, n in each)
     return [(most[1], most[0])]
 
 
-def _tied(model: Model) -> str | None:
+def tied(model: Model) -> str | None:
     """The embedding that is the head's weight too: a table of the vocabulary that is there once."""
     vocabulary = (model.config or {}).get("vocab_size")
     tables = [name for name, shape in model.shapes if len(shape) == 2 and shape[0] == vocabulary]

@@ -17,7 +17,9 @@ class Model(NamedTuple):
     one; ``buffers`` are the bytes of tensors that are not parameters. ``notes`` are sentences for the reader.
     ``config`` is the configuration behind the shapes, where there is one: activations follow from it, by a formula, or
     by a traced step of transformers' class ``head`` or of ``module`` with ``inputs``.
-    ``without`` names parts of the model that are not counted.
+    ``without`` names parts of the model that are not counted. Where tensor or expert parallelism cuts parameters,
+    ``shapes`` are those of one rank, ``uncut`` the whole ones, ``cuts`` how (:mod:`memopt.layout.model_parallel`) and
+    ``degrees`` those of both.
     """
 
     name: str
@@ -32,3 +34,10 @@ class Model(NamedTuple):
     module: Any = None
     inputs: Any = None
     without: tuple[str, ...] = ()
+    uncut: Mapping[str, Shape] = {}
+    cuts: Mapping[str, Any] = {}
+    degrees: tuple[int, int] = (1, 1)
+
+    def ranks(self, name: str, world_size: int) -> int:
+        """Over how many of the data-parallel ranks a parameter is sharded."""
+        return max(1, world_size // self.cuts[name].ranks) if name in self.cuts else world_size

@@ -2,7 +2,7 @@
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from estimators.calculator import estimate
@@ -13,6 +13,7 @@ from estimators.models.model import Model
 from estimators.models.positions import default_seq, positions
 from estimators.models.resolve import resolve
 from estimators.planning.methods import CHECKPOINTINGS, METHODS, SHARDINGS, Method, asked_for
+from estimators.planning.search import largest, largest_divisor
 from estimators.result import Estimate
 from estimators.units import gib
 from memopt.core.hyperparameters import SpecError
@@ -62,7 +63,8 @@ class Plans(NamedTuple):
     """``found``: what fits and is not beaten by another in every respect, the gentlest first. The rest is about the
     gentlest: the largest micro-batch at this sequence, the longest sequence at micro-batch 1, the least number of
     ranks on which AdamW fits with sharded state (``ranks``) and with everything sharded (``ranks_zero3``; None: on no
-    number up to 1024), and what 8 GiB more would buy. ``gpus``: cards that there are."""
+    number up to 1024), and what 8 GiB more would buy. ``gpus``: cards that there are, ``data_parallel`` of them ranks
+    with a batch of their own, where tensor, pipeline or context parallelism is held."""
 
     model: Model
     gpu: int
@@ -75,6 +77,7 @@ class Plans(NamedTuple):
     more: str
     ranks_zero3: "int | None" = None
     gpus: int = 1
+    data_parallel: int = 1
 
 
 def plans(
@@ -103,30 +106,39 @@ def plans(
     if most and seq > most:
         raise InputError(f"seq={seq} is not allowed: the model has {most} positions")
     # Refuses what contradicts itself before anything is tried.
-    estimate(described, optim or METHODS[0].spec, gpu=gpu, seq=seq, **{"batch": batch, **options})
+    stages, split = options.get("pp", 1), options.get("tp", 1) * options.get("cp", 1)
+    ranks, left = divmod(gpus, stages * split)
+    if left:
+        raise InputError(f"gpus={gpus} is not a multiple of tp x pp x cp, {stages * split}")
+    again = {} if "accumulate" in options else {"accumulate": stages}
+    estimate(
+        described, optim or METHODS[0].spec, gpu=gpu, seq=seq, world_size=ranks, **{"batch": batch, **options, **again}
+    )
     run = _Runs(described, gpu, options, asked_for(optim, options))
-    found = _search(run, nbytes, seq, batch, gpus)
-    largest = longest = 0
+    found = _search(run, nbytes, seq, batch, ranks)
+    most_sequences = longest = 0
     if found:
         best = found[0]
 
         def fits(micro: int, tokens: int) -> bool:
-            return _fits(run(best.method, tokens, micro, 1, best.checkpointing, gpus, best.sharding), nbytes)
+            tokens = max(split, tokens - tokens % split)
+            return _fits(run(best.method, tokens, micro, stages, best.checkpointing, ranks, best.sharding), nbytes)
 
-        largest = _largest(lambda n: fits(n, seq), _MOST_BATCH)
-        longest = _largest(lambda n: fits(1, n), most or _MOST_SEQ)
+        most_sequences = largest(lambda n: fits(n, seq), _MOST_BATCH)
+        longest = largest(lambda n: fits(1, n), most or _MOST_SEQ)
     return Plans(
         described,
         nbytes,
         seq,
         batch,
         found,
-        largest,
+        most_sequences,
         longest,
-        _ranks(run, nbytes, seq, batch, "zero1"),
-        _more(run, nbytes, seq, batch, gpus, found),
-        _ranks(run, nbytes, seq, batch, "zero3"),
+        _cards(run, nbytes, seq, batch, "zero1"),
+        _more(run, nbytes, seq, batch, ranks, found),
+        _cards(run, nbytes, seq, batch, "zero3"),
         gpus,
+        ranks,
     )
 
 
@@ -197,33 +209,24 @@ def _largest_micro_batch(
     run: _Runs, gpu: int, seq: int, batch: int, gpus: int, level: int, sharding: str, checkpointing: str
 ) -> Plan | None:
     """The plan with the largest micro-batch that fits; one with a smaller is beaten by it."""
-    method = run.methods[level]
+    method, stages = run.methods[level], run.options.get("pp", 1)
     held = run.options.get("accumulate", 1 if method.release else 0)
 
     def at(micro: int) -> Estimate:
         return run(method, seq, micro, batch // micro, checkpointing, gpus, sharding)
 
+    if batch < stages:
+        return None
     try:
-        if checkpointing == "selective" and at(batch).activations is None:
+        if checkpointing == "selective" and at(batch // stages).activations is None:
             return None  # torch refuses it for this family
         if held:
             micro = batch // held if batch % held == 0 and _fits(at(batch // held), gpu) else 0
         else:
-            micro = _largest_divisor(batch, lambda n: _fits(at(n), gpu))
+            micro = largest_divisor(batch, lambda n: batch // n >= stages and _fits(at(n), gpu))
     except SpecError:
         return None  # a placement that does not go with this partition, or a format with an option
     return Plan(level, method, micro, batch // micro, checkpointing, at(micro), sharding) if micro else None
-
-
-def _largest_divisor(n: int, fits: Callable[[int], bool]) -> int:
-    """The largest divisor of n that fits, or 0. Gradients stay between the micro-batches of a step, so the whole may
-    fit where a smaller one does not; of the others a smaller one needs less."""
-    whole, *divisors = (d for d in range(n, 0, -1) if n % d == 0)
-    if fits(whole):
-        return whole
-    if not divisors or not fits(1):
-        return 0
-    return next(d for d in divisors if fits(d))
 
 
 def _shardings(method: Method, gpus: int) -> tuple[str, ...]:
@@ -242,28 +245,18 @@ def _beats(q: Plan, p: Plan) -> bool:
     return q is not p and all(a <= b for a, b in zip(q.cost, p.cost, strict=True))
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest n that fits, by doubling and halving; 0 where 1 does not."""
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    while high - low > max(1, low // 256):
-        middle = (low + high) // 2
-        low, high = (middle, high) if middle <= most and fits(middle) else (low, middle)
-    return low
-
-
-def _ranks(run: _Runs, gpu: int, seq: int, batch: int, sharding: str) -> "int | None":
-    """The least number of ranks on which 32-bit AdamW fits sharded so, one sequence at a time, checkpointed."""
+def _cards(run: _Runs, gpu: int, seq: int, batch: int, sharding: str) -> "int | None":
+    """The least number of cards on which 32-bit AdamW fits sharded so, one sequence at a time, checkpointed."""
     method = METHODS[0]._replace(lora=run.options.get("lora", 0), quantised=run.options.get("quantised", ""))
     if sharding == "zero3" and method.quantised:
         return None
 
+    stages = run.options.get("pp", 1)
+    each = stages * run.options.get("tp", 1) * run.options.get("cp", 1)
+
     def fits(ranks: int) -> bool:
         cut = sharding if ranks > 1 else ""
-        return _fits(run(method, seq, 1, batch, "full", ranks, cut), gpu)
+        return _fits(run(method, seq, 1, max(batch, stages), "full", ranks, cut), gpu)
 
     low, high = 0, 1
     while high <= _MOST_RANKS and not fits(high):
@@ -273,7 +266,7 @@ def _ranks(run: _Runs, gpu: int, seq: int, batch: int, sharding: str) -> "int | 
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    return int(high * each)
 
 
 def _more(run: _Runs, gpu: int, seq: int, batch: int, gpus: int, now: tuple[Plan, ...]) -> str:

@@ -61,3 +61,27 @@ def fewest(fits: Callable[[int], bool], most: int) -> tuple[int | None, int | No
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high, low or None
+
+
+def largest_divisor(n: int, fits: Callable[[int], bool]) -> int:
+    """The largest divisor of n that fits, or 0. Gradients stay between the micro-batches of a step, so the whole may
+    fit where a smaller one does not; of the others a smaller one needs less."""
+    whole, *divisors = (d for d in range(n, 0, -1) if n % d == 0)
+    if fits(whole):
+        return whole
+    if not divisors or not fits(1):
+        return 0
+    return next(d for d in divisors if fits(d))
+
+
+def largest(fits: Callable[[int], bool], most: int) -> int:
+    """The largest n that fits, by doubling and halving; 0 where 1 does not."""
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 256):
+        middle = (low + high) // 2
+        low, high = (middle, high) if middle <= most and fits(middle) else (low, middle)
+    return low

@@ -101,7 +101,7 @@ def solve(
     if what == "gpu":
         return _smallest_card(described, spec, accept_tight, options)
     nbytes = gpu if isinstance(gpu, int) else capacity(gpu)
-    at, most, end = _varied(what, described, spec, gpu, options)
+    at, most, end, unit = _varied(what, described, spec, gpu, options)
     _known(at(1))
 
     def full(n: int) -> int:
@@ -120,7 +120,11 @@ def solve(
     found = Solved(
         what, value, at(answer), beyond, None, nbytes, accept_tight, "" if beyond or (what == "gpus" and value) else end
     )
-    found = found._replace(beyond=at(beyond) if beyond else None)
+    found = found._replace(
+        value=value * unit if value else value,
+        beyond=at(beyond) if beyond else None,
+        beyond_value=beyond * unit if beyond else beyond,
+    )
     if what == "parameters":
         found = found._replace(
             value=found.estimate.parameters if value else None,
@@ -154,8 +158,9 @@ def _fits(e: Estimate, nbytes: int, accept_tight: bool) -> bool:
 
 def _varied(
     what: str, model: Model, spec: Any, gpu: "str | int", options: "dict[str, Any]"
-) -> "tuple[Callable[[int], Estimate], int, str]":
-    """The estimate at a value, the largest value, and why it ends there."""
+) -> "tuple[Callable[[int], Estimate], int, str, int]":
+    """The estimate at a value, the largest value, why it ends there, and of what the value is the number: of GPUs as
+    many as share one model, of tokens as many as ranks that share a sequence."""
     keyword = {"batch": "batch", "seq": "seq", "lora": "lora", "gpus": "world_size"}.get(what, "")
     if keyword == "world_size" and "/" not in str(spec):
         raise InputError(
@@ -164,8 +169,11 @@ def _varied(
     if keyword:
         held = {k: v for k, v in options.items() if k != keyword}
 
+        split = options.get("tp", 1) * options.get("cp", 1)
+        unit = {"seq": split, "gpus": split * options.get("pp", 1)}.get(what, 1)
+
         def at(n: int) -> Estimate:
-            given: dict[str, Any] = {**held, keyword: n}
+            given: dict[str, Any] = {**held, keyword: n * unit if what == "seq" else n}
             return estimate(model, spec, gpu=gpu, **given)
 
         most, end = MOST.get(what, 2**16), "more is not allowed"
@@ -177,7 +185,7 @@ def _varied(
             most, end = min(sides), f"a matrix has {min(sides):,} rows or columns"
         if what == "gpus":
             most, end = _MOST_GPUS, "more is not looked for"
-        return at, most, end
+        return at, most // unit if what == "seq" else most, end, unit
     variants = _depths(model) if what == "parameters" else _trained(model)
     most, end = (_MOST_LAYERS, "more is not looked for") if what == "parameters" else _all_layers(model)
     known: dict[int, Model] = {}
@@ -187,7 +195,7 @@ def _varied(
             known[n] = variants(n)
         return estimate(known[n], spec, gpu=gpu, **options)
 
-    return of_model, most, end
+    return of_model, most, end, 1
 
 
 def _depths(model: Model) -> Callable[[int], Model]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from estimators.memory.memory_row import FIGURES, GPU, PAGEABLE, PHASES
+from estimators.parallel.degrees import cards
 from estimators.result import Column, Estimate
 from estimators.training import describe
 from estimators.units import gib
@@ -43,7 +44,9 @@ def _title(e: Estimate, colour: bool) -> list[str]:
     dtypes = f"{e.weights} weights and gradients"
     if e.weights != e.gradients:
         dtypes = f"{e.weights} weights, {e.gradients} gradients"
-    ranks = f"; bytes per GPU, {e.world_size} data-parallel ranks" if e.world_size > 1 else ""
+    number = cards(e.training, e.world_size)
+    of = f" of {number:,}" if number > e.world_size else ""
+    ranks = f"; bytes per GPU{of}, {e.world_size} data-parallel ranks" if number > 1 else ""
     step = wrap(describe(e.training, e.model.inputs is not None))
     return [_paint(title, "bold", colour), dtypes + ranks, *(step if step != [""] else [])]
 

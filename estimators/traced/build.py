@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from estimators.errors import InputError, shown
+from estimators.head_names import HEADS
 from estimators.traced.bounds import checked, counted, offline
 from estimators.traced.step import Faked, fake_weights
 
@@ -76,6 +77,8 @@ def _module(
     """The module as transformers makes it, on the meta device where that will do."""
     made = configuration(config, source)
     cls = class_of(made, source, head)
+    if "SequenceClassification" in cls.__name__ and getattr(made, "pad_token_id", None) is None:
+        made.pad_token_id = 0  # the last token that is none is where a decoder's class is read
     for one in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
         if getattr(one, "use_cache", None):
             one.use_cache = False  # as a trainer has it: nothing is generated
@@ -119,9 +122,16 @@ def configuration(config: Mapping[str, Any], source: str) -> Any:
 
 
 def class_of(config: Any, source: str, head: str = "") -> Any:
-    """The class that is built: ``head``, what the configuration names, or the type's in :data:`TABLES`."""
+    """The class that is built: ``head`` (a class or one of :data:`estimators.head_names.HEADS`), what the configuration
+    names, or the type's in :data:`TABLES`."""
     import transformers
 
+    if head in HEADS:
+        table = HEADS[head][0]
+        found = _listed(config, f"MODEL_FOR_{table}_MAPPING" if table else "MODEL_MAPPING")
+        if found is None:
+            raise InputError(f"{source}: transformers has no {config.model_type} with head={shown(head)}")
+        return found
     named = [head] if head else [str(name) for name in getattr(config, "architectures", None) or ()]
     for name in named:
         cls = getattr(transformers, name, None) if name.isidentifier() else None
@@ -134,21 +144,25 @@ def class_of(config: Any, source: str, head: str = "") -> Any:
             if cls.__name__ != head:
                 raise InputError(f"head={shown(head)} is no model class of transformers")
             return cls
-    from transformers.models.auto import modeling_auto
-
     for table in (*(f"MODEL_FOR_{name}_MAPPING" for name in TABLES), "MODEL_MAPPING"):
         if table == "MODEL_FOR_MASKED_LM_MAPPING" and getattr(config, "is_decoder", False):
             continue
-        mapping = getattr(modeling_auto, table, None)
-        cls = None if mapping is None else mapping.get(type(config), None)
-        if isinstance(cls, (tuple, list)):
-            cls = cls[0]
+        cls = _listed(config, table)
         if cls is not None:
             return cls
     found = _beside(config)
     if found is not None:
         return found
     raise InputError(f"{source}: transformers has a configuration for {config.model_type}, and no model")
+
+
+def _listed(config: Any, table: str) -> Any:
+    """The class that one of transformers' tables has for this configuration, or None."""
+    from transformers.models.auto import modeling_auto
+
+    mapping = getattr(modeling_auto, table, None)
+    cls = None if mapping is None else mapping.get(type(config), None)
+    return cls[0] if isinstance(cls, (tuple, list)) else cls
 
 
 def _beside(config: Any) -> Any:

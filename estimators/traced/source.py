@@ -106,6 +106,8 @@ def _refused(model: Model, asked: Training) -> str:
     for name, what in unknown.items():
         if getattr(asked, name):
             return f"a traced step does not know {what}"
+    if asked.packed and model.module is None:
+        return "a traced step has one sequence in a row of tokens"
     if asked.versions:
         return f"a traced step is that of the libraries that are installed, not of versions={asked.versions!r}"
     if asked.loss != "full":

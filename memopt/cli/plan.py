@@ -106,8 +106,10 @@ def as_lines(result: Plans) -> list[str]:
     from estimators.units import gib
 
     cards, each = (f"{result.gpus} x ", " and card") if result.gpus > 1 else ("", "")
+    if result.data_parallel < result.gpus:
+        each = f" and data-parallel rank ({result.data_parallel} of them)"
     title_ = f"{result.model.name} on {cards}{gib(result.gpu)}, {result.batch} x {result.seq:,} tokens per step{each}"
-    lines = [title_, ""]
+    lines = [*wrap(title_), ""]
     for number, plan in enumerate(result.found, 1):
         _, expected, high = plan.estimate.columns[0].process
         lines.append(f"{number}. {title(plan)}: {gib(expected)}, at most {gib(high)}")

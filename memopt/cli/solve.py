@@ -105,6 +105,7 @@ _READS = {
 
 
 def as_lines(found: Solved) -> list[str]:
+    from estimators.parallel.degrees import cards
     from estimators.planning.solve import needed
     from estimators.report.text import wrap
     from estimators.training import describe
@@ -112,7 +113,8 @@ def as_lines(found: Solved) -> list[str]:
 
     e, column = found.estimate, found.estimate.columns[0]
     card = f" on {gib(found.gpu)}" if found.what != "gpu" else ""
-    ranks = f", {e.world_size} GPUs" if e.world_size > 1 else ""
+    gpus = cards(e.training, e.world_size)
+    ranks = f", {gpus:,} GPUs" if gpus > 1 else ""
     lines = wrap(f"{e.model.name}{card}{ranks}, {column.spec}: {describe(e.training)}")
     figure = "expected" if found.accept_tight else "at most"
 

@@ -34,6 +34,8 @@ def price(
     dtype: str = "bfloat16",
     capturable: bool = False,
     deepspeed: int | None = None,
+    tp: int = 1,
+    ep: int = 1,
     **fields: Unpack[SpecKeywords],
 ) -> Ledger:
     """What the optimizer state will cost on one rank, before anything is allocated; does not import torch.
@@ -53,6 +55,10 @@ def price(
             on it, which are kept for bfloat16 and float16.
         capturable: As of :func:`memopt.create`; the step count is on the device then.
         deepspeed: DeepSpeed's ZeRO stage where it partitions the parameters: 1, 2 or 3, all of them in one group.
+        tp: Degree of tensor parallelism, for shapes that are not cut yet: :mod:`memopt.layout.model_parallel` says
+            which are, by their names. Of pipeline parallelism price the stage's parameters; with context parallelism
+            ``world_size`` counts its ranks too, with replicas (HSDP) the ranks of one of them.
+        ep: Degree of expert parallelism, over ranks that ``world_size`` counts.
         fields: Hyperparameters, placement options and fields of :class:`OptimSpec`, as of :func:`memopt.create`.
 
     Returns:
@@ -63,6 +69,8 @@ def price(
 
     >>> price({"weight": (1024, 1024), "bias": (1024,)}, "adamw-8bit").nbytes
     2138120
+    >>> price({"h.0.q_proj.weight": (1024, 1024)}, "adamw/zero3", world_size=4, tp=2).nbytes
+    1048580
     >>> price({"weight": (1024, 1024)}, "adamw/zero1", world_size=8).nbytes
     1048580
     >>> price({"weight": (1024, 1024)}, "adamw-8bit+split").by("moment")["correction"]
@@ -72,6 +80,13 @@ def price(
     size = 1 if world_size is None else world_size
     if not isinstance(size, int) or size < 1 or not 0 <= rank < size:
         raise SpecError(f"rank={rank!r} of world_size={world_size!r} is not allowed; 0 <= rank < world_size")
+    for name, degree in (("tp", tp), ("ep", ep)):
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 1:
+            raise SpecError(f"{name}={degree!r} is not allowed; it is a whole number >= 1")
+    if size % ep or (deepspeed is not None and tp * ep > 1):
+        raise SpecError(
+            f"ep={ep} takes its ranks from world_size={size}, which it has to divide; DeepSpeed has neither"
+        )
     items = _items(model_or_shapes)
     parameters = _tensor_specs(items, dtype)
     spec = spec.for_names([name for name, _ in parameters])
@@ -89,6 +104,10 @@ def price(
     if deepspeed is None:
         partition = PARTITIONS[spec.partition]
         here = held_here(partition, items) if world_size is None else {}
+        if tp * ep > 1:
+            from memopt.layout.model_parallel import cut_rows
+
+            here = {**cut_rows(partition, shapes, rank, size, tp, ep), **here}
         owned = [
             (name, here[name] if name in here else partition.rows(tensor.shape, rank, size), tensor.dtype)
             for name, tensor in parameters

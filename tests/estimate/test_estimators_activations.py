@@ -67,8 +67,8 @@ class TestKnownFormulas:
 
     def test_the_loss_takes_ten_bytes_forward_and_twelve_backward(self):
         config = {**LLAMA, "num_hidden_layers": 0, "vocab_size": 2**20}
-        ran = activations(config, "", Step(1, 256, "sdpa", 2))
-        logits = 256 * 2**20
+        ran = activations(config, "", Step(1, 2**14, "sdpa", 2))
+        logits = 2**14 * 2**20
         assert ran.loss.activations == pytest.approx(10 * logits, rel=0.02)
         assert ran.accumulated.activations == pytest.approx(12 * logits, rel=0.02)
 

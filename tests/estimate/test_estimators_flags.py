@@ -65,6 +65,14 @@ VALUES = {
     "gradients": (None, "fp32"),
     "world_size": (1, 1, 2, 8),
     "device": ("cuda", "cuda", "cpu"),
+    "tp": (1, 2, 3),
+    "pp": (1, 2),
+    "cp": (1, 2),
+    "ep": (1, 2),
+    "replicas": (1, 2),
+    "schedule": ("1f1b", "1f1b", "gpipe", "interleaved-2"),
+    "regather": (False, True),
+    "packed": (False, True),
 }
 SPECS = ("adamw", "adamw-8bit", "adamw-8bit@paged", "adamw@cpu", "adafactor", "adamw/zero1", "adamw-8bit/zero3", "sgd")
 #: Key -> values of which each needs at least as much as the one before.

@@ -35,8 +35,8 @@ def gpt2(f: Fields, step: Step, kv: int = 0, act: str = "gelu_new") -> Network:
     a = Heads(n, kv or n, f.divide("n_embd", "n_head"))
 
     def embed(t: Tape) -> Tensor:
-        words = t.embedding(step.tokens, vocab, width, tied=tied)
-        return t.dropout(t.add(words, t.embedding(step.seq, positions, width)), dropped)
+        words = t.embedding(step.tokens, -(-vocab // step.tp), width, tied=tied)
+        return t.dropout(t.scattered(t.add(words, t.embedding(step.seq, positions, width))), dropped)
 
     def layer(t: Tape, x: Tensor) -> Tensor:
         y = fused_attention(

@@ -49,7 +49,7 @@ def network(
     shared = f.flag("tie_word_embeddings", tied)
 
     def embed(t: Tape) -> Tensor:
-        x = t.embedding(step.tokens, rows, width, tied=shared)
+        x = t.scattered(t.embedding(step.tokens, -(-rows // step.tp), width, tied=shared))
         return t.copy(x) if scaled_embedding else x
 
     def head(t: Tape, x: Tensor) -> Tensor:

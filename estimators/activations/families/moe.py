@@ -23,8 +23,9 @@ def experts(
 ) -> Tensor:
     """``top`` of ``count`` gated MLPs per token. Every token takes ``top`` rows, so the sum over experts does not
     depend on how evenly they are chosen. ``cast``: the chosen ones' weights go back to the dtype of the logits."""
+    x = t.gathered(x)
     weights = _router(t, x, width, count, top, normalised)
-    return grouped(t, x, t.cast(weights, t.mm) if cast else weights, width, inner, count, top)
+    return t.scattered(grouped(t, x, t.cast(weights, t.mm) if cast else weights, width, inner, count, top))
 
 
 def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: int, top: int) -> Tensor:
@@ -49,12 +50,15 @@ def dispatched(
     biased: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
     """Rows sorted by expert, up and gate in one product, ``gated``, down, weighted, back in order and summed.
-    ``biased(y, each)`` adds the biases, ``each`` per expert."""
+    ``biased(y, each)`` adds the biases, ``each`` per expert. Where ``ep`` ranks share the experts, rows go to the rank
+    of their expert and are sorted there, and come back; as many come as go, where experts are chosen evenly."""
     tokens = x.numel // width
-    rows = tokens * top
+    rows, inner, count = tokens * top, inner // t.step.tp, count // t.step.ep
     order, source, back = (t.tensor(rows, INT64) for _ in range(3))
     offsets = t.tensor(count, _INT32)
     chosen = t.op([x], rows * width, saves=[source])
+    if t.step.ep > 1:
+        chosen = t.op([t.copy(chosen)], saves=[t.tensor(rows, INT64)])
     weights = t.op([weights], saves=[order])
     up = 3 * count * inner * width * t.item * t.trains
     both = t.op(
@@ -68,7 +72,10 @@ def dispatched(
     result = t.op(
         [product], rows * width, saves=[*([product] if t.trains else []), offsets], gradients=up // 3, product=True
     )
-    weighted = t.op([t.mul(biased(result, width), weights)], saves=[back])
+    result = biased(result, width)
+    if t.step.ep > 1:
+        result = t.copy(t.op([result], saves=[t.tensor(rows, INT64)]))
+    weighted = t.op([t.mul(result, weights)], saves=[back])
     return t.cast(t.sum(weighted, tokens * width), x.item)
 
 

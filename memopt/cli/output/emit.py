@@ -14,28 +14,10 @@ from estimators.errors import InputError, shown
 from estimators.result import Column, Estimate
 from estimators.training import Training
 
+#: Options that are said with --seq alone, and with DeepSpeed; a script's device is where it runs.
+_OF_SEQ, _OTHERS = ("seq", "batch", "accumulate", "checkpointing", "attention"), ("bucket", "device")
 #: Options that are said where they are not the default, whatever --seq says.
-_SAID = (
-    "lora",
-    "lora_targets",
-    "lora_dtype",
-    "lora_dropout",
-    "lora_kind",
-    "modules_to_save",
-    "quantised",
-    "kbit_prepare",
-    "frozen",
-    "train",
-    "release_gradients",
-    "mixed",
-    "deepspeed",
-    "offload_activations",
-    "offload_params",
-    "loss",
-    "outputs",
-    "compile",
-    "float8",
-)
+_SAID = tuple(name for name in Training._fields if name not in (*_OF_SEQ, *_OTHERS))
 #: Options that the script has to see to.
 _BESIDE = ("frozen", "train", "loss", "outputs", "offload_activations", "offload_params", "compile", "float8")
 KINDS = ("accelerate", "deepspeed", "transformers", "python")
@@ -62,6 +44,11 @@ def emit(kind: str, e: Estimate) -> str:
     if kind not in KINDS:
         raise InputError(f"--emit {shown(kind)} is not allowed; it is one of {', '.join(KINDS)}")
     column = chosen(e)
+    t = e.training
+    if t.tp * t.pp * t.cp * t.ep * t.replicas > 1 and kind != "python":
+        raise InputError(
+            f"--emit {kind} says nothing about tp, pp, cp, ep and replicas; --emit python has them as options"
+        )
     options = _options(e, column)
     if kind == "deepspeed":
         return (
@@ -92,13 +79,7 @@ def _options(e: Estimate, column: Column) -> dict[str, Any]:
     if t.deepspeed:
         options["bucket"] = t.bucket
     if t.seq:
-        options |= {
-            "seq": t.seq,
-            "batch": t.batch,
-            "accumulate": t.accumulate,
-            "checkpointing": t.checkpointing,
-            "attention": t.attention,
-        }
+        options |= {name: getattr(t, name) for name in _OF_SEQ}
     return options
 
 

@@ -1,0 +1,96 @@
+"""Traced steps of a type without a formula beside real ones: checkpointed, by policy too, and with PEFT's adapters."""
+
+import pytest
+
+from estimators import estimate
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers", minversion="5.0")
+
+from estimators.measure import saved, traced  # noqa: E402
+
+CONFIG = {
+    "model_type": "helium",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "num_hidden_layers": 3,
+    "vocab_size": 300,
+    "use_cache": False,
+}
+#: The bars of a traced step: saved bytes and the peak beside a real one.
+SAVED, PEAK = 0.01, 0.05
+BATCH, SEQ = 2, 64
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEMOPT_CACHE", str(tmp_path))
+
+
+def real_model():
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**CONFIG)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def steps(model):
+    """Saved bytes and the peak of a real step."""
+    ids = torch.arange(BATCH * SEQ).reshape(BATCH, SEQ)
+    box = {}
+
+    def forward():
+        box["loss"] = model(input_ids=ids, labels=ids).loss
+
+    def backward():
+        box.pop("loss").backward()
+
+    forward(), backward(), model.zero_grad()
+    return saved(model, lambda: model(input_ids=ids, labels=ids).loss).nbytes, traced(
+        ("forward", forward), ("backward", backward)
+    ).peak
+
+
+def peak(ran):
+    return max(ran.forward.activations, ran.loss.activations, sum(ran.backward))
+
+
+@pytest.mark.parametrize("how", ["full", "selective"])
+def test_checkpointed(how):
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    aten = torch.ops.aten
+    kept = [aten.mm.default, aten.addmm.default, aten._scaled_dot_product_flash_attention_for_cpu.default]
+    model, kwargs = real_model(), {"use_reentrant": False, "preserve_rng_state": False}
+    if how == "selective":
+        kwargs["context_fn"] = lambda: create_selective_checkpoint_contexts(kept)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    _, highest = steps(model)
+    ran = estimate(CONFIG, "adamw", weights="fp32", seq=SEQ, batch=BATCH, device="cpu", checkpointing=how).activations
+    assert peak(ran) == pytest.approx(highest, rel=PEAK)
+    plain = estimate(CONFIG, "adamw", weights="fp32", seq=SEQ, batch=BATCH, device="cpu").activations
+    assert peak(ran) < peak(plain)
+
+
+@pytest.mark.parametrize("flags", [{}, {"lora_dropout": 0.1}, {"modules_to_save": "lm_head"}])
+def test_with_adapters(flags):
+    peft = pytest.importorskip("peft")
+    made = {**flags, **({"modules_to_save": ["lm_head"]} if "modules_to_save" in flags else {})}
+    model = peft.get_peft_model(real_model(), peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], **made))
+    kept, highest = steps(model)
+    e = estimate(
+        CONFIG,
+        "adamw",
+        weights="fp32",
+        seq=SEQ,
+        batch=BATCH,
+        device="cpu",
+        lora=8,
+        lora_targets="q_proj,v_proj",
+        **flags,
+    )
+    assert e.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert e.activations.saved == pytest.approx(kept, rel=SAVED)
+    assert peak(e.activations) == pytest.approx(highest, rel=PEAK)
