@@ -122,6 +122,7 @@ def come_back(t: Twin, r: Random) -> None:
         side.opt.param_groups[i]["params"].append(side.of(name))
     if t.case.named:  # an optimizer that was made without it cannot know its name
         t.ours.opt.param_groups[i]["param_names"] = t.ours.names()[i]
+        list(t.ours.opt.params.entries())  # names that were given by hand are those of places until somebody looks
 
 
 @operation()
