@@ -120,7 +120,7 @@ class Training(NamedTuple):
             value, least = getattr(self, name), 0 if name in ("seq", "lora") else 1
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise InputError(f"{name}={shown(value)} is not allowed; it is a whole number from {least} to {most}")
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 listed = allowed if len(allowed) < 9 else (*allowed[:4], "…", *allowed[-2:])
                 raise InputError(
@@ -204,7 +204,7 @@ class Training(NamedTuple):
         )
 
 
-_CHOICES: dict[str, tuple[str, ...]] = {
+CHOICES: dict[str, tuple[str, ...]] = {
     "checkpointing": CHECKPOINTINGS,
     "attention": ATTENTIONS,
     "quantised": ("", *NF4),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from estimators.report.lines import WIDTH, fold
 from estimators.result import Column, Estimate
 from estimators.units import gib
 
@@ -18,18 +19,19 @@ KINDS = {
 _WIDTH = 60
 
 
-def bars(e: Estimate, colour: bool = False) -> list[str]:
-    """Each letter is the same number of bytes on every line; ``.`` goes on to what it is at most; ``|`` is the card's
-    memory, where it is on the scale."""
+def bars(e: Estimate, colour: bool = False, width: int = WIDTH) -> list[str]:
+    """Lines of at most ``width`` characters. Each letter is the same number of bytes on every line; ``.`` goes on to
+    what it is at most; ``|`` is the card's memory, where it is on the scale."""
     most = max([c.high for c in e.columns] + [e.gpu or 0]) or 1
     names = max(len(column.spec) for column in e.columns)
-    narrow = max(10, min(_WIDTH, 79 - names - 1))
+    narrow = max(10, min(_WIDTH, width - names - 2))
     lines = [f"{column.spec:<{names}} {_bar(column, e.gpu, most, narrow, colour)}" for column in e.columns]
     used = [kind for kind in KINDS if any(column.at_peak(kind) for column in e.columns)]
     key = ", ".join(f"{KINDS[kind][0]} {kind}" for kind in used)
     more = ", . at most" if any(c.high > c.peak.nbytes for c in e.columns) else ""
     card = f"; | is {gib(e.gpu)}" if e.gpu else ""
-    return [*lines, f"{' ' * names} one letter is {gib(most // narrow)}: {key}{more}{card}"]
+    under = f"{' ' * names} one letter is {gib(most // narrow)}: {key}{more}{card}"
+    return [*lines, *fold(under, width, names + 1)]
 
 
 def _bar(column: Column, gpu: int | None, most: int, width: int, colour: bool) -> str:

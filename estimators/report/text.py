@@ -1,14 +1,14 @@
-"""An estimate as a table of 80 columns."""
+"""An estimate as a table of 80 columns, or of as few as 60."""
 
 from __future__ import annotations
 
 from estimators.memory.memory_row import FIGURES, GPU, PAGEABLE, PHASES
 from estimators.parallel.degrees import cards
+from estimators.report.lines import WIDTH, wrap
 from estimators.result import Column, Estimate
 from estimators.training import describe
 from estimators.units import gib
 
-WIDTH = 80
 _CODES = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
 #: figure -> who else says it
 SHOWN_BY = {
@@ -22,21 +22,23 @@ _LONGEST = 16
 _COLOURS = {"FITS": "green", "TIGHT": "yellow", "over": "red", "": "dim"}
 
 
-def as_text(e: Estimate, colour: bool = False, bars: bool = False) -> str:
-    """Title, one line per spec, bars where asked for, what to change first, and what the figures do not contain."""
-    lines = [*_title(e, colour), "", *_table(e, colour), ""]
+def as_text(e: Estimate, colour: bool = False, bars: bool = False, width: int = WIDTH) -> str:
+    """Title, one line per spec, bars where asked for, what to change first, and what the figures do not contain, in
+    lines of at most ``width`` characters."""
+    lines = [*_title(e, colour, width), "", *_table(e, colour, width), ""]
     if bars:
         from estimators.report.bars import bars as drawn
 
-        lines += [*drawn(e, colour), ""]
-    return "\n".join([*lines, *_figures(e, colour), *_advice(e), *_footer(e)])
+        lines += [*drawn(e, colour, width), ""]
+    prose = [part for line in (*_advice(e), *_footer(e)) for part in wrap(line, width)]
+    return "\n".join([*lines, *_figures(e, colour, width), *prose])
 
 
 def _paint(text: str, style: str, colour: bool) -> str:
     return f"\033[{_CODES[style]}m{text}\033[0m" if colour and text.strip() else text
 
 
-def _title(e: Estimate, colour: bool) -> list[str]:
+def _title(e: Estimate, colour: bool, width: int) -> list[str]:
     counted = f"{e.parameters:,} parameters"
     if e.trainable != e.parameters:
         counted += f", {e.trainable:,} of them trainable"
@@ -47,12 +49,14 @@ def _title(e: Estimate, colour: bool) -> list[str]:
     number = cards(e.training, e.world_size)
     of = f" of {number:,}" if number > e.world_size else ""
     ranks = f"; bytes per GPU{of}, {e.world_size} data-parallel ranks" if number > 1 else ""
-    step = wrap(describe(e.training, e.model.inputs is not None))
-    return [_paint(title, "bold", colour), dtypes + ranks, *(step if step != [""] else [])]
+    step = wrap(describe(e.training, e.model.inputs is not None), width)
+    head = [_paint(line, "bold", colour) for line in wrap(title, width)]
+    return [*head, *wrap(dtypes + ranks, width), *(step if step != [""] else [])]
 
 
-def _table(e: Estimate, colour: bool) -> list[str]:
-    """Plain cells are aligned first and painted after, so that colour cannot shift a column."""
+def _table(e: Estimate, colour: bool, width: int) -> list[str]:
+    """Plain cells are aligned first and painted after, so that colour cannot shift a column. Where all of it is too
+    wide for the terminal, a spec and its verdict have a line of their own above the figures."""
     header = [
         "spec",
         "weights",
@@ -63,18 +67,28 @@ def _table(e: Estimate, colour: bool) -> list[str]:
         "state/parameter" if e.gpu is None else gib(e.gpu),
     ]
     rows = [_cells(column, e) for column in e.columns]
+    colours = ["" if e.gpu is None else _COLOURS[e.verdict(column)] for column in e.columns]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    # Too wide for a terminal: narrow gaps, or else each spec on a line of its own and its figures on the next.
-    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= WIDTH else " "
-    two_lines = sum(widths) + len(widths) - 1 > WIDTH
-    if two_lines:
-        widths[0] = 1
-    lines = [_paint(_line(header, widths, gap, two_lines), "dim", colour)]
-    for row, column in zip(rows, e.columns, strict=True):
-        if two_lines:
-            lines.append(row[0])
-        line = _line(row, widths, gap, two_lines)
-        lines.append(line if e.gpu is None else _painted_end(line, row[-1], _COLOURS[e.verdict(column)], colour))
+    gap = "  " if sum(widths) + 2 * (len(widths) - 1) <= width else " "
+    if sum(widths) + len(widths) - 1 > width:
+        return _two_lines(header, rows, colours, colour)
+    lines = [_paint(_line(header, widths, gap), "dim", colour)]
+    for row, style in zip(rows, colours, strict=True):
+        line = _line(row, widths, gap)
+        lines.append(_painted_end(line, row[-1], style, colour) if style else line)
+    return lines
+
+
+def _two_lines(header: list[str], rows: list[list[str]], colours: list[str], colour: bool) -> list[str]:
+    figures = [row[1:-1] for row in (header, *rows)]
+    widths = [0, *(max(map(len, cells)) for cells in zip(*figures, strict=True)), 0]
+    verdicts = any(colours)
+    head = [f"spec: {header[-1]}"] if verdicts else []
+    head.append(_line(["", *figures[0], "" if verdicts else header[-1]], widths, " "))
+    lines = [_paint(line, "dim", colour) for line in head]
+    for row, cells, style in zip(rows, figures[1:], colours, strict=True):
+        lines.append(row[0] + (f": {_paint(row[-1], style, colour)}" if style else ""))
+        lines.append(_line(["", *cells, "" if style else row[-1]], widths, " "))
     return lines
 
 
@@ -107,9 +121,9 @@ def verdict(column: Column, gpu: int) -> str:
     return f"{said}, paging" if said and column.paged_out(gpu) else said or "no verdict"
 
 
-def _line(cells: list[str], widths: list[int], gap: str, without_first: bool) -> str:
+def _line(cells: list[str], widths: list[int], gap: str) -> str:
     """Figures to the right, the first and the last cell to the left."""
-    first = " " * widths[0] if without_first else f"{cells[0]:<{widths[0]}}"
+    first = f"{cells[0]:<{widths[0]}}"
     middle = (f"{cell:>{width}}" for cell, width in zip(cells[1:-1], widths[1:-1], strict=True))
     return gap.join([first, *middle, cells[-1]]).rstrip()
 
@@ -123,7 +137,7 @@ def best(e: Estimate) -> Column:
     return min(e.columns, key=lambda c: c.peak.nbytes)
 
 
-def _figures(e: Estimate, colour: bool) -> list[str]:
+def _figures(e: Estimate, colour: bool, width: int) -> list[str]:
     """The three figures of the spec with the lowest peak, with what else says them."""
     column = best(e)
     if not e.activations or column.low == column.high:
@@ -132,7 +146,10 @@ def _figures(e: Estimate, colour: bool) -> list[str]:
     lines = [[named, "at least", "expected", "at most", ""]]
     lines += [[name, *map(gib, getattr(column, name)), SHOWN_BY[name]] for name in FIGURES]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    cells = [_line(line, [*widths, 0], "  ", False) for line in lines]
+    cells = [_line(line, [*widths, 0], "  ") for line in lines]
+    if max(map(len, cells)) > width:  # what else says them goes under the figure
+        figures = [_line([*line[:-1], ""], [*widths, 0], "  ") for line in lines]
+        cells = [figures[0], *(f"{text}\n  {SHOWN_BY[name]}" for text, name in zip(figures[1:], FIGURES, strict=True))]
     return [*([] if named else [column.spec]), _paint(cells[0], "dim", colour), *cells[1:], ""]
 
 
@@ -145,7 +162,7 @@ def _advice(e: Estimate) -> list[str]:
     if e.fits is False:
         tight = "; it is tight as it is" if any(e.verdict(c) == "TIGHT" for c in e.columns) else ""
         lines.append(f"Change first: {first_change(best(e), e)}{tight}.")
-    return [part for line in lines for part in wrap(line)]
+    return lines
 
 
 def first_change(column: Column, e: Estimate) -> str:
@@ -178,22 +195,7 @@ def _footer(e: Estimate) -> list[str]:
     phases = ", ".join(dict.fromkeys(column.peak.phase for column in e.columns))
     without = f", without {_listed(e.without)}" if e.without else ""
     lines.append(f"GPU peak: the most of {_listed(PHASES)} (here: {phases}){without}.")
-    lines += [f"Note: {note}." for note in e.model.notes]
-    return [part for line in lines for part in wrap(line)]
-
-
-def wrap(text: str, width: int = WIDTH) -> list[str]:
-    """Lines of at most ``width`` characters, broken at spaces (textwrap's import takes longer than an estimate).
-
-    >>> wrap("one two three", 8)
-    ['one two', 'three']
-    """
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > width:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return lines
+    return [*lines, *(f"Note: {note}." for note in e.model.notes)]
 
 
 def _listed(words: tuple[str, ...]) -> str:

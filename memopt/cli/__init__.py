@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
 
+from estimators.report.lines import wrap
 from memopt.cli.output import terminal
 
 #: verb -> one line for ``memopt --help``
@@ -32,6 +33,7 @@ VERBS = {
     "inspect": "what is in a checkpoint, and whether its numbers are healthy",
     "bench": "time one optimizer step on this CPU against torch and the other libraries",
     "doctor": "what this machine offers, and what is missing",
+    "completion": "completion of verbs, flags and values for bash, zsh or fish",
 }
 
 
@@ -39,7 +41,15 @@ class _Formatter(RawDescriptionHelpFormatter):
     """With a width of its own: to ask the terminal for one, argparse imports shutil, bz2 and lzma, for every flag."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, width=80)
+        super().__init__(prog, width=terminal.columns())
+
+
+def _filled(text: str) -> str:
+    """Paragraphs of a description as wide as the help; examples, which are indented, as they are."""
+    return "\n\n".join(
+        part if part.startswith(" ") else "\n".join(wrap(part, terminal.columns()))
+        for part in text.strip().split("\n\n")
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -88,7 +98,9 @@ def _discard_output() -> None:
 def _run(verb: str, arguments: Sequence[str]) -> int:
     if verb in VERBS:
         module = import_module(f"memopt.cli.{verb.replace('-', '_')}")
-        parser = ArgumentParser(prog=f"memopt {verb}", description=module.__doc__, formatter_class=_Formatter)
+        parser = ArgumentParser(
+            prog=f"memopt {verb}", description=_filled(module.__doc__ or ""), formatter_class=_Formatter
+        )
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(arguments)))
     if verb in ("--version", "-V"):
@@ -97,9 +109,9 @@ def _run(verb: str, arguments: Sequence[str]) -> int:
         print(f"memopt {__version__}")
         return 0
     lines = ["usage: memopt VERB [options]     (memopt VERB --help says more)", ""]
-    lines += [f"  {name:<9} {summary}" for name, summary in VERBS.items()]
+    lines += [f"  {name:<10} {summary}" for name, summary in VERBS.items()]
     if verb in ("", "-h", "--help"):
-        print("\n".join(lines))
+        print(terminal.folded(lines, hanging=13))
         return 0
     print(f"memopt: unknown verb {verb!r}; the verbs are {', '.join(VERBS)}", file=sys.stderr)
     return 2

@@ -14,6 +14,8 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from types import ModuleType
 
+from memopt.cli.output import files
+
 SUMMARY = "time one optimizer step on this CPU against torch and the other libraries"
 
 #: The benchmark lives beside the package in a checkout.
@@ -34,4 +36,11 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    return int(_script().run(args))
+    results = [str(args.out / f"{SCRIPT.stem}.{kind}") for kind in ("json", "md")]
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in results:
+        files.check("--out", path)
+    code = int(_script().run(args))
+    for path in results:
+        files.written(path)
+    return code

@@ -16,6 +16,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from memopt.cli.output import files, terminal
 from memopt.cli.output.progress import bar
 from memopt.untrusted.text import printable, printable_lines
 
@@ -80,7 +81,8 @@ def run(args: Namespace) -> int:
         nbytes += sum(nbytes_of(spec) for spec in checkpoint.model_specs.values())
     with bar("converting", nbytes) as progress:
         path = rewrite(converted, checkpoint, Path(args.out), progress)
-    print(printable_lines(f"{converted.report}\nwritten: {path}"))
+    print(terminal.folded(printable_lines(str(converted.report)).splitlines()))
+    files.written(str(path))
     return 0
 
 
@@ -108,7 +110,8 @@ def _export(source: Any, checkpoint: Any, args: Namespace, to: Any, fill: dict[s
     given, out = Path(args.source), Path(args.out)
     with bar("exporting", found.nbytes) as progress:
         write(found, out, checkpoint, progress, within=given if given.is_file() else None)
-    print(printable_lines(f"{found.report}\nwritten: {out}"))
+    print(terminal.folded(printable_lines(str(found.report)).splitlines()))
+    files.written(str(out))
     return 0
 
 

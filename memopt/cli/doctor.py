@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from importlib import metadata, util
 from typing import NamedTuple
 
-from memopt.cli.output import places
+from memopt.cli.output import places, progress, terminal
 
 SUMMARY = "what this machine offers, and what is missing"
 
@@ -54,14 +54,16 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    found = list(findings())
+    with progress.working("looking"):
+        found = list(findings())
     if args.json:
         import json
 
         print(json.dumps({"schema": "memopt.doctor/1", "findings": [f._asdict() for f in found]}, indent=2))
     else:
         width = max(len(f.what) for f in found)
-        print("\n".join(f"{f.status:<7}  {f.what:<{width}}  {f.text}" for f in found))
+        lines = (f"{f.status:<7}  {f.what:<{width}}  {f.text}" for f in found)
+        print(terminal.folded(lines, hanging=width + 11))
     return 1 if any(f.required and f.status == MISSING for f in found) else 0
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from estimators.result import Estimate
 
 from memopt.cli.flags import hyperparameters, placement, step
-from memopt.cli.output import files
+from memopt.cli.output import files, progress, terminal
 
 SUMMARY = "what a model and its optimizer state will cost, before anything is allocated"
 
@@ -86,7 +86,8 @@ def run(args: Namespace) -> int:
         )
     if args.json and args.emit:
         raise InputError("--json and --emit both print; one of them")
-    result = estimated(args)
+    with progress.working("estimating"):
+        result = estimated(args)
     if args.html or args.plot:
         from estimators.report import pictures
 
@@ -105,11 +106,11 @@ def run(args: Namespace) -> int:
 
         print(json.dumps(result.to_json(), indent=2))
     else:
-        print(as_text(result, colour=wants_colour(), bars=sys.stdout.isatty()))
+        print(as_text(result, colour=wants_colour(), bars=sys.stdout.isatty(), width=terminal.columns()))
         if args.against:
             from estimators.report.against import compared, read
 
-            print("\n" + "\n".join(compared(result, read(args.against))))
+            print("\n" + terminal.folded(compared(result, read(args.against))))
     return 0 if result.gpu is None or good(result, args.accept_tight) else 1
 
 

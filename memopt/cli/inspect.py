@@ -12,6 +12,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
+from memopt.cli.output import terminal
 from memopt.cli.output.progress import bar
 from memopt.untrusted.text import printable
 
@@ -47,7 +48,7 @@ def run(args: Namespace) -> int:
 
         print(json.dumps({**head, "moments": [moment.to_json() for moment in found]}, indent=2))
     else:
-        print("\n".join(map(printable, _text(head, found))))
+        print(terminal.folded(map(printable, _text(head, found))))
     return 1 if any(moment.non_finite for moment in found) else 0
 
 

@@ -9,10 +9,15 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
+from estimators.report.lines import WIDTH
+from memopt.cli.output import terminal
+
 SUMMARY = "the specs that exist, and the values on each axis"
 
 #: How a master, a placement or a partition is written in a spec.
 _SIGNS = {"master": "+", "placement": "@", "partition": "/"}
+#: Columns of a table in a pipe.
+PIPED = 200
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -32,7 +37,7 @@ def run(args: Namespace) -> int:
 
         print(json.dumps(as_json(args.aliases), indent=2))
     else:
-        print("\n".join(aliases_text() if args.aliases else matrix_text()))
+        print(terminal.folded(aliases_text() if args.aliases else matrix_text(terminal.columns())))
     return 0
 
 
@@ -61,10 +66,13 @@ def _recipes(names: Sequence[str], as_json: bool) -> int:
         listed = [{k: v for k, v in asdict(r).items() if k != "given"} for r in found]
         print(json.dumps({"schema": "memopt.recipes/1", "recipes": listed}, indent=2))
     elif names:
-        print("\n\n".join(map(str, found)))
+        print("\n\n".join(terminal.folded(str(r).splitlines(), hanging=16) for r in found))
     else:
         rows = [(r.name, r.spec, f"lr {r.lr:g}", r.kind, r.source.partition(",")[0]) for r in found]
-        print("\n".join([*_columns(rows), "", "memopt list recipes NAME shows one in full"]))
+        table = _columns(rows)
+        if max(map(len, table)) > terminal.columns(PIPED):
+            table = [f"{r.name}: {r.spec}, lr {r.lr:g}, {r.kind}; {r.source.partition(',')[0]}" for r in found]
+        print(terminal.folded([*table, "", "memopt list recipes NAME shows one in full"]))
     return 0
 
 
@@ -75,8 +83,9 @@ def aliases_text() -> list[str]:
     return [f"{name:<{width}}  {spec}" for name, spec in ALIASES.items()]
 
 
-def matrix_text() -> list[str]:
-    """A matrix of rules by formats, the values of the other axes, and what the matrix does not show."""
+def matrix_text(width: int = WIDTH) -> list[str]:
+    """A matrix of rules by formats, the values of the other axes, and what the matrix does not show. Where the matrix
+    is wider than ``width``, a line for each rule."""
     from memopt.core.registry import WRAPPERS
     from memopt.formats import FORMATS
     from memopt.masters import MASTERS
@@ -92,21 +101,25 @@ def matrix_text() -> list[str]:
     rows = [["", *FORMATS]]
     for rule, r in RULES.items():
         rows.append([rule, *(_cell((rule, fmt) in pairs, fmt == r.default_format) for fmt in FORMATS)])
+    matrix = _columns(rows)
+    fits = max(map(len, matrix)) <= width
     two = pairs_of()
     missing = [(*pair, *end) for pair in sorted(pairs) for end in sorted(endings) if (*pair, *end) not in found]
     return [
         f"{len(valid) + len(two) * len(endings):,} specs: RULE[-FORMAT[.FORMAT]][+MASTER][@PLACEMENT][/PARTITION]",
         "",
-        *_columns(rows),
+        *(matrix if fits else _by_rule(rows)),
         "",
-        "yes: RULE-FORMAT; default: what RULE alone means; - : refused, with the reason",
+        "yes: RULE-FORMAT; default: what RULE alone means; - : refused, with the reason"
+        if fits
+        else "RULE-FORMAT of these, and (in brackets) what RULE alone means; others are refused, with the reason",
         "",
         "RULE-FORMAT.FORMAT   one format for signed moments, one for non-negative ones: adamw-8bit.factored",
         f"    rules            {', '.join(dict.fromkeys(s.rule for s in two))}",
         f"    signed           {', '.join(dict.fromkeys(s.formats[0] for s in two))}",
         f"    non-negative     {', '.join(sorted({s.formats[1] for s in two}, key=list(FORMATS).index))}",
         "",
-        *[f"{f'{name}(RULE)':<21} any rule inside {name}, in its formats: {name}(adamw)-8bit" for name in WRAPPERS],
+        *[f"{f'{name}(RULE)':<20} any rule inside {name}, in its formats: {name}(adamw)-8bit" for name in WRAPPERS],
         "",
         *_axis("master", MASTERS, "none"),
         *_axis("placement", PLACEMENTS, "device"),
@@ -119,6 +132,19 @@ def _cell(valid: bool, default: bool) -> str:
     return "default" if default else "yes" if valid else "-"
 
 
+def _by_rule(rows: Sequence[Sequence[str]]) -> list[str]:
+    """``RULE  FORMAT (DEFAULT) FORMAT …`` of the cells of a matrix."""
+    (_, *formats), *rules = rows
+    names = max(len(rule) for rule, *_ in rules)
+    return [
+        f"{rule:<{names}}  "
+        + " ".join(
+            f"({fmt})" if cell == "default" else fmt for fmt, cell in zip(formats, cells, strict=True) if cell != "-"
+        )
+        for rule, *cells in rules
+    ]
+
+
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -127,4 +153,4 @@ def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
 def _axis(name: str, values: Any, default: str) -> list[str]:
     """One line per value; the default is written by leaving it out."""
     written = [("(none)" if value == default else _SIGNS[name] + value, values[value].summary) for value in values]
-    return [f"{name if i == 0 else '':<10} {sign:<10} {summary}" for i, (sign, summary) in enumerate(written)]
+    return [f"{name if i == 0 else '':<10}  {sign:<11}  {summary}" for i, (sign, summary) in enumerate(written)]

@@ -11,7 +11,7 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
 from memopt.cli.flags import hyperparameters
-from memopt.cli.output import files
+from memopt.cli.output import files, terminal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,14 +79,18 @@ def run(args: Namespace) -> int:
     if args.json:
         print(json.dumps(_record(result, args.optim)))
         return 0
-    from memopt.cli.output.charts import terminal
+    from memopt.cli.output import charts
 
     print(f"{args.optim} on {text.name}: smoothed loss against the rate")
-    print("\n".join(terminal(result.rates, result.smoothed, log_x=True, x_label="rate", y_label="loss")))
+    curve = charts.terminal(
+        result.rates, result.smoothed, width=charts.width(), log_x=True, x_label="rate", y_label="loss"
+    )
+    print("\n".join(curve))
     end = (
         f"It diverged at {result.rates[-1]:.1e}." if result.diverged else f"It did not diverge up to {args.highest:g}."
     )
-    print(f"The loss fell fastest at {result.steepest:.1e} and was lowest at {result.lowest:.1e}. {end}")
+    said = f"The loss fell fastest at {result.steepest:.1e} and was lowest at {result.lowest:.1e}. {end}"
+    print(terminal.folded([said], hanging=0))
     print(f"A peak rate to begin with: {result.suggestion:.1e}")
     return 0
 

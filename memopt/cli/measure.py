@@ -3,7 +3,7 @@
     memopt measure --out row.json -- python train.py --epochs 1
 
 The script runs in this process, unchanged. `memopt estimate MODEL ... --against row.json` lays an estimate beside it.
-The exit code is the script's.
+The exit code is the script's; after Ctrl-C, too, what was measured is written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from argparse import REMAINDER, ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from memopt.cli.output import files
+from memopt.cli.output import files, terminal
 
 SUMMARY = "run a training script, and record its memory by phase"
 
@@ -55,6 +55,8 @@ def run(args: Namespace) -> int:
                 runpy.run_module(target[0], run_name="__main__", alter_sys=True)
             else:
                 runpy.run_path(target[0], run_name="__main__")
+    except KeyboardInterrupt:  # what was measured until then is written
+        code = 130
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception:  # the script's own: its trace is what its author wants to see
@@ -64,7 +66,7 @@ def run(args: Namespace) -> int:
         sys.argv, sys.path[:] = before[0], before[1]
     with open(args.out, "w") as file:
         file.write(json.dumps(m.row) + "\n")
-    print("\n".join([*table(m.row), ""]))
+    print(terminal.folded([*table(m.row), ""]))
     files.written(args.out)
     return code
 

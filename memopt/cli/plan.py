@@ -10,7 +10,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
+from estimators.report.lines import WIDTH, wrap
 from memopt.cli.flags import hyperparameters, placement, step
+from memopt.cli.output import progress, terminal
 
 if TYPE_CHECKING:
     from estimators.planning.plan import Plans
@@ -35,13 +37,14 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    result = planned(args)
+    with progress.working("searching"):
+        result = planned(args)
     if args.json:
         import json
 
         print(json.dumps(as_json(result), indent=2))
     else:
-        print("\n".join(as_lines(result)))
+        print("\n".join(as_lines(result, terminal.columns())))
     return 0 if result.found else 1
 
 
@@ -100,33 +103,35 @@ def as_json(result: Plans) -> dict[str, object]:
     }
 
 
-def as_lines(result: Plans) -> list[str]:
+def as_lines(result: Plans, width: int = WIDTH) -> list[str]:
     from estimators.planning.plan import title
-    from estimators.report.text import wrap
     from estimators.units import gib
 
     cards, each = (f"{result.gpus} x ", " and card") if result.gpus > 1 else ("", "")
     if result.data_parallel < result.gpus:
         each = f" and data-parallel rank ({result.data_parallel} of them)"
     title_ = f"{result.model.name} on {cards}{gib(result.gpu)}, {result.batch} x {result.seq:,} tokens per step{each}"
-    lines = [*wrap(title_), ""]
+    lines = [*wrap(title_, width), ""]
     for number, plan in enumerate(result.found, 1):
         _, expected, high = plan.estimate.columns[0].process
-        lines.append(f"{number}. {title(plan)}: {gib(expected)}, at most {gib(high)}")
-        lines += [f"   {line}" for line in wrap(f"{plan.why}.", 77)]
+        lines += wrap(f"{number}. {title(plan)}: {gib(expected)}, at most {gib(high)}", width, 3)
+        lines += [f"   {line}" for line in wrap(f"{plan.why}.", width - 3)]
     if not result.found:
         lines.append("Nothing fits, not even adapters on 4-bit weights.")
     else:
         lines += [
             "",
-            f"With 1: micro-batches of up to {result.largest_batch:,} at this length; up to about "
-            f"{result.longest_seq:,} tokens in a micro-batch of 1.",
+            *wrap(
+                f"With 1: micro-batches of up to {result.largest_batch:,} at this length; up to about "
+                f"{result.longest_seq:,} tokens in a micro-batch of 1.",
+                width,
+            ),
         ]
     for spec, what, ranks in (
         ("adamw/zero1", "its state sharded", result.ranks),
         ("adamw/zero3", "everything sharded", result.ranks_zero3),
     ):
         count = "on no number of GPUs up to 1,024" if ranks is None else f"on {ranks:,} GPU(s)"
-        lines += wrap(f"32-bit AdamW with {what} ({spec}) fits {count} like this one.")
-    lines += wrap(f"8 GiB more would buy: {result.more}.")
+        lines += wrap(f"32-bit AdamW with {what} ({spec}) fits {count} like this one.", width)
+    lines += wrap(f"8 GiB more would buy: {result.more}.", width)
     return lines

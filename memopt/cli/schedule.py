@@ -9,7 +9,7 @@ import json
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 
-from memopt.cli.output import files
+from memopt.cli.output import files, terminal
 from memopt.training.schedules import KINDS, Factor, make_factor
 from memopt.untrusted.text import shown
 
@@ -62,13 +62,13 @@ def run(args: Namespace) -> int:
         numbers = {"warmup": factor.warmup, "total_steps": factor.total_steps, "floor": factor.floor, **factor.extra}
         print(json.dumps({"schema": "memopt.schedule/1", "kind": factor.kind, **numbers, "lr": rates}))
         return 0
-    from memopt.cli.output.charts import terminal
+    from memopt.cli.output import charts
 
-    print(describe(factor))
-    print("\n".join(terminal(at, rates, x_label="step", y_label="rate")))
+    print(terminal.folded([describe(factor)]))
+    print("\n".join(charts.terminal(at, rates, width=charts.width(), x_label="step", y_label="rate")))
     marks = {0, factor.warmup, steps // 4, steps // 2, 3 * steps // 4, steps - 1}
     steps_shown = sorted(t for t in marks if 0 <= t < steps)
-    print("  ".join(f"{t}: {args.lr * factor(t):.4g}" for t in steps_shown))
+    print(terminal.folded(["  ".join(f"{t}: {args.lr * factor(t):.4g}" for t in steps_shown)], hanging=0))
     return 0
 
 

@@ -13,7 +13,9 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING
 
+from estimators.report.lines import WIDTH, wrap
 from memopt.cli.flags import hyperparameters, placement, step
+from memopt.cli.output import progress, terminal
 
 if TYPE_CHECKING:
     from estimators.planning.solve import Solved
@@ -47,23 +49,24 @@ def run(args: Namespace) -> int:
     (spec,) = placement.placed(
         hyperparameters.with_hyper([args.optim], hyperparameters.given(args.hyper)), placement.told(args)
     )
-    found = solve(
-        args.model,
-        args.gpu,
-        largest=args.largest,
-        smallest=args.smallest,
-        optim=spec,
-        accept_tight=args.accept_tight,
-        **({"world_size": world} if args.smallest != "gpus" else {}),
-        **{name: value for name in ("weights", "gradients") if (value := getattr(args, name))},
-        **options,
-    )
+    with progress.working("searching"):
+        found = solve(
+            args.model,
+            args.gpu,
+            largest=args.largest,
+            smallest=args.smallest,
+            optim=spec,
+            accept_tight=args.accept_tight,
+            **({"world_size": world} if args.smallest != "gpus" else {}),
+            **{name: value for name in ("weights", "gradients") if (value := getattr(args, name))},
+            **options,
+        )
     if args.json:
         import json
 
         print(json.dumps(as_json(found), indent=2))
     else:
-        print("\n".join(as_lines(found)))
+        print("\n".join(as_lines(found, terminal.columns())))
     return 0 if found.value is not None else 1
 
 
@@ -104,10 +107,9 @@ _READS = {
 }
 
 
-def as_lines(found: Solved) -> list[str]:
+def as_lines(found: Solved, width: int = WIDTH) -> list[str]:
     from estimators.parallel.degrees import cards
     from estimators.planning.solve import needed
-    from estimators.report.text import wrap
     from estimators.training import describe
     from estimators.units import gib
 
@@ -115,20 +117,20 @@ def as_lines(found: Solved) -> list[str]:
     card = f" on {gib(found.gpu)}" if found.what != "gpu" else ""
     gpus = cards(e.training, e.world_size)
     ranks = f", {gpus:,} GPUs" if gpus > 1 else ""
-    lines = wrap(f"{e.model.name}{card}{ranks}, {column.spec}: {describe(e.training)}")
+    lines = wrap(f"{e.model.name}{card}{ranks}, {column.spec}: {describe(e.training)}", width)
     figure = "expected" if found.accept_tight else "at most"
 
     if found.value is None:
         over = gib(needed(e, found.accept_tight) - found.gpu)
         few = f" Even {found.end}." if found.what == "gpu" else ""
-        return [*lines, "", *wrap(f"Nothing fits: it is over by {over}, {figure}.{few}")]
+        return [*lines, "", *wrap(f"Nothing fits: it is over by {over}, {figure}.{few}", width)]
     process = f"{gib(column.process.expected)}, at most {gib(column.process.high)}"
     value, next_ = (f"{v:,}" if isinstance(v, int) else str(v) for v in (found.value, found.beyond_value))
     said = _READS[found.what].format(value)
-    lines += ["", *wrap(f"{said[0].upper() if found.what != 'gpu' else said[0]}{said[1:]}: {process}.")]
+    lines += ["", *wrap(f"{said[0].upper() if found.what != 'gpu' else said[0]}{said[1:]}: {process}.", width)]
     if found.beyond is not None:
         card = f" of {gib(found.gpu)}" if found.what == "gpu" else ""
-        lines += wrap(f"{next_}{card} would be over by {gib(found.over)}, {figure}.")
+        lines += wrap(f"{next_}{card} would be over by {gib(found.over)}, {figure}.", width)
     elif found.end:
-        lines += wrap(f"That is not the card's limit: {found.end}.")
+        lines += wrap(f"That is not the card's limit: {found.end}.", width)
     return lines

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from memopt.cli.flags import hyperparameters
-from memopt.cli.output import files
+from memopt.cli.output import files, terminal
 from memopt.core.hyperparameters import SpecError
 from memopt.spec import OptimSpec, parse
 from memopt.train.job import Job, ModelConfig, Result
@@ -94,13 +94,11 @@ def _job(spec: OptimSpec, args: Namespace) -> Job:
 
 def _run_all(jobs: Sequence[Job], text: Text) -> tuple[list[Result], list[str]]:
     """Every job in turn; a run that fails does not keep the others from running."""
-    from rich.console import Console
-
     from memopt.train import report
     from memopt.train.launch import RunFailed, launch
-    from memopt.train.progress import progress
+    from memopt.train.progress import Console, progress
 
-    console = Console() if sys.stdout.isatty() else Console(width=PIPED_WIDTH)
+    console = Console() if sys.stdout.isatty() else Console(width=terminal.columns(PIPED_WIDTH))
     console.print(report.setting(text, jobs[0]), markup=False, highlight=False)
     results, failures = [], []
     with progress(console, [job.spec for job in jobs], jobs[0].steps) as observer:

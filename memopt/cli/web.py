@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
+from memopt.cli.output import files, progress
+
 SUMMARY = "the calculator as a page, on this machine or as static files"
 
 
@@ -34,10 +36,7 @@ def run(args: Namespace) -> int:
         raise ValueError(f"--port {port} cannot be had: {error.strerror or error}") from None
     with server:
         print(f"The calculator is at {server.address} until Ctrl-C.", flush=True)
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            print()
+        server.serve_forever()
     return 0
 
 
@@ -50,8 +49,10 @@ def _write(args: Namespace) -> int:
             "--pyodide node_modules/pyodide"
         )
     try:
-        sizes = write(args.write, args.pyodide)
+        with progress.working("writing"):
+            sizes = write(args.write, args.pyodide)
     except OSError as error:
         raise OSError(f"--write {args.write!r} cannot be written: {error.strerror or error}") from None
-    print(f"written: {args.write}, {len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
+    files.written(args.write)
+    print(f"{len(sizes)} files, {sum(sizes.values()) / 1e6:.1f} MB")
     return 0

@@ -7,13 +7,20 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import Protocol, final
 
-from rich.console import Console
+from rich import console as rich
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 #: Lines per run where the output is not a terminal, after that of the first step.
 LINES = 5
 #: Columns of what a bar says beside its progress.
 SAID = len("loss 00.000")
+
+
+class Console(rich.Console):
+    """One whose reader may go: the command line then ends as every verb does, and not with an exit code of rich's."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 class Observer(Protocol):

@@ -240,7 +240,7 @@ class TestSite:
     def test_it_is_the_page_with_its_engine_in_the_browser(self, run, tmp_path, pyodide):
         code, out, err = run("web", "--write", str(tmp_path / "site"), "--pyodide", str(pyodide))
         assert (code, err) == (0, "")
-        assert out.startswith(f"written: {tmp_path / 'site'}, ")
+        assert out.startswith(f"written: {tmp_path / 'site'}\n")
         written = {str(path.relative_to(tmp_path / "site")) for path in (tmp_path / "site").rglob("*.*")}
         assert written >= {*(p.name for p in PAGE.iterdir()), "memopt.zip", *(f"pyodide/{n}" for n in PYODIDE)}
         assert 'data-engine="pyodide"' in (tmp_path / "site" / "index.html").read_text()

@@ -8,10 +8,18 @@ from pathlib import Path
 from textwrap import wrap
 
 from memopt.cli.output.files import check_picture
+from memopt.cli.output.terminal import columns
 from memopt.core.extras import require
 
+#: Characters that the scale and a space take at most.
+_SCALE = 16
 #: Dots of one braille cell, by column and row from the top.
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
+
+
+def width() -> int:
+    """Characters of a curve beside its scale, on this terminal."""
+    return max(20, columns() - _SCALE)
 
 
 def terminal(

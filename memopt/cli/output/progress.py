@@ -1,10 +1,11 @@
-"""Progress bars on a terminal, on standard error; nothing elsewhere."""
+"""Progress on a terminal, on standard error; nothing elsewhere."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from threading import Event, Thread
 from typing import Any
 
 #: Told how much more is done: bytes, or steps.
@@ -19,6 +20,35 @@ def bar(what: str, nbytes: int | None) -> AbstractContextManager[Advance]:
 def progress(what: str, total: int) -> AbstractContextManager[Advance]:
     """Of things that are counted."""
     return _shown(what, total, ("MofNCompleteColumn",))
+
+
+@contextmanager
+def working(what: str, after: float = 1.0) -> Iterator[None]:
+    """For work of which nobody knows how long it takes: after ``after`` seconds a sign of life and the seconds. What
+    takes less shows nothing, and loads nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    done = Event()
+    thread = Thread(target=_live, args=(what, done, after), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _live(what: str, done: Event, after: float) -> None:
+    if done.wait(after):
+        return
+    from rich import progress as rich
+    from rich.console import Console
+
+    columns = (rich.SpinnerColumn("line"), rich.TextColumn(what), rich.TimeElapsedColumn())
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        shown.add_task(what, total=None)
+        done.wait()
 
 
 @contextmanager

@@ -1,9 +1,13 @@
-"""Output that no terminal refuses: what an encoding does not have is replaced by the nearest ASCII."""
+"""Output that no terminal refuses: lines that fit it, and the nearest ASCII for what its encoding does not have."""
 
 from __future__ import annotations
 
 import codecs
+import os
 import sys
+from collections.abc import Iterable
+
+from estimators.report.lines import WIDTH, fold
 
 #: Character -> what stands for it where it cannot be encoded.
 _ASCII = {"…": "...", "×": "x", "·": "*", "≥": ">=", "≤": "<=", "→": "->", "–": "-", "—": "-", "−": "-", "µ": "u"}
@@ -41,3 +45,26 @@ def never_refuse() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None and getattr(stream, "errors", "strict") == "strict":
             reconfigure(errors="memopt.ascii")
+
+
+def columns(most: int = WIDTH) -> int:
+    """Characters of a line: those of the terminal or of ``COLUMNS``, from 40 to ``most``; ``most`` in a pipe."""
+    return max(40, min(most, _columns() or most))
+
+
+def folded(lines: Iterable[str], hanging: int | None = None) -> str:
+    """Lines of prose as one text, broken where the terminal ends; in a pipe as they are, for ``grep``."""
+    width = _columns()
+    if width is None:
+        return "\n".join(lines)
+    return "\n".join(part for line in lines for part in fold(line, max(40, width), hanging))
+
+
+def _columns() -> int | None:
+    asked = os.environ.get("COLUMNS", "")
+    if asked.isascii() and asked.isdigit() and 0 < len(asked) < 6:
+        return int(asked)
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or None
+    except (AttributeError, ValueError, OSError):  # a pipe, a file, or no output at all
+        return None
