@@ -128,7 +128,7 @@ def test_random_lines(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import cli_fuzz
 
-    found = cli_fuzz.run(120, seed=1)
+    found = cli_fuzz.run(0, 80, seed=1)
     assert found["failures"] == []
-    assert found["outcomes"]["exit code 0"] > 10
+    assert found["outcomes"]["exit code 0"] > 3
     assert found["outcomes"]["exit code 2"] > 10
