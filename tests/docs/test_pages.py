@@ -1,8 +1,11 @@
 """README and docs: code blocks run, command lines parse, links lead somewhere, the reference has every public name."""
 
 import inspect
+import os
 import re
 import shlex
+import subprocess
+import sys
 from argparse import ArgumentParser
 from functools import cache
 from importlib import import_module
@@ -143,3 +146,16 @@ def test_every_page_is_in_the_navigation():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 60
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    """What ``make docs`` does, where its packages are installed: a link that leads nowhere ends it."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    line = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "tour" / "index.html").exists()
