@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 import memopt
 from memopt.kernels import loader
-from memopt.partitions.deepspeed.flat import needs_shapes
+from memopt.layout.flattened import needs_shapes
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from provenance import write_result

@@ -24,6 +24,7 @@ def create(
     eps: float | tuple[float | None, float] | Unset = RULE_DEFAULT,
     weight_decay: float | Unset = RULE_DEFAULT,
     maximize: bool | Unset = RULE_DEFAULT,
+    cautious: bool | Unset = RULE_DEFAULT,
     amsgrad: bool | Unset = RULE_DEFAULT,
     momentum: float | Unset = RULE_DEFAULT,
     dampening: float | Unset = RULE_DEFAULT,
@@ -43,10 +44,12 @@ def create(
     final_lr: float | Unset = RULE_DEFAULT,
     base_lr: float | Unset | None = RULE_DEFAULT,
     gamma: float | Unset = RULE_DEFAULT,
+    beta2: float | Unset = RULE_DEFAULT,
+    split_rows: int | tuple[int, ...] | Unset | None = RULE_DEFAULT,
     ns_coefficients: tuple[float, float, float] | Unset = RULE_DEFAULT,
     ns_steps: int | Unset = RULE_DEFAULT,
     ns_dtype: Literal["auto", "bfloat16", "float32"] | Unset = RULE_DEFAULT,
-    adjust_lr_fn: Literal["original", "match_rms_adamw"] | Unset = RULE_DEFAULT,
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_norm", "none"] | Unset = RULE_DEFAULT,
     lookahead_steps: int | Unset = RULE_DEFAULT,
     lookahead_rate: float | Unset = RULE_DEFAULT,
     rule: str | Unset = SPEC_DEFAULT,
@@ -96,10 +99,13 @@ def create(
             an L2 term in the gradient.
             Default 0; adamw, lamb, ademamix, adammini, stableadamw 1e-2; muon 0.1.
         maximize: Go up the gradient. Every rule. Default False.
+        cautious: Leave out of each update what does not go against the gradient, and scale the rest up. Every rule, on
+            the plain torch path. Default False.
         amsgrad: Divide by the largest second moment so far, one more moment. adamw, adam. Default False.
         momentum: Decay of the momentum buffer; 0 keeps none. sgd, rmsprop, muon. Default 0; muon 0.95.
         dampening: Share of the gradient that does not enter the momentum. sgd. Default 0.
-        nesterov: Look one step of momentum ahead. sgd, muon. Default False; muon True.
+        nesterov: Look one step of momentum ahead. sgd, muon, and on the plain torch path adam, adamw, radam, adabound,
+            lamb, ademamix, adammini, stableadamw. Default False; muon True.
         alpha: rmsprop: decay of the mean of squares. ademamix: weight of the slow mean.
             Default 0.99; ademamix 5.
         centered: Divide by the standard deviation instead of the root mean square. rmsprop, 32bit. Default False.
@@ -120,11 +126,14 @@ def create(
         base_lr: The rate that ``final_lr`` belongs to; None is the one that the group was made with. adabound.
             Default None.
         gamma: Speed at which the bounds close, per step, in (0, 1). adabound. Default 1e-3.
+        beta2: Decay of the mean square of each row, by which NorMuon divides it; 0 is Muon, without. muon. Default 0.
+        split_rows: What a fused matrix is, one below the other: so many of one height, or of these heights. For the
+            param groups that hold such, as ``{"params": [...], "split_rows": 3}``. muon. Default None.
         ns_coefficients: a, b, c of the Newton-Schulz iteration. muon. Default (3.4445, -4.775, 2.0315).
         ns_steps: Iterations, from 1 to 99. muon. Default 5.
         ns_dtype: What they are taken in; "auto" is bfloat16 where the processor multiplies it faster than fp32. muon.
             Default "auto".
-        adjust_lr_fn: How the rate is scaled by a matrix's shape, as torch.optim.Muon's. muon.
+        adjust_lr_fn: How the rate is scaled by a matrix's shape: as torch.optim.Muon's, dion's, or not at all. muon.
             Default "match_rms_adamw".
         lookahead_steps: Steps between two updates of the slow weights. lookahead(RULE). Default 5.
         lookahead_rate: Share of the way to the fast weights, in (0, 1]. lookahead(RULE). Default 0.5.
@@ -134,8 +143,8 @@ def create(
         overrides: Shell-style pattern over parameter names -> ``FORMAT``, ``RULE`` or ``RULE-FORMAT``, with or without
             ``@PLACEMENT``, or ``@PLACEMENT`` alone; the first match wins. Default none.
         rules: Hyperparameters of the spec's other rules (its fallback's, those of overrides), by rule:
-            ``{"adamw": {"lr": 3e-4, "betas": (0.9, 0.95)}}``. ``lr``, ``weight_decay`` and ``maximize`` are those of
-            the spec's rule where nothing else is said.
+            ``{"adamw": {"lr": 3e-4, "betas": (0.9, 0.95)}}``. ``lr``, ``weight_decay``, ``maximize`` and ``cautious``
+            are those of the spec's rule where nothing else is said.
         hyper, options: Hyperparameters and placement options as mappings, beside those given as keywords.
         directory: ``@disk``: where the files are, which survive the process. Default: a temporary one.
         workspace: ``@host``, ``@cpu``, ``@disk``: bytes, or a size such as ``"1GiB"``, that state is streamed through.
@@ -173,9 +182,9 @@ def create(
     >>> opt.step()
     >>> opt.ledger().nbytes == memopt.price(model, "adamw-8bit", overrides={"bias": "32bit"}).nbytes
     True
-    >>> memopt.create(model, "lion", eps=1e-8)
+    >>> memopt.create(model, "lion", eps=1e-8)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    memopt.core.hyperparameters.SpecError: lion has no hyperparameter 'eps'; it has lr, betas, weight_decay, maximize
+    memopt.core.hyperparameters.SpecError: lion has no hyperparameter 'eps'; it has lr, betas, weight_decay, ...
     """
     given = {name: value for name, value in locals().items() if not isinstance(value, Unset)}  # the arguments, so far
     del given["model_or_params"], given["spec"], given["unknown"]

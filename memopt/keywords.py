@@ -43,6 +43,7 @@ class Hyperparameters(TypedDict, total=False):
     eps: float | tuple[float | None, float]
     weight_decay: float
     maximize: bool
+    cautious: bool
     amsgrad: bool
     momentum: float
     dampening: float
@@ -62,10 +63,12 @@ class Hyperparameters(TypedDict, total=False):
     final_lr: float
     base_lr: float | None
     gamma: float
+    beta2: float
+    split_rows: int | tuple[int, ...] | None
     ns_coefficients: tuple[float, float, float]
     ns_steps: int
     ns_dtype: Literal["auto", "bfloat16", "float32"]
-    adjust_lr_fn: Literal["original", "match_rms_adamw"]
+    adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_norm", "none"]
     lookahead_steps: int
     lookahead_rate: float
 

@@ -18,6 +18,7 @@ from memopt.checkpoint.io.scratch import Scratch
 from memopt.checkpoint.state.detect import surroundings
 from memopt.checkpoint.state.saved import Source
 from memopt.checkpoint.tensorfile import Progress
+from memopt.rules import RULES
 from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:
@@ -31,14 +32,20 @@ def exported(source: Source, tool: str | OptimSpec, fill: Fill | None = None) ->
 
     ``tool`` is a spec, for an optimizer of memopt's, or one of :data:`TOOLS`: ``torch``, ``dcp`` (the same for
     torch.distributed.checkpoint, with parameters by name), ``transformers`` (Adafactor), ``bitsandbytes`` (8 bits),
-    ``bitsandbytes-32bit``, ``torchao`` (8 bits), ``torchao-4bit``, ``torchao-fp8``, ``flashoptim`` or ``deepspeed`` (a
-    universal checkpoint). Moments become what it keeps: fp32 for torch and DeepSpeed, factors for Adafactor, its own
-    codes for the others.
+    ``bitsandbytes-32bit``, ``muon`` (the original's with AdamW for the rest, and DeepSpeed's of that name),
+    ``torchao`` (8 bits), ``torchao-4bit``, ``torchao-fp8``, ``flashoptim`` or ``deepspeed`` (a universal checkpoint).
+    Moments become what it keeps: fp32 for torch and DeepSpeed, factors for Adafactor, its own codes for the others.
     """
     if isinstance(tool, OptimSpec):
         return Exported(source, "", own_dict.exporter_of(tool), fill or {})
     if tool not in EXPORTERS:
         raise ValueError(f"state can be exported to {', '.join(EXPORTERS)}, not to {tool!r}")
+    for group in source.groups:
+        told = RULES[source.spec.rule_of(group.hyper)].modifiers(group.hyper)
+        if told:
+            raise ValueError(
+                f"{tool} does not know {', '.join(told)}, and its steps would be others: set it to False first"
+            )
     return Exported(source, tool, EXPORTERS[tool], fill or {})
 
 

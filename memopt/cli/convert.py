@@ -39,7 +39,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         metavar="SPEC",
         required=True,
         help="a spec (memopt list), or torch, dcp, deepspeed, "
-        "transformers, bitsandbytes, bitsandbytes-32bit, torchao, torchao-4bit, torchao-fp8, flashoptim",
+        "transformers, muon, bitsandbytes, bitsandbytes-32bit, torchao, torchao-4bit, torchao-fp8, flashoptim",
     )
     parser.add_argument("--from", metavar="RULE", dest="rule", help="the rule, where the file does not say it")
     parser.add_argument("--engine", metavar="ENGINE", help="of a spec: native (default) or bitsandbytes")

@@ -64,6 +64,7 @@ CLIP_EPS = 1e-6
 #: Hyperparameters that are on or off.
 FLAGS = (
     "maximize",
+    "cautious",
     "amsgrad",
     "nesterov",
     "centered",
@@ -98,9 +99,19 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: v in ("absolute", "torch", "transformers"),
     ),
     "ns_coefficients": ("three finite numbers", lambda v: _numbers(v, 3)),
+    "beta2": ("a number in [0, 1)", _fraction),
+    "split_rows": (
+        "None, an integer >= 2 or row counts, integers >= 1",
+        lambda v: (
+            v is None or (_count(v) and v > 1) or (isinstance(v, (tuple, list)) and bool(v) and all(map(_count, v)))
+        ),
+    ),
     "ns_steps": ("an integer from 1 to 99", lambda v: _count(v) and v < 100),
     "ns_dtype": ("'auto', 'bfloat16' or 'float32'", lambda v: v in ("auto", "bfloat16", "float32")),
-    "adjust_lr_fn": ("'original' or 'match_rms_adamw'", lambda v: v in ("original", "match_rms_adamw")),
+    "adjust_lr_fn": (
+        "'original', 'match_rms_adamw', 'spectral_norm' or 'none'",
+        lambda v: v in ("original", "match_rms_adamw", "spectral_norm", "none"),
+    ),
     "muon.momentum": ("a number in [0, 1)", _fraction),
     **dict.fromkeys(FLAGS, ("True or False", _bool)),
 }

@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterator
 from math import isfinite, log10
 from statistics import fmean, median
 
-from memopt.diagnosis.readings import Finding, GroupReading, History, Reading
+from memopt.diagnosis.muon_rates import muon
+from memopt.diagnosis.readings import LARGE_STEP, OUTLIER, Finding, GroupReading, History, Reading
 
-#: A step moves weights by 1e-4 to 1e-2 of their size; more is usual only while small first weights are outgrown.
-LARGE_STEP = 0.02
 #: From here on a step is no correction of the weights any more.
 HALF = 0.5
 #: From here on one step replaces them.
 REPLACED = 1.0
-#: A group whose rate and whose steps are this many times the others' was not meant to be.
-OUTLIER = 10.0
 #: A loss that is this many times what it was is not noise.
 JUMP = 1.2
 #: Share of updates that round to nothing: more than half of the training does not happen.
@@ -246,6 +243,7 @@ def flat(h: History) -> Iterator[Finding]:
 #: Each row only if those before it found nothing.
 _IN_ORDER: tuple[tuple[Callable[[History], Iterator[Finding]], ...], ...] = (
     (nonfinite,),
+    (muon,),
     (group_rate,),
     (rate,),
     (warm_up,),

@@ -6,6 +6,10 @@ from dataclasses import asdict, dataclass, field
 from math import isfinite
 from typing import Any
 
+#: A step moves weights by 1e-4 to 1e-2 of their size; more is usual only while small first weights are outgrown.
+LARGE_STEP = 0.02
+#: A group whose rate and whose steps are this many times the others' was not meant to be.
+OUTLIER = 10.0
 #: Groups that are printed one by one; of more, ranges.
 SHOWN = 3
 
@@ -114,6 +118,7 @@ class History:
     nonfinite: list[NonFinite] = field(default_factory=list)
     master: str = "none"
     beta2: float | None = None
+    muon: dict[int, str] = field(default_factory=dict)  # groups that Muon steps -> adjust_lr_fn
 
 
 def _clean(value: Any) -> Any:

@@ -121,6 +121,7 @@ class Watch:
         )
         if any(g.nonfinite for g in groups):
             self._note_nonfinite(skipped=False)
+        self.history.muon = _muon(self.optimizer)
         moments = tuple(m for shadow in self._shadows or () for m in shadow.compare())
         losses = self._collect_losses()
         mean = sum(losses) / len(losses) if losses else None
@@ -174,6 +175,17 @@ def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, Tensor]]:
         named += list(zip(names, group["params"], strict=True))
         index += len(group["params"])
     return named
+
+
+def _muon(optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """The groups that Muon steps, ours or torch's, and how their rate is scaled."""
+    groups = optimizer.param_groups
+    if isinstance(optimizer, Optimizer):
+        mine = [optimizer.spec.rule_of(group) == "muon" for group in groups]
+    else:
+        mine = [type(optimizer).__name__ == "Muon"] * len(groups)
+    both = zip(groups, mine, strict=True)
+    return {i: str(group.get("adjust_lr_fn") or "original") for i, (group, its) in enumerate(both) if its}
 
 
 def _plan_of(optimizer: torch.optim.Optimizer) -> object:

@@ -12,7 +12,7 @@ from memopt.core.rows import Rows
 from memopt.engines.base import Engine
 from memopt.formats import FORMATS, Format
 from memopt.formats.foreign.bitsandbytes import dynamic8
-from memopt.rules import Moment
+from memopt.rules import RULES, Moment
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +74,8 @@ class BitsAndBytes(Engine):
         return None
 
     def refuse_hyper(self, spec: OptimSpec, h: Mapping[str, Any]) -> str | None:
+        for key in RULES[spec.rule].modifiers(h):
+            return f"{key}={h[key]!r} is not allowed; its kernels do not know it"
         for key, only in FIXED.get(spec.rule, {}).items():
             if h[key] != only:
                 return f"{key}={h[key]!r} is not allowed; its kernel has {key}={only!r} only"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, final
 
 from memopt.core import dither
@@ -111,7 +112,7 @@ class Native(Engine):
         for work in kernels.step([w for w, its in zip(works, shared, strict=True) if not its], 1, seed):
             plain_step(work, lambda x: x, seed)
         if any(shared):
-            from memopt.engines.matrices import orthogonal
+            from memopt.engines.matrices import numel, orthogonal, step_in_kernels
             from memopt.partitions.batched_allreduce import Total, Update, run_together
 
             def update(work: Work) -> Update:
@@ -119,10 +120,16 @@ class Native(Engine):
                     if kernels.step([work], ranks, seed, total):
                         plain_step(work, total, seed, whole)
 
-                numel = -(-Rows.whole(work.rows.shape).numel // (ranks if work.groups else 1))
-                return Update(run, work.groups, numel, work.p.device, work)
+                return Update(run, work.groups, numel(work, ranks), work.p.device, work)
 
-            run_together([update(work) for work, its in zip(works, shared, strict=True) if its], orthogonal)
+            together = [work for work, its in zip(works, shared, strict=True) if its]
+            matrices = [work.layout.rule.declines is not None for work in together]
+            run_together([update(work) for work, its in zip(together, matrices, strict=True) if not its], orthogonal)
+            run_together(
+                [update(work) for work, its in zip(together, matrices, strict=True) if its],
+                orthogonal,
+                partial(step_in_kernels, seed=seed),
+            )
 
     def slow_path(self, layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str | None:
         from memopt import kernels
@@ -161,9 +168,9 @@ def _plain_piece(work: Work, total: Ask, whole: Ask, seed: int) -> None:
         g = g.neg()
     state = ParameterState(work, total, whole, seed, dtype)
     if wide:
-        rule.update(p, g, state, work.step, work.h)
+        rule.step(p, g, state, work.step, work.h)
         return
     kept = work.state.get(master.key)
     exact = master.read(p, kept)
-    rule.update(exact, g, state, work.step, work.h)
+    rule.step(exact, g, state, work.step, work.h)
     master.write(exact, p, kept, Shard(work.rows, dither.key(seed, work.index, ORDER), work.step, total))

@@ -76,9 +76,11 @@ def status() -> str:
 def slow_path(layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str | None:
     """Why the plain torch path steps this parameter where :func:`status` says that kernels do, or None. ``ranks`` share
     it, and with ``cut_row`` one of its rows."""
-    from memopt.kernels import pack, triton
+    from memopt.kernels import matrix_step, pack, triton
 
-    if not p.is_cpu:
+    if layout.rule.declines is not None and library() is not None:
+        reason = matrix_step.refuse(layout, p, p)
+    elif not p.is_cpu:
         reason = triton.refuse(layout, p, ranks)
     elif library() is None:
         reason = None

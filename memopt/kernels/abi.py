@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 7
+VERSION = 8
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
 SLOTS = 3
@@ -34,6 +34,8 @@ RULES = {
 #: Rules that take several passes in every format; the others do where a moment is factored. The first pass shows what
 #: is not finite.
 SEVERAL_PASSES = ("adafactor", "came", "adammini", "lamb", "stableadamw")
+#: In two passes around its products (memopt/kernels/matrix_step.py).
+MUON = 12
 MASTERS = {"none": 0, "fp32": 1, "kahan": 2, "stochastic": 3, "split": 4, "split16": 5}
 FORMATS = {"32bit": 0, "bf16": 1, "8bit": 2, "fp8": 3, "4bit": 4, "factored": 5}
 #: Of a tensor whose moments are in several of them.
@@ -42,6 +44,8 @@ ALL_FACTORED = (FORMATS["factored"], MIXED_FACTORED, FACTORED_8, FACTORED_4)
 
 MAXIMIZE, AMSGRAD, DECOUPLED, NESTEROV, CENTERED = 1, 2, 4, 8, 16
 MOMENTUM, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT = 32, 64, 128, 256, 512
+#: No kernel knows it: a plan is to see that it has changed.
+CAUTIOUS = 1024
 
 #: The fixed place of every moment.
 SLOT = {

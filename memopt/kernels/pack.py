@@ -60,6 +60,7 @@ def flags(rule: Rule, h: Mapping[str, Any]) -> int:
         abi.SCALE_PARAMETER: h.get("scale_parameter"),
         abi.RELATIVE_STEP: h.get("relative_step"),
         abi.WARMUP_INIT: h.get("warmup_init"),
+        abi.CAUTIOUS: h.get("cautious"),
     }
     return sum(flag for flag, on in chosen.items() if on)
 
@@ -67,25 +68,36 @@ def flags(rule: Rule, h: Mapping[str, Any]) -> int:
 class Facts(NamedTuple):
     """What is the same at every step of a layout. ``refusal`` says why no kernel takes it, whatever its tensors;
     ``prototype`` has all fields of a descriptor that do not depend on tensors; ``pointers`` are the others, as
-    ``(field, slot, state key)``."""
+    ``(field, slot, state key)``. ``passes`` are the layouts of a rule whose step takes several passes by itself
+    (:mod:`memopt.kernels.matrix_step`)."""
 
     cuts_means: str | None
     refusal: str | None
     prototype: abi.TensorStep
     pointers: tuple[tuple[str, int, str], ...]
+    passes: dict[Any, ParamLayout]
 
 
 def facts(layout: ParamLayout) -> Facts:
     """Worked out once for a layout."""
     if layout.facts is None:
-        refusal = _refusal(layout)
-        prototype, pointers = abi.TensorStep(), []
-        if refusal is None:
-            _fill(prototype, layout)
-            pointers = _pointers(prototype, layout)
-        layout.facts = Facts(_cuts_means(layout), refusal, prototype, tuple(pointers))
+        layout.facts = _facts(layout, _unknown(layout) or _refusal(layout))
     found: Facts = layout.facts
     return found
+
+
+def set_facts(layout: ParamLayout) -> ParamLayout:
+    """The same layout, for a pass of its rule that the caller knows there to be."""
+    layout.facts = _facts(layout, _refusal(layout))
+    return layout
+
+
+def _facts(layout: ParamLayout, refusal: str | None) -> Facts:
+    prototype, pointers = abi.TensorStep(), []
+    if refusal is None:
+        _fill(prototype, layout)
+        pointers = _pointers(prototype, layout)
+    return Facts(_cuts_means(layout), refusal, prototype, tuple(pointers), {})
 
 
 def formats_of(layout: ParamLayout) -> set[str]:
@@ -126,11 +138,18 @@ def _cuts_means(layout: ParamLayout) -> str | None:
     return None
 
 
-def _refusal(layout: ParamLayout) -> str | None:
-    rule, rows, master = layout.rule, layout.rows, layout.master
+def _unknown(layout: ParamLayout) -> str | None:
+    rule = layout.rule
+    if layout.modifiers:
+        return f"there is no kernel for {rule.name} with {', '.join(layout.modifiers)}"
     known = rule.wrapper in ("", "lookahead") and rule.inner in abi.RULES and formats_of(layout) <= abi.FORMATS.keys()
     if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
         return f"there is no kernel for {rule.name} in {layout.asked}"
+    return None
+
+
+def _refusal(layout: ParamLayout) -> str | None:
+    rows, master = layout.rows, layout.master
     if master.name not in abi.MASTERS:
         return f"there is no kernel for +{master.name}"
     if len(rows.local_shape) > 255:

@@ -25,6 +25,8 @@ def needs_shapes(spec: OptimSpec) -> str | None:
         return "has rules by parameter, and flat vectors are of many"
     if spec.overrides:
         return "has overrides by name, and flat vectors have none"
+    if spec.hyper.get("cautious"):
+        return "needs the parameters' shapes: cautious=True takes a share of the whole tensor"
     if not RULES[spec.rule].element_wise:
         return f"needs the parameters' shapes: {spec.rule} takes statistics of whole tensors"
     layout = resolve(spec, spec.resolve(), "", 0, Rows.whole((4096, 4096)), "float32")

@@ -53,8 +53,9 @@ class MomentLayout(NamedTuple):
 @final
 class ParamLayout:
     """``rows`` of the parameter ``name`` of ``dtype``, the ``index``-th of its optimizer: everything that decides where
-    its state is, what is in it and how it is rounded. ``asked`` is the format, or the two, that the spec names for it,
-    ``partitioned`` whether ranks share parameters out, ``key`` what of the hyperparameters the moments depend on."""
+    its state is, what is in it and how it is rounded, and ``modifiers`` what its rule is told that no kernel knows.
+    ``asked`` is the format, or the two, that the spec names for it, ``partitioned`` whether ranks share parameters out,
+    ``key`` what of the hyperparameters the moments depend on."""
 
     __slots__ = (
         "_coded",
@@ -66,6 +67,7 @@ class ParamLayout:
         "index",
         "key",
         "master",
+        "modifiers",
         "moments",
         "name",
         "needs_whole",
@@ -91,12 +93,15 @@ class ParamLayout:
         asked: str = "32bit",
         partitioned: bool = False,
         key: tuple[bool | None, ...] = (),
+        modifiers: tuple[str, ...] = (),
     ) -> None:
         self.name, self.index, self.rows, self.dtype = name, index, rows, dtype
         self.rule, self.moments, self.master, self.placement, self.seed = rule, moments, master, placement, seed
-        self.asked, self.partitioned, self.key = asked, partitioned, key
+        self.asked, self.partitioned, self.key, self.modifiers = asked, partitioned, key, modifiers
         #: Whether a step needs all of the parameter at once: for statistics of the whole, or a format that keeps such.
-        self.needs_whole = not rule.element_wise or any(m.format.whole_tensor for m in moments)
+        self.needs_whole = (
+            not rule.element_wise or "cautious" in modifiers or any(m.format.whole_tensor for m in moments)
+        )
         #: What kernels have worked out of this layout; theirs alone.
         self.facts: Any = None
         self._tensors: dict[str, TensorSpec] | None = None
@@ -120,6 +125,7 @@ class ParamLayout:
             asked=self.asked,
             partitioned=self.partitioned,
             key=self.key,
+            modifiers=self.modifiers,
         )
 
     @property
@@ -239,4 +245,5 @@ def resolve(
         asked=asked,
         partitioned=spec.partition != "none",
         key=key,
+        modifiers=rule.modifiers(h),
     )

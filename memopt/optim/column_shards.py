@@ -28,7 +28,11 @@ def check_slab(layout: ParamLayout, p: Tensor, whole: Callable[[], ParamLayout],
         )
     if layout.rows.shape == tuple(p.shape):
         return
-    if layout.rule.element_wise and {m.format.name for m in whole().moments} <= {"32bit"}:
+    if (
+        layout.rule.element_wise
+        and "cautious" not in layout.modifiers
+        and {m.format.name for m in whole().moments} <= {"32bit"}
+    ):
         return
     raise RuntimeError(
         f"{layout.name} is cut along another dimension than the first, with {getattr(p, 'placements', ())}, and "

@@ -52,7 +52,7 @@ class Layouts:
             key = keys.get(id(group))
             if key is None:
                 rule = spec.rule_of(group)
-                key = keys[id(group)] = rule, RULES[rule].moments_key(group)
+                key = keys[id(group)] = rule, RULES[rule].moments_key(group), RULES[rule].modifiers(group)
             one = known.get(id(p))
             if one is None or not _holds(one, index, name, p, key, partition):
                 rows = partition.local_rows(p)
@@ -66,6 +66,6 @@ def _holds(known: _Known, index: int, name: str, p: Tensor, key: Any, partition:
     owner, shape, dtype, layout = known
     if owner() is not p or p.dtype is not dtype or p.shape != shape:
         return False
-    if (layout.rule.name, layout.key) != key or layout.index != index or layout.name != name:
+    if (layout.rule.name, layout.key, layout.modifiers) != key or layout.index != index or layout.name != name:
         return False
     return type(p) is nn.Parameter or not is_dtensor(p) or layout.rows == partition.local_rows(p)

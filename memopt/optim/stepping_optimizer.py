@@ -14,7 +14,7 @@ from memopt.core.integrity import Integrity
 from memopt.core.ledger import Ledger
 from memopt.engines import Engine
 from memopt.optim.edits.group_checks import align_names, check_group, is_named, named_groups
-from memopt.optim.edits.rule_groups import check_assigned, split
+from memopt.optim.edits.rule_groups import check_assigned, check_blocks, split
 from memopt.optim.frameworks import warn_of_replacement
 from memopt.optim.gradient_policy import Scaler
 from memopt.optim.params import Params
@@ -242,8 +242,13 @@ class SteppingOptimizer(torch.optim.Optimizer):
         seen = {id(p) for g in self.param_groups for p in g["params"]}
         groups = [check_group(group, self.spec, seen) for group in split(param_group, self.spec, self.kinds)]
         for group in groups:
+            check_blocks(group)
+        for group in groups:
             align_names(group, self.param_groups)
+            own = {*group, "max_grad_norm"}
             super().add_param_group(group)
+            for key in self.defaults.keys() - own:  # hyperparameters of another rule of the spec
+                group.pop(key, None)
         self.params.remember(edited=True)
         self.store.register_params()
 

@@ -40,9 +40,14 @@ class Update(NamedTuple):
     who: Any = None
 
 
-def run_together(updates: Sequence[Update], solve: Solve) -> None:
-    """Run all updates. Every rank must call this with the same parameters in the same order."""
+def run_together(
+    updates: Sequence[Update], solve: Solve, at_once: Callable[[Sequence[Any]], bool] = lambda whos: False
+) -> None:
+    """Run all updates. Every rank must call this with the same parameters in the same order. ``at_once(whos)`` may take
+    a bucket over: it is then to ask the ranks for what ``solve`` would, once, and returns True."""
     for bucket in _buckets(updates):
+        if at_once([update.who for update in bucket]):
+            continue
         lanes = [_Lane(update) for update in bucket]
         try:
             going = lanes

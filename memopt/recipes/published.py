@@ -87,11 +87,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "total_steps": 161_000,
         "floor": 0.1,
         "batch": "2048 sequences of 8192 tokens, 4096 after 200B tokens",
-        "source": "Liu et al. 2025, Muon is Scalable for LLM Training",
+        "source": "Liu et al. 2025, Muon is Scalable for LLM Training, sections 2.2 and 3.3",
         **_MUON,
-        "notes": "published in tokens: to 5.2T, here in steps of both batches; then 500B more, up to 1e-4 in 100 steps "
-        "and in a line to 0. Which parameters decay is not stated, and clipping is not: these are the usual ones. "
-        "The figures were written down without the report at hand: look them up before you rely on them",
+        "notes": "published in tokens: a rise to 33B, then a cosine to 5.2T, here in steps of both batches; then 500B "
+        "more, up to 1e-4 in 100 steps and in a line to 0. Which parameters decay is not stated, and clipping is not: "
+        "these are the usual ones",
     },
     "kimi-k2": {
         "summary": "pre-training of Kimi K2 with MuonClip, of which this is the Muon",
@@ -105,8 +105,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "source": "Kimi Team 2025, Kimi K2: Open Agentic Intelligence, section 2.5 and algorithm 1",
         **_MUON,
         "notes": "published in tokens: 10T at the peak, 5.5T down to 2e-5, there in a cosine and here in a line; "
-        "QK-Clip (attention logits above 100 scale the query and key weights) is the model's and not here; clipping "
-        "is not stated",
+        "QK-Clip (attention logits above 100 scale the query and key weights) is the model's and not here; momentum "
+        "(here Moonlight's), which rule steps the rest, and clipping of gradients are not stated",
     },
     "glm-4.5": {
         "summary": "pre-training of GLM-4.5 with Muon",
@@ -116,11 +116,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "total_steps": 364_000,
         "floor": 0.1,
         "batch": "16M tokens, rising to 64M over the first 500B",
-        "source": "GLM-4.5 Team 2025, GLM-4.5: Agentic, Reasoning, and Coding Foundation Models",
+        "source": "GLM-4.5 Team 2025, GLM-4.5: Agentic, Reasoning, and Coding Foundation Models, section 2.4",
         **_MUON,
-        "notes": "published in tokens, to the end of mid-training; the length of the warm-up and clipping are not "
-        "stated. There the output head is Muon's too, as overrides={'lm_head.*': 'muon'} says. The figures were "
-        "written down without the report at hand: look them up before you rely on them",
+        "notes": "published in tokens, to the end of mid-training (23T in all); the length of the warm-up (here "
+        "Moonlight's) and clipping are not stated. There Muon steps all but embeddings, biases and norms: the output "
+        "head and gates too, as overrides={'lm_head.*': 'muon', '*.gate.*': 'muon'} says",
     },
     "llama-2-7b": {"summary": "pre-training of Llama 2 7B", "lr": 3e-4, **_LLAMA_2},
     "llama-2-13b": {"summary": "pre-training of Llama 2 13B", "lr": 3e-4, **_LLAMA_2},

@@ -6,6 +6,7 @@ from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import is_number
+from memopt.rules.adamw import looked_ahead
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Rule, State
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     if h["weight_decay"]:
         g = g.add(p, alpha=h["weight_decay"])
     exp_avg = state.write("exp_avg", state.read("exp_avg").lerp_(g, 1 - beta1))
+    exp_avg = looked_ahead(exp_avg, g, t, h)
     exp_avg_sq = state.read("exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
     exp_avg_sq = state.write("exp_avg_sq", exp_avg_sq)
     lowest, highest = bounds(t, h)
@@ -65,11 +67,13 @@ RULE = Rule(
         "gamma": 1e-3,
         "eps": 1e-8,
         "weight_decay": 0.0,
+        "nesterov": False,
         "base_lr": None,
     },
     presets=presets,
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
+    in_torch=("nesterov",),
     kernel_fields=lambda h: {
         "final_lr": h["final_lr"],
         "gamma": h["gamma"],

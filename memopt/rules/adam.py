@@ -30,5 +30,6 @@ RULE = Rule(
     moments=adamw.moments,
     moments_by=("amsgrad",),
     update=update,
+    in_torch=("nesterov",),
     refuse=adamw.refuse,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import TYPE_CHECKING
 
+from memopt.rules.adamw import looked_ahead
 from memopt.rules.base import EXP_AVG, Hyper, Moment, Rule, State
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     lr = float(h["lr"])
     p.mul_(1 - lr * h["weight_decay"])
     exp_avg = state.write("exp_avg", state.read("exp_avg").lerp_(g, 1 - beta1))
+    exp_avg = looked_ahead(exp_avg, g, t, h)
     exp_avg_sq = state.read("exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
     exp_avg_sq = state.write("exp_avg_sq", exp_avg_sq)
     denominator = (exp_avg_sq.sqrt() / sqrt(1 - beta2**t)).add_(h["eps"])
@@ -43,8 +45,9 @@ RULE = Rule(
     name="adammini",
     summary="AdamW with one second moment per row; one full moment",
     source="Zhang et al. 2025",
-    defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2},
+    defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "nesterov": False},
     moments=lambda h, shape: (EXP_AVG, ROW_SQ),
     update=update,
+    in_torch=("nesterov",),
     decoupled=lambda h: True,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import exp, log, sqrt
 from typing import TYPE_CHECKING
 
-from memopt.rules.adamw import longest
+from memopt.rules.adamw import longest, looked_ahead
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Moment, Rule, State
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     lr = float(h["lr"])
     p.mul_(1 - lr * h["weight_decay"])
     exp_avg = state.write("exp_avg", state.read("exp_avg").lerp_(g, 1 - beta1))
+    exp_avg = looked_ahead(exp_avg, g, t, h)
     slow = state.write("exp_avg_slow", state.read("exp_avg_slow").lerp_(g, 1 - beta3))
     exp_avg_sq = state.read("exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
     exp_avg_sq = state.write("exp_avg_sq", exp_avg_sq)
@@ -69,9 +70,11 @@ RULE = Rule(
         "t_beta3": None,
         "eps": 1e-8,
         "weight_decay": 1e-2,
+        "nesterov": False,
     },
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SLOW, EXP_AVG_SQ),
     update=update,
+    in_torch=("nesterov",),
     kernel_fields=lambda h: {
         "alpha": h["alpha"],
         "alpha_steps": h["t_alpha"] or 0,

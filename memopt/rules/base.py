@@ -30,6 +30,11 @@ class Moment(NamedTuple):
     begins: str = ""
 
 
+#: What every rule can be told besides its own hyperparameters, and its default.
+MODIFIERS = {"cautious": False}
+#: The least share of the elements by which a cautious update is scaled up, as timm has it.
+LEAST_SHARE = 1e-3
+
 #: The two moments of the Adam family.
 EXP_AVG = Moment("exp_avg")
 EXP_AVG_SQ = Moment("exp_avg_sq", signed=False, factorable=True)
@@ -74,8 +79,9 @@ class Rule(NamedTuple):
     ``kernel_fields(h)`` are the numbers and flags that its kernel takes beside those which all take
     (:data:`memopt.kernels.abi.HYPER`). ``declines(name, shape, kind)`` says why a rule of matrices does not take a
     parameter, or None where it does (``kind`` as of :mod:`memopt.core.param_kinds`), and ``fallback`` names the rule of
-    those; a rule without it takes everything. ``wrapper`` and ``inner`` are the two names in ``lookahead(adamw)``; of a
-    plain rule there is no wrapper, and ``inner`` is its own name.
+    those; a rule without it takes everything. ``in_torch`` names hyperparameters, on or off, that kernels do not know
+    beside :data:`MODIFIERS`: a parameter for which one is on goes the plain path. ``wrapper`` and ``inner`` are the two
+    names in ``lookahead(adamw)``; of a plain rule there is no wrapper, and ``inner`` is its own name.
     """
 
     name: str
@@ -97,6 +103,7 @@ class Rule(NamedTuple):
     declines: Callable[[str, Shape, str], str | None] | None = None
     fallback: str = ""
     rate_factor: float = 1.0
+    in_torch: tuple[str, ...] = ()
 
     def about_rate(self, lr: Any, before: Rule | None = None) -> str | None:
         """One sentence where ``lr`` is plainly a rate of AdamW's, or stays from a rule ``before`` whose rates are of
@@ -113,6 +120,31 @@ class Rule(NamedTuple):
     @property
     def inner(self) -> str:
         return self.wrapped or self.name
+
+    def modifiers(self, h: Hyper) -> tuple[str, ...]:
+        """What is on of the hyperparameters that no kernel knows."""
+        return tuple(name for name in (*MODIFIERS, *self.in_torch) if h.get(name))
+
+    def step(self, p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
+        """:attr:`update`, and with ``cautious`` of it only what goes against the gradient::
+
+            s <- what the update adds to p, but for decoupled weight decay
+            p <- p + s * (s * g < 0) / max(share of the elements with s * g < 0, 1e-3)
+
+        Source: Liang et al., "Cautious optimizers: improving training with one line of code", 2024; the floor of the
+        share is timm's. No state.
+        """
+        if not h.get("cautious") or self.wrapper:  # a wrapper steps the rule within it
+            self.update(p, g, state, t, h)
+            return
+        kept = p.clone()
+        self.update(p, g, state, t, h)
+        if self.decoupled(h):
+            kept.mul_(1 - float(h["lr"]) * h["weight_decay"])
+        step = p.sub(kept)
+        agrees = (step * g < 0).to(p.dtype)
+        share = state.rms(agrees).square_().clamp_(min=LEAST_SHARE)
+        p.copy_(kept.add_(step.mul_(agrees).div_(share)))
 
     def dormant(self, h: Hyper, keys: Iterable[str]) -> set[str]:
         """Of a state with these keys the moments that are switched off in ``h``."""
@@ -137,8 +169,8 @@ class Rule(NamedTuple):
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Every hyperparameter with its default; all rules have ``maximize``."""
-        return {**self.defaults, "maximize": False}
+        """Every hyperparameter with its default; all rules have ``maximize`` and :data:`MODIFIERS`."""
+        return {**self.defaults, "maximize": False, **MODIFIERS}
 
     def resolve(self, given: Hyper) -> dict[str, Any]:
         """The full set of hyperparameters: defaults, then presets, then what was given. Raises :class:`SpecError`."""
@@ -156,6 +188,11 @@ class Rule(NamedTuple):
                 shape = f"{count} numbers" if count else "one number"
                 default = self.hyperparameters[name]
                 raise SpecError(f"{self.name}: {name}={h[name]!r} is not allowed; it is {shape}, by default {default}")
+        if h.get("cautious") and h.get("convention") == "transformers" and h["weight_decay"]:
+            raise SpecError(
+                f"{self.name}: cautious=True with weight_decay={h['weight_decay']!r} is not allowed in the convention "
+                "of transformers, whose decay follows a rate that the rule makes; take convention='absolute'"
+            )
         if h["lr"] is None and not h.get("relative_step"):
             raise SpecError(f"{self.name}: lr=None is not allowed; lr must be a finite number >= 0")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import TYPE_CHECKING
 
+from memopt.rules.adamw import looked_ahead
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Rule, State
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     """
     beta1, beta2 = h["betas"]
     exp_avg = state.write("exp_avg", state.read("exp_avg").lerp_(g, 1 - beta1))
+    exp_avg = looked_ahead(exp_avg, g, t, h)
     exp_avg_sq = state.read("exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
     exp_avg_sq = state.write("exp_avg_sq", exp_avg_sq)
     denominator = (exp_avg_sq.sqrt() / sqrt(1 - beta2**t)).add_(h["eps"])
@@ -39,9 +41,10 @@ RULE = Rule(
     name="lamb",
     summary="Adam's step scaled to the size of each tensor; for large batches",
     source="You et al. 2020",
-    defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 1e-2},
+    defaults={"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 1e-2, "nesterov": False},
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
+    in_torch=("nesterov",),
     decoupled=lambda h: True,
     element_wise=False,
     rate_factor=10.0,

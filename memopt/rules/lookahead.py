@@ -39,7 +39,7 @@ def wrap(inner: Rule) -> Rule:
     def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
         if t == 1:
             state.write("slow", p)
-        inner.update(p, g, state, t, h)
+        inner.step(p, g, state, t, h)
         if t % h["lookahead_steps"] == 0:
             slow = state.read("slow").lerp_(p, h["lookahead_rate"])
             state.write("slow", slow)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING, NamedTuple
 
+from memopt.core.hyperparameters import SpecError
 from memopt.core.param_kinds import kind_of_name
-from memopt.core.rows import Shape
+from memopt.core.rows import Rows, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 #: A tensor of three dimensions is a stack of matrices (a layer's experts) unless its last one is a kernel's, which is
 #: shorter than this.
-KERNEL = 32
+KERNEL = 64
 
 
 class Matrices(NamedTuple):
@@ -29,6 +31,11 @@ class Matrices(NamedTuple):
         """These rows of the parameter's dimension 0, whatever they are, as [stack, rows, cols]."""
         return x.reshape(-1, self.rows, self.cols) if self.stacked else x.reshape(1, -1, self.cols)
 
+    def of_rows(self, rows: Rows) -> tuple[int, int, int]:
+        """The shape of that."""
+        first, stop = rows.bounds
+        return (stop - first, self.rows, self.cols) if self.stacked else (1, stop - first, self.cols)
+
 
 def matrices(shape: Shape) -> Matrices:
     """How a parameter of two dimensions or more is cut into matrices.
@@ -39,6 +46,21 @@ def matrices(shape: Shape) -> Matrices:
     if len(shape) == 3 and shape[-1] >= KERNEL:
         return Matrices(*shape, stacked=True)
     return Matrices(1, shape[0], prod(shape[1:]), stacked=False)
+
+
+def blocks(rows: int, split: int | Sequence[int] | None) -> tuple[int, ...]:
+    """The heights of the matrices that a matrix of so many rows is to be, one below the other.
+
+    >>> blocks(12, None), blocks(12, 3), blocks(12, (8, 2, 2))
+    ((12,), (4, 4, 4), (8, 2, 2))
+    """
+    if split is None:
+        return (rows,)
+    found = (rows // split,) * split if isinstance(split, int) and rows % split == 0 else split
+    if isinstance(found, int) or sum(found) != rows:
+        what = f"{split} equal parts" if isinstance(split, int) else f"rows {tuple(split)}, which are {sum(split)}"
+        raise SpecError(f"split_rows={split!r}: a matrix of {rows} rows does not split into {what}")
+    return tuple(found)
 
 
 def declines(name: str, shape: Shape, kind: str) -> str | None:

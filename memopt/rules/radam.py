@@ -5,7 +5,7 @@ from __future__ import annotations
 from math import sqrt
 from typing import TYPE_CHECKING
 
-from memopt.rules.adamw import longest
+from memopt.rules.adamw import longest, looked_ahead
 from memopt.rules.base import EXP_AVG, EXP_AVG_SQ, Hyper, Rule, State
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
         else:
             g = g.add(p, alpha=h["weight_decay"])
     exp_avg = state.write("exp_avg", state.read("exp_avg").lerp_(g, 1 - beta1))
+    exp_avg = looked_ahead(exp_avg, g, t, h)
     exp_avg_sq = state.read("exp_avg_sq").mul_(beta2).addcmul_(g, g, value=1 - beta2)
     exp_avg_sq = state.write("exp_avg_sq", exp_avg_sq)
     factor = rectification(t, beta2)
@@ -65,9 +66,11 @@ RULE = Rule(
         "betas": (0.9, 0.999),
         "eps": 1e-8,
         "weight_decay": 0.0,
+        "nesterov": False,
         "decoupled_weight_decay": False,
     },
     moments=lambda h, shape: (EXP_AVG, EXP_AVG_SQ),
     update=update,
+    in_torch=("nesterov",),
     decoupled=lambda h: bool(h["decoupled_weight_decay"]),
 )

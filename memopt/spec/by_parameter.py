@@ -13,7 +13,7 @@ from memopt.spec.overrides import Override, parse_override, rule_and_format
 from memopt.spec.spec_fields import SpecFields
 
 #: Of the hyperparameters of a spec's rule those that its other rules have too, unless ``rules`` gives them their own.
-SHARED = ("lr", "weight_decay", "maximize")
+SHARED = ("lr", "weight_decay", "maximize", "cautious")
 Spec = TypeVar("Spec", bound="ByParameter")
 
 

@@ -123,8 +123,8 @@ def schedule(
             [0, 1). The first step already has a rate above zero.
         total_steps: Steps of the whole run, warm-up included; needed by linear, cosine and wsd.
         floor: The lowest factor, a share of the peak in [0, 1].
-        decay_with_rate: Multiply every group's weight decay by the same factor (PaLM's dynamic decay: decoupled, it
-            then goes with the square of the rate).
+        decay_with_rate: Multiply every group's weight decay by the same factor (PaLM's dynamic decay, and AdamC's of
+            Defazio 2025: decoupled, it then goes with the square of the rate over its peak).
         extra: Of the kind. cosine_restarts: ``cycle`` (steps of the first cycle) and ``cycle_mult`` (1);
             inverse_sqrt: ``timescale`` (steps; the warm-up's) or ``hold`` (steps at the peak); step: ``every`` (steps)
             and ``gamma`` (0.1); wsd: ``decay`` (share of all steps, 0.1).

@@ -9,7 +9,7 @@ from tests.helpers.saved import names
 from tests.helpers.sharded import drive
 
 FORMATS = ["32bit", "bf16", "8bit", "fp8", "4bit", "factored"]
-SPECS = ["adamw", "adamw-8bit", "adamw-4bit", "adamw-fp8", "adafactor", "adamw-8bit@paged"]
+SPECS = ["adamw", "adamw-8bit", "adamw-4bit", "adamw-fp8", "adafactor", "adamw-8bit@paged", "muon-8bit"]
 
 REGROUPED = ["adamw-8bit", "adamw-fp8", "adamw-4bit", "adammini", "adamw-8bit+split16"]
 

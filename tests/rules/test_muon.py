@@ -127,10 +127,14 @@ def test_a_gradient_of_zero_moves_nothing_but_the_decay():
     [
         ({"ns_steps": 0}, "ns_steps must be an integer from 1 to 99"),
         ({"ns_coefficients": (1.0, 2.0)}, "three finite numbers"),
-        ({"adjust_lr_fn": "rms"}, "'original' or 'match_rms_adamw'"),
+        ({"adjust_lr_fn": "rms"}, "'original', 'match_rms_adamw', 'spectral_norm' or 'none'"),
         ({"ns_dtype": "float16"}, "'auto', 'bfloat16' or 'float32'"),
         ({"momentum": 1.0}, r"a number in \[0, 1\)"),
         ({"betas": (0.9, 0.95)}, "muon has no hyperparameter 'betas'"),
+        ({"beta2": 1.0}, r"beta2 must be a number in \[0, 1\)"),
+        ({"split_rows": 1}, "split_rows must be None, an integer >= 2 or row counts"),
+        ({"split_rows": 3}, "w: split_rows=3: a matrix of 4 rows does not split into 3 equal parts"),
+        ({"split_rows": (3, 2)}, r"w: .*a matrix of 4 rows does not split into rows \(3, 2\), which are 5"),
     ],
 )
 def test_what_is_not_allowed_is_one_sentence(hyper, words):
@@ -138,26 +142,87 @@ def test_what_is_not_allowed_is_one_sentence(hyper, words):
         memopt.create([("w", torch.nn.Parameter(torch.ones(4, 4)))], "muon", **hyper)
 
 
+def stepped(params, spec, steps=3, **hyper):
+    """A few steps on gradients of the parameters' places."""
+    opt = memopt.create([(f"w{i}", p) for i, p in enumerate(params)], spec, lr=0.05, **hyper)
+    for step in range(steps):
+        for i, p in enumerate(params):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * i + step)).to(p.dtype)
+        opt.step()
+    return opt
+
+
+SHAPES = [(48, 64), (64, 48), (40, 160), (160, 40), (72, 64), (4, 96, 64), (24, 8, 3, 3), (48, 64)]
+
+
+@pytest.mark.parametrize(
+    ("spec", "dtype", "hyper"),
+    [
+        ("muon", torch.float32, {}),
+        ("muon", torch.float32, {"nesterov": False, "maximize": True, "momentum": 0.3, "ns_dtype": "float32"}),
+        ("muon-8bit", torch.float32, {"weight_decay": 0.5}),
+        ("muon-4bit", torch.float32, {}),
+        ("muon-bf16+kahan", torch.bfloat16, {}),
+        ("muon-fp8+stochastic", torch.bfloat16, {}),
+        ("muon-8bit+split", torch.float16, {}),
+    ],
+    ids=str,
+)
+def test_kernels_step_as_the_plain_path(spec, dtype, hyper, monkeypatch):
+    """Momentum, rounding and random bits to the bit or a tie of it, whatever is batched; weights as far as one rounding
+    of an update to bfloat16 goes."""
+    from memopt.kernels import loader
+
+    def run():
+        params = [
+            torch.nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(i)).to(dtype))
+            for i, shape in enumerate(SHAPES)
+        ]
+        return params, stepped(params, spec, **hyper)
+
+    fast, opt = run()
+    assert "stepped by" not in opt.explain()
+    monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
+    plain, other = run()
+    for p, q in zip(fast, plain, strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=0.02 * 0.05 if dtype is torch.float32 else 0.05)
+        for key, value in opt.state[p].items():
+            a, b = value.float(), other.state[q][key].float()
+            if key.startswith("momentum_buffer"):
+                assert ((a - b).abs() > 1e-6 * b.abs().max()).sum() <= 3, key
+    if dtype is torch.float32 and hyper.get("ns_dtype") == "float32":
+        assert max(float((p - q).detach().abs().max()) for p, q in zip(fast, plain, strict=True)) < 1e-5
+
+
+def test_stepped_by_kernels_or_it_is_said():
+    p = torch.nn.Parameter(torch.ones(8, 8, dtype=torch.float64))
+    assert "plain torch path: the kernels take fp32, bf16 and fp16" in memopt.create([("w", p)], "muon").explain()
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    said = memopt.create([("w", p)], "muon", beta2=0.95).explain()
+    assert "there is no kernel for muon with momentum_buffer, row_sq" in said
+
+
 # Ranks ---------------------------------------------------------------------------------------------------------
 
 
-SPECS = ["muon/zero1", "muon-8bit/zero1", "muon-4bit(adamw-8bit)@host/zero1"]
+SPECS = ["muon/zero1", "muon-8bit/zero1", "muon-4bit(adamw-8bit)@host/zero1", "normuon"]
 
 
 def run(specs):
     found = {}
-    for spec in specs:
+    for name in specs:
+        spec, hyper = (name, {}) if name != "normuon" else ("muon-8bit/zero1", {"beta2": 0.95})
         model = uneven_model(torch.float32)
-        opt = memopt.create(model, spec)
+        opt = memopt.create(model, spec, **hyper)
         drive(model, opt, 0, 2)
         saved = opt.state_dict()
-        opt = memopt.create(model, spec)
+        opt = memopt.create(model, spec, **hyper)
         opt.load_state_dict(saved)
         drive(model, opt, 2, 2)
         rank, world = opt.partition.rank, opt.partition.world_size
-        found[spec] = {
+        found[name] = {
             "model": model.state_dict(),
-            "same_price": opt.ledger() == memopt.price(model, spec, rank=rank, world_size=world),
+            "same_price": opt.ledger() == memopt.price(model, spec, rank=rank, world_size=world, **hyper),
         }
     return found
 

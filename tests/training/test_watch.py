@@ -46,7 +46,7 @@ def causes(watch):
     return [finding.cause for finding in watch.findings()]
 
 
-@pytest.mark.parametrize("spec", ["adamw", "adamw-8bit", "adamw-4bit", "adafactor", "lion"])
+@pytest.mark.parametrize("spec", ["adamw", "adamw-8bit", "adamw-4bit", "adafactor", "lion", "muon"])
 def test_in_a_run_that_is_whole_it_names_nothing(corpus, spec):
     model = language_model()
     watch = run(corpus, model, memopt.create(model, spec, lr=RATE / 5 if spec == "lion" else RATE))
@@ -61,6 +61,23 @@ def test_a_rate_a_thousand_times_too_high(corpus):
     sentence = watch.findings()[0].sentence
     assert "of 3," in sentence
     assert "by a factor of about 1,000" in sentence
+
+
+@pytest.mark.parametrize(
+    ("hyper", "cause", "words"),
+    [
+        ({"lr": 0.02}, "rate of muon", "has lr=0.02 under adjust_lr_fn='match_rms_adamw'"),
+        ({"lr": 0.05, "adjust_lr_fn": "original"}, "rate of muon's fallback", "has Muon's rate 0.05"),
+        ({"lr": 2e-4, "adjust_lr_fn": "original"}, "rate of muon", "has AdamW's rate 0.0002 under"),
+        ({"lr": 0.02, "adjust_lr_fn": "original", "rules": {"adamw": {"lr": 2e-3}}}, None, ""),
+    ],
+)
+def test_rates_of_muon(corpus, hyper, cause, words):
+    model = language_model()
+    watch = run(corpus, model, memopt.create(model, "muon", **hyper), steps=20, warmup=0, schedule="constant")
+    found = watch.findings()
+    assert [f.cause for f in found] == ([cause] if cause else [])
+    assert words in "".join(f.sentence for f in found)
 
 
 @pytest.fixture(scope="module")

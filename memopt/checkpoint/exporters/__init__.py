@@ -4,6 +4,7 @@ from memopt.checkpoint.exporters.base import Exported, Exporter
 from memopt.checkpoint.exporters.bitsandbytes import BITSANDBYTES, BITSANDBYTES_32BIT
 from memopt.checkpoint.exporters.deepspeed import DEEPSPEED
 from memopt.checkpoint.exporters.flashoptim import FLASHOPTIM
+from memopt.checkpoint.exporters.muon import MUON
 from memopt.checkpoint.exporters.torch_optim import DCP, TORCH
 from memopt.checkpoint.exporters.torchao import TORCHAO, TORCHAO_4BIT, TORCHAO_FP8
 from memopt.checkpoint.exporters.transformers_adafactor import TRANSFORMERS
@@ -11,6 +12,7 @@ from memopt.checkpoint.exporters.transformers_adafactor import TRANSFORMERS
 EXPORTERS: dict[str, Exporter] = {
     "torch": TORCH,
     "dcp": DCP,
+    "muon": MUON,
     "transformers": TRANSFORMERS,
     "bitsandbytes": BITSANDBYTES,
     "bitsandbytes-32bit": BITSANDBYTES_32BIT,

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 #: Rules that torch.optim has, with the hyperparameters of ours that it does not have there.
 RULES: dict[str, tuple[str, ...]] = {
-    "adam": (),
-    "adamw": (),
-    "radam": (),
-    "sgd": (),
-    "rmsprop": (),
-    "muon": ("maximize", "ns_dtype"),
-    "adafactor": ("beta1", "scale_parameter", "relative_step", "warmup_init", "convention"),
+    "adam": ("nesterov", "cautious"),
+    "adamw": ("nesterov", "cautious"),
+    "radam": ("nesterov", "cautious"),
+    "sgd": ("cautious",),
+    "rmsprop": ("cautious",),
+    "muon": ("maximize", "ns_dtype", "beta2", "split_rows", "cautious"),
+    "adafactor": ("beta1", "scale_parameter", "relative_step", "warmup_init", "convention", "cautious"),
 }
+#: Those of Muon's that make another step where they are on.
+_MEANT = ("maximize", "beta2", "split_rows")
 #: What tells torch's Adam and AdamW apart.
 OWN = {"adam": {"decoupled_weight_decay": False}, "adamw": {"decoupled_weight_decay": True}}
 _FACTORS = {"exp_avg_sq.row": "row_var", "exp_avg_sq.col": "col_var", "exp_avg_sq": "variance"}
@@ -45,8 +47,12 @@ def _plan(source: Source) -> Plan:
             f"an optimizer of torch.optim has one rule, and this state has {len(others)} parameters of another than "
             f"{rule}: {', '.join(others[:3])}; convert it to a spec of one rule first"
         )
-    if any(group.hyper.get("maximize") for group in source.groups) and rule == "muon":
-        raise ValueError("torch.optim.Muon has no maximize")
+    for name in set(RULES[rule]) & set(_MEANT):
+        if any(group.hyper.get(name) for group in source.groups):
+            raise ValueError(f"torch.optim's {rule} has no {name}")
+    scaled = {group.hyper.get("adjust_lr_fn") for group in source.groups} - {"original", "match_rms_adamw"}
+    if rule == "muon" and scaled:
+        raise ValueError(f"torch.optim.Muon has no adjust_lr_fn={scaled.pop()!r}")
 
     def state(record: Record, parts: State) -> State:
         names = _FACTORS if rule == "adafactor" else {}

@@ -30,7 +30,7 @@ def _state(record: Record, parts: State) -> State:
 
 
 def _group(h: State) -> State:
-    return {_NAMES.get(k, k): v for k, v in h.items() if k not in ("convention", "maximize")}
+    return {_NAMES.get(k, k): v for k, v in h.items() if k not in ("convention", "maximize", "cautious")}
 
 
 TRANSFORMERS = Exporter(_plan)

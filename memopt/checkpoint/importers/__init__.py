@@ -8,6 +8,7 @@ from typing import Any
 from memopt.checkpoint.importers import (
     bitsandbytes,
     flashoptim,
+    muon,
     own_dict,
     torch_optim,
     torchao,
@@ -21,7 +22,15 @@ from memopt.untrusted import Refused, laid_out
 from memopt.untrusted.names import label
 from memopt.untrusted.text import printable, shown
 
-TOOLS = (flashoptim.TOOL, bitsandbytes.TOOL, transformers_adafactor.TOOL, torchao.TOOL, torch_optim.TOOL)
+TOOLS = (
+    flashoptim.TOOL,
+    bitsandbytes.TOOL,
+    transformers_adafactor.TOOL,
+    torchao.TOOL,
+    muon.ORIGINAL,
+    muon.DION,
+    torch_optim.TOOL,
+)
 
 
 def read_state_dict(
@@ -90,20 +99,35 @@ def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Sou
     ours: list[Group] = []
     records: dict[str, Record] = {}
     index = 0
+    spec = OptimSpec(rule=rule)
+
+    def of_group(group: Mapping[str, Any]) -> str:
+        return rule if tool.rule_of is None else tool.rule_of(group)
+
+    if tool.rule_of is not None:
+        others = list(dict.fromkeys(own for own in map(of_group, groups) if own != rule))
+        if len(others) > 1:
+            raise ValueError(
+                f"{origin} has groups of {rule} and of {' and of '.join(others)}; two rules are known here"
+            )
+        spec = OptimSpec(rule=rule, fallback=others[0] if others else "")
     for group in groups:
+        own = of_group(group)
         names = list(group.get("param_names") or ()) if named else [str(index + i) for i in range(len(group["params"]))]
         index += len(names)
-        known = group_of(names, rule, tool.hyper(group, rule), group)
+        known = group_of(names, own, tool.hyper(group, own), group)
+        known.hyper.update({"rule": own} if spec.is_mixed else {})
         ours.append(Group(names, {k: v for k, v in known.hyper.items() if k not in tool.unsaved}))
         for name, key in zip(names, group["params"], strict=True):
             if name in records:
                 raise ValueError(f"{origin} has two parameters of the name {shown(name)}")
-            records[name] = _record(tool, rule, name, group, states.get(key) or {}, origin)
-    return Source(OptimSpec(rule=rule), ours, records, origin, named, label=f"{rule} of {tool.name}")
+            records[name] = _record(tool, own, name, group, states.get(key) or {}, origin)
+    return Source(spec, ours, records, origin, named, label=f"{rule} of {tool.name}")
 
 
 def _record(tool: Tool, rule: str, name: str, group: Any, state: Any, origin: str) -> Record:
     try:
+        state = tool.state(group, state)
         moments, master = tool.moments(state), tool.master(group, state)
     except (ValueError, LookupError, AttributeError, TypeError, RuntimeError, ArithmeticError) as error:
         raise ValueError(f"{origin}, parameter {name}: {printable(str(error), 300)}") from error

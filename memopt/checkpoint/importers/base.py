@@ -24,7 +24,9 @@ class Tool(NamedTuple):
 
     ``rules(group, state)`` are the rules it may have been, ``hyper(group, rule)`` our names and values, ``unsaved`` the
     hyperparameters that it has and does not save, which stay as they are. ``moments(state)`` is what is stored: name ->
-    moment; ``step(state)`` the number of steps taken; ``master(group, state)`` what stands beside the weight.
+    moment; ``step(state)`` the number of steps taken; ``master(group, state)`` what stands beside the weight. ``state``
+    gives the three their state under the names that they read, and ``rule_of(group)`` is for tools whose groups have
+    different rules.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Tool(NamedTuple):
     step: Callable[[State], float] = lambda state: float(state["step"])
     unsaved: tuple[str, ...] = ()
     master: Callable[[State, State], SavedMaster | None] = lambda group, state: None
+    state: Callable[[State, State], State] = lambda group, state: state
+    rule_of: Callable[[State], str] | None = None
 
 
 def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None, likely: str | None = None) -> str:

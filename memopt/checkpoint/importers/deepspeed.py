@@ -10,7 +10,9 @@ Source: deepspeed/utils/zero_to_fp32.py and deepspeed/checkpoint/ds_to_universal
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.master_weights import saved_master
-from memopt.checkpoint.importers import safe_unpickle, torch_optim
+from memopt.checkpoint.importers import muon, safe_unpickle, torch_optim
 from memopt.checkpoint.importers.base import choose, group_of
 from memopt.checkpoint.importers.base import steps as steps_of
 from memopt.checkpoint.importers.gathered import GatheredPiece, from_fragments, gathered
@@ -172,11 +174,16 @@ def _cut_as_said(flats: list[dict[str, Tensor]], mappings: list[dict[str, Any]],
 
 
 def _cut_evenly(flats: list[dict[str, Tensor]], shapes: list[dict[str, Shape]], world: int, found: Fragments) -> None:
+    ends = list(accumulate(flat[_WEIGHTS].numel() for flat in flats))
     for moment in dict.fromkeys(moment for flat in flats for moment in flat):
-        gather = from_fragments([flat[moment] for flat in flats])
+        # Groups of another rule have none: what stands in its place is not read.
+        gather = from_fragments([flat.get(moment, torch.zeros(1).expand_as(flat[_WEIGHTS])) for flat in flats])
         first = 0
         for name, shape in (item for group in shapes for item in group.items()):
             share = -(-prod(shape) // world)
+            if moment not in flats[min(bisect_right(ends, first), len(flats) - 1)]:
+                first += share
+                continue
             left = prod(shape) - sum(t.numel() for t in found[name].get(moment, []))
             found[name].setdefault(moment, []).append(gather(first, first + min(share, left)))
             first += share
@@ -217,13 +224,18 @@ def _source(
     steps: list[float],
 ) -> Source:
     moments = {moment for found in fragments.values() for moment in found} - {_WEIGHTS}
-    rule = choose(NAME, str(path), _rules(groups[0], moments), asked)
+    mixed = any("use_muon" in group for group in groups)
+    rule = "muon" if mixed else choose(NAME, str(path), _rules(groups[0], moments), asked)
     ours, records = [], {}
     for group, names, step in zip(groups, shapes, steps, strict=True):
-        ours.append(group_of(list(names), rule, torch_optim.hyper(group, rule), group))
+        own = muon.rule_of(group) if mixed else rule
+        hyper = muon.hyper(group, own) if mixed else torch_optim.hyper(group, rule)
+        ours.append(group_of(list(names), own, hyper, group))
+        ours[-1].hyper.update({"rule": own} if mixed else {})
         for name, shape in names.items():
             records[name] = _record(path, name, shape, dtypes.get(name, ""), step, fragments[name])
-    return Source(OptimSpec(rule=rule), ours, records, str(path), label=f"{rule} of {NAME}")
+    spec = OptimSpec(rule=rule, fallback="adamw" if mixed else "")
+    return Source(spec, ours, records, str(path), label=f"{rule} of {NAME}")
 
 
 def _rules(group: Mapping[str, Any], moments: set[str]) -> tuple[str, ...]:

@@ -5,10 +5,10 @@
 namespace memopt {
 
 // Changed whenever a struct, an enum or the meaning of a field changes; Python refuses a library with another number.
-constexpr int32_t ABI_VERSION = 7;
+constexpr int32_t ABI_VERSION = 8;
 
 enum Dtype : uint8_t { F32, BF16, F16 };
-enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME, ADABOUND, ADEMAMIX, ADAMMINI, LAMB, STABLEADAMW };
+enum Rule : int32_t { ADAM, LION, SGD, RMSPROP, RADAM, ADAFACTOR, CAME, ADABOUND, ADEMAMIX, ADAMMINI, LAMB, STABLEADAMW, MUON };
 // How the moments of one tensor are kept: all in one format, or FACTORED: the non-negative ones as row and column means,
 // the others in fp32. Where each has its own (Tensor::formats) they are MIXED, and MIXED_FACTORED with factored ones among
 // them. FACTORED_8 and FACTORED_4, of one matrix: the others in 8 or 4 bits.
@@ -28,7 +28,7 @@ enum Flag : uint32_t {
     DECOUPLED = 4,        // weight decay multiplies the parameter; otherwise it is an L2 term in the gradient
     NESTEROV = 8,
     CENTERED = 16,
-    MOMENTUM = 32,        // the rule keeps its signed moment
+    MOMENTUM = 32,        // the rule keeps its signed moment; of MUON the pass before the products, p being the update
     TRANSFORMERS = 64,    // Adafactor's convention
     SCALE_PARAMETER = 128,
     RELATIVE_STEP = 256,
@@ -39,7 +39,7 @@ enum Flag : uint32_t {
 struct Group {
     int32_t rule;
     uint32_t flags;
-    double lr, weight_decay, beta1, beta2, beta3, eps, eps2, d, momentum, dampening;
+    double lr, weight_decay, beta1, beta2, beta3, eps, eps2, d, momentum, dampening;  // d: MUON's factor of the rate
     double final_lr, peak, gamma;             // AdaBound; peak: the rate that final_lr belongs to, 0: this one
     double alpha, alpha_steps, beta3_steps;   // AdEMAMix; 0 steps: from the first on
     double slow_steps, slow_rate;             // of a rule inside lookahead(); 0 steps: it is not

@@ -91,7 +91,13 @@ void MEMOPT_TABLE(memopt::Table& t) {
         t.run[SUM_UPDATE_PARAMETER][f] = t.run[SUM_UPDATE_PARAMETER][FMT_FACTORED];
         t.run[SUM_SURPRISE][f] = t.run[SUM_SURPRISE][FMT_FACTORED];
     }
+    t.run[STEP_MUON_UPDATE][FMT_32BIT] = run<MuonUpdate, In32>;
+    t.run[STEP_MUON_UPDATE][FMT_BF16] = run<MuonUpdate, InHalf>;
+    t.run[STEP_MUON_UPDATE][FMT_8BIT] = run<MuonUpdate, In8>;
+    t.run[STEP_MUON_UPDATE][FMT_FP8] = run<MuonUpdate, InFp8>;
+    t.run[STEP_MUON_UPDATE][FMT_4BIT] = run<MuonUpdate, In4>;
     for (int f = 0; f < FORMATS; f++) {  // without moments the format does not matter
+        t.run[STEP_MUON_APPLY][f] = run<MuonApply, In32>;
         t.run[STEP_SGD][f] = run<Sgd<false, false>, In32>;
         t.run[SUM_PARAMETER][f] = run<SumParameter, In32>;
         t.run[SUM_GRADIENT][f] = run<SumGradient, In32>;

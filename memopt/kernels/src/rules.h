@@ -109,6 +109,24 @@ struct Sgd : Reads {
     }
 };
 
+// Muon before its products, which are torch's: p is the update that they are taken of.
+struct MuonUpdate : Reads {
+    static constexpr bool M = true, W_M = true;
+    INLINE vf apply(vf& p, vf g, vf&, vf& m, vf&, const Scalars& s) {
+        m = lerp(m, g, s.first);
+        p = s.nesterov ? lerp(g, m, s.second) : m;
+        return vf{};
+    }
+};
+
+// And behind them: g is what they made of it.
+struct MuonApply : Reads {
+    INLINE vf apply(vf& p, vf g, vf&, vf&, vf&, const Scalars& s) {
+        p = fma(g, splat(s.rate), p * s.decay);
+        return vf{};
+    }
+};
+
 template <bool FACTORED, bool MOMENTUM, bool CENTERED>
 struct Rmsprop : Reads {
     static constexpr bool V = true, M = MOMENTUM, X = CENTERED, W_V = !FACTORED, W_M = MOMENTUM, W_X = CENTERED;

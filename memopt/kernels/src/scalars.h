@@ -84,6 +84,12 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
             s.nesterov = h.flags & NESTEROV;
             if (step == 1) s.kept = 0;
             break;
+        case MUON:
+            s.first = make_lerp(1 - h.momentum);
+            s.second = make_lerp(h.momentum);
+            s.nesterov = h.flags & NESTEROV;
+            s.rate = static_cast<float>(-(h.lr * h.d));
+            break;
         case ADAFACTOR: {
             s.second = make_lerp(std::pow(t, h.beta2));  // beta2 holds beta2_decay
             const bool torch_way = !(h.flags & TRANSFORMERS);

@@ -30,6 +30,8 @@ int single_pass(const Group& h, const Tensor& t) {
             return STEP_LION;
         case SGD:
             return h.flags & MOMENTUM ? STEP_SGD_MOMENTUM : STEP_SGD;
+        case MUON:
+            return h.flags & MOMENTUM ? STEP_MUON_UPDATE : STEP_MUON_APPLY;
         case RMSPROP:
             if (is_factored(t.format)) return -1;
             if (h.flags & CENTERED) return h.flags & MOMENTUM ? STEP_RMSPROP_CENTERED_MOMENTUM : STEP_RMSPROP_CENTERED;

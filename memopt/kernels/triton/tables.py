@@ -115,6 +115,8 @@ def refuse(layout: ParamLayout, p: Tensor, world_size: int) -> str | None:
     if p.dtype not in TYPES:
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
     rule = layout.rule
+    if layout.modifiers:
+        return f"there is no kernel for {rule.name} with {', '.join(layout.modifiers)}"
     known = rule.wrapper in ("", "lookahead") and rule.inner in NUMBER
     known = known and pack.formats_of(layout) <= {*KINDS, "factored"}
     if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):

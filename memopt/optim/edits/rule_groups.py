@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from memopt.core.hyperparameters import SpecError
 from memopt.core.param_kinds import kind_of, looks_like_vocabulary, some
 from memopt.rules import RULES
+from memopt.rules.matrices import blocks, matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -74,6 +75,18 @@ def by_rule(entries: Iterable[tuple[str, Tensor]], spec: OptimSpec, kinds: Mappi
     return iter(split({"params": entries}, spec, kinds))
 
 
+def check_blocks(group: Mapping[str, Any]) -> None:
+    """Raise SpecError where a matrix of this group does not split as it says."""
+    split_rows = group.get("split_rows")
+    for i, one in enumerate(group["params"] if split_rows is not None else ()):
+        name, p = one if isinstance(one, tuple) else (f"parameter {i} of its group", one)
+        shape = _shape(p)
+        try:
+            blocks(matrices(shape).rows if len(shape) > 1 else 1, split_rows)
+        except SpecError as error:
+            raise SpecError(f"{name}: {error}") from None
+
+
 def check_assigned(
     entries: Sequence[tuple[str, Tensor, Mapping[str, Any]]], spec: OptimSpec, kinds: Mapping[str, str], named: bool
 ) -> None:
@@ -104,10 +117,10 @@ def check_assigned(
             f"with it. An override gives them another rule, as overrides={{'name': 'adamw'}}",
             stacklevel=5,
         )
-    matrices = [name for name, p, group in entries if spec.rule_of(group) in strict]
-    if matrices and not named:
+    unnamed = [name for name, _, group in entries if spec.rule_of(group) in strict]
+    if unnamed and not named:
         warnings.warn(
-            f"the {len(matrices)} matrices that {spec.rule} will step have no names, by which embeddings, heads and "
+            f"the {len(unnamed)} matrices that {spec.rule} will step have no names, by which embeddings, heads and "
             "gates would be left to the fallback: pass the model, or (name, parameter) pairs",
             stacklevel=5,
         )

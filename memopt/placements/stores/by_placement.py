@@ -29,7 +29,8 @@ def chunked(layout: ParamLayout) -> ChunkedState:
     def lines(some: Rows) -> list[Line]:
         return layout.at(some).lines("")[1:]
 
-    return ChunkedState(layout.rows, lines, not layout.rule.element_wise, layout.dtype)
+    whole = not layout.rule.element_wise or "cautious" in layout.modifiers
+    return ChunkedState(layout.rows, lines, whole, layout.dtype)
 
 
 class PlacementStores:
