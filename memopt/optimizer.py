@@ -155,9 +155,9 @@ class Optimizer(SavedOptimizer):
                 ``p`` stays the same object and its data become ``p[index]``; if its data are [n, …] already while its
                 state still is of R rows, only the state follows.
 
-        Rows that stay keep their codes bit for bit (vectors whose blocks are coded, and weights that become large
-        enough to be coded or too small for it, are encoded again). A factored moment's column means become those of
-        the rows that are left. The number of steps stays. ``p.grad`` is dropped.
+        Rows that stay keep their codes bit for bit (vectors and narrow rows whose blocks are coded, and weights that
+        become large enough to be coded or too small for it, are encoded again). A factored moment's column means become
+        those of the rows that are left. The number of steps stays. ``p.grad`` is dropped.
 
         Raises:
             ValueError: for another optimizer's parameter, or an ``into`` of another shape, dtype or device.

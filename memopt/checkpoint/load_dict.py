@@ -32,7 +32,7 @@ def load_other(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> None
     plan = Plan(optimizer, source, hyper=True, fill={})
     with optimizer.store.restoring("load_state_dict()"):
         report = plan.apply()
-    if report.before == report.after and not report.dropped:
+    if report.before == report.after and not report.dropped and not any(x.encoded for x in report.losses.values()):
         return
     losses = ", ".join(f"{moment} {loss.relative_error:.2g}" for moment, loss in report.losses.items() if loss.encoded)
     dropped = f"; dropped: {', '.join(report.dropped)}" if report.dropped else ""

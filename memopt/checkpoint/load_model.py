@@ -72,7 +72,7 @@ def plan_common(checkpoint: Checkpoint, model: torch.nn.Module) -> tuple[Callabl
             start, stop = rows.bounds
             stop = min(stop, saved[name][0])
             if start < stop:
-                part = Rows(saved[name], start, stop, 1 if len(saved[name]) == 1 else rows.flat)
+                part = Rows(saved[name], start, stop, 1)
                 checkpoint.read_model(names[name], part, tensor[: stop - start], columns)
 
     return apply, notes("model", saved, shapes, "as it is here")
@@ -84,4 +84,5 @@ def _target(name: str, tensor: Any) -> tuple[Rows, Tensor, Columns]:
     if not is_dtensor(tensor):
         return Rows.whole(shape), tensor, ()
     slab, rows = here(tensor, 0), local_rows(name, tensor).rows
-    return rows._replace(shape=shape), tensor.to_local(), slab.columns() if slab.size[1:] != shape[1:] else ()
+    rows = Rows(shape, *rows.bounds, 1) if shape else rows
+    return rows, tensor.to_local(), slab.columns() if slab.size[1:] != shape[1:] else ()

@@ -26,7 +26,7 @@ from memopt.checkpoint.state.saved import Group, Piece, Record, SavedMaster, Sou
 from memopt.checkpoint.state.slabs import Slab
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
 from memopt.core.ledger import TensorSpec
-from memopt.core.rows import Rows, Shape
+from memopt.core.rows import Rows, Shape, is_narrow
 from memopt.formats import Format
 from memopt.masters import MASTERS
 from memopt.partitions import PARTITIONS
@@ -267,6 +267,8 @@ class Checkpoint:
         places = [(one.rank, one.rows(shape)) for one in parts] or [(r, cut(shape, r, world)) for r in range(world)]
         pieces = []
         for rank, rows in places:
+            if is_narrow(shape) and saved["partition"] == "zero1" and self.body["schema"] == manifest.EARLIER:
+                rows = Rows(shape, shape[0] * rank // world, shape[0] * (rank + 1) // world, 1)
             file = self._files[contents.rank_file(rank, self.body["world_size"])]
             piece = FilePiece(rows, file, f"{name}/{moment.name}")
             for part, spec in fmt.layout(moment, rows).items():

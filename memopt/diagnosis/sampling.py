@@ -135,10 +135,10 @@ def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
         rows = slot.rows
         whole = local_part(p).numel() == Rows.whole(rows.shape).numel  # else p is its rows alone
         if len(rows.shape) >= 2:
-            row = _liveliest(p) + (0 if whole else rows.first)
-            row = min(max(row, rows.first), rows.stop - 1)
-            cut = cutter(row if whole else row - rows.first)
-            here = Rows(rows.shape, row, row + 1)
+            start, stop = rows.bounds
+            row = min(max(_liveliest(p) + (0 if whole else start), start), stop - 1)
+            cut = cutter(row if whole else row - start)
+            here = Rows(rows.shape, row, row + 1, 1)
         else:
             cut = cutter(0, *rows.bounds) if whole else cutter(0)
             here = Rows(rows.shape, rows.first, min(rows.first + NUMEL // FLAT_ROW, rows.stop))

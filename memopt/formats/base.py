@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from memopt.core.ledger import TensorSpec
-from memopt.core.rows import FLAT_ROW, Rows, Shape
+from memopt.core.rows import MIN_NUMEL, Rows, Shape
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:
@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 
 #: The tensors of one encoded moment: part -> tensor.
 Parts = dict[str, "Tensor"]
-
-#: Smaller tensors, and rows shorter than this, stay in 32 bits in every low-bit format: they cost nothing and
-#: block scales would eat the saving (bitsandbytes and torchao use the same 4096).
-MIN_NUMEL = 4096
-MIN_COLS = 64
 
 
 class Shard(NamedTuple):
@@ -39,13 +34,8 @@ class Shard(NamedTuple):
 
 
 def too_small(shape: Shape) -> str | None:
-    """Why a tensor of this global shape is not worth encoding, or None."""
-    rows = Rows.whole(shape)
-    if rows.numel < MIN_NUMEL:
-        return f"fewer than {MIN_NUMEL} elements"
-    if rows.cols < MIN_COLS:
-        return f"rows of fewer than {MIN_COLS} elements"
-    return None
+    """Why a tensor of this global shape is not worth encoding, or None: it costs nothing as it is."""
+    return f"fewer than {MIN_NUMEL} elements" if Rows.whole(shape).numel < MIN_NUMEL else None
 
 
 class Format(ABC):
@@ -101,19 +91,19 @@ def _is_shared(fmt: Format, moment: Moment, part: str, shape: Shape) -> bool:
 def as_blocks(x: Tensor, rows: Rows, block: int) -> Tensor:
     """``x`` [local_shape] as [rows, blocks per row, block], the last block of a row padded with zeros."""
     count, cols = rows.count, rows.cols
-    if len(rows.shape) >= 2:
-        x = x.reshape(count, cols)
-    else:
-        x = _pad(x.reshape(1, -1), count * FLAT_ROW).reshape(count, FLAT_ROW)
+    x = _pad(x.reshape(1, x.numel()), count * cols).reshape(count, cols)  # the last row may be ragged
     width = -(-cols // block) * block
     return _pad(x, width).reshape(count, width // block, block)
 
 
 def from_blocks(blocks: Tensor, rows: Rows) -> Tensor:
     """The inverse of :func:`as_blocks`: padding dropped, shape ``rows.local_shape``."""
-    if len(rows.shape) >= 2:
-        return blocks.reshape(rows.count, blocks.shape[1] * blocks.shape[2])[:, : rows.cols].reshape(rows.local_shape)
-    return blocks.reshape(-1)[: rows.numel].reshape(rows.local_shape)
+    return as_rows(blocks, rows).reshape(-1)[: rows.numel].reshape(rows.local_shape)
+
+
+def as_rows(blocks: Tensor, rows: Rows) -> Tensor:
+    """Blocks as [rows, columns]: the padding of blocks dropped, not that of the last row."""
+    return blocks.reshape(rows.count, blocks.shape[1] * blocks.shape[2])[:, : rows.cols]
 
 
 def _pad(x: Tensor, width: int) -> Tensor:

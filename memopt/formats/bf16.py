@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, final
 
 from memopt.core import dither
 from memopt.core.ledger import TensorSpec
-from memopt.core.rows import FLAT_ROW, Rows, Shape
+from memopt.core.rows import Rows, Shape
 from memopt.formats.base import Format, Parts, Shard, too_small
 from memopt.rules.base import Moment
 
@@ -38,8 +38,7 @@ class BF16(Format):
         import torch
 
         rows = shard.rows
-        cols = rows.cols if len(rows.shape) >= 2 else FLAT_ROW
-        words = dither.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device)
+        words = dither.bits(shard.key, shard.step, rows.first, rows.count, rows.cols, x.device)
         low = (words.view(-1)[: x.numel()].view(x.shape) >> 16) & 0xFFFF
         rounded = (x.contiguous().view(torch.int32) + low) & -0x10000
         # A card's NaN has all bits set: with anything added it would be -0.

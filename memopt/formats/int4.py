@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, final
 
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
-from memopt.formats.base import Format, Parts, Shard, as_blocks, from_blocks, too_small
+from memopt.formats.base import Format, Parts, Shard, as_blocks, as_rows, from_blocks, too_small
 from memopt.formats.blockwise import (
     Code,
     decode_signed,
@@ -62,8 +62,9 @@ class Int4(Format):
 
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
         q, scale = (encode_signed if moment.signed else encode_unsigned)(x, CODE, shard)
-        codes = from_blocks(q, shard.rows).int() & 15
-        codes = codes.reshape(_lines(shard.rows), _width(shard.rows))
+        rows = shard.rows
+        flat = len(rows.shape) < 2
+        codes = (from_blocks(q, rows).reshape(1, rows.numel) if flat else as_rows(q, rows)).int() & 15
         even, odd = codes[..., 0::2], codes[..., 1::2]
         packed = even.clone()
         packed[..., : odd.shape[-1]] |= odd << 4

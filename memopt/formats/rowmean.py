@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import TYPE_CHECKING, final
 
 from memopt.core.ledger import TensorSpec
-from memopt.core.rows import FLAT_ROW, Rows, Shape, row_count
-from memopt.formats.base import MIN_COLS, Format, Parts, Shard, as_blocks
+from memopt.core.rows import FLAT_ROW, MIN_COLS, Rows, Shape, row_count
+from memopt.formats.base import Format, Parts, Shard, as_blocks
 from memopt.rules.base import Moment
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def span(rows: Rows) -> int:
     """Elements of a row: every so many of the flattened tensor share one number."""
     if len(rows.shape) < 2:
         return FLAT_ROW  # whatever the unit in which a vector is cut
-    return rows.shape[-1] if _over_last(rows.shape) else rows.cols
+    return rows.shape[-1] if _over_last(rows.shape) else prod(rows.shape[1:])
 
 
 @final
@@ -44,7 +45,7 @@ class RowMean(Format):
     def layout(self, moment: Moment, rows: Rows) -> dict[str, TensorSpec]:
         shape = rows.local_shape
         if len(rows.shape) < 2:
-            count = row_count(rows.shape) if rows.flat == 1 else rows.count
+            count = row_count(rows.shape) if rows.may_cut else rows.count
             return {"": TensorSpec("float32", (count,))}
         if _over_last(rows.shape):
             return {"": TensorSpec("float32", (*shape[:-1], 1))}
@@ -53,13 +54,13 @@ class RowMean(Format):
     def read(self, parts: Parts, moment: Moment, shard: Shard) -> Tensor:
         rows = shard.rows
         if len(rows.shape) < 2:
-            start = rows.bounds[0] if rows.flat == 1 else 0
+            start = rows.bounds[0] if rows.may_cut else 0
             return parts[""].repeat_interleave(FLAT_ROW)[start : start + rows.numel].reshape(rows.local_shape)
         return parts[""].expand(rows.local_shape).contiguous()
 
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
         rows = shard.rows
-        if rows.flat == 1:
+        if rows.may_cut and len(rows.shape) < 2:
             mine, rows = x, Rows.whole(rows.shape)
             x = x.new_zeros(rows.numel)
             x[slice(*shard.rows.bounds)] = mine

@@ -112,7 +112,7 @@ def format_code(layout: ParamLayout) -> int:
         return abi.FORMATS[next(iter(names), "32bit")]
     if "factored" not in names:
         return abi.MIXED
-    stack = len(layout.rows.shape) > 2
+    stack = len(layout.rows.shape) > 2 or layout.rows.unit > 1  # lines of a matrix are not rows
     if names <= {"factored", "32bit"}:  # lines of a stack are not the rows by which a master's random bits go
         return abi.MIXED_FACTORED if stack and layout.master.dithered else abi.FORMATS["factored"]
     together = {frozenset(("factored", "8bit")): abi.FACTORED_8, frozenset(("factored", "4bit")): abi.FACTORED_4}
@@ -133,7 +133,8 @@ def needs_ranks(layout: ParamLayout, world_size: int) -> str | None:
 def _cuts_means(layout: ParamLayout) -> str | None:
     """Why a mean of some elements may have to be taken on two ranks, or None."""
     # One process alone has such rows too.
-    if layout.rows.flat != FLAT_ROW and any(m.format.name == "rowmean" for m in layout.moments):
+    rows = layout.rows
+    if rows.may_cut and len(rows.shape) < 2 and any(m.format.name == "rowmean" for m in layout.moments):
         return f"{layout.rule.name} takes means of {FLAT_ROW} elements of a vector that may be cut between any two"
     return None
 
@@ -154,7 +155,7 @@ def _refusal(layout: ParamLayout) -> str | None:
         return f"there is no kernel for +{master.name}"
     if len(rows.local_shape) > 255:
         return f"the kernels take at most 255 dimensions, and it has {len(rows.local_shape)}"
-    if master.dithered and rows.flat != FLAT_ROW:
+    if master.dithered and rows.may_cut:
         return f"the random bits of +{master.name} begin within a row of the kernels' view"
     return _cuts_means(layout)
 

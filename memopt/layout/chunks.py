@@ -75,7 +75,7 @@ def piece(name: str, outer: Rows, inner: Rows, layout: Layout, align: int = PAGE
             parts.append(Part(line.key, line.dtype, line.shape, 0, line.nbytes, at))
             at += -(-line.nbytes // align) * align
         return Piece(name, inner, tuple(parts), at)
-    before = {line.key: line.nbytes for line in layout(Rows(outer.shape, outer.first, inner.first))}
+    before = {line.key: line.nbytes for line in layout(outer._replace(stop=inner.first))}
     for line in layout(inner):
         parts.append(Part(line.key, line.dtype, line.shape, before[line.key], line.nbytes, at))
         at += room(line.nbytes)
@@ -89,14 +89,14 @@ def divisible(rows: Rows, layout: Layout) -> bool:
     middle = rows.first + rows.count // 2
     whole, low, high = (
         {line.key: line.nbytes for line in layout(r)}
-        for r in (rows, Rows(rows.shape, rows.first, middle), Rows(rows.shape, middle, rows.stop))
+        for r in (rows, rows._replace(stop=middle), rows._replace(first=middle))
     )
     return all(low[key] + high[key] == n for key, n in whole.items())
 
 
 def height(rows: Rows, layout: Layout, target: int) -> int:
     """Rows of a piece of at most ``target`` bytes, at least one; a number that ends parts at pages where one fits."""
-    one = Rows(rows.shape, rows.first, rows.first + 1)
+    one = rows._replace(stop=rows.first + 1)
     widths = [line.nbytes for line in layout(one) if line.nbytes]
     fits = max(1, (target - 2 * PAGE * len(widths)) // max(sum(widths), 1))
     step = max((PAGE // _power_of_two_in(width) for width in widths), default=1)
@@ -114,7 +114,7 @@ def pieces(name: str, rows: Rows, layout: Layout, whole: bool, target: int, alig
     if step is None:
         return [piece(name, rows, rows, layout, align)]
     cuts = range(rows.first, rows.stop, step)
-    return [piece(name, rows, Rows(rows.shape, i, min(i + step, rows.stop)), layout) for i in cuts]
+    return [piece(name, rows, rows._replace(first=i, stop=min(i + step, rows.stop)), layout) for i in cuts]
 
 
 def chunk_rows(rows: Rows, layout: Layout, whole: bool, target: int) -> int | None:
@@ -138,8 +138,8 @@ def extent(rows: Rows, layout: Layout, whole: bool, target: int) -> Extent:
         nbytes = sum(-(-line.nbytes // PAGE) * PAGE for line in layout(rows))
         return Extent(nbytes, nbytes)
     full, rest = divmod(rows.count, step)
-    each = sum(room(line.nbytes) for line in layout(Rows(rows.shape, rows.first, rows.first + step)))
-    last = sum(room(line.nbytes) for line in layout(Rows(rows.shape, rows.stop - rest, rows.stop))) if rest else 0
+    each = sum(room(line.nbytes) for line in layout(rows._replace(stop=rows.first + step)))
+    last = sum(room(line.nbytes) for line in layout(rows._replace(first=rows.stop - rest))) if rest else 0
     return Extent(each, each * full + last)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from memopt.core.ledger import TensorSpec
@@ -81,8 +82,7 @@ def words(shard: Shard, x: Tensor) -> Tensor:
     """The dither's int32 words for the rows of ``x`` [local_shape], in its shape."""
     from memopt.core import dither
 
-    rows = shard.rows.in_units(FLAT_ROW)  # of a vector that is cut within a row, the rows around it
-    cols = rows.cols if len(rows.shape) >= 2 else FLAT_ROW
-    found = dither.bits(shard.key, shard.step, rows.first, rows.count, cols, x.device)
-    start = shard.rows.bounds[0] - rows.bounds[0]
+    rows = shard.rows.in_units(FLAT_ROW)  # where it is cut within a row, the rows around it
+    found = dither.bits(shard.key, shard.step, rows.first, rows.count, rows.cols, x.device)
+    start = (shard.rows.bounds[0] - rows.bounds[0]) * prod(rows.shape[1:])
     return found.view(-1)[start : start + x.numel()].view(x.shape)

@@ -6,7 +6,7 @@ from inspect import signature
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from memopt.core.rows import FLAT_ROW, Rows, Shape
+from memopt.core.rows import Rows, Shape, indices_of_row
 from memopt.partitions.world import Groups
 
 if TYPE_CHECKING:
@@ -41,12 +41,16 @@ def chunk(shape: Shape, rank: int, world_size: int) -> Rows:
         return Rows.whole(shape)
     size = -(-shape[0] // world_size)
     first = min(rank * size, shape[0])
-    return Rows(shape, first, min(first + size, shape[0]), unit(shape))
+    return _rows(shape, first, min(first + size, shape[0]), size)
 
 
-def unit(shape: Shape) -> int:
-    """``Rows.flat`` under ``Shard(0)``: a vector is cut between any two elements."""
-    return 1 if len(shape) == 1 else FLAT_ROW
+def _rows(shape: Shape, start: int, stop: int, size: int) -> Rows:
+    """Indices ``start`` up to ``stop`` of dimension 0, which is cut at multiples of ``size``: in rows of one index
+    where it may be cut within one of several. A vector is cut between any two elements."""
+    unit = indices_of_row(shape) if len(shape) > 1 else 0
+    if unit and (size % unit == 0 or size >= shape[0]):
+        return Rows(shape, -(-start // unit), -(-stop // unit))
+    return Rows(shape, start, stop, 1)
 
 
 def local_rows(name: str, p: DTensor) -> LocalRows:
@@ -72,7 +76,9 @@ def local_rows(name: str, p: DTensor) -> LocalRows:
     if not shape:
         return LocalRows(Rows.whole(shape), groups)
     slab = (shape[0], *local[1:])
-    return LocalRows(Rows(slab, offset[0], offset[0] + local[0], unit(shape)), groups)
+    # Of several dimensions of the mesh the pieces are as long as each other, or cut anywhere.
+    size = -(-shape[0] // ranks) if len(first) < 2 or shape[0] % ranks == 0 else 1
+    return LocalRows(_rows(slab, offset[0], offset[0] + local[0], size), groups)
 
 
 def as_sharded(x: Tensor, p: Any) -> Tensor:

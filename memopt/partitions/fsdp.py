@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from math import fsum
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from memopt.core.rows import Rows, Shape
+from memopt.core.rows import Rows, Shape, indices_of_row
 from memopt.partitions.base import Partition, sum_over
 from memopt.partitions.dtensor import LocalRows, chunk, is_dtensor, local_rows
 from memopt.partitions.exchange import Share
@@ -21,7 +21,7 @@ class Sharded(Partition):
 
     Rows and the groups over which sums are taken come from each parameter's own mesh and placements, so HSDP's
     replicas and tensor parallelism are what the DTensor says. Nothing is published: FSDP2 gathers parameters when it
-    needs them. Vectors are cut between any two elements and stay in 32 bits.
+    needs them. Vectors and matrices of narrow rows are cut between any two elements or rows, and stay in 32 bits.
     """
 
     #: Whether a block's parameters are given up after its forward pass, and gathered again for the backward pass.
@@ -37,7 +37,10 @@ class Sharded(Partition):
 
     @staticmethod
     def declines(shape: Shape) -> str | None:
-        return "a vector that is cut between any two elements" if len(shape) == 1 else None
+        if len(shape) == 1:
+            return "a vector that is cut between any two elements"
+        together = indices_of_row(shape)
+        return f"{together} of its rows share a block, and it is cut between any two" if together > 1 else None
 
     def validate_params(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
         parameters = list(parameters)
@@ -53,10 +56,8 @@ class Sharded(Partition):
 
     def _of(self, p: Any, name: str = "a parameter") -> LocalRows:
         if not is_dtensor(p):  # ignored by fully_shard: whole on every rank
-            shape = tuple(p.shape)
-            return LocalRows(
-                Rows.whole(shape)._replace(stop=shape[0], flat=1) if len(shape) == 1 else Rows.whole(shape), ()
-            )
+            whole = Rows.whole(tuple(p.shape))
+            return LocalRows(whole.in_units(1) if p.dim() == 1 else whole, ())
         key = p.device_mesh, p.placements, p.shape
         if key not in self._local_rows:
             self._local_rows[key] = local_rows(name, p)

@@ -7,6 +7,8 @@ import torch
 
 import memopt
 from memopt.checkpoint.io import manifest
+from memopt.checkpoint.io.safetensors_write import write_file
+from memopt.checkpoint.tensorfile import spec_of
 from tests.helpers.cases import assert_same_bits, odd_model, train
 from tests.helpers.saved import build, names
 
@@ -28,6 +30,45 @@ def test_a_manifest_of_another_schema_says_so(saved, tmp_path):
     (tmp_path / "manifest.json").write_bytes(manifest.dump({**body, "schema": "memopt.checkpoint/9"}))
     with pytest.raises(ValueError, match="this version of memopt reads"):
         memopt.load(tmp_path)
+
+
+def test_state_of_a_version_that_kept_narrow_rows_in_32_bits_is_read():
+    narrow = torch.nn.Parameter(torch.randn(515, 9))
+    plain = memopt.create([narrow], "adamw-8bit", overrides={"*": "32bit"})
+    narrow.grad = torch.randn(515, 9)
+    plain.step()
+    before = memopt.create([narrow], "adamw-8bit").state_dict()
+    saved = {**before, "state": plain.state_dict()["state"]}
+    opt = memopt.create([narrow], "adamw-8bit")
+    with pytest.warns(UserWarning, match="exp_avg"):
+        opt.load_state_dict(saved)
+    assert opt.state[narrow]["exp_avg.codes"].shape == (515, 9)
+    narrow.grad = torch.randn(515, 9)
+    opt.step()
+
+
+def test_a_checkpoint_that_cut_narrow_rows_one_by_one_is_read(tmp_path):
+    """Two ranks of /zero1 in the schema before: 257 and 258 rows, where the cut is at a block of 28 today."""
+    narrow = torch.nn.Parameter(torch.randn(515, 9))
+    opt = memopt.create([("narrow", narrow)], "adamw/zero1")
+    narrow.grad = torch.randn(515, 9)
+    opt.step()
+    path = memopt.save(tmp_path, optimizer=opt, rng=False).path
+    body = json.loads((path / "manifest.json").read_text())
+    del body["sha256"]
+    body |= {"schema": "memopt.checkpoint/1", "world_size": 2, "files": {}}
+    body["optimizer"]["world_size"] = 2
+    (path / "state-00000-of-00001.safetensors").unlink()
+    for rank, rows in enumerate((slice(0, 257), slice(257, 515))):
+        parts = {f"narrow/{key}": opt.state[narrow][key][rows].clone() for key in ("exp_avg", "exp_avg_sq")}
+        name = f"state-0000{rank}-of-00002.safetensors"
+        info = write_file(path / name, {key: spec_of(x) for key, x in parts.items()}, parts.items())
+        body["files"][name] = info._asdict()
+    (path / "manifest.json").write_bytes(manifest.dump(body))
+    for spec in ("adamw/zero1", "adamw"):
+        other = memopt.create([("narrow", narrow)], spec)
+        memopt.load(path, optimizer=other)
+        assert_same_bits(other.state[narrow]["exp_avg"], opt.state[narrow]["exp_avg"])
 
 
 @pytest.mark.parametrize(

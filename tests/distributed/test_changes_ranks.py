@@ -108,7 +108,7 @@ def session() -> list[dict[str, Any]]:
 def alone(spec: str, model: nn.Module | None = None) -> Any:
     whole = memopt.parse(spec).replace(partition="none")
     cuts = spec.endswith(("2", "3")) and whole.format != "32bit"
-    return sharded.build(str(whole), model, overrides={"long": "32bit"} if cuts else {})
+    return sharded.build(str(whole), model, overrides=sharded.CUT_WITHIN if cuts else {})
 
 
 @pytest.mark.parametrize("what", BY_HAND)

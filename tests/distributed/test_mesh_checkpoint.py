@@ -20,7 +20,7 @@ def folder(name):
 @pytest.mark.parametrize("name", ["meshed", "swapped", "alone", "hsdp"])
 def test_a_mesh_saves_and_loads_to_the_bit(name):
     if name == "hsdp":
-        model, opt = sharded.build("adamw-8bit", overrides={"long": "32bit"})
+        model, opt = sharded.build("adamw-8bit", overrides=sharded.CUT_WITHIN)
         sharded.drive(model, opt, 0, 2 * STEPS)
     else:
         model, _ = alone(2 * STEPS)
@@ -31,7 +31,7 @@ def test_a_mesh_saves_and_loads_to_the_bit(name):
 
 @pytest.mark.parametrize("name", ["meshed", "hsdp"])
 def test_one_process_loads_what_a_mesh_saved(name):
-    built = sharded.build("adamw-8bit", overrides={"long": "32bit"}) if name == "hsdp" else alone(0)
+    built = sharded.build("adamw-8bit", overrides=sharded.CUT_WITHIN) if name == "hsdp" else alone(0)
     for p, a in zip(built[0].parameters(), loaded(folder(name), built), strict=True):
         assert_same_bits(a, p)
     for p, a in zip(built[0].parameters(), session()[0]["mesh"][name], strict=True):

@@ -147,7 +147,9 @@ def test_an_octave_of_4_bits_takes_its_time():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    shape=st.tuples(st.integers(0, 40), st.integers(64, 300)) | st.tuples(st.integers(0, 6000)),
+    shape=st.tuples(st.integers(0, 40), st.integers(64, 300))
+    | st.tuples(st.integers(0, 6000))
+    | st.tuples(st.integers(65, 700), st.integers(7, 63)),
     world=st.integers(1, 5),
     case=st.sampled_from(ENCODED),
     seed=st.integers(0, 2**32 - 1),
@@ -169,7 +171,10 @@ def test_shards_are_rows_of_the_whole_bit_for_bit(shape, world, case, seed):
         assert_same_bits(torch.cat([piece[part] for piece in pieces]), tensor)
 
 
-@given(st.lists(st.integers(0, 9), max_size=4).map(tuple), st.integers(1, 9))
+@given(
+    st.lists(st.integers(0, 9), max_size=4).map(tuple) | st.tuples(st.integers(65, 900), st.integers(1, 63)),
+    st.integers(1, 9),
+)
 def test_rows_cover_a_parameter_once(shape, world):
     from memopt.partitions import PARTITIONS
 
@@ -178,6 +183,12 @@ def test_rows_cover_a_parameter_once(shape, world):
     assert ranks[-1].stop == row_count(shape)
     assert all(a.stop == b.first for a, b in pairwise(ranks))
     assert sum(r.numel for r in ranks) == Rows.whole(shape).numel
+    for mine in (PARTITIONS["zero3"].rows(shape, r, world) for r in range(world)):
+        again = mine.in_units(1).in_units(FLAT_ROW)
+        assert mine.bounds == mine.in_units(1).bounds
+        if mine.count:
+            assert again.bounds[0] <= mine.bounds[0]
+            assert again.bounds[1] >= mine.bounds[1]
     assert max(r.count for r in ranks) <= -(-row_count(shape) // world)
 
 

@@ -11,9 +11,13 @@ from torch import Tensor, nn
 import memopt
 from tests.helpers.cases import HYPER
 
+#: Of Uneven, what FSDP cuts within a block: it stays in 32 bits there.
+CUT_WITHIN = {"long": "32bit", "narrow": "32bit"}
+
 
 class Uneven(nn.Module):
-    """Rows that no number of ranks divides, fewer rows than ranks, vectors cut within a block, a stack of matrices."""
+    """Rows that no number of ranks divides, fewer rows than ranks, vectors cut within a block, a stack of matrices,
+    rows of which several share a block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,6 +27,7 @@ class Uneven(nn.Module):
         self.long = nn.Parameter(torch.randn(4097))
         self.short = nn.Parameter(torch.randn(5))
         self.stack = nn.Parameter(torch.randn(3, 129, 65))
+        self.narrow = nn.Parameter(torch.randn(515, 9))
 
 
 def uneven_model(dtype: torch.dtype = torch.float32) -> Uneven:
@@ -40,11 +45,11 @@ def build(spec: str, model: nn.Module | None = None, **keywords: Any) -> tuple[n
 
 
 def reference(spec: str, partition: str = "none") -> tuple[nn.Module, memopt.Optimizer]:
-    """One process; vectors stay in 32 bits where the partition of ``spec`` cuts within their blocks. With
-    ``partition="zero1"`` sums are taken as several ranks take them."""
+    """One process; vectors and narrow rows stay in 32 bits where the partition of ``spec`` cuts within their blocks.
+    With ``partition="zero1"`` sums are taken as several ranks take them."""
     parsed = memopt.parse(spec)
     cuts = parsed.partition in ("zero2", "zero3") and parsed.format != "32bit"
-    return build(str(parsed.replace(partition=partition)), overrides={"long": "32bit"} if cuts else {})
+    return build(str(parsed.replace(partition=partition)), overrides=CUT_WITHIN if cuts else {})
 
 
 def drive(model: nn.Module, optimizer: memopt.Optimizer, first: int, steps: int) -> None:

@@ -43,7 +43,7 @@ WRAPPED: list[tuple[str, dict[str, object]]] = [
     ("lookahead(sgd)", {"lookahead_steps": 3}),
 ]
 #: Rows of many lengths, flat tensors, a batch of matrices, one element, none; 4096 elements and rows of 64 are encoded.
-SHAPES = [(40, 300), (70, 129), (4, 40, 100), (4500,), (33,), (16, 8, 3, 3), (1,), (), (0, 3)]
+SHAPES = [(40, 300), (70, 129), (4, 40, 100), (4500,), (33,), (16, 8, 3, 3), (460, 9), (1,), (), (0, 3)]
 PLAIN = ("none", "device", "none")
 #: Those of element-wise rules and of whole tensors: products of matrices are torch's.
 SPECS = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == PLAIN and not s.fallback]

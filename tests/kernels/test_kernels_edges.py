@@ -33,7 +33,7 @@ SPECS = [
     "ademamix-8bit",
     "lookahead(adamw)-8bit",
 ]
-SHAPES = [(700, 800), (3, 257, 65), (4097,), (7,), (1000, 3)]
+SHAPES = [(700, 800), (3, 257, 65), (4097,), (7,), (1400, 3)]
 
 
 def train(spec: str, threads: int = 1, steps: int = 3) -> list[torch.Tensor]:

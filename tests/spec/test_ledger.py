@@ -37,6 +37,20 @@ def test_price_accepts_models_mappings_pairs_and_shapes():
     assert by_model == memopt.price(list(model.parameters()), "adamw-8bit").nbytes
 
 
+def test_adapters_are_in_8_bits_whatever_their_rank():
+    for rank in (4, 8, 16):
+        shapes = {
+            "q.lora_A": (rank, 4096),
+            "q.lora_B": (4096, rank),
+            "k.lora_A": (rank, 4096),
+            "k.lora_B": (1024, rank),
+        }
+        numel = sum(a * b for a, b in shapes.values())
+        assert memopt.price(shapes, "adamw-8bit").nbytes <= 2.2 * numel
+        ranks = [memopt.price(shapes, "adamw-8bit/zero1", world_size=3, rank=r).nbytes for r in range(3)]
+        assert sum(ranks) <= 2.2 * numel
+
+
 def test_meta_models_are_priced_and_ties_counted_once():
     with torch.device("meta"):
         model = odd_model()

@@ -87,6 +87,11 @@ def test_row_means_of_matrices_within_a_row(spec, on) -> None:
     compare(spec, {"lr": 1e-4}, on, steps=2, shapes=[(3, 16, 100), (8, 70, 3, 3), (4500,)], dtypes=dtypes)
 
 
+@pytest.mark.parametrize("spec", ["adamw-8bit", "adamw-8bit.4bit", "adamw-4bit.factored", "adammini-8bit"])
+def test_rows_of_which_several_share_a_block(spec, on) -> None:
+    compare(spec, {}, on, shapes=[(300, 16), (460, 9), (66, 63)])
+
+
 @pytest.mark.parametrize("spec", ["lookahead(adamw)+split", "lookahead(lamb)-factored"])
 def test_slow_weights_begin_follow_and_are_returned_to(spec, on) -> None:
     dtypes = (torch.bfloat16,) if "split" in spec else (torch.float32,)

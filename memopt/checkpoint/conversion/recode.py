@@ -48,7 +48,7 @@ class Target(NamedTuple):
         """At least one: a rank without rows takes part in the totals, too. Means of a vector that is cut between any
         two elements are of the whole vector at once."""
         rows = self.shard.rows
-        if self.format.name == "rowmean" and rows.flat == 1:
+        if self.format.name == "rowmean" and rows.may_cut and len(rows.shape) < 2:
             return [rows]
         return list(chunks(rows)) or [rows]
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from memopt.checkpoint.conversion.master_weights import saved_master
 from memopt.checkpoint.conversion.param_state import Slot
 from memopt.checkpoint.state.saved import LivePiece, Record, Stored
-from memopt.core.rows import Rows, row_count
+from memopt.core.rows import Rows
 from memopt.formats import FORMATS, Format
 from memopt.formats.base import Parts
 from memopt.formats.foreign.flat_blocks import FlatBlocks
@@ -81,7 +81,7 @@ def _parts(stored: Stored, change: Change, there: Slot) -> Parts | None:
 def _along_rows(fmt: Format, stored: Stored, rows: Rows) -> bool:
     """Whether index i of dimension 0 of every part is that of the parameter."""
     layout = fmt.layout(stored.moment, rows)
-    if len(rows.shape) < 2:
+    if len(rows.shape) < 2 or rows.unit > 1:
         return [part.shape for part in layout.values()] == [rows.local_shape]
     one = fmt.layout(stored.moment, rows._replace(stop=rows.first + min(rows.count, 1)))
     return not isinstance(fmt, FlatBlocks) and all(
@@ -95,7 +95,7 @@ def _factors(stored: Stored, change: Change, there: Slot) -> Parts:
     sums = torch.stack([row.double().sum(), new.double().sum()])
     if change.before == there.rows:  # these are this rank's alone
         sums = there.total(sums)
-    counts = [max(row_count(rows.shape), 1) for rows in (change.before, change.after)]
+    counts = [max(rows.shape[0], 1) for rows in (change.before, change.after)]
     mean = sums / sums.new_tensor(counts)
     return {"row": new, "col": (col * (mean[1] / mean[0])).float() if mean[0] else torch.zeros_like(col)}
 

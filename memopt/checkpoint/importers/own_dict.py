@@ -116,9 +116,12 @@ def _record(
     own = own_entries(rule.name, state)
     ours = {key: value for key, value in state.items() if key not in own}
     if ours:
+        coded = [moment.name for moment, fmt in slot.codes if "" not in fmt.layout(moment, slot.rows)]
+        if coded and ours.keys() >= set(coded):  # of a version that kept narrow rows in 32 bits
+            slot = slot._replace(spec=slot.spec.replace(format="32bit", overrides={}))
         _check(slot, ours, origin)
         if slot.master.key not in ours:  # one of zeros stands for the weights as they are
-            slot = slot._replace(spec=spec.replace(master="none"))
+            slot = slot._replace(spec=slot.spec.replace(master="none"))
     record = slot.record(ours)
     if own:
         record.own = lambda rank: copy.deepcopy(own)

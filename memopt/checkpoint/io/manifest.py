@@ -15,13 +15,17 @@ from typing import Any
 from memopt.checkpoint.io import manifest_checks
 from memopt.checkpoint.io.checkpoint_dir import MANIFEST
 from memopt.checkpoint.tensorfile import DamagedFile, FileInfo
+from memopt.core.rows import is_narrow
 from memopt.untrusted import Refused
 from memopt.untrusted.documents import parse_json
 from memopt.untrusted.names import within
 from memopt.untrusted.opening import read_file
 from memopt.untrusted.text import shown
 
-SCHEMA = "memopt.checkpoint/1"
+SCHEMA = "memopt.checkpoint/2"
+#: Of a checkpoint without narrow rows (``memopt/core/rows.py``), which says the same in both, and of earlier versions,
+#: which cut such rows one by one.
+EARLIER = "memopt.checkpoint/1"
 #: Bytes of a manifest; one of a million parameters has about a tenth.
 MAX_NBYTES = 2 * 2**30
 
@@ -54,9 +58,15 @@ def _indented(value: Any, line: str) -> str:
     return json.dumps(value, allow_nan=False)
 
 
+def schema_of(body: dict[str, Any]) -> str:
+    """The number of what is written: the earlier one where an earlier version reads it."""
+    parameters = body.get("optimizer", {}).get("parameters", {}).values()
+    return SCHEMA if any(is_narrow(tuple(p["shape"])) for p in parameters) else EARLIER
+
+
 def write(directory: Path, body: dict[str, Any]) -> dict[str, Any]:
     """Returns what :func:`read` will."""
-    text = dump({"schema": SCHEMA, **body})
+    text = dump({"schema": schema_of(body), **body})
     with open(directory / MANIFEST, "wb") as file:
         file.write(text)
         file.flush()
@@ -81,7 +91,7 @@ def read(directory: Path) -> dict[str, Any]:
         raise DamagedFile(f"{path} is missing") from None
     except Refused as error:
         raise DamagedFile(f"{path} is damaged: {error}") from None
-    if schema != SCHEMA and str(schema).startswith("memopt.checkpoint/"):
+    if schema not in (SCHEMA, EARLIER) and str(schema).startswith("memopt.checkpoint/"):
         raise ValueError(f"{path} has the schema {shown(schema)}; this version of memopt reads {SCHEMA!r}")
     if not _is_as_written(text):
         raise DamagedFile(f"{path} is damaged: it is not what was written (its sha256 does not match)")

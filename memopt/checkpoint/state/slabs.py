@@ -17,7 +17,7 @@ from torch import Tensor
 from memopt.checkpoint.state.saved import Piece, Record, SavedMaster, Span, Stored
 from memopt.core.rows import Rows, Shape
 from memopt.formats import FORMATS
-from memopt.partitions.dtensor import chunk, is_dtensor, unit
+from memopt.partitions.dtensor import chunk, is_dtensor
 
 #: A range of each dimension but the first.
 Columns = tuple[slice, ...]
@@ -35,7 +35,7 @@ class Slab(NamedTuple):
         if not shape:
             return Rows.whole(shape)
         first = self.offset[0]
-        return Rows((shape[0], *self.size[1:]), first, first + self.size[0], unit(shape))
+        return Rows((shape[0], *self.size[1:]), first, first + self.size[0], 1)
 
     def columns(self) -> Columns:
         """Where it is along all dimensions but the first."""
@@ -180,7 +180,7 @@ def assembled(shape: Shape, pieces: Iterable[tuple[Slab, Piece]]) -> tuple[Piece
         else:
             found.setdefault((slab.offset[0], slab.size[0]), []).append((slab.columns(), piece))
     for (first, count), some in found.items():
-        whole.append(ColumnsPiece(Rows(shape, first, first + count, unit(shape)), some))
+        whole.append(ColumnsPiece(Rows(shape, first, first + count, 1), some))
     return tuple(sorted(whole, key=lambda piece: piece.rows.first))
 
 
@@ -194,7 +194,7 @@ class _SlabPiece(Piece):
 
     def read(self, part: str, span: Span) -> Tensor:
         start, stop = span or (0, self._of.shape[0])
-        rows = Rows(self._of.shape, start, stop, unit(self._of.shape))
+        rows = Rows(self._of.shape, start, stop, 1)
         x = self._of.part("", rows) if self._raw else self._of.decode(rows)
         return x.view(rows.local_shape)[(slice(None), *self._slab.columns())]
 
@@ -221,4 +221,4 @@ def of_columns(record: Record, slab: Slab) -> Record:
 
 
 def _columns_of(weights: Callable[[Rows], Tensor], shape: Shape, columns: Columns) -> Callable[[Rows], Tensor]:
-    return lambda rows: weights(Rows(shape, rows.first, rows.stop, rows.flat))[(slice(None), *columns)]
+    return lambda rows: weights(Rows(shape, *rows.bounds, 1))[(slice(None), *columns)]

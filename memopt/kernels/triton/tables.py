@@ -125,7 +125,7 @@ def refuse(layout: ParamLayout, p: Tensor, world_size: int) -> str | None:
         return f"there is no Triton kernel for +{layout.master.name}"
     if not p.is_contiguous():
         return "it is not contiguous"
-    if layout.rows.flat != FLAT_ROW and layout.master.name in masters.DITHERED:
+    if layout.rows.may_cut and layout.master.name in masters.DITHERED:
         return f"the random bits of +{layout.master.name} begin within a row of the kernels' view"
     return pack.needs_ranks(layout, world_size)
 
@@ -173,7 +173,8 @@ class Tensors:
         kinds = ["32bit"] * abi.SLOTS
         means = row_means.NONE.value
         if "factored" in names and not bands:
-            means = (row_means.FACTORS_OF_STACK if len(rows.shape) > 2 else row_means.FACTORS).value
+            lines = len(rows.shape) > 2 or rows.unit > 1  # lines of a matrix are not rows
+            means = (row_means.FACTORS_OF_STACK if lines else row_means.FACTORS).value
         for order, (moment, kept, _, keys) in enumerate(layout.moments):
             parts = [work.state[key] for _, key in keys]
             if moment is SLOW:
@@ -217,7 +218,7 @@ class Tensors:
         row[f.BLOCKS.value] = -(-numel // width) if flat else count * per_row
         #: Elements by which rows begin, in units of which a vector of the smallest code is still aligned.
         step = VECTOR * 2 if "4bit" in names else VECTOR
-        aligned = all(a % VECTOR == 0 for a in addresses) and (numel if flat else cols) % step == 0
+        aligned = all(a % VECTOR == 0 for a in addresses) and numel % step == 0 and (flat or cols % step == 0)
         if means in (row_means.ONE.value, row_means.SEVERAL.value):
             row[f.ROW_SPAN.value] = max(span(rows), 1)
             row[f.ROW_GROUP.value] = rows_together(numel, row[f.ROW_SPAN.value])
@@ -227,7 +228,7 @@ class Tensors:
             row[f.LINES.value] = max(rows.cols // max(line, 1), 1)
         self.row = row  # how it is cut and where its sums are is added by the launcher
         self.blocks = row[f.BLOCKS.value]
-        whole = (numel if flat else cols) % width == 0
+        whole = numel % width == 0 and (flat or cols % width == 0)
         self.bucket = Bucket(
             p.dtype,
             work.g.dtype,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memopt.core.param_names import clean_names
+from memopt.core.rows import is_narrow
 from memopt.layout.replaced_state import is_own, own_entries
 from memopt.masters import MASTERS
 from memopt.optim.saving.dtensors import has_dtensors, unwrapped
@@ -169,7 +170,7 @@ def load(
     try:
         plan = plan_load(store.params, state_dict)
     except ValueError:
-        if refuse or not other:
+        if refuse or not (other or _is_earlier(store.params, state_dict)):
             raise
         convert(apart(store, state_dict))
         return {}
@@ -177,6 +178,18 @@ def load(
     with store.restoring("load_state_dict()"):
         _write(store, plan)
     return plan.metadata
+
+
+def _is_earlier(params: Params, state_dict: Mapping[str, Any]) -> bool:
+    """Whether it is of a version that kept narrow rows in 32 bits whatever their format."""
+    if "memopt" not in state_dict:
+        return False
+    saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+    for saved_id, (name, p, group) in zip(saved_ids, params.entries(), strict=False):
+        layout = params.resolve(name, p, group)
+        if is_narrow(layout.rows.shape) and not layout.coded.isdisjoint(state_dict["state"].get(saved_id) or {}):
+            return True
+    return False
 
 
 def _has_all_rows(params: Params, state_dict: Mapping[str, Any]) -> bool:
