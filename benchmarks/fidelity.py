@@ -1,38 +1,39 @@
 """How far the update of a format is from that of fp32 state, on the same gradients.
 
-    python benchmarks/fidelity.py            writes benchmarks/results/fidelity.json and fidelity.md
-    python benchmarks/fidelity.py --only noise,lm --specs adamw-8bit,adamw-4bit      a part of it, to the terminal
+    python benchmarks/fidelity.py                  what is missing in benchmarks/results/fidelity.json, then the tables
+    python benchmarks/fidelity.py --only noise,drop --again          these streams once more
+    python benchmarks/fidelity.py --specs adamw-8bit --only noise    to the terminal, nothing is written
 
-Every optimizer gets the same stream of gradients of one matrix, with a rate of 1, and its parameter is set back to
-zero before each step: what stands there after the step is the update u. Against u32 of torch.optim.AdamW in fp32, over
-the second half of the stream:
+Every optimizer gets the same stream of gradients of one matrix (``fidelity_streams.py``), with a rate of 1, and its
+parameter is set back to zero before each step: what stands there after the step is the update u. Against u32 of
+torch.optim.AdamW in fp32, over the second half of the stream:
 
     error    |u - u32| / |u32|, of all steps together
     length   <u, u32> / <u32, u32> - 1: how much too long a step is in the direction that it should have
     largest  the largest |u| over the largest |u32|
+
+``fidelity_long.py`` has what takes longer: whether second moments follow, stay right, and what periods do. Results go
+into fidelity.json stream by stream, and the tables into fidelity.md and docs/formats.md.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # torchao compiles its step, which takes longer than all of this
 
 import torch
+from fidelity_long import LONG
+from fidelity_streams import COLS, ROWS, STEPS, STREAMS, Stream
 from provenance import write_result
-from torch import Tensor
 
 import memopt
-from memopt.train.job import ModelConfig
-from memopt.train.model import LanguageModel
-from memopt.train.text import Corpus, load_text
 
-ROWS, COLS, STEPS = 64, 256, 1000
 SPECS = (
     "adamw-bf16",
     "adamw-8bit",
@@ -46,116 +47,21 @@ SPECS = (
     "torchao 8bit",
     "torchao 4bit",
 )
+#: (stream, beta2), beside every stream at 0.999.
+BETAS = [(name, beta2) for beta2 in (0.95, 0.99, 0.9999) for name in ("noise", "spread of 100", "drop")]
 RESULTS = Path(__file__).parent / "results"
-Stream = Iterator[Tensor]
-
-
-def _generator() -> torch.Generator:
-    return torch.Generator().manual_seed(0)
-
-
-def noise() -> Stream:
-    """Independent normal numbers."""
-    g = _generator()
-    while True:
-        yield torch.randn(ROWS, COLS, generator=g)
-
-
-def tails() -> Stream:
-    """Student's t with 2 degrees of freedom."""
-    torch.manual_seed(0)
-    t = torch.distributions.StudentT(torch.tensor(2.0))
-    while True:
-        yield t.sample((ROWS, COLS))
-
-
-def bursts() -> Stream:
-    """Every hundredth step is a hundred times as large."""
-    for step, x in enumerate(noise()):
-        yield x * (100.0 if step % 100 == 50 else 1.0)
-
-
-def rare_rows() -> Stream:
-    """A row has a gradient once in fifty steps, as that of an embedding."""
-    g = _generator()
-    for x in noise():
-        yield x * (torch.rand(ROWS, 1, generator=g) < 0.02)
-
-
-def scales() -> Stream:
-    """Columns from 1e-8 to 1e4, in one block."""
-    order = torch.randperm(COLS, generator=_generator())
-    scale = torch.logspace(-8, 4, COLS)[order]
-    for x in noise():
-        yield x * scale
-
-
-def spread() -> Stream:
-    """Columns over a factor of a hundred, in one block."""
-    order = torch.randperm(COLS, generator=_generator())
-    scale = torch.logspace(-2, 0, COLS)[order]
-    for x in noise():
-        yield x * scale
-
-
-def drop() -> Stream:
-    """Three quarters of each block become a hundred times smaller, where a second moment may stay behind."""
-    drops = torch.rand(ROWS, COLS, generator=_generator()).argsort(1) < COLS * 3 // 4
-    for step, x in enumerate(noise()):
-        yield torch.where(drops & (step >= STEPS // 4), 0.01 * x, x)
-
-
-def pattern() -> Stream:
-    """Sizes that are independent of row and column: no matrix of rank one has them."""
-    size = torch.exp(torch.randn(ROWS, COLS, generator=_generator()))
-    for x in noise():
-        yield x * size
-
-
-def period(length: int) -> Callable[[], Stream]:
-    """One step in so many has a gradient, of each element another one."""
-
-    def stream() -> Stream:
-        phase = torch.randint(length, (ROWS, COLS), generator=_generator())
-        for step, x in enumerate(noise()):
-            yield torch.where(phase == step % length, 8.0, 0.05) * x.sign()
-
-    return stream
-
-
-def lm() -> Stream:
-    """A layer of the language model of ``memopt train`` while AdamW trains it."""
-    torch.manual_seed(0)
-    config = ModelConfig(context=64, width=COLS, layers=2, heads=4)
-    model = LanguageModel(config)
-    corpus = Corpus(load_text(), config.context)
-    opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    weight = max((p for p in model.parameters() if p.shape[1:] == (COLS,)), key=lambda p: len(p))
-    step = 0
-    while True:
-        opt.zero_grad()
-        model(corpus.batch(0, step, 4)).backward()
-        assert weight.grad is not None
-        yield weight.grad[:ROWS].clone()
-        opt.step()
-        step += 1
-
-
-STREAMS: dict[str, Callable[[], Stream]] = {
-    "noise": noise,
-    "lm": lm,
-    "tails": tails,
-    "bursts": bursts,
-    "rare rows": rare_rows,
-    "spread": spread,
-    "scales": scales,
-    "drop": drop,
-    "pattern": pattern,
-    **{f"period {n}": period(n) for n in (13, 88, 89, 90)},
+DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
+FIGURES = {
+    "error": "Error of the update, |u − u32| / |u32|",
+    "length": "Length of the update in its direction, ⟨u, u32⟩ / ⟨u32, u32⟩ − 1",
+    "largest": "Longest update of an element, over the longest of fp32",
 }
+#: Of these the manual has the table.
+SHOWN = ("adamw-bf16", "adamw-8bit", "adamw-8bit.4bit", "adamw-8bit.factored", "adamw-4bit", "adamw-4bit.factored")
+PEERS = ("bitsandbytes 8bit", "torchao 8bit", "torchao 4bit")
 
 
-def optimizer(spec: str, p: Tensor, betas: tuple[float, float]) -> torch.optim.Optimizer | None:
+def optimizer(spec: str, p: torch.Tensor, betas: tuple[float, float]) -> torch.optim.Optimizer | None:
     """None where the package is not here or does not run on this processor."""
     common: dict[str, Any] = {"lr": 1.0, "betas": betas, "weight_decay": 0.0}
     try:
@@ -187,15 +93,16 @@ def measure(stream: Stream, specs: list[str], betas: tuple[float, float], steps:
             p.data.zero_()
             p.grad = g.clone()
             opt.step()
+            if step < steps // 2:
+                continue
             u = p.detach().double()
             if spec == "fp32":
                 exact = u.clone()
-            if step >= steps // 2:
-                found = sums[spec]
-                found[0] += (u - exact).square().sum()
-                found[1] += (u * exact).sum()
-                found[2] += exact.square().sum()
-                found[3] = found[3].maximum(u.abs().max())
+            found = sums[spec]
+            found[0] += (u - exact).square().sum()
+            found[1] += (u * exact).sum()
+            found[2] += exact.square().sum()
+            found[3] = found[3].maximum(u.abs().max())
     largest = float(sums["fp32"][3])
     return {
         spec: {
@@ -208,40 +115,78 @@ def measure(stream: Stream, specs: list[str], betas: tuple[float, float], steps:
     }
 
 
-def table(results: dict[str, dict[str, dict[str, float]]], figure: str) -> list[str]:
-    specs = list(next(iter(results.values())))
+def table(results: dict[str, dict[str, dict[str, float]]], figure: str, specs: tuple[str, ...]) -> list[str]:
     lines = ["| stream | " + " | ".join(specs) + " |", "|---|" + "--:|" * len(specs)]
+    form = "+.3f" if figure == "length" else ".2f" if figure == "largest" else ".3f"
     for name, found in results.items():
-        cells = (
-            f"{found[spec][figure]:+.3f}" if figure == "length" else f"{found[spec][figure]:.3f}" for spec in specs
-        )
+        cells = (format(found[spec][figure], form) if spec in found else "" for spec in specs)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
 
 
+def write(record: dict[str, Any], out: Path) -> None:
+    write_result(out / "fidelity.json", record)
+    lines = ["# The update of each format against that of fp32", ""]
+    for figure, title in FIGURES.items():
+        lines += [f"## {title}", "", *table(record["streams"], figure, SPECS), ""]
+    for name, (title, _, page, _) in LONG.items():
+        if name in record:
+            lines += [f"## {title}", "", *page(record[name]), ""]
+    (out / "fidelity.md").write_text("\n".join(lines))
+    if out != RESULTS:
+        return
+    write_docs("fidelity", table(record["streams"], "error", (*SHOWN, *PEERS)))
+    for name, (_, _, page, shown) in LONG.items():
+        if name in record and shown:
+            write_docs(name, page(record[name]))
+
+
+def write_docs(name: str, lines: list[str]) -> None:
+    """Replace the table in docs/formats.md between the comments that name it."""
+    begin, end = f"<!-- benchmarks/fidelity.py: {name} -->\n", f"<!-- {name}: end -->"
+    text = DOCS.read_text()
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if not rest or end not in rest:
+        raise SystemExit(f"docs/formats.md has no place for {name}")
+    DOCS.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
+
+
 def main() -> int:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="streams, with commas between them")
-    parser.add_argument("--specs", default="", help="specs, with commas between them")
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--beta2", type=float, nargs="*", default=[0.999])
+    parser.add_argument("--only", default="", help="streams or parts, with commas between them")
+    parser.add_argument("--specs", default="", help="specs, with commas between them: to the terminal alone")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of a stream; the long runs are as much shorter")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for fidelity.json and fidelity.md")
+    parser.add_argument("--beta2", type=float, nargs="*", help="with --specs")
+    parser.add_argument("--again", action="store_true", help="also what is in the results already")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    names = args.only.split(",") if args.only else list(STREAMS)
-    specs = args.specs.split(",") if args.specs else list(SPECS)
-    results = {}
-    for beta2 in args.beta2:
-        for name in names:
-            label = name if beta2 == 0.999 else f"{name}, β2 {beta2:g}"
-            results[label] = measure(STREAMS[name](), specs, (0.9, beta2), args.steps)
-            print(label, {s: tuple(round(x, 3) for x in v.values()) for s, v in results[label].items()}, flush=True)
-    if args.only or args.specs:
+    wanted = args.only.split(",") if args.only else None
+    if args.specs:
+        for beta2 in args.beta2 or [0.999]:
+            for name in wanted or STREAMS:
+                found = measure(STREAMS[name](), args.specs.split(","), (0.9, beta2), args.steps)
+                print(
+                    f"{name:>16} {beta2:<6}",
+                    {s: [round(x, 3) for x in v.values()] for s, v in found.items()},
+                    flush=True,
+                )
         return 0
-    lines = ["# The update of each format against that of fp32", ""]
-    for figure in ("error", "length", "largest"):
-        lines += [f"## {figure}", "", *table(results, figure), ""]
-    write_result(RESULTS / "fidelity.json", {"steps": args.steps, "results": results})
-    (RESULTS / "fidelity.md").write_text("\n".join(lines))
+    path = args.out / "fidelity.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"steps": args.steps, "streams": {}}
+    for name, beta2 in [*((name, 0.999) for name in STREAMS), *BETAS]:
+        label = name if beta2 == 0.999 else f"{name}, β2 {beta2:g}"
+        if (wanted is None or label in wanted) and (args.again or label not in record["streams"]):
+            record["streams"][label] = measure(STREAMS[name](), list(SPECS), (0.9, beta2), args.steps)
+            print(label, {s: round(v["error"], 3) for s, v in record["streams"][label].items()}, flush=True)
+            write_result(path, record)
+    for name, (_, run, page, _) in LONG.items():
+        if (wanted is None or name in wanted) and (args.again or name not in record):
+            record[name] = run(optimizer, args.steps / STEPS)
+            print("\n".join(page(record[name])), flush=True)
+            write_result(path, record)
+    write(record, args.out)
     return 0
 
 
