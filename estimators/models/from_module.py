@@ -68,8 +68,8 @@ def _stored(p: Any) -> tuple[str, Shape]:
 
 
 def _config(module: Any, shapes: dict[str, Shape]) -> dict[str, Any] | None:
-    """The module's own configuration, where it describes exactly these parameters: another head or a change by hand
-    would have other activations."""
+    """The module's own configuration, where it describes exactly these parameters and there is a formula for them:
+    another head or a change by hand would have other activations."""
     to_dict = getattr(getattr(module, "config", None), "to_dict", None)
     config = to_dict() if to_dict else None
     if not isinstance(config, dict):
@@ -77,7 +77,7 @@ def _config(module: Any, shapes: dict[str, Shape]) -> dict[str, Any] | None:
     from estimators.models.from_config import from_config
 
     try:
-        described = dict(from_config(config, type(module).__name__).shapes)
+        described = from_config(config, type(module).__name__)
     except InputError:
         return None
-    return config if described == shapes else None
+    return config if not described.head and dict(described.shapes) == shapes else None

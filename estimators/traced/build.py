@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -60,9 +60,13 @@ def built(
     head: str = "",
     dtype: torch.dtype = torch.bfloat16,
     attention: str | None = None,
+    prepare: Callable[[torch.nn.Module], torch.nn.Module] | None = None,
 ) -> tuple[torch.nn.Module, Faked]:
-    """The module in training mode on fake tensors, and its fake mode. Raises :class:`InputError`."""
+    """The module in training mode on fake tensors, and its fake mode. ``prepare`` is given it before: modules cannot be
+    converted once their weights are fake. Raises :class:`InputError`."""
     module, faked = _module(config, source, head, dtype, attention)
+    if prepare is not None:
+        module = prepare(module)
     fake_weights(module, faked)
     return module.train(), faked
 

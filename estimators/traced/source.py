@@ -129,12 +129,14 @@ def _module(model: Model, asked: Training, sharded: bool) -> Iterator[tuple[torc
         return
     assert model.config is not None
     attention = "eager" if asked.attention == "eager" else None
-    module, faked = built(model.config, model.name, model.head, dtype or torch.bfloat16, attention)
     names = {name for name, _ in model.shapes}
-    for name, p in module.named_parameters():
-        p.requires_grad_(name in names and name not in model.frozen)
-    if asked.lora:
-        module = _adapted(module, model, faked, asked)
+
+    def prepare(module: torch.nn.Module) -> torch.nn.Module:
+        for name, p in module.named_parameters():
+            p.requires_grad_(name in names and name not in model.frozen)
+        return _adapted(module, model, asked) if asked.lora else module
+
+    module, faked = built(model.config, model.name, model.head, dtype or torch.bfloat16, attention, prepare)
     with _checkpointed(module, asked.checkpointing):
         yield module, faked
 
@@ -145,7 +147,7 @@ def _dtype(model: Model) -> torch.dtype | None:
     return getattr(torch, kinds.pop()) if len(kinds) == 1 else None
 
 
-def _adapted(module: torch.nn.Module, model: Model, faked: Faked, asked: Training) -> torch.nn.Module:
+def _adapted(module: torch.nn.Module, model: Model, asked: Training) -> torch.nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -160,9 +162,11 @@ def _adapted(module: torch.nn.Module, model: Model, faked: Faked, asked: Trainin
         modules_to_save=asked.modules_to_save.replace(",", " ").split() or None,
     )
     try:
-        with faked.on():
-            adapted: torch.nn.Module = get_peft_model(module, config, autocast_adapter_dtype=asked.lora_dtype == "fp32")
-            return adapted
+        with quiet():
+            adapted: torch.nn.Module = get_peft_model(
+                module, config, autocast_adapter_dtype=asked.lora_dtype == "fp32", low_cpu_mem_usage=True
+            )
+        return adapted
     except Exception as error:
         raise InputError(f"PEFT does not adapt {type(module).__name__}: {reason(error)}") from None
 

@@ -94,3 +94,12 @@ def test_with_adapters(flags):
     assert e.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert e.activations.saved == pytest.approx(kept, rel=SAVED)
     assert peak(e.activations) == pytest.approx(highest, rel=PEAK)
+    wrapped = estimate(model, "adamw", seq=SEQ, batch=BATCH, device="cpu")
+    assert wrapped.trainable == e.trainable
+    assert wrapped.activations.saved == e.activations.saved
+
+
+def test_a_live_module_is_traced():
+    e = estimate(real_model(), "adamw", seq=SEQ, batch=BATCH, device="cpu")
+    plain = estimate(CONFIG, "adamw", weights="fp32", seq=SEQ, batch=BATCH, device="cpu")
+    assert e.activations.saved == plain.activations.saved
