@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,14 +26,13 @@ class Array(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("nbytes", ctypes.c_int64), ("written", ctypes.c_int32)]
 
 
-@cache
-def library() -> ctypes.CDLL:
-    with tempfile.TemporaryDirectory() as directory:
-        target = f"{directory}/roof.so"
-        source = str(Path(__file__).with_name("roof.cpp"))
-        flags = ["-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
-        subprocess.run([*compiler(), *flags, source, "-o", target], check=True)
-        return ctypes.CDLL(target)
+def build(directory: str) -> str:
+    """The path of the library that :func:`memory` takes."""
+    target = f"{directory}/roof.so"
+    source = str(Path(__file__).with_name("roof.cpp"))
+    flags = ["-std=c++17", "-O3", "-march=native", "-Wno-psabi", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([*compiler(), *flags, source, "-o", target], check=True)
+    return target
 
 
 def passes(rule: str, p: Tensor, state: dict[str, Tensor]) -> list[list[tuple[Tensor, bool]]]:
@@ -58,8 +55,10 @@ def passes(rule: str, p: Tensor, state: dict[str, Tensor]) -> list[list[tuple[Te
     return [[(g, False)], step]  # the look; of a factored moment the new means
 
 
-def memory(found: Sequence[Sequence[tuple[Tensor, bool]]], numel: int, rounds: int = 7) -> float:
-    """Seconds of these passes without arithmetic, by as many threads as torch has: the median."""
+def memory(found: Sequence[Sequence[tuple[Tensor, bool]]], numel: int, path: str, rounds: int = 7) -> float:
+    """Seconds of these passes without arithmetic, by as many threads as torch has: the median. ``path`` is
+    :func:`build`'s."""
+    library = ctypes.CDLL(path)
     times = []
     calls = []
     for one in found:
@@ -68,7 +67,7 @@ def memory(found: Sequence[Sequence[tuple[Tensor, bool]]], numel: int, rounds: i
     for _ in range(rounds):
         start = time.perf_counter()
         for arrays, count in calls:
-            library().memopt_roof(arrays, count, ctypes.c_int64(numel // CHUNK), torch.get_num_threads())
+            library.memopt_roof(arrays, count, ctypes.c_int64(numel // CHUNK), torch.get_num_threads())
         times.append(time.perf_counter() - start)
     return median(times)
 

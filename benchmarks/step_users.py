@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
@@ -50,11 +51,11 @@ AGAINST = {
     "memory roof": "torch step",
     "arithmetic roof": "torch step",
 }
-ROUNDS, SETTLED_ROUNDS = 11, 5
+ROUNDS, SETTLED_ROUNDS = 9, 5
 
 
-def worker(spec: str, numel: int, threads: int) -> dict[str, float]:
-    """Medians in ms of every kind of step, in this process."""
+def worker(spec: str, numel: int, threads: int, library: str) -> dict[str, float]:
+    """Medians in ms of every kind of step, in this process; ``library`` is :func:`roof.build`'s."""
     import roof
     import torch
     from settled import settle
@@ -133,13 +134,14 @@ def worker(spec: str, numel: int, threads: int) -> dict[str, float]:
     found["settled step"] = settled["step"] * found["torch step"] / settled["torch step"]
     p = opt.param_groups[0]["params"][0]
     passes = roof.passes(memopt.parse(spec).rule, p, opt.state[p])
-    found["memory roof"] = roof.memory(passes, numel) * 1e3
+    found["memory roof"] = roof.memory(passes, numel, library) * 1e3
     found["arithmetic roof"] = roof.arithmetic(spec, numel) * 1e3
     return found
 
 
-def measure(spec: str, args: Namespace) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--worker", spec, "--numel", str(args.numel), "--threads", str(args.threads)]
+def measure(spec: str, args: Namespace, library: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--worker", spec, "--roof", library]
+    command += ["--numel", str(args.numel), "--threads", str(args.threads)]
     runs = []
     for _ in range(args.processes):
         done = subprocess.run(command, capture_output=True, text=True)
@@ -189,16 +191,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--only", default="", help="one spec, printed and not written")
-    parser.add_argument("--worker", help="used by itself")
+    parser.add_argument("--worker", help="used by itself, with --roof")
+    parser.add_argument("--roof")
     args = parser.parse_args()
     if args.worker:
-        print(json.dumps(worker(args.worker, args.numel, args.threads)))
+        print(json.dumps(worker(args.worker, args.numel, args.threads, args.roof)))
         return
-    rows, before = [], os.getloadavg()[0]
-    for spec in BARS:
-        if args.only in ("", spec):
-            rows.append(measure(spec, args))
-            print(cells(rows[-1]), flush=True)
+    import roof
+
+    rows, before, start = [], os.getloadavg()[0], time.perf_counter()
+    with tempfile.TemporaryDirectory() as directory:
+        library = roof.build(directory)
+        for spec in BARS:
+            if args.only in ("", spec):
+                rows.append(measure(spec, args, library))
+                print(cells(rows[-1]), flush=True)
+    print(f"{time.perf_counter() - start:.0f} s", flush=True)
     if not args.only:
         result = {"numel": args.numel, "threads": args.threads, "load_before": before, "rows": rows, "bars": BARS}
         write_result(RESULTS / "step_users.json", result)
