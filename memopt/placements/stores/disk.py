@@ -13,6 +13,7 @@ import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from operator import is_
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -28,7 +29,7 @@ from memopt.placements.stores.durable_directory import Directory
 from memopt.placements.stores.mapped_files import bytes_view
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, placed
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
-from memopt.placements.transfer.pipeline import Lanes, Operation, stream
+from memopt.placements.transfer.pipeline import Lanes, Operation, stream_on_host
 from memopt.placements.transfer.streams import Threads
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
@@ -184,13 +185,12 @@ class Files(Streamed):
         return [reading, Operation("up", up, nbytes), stepping, Operation("down", down, nbytes), writing]
 
     def streaming(self, works: Sequence[Work], chunked: Callable[[Work], ChunkedState]) -> Streaming | None:
-        if self.directory or any(work.groups or work.p.device.type != "cpu" for work in works):
-            return None  # every step writes elsewhere than it reads, or waits for other ranks, or for a card
         slices = self._slices(works, chunked)
         self._fit(works[0].p.device)
-        host, entries = self._host, [self.entries[work.name] for work in works]
-        if not host:
-            return None
+        if self.directory or not self._host or any(work.groups or not work.p.is_cpu for work in works):
+            return None  # every step writes elsewhere than it reads, or waits for other ranks, or for a card
+        host, names = self._host, [work.name for work in works]
+        entries = [self.entries[name] for name in names]
         chunks = [placed(chunk) for chunk in pack([one for one in slices if one.nbytes], self.buffers.nbytes)]
         moves, on_buffers = [], []
         for i, chunk in enumerate(chunks):
@@ -200,9 +200,8 @@ class Files(Streamed):
         empty = [one.on(dict(one.work.state)) for one in slices if not one.nbytes]
         on_buffers += [empty] if empty else []
 
-        def same() -> bool:
-            there = self._host is host  # another list where buffers were made anew
-            return there and all(self.entries.get(w.name) is e for w, e in zip(works, entries, strict=True))
+        def same() -> bool:  # the list of buffers is another where they were made anew
+            return self._host is host and all(map(is_, map(self.entries.get, names), entries))
 
         def chain(i: int, step: Callable[[int], None]) -> list[Operation]:
             reads, writes, nbytes = moves[i]
@@ -213,12 +212,13 @@ class Files(Streamed):
             ]
 
         def run(step: Callable[[int], None], wanted: Collection[int]) -> None:
-            self._lanes = self._threads
-            nothing = [Operation("step", lambda _: None)]  # a chunk that is left out keeps its place among the buffers
-            stream([chain(i, step) if i in wanted else nothing for i in range(len(chunks))], self._threads, len(host))
+            idle = [Operation("step", lambda _: None)]  # a chunk that is left out keeps its place among the buffers
+            chains = [chain(i, step) if i in wanted else idle for i in range(len(chunks))]
+            stream_on_host(chains, self._threads, len(host))
             if empty and len(chunks) in wanted:
                 step(len(chunks))
-            self._unmap()
+            if not self.arena.direct:  # a direct write takes from memory what stands where it writes
+                self._unmap()
 
         return Streaming(on_buffers, run, same)
 

@@ -64,5 +64,14 @@ def stream(chains: Sequence[Sequence[Operation]], lanes: Lanes, count: int) -> N
         lanes.finish()
 
 
+def stream_on_host(chains: Sequence[Sequence[Operation]], lanes: Lanes, count: int) -> None:
+    """:func:`stream` where all operations are the host's own: the only chain is executed here, since nothing could run
+    beside it, and handing it to other threads takes time."""
+    if len(chains) > 1:
+        stream(chains, lanes, count)
+    for operation in chains[0] if len(chains) == 1 else ():
+        operation.run(0)
+
+
 def _submit(lanes: Lanes, operation: Operation, buffer: int, after: Sequence[Event]) -> Event:
     return lanes.submit(operation.lane, lambda: operation.run(buffer), after, operation.nbytes)
