@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memopt.checkpoint.importers import own_dict, read_state_dict
-from memopt.checkpoint.load_state import Plan
+from memopt.checkpoint.load_state import StateLoad
 
 if TYPE_CHECKING:
     from memopt.optim.parts import OptimizerParts
@@ -29,7 +29,7 @@ def load_other(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> None
             f"of {here[1]}; opt.consolidate_state_dict() before state_dict(), or memopt.save and memopt.load, go from "
             "one number of ranks to another"
         )
-    plan = Plan(optimizer, source, hyper=True, fill={})
+    plan = StateLoad(optimizer, source, hyper=True, fill={})
     with optimizer.store.restoring("load_state_dict()"):
         report = plan.apply()
     if report.before == report.after and not report.dropped and not any(x.encoded for x in report.losses.values()):

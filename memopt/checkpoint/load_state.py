@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from memopt.optim.parts import OptimizerParts
 
 
-class Plan:
+class StateLoad:
     """How ``source`` goes into ``optimizer``. Raises ValueError, before anything is changed, for what does not fit."""
 
     def __init__(self, optimizer: OptimizerParts, source: Source, hyper: bool, fill: Fill, strict: bool = True) -> None:

@@ -18,7 +18,7 @@ from memopt.checkpoint.importers import read_state_dict
 from memopt.checkpoint.io import json_values
 from memopt.checkpoint.io import rng_state as random_state
 from memopt.checkpoint.load_model import plan_common, plan_model
-from memopt.checkpoint.load_state import Plan
+from memopt.checkpoint.load_state import StateLoad
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.state.detect import is_foreign, read_path
 from memopt.optim.saving.load_state_dict import apart
@@ -108,7 +108,7 @@ def load(
             plans.append(apply)
         state = None
         if optimizer is not None:
-            state = Plan(optimizer, checkpoint.optimizer_of(rule), hyper, fill or {}, strict)
+            state = StateLoad(optimizer, checkpoint.optimizer_of(rule), hyper, fill or {}, strict)
             notes += state.notes
         saved = _scheduler(checkpoint) if scheduler is not None else None
         generators = checkpoint.random_state(ranks.rank) if rng else {}
@@ -162,7 +162,7 @@ def _load_foreign(
         source, where = read_state_dict(apart(optimizer.store, path), "the state_dict", rule), Path()
     else:
         source, where = read_path(Path(path), rule), Path(path)
-    plan = Plan(optimizer, source, hyper, fill, strict)
+    plan = StateLoad(optimizer, source, hyper, fill, strict)
     step = int(max((record.step for record in source.records.values()), default=0))
     with optimizer.store.restoring("memopt.load"):
         return Loaded(where, step, plan.apply(), notes=plan.notes)

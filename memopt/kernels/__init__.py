@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from memopt.kernels.context import Plan, StepContext, StepOutcome, Stores, Streaming
+from memopt.kernels.context import CachedStep, StepContext, StepOutcome, Stores, Streaming
 from memopt.kernels.loader import library, missing
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memopt.layout.param_step import Work
 
 __all__ = [
-    "Plan",
+    "CachedStep",
     "StepContext",
     "StepOutcome",
     "Stores",
@@ -29,7 +29,7 @@ __all__ = [
     "check_capturable",
     "library",
     "look",
-    "make_plan",
+    "make_cached_step",
     "missing",
     "needs_ranks",
     "on_cpu",
@@ -39,20 +39,20 @@ __all__ = [
 ]
 
 
-def make_plan(
+def make_cached_step(
     context: StepContext,
     works: Sequence[Work],
     originals: Mapping[int, Tensor],
     stores: Stores,
-    before: Plan | None,
-) -> Plan | None:
+    before: CachedStep | None,
+) -> CachedStep | None:
     """A plan for these parameters, after they have stepped; None where not all of them can go one way.
 
     ``originals`` are all parameters by their place, ``before`` is the plan of the step before.
     """
     from memopt.kernels import cached_step, streamed_step, triton
 
-    ways = (triton.make_plan, cached_step.make, streamed_step.make)
+    ways = (triton.make_cached_step, cached_step.make, streamed_step.make)
     return next((plan for make in ways if (plan := make(context, works, originals, stores, before))), None)
 
 

@@ -57,7 +57,7 @@ def record(context: StepContext, work: Work, p: Tensor) -> Record | None:
     return Record(work.layout, p, work.p, work.state, work.h, kind_of(grad), offset)
 
 
-class Known:
+class CachedEntries:
     """All parameters that had a gradient when the plan was made, or when one before it was."""
 
     recorded = False

@@ -17,7 +17,7 @@ import torch
 
 from memopt.core.rows import Rows
 from memopt.kernels import abi, pack
-from memopt.kernels.cached_entries import Known, Record, record
+from memopt.kernels.cached_entries import CachedEntries, Record, record
 from memopt.kernels.huge_pages import SMALLEST, Pages
 from memopt.kernels.loader import library
 from memopt.partitions.batched_allreduce import Update, run_together
@@ -45,7 +45,7 @@ class Shared(NamedTuple):
 NONE_SHARED: Mapping[int, Shared] = MappingProxyType({})
 
 
-class Plan(Known):
+class CachedStep(CachedEntries):
     """The descriptors of all parameters that have had a gradient; made by :func:`make`."""
 
     #: The host knows what gradients are multiplied by when it steps.
@@ -218,7 +218,7 @@ def make(
     originals: Mapping[int, Tensor],
     stores: Stores,
     before: object,
-) -> Plan | None:
+) -> CachedStep | None:
     """A plan for these parameters, after they have stepped, and for those that ``before`` knew; None where not all of
     them can go this way."""
     if library() is None or not works or context.spec.engine != "native" or not context.partition.plannable:
@@ -238,7 +238,7 @@ def make(
             over_ranks[work.index] = work.groups, -(-Rows.whole(work.rows.shape).numel // world)
         fresh[work.index] = one, work
     kept: dict[int, tuple[Record, abi.TensorStep]] = {}
-    if isinstance(before, Plan):
+    if isinstance(before, CachedStep):
         both = zip(before.still_known(context), before.tensors, strict=False)
         kept = {one.layout.index: (one, tensor) for one, tensor in both if one.layout.index not in fresh}
         places = {place: one.layout.index for place, one in enumerate(before.records)}
@@ -258,4 +258,4 @@ def make(
             alone = abi.TensorStep()
             pack.copy(alone, tensors[place])
             shared[place] = Shared(alone, *over_ranks[index])
-    return Plan(context, [(fresh.get(i) or kept[i])[0] for i in order], tensors, shared)
+    return CachedStep(context, [(fresh.get(i) or kept[i])[0] for i in order], tensors, shared)

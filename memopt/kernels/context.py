@@ -58,7 +58,7 @@ class Stores(Protocol):
     def streaming(self, works: Sequence[Work]) -> Streaming | None: ...  # of works whose state is not; None: not alike
 
 
-class Plan(Protocol):
+class CachedStep(Protocol):
     """A whole optimizer's step, prepared once and repeated while nothing but the gradients changes."""
 
     #: Whether NaN and Inf, torch.amp.GradScaler's numbers and the norm of the gradients are looked at on the device.

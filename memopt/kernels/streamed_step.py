@@ -16,7 +16,7 @@ import torch
 
 from memopt.kernels import abi, pack
 from memopt.kernels.cached_entries import Record, record
-from memopt.kernels.cached_step import Plan
+from memopt.kernels.cached_step import CachedStep
 from memopt.kernels.loader import library
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Row(NamedTuple):
     offset: int
 
 
-class StreamedPlan(Plan):
+class StreamedPlan(CachedStep):
     """``rows`` say of what each descriptor is, ``ranges`` which of them are stepped in each chunk; those before the
     first range lie where they are stepped."""
 

@@ -43,8 +43,8 @@ class Stepper:
 
     def __init__(self, store: StateStore) -> None:
         self.store, self.params, self.setup = store, store.params, store.setup
-        self.plan: kernels.Plan | None = None
-        self._captured: list[kernels.Plan] = []  # plans whose tables a CUDA graph reads
+        self.plan: kernels.CachedStep | None = None
+        self._captured: list[kernels.CachedStep] = []  # plans whose tables a CUDA graph reads
         self.gradients = GradientPolicy(self.params)
 
     def step(self, scaler: Scaler) -> None:
@@ -115,7 +115,7 @@ class Stepper:
             originals = {i: p for i, _, p, _ in self.params.numbered()}
             plannable = self.setup.partition.plannable
             context = self._context(scaler)
-            self.plan = kernels.make_plan(context, works, originals, stores, self.plan) if plannable else None
+            self.plan = kernels.make_cached_step(context, works, originals, stores, self.plan) if plannable else None
 
     def settle(self) -> None:
         """Take note of what became of the last step, where kernels run beside the host."""

@@ -63,3 +63,40 @@ def test_a_file_has_at_most_300_lines():
     assert len(files) > 500
     long = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert not {name: lines for name, lines in long.items() if lines > 300}
+
+
+#: Words of our own that gave way to the field's, or had several meanings. CONTRIBUTING.md has the glossary.
+RETIRED = frozenset(
+    [
+        "home",
+        "homes",
+        "bus",
+        "lease",
+        "loan",
+        "keeper",
+        "held",
+        "aside",
+        "bring",
+        "expect",
+        "survivor",
+        "admit",
+        "at_step",
+        "publish",
+        "early",
+        "arrivals",
+        "away",
+        "noise",
+        "worlds",
+    ]
+)
+
+
+def test_retired_words_name_nothing():
+    """Functions, classes and methods of the package."""
+    found = []
+    for name, path in MODULES.items():
+        if name.startswith("memopt"):
+            kinds = ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef
+            defined = (node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, kinds))
+            found += [f"{name}.{one}" for one in defined if one.strip("_").lower() in RETIRED]
+    assert not found

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 State = dict[str, Any]
 
 
-class Plan(NamedTuple):
+class ExportPlan(NamedTuple):
     """``spec`` and ``encoding`` are what the tool can hold; ``group(hyper)`` and ``state(record, parts)`` make its
     dictionaries of ours (no ``state`` where an optimizer has no dictionary of its own); ``check(converted)`` raises
     ValueError where what would be written cannot be; ``complete(found, converted)`` has the last word on the whole."""
@@ -113,7 +113,7 @@ class Exporter(NamedTuple):
     """One tool. ``plan(source)`` raises ValueError for what it cannot hold; ``named`` says that parameters are called
     by name in its dictionaries, ``folder`` that what it writes is one."""
 
-    plan: Callable[[Source], Plan]
+    plan: Callable[[Source], ExportPlan]
     write: Write = to_file
     named: bool = False
     folder: bool = False

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State, by_moment
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.engines.bitsandbytes import KERNELS
 from memopt.formats.foreign.bitsandbytes import code_book
 from memopt.spec import OptimSpec
 
 
-def _plan(source: Source, fmt: str) -> Plan:
+def _plan(source: Source, fmt: str) -> ExportPlan:
     rule = source.spec.rule
     if rule not in KERNELS:
         raise ValueError(f"bitsandbytes has no {rule}; it has {', '.join(KERNELS)}")
-    return Plan(OptimSpec(rule=rule, format=fmt, engine="bitsandbytes"), lambda h: _group(rule, h), _state)
+    return ExportPlan(OptimSpec(rule=rule, format=fmt, engine="bitsandbytes"), lambda h: _group(rule, h), _state)
 
 
 def _state(record: Record, parts: State) -> State:

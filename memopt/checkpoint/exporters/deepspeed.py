@@ -27,7 +27,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.converted_source import Converted, Zeros, in_memory
 from memopt.checkpoint.exporters import torch_optim
-from memopt.checkpoint.exporters.base import Exported, Exporter, Plan, State, counted, save
+from memopt.checkpoint.exporters.base import Exported, Exporter, ExportPlan, State, counted, save
 from memopt.checkpoint.io import json_values
 from memopt.checkpoint.io.checkpoint_dir import sync_directory
 from memopt.checkpoint.state.saved import Record, Source
@@ -45,7 +45,7 @@ DS_VERSION = "0.19.8"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def _plan(source: Source) -> Plan:
+def _plan(source: Source) -> ExportPlan:
     rule = source.spec.rule
     if rule not in ("adam", "adamw") or any(group.hyper["amsgrad"] for group in source.groups):
         raise ValueError(
@@ -67,7 +67,7 @@ def _plan(source: Source) -> Plan:
         )
     masters = {record.master.master.name for record in source.records.values() if record.master is not None}
     spec = OptimSpec(rule=rule, master=next(iter(masters), "none"))
-    return Plan(spec, lambda h: torch_optim.group(rule, h), check=_step)
+    return ExportPlan(spec, lambda h: torch_optim.group(rule, h), check=_step)
 
 
 def _step(converted: Converted) -> float:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.param_state import Encoding
-from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment, in_blocks
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State, by_moment, in_blocks
 from memopt.checkpoint.importers.flashoptim import CODES, COMPANDED, CORRECTION, CORRECTIONS, SCALES
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.masters import LOW_PRECISION, MASTERS, Master
@@ -25,7 +25,7 @@ _HYPER = {
 _BYTES = {"split": 3, "split16": 4, "fp32": 4, "kahan": 4}
 
 
-def _plan(source: Source) -> Plan:
+def _plan(source: Source) -> ExportPlan:
     rule, nbytes = source.spec.rule, _BYTES.get(source.spec.master, 0)
     if rule not in _HYPER:
         raise ValueError(f"flashoptim has no {rule}; it has {', '.join(_HYPER)}")
@@ -57,7 +57,7 @@ def _plan(source: Source) -> Plan:
         own = {key: h[key] for key in _HYPER[rule]}
         return {**own, "initial_lr": h.get("initial_lr", h["lr"]), "master_bytewidth": nbytes, "quantize": True}
 
-    return Plan(OptimSpec(rule=rule), group, state, Encoding(in_blocks(COMPANDED), master))
+    return ExportPlan(OptimSpec(rule=rule), group, state, Encoding(in_blocks(COMPANDED), master))
 
 
 def _scales(scales: Tensor, dtype: str) -> Any:

@@ -6,13 +6,15 @@ import copy
 import json
 
 from memopt.checkpoint.conversion.converted_source import Converted
-from memopt.checkpoint.exporters.base import Exporter, Plan, State
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State
 from memopt.spec import OptimSpec
 
 
 def exporter_of(spec: OptimSpec) -> Exporter:
     """What writes the dictionary that an optimizer of this spec would have on one process."""
-    return Exporter(lambda source: Plan(spec, lambda h: dict(h), lambda record, parts: dict(parts), complete=_complete))
+    return Exporter(
+        lambda source: ExportPlan(spec, lambda h: dict(h), lambda record, parts: dict(parts), complete=_complete)
+    )
 
 
 def _complete(found: State, converted: Converted) -> State:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from memopt.checkpoint.conversion.converted_source import Zeros
-from memopt.checkpoint.exporters.base import Exported, Exporter, Plan, State, counted
+from memopt.checkpoint.exporters.base import Exported, Exporter, ExportPlan, State, counted
 from memopt.checkpoint.io.checkpoint_dir import sync_directory
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.checkpoint.tensorfile import Progress
@@ -36,7 +36,7 @@ OWN = {"adam": {"decoupled_weight_decay": False}, "adamw": {"decoupled_weight_de
 _FACTORS = {"exp_avg_sq.row": "row_var", "exp_avg_sq.col": "col_var", "exp_avg_sq": "variance"}
 
 
-def _plan(source: Source) -> Plan:
+def _plan(source: Source) -> ExportPlan:
     rule = source.spec.rule
     if rule not in RULES or (rule == "adafactor" and not all(map(_is_torchs, source.groups))):
         raise ValueError(f"torch.optim has no {rule} with these hyperparameters; it has {', '.join(RULES)}")
@@ -60,7 +60,7 @@ def _plan(source: Source) -> Plan:
         return {names.get(key, key): value for key, value in parts.items() if counts or key != "step"}
 
     fmt = "factored" if rule == "adafactor" else "32bit"
-    return Plan(OptimSpec(rule=rule, format=fmt), lambda h: group(rule, h), state)
+    return ExportPlan(OptimSpec(rule=rule, format=fmt), lambda h: group(rule, h), state)
 
 
 def _is_torchs(group: Group) -> bool:
@@ -73,7 +73,7 @@ def group(rule: str, h: State) -> State:
     return {k: v for k, v in h.items() if k not in (*RULES[rule], "rule")} | OWN.get(rule, {})
 
 
-def _plan_dcp(source: Source) -> Plan:
+def _plan_dcp(source: Source) -> ExportPlan:
     """``get_optimizer_state_dict`` has every key of torch's group, and ``dcp.load`` asks for every key."""
     plan = _plan(source)
     own = next(kind for name, kind in vars(torch.optim).items() if name.lower() == plan.spec.rule)

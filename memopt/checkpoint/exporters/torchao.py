@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.param_state import Encoding
-from memopt.checkpoint.exporters.base import Exporter, Plan, State, by_moment, in_blocks
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State, by_moment, in_blocks
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.core.extras import require
 from memopt.engines.bitsandbytes import BLOCK
@@ -25,7 +25,7 @@ BLOCK_4BIT, BLOCK_FP8 = 128, 256
 Make = Callable[[Record, dict[str, Tensor], bool], Any]
 
 
-def _plan(source: Source, fmt: FlatBlocks, make: Make) -> Plan:
+def _plan(source: Source, fmt: FlatBlocks, make: Make) -> ExportPlan:
     rule = source.spec.rule
     if rule not in ("adam", "adamw"):
         raise ValueError(f"torchao has no {rule} in low precision; it has adam, adamw")
@@ -36,7 +36,7 @@ def _plan(source: Source, fmt: FlatBlocks, make: Make) -> Plan:
         made = {name: held[""] if "" in held else make(record, held, name == "exp_avg") for name, held in moments}
         return {"step": parts["step"], **made}
 
-    return Plan(OptimSpec(rule=rule), _group, state, Encoding(in_blocks(fmt, whole=True)))
+    return ExportPlan(OptimSpec(rule=rule), _group, state, Encoding(in_blocks(fmt, whole=True)))
 
 
 def _group(h: State) -> State:

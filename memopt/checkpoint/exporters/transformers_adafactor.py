@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memopt.checkpoint.exporters.base import Exporter, Plan, State
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.spec import OptimSpec
 
@@ -10,13 +10,13 @@ from memopt.spec import OptimSpec
 _NAMES = {"d": "clip_threshold", "beta2_decay": "decay_rate"}
 
 
-def _plan(source: Source) -> Plan:
+def _plan(source: Source) -> ExportPlan:
     if source.spec.rule != "adafactor" or any(g.hyper["convention"] == "torch" for g in source.groups):
         raise ValueError(
             "transformers has Adafactor in its own convention (convention='transformers'), and no other "
             f"rule of ours; this is {source.spec.rule}"
         )
-    return Plan(OptimSpec(rule="adafactor", format="factored"), _group, _state)
+    return ExportPlan(OptimSpec(rule="adafactor", format="factored"), _group, _state)
 
 
 def _state(record: Record, parts: State) -> State:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.kernels.context import StepContext, Stores
-    from memopt.kernels.triton.cached_step import Plan
+    from memopt.kernels.triton.cached_step import CachedStep
     from memopt.layout.param import ParamLayout
     from memopt.layout.param_step import Work
 
@@ -44,13 +44,13 @@ def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
     return cached_step.step(works, world_size, seed)
 
 
-def make_plan(
+def make_cached_step(
     context: StepContext,
     works: Sequence[Work],
     originals: Mapping[int, Tensor],
     stores: Stores,
     before: object,
-) -> Plan | None:
+) -> CachedStep | None:
     """A prepared step for all of these parameters, or None."""
     if not serves(works):
         return None
@@ -59,4 +59,4 @@ def make_plan(
     return cached_step.make(context, works, originals, stores, before)
 
 
-__all__ = ["capturing", "make_plan", "missing", "refuse", "serves", "status", "step", "version"]
+__all__ = ["capturing", "make_cached_step", "missing", "refuse", "serves", "status", "step", "version"]

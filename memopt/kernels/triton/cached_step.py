@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.cached_entries import Known, Record, record
+from memopt.kernels.cached_entries import CachedEntries, Record, record
 from memopt.kernels.context import StepOutcome
 from memopt.kernels.triton import tables
 from memopt.kernels.triton.available import capturing
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from memopt.rules import Rule
 
 
-class Plan(Known):
+class CachedStep(CachedEntries):
     """The tables of all parameters that have had a gradient; made by :func:`make`."""
 
     pages: Pages | None = None
@@ -245,7 +245,7 @@ def make(
     originals: Mapping[int, Tensor],
     stores: Stores,
     before: object,
-) -> Plan | None:
+) -> CachedStep | None:
     """A plan for these parameters, after they have stepped, and for those that ``before`` knew; None where not all of
     them can go this way."""
     one = len({work.p.device for work in works}) == 1
@@ -261,7 +261,7 @@ def make(
             return None
     tensors = describe_all(works, context.seed, context.groups, context.capturable)
     known: dict[int, tuple[Record, tables.Tensors]] = {}
-    if isinstance(before, Plan):
+    if isinstance(before, CachedStep):
         both = zip(before.still_known(context), before.made, strict=False)
         known = {one.layout.index: (one, tensor.copy()) for one, tensor in both}
     for work, tensor in zip(works, tensors, strict=True):
@@ -271,9 +271,9 @@ def make(
         known[work.index] = stepped, tensor
     records, made = zip(*(known[index] for index in sorted(known)), strict=True)
     launcher = Launcher(works[0].layout.rule, made, works[0].p.device, len(context.groups))
-    if isinstance(before, Plan) and before.launcher.device == launcher.device:
+    if isinstance(before, CachedStep) and before.launcher.device == launcher.device:
         launcher.skipped = before.launcher.skipped
-    plan = Plan(context, records, made, launcher)
+    plan = CachedStep(context, records, made, launcher)
     if context.capturable:
         plan.rehearse(context)
     return plan
