@@ -7,13 +7,11 @@ A row is one index of dimension 0. What becomes of each part of the state is in
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.conversion.in_place import slots
 from memopt.checkpoint.conversion.param_state import Slot, fill_slot
 from memopt.checkpoint.conversion.report import Conversion
 from memopt.checkpoint.conversion.resized_rows import Change, changed, indices
@@ -21,9 +19,9 @@ from memopt.checkpoint.state.all_rows import record_of_all
 from memopt.checkpoint.state.saved import Record
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows
-from memopt.layout.replaced_state import is_own
 from memopt.partitions.dtensor import is_dtensor
 from memopt.partitions.zero1 import Zero1
+from memopt.training.row_checks import check_shape, length, movable, shape_of_state, slot_of, take_over
 
 if TYPE_CHECKING:
     from memopt.optim.parts import OptimizerParts
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def select_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor | Sequence[int], into: Tensor | None) -> None:
     """See :meth:`memopt.Optimizer.select_rows`."""
-    name, rows = _movable(optimizer, p, into)
+    name, rows = movable(optimizer, p, into)
     wanted = indices(name, index, rows, p.device)
     now, there = len(p), "into" if into is not None else "it"
     if into is None and now == rows:
@@ -47,7 +45,7 @@ def select_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor | Sequence[i
 @torch.no_grad()
 def append_rows(optimizer: OptimizerParts, p: Tensor, rows: Tensor | None, into: Tensor | None) -> None:
     """See :meth:`memopt.Optimizer.append_rows`."""
-    name, before = _movable(optimizer, p, into)
+    name, before = movable(optimizer, p, into)
     if rows is not None:
         if len(p) != before or into is not None:
             raise ValueError(f"{name}: give either rows or a weight that has them already, not both")
@@ -87,10 +85,10 @@ def reset_state(
     given = known if parameters is None else [parameters] if isinstance(parameters, Tensor) else list(parameters)
     plans = []
     for p in given:
-        slot = _slot(optimizer, p)
-        _take_over(optimizer, p)
-        _check_shape(optimizer, slot, p)
-        index = None if rows is None else indices(slot.name, rows, _length(slot.rows.shape), p.device)
+        slot = slot_of(optimizer, p)
+        take_over(optimizer, p)
+        check_shape(optimizer, slot, p)
+        index = None if rows is None else indices(slot.name, rows, length(slot.rows.shape), p.device)
         kept = {moment.name for moment, _ in slot.codes}
         if chosen and not chosen <= kept:
             unknown = sorted(chosen - kept)[0]
@@ -103,119 +101,15 @@ def reset_state(
         optimizer.store.flush()
 
 
-# What is asked for -----------------------------------------------------------------------------------------------
-
-
-def _slot(optimizer: OptimizerParts, p: Tensor) -> Slot:
-    optimizer.setup.check_whole()
-    optimizer.placement_stores.check()
-    for q, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition):
-        if q is p:
-            return slot
-    shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
-    raise ValueError(f"a parameter of shape {shape} is not one of this optimizer's")
-
-
-def _movable(optimizer: OptimizerParts, p: Tensor, into: Tensor | None) -> tuple[str, int]:
-    """Its name, and how many rows its state has; raises where they cannot change."""
-    name = _slot(optimizer, p).name
-    if optimizer.partition.is_flattened:
-        raise RuntimeError(
-            f"DeepSpeed has flattened {name}, and its rows are where it was cut: save, change the model, and use "
-            "memopt.load(..., strict=False), which takes the rows that are in both"
-        )
-    if is_dtensor(p) or is_dtensor(into):
-        _check_sharded(optimizer, name, p, into)
-    if optimizer.release is not None:
-        raise RuntimeError(f"{name} is stepped inside backward(), by hooks that know its size: release.remove() first")
-    if p.dim() == 0:
-        raise ValueError(f"{name} is a single number and has no rows")
-    _take_over(optimizer, p)
-    if into is None:
-        return name, _shape_of_state(optimizer, p)[0]
-    if into.dtype != p.dtype or into.device != p.device or into.shape[1:] != p.shape[1:] or into.dim() != p.dim():
-        raise ValueError(
-            f"into is {into.dtype} {tuple(into.shape)} on {into.device}; in the place of {name} goes {p.dtype} "
-            f"{('n', *p.shape[1:])} on {p.device}"
-        )
-    if not into.is_leaf or any(into is q for _, q, _ in optimizer.params.entries()):
-        raise ValueError(f"into is {'no leaf' if not into.is_leaf else 'a parameter of this optimizer already'}")
-    return name, _shape_of_state(optimizer, p)[0]
-
-
-def _check_sharded(optimizer: OptimizerParts, name: str, p: Tensor, into: Tensor | None) -> None:
-    """Raise RuntimeError for a parameter that torch has sharded, but where another takes its place that is cut by rows
-    over the same ranks."""
-    partition = optimizer.partition
-    for x in (p, into):
-        if x is None or not is_dtensor(x):
-            raise RuntimeError(
-                f"torch has sharded {name}, which cannot change its size where it is: make the model anew, shard it, "
-                "and give the weight that takes its place as into=. Or save, and use memopt.load(..., strict=False), "
-                "which takes the rows that are in both"
-            )
-        if partition.local_rows(x) != partition.rows(tuple(x.shape), partition.rank, partition.world_size):
-            raise RuntimeError(
-                f"{name} is not cut by rows over all ranks; save, and use memopt.load(..., strict=False)"
-            )
-
-
-def _take_over(optimizer: OptimizerParts, p: Tensor) -> None:
-    """What somebody else has put into its state is taken over first, as before a step. A weight that has another size
-    than its state by now is held against the layout of that size later."""
-    for one in optimizer.params.resolved():
-        if one.p is p and optimizer.state.get(p):
-            with suppress(RuntimeError):
-                optimizer.store.check(one, optimizer.partition.local(p, one.layout.rows, p.detach()))
-
-
-def _shape_of_state(optimizer: OptimizerParts, p: Tensor) -> tuple[int, ...]:
-    """The shape for which its state was made; its data may be of another by now. That of the weight where there is no
-    state, or where no number of rows fits it."""
-    state, shape = optimizer.state.get(p), tuple(p.shape)
-    if not state or not shape:
-        return shape
-    slot, partition = _slot(optimizer, p), optimizer.partition
-    rule = slot.rule
-    there = {
-        k: tuple(x.shape) for k, x in state.items() if isinstance(x, Tensor) and k != "step" and not is_own(rule, k)
-    }
-    made = [m.shape[0] for m in optimizer.params.made if m.parameter() is p and m.shape[1:] == shape[1:]]
-    lengths = [x.shape[0] for x in state.values() if isinstance(x, Tensor) and x.dim()]
-    halves = [2 * n - odd for n in lengths for odd in (0, 1)] if len(shape) == 1 else []  # two codes in a byte
-    for rows in dict.fromkeys([*made, shape[0], *lengths, *halves]):
-        tried = rows, *shape[1:]
-        here = slot._replace(rows=partition.rows(tried, partition.rank, partition.world_size))
-        lines = [line for line in here.lines() if line.key in there]
-        if (lines or not there) and all(there[line.key] == line.shape for line in lines):
-            return tried
-    return shape
-
-
-def _check_shape(optimizer: OptimizerParts, slot: Slot, p: Tensor) -> None:
-    shape = _shape_of_state(optimizer, p)
-    if shape != tuple(p.shape):
-        raise RuntimeError(
-            f"{slot.name} is {tuple(p.shape)} and its state {shape}: call opt.append_rows or opt.select_rows first"
-        )
-
-
-def _length(shape: Sequence[int]) -> int:
-    return shape[0] if shape else 1
-
-
-# What is done ----------------------------------------------------------------------------------------------------
-
-
 def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: Tensor, into: Tensor | None) -> None:
-    shape = _shape_of_state(optimizer, p)
+    shape = shape_of_state(optimizer, p)
     partition, group, after = optimizer.partition, _group_of(optimizer, p), tuple(weights.shape)
     rows = partition.rows(after, partition.rank, partition.world_size)
     state = optimizer.state.get(p)
     made: dict[str, Tensor] = {}
     if state:
         old = partition.rows(shape, partition.rank, partition.world_size)
-        here = _slot(optimizer, p)._replace(rows=old, parameter=None)
+        here = slot_of(optimizer, p)._replace(rows=old, parameter=None)
         state = here.completed(state)
         there = here._replace(rows=rows, parameter=partition.local(p, rows, weights))
         gathered = partition.world_size > 1 and (isinstance(partition, Zero1) or is_dtensor(p))
