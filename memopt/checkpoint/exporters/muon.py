@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memopt.checkpoint.exporters.base import Exporter, Plan, State
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.spec import OptimSpec
 
@@ -10,7 +10,7 @@ from memopt.spec import OptimSpec
 _KEYS = {"muon": ("lr", "momentum", "weight_decay"), "adamw": ("lr", "betas", "eps", "weight_decay")}
 
 
-def _plan(source: Source) -> Plan:
+def _plan(source: Source) -> ExportPlan:
     rules = {name: source.rule_of(name).name for group in source.groups for name in group.names}
     others = sorted(set(rules.values()) - set(_KEYS))
     if others or "muon" not in rules.values():
@@ -36,7 +36,7 @@ def _plan(source: Source) -> Plan:
             return {k: v for k, v in parts.items() if k != "step"}
         return {**parts, "step": int(parts["step"])}
 
-    return Plan(OptimSpec(rule="muon", fallback="adamw"), group, state)
+    return ExportPlan(OptimSpec(rule="muon", fallback="adamw"), group, state)
 
 
 MUON = Exporter(_plan)
