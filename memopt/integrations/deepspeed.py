@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.spec import OptimSpec, parse
+
+if TYPE_CHECKING:
+    from memopt.optimizer import Optimizer
 
 _STAGES = {"none": 0, "zero1": 1, "zero2": 2, "zero3": 3}
 
@@ -71,18 +74,25 @@ def deepspeed_config(
 
 def check_engine(engine: Any) -> None:
     """Raise RuntimeError unless a memopt.Optimizer is what a DeepSpeed engine, or accelerate's wrapper of it, steps,
-    and its checkpoints would have the state: elastic ones cut every tensor as if it were a flat moment."""
+    and DeepSpeed can keep its state: see :func:`memopt.partitions.deepspeed.metadata.cannot_keep`. The first step says
+    the latter by itself."""
+    stepped_by(engine)
+
+
+def stepped_by(engine: Any) -> Optimizer:
+    """The memopt.Optimizer that an engine steps. Raises RuntimeError as :func:`check_engine`."""
     from memopt.optimizer import Optimizer
+    from memopt.partitions.deepspeed.metadata import cannot_keep
 
     found: Any = engine.optimizer if hasattr(engine, "optimizer") else engine
     while not isinstance(found, Optimizer) and hasattr(found, "optimizer"):
-        if getattr(found, "elastic_checkpoint", False):
-            raise RuntimeError(
-                "DeepSpeed's elastic_checkpoint cuts codes and scales as if they were flat moments; set it to false"
-            )
+        reason = cannot_keep(found)
+        if reason:
+            raise RuntimeError(reason)
         found = found.optimizer
     if not isinstance(found, Optimizer):
         raise RuntimeError(
             f"DeepSpeed runs {type(found).__name__} in place of the memopt.Optimizer it was given; its configuration "
             "needs 'zero_force_ds_cpu_optimizer': false (memopt.deepspeed_config writes it)"
         )
+    return found

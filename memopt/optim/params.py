@@ -87,8 +87,8 @@ class Params:
         if self.setup.partition.is_flattened or self._ids() == self._seen:
             return False
         if self._vectors():
+            self.setup.partition = flattened(self.setup.spec, self.made, self.owner.param_groups)
             self._seen = self._ids()
-            self.setup.partition = flattened(self.setup.spec, self.made)
             return False
         swapped = self.live.swapped
         self.remember(edited=True)

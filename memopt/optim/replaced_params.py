@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from memopt.layout.flattened import needs_shapes
 from memopt.partitions.deepspeed.flat import Flat
@@ -29,13 +29,12 @@ def are_vectors(made: Sequence[Made], now: Sequence[Tensor]) -> bool:
     return replaced or is_flattened(made)
 
 
-def flattened(spec: OptimSpec, made: Sequence[Made]) -> Partition:
-    """The partition on which an optimizer goes on whose parameters DeepSpeed has replaced by vectors: :class:`Flat`, or
-    where the rule or the format needs the shapes :class:`~memopt.partitions.deepspeed.fragments.Fragments`. Raises
-    RuntimeError
-    where these cannot be recovered."""
+def flattened(spec: OptimSpec, made: Sequence[Made], groups: Sequence[dict[str, Any]]) -> Partition:
+    """The partition on which an optimizer of these ``groups`` goes on whose parameters DeepSpeed has replaced by
+    vectors: :class:`Flat`, or where the rule or the format needs the shapes
+    :class:`~memopt.partitions.deepspeed.fragments.Fragments`. Raises RuntimeError where these cannot be recovered."""
     from memopt.partitions.deepspeed.fragments import Fragments
-    from memopt.partitions.deepspeed.metadata import Unknown, recover
+    from memopt.partitions.deepspeed.metadata import Unknown, recover, refuse
 
     if spec.partition != "none":
         raise RuntimeError(
@@ -47,6 +46,8 @@ def flattened(spec: OptimSpec, made: Sequence[Made]) -> Partition:
             f"'{spec}' with offload_gradients takes gradients that DeepSpeed is to reduce; leave it "
             "out, and use DeepSpeed's offload_optimizer"
         )
+    if wrong := refuse(made, groups):
+        raise RuntimeError(wrong)
     reason = needs_shapes(spec)
     if not reason:
         return Flat()

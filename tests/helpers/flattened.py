@@ -40,6 +40,17 @@ CASES = {
 }
 
 
+#: What one number of ranks saves and the next one loads, each at a stage of its own: spec, dtype, groups.
+MOVED = [
+    ("adamw", "float32", 2),
+    ("adamw-8bit", "float32", 1),
+    ("adafactor", "float32", 2),
+    ("came-8bit", "bfloat16", 1),
+]
+#: ranks -> who saved what they load, and the stage of each.
+PLACES: dict[int, tuple[int | None, list[int]]] = {3: (None, [2, 2, 3, 1]), 2: (3, [3, 3, 1, 2]), 1: (2, [1, 2, 2, 3])}
+
+
 class Chosen(Uneven):
     """Its gradients are what :func:`gradient` says, on every rank and so in their mean."""
 
@@ -90,6 +101,8 @@ def started(
     config = memopt.deepspeed_config(f"adamw/zero{stage}" if stage else "adamw", offload=offload)
     if dtype is torch.bfloat16:
         config["bf16"] = {"enabled": True}
+    if dtype is torch.float16:
+        config["fp16"] = {"enabled": True, "loss_scale": 256}
     config["zero_optimization"].update(zero or {})
     model = model_of(dtype, frozen)
     optimizer = made(model, spec, groups, **keywords)
@@ -218,6 +231,35 @@ def others() -> dict[str, Any]:
     }
 
 
+def moved(world: int, folder: str) -> None:
+    """Load what another number of ranks saved at another stage, save it again, and go on."""
+    from memopt.integrations.deepspeed_load import load_checkpoint
+
+    before, stages = PLACES[world]
+    for i, ((spec, dtype, groups), stage) in enumerate(zip(MOVED, stages, strict=True)):
+        engine, _ = started(spec, stage, i % 2 == 0, getattr(torch, dtype), groups)
+        if before is None:
+            drive(engine, 0, STEPS)
+        else:
+            _, rest = load_checkpoint(engine, f"{folder}/{i}-{before}", tag="middle")
+            assert rest["note"] == before
+            assert engine.global_steps == STEPS
+        engine.save_checkpoint(f"{folder}/{i}-{world}", tag="middle", client_state={"note": world})
+        drive(engine, STEPS, 1)
+        engine.save_checkpoint(f"{folder}/{i}-{world}-on", tag="middle")
+
+
+def in_fp16() -> dict[str, Tensor]:
+    """With DeepSpeed's own refusal of fp16 on a CPU turned off, and a scale of the loss."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True
+    engine, optimizer = started("adafactor", 2, dtype=torch.float16)
+    drive(engine, 0, STEPS)
+    return {name: values for name, (_, _, values, *_) in found(optimizer).items()}
+
+
 def refusals() -> dict[str, str]:
     messages = {}
 
@@ -244,6 +286,9 @@ def refusals() -> dict[str, str]:
     state = optimizer.state_dict()
     state["memopt"]["cut"]["odd"] = [0, 5]
     refused("cut elsewhere", lambda: optimizer.load_state_dict(state), ValueError)
+    engine, optimizer = started("adamw-8bit", 2)
+    optimizer.param_groups[0]["moe"] = True
+    refused("experts", lambda: drive(engine, 0, 1))
     refused("elastic", lambda: started("adafactor", 2, zero={"elastic_checkpoint": True}))
     engine, optimizer = started("adamw-8bit", 2)
     drive(engine, 0, 1)
@@ -266,14 +311,25 @@ def flat_groups() -> tuple[list[str], list[str], bool]:
     return [str(w.message) for w in caught if "memopt" in str(w.filename)], names, same
 
 
-def everything(world: int) -> dict[Any, Any]:
-    return {**{case: run_case(*case) for case in CASES[world]}, **({"others": others()} if world == 2 else {})}
+def everything(world: int, folder: str) -> dict[Any, Any]:
+    results: dict[Any, Any] = {case: run_case(*case) for case in CASES[world]}
+    moved(world, folder)
+    return {**results, **({"others": others()} if world == 2 else {"fp16": in_fp16()} if world == 1 else {})}
+
+
+@ranks.once
+def saved_in() -> str:
+    """Where :func:`moved` saves."""
+    return tempfile.mkdtemp()
 
 
 @ranks.once
 def session(world: int) -> Any:
     """What every rank found."""
-    return ranks.run(everything, world, world)
+    before = PLACES[world][0]
+    if before is not None:
+        session(before)  # saves what this one loads
+    return ranks.run(everything, world, world, saved_in())
 
 
 def whole(session: Any, of: Any, name: str, like: Tensor) -> Tensor:

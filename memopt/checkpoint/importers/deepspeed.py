@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import accumulate
 from math import prod
 from pathlib import Path
@@ -21,10 +22,12 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.master_weights import saved_master
-from memopt.checkpoint.importers import muon, safe_unpickle, torch_optim
+from memopt.checkpoint.importers import muon, own_dict, safe_unpickle, torch_optim
 from memopt.checkpoint.importers.base import choose, group_of
 from memopt.checkpoint.importers.base import steps as steps_of
 from memopt.checkpoint.importers.gathered import GatheredPiece, from_fragments, gathered
+from memopt.checkpoint.state import deepspeed_files
+from memopt.checkpoint.state.deepspeed_files import Flat, between, pieces
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.core.rows import Shape
 from memopt.masters.base import LOW_PRECISION
@@ -40,7 +43,7 @@ _OPTIM, _MODEL, _UNIVERSAL = "*_optim_states.pt", "*_model_states.pt", "zero"
 _WEIGHTS = "fp32"
 
 #: parameter -> moment -> the flat tensors that follow one another.
-Fragments = dict[str, dict[str, list[Tensor]]]
+Fragments = dict[str, dict[str, list[Any]]]
 
 
 def find(path: Path) -> Path | None:
@@ -64,11 +67,19 @@ def read(path: Path, rule: str | None) -> Source:
     ways (experts, tensor or pipeline parallelism)."""
     with laid_out(str(path), "a checkpoint of DeepSpeed"):
         shapes, dtypes = _parameters(path)
+        own = None
         if (path / _UNIVERSAL).is_dir():
             groups, fragments, steps = _universal(within(path, _UNIVERSAL, str(path)), shapes)
         else:
-            groups, fragments, steps = _partitioned(_rank_files(path), shapes)
-        return _source(path, rule, groups, shapes, dtypes, fragments, steps)
+            groups, fragments, steps, own = _partitioned(_rank_files(path), shapes)
+        records = {
+            name: _record(path, name, shape, dtypes.get(name, ""), step, fragments[name])
+            for names, step in zip(shapes, steps, strict=True)
+            for name, shape in names.items()
+        }
+        if own is not None:
+            return deepspeed_files.named(own, str(path), rule, shapes, records)
+        return _source(path, rule, groups, shapes, fragments, records)
 
 
 def _parameters(path: Path) -> tuple[list[dict[str, Shape]], dict[str, str]]:
@@ -91,6 +102,14 @@ def _parameters(path: Path) -> tuple[list[dict[str, Shape]], dict[str, str]]:
     if len({name for group in shapes for name in group}) != sum(map(len, shapes)) or not shapes:
         raise Refused(f"{files[0]} has param_shapes with no groups, or with a parameter in two of them")
     return shapes, dtypes
+
+
+def rest_of(path: Path) -> Mapping[str, Any]:
+    """What the model's file has: the engine's counters, the model's buffers, the caller's own."""
+    content = _load(_in_order(path.glob(_MODEL))[0])
+    if not isinstance(content, Mapping) or type(content.get("global_steps")) is not int:
+        raise Refused(f"{path}: its model's file does not say how many steps were taken")
+    return content
 
 
 def _shape(name: str, shape: Any) -> Shape:
@@ -118,25 +137,41 @@ def _rank_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _partitioned(
     files: list[tuple[Path, dict[str, Any]]], shapes: list[dict[str, Shape]]
-) -> tuple[list[dict[str, Any]], Fragments, list[float]]:
-    """``(param groups, fragments, step of each group)``"""
+) -> tuple[list[dict[str, Any]], Fragments, list[float], Source | None]:
+    """``(param groups, fragments, step of each group, what is known of an optimizer of ours)``"""
     fragments: Fragments = {name: {} for group in shapes for name in group}
+    own: Source | None = None
+    ours: list[tuple[str, Mapping[str, Any]]] = []
     for file, content in files:
         third = "fp32_flat_groups" in content
         base = content["optimizer_state_dict" if third else "base_optimizer_state"]
         if not isinstance(base, Mapping):
             raise ValueError(f"{file} is an elastic checkpoint, whose optimizer state is not that of flat partitions")
         weights = content["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]
-        flats = [_flat(base["state"].get(i, {}), w, file) for i, w in enumerate(weights)]
+        flats: list[dict[str, Flat]]
+        if own_dict.wrote(base) and deepspeed_files.is_of_rows(base):
+            ours.append((str(file), base))
+            flats = [_flat({}, w, file) for w in weights]
+        elif own_dict.wrote(base):
+            known, moments = deepspeed_files.vectors(base, str(file))
+            own = replace(known, records={})
+            if len(moments) != len(weights):
+                raise Refused(f"{file} has the state of {len(moments)} vectors and {len(weights)} vectors of weights")
+            flats = [{**_flat({}, w, file), **found} for w, found in zip(weights, moments, strict=True)]
+        else:
+            flats = [_flat(base["state"].get(i, {}), w, file) for i, w in enumerate(weights)]
         if third:
             _cut_evenly(flats, shapes, len(files), fragments)
         else:
             _cut_as_said(flats, content["param_slice_mappings"], fragments)
     groups = base["param_groups"]
+    if ours:
+        own = deepspeed_files.of_rows(ours, {name: shape for group in shapes for name, shape in group.items()})
+        return groups, fragments, [0.0] * len(shapes), own
     states = [base["state"].get(i, {}) for i in range(len(weights))]
     # Stage 3 may have several sub-groups in a param group: they step together.
     steps = [_step(states[min(i, len(states) - 1)], group) for i, group in enumerate(groups)]
-    return groups, fragments, steps
+    return groups, fragments, steps, own
 
 
 def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
@@ -146,7 +181,7 @@ def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
     return steps_of(float(step), "a param group")
 
 
-def _flat(state: Mapping[str, Any], weights: Any, file: Path) -> dict[str, Tensor]:
+def _flat(state: Mapping[str, Any], weights: Any, file: Path) -> dict[str, Flat]:
     """The flat tensors of one group on one rank."""
     moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and k != "step"}
     for name, tensor in ((_WEIGHTS, weights), *moments.items()):
@@ -154,7 +189,7 @@ def _flat(state: Mapping[str, Any], weights: Any, file: Path) -> dict[str, Tenso
         _numbers(tensor, f"{file}: {name}")
         if tensor.dim() != 1:
             raise Refused(f"{file}: {name} is {list(tensor.shape)}, and flat tensors have one dimension")
-    return {_WEIGHTS: weights} | moments
+    return {_WEIGHTS: weights, **moments}
 
 
 def _numbers(tensor: Any, what: str) -> Tensor:
@@ -163,21 +198,19 @@ def _numbers(tensor: Any, what: str) -> Tensor:
     return tensor
 
 
-def _cut_as_said(flats: list[dict[str, Tensor]], mappings: list[dict[str, Any]], found: Fragments) -> None:
+def _cut_as_said(flats: list[dict[str, Flat]], mappings: list[dict[str, Any]], found: Fragments) -> None:
     for flat, mapping in zip(flats, mappings, strict=True):
         for name, address in mapping.items():
             for moment, tensor in flat.items():
                 if not all(type(n) is int and n >= 0 for n in (address.start, address.numel)):
                     raise Refused(f"{name} is at {shown(address.start)}")
-                piece = tensor[address.start : address.start + address.numel]
+                piece = between(tensor, address.start, address.start + address.numel)
                 found[name].setdefault(moment, []).append(piece)
 
 
-def _cut_evenly(flats: list[dict[str, Tensor]], shapes: list[dict[str, Shape]], world: int, found: Fragments) -> None:
+def _cut_evenly(flats: list[dict[str, Flat]], shapes: list[dict[str, Shape]], world: int, found: Fragments) -> None:
     ends = list(accumulate(flat[_WEIGHTS].numel() for flat in flats))
     for moment in dict.fromkeys(moment for flat in flats for moment in flat):
-        # Groups of another rule have none: what stands in its place is not read.
-        gather = from_fragments([flat.get(moment, torch.zeros(1).expand_as(flat[_WEIGHTS])) for flat in flats])
         first = 0
         for name, shape in (item for group in shapes for item in group.items()):
             share = -(-prod(shape) // world)
@@ -185,7 +218,7 @@ def _cut_evenly(flats: list[dict[str, Tensor]], shapes: list[dict[str, Shape]], 
                 first += share
                 continue
             left = prod(shape) - sum(t.numel() for t in found[name].get(moment, []))
-            found[name].setdefault(moment, []).append(gather(first, first + min(share, left)))
+            found[name].setdefault(moment, []).extend(pieces(flats, moment, _WEIGHTS, first, first + min(share, left)))
             first += share
 
 
@@ -219,21 +252,18 @@ def _source(
     asked: str | None,
     groups: list[dict[str, Any]],
     shapes: list[dict[str, Shape]],
-    dtypes: dict[str, str],
     fragments: Fragments,
-    steps: list[float],
+    records: dict[str, Record],
 ) -> Source:
     moments = {moment for found in fragments.values() for moment in found} - {_WEIGHTS}
     mixed = any("use_muon" in group for group in groups)
     rule = "muon" if mixed else choose(NAME, str(path), _rules(groups[0], moments), asked)
-    ours, records = [], {}
-    for group, names, step in zip(groups, shapes, steps, strict=True):
+    ours = []
+    for group, names in zip(groups, shapes, strict=True):
         own = muon.rule_of(group) if mixed else rule
         hyper = muon.hyper(group, own) if mixed else torch_optim.hyper(group, rule)
         ours.append(group_of(list(names), own, hyper, group))
         ours[-1].hyper.update({"rule": own} if mixed else {})
-        for name, shape in names.items():
-            records[name] = _record(path, name, shape, dtypes.get(name, ""), step, fragments[name])
     spec = OptimSpec(rule=rule, fallback="adamw" if mixed else "")
     return Source(spec, ours, records, str(path), label=f"{rule} of {NAME}")
 

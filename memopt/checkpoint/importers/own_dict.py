@@ -39,7 +39,7 @@ def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) ->
         state_dict = unwrapped(state_dict)
     with laid_out(origin, "an optimizer's state_dict"):
         saved = state_dict["memopt"]
-        spec = _spec(saved, origin)
+        spec = spec_of(saved, origin)
         if rule not in (None, spec.rule):
             raise ValueError(f"{origin} is of {spec.rule}, not {rule!r}")
         if saved.get("cut") is not None:
@@ -55,9 +55,9 @@ def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) ->
         records: dict[str, Record] = {}
         for group, members in _members(groups, known):
             own = RULES[spec.rule_of(group)]
-            h = {**own.hyperparameters, **_plain(group)}
+            h = {**own.hyperparameters, **plain(group)}
             own.check(h)
-            ours.append(Group([name for _, (name, _, _) in members], _plain(group)))
+            ours.append(Group([name for _, (name, _, _) in members], plain(group)))
             for number, (name, dtype, shape) in members:
                 if name in records:
                     raise ValueError(f"{origin} has two parameters of the name {shown(name)}")
@@ -70,7 +70,7 @@ def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) ->
         )  # fmt: skip
 
 
-def _spec(saved: Mapping[str, Any], origin: str) -> OptimSpec:
+def spec_of(saved: Mapping[str, Any], origin: str) -> OptimSpec:
     try:
         spec = parse(str(saved["spec"])).replace(options={})
         return spec.replace(
@@ -85,7 +85,13 @@ def _members(groups: Any, known: Iterator[Any]) -> Iterator[tuple[Any, list[tupl
         yield group, [(number, next(known)) for number in group["params"]]
 
 
-def _plain(group: Mapping[str, Any]) -> dict[str, Any]:
+def groups_of(state_dict: Mapping[str, Any], names: list[str]) -> list[Group]:
+    """Its groups, of parameters that have these names in the groups' order."""
+    known = iter(names)
+    return [Group([next(known) for _ in group["params"]], plain(group)) for group in state_dict["param_groups"]]
+
+
+def plain(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in TORCH_KEYS}
 
 
@@ -119,7 +125,7 @@ def _record(
         coded = [moment.name for moment, fmt in slot.codes if "" not in fmt.layout(moment, slot.rows)]
         if coded and ours.keys() >= set(coded):  # of a version that kept narrow rows in 32 bits
             slot = slot._replace(spec=slot.spec.replace(format="32bit", overrides={}))
-        _check(slot, ours, origin)
+        check(slot, ours, origin)
         if slot.master.key not in ours:  # one of zeros stands for the weights as they are
             slot = slot._replace(spec=slot.spec.replace(master="none"))
     record = slot.record(ours)
@@ -128,7 +134,7 @@ def _record(
     return record
 
 
-def _check(slot: Slot, state: Mapping[str, Any], origin: str) -> None:
+def check(slot: Slot, state: Mapping[str, Any], origin: str) -> None:
     """Raise ValueError for state that is not what the spec keeps of the parameter."""
     layout, master = slot.layout(), slot.master.key
     missing = [key for key in layout if key not in state and key != master]

@@ -41,6 +41,34 @@ def is_flattened(made: Sequence[Made]) -> bool:
     return any(hasattr(p, "_hp_mapping") or hasattr(p, "_z3_optimizer") for p in found if p is not None)
 
 
+def cannot_keep(zero: Any) -> str | None:
+    """Why DeepSpeed's optimizer of a ZeRO stage cannot have one of ours within it, or None."""
+    if getattr(zero, "elastic_checkpoint", False):
+        return "DeepSpeed's elastic_checkpoint cuts codes and scales as if they were flat moments; set it to false"
+    if getattr(zero, "swap_optimizer", False):
+        return (
+            "DeepSpeed's offload_optimizer to nvme writes and reads fp32 vectors, and the state here may be codes and "
+            "scales; offload to cpu, or leave offload_optimizer out and give the spec '@disk'"
+        )
+    return None
+
+
+def refuse(made: Sequence[Made], groups: Sequence[dict[str, Any]]) -> str | None:
+    """Why what DeepSpeed has made of the parameters cannot be stepped, whatever the rule and the format; or None."""
+    if any(group.get("moe") for group in groups):
+        return (
+            "DeepSpeed's groups of experts ('moe': True) are cut and reduced over ranks of their own, which is not "
+            "supported; make the optimizer without split_params_into_different_moe_groups_for_optimizer, or shard "
+            "experts by FSDP2: '/zero3'"
+        )
+    for one in made:
+        p: Any = one.parameter()
+        zero = getattr(p, "_z3_optimizer", None) or getattr(p, "_zero_optimizer", None)
+        if zero is not None:
+            return cannot_keep(zero)
+    return None
+
+
 def recover(made: Sequence[Made]) -> list[Origin]:
     """Where each parameter lies on this rank and on the others. Raises :class:`Unknown`."""
     parameters: list[Any] = [one.parameter() for one in made]
