@@ -33,6 +33,8 @@ def explain(optimizer: OptimizerParts) -> str:
     slow: dict[str, list[str]] = {}
     places: dict[tuple[str, str], int] = {}
     for layout, p, _ in optimizer.params.resolved():
+        if not _trains(optimizer, p):
+            continue
         name = layout.name
         for moment in layout.moments:
             if moment.fallback_reason:
@@ -50,6 +52,9 @@ def explain(optimizer: OptimizerParts) -> str:
         ("partition", f"{partition.name}: {partition.summary}; rank {partition.rank} of {partition.world_size}")
     )
     rows += [("override", f"{pattern!r} -> {value}") for pattern, value in spec.overrides.items()]
+    frozen = [name for name, p, _ in optimizer.params.entries() if not _trains(optimizer, p)]
+    if frozen:
+        rows.append(("frozen", f"requires_grad is False, without gradients and steps: {_some(frozen)}"))
     rows += [("stepped by", f"{reason}: {_some(names)}") for reason, names in slow.items()]
     rows += [("in 32 bits", f"{reason}: {_some(moments)}") for reason, moments in kept.items()]
     pages = optimizer.stepper.plan.pages if optimizer.stepper.plan is not None else None
@@ -65,6 +70,11 @@ def explain(optimizer: OptimizerParts) -> str:
     return "\n".join(f"{label:<11} {text}" for label, text in rows)
 
 
+def _trains(optimizer: OptimizerParts, p: Tensor) -> bool:
+    """Of DeepSpeed's vectors those that are not here ask for no gradients either."""
+    return p.requires_grad or optimizer.partition.is_flattened
+
+
 def _rules(optimizer: OptimizerParts) -> list[tuple[str, str]]:
     """The rules, each with the parameters that it steps where there are several, and why they are not another's."""
     spec = optimizer.spec
@@ -74,6 +84,8 @@ def _rules(optimizer: OptimizerParts) -> list[tuple[str, str]]:
     reasons: dict[str, list[str]] = {}
     declines = optimizer.rule.declines
     for name, p, group in optimizer.params.entries():
+        if not _trains(optimizer, p):
+            continue
         rule = spec.rule_of(group)
         mine.setdefault(rule, []).append(name)
         reason = declines(name, tuple(p.shape), optimizer.kinds.get(name, "")) if declines is not None else None
@@ -98,7 +110,7 @@ def _masters(optimizer: OptimizerParts) -> list[tuple[str, str]]:
     """What is kept for whom, and how many weights somebody else has changed since."""
     name = optimizer.spec.master
     master = MASTERS[name]
-    parameters = [(n, p, dtype_name(p)) for n, p, _ in optimizer.params.entries()]
+    parameters = [(n, p, dtype_name(p)) for n, p, _ in optimizer.params.entries() if _trains(optimizer, p)]
     low = [n for n, _, dtype in parameters if dtype in LOW_PRECISION]
     if name == "none":
         lost = "of 16 bits are rounded to nearest: updates under half a unit in the last place are lost"

@@ -15,7 +15,7 @@ from memopt.core.ledger import Ledger
 from memopt.engines import Engine
 from memopt.optim.edits.group_checks import align_names, check_group, is_named, named_groups
 from memopt.optim.edits.rule_groups import check_assigned, check_blocks, split
-from memopt.optim.frameworks import warn_of_replacement
+from memopt.optim.frameworks import warn_of_arguments, warn_of_replacement
 from memopt.optim.gradient_policy import Scaler
 from memopt.optim.params import Params
 from memopt.optim.setup import Releasing, Setup
@@ -102,6 +102,7 @@ class SteppingOptimizer(torch.optim.Optimizer):
             lambda: {one.layout.name: one.layout.lines(str(one.p.device))[1:] for one in self.params.resolved()}
         )
         warn_of_replacement()
+        warn_of_arguments({*fields, *spec.hyper, *fields.get("hyper", ())}, spec.resolve())
 
     def _go_on_together(self) -> None:
         """Ranks that an earlier run left at different commits."""

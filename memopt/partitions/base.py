@@ -80,9 +80,11 @@ class Partition(ABC):
     def validate_params(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
         """Raise RuntimeError for parameters that are not as this partition (the one of ``spec``) takes them. A
         partition of replicated parameters takes no DTensors."""
-        from memopt.partitions.dtensor import is_dtensor
+        from memopt.partitions.dtensor import is_dtensor, of_fsdp1
 
         for name, p in parameters:
+            if reason := of_fsdp1(name, p):
+                raise RuntimeError(reason)
             if is_dtensor(p):
                 whole = spec.partition("/")[0]
                 placements = getattr(p, "placements", ())

@@ -22,6 +22,16 @@ def is_dtensor(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def of_fsdp1(name: str, p: object) -> str | None:
+    """Why a parameter that FSDP1 has flattened is not stepped; None where none has."""
+    if not getattr(p, "_fsdp_flattened", False):  # torch/distributed/fsdp/_common_utils.py
+        return None
+    return (
+        f"{name} is a part of a flat vector of FSDP1 (FullyShardedDataParallel), which has no rows; use FSDP2: "
+        "torch's fully_shard or memopt.shard (accelerate: fsdp_version=2) and a spec that ends in '/zero3'"
+    )
+
+
 class LocalRows(NamedTuple):
     """``rows`` are stepped here. Where a dimension other than the first is cut, ``rows.shape`` has this rank's share
     of it, and the parameter is a slab of the whole: enough for updates that look at single elements."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.core.rows import Rows, Shape, indices_of_row
 from memopt.partitions.base import Partition, sum_over
-from memopt.partitions.dtensor import LocalRows, chunk, is_dtensor, local_rows
+from memopt.partitions.dtensor import LocalRows, chunk, is_dtensor, local_rows, of_fsdp1
 from memopt.partitions.exchange import Share
 from memopt.partitions.world import Groups
 
@@ -44,6 +44,9 @@ class Sharded(Partition):
 
     def validate_params(self, parameters: Iterable[tuple[str, Tensor]], spec: str) -> None:
         parameters = list(parameters)
+        for name, p in parameters:
+            if reason := of_fsdp1(name, p):
+                raise RuntimeError(reason)
         if self.world_size > 1 and parameters and not any(is_dtensor(p) for _, p in parameters):
             replicated = f"{spec.partition('/')[0]}/zero1"
             raise RuntimeError(

@@ -16,7 +16,8 @@ from memopt.optim.replaced_params import flattened as flattened_partition
 from memopt.partitions.deepspeed.metadata import Made, Unknown, recover
 from tests.helpers import flattened
 from tests.helpers.cases import HYPER
-from tests.helpers.flattened import CASES, MOVED, PLACES, STEPS, saved_in, session, whole
+from tests.helpers.flattened import CASES, STEPS, session, whole
+from tests.helpers.flattened_moves import MOVED, PLACES, saved_in
 
 pytest.importorskip("deepspeed")
 #: What kernels round otherwise than torch, relative to the largest element.

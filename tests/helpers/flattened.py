@@ -40,17 +40,6 @@ CASES = {
 }
 
 
-#: What one number of ranks saves and the next one loads, each at a stage of its own: spec, dtype, groups.
-MOVED = [
-    ("adamw", "float32", 2),
-    ("adamw-8bit", "float32", 1),
-    ("adafactor", "float32", 2),
-    ("came-8bit", "bfloat16", 1),
-]
-#: ranks -> who saved what they load, and the stage of each.
-PLACES: dict[int, tuple[int | None, list[int]]] = {3: (None, [2, 2, 3, 1]), 2: (3, [3, 3, 1, 2]), 1: (2, [1, 2, 2, 3])}
-
-
 class Chosen(Uneven):
     """Its gradients are what :func:`gradient` says, on every rank and so in their mean."""
 
@@ -97,12 +86,9 @@ def started(
     from memopt.integrations.deepspeed import check_engine
 
     deepspeed = ranks.deepspeed_on_gloo()
-
     config = memopt.deepspeed_config(f"adamw/zero{stage}" if stage else "adamw", offload=offload)
-    if dtype is torch.bfloat16:
-        config["bf16"] = {"enabled": True}
-    if dtype is torch.float16:
-        config["fp16"] = {"enabled": True, "loss_scale": 256}
+    low = {torch.bfloat16: {"bf16": {"enabled": True}}, torch.float16: {"fp16": {"enabled": True, "loss_scale": 256}}}
+    config |= low.get(dtype, {})
     config["zero_optimization"].update(zero or {})
     model = model_of(dtype, frozen)
     optimizer = made(model, spec, groups, **keywords)
@@ -231,35 +217,6 @@ def others() -> dict[str, Any]:
     }
 
 
-def moved(world: int, folder: str) -> None:
-    """Load what another number of ranks saved at another stage, save it again, and go on."""
-    from memopt.integrations.deepspeed_load import load_checkpoint
-
-    before, stages = PLACES[world]
-    for i, ((spec, dtype, groups), stage) in enumerate(zip(MOVED, stages, strict=True)):
-        engine, _ = started(spec, stage, i % 2 == 0, getattr(torch, dtype), groups)
-        if before is None:
-            drive(engine, 0, STEPS)
-        else:
-            _, rest = load_checkpoint(engine, f"{folder}/{i}-{before}", tag="middle")
-            assert rest["note"] == before
-            assert engine.global_steps == STEPS
-        engine.save_checkpoint(f"{folder}/{i}-{world}", tag="middle", client_state={"note": world})
-        drive(engine, STEPS, 1)
-        engine.save_checkpoint(f"{folder}/{i}-{world}-on", tag="middle")
-
-
-def in_fp16() -> dict[str, Tensor]:
-    """With DeepSpeed's own refusal of fp16 on a CPU turned off, and a scale of the loss."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    from deepspeed.accelerator import get_accelerator
-
-    get_accelerator().is_fp16_supported = lambda: True
-    engine, optimizer = started("adafactor", 2, dtype=torch.float16)
-    drive(engine, 0, STEPS)
-    return {name: values for name, (_, _, values, *_) in found(optimizer).items()}
-
-
 def refusals() -> dict[str, str]:
     messages = {}
 
@@ -312,24 +269,24 @@ def flat_groups() -> tuple[list[str], list[str], bool]:
 
 
 def everything(world: int, folder: str) -> dict[Any, Any]:
+    from tests.helpers import flattened_moves
+
     results: dict[Any, Any] = {case: run_case(*case) for case in CASES[world]}
-    moved(world, folder)
-    return {**results, **({"others": others()} if world == 2 else {"fp16": in_fp16()} if world == 1 else {})}
-
-
-@ranks.once
-def saved_in() -> str:
-    """Where :func:`moved` saves."""
-    return tempfile.mkdtemp()
+    flattened_moves.moved(world, folder)
+    return {
+        **results,
+        **({"others": others()} if world == 2 else {"fp16": flattened_moves.in_fp16()} if world == 1 else {}),
+    }
 
 
 @ranks.once
 def session(world: int) -> Any:
     """What every rank found."""
-    before = PLACES[world][0]
-    if before is not None:
+    from tests.helpers import flattened_moves
+
+    if before := flattened_moves.PLACES[world][0]:
         session(before)  # saves what this one loads
-    return ranks.run(everything, world, world, saved_in())
+    return ranks.run(everything, world, world, flattened_moves.saved_in())
 
 
 def whole(session: Any, of: Any, name: str, like: Tensor) -> Tensor:

@@ -136,14 +136,32 @@ class WithLoss(Net):
         return {"loss": super().forward(x).square().mean()}
 
 
-def under_trainer(spec: str, path: str) -> dict[str, Any]:
+def _trainer_arguments(kind: str, spec: str, micro_batch: int) -> dict[str, Any]:
+    """What TrainingArguments are made with, on a CPU."""
+    if not kind:
+        return {"use_cpu": True, "ddp_backend": "gloo"}
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    if kind == "fsdp2":
+        import accelerate
+        from accelerate.utils import DistributedType
+
+        accelerate.PartialState(backend="gloo")._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return {"ddp_backend": "gloo", "fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}}
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=os.environ["WORLD_SIZE"])
+    config = memopt.deepspeed_config(spec, micro_batch=micro_batch, accumulate=2, offload=True, max_norm=MAX_NORM)
+    return {"ddp_backend": "gloo", "deepspeed": config}
+
+
+def under_trainer(spec: str, path: str, kind: str = "") -> dict[str, Any]:
     """transformers' Trainer: accumulation, clipping, a checkpoint in the middle and training on from it."""
     os.environ.update(LOCAL_RANK=os.environ["RANK"], MASTER_ADDR="localhost", MASTER_PORT="29511")
+    world = int(os.environ["WORLD_SIZE"])
+    arguments = _trainer_arguments(kind, spec, BATCH // world)
     import transformers
 
     from memopt.integrations.transformers import consolidate_callback
 
-    world = int(os.environ["WORLD_SIZE"])
+    whole = str(memopt.parse(spec).replace(partition="none"))  # DeepSpeed shards by itself
     rows = torch.cat([torch.randn(BATCH, 67, generator=torch.Generator().manual_seed(i)) for i in range(STEPS)])
 
     class Recording(transformers.Trainer):
@@ -165,13 +183,12 @@ def under_trainer(spec: str, path: str) -> dict[str, Any]:
                 max_grad_norm=MAX_NORM,
                 lr_scheduler_type="constant",
                 train_sampling_strategy="sequential",
-                use_cpu=True,
-                ddp_backend="gloo",
                 report_to=[],
                 disable_tqdm=True,
+                **arguments,
             ),
             train_dataset=[{"x": row} for row in rows],
-            optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": spec, "lr": LR}),
+            optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": whole if kind == "deepspeed" else spec, "lr": LR}),
             callbacks=[consolidate_callback()],
         )
         trainer.train(**keywords)
@@ -186,58 +203,6 @@ def under_trainer(spec: str, path: str) -> dict[str, Any]:
     found = {"losses": losses.copy()}
     losses.clear()
     train(resume_from_checkpoint=f"{path}/checkpoint-{SAVED_AT // 2}")
-    return {**found, "resumed": losses}
-
-
-def under_lightning(spec: str, path: str) -> dict[str, Any]:
-    """Lightning: accumulation, clipping, a checkpoint in the middle and training on from it."""
-    import logging
-
-    from lightning import LightningModule, Trainer
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
-    os.environ.update(LOCAL_RANK=os.environ["RANK"], NODE_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29512")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    world, batches = int(os.environ["WORLD_SIZE"]), [data(i) for i in range(STEPS)]
-
-    class Module(LightningModule):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net()
-
-        def training_step(self, batch: Tensor, index: int) -> Tensor:
-            loss = self.net(batches[index]).square().mean()  # loaders begin anew when training goes on
-            losses.append(loss.item())
-            return loss
-
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return memopt.create(self, spec, lr=LR)
-
-    def train(resume: str | None = None) -> None:
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=world,
-            strategy="ddp" if world > 1 else "auto",
-            max_steps=STEPS // 2,
-            accumulate_grad_batches=2,
-            gradient_clip_val=MAX_NORM,
-            default_root_dir=path,
-            logger=False,
-            callbacks=[ModelCheckpoint(path, "{step}", every_n_train_steps=SAVED_AT // 2, save_top_k=-1)],
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-        )
-        trainer.fit(Module(), torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=resume)
-
-    losses: list[float] = []
-    try:
-        train()
-    except RuntimeError as error:
-        return {"refused": str(error)}
-    found = {"losses": losses.copy()}
-    losses.clear()
-    train(f"{path}/step={SAVED_AT // 2}.ckpt")
     return {**found, "resumed": losses}
 
 

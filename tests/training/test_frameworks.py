@@ -13,6 +13,7 @@ NEEDS = {
     "under_accelerate": "accelerate",
     "under_trainer": "transformers",
     "under_lightning": "lightning",
+    "under_fabric": "lightning",
     "under_deepspeed": "deepspeed",
 }
 

@@ -1,5 +1,6 @@
 """The optimizer inside other people's loops."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -53,7 +54,7 @@ def test_accelerate_prepares_accumulates_clips_saves_and_loads(tmp_path):
     assert prepared[1].optimizer is changed
 
 
-def test_transformers_trainer_trains_and_resumes(tmp_path):
+def test_transformers_trainer_trains_and_resumes(tmp_path, run):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4
@@ -76,7 +77,9 @@ def test_transformers_trainer_trains_and_resumes(tmp_path):
         return trained.evaluate(data)["eval_loss"]
 
     whole = trainer(memopt.Optimizer, spec="adamw-8bit")
-    whole.train()
+    whole.args.adam_beta2 = 0.98
+    with pytest.warns(UserWarning, match=r"Trainer does not hand its arguments.*adam_beta2 \(0\.9, 0\.98\)"):
+        whole.train()
     halfway = str(tmp_path / "checkpoint-3")
     resumed = trainer(memopt.Optimizer, spec="adamw-8bit")
     resumed.train(resume_from_checkpoint=halfway)
@@ -97,6 +100,69 @@ def test_transformers_trainer_trains_and_resumes(tmp_path):
     with pytest.warns(UserWarning, match=r"adamw of torch\.optim was converted to adamw-8bit"):
         other.train(resume_from_checkpoint=halfway)
     assert last_loss(other) == pytest.approx(last_loss(theirs), rel=2e-3)
+    # The same by the command line beforehand: optimizer.pt in the place of itself, to the bit.
+    assert run("convert", f"{halfway}/optimizer.pt", f"{halfway}/optimizer.pt", "--to", "adamw-8bit")[0] == 0
+    beforehand = trainer(memopt.Optimizer, spec="adamw-8bit")
+    beforehand.train(resume_from_checkpoint=halfway)
+    for p, q in zip(other.model.parameters(), beforehand.model.parameters(), strict=True):
+        assert_same_bits(p, q)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "said"),
+    [
+        ({"learning_rate": 2e-4}, {}, "learning_rate 0.0002 (lr is 0.001 here)"),
+        ({"learning_rate": 2e-4}, {"lr": 1e-2}, ""),
+        ({"adam_beta2": 0.95}, {"lr": 1e-2}, "adam_beta1, adam_beta2 (0.9, 0.95) (betas is (0.9, 0.999) here)"),
+        ({"adam_beta2": 0.95}, {"lr": 1e-2, "betas": (0.9, 0.99)}, ""),
+        ({"adam_beta2": 0.95}, {"lr": 1e-2, "spec": "sgd"}, ""),
+        ({}, {"lr": 1e-2, "spec": "lion"}, ""),
+    ],
+)
+def test_arguments_that_trainer_does_not_hand_on_are_said(arguments, keywords, said, recwarn):
+    """As Trainer.create_optimizer calls the class; that it is called so is in the test above."""
+
+    @dataclasses.dataclass
+    class TrainingArguments:
+        learning_rate: float = 5e-5
+        adam_beta1: float = 0.9
+        adam_beta2: float = 0.999
+        adam_epsilon: float = 1e-8
+
+    class Trainer:
+        args = TrainingArguments(**arguments)
+
+    inside = {"__name__": "transformers.trainer"}
+    exec("def create_optimizer(self, cls, groups, kwargs):\n    return cls(groups, **kwargs)", inside)
+    groups = [{"params": [nn.Parameter(torch.zeros(2))], "weight_decay": 0.0}]
+    inside["create_optimizer"](Trainer(), memopt.Optimizer, groups, {"spec": "adamw", **keywords})
+    assert [said in str(w.message) for w in recwarn if "does not hand its arguments" in str(w.message)] == [
+        True
+    ] * bool(said)
+
+
+def step_under_fsdp1():
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    found = []
+    for spec, original in (("adamw-8bit", True), ("adamw-8bit/zero3", True), ("adamw", False)):
+        model = nn.Linear(80, 64)
+        before = memopt.create(model, spec)
+        wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=original)
+        wrapped(torch.ones(1, 80)).sum().backward()
+        for made in (before.step, lambda wrapped=wrapped, spec=spec: memopt.create(wrapped, spec).step()):
+            try:
+                found.append(str(made()))
+            except (RuntimeError, ValueError) as error:
+                found.append(str(error))
+    return found
+
+
+def test_fsdp1_is_refused_by_name():
+    """Wrapped after the optimizer was made, with the parameters as they are (without, they are gone), and before."""
+    (found,) = ranks.run(step_under_fsdp1, 1)
+    said = ["FSDP1 (FullyShardedDataParallel), which has no rows; use FSDP2" in one for one in found]
+    assert said == [True, True, True, True, False, True], found
 
 
 def step_a_sharded_model():

@@ -286,3 +286,14 @@ def test_a_parameter_that_went_to_the_group_beside_it():
         opt.step()
         assert torch.allclose(params[1], torch.full((4,), -expected))
         opt.param_groups[0]["params"], opt.param_groups[1]["params"] = params, []
+
+
+def test_explain_counts_what_trains():
+    model = nn.Sequential(nn.Linear(80, 64), nn.Linear(64, 64), nn.Linear(64, 2)).bfloat16()
+    model[0].requires_grad_(False)
+    opt = memopt.create(model, "adamw-8bit+split")
+    assert "(4 parameters)" in opt.explain()
+    assert "for 4 of 4 parameters" in opt.explain()
+    assert "frozen      requires_grad is False, without gradients and steps: 0.weight, 0.bias" in opt.explain()
+    model[0].requires_grad_(True)
+    assert "(6 parameters)" in opt.explain()

@@ -27,7 +27,7 @@ from memopt.checkpoint.importers.base import choose, group_of
 from memopt.checkpoint.importers.base import steps as steps_of
 from memopt.checkpoint.importers.gathered import GatheredPiece, from_fragments, gathered
 from memopt.checkpoint.state import deepspeed_files
-from memopt.checkpoint.state.deepspeed_files import Flat, between, pieces
+from memopt.checkpoint.state.deepspeed_files import Flat, between, pieces_of
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.core.rows import Shape
 from memopt.masters.base import LOW_PRECISION
@@ -218,7 +218,8 @@ def _cut_evenly(flats: list[dict[str, Flat]], shapes: list[dict[str, Shape]], wo
                 first += share
                 continue
             left = prod(shape) - sum(t.numel() for t in found[name].get(moment, []))
-            found[name].setdefault(moment, []).extend(pieces(flats, moment, _WEIGHTS, first, first + min(share, left)))
+            here = pieces_of(flats, moment, _WEIGHTS, first, first + min(share, left))
+            found[name].setdefault(moment, []).extend(here)
             first += share
 
 

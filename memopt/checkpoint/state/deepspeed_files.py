@@ -50,7 +50,7 @@ def between(flat: Flat, first: int, stop: int) -> Flat:
     return flat.between(first, stop) if isinstance(flat, Encoded) else flat[first:stop]
 
 
-def pieces(flats: Sequence[Mapping[str, Flat]], moment: str, weights: str, first: int, stop: int) -> Iterator[Flat]:
+def pieces_of(flats: Sequence[Mapping[str, Flat]], moment: str, weights: str, first: int, stop: int) -> Iterator[Flat]:
     """Elements ``first`` up to ``stop`` of one moment of vectors that follow one another, as long as their ``weights``.
     Groups of another rule have none."""
     begin = 0
