@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.report import Conversion
 from memopt.checkpoint.importers import deepspeed as files
-from memopt.checkpoint.load_state import Plan
+from memopt.checkpoint.load_state import StateLoad
 from memopt.checkpoint.state.flat_vectors import elements, of_fragments, of_vectors
 from memopt.checkpoint.state.saved import Source
 from memopt.core.param_names import matching
@@ -60,7 +60,7 @@ def load_checkpoint(engine: Any, path: str | Path, tag: str | None = None) -> tu
         raise RuntimeError("the engine has no ZeRO stage, and engine.load_checkpoint loads on any number of ranks")
     ranks = Ranks(None, "load_checkpoint")
     error: Exception | None = None
-    plan: Plan | None = None
+    plan: StateLoad | None = None
     if hasattr(zero, "checkpoint_event_prologue"):
         zero.checkpoint_event_prologue()
     with _vectors(zero):
@@ -78,7 +78,7 @@ def load_checkpoint(engine: Any, path: str | Path, tag: str | None = None) -> tu
                     source = of_vectors(source, origins, list(optimizer.params.entries()), groups)
                 else:
                     source = of_fragments(source, origins, groups)
-                plan = Plan(optimizer, source, hyper=True, fill={})
+                plan = StateLoad(optimizer, source, hyper=True, fill={})
         except Unknown as unknown:
             error = RuntimeError(f"the parameters behind DeepSpeed's vectors cannot be found: {unknown}")
         except Exception as failure:
