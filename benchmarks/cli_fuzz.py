@@ -5,7 +5,7 @@
 All of it in one process: verbs that would train, time a step or serve get lines that they refuse. A line is drawn from
 the seed and its number alone, so that a run goes on where the one before stopped (``results/cli_fuzz.json`` holds how
 far it is) and any line can be tried again (``--only N``). Each is tried under one encoding in turn. A line that needs
-more than ``LIMIT`` seconds of processor time counts as hung.
+more than ``LIMIT`` seconds of processor time, or ten times as long on the clock, counts as hung.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -29,6 +30,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ENCODINGS = ("ascii", "latin-1", "utf-8")
 #: Seconds of processor time for one line.
 LIMIT = 20.0
+#: What no reader of text or of tensors takes.
+BINARY = bytes(range(256)) * 4
 #: Lines between two writes of the results.
 PIECE = 250
 
@@ -137,7 +140,7 @@ def _word(rng: random.Random, pool: str, files: dict[str, str], calm: bool) -> s
 def fixtures(folder: Path) -> dict[str, str]:
     """Placeholder of a pool -> a path: files that hold nothing, bytes, JSON of another kind, and places without one."""
     (folder / "empty.json").touch()
-    (folder / "binary.safetensors").write_bytes(bytes(range(256)) * 4)
+    (folder / "binary.safetensors").write_bytes(BINARY)
     (folder / "other.json").write_text('{"model_type": "nothing", "hidden_size": [1]}')
     (folder / "folder").mkdir(exist_ok=True)
     _save(folder / "saved")
@@ -145,6 +148,15 @@ def fixtures(folder: Path) -> dict[str, str]:
     names |= {"SAVED": "saved", "NEW": "new"}
     names |= {"MISSING": "missing", "OUT": "out", "NOWHERE": "no/such/folder/out.png"}
     return {name: str(folder / path) for name, path in names.items()}
+
+
+def restore(files: dict[str, str]) -> None:
+    """What a line before wrote where the next expects nothing: a folder of text would be trained on."""
+    shutil.rmtree(files["MISSING"], ignore_errors=True)
+    Path(files["MISSING"]).unlink(missing_ok=True)
+    for name, content in (("EMPTY", b""), ("BINARY", BINARY)):
+        shutil.rmtree(files[name], ignore_errors=True)
+        Path(files[name]).write_bytes(content)
 
 
 def _save(folder: Path) -> None:
@@ -174,8 +186,10 @@ def attempt(words: list[str], encoding: str) -> tuple[str, str]:
     before = sys.stdout, sys.stderr
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict")
     err = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
-    handler = signal.signal(signal.SIGVTALRM, stop)
+    clocks = {signal.SIGVTALRM: signal.ITIMER_VIRTUAL, signal.SIGALRM: signal.ITIMER_REAL}
+    handlers = {number: signal.signal(number, stop) for number in clocks}
     signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT)
+    signal.setitimer(signal.ITIMER_REAL, 10 * LIMIT)
     sys.stdout, sys.stderr = out, err
     try:
         code = main(words)
@@ -187,9 +201,11 @@ def attempt(words: list[str], encoding: str) -> tuple[str, str]:
     except BaseException:
         return "traceback", traceback.format_exc()
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        for clock in clocks.values():
+            signal.setitimer(clock, 0)
         sys.stdout, sys.stderr = before
-        signal.signal(signal.SIGVTALRM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if code not in (0, 1, 2):
         return f"exit code {code}", ""
     err.flush()
@@ -215,6 +231,7 @@ def run(first: int, last: int, seed: int) -> dict[str, object]:
         os.chdir(scratch)  # a file that a line writes stays here
         try:
             for number in range(first, last):
+                restore(files)
                 words, encoding = drawn(seed, number, files)
                 start = time.process_time()
                 outcome, trace = attempt(words, encoding)
