@@ -112,12 +112,12 @@ def describe(optimizer: Optimizer) -> str:
     group 1  weight_decay=0  1 tensors, 2 elements: bias
     """
     groups = optimizer.param_groups
-    differing = [
-        key for key in groups[0] if key not in ("params", "param_names") and len({repr(g.get(key)) for g in groups}) > 1
-    ]
+    keys = dict.fromkeys(key for group in groups for key in group if key not in ("params", "param_names"))
+    differing = [key for key in keys if len({repr(g.get(key)) for g in groups}) > 1]
     lines = []
     for i, group in enumerate(groups):
-        values = ", ".join(f"{key}={_short(group.get(key))}" for key in differing) or "as all"
+        # Groups of different rules have different hyperparameters.
+        values = ", ".join(f"{key}={_short(group[key])}" for key in differing if key in group) or "as all"
         numel = sum(p.numel() for p in group["params"])
         names = group.get("param_names") or [str(tuple(p.shape)) for p in group["params"]]
         lines.append(f"group {i}  {values}  {len(group['params'])} tensors, {numel:,} elements: {_some(names)}")
