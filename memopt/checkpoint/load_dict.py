@@ -39,5 +39,5 @@ def load_other(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> None
     warnings.warn(
         f"load_state_dict: the state of {report.before} was converted to {report.after}; relative error: "
         f"{losses or 'none'}{dropped}",
-        stacklevel=3,
+        stacklevel=5,  # who called load_state_dict
     )
