@@ -54,6 +54,9 @@ class Streaming(NamedTuple):
 class Stores(Protocol):
     """What a plan asks of the stores of the state."""
 
+    @property
+    def streams_alike(self) -> bool: ...  # whether any may stream in the same way in every step
+
     def in_place(self, name: str, device: torch.device) -> bool: ...  # whether its state is stepped where it lies
     def streaming(self, works: Sequence[Work]) -> Streaming | None: ...  # of works whose state is not; None: not alike
 

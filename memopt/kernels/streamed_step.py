@@ -105,7 +105,7 @@ def make(
     them can go this way."""
     if library() is None or not works or context.spec.engine != "native" or context.partition.world_size > 1:
         return None
-    if context.spec.options.get("offload_gradients") is True:
+    if context.spec.options.get("offload_gradients") is True or not stores.streams_alike:
         return None
     known: dict[int, tuple[Record, Work]] = {}
     if isinstance(before, StreamedPlan):

@@ -61,6 +61,8 @@ class PlacementStore:
     takes_params = False
     #: Whether :meth:`holds` looks at anything.
     knows_states = False
+    #: Whether :meth:`streaming` may give an answer.
+    streams_alike = False
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement

@@ -69,6 +69,10 @@ class PlacementStores:
         return next(iter(stores.values())).streaming(works, self._chunked) if len(stores) == 1 else None
 
     @property
+    def streams_alike(self) -> bool:
+        return any(placement_store.streams_alike for placement_store in self._placement_stores.values())
+
+    @property
     def elsewhere(self) -> bool:
         """Whether any state is not simply in memory."""
         return any(type(placement_store) is not PlacementStore for placement_store in self._placement_stores.values())

@@ -72,7 +72,7 @@ class Files(Streamed):
         self.entries[name] = entry
         return entry.tensors()
 
-    knows_states = True
+    knows_states = streams_alike = True
 
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
         entry = self.entries.get(name)
