@@ -282,9 +282,8 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[Moment, int, 
             left += s.again.left + x * (not s.saves_input)
         fullest = max(fullest, Moment(left + run.activations, made + run.gradients), key=sum)
         # Of a tied table the head's half waits for the embedding's, where both halves and their sum are there.
-        half = table * (s.kind != "loss")
-        accumulated = max(accumulated, left + run.most + half)
-        waiting = half + s.table
+        waiting = table * (s.kind != "loss") + s.table
+        accumulated = max(accumulated, left + run.most + waiting)
         released = max(released, Moment(left + run.released[0], run.released[1] + waiting), key=sum)
         made += run.total
         waited |= {

@@ -103,3 +103,26 @@ def test_a_live_module_is_traced():
     e = estimate(real_model(), "adamw", seq=SEQ, batch=BATCH, device="cpu")
     plain = estimate(CONFIG, "adamw", weights="fp32", seq=SEQ, batch=BATCH, device="cpu")
     assert e.activations.saved == plain.activations.saved
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "helium"])
+def test_gradients_that_are_added_up(kind, tied):
+    """A second micro-batch: a large gradient is there beside the one that it is added to, and both halves of a table
+    that is shared, and their sum."""
+    config = {**CONFIG, "model_type": kind, "vocab_size": 8000, "tie_word_embeddings": tied}
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.for_model(**config)
+    model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32).train()
+    ids, box = torch.arange(32).reshape(2, 16), {}
+
+    def forward():
+        box["loss"] = model(input_ids=ids, labels=ids).loss
+
+    def backward():
+        box.pop("loss").backward()
+
+    forward(), backward()
+    real = traced(("forward", forward), ("backward", backward)).peak_of("backward")
+    e = estimate(config, "adamw", weights="fp32", seq=16, batch=2, accumulate=2, device="cpu")
+    assert e.activations.accumulated.activations == pytest.approx(real, rel=0.01)
