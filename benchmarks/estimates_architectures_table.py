@@ -10,9 +10,9 @@ BATCH, SEQ = 2, 64
 def table(done: dict[str, Any]) -> str:
     types, steps = done.get("types", []), done.get("steps", [])
     built = [r for r in types if "parameters" in r]
-    looked = [r for r in types if "saved" in r or "refused" in r]
+    looked = [r for r in types if "saved" in r or ("refused" in r and "priced" in r)]
     exact, known = [r for r in types if r.get("exact")], [r for r in types if "saved" in r]
-    refused = [r for r in looked if "saved" not in r]
+    refused = [r for r in types if "refused" in r]
     lines = [
         "# transformers' types",
         "",
@@ -21,7 +21,7 @@ def table(done: dict[str, Any]) -> str:
         "",
         f"- {len(types)} were priced: {len(exact)} exactly, parameter for parameter the module on the meta device;",
         f"  {len(types) - len(built)} are not built by transformers itself from their defaults, with what is installed",
-        f"- {len(looked)} were traced: {len(known)} have activations ({BATCH} x {SEQ} tokens, or what the model takes",
+        f"- {len(looked)} of them were traced so far: {len(known)} have activations ({BATCH} x {SEQ} tokens, or what the model takes",
         "  in their place)",
         "",
     ]
@@ -65,7 +65,7 @@ def table(done: dict[str, Any]) -> str:
             ),
             "",
         ]
-    lines += ["## Without activations", "", "| type | class | why |", "|---|---|---|"]
+    lines += ["## Refused", "", "| type | class | why |", "|---|---|---|"]
     lines += [f"| {r['type']} | {r.get('class', '')} | {_line('', r.get('refused', ''))} |" for r in refused]
     return "\n".join([*lines, ""])
 

@@ -37,7 +37,7 @@ def _refuse_endless(value: Any, source: str, key: str = "") -> None:
         for inner in value:
             _refuse_endless(inner, source, key)
     elif isinstance(value, (int, float)) and value > MAX_REPEATED and any(part in key.lower() for part in _REPEATS):
-        if key.lower().endswith(("_size", "_dim", "_id")):
+        if key.lower().endswith(("_size", "_dim", "_id", "_theta")):
             return
         raise InputError(f"{source}: {shown(key)}={shown(value)} is not allowed; at most {MAX_REPEATED:,} are built")
 
