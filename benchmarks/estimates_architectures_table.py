@@ -21,8 +21,8 @@ def table(done: dict[str, Any]) -> str:
         "",
         f"- {len(types)} were priced: {len(exact)} exactly, parameter for parameter the module on the meta device;",
         f"  {len(types) - len(built)} are not built by transformers itself from their defaults, with what is installed",
-        f"- {len(looked)} of them were traced so far: {len(known)} have activations ({BATCH} x {SEQ} tokens, or what the model takes",
-        "  in their place)",
+        f"- {len(looked)} of them were traced so far: {len(known)} have activations ({BATCH} x {SEQ} tokens, or",
+        "  what the model takes in their place)",
         "",
     ]
     if steps:
