@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from tests.helpers import ranks
 from tests.helpers.loops import SAVED_AT, bare, under_accelerate, under_deepspeed, under_trainer
-from tests.helpers.loops_lightning import under_fabric, under_lightning
+from tests.helpers.loops_lightning import under_lightning
 
 #: Two ranks sum gradients in another order than one; 8-bit codes may round to the other side; DeepSpeed's flat vectors
 #: have other blocks.
@@ -55,8 +55,6 @@ CASES = [
     Case("Lightning", 1, "adamw-8bit", under_lightning),
     Case("Lightning, DDP", 2, "adamw-8bit", under_lightning, rtol=RTOL_8BIT),
     Case("Lightning, DDP", 2, "adamw-8bit/zero1", under_lightning, rtol=RTOL_8BIT),
-    Case("Fabric", 1, "adamw-8bit", under_fabric),
-    Case("Fabric, DDP", 2, "adamw-8bit/zero1", under_fabric, rtol=RTOL_8BIT),
     Case("DeepSpeed stage 1", 2, "adamw", under_deepspeed, (1, False)),
     Case("DeepSpeed stage 2, offload", 2, "adamw-8bit", under_deepspeed, (2, True), RTOL_FLAT),
     Case("DeepSpeed stage 3", 2, "adamw-8bit", under_deepspeed, (3, False), RTOL_FLAT),

@@ -136,32 +136,14 @@ class WithLoss(Net):
         return {"loss": super().forward(x).square().mean()}
 
 
-def _trainer_arguments(kind: str, spec: str, micro_batch: int) -> dict[str, Any]:
-    """What TrainingArguments are made with, on a CPU."""
-    if not kind:
-        return {"use_cpu": True, "ddp_backend": "gloo"}
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    if kind == "fsdp2":
-        import accelerate
-        from accelerate.utils import DistributedType
-
-        accelerate.PartialState(backend="gloo")._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        return {"ddp_backend": "gloo", "fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2}}
-    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=os.environ["WORLD_SIZE"])
-    config = memopt.deepspeed_config(spec, micro_batch=micro_batch, accumulate=2, offload=True, max_norm=MAX_NORM)
-    return {"ddp_backend": "gloo", "deepspeed": config}
-
-
-def under_trainer(spec: str, path: str, kind: str = "") -> dict[str, Any]:
+def under_trainer(spec: str, path: str) -> dict[str, Any]:
     """transformers' Trainer: accumulation, clipping, a checkpoint in the middle and training on from it."""
     os.environ.update(LOCAL_RANK=os.environ["RANK"], MASTER_ADDR="localhost", MASTER_PORT="29511")
     world = int(os.environ["WORLD_SIZE"])
-    arguments = _trainer_arguments(kind, spec, BATCH // world)
     import transformers
 
     from memopt.integrations.transformers import consolidate_callback
 
-    whole = str(memopt.parse(spec).replace(partition="none"))  # DeepSpeed shards by itself
     rows = torch.cat([torch.randn(BATCH, 67, generator=torch.Generator().manual_seed(i)) for i in range(STEPS)])
 
     class Recording(transformers.Trainer):
@@ -185,10 +167,11 @@ def under_trainer(spec: str, path: str, kind: str = "") -> dict[str, Any]:
                 train_sampling_strategy="sequential",
                 report_to=[],
                 disable_tqdm=True,
-                **arguments,
+                use_cpu=True,
+                ddp_backend="gloo",
             ),
             train_dataset=[{"x": row} for row in rows],
-            optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": whole if kind == "deepspeed" else spec, "lr": LR}),
+            optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": spec, "lr": LR}),
             callbacks=[consolidate_callback()],
         )
         trainer.train(**keywords)

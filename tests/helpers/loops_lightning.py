@@ -1,4 +1,4 @@
-"""The script of :mod:`tests.helpers.loops` under Lightning and its Fabric."""
+"""The script of :mod:`tests.helpers.loops` under Lightning."""
 
 from __future__ import annotations
 
@@ -62,36 +62,3 @@ def under_lightning(spec: str, path: str) -> dict[str, Any]:
     losses.clear()
     train(f"{path}/step={SAVED_AT // 2}.ckpt")
     return {**found, "resumed": losses}
-
-
-def under_fabric(spec: str, path: str) -> dict[str, Any]:
-    """Lightning's Fabric: accumulation, clipping, a checkpoint in the middle and training on from it."""
-    from lightning.fabric import Fabric
-
-    os.environ.update(LOCAL_RANK=os.environ["RANK"], NODE_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29513")
-    world = int(os.environ["WORLD_SIZE"])
-    fabric = Fabric(accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto")
-    fabric.launch()
-    whole = net()
-    model, optimizer = fabric.setup(whole, memopt.create(whole, spec, lr=LR))
-    state = {"model": model, "optimizer": optimizer}
-
-    def steps(first: int) -> list[float]:
-        losses = []
-        for step in range(first, STEPS):
-            stepping = step % 2 == 1
-            with fabric.no_backward_sync(model, enabled=not stepping and world > 1):
-                loss = model(data(step)).square().mean()
-                fabric.backward(loss / 2)
-            if stepping:
-                fabric.clip_gradients(model, optimizer, max_norm=MAX_NORM)
-                optimizer.step()
-                optimizer.zero_grad()
-            losses.append(loss.item())
-            if step == SAVED_AT - 1:
-                fabric.save(f"{path}/fabric.ckpt", state)
-        return losses
-
-    losses = steps(0)
-    fabric.load(f"{path}/fabric.ckpt", state)
-    return {"losses": losses, "resumed": steps(SAVED_AT)}

@@ -13,7 +13,6 @@ NEEDS = {
     "under_accelerate": "accelerate",
     "under_trainer": "transformers",
     "under_lightning": "lightning",
-    "under_fabric": "lightning",
     "under_deepspeed": "deepspeed",
 }
 
