@@ -225,7 +225,7 @@ def estimate(
         from estimators.memory.reference_model import reference
 
         second = reference(described, training, weight_dtype)
-    described = as_trained(described, training, weight_dtype)
+    described = whole = as_trained(described, training, weight_dtype)
     if training.tp > 1 or training.ep > 1:
         from estimators.parallel.local import cut
 
@@ -233,7 +233,7 @@ def estimate(
     card = gpu if isinstance(gpu, str) else ""
     found = columns(described, specs, Asked(training, world_size, gradient_dtype, card, second, spec))
     return Estimate(
-        found.model,
+        whole._replace(notes=found.model.notes),
         found.columns,
         nbytes,
         weight_dtype or _one(described, all_=True),

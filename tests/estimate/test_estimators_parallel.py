@@ -28,6 +28,7 @@ class TestTensorParallelism:
         norms = sum(prod(shape) for name, shape in estimate(LLAMA).model.shapes if "norm" in name)
         assert whole.nbytes("weights") - 2 * norms == 4 * (cut.nbytes("weights") - 2 * norms)
         assert 3.9 < whole.nbytes("state") / cut.nbytes("state") < 4.1
+        assert column(tp=4).parameters == estimate(LLAMA).parameters
 
     def test_what_a_layer_saves(self):
         """Per token of a rank's part two norms, in fp32 and 16 bits, and their roots; inside, gathered inputs and a
