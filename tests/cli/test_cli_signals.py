@@ -20,6 +20,7 @@ def started(*argv, cwd):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # who runs the tests may ignore it
     )
 
 
@@ -33,7 +34,10 @@ def test_ctrl_c_is_130(tmp_path, verb):
     with started(*argv, cwd=tmp_path) as process:
         assert process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        try:
+            out, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == 130, err
         assert "Traceback" not in err
     if verb == "measure":
