@@ -78,8 +78,7 @@ class Rows(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        shape = self.shape
-        return self.stop - self.first == (shape[0] if len(shape) >= 2 else row_count(shape, self.flat))
+        return self.stop - self.first == row_count(self.shape, self.flat)
 
     @property
     def unit(self) -> int:

@@ -47,6 +47,7 @@ def forget(opt) -> None:
 def without_kernels(monkeypatch) -> None:
     monkeypatch.setattr(kernels, "library", lambda: None)
     monkeypatch.setattr(kernels.cached_step, "library", lambda: None)
+    monkeypatch.setattr(kernels.streamed_step, "library", lambda: None)
 
 
 @pytest.mark.parametrize("spec", ["adamw-8bit", "adafactor", "came", "lamb-4bit", "lookahead(sgd)", "adamw@disk"])

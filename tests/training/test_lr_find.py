@@ -76,7 +76,7 @@ def test_the_command(tmp_path, capsys):
     assert main([*argv, "--plot", str(tmp_path / "rates.png")]) == 0
     out = capsys.readouterr().out
     assert "A peak rate to begin with: " in out
-    assert "It diverged at " in out
+    assert "It diverged at" in out
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
     assert main([*argv, "--json"]) == 0
     written = json.loads(capsys.readouterr().out)

@@ -50,7 +50,7 @@ MOVED = {"adamw fp32": 28, "adamw-8bit fp32": 16, "adamw-8bit bf16": 10, "adamw-
 #: What reads parameters and gradients; other kernels read gradients, and parameters where a rule asks for it.
 READS_BOTH = ("step_kernel", "renew_kernel", "apply_kernel")
 CASES = [
-    pytest.param(H100, ["adamw-8bit+split bf16", "adafactor-8bit bf16"], id="H100"),
+    pytest.param(H100, ["adamw-8bit+split bf16", "adafactor bf16"], id="H100"),
     pytest.param(H100, SOME, id="H100-some", marks=pytest.mark.slow),
     pytest.param(H100, [*ALL, *KEPT], id="H100-all", marks=pytest.mark.slow),
     *(

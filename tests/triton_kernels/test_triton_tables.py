@@ -91,7 +91,7 @@ def test_the_tables_cost_what_the_estimate_says(spec, on) -> None:
         count(value)
     count(launcher.gradients.tensor)
     count(launcher.numbers.tensor)
-    for launch in [*launcher.launches, *launcher._looks]:
+    for launch in [*launcher.launches, *launcher._look._launches]:
         for cell in launch.__closure__ or ():
             for value in cell.cell_contents if isinstance(cell.cell_contents, tuple) else (cell.cell_contents,):
                 count(value)

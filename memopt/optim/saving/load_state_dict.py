@@ -182,7 +182,7 @@ def load(
 
 def _is_earlier(params: Params, state_dict: Mapping[str, Any]) -> bool:
     """Whether it is of a version that kept narrow rows in 32 bits whatever their format."""
-    if "memopt" not in state_dict:
+    if not {"memopt", "state", "param_groups"} <= state_dict.keys():
         return False
     saved_ids = [i for group in state_dict["param_groups"] for i in group["params"]]
     for saved_id, (name, p, group) in zip(saved_ids, params.entries(), strict=False):
