@@ -49,7 +49,7 @@ BOUND_OF_TOOLS = {
     "torchao-fp8": (0.04, 0.04),
     "flashoptim": (0.01, 0.01),
 }
-SIGNED = ("exp_avg", "exp_avg_slow", "momentum_buffer", "grad_avg", "slow")
+SIGNED = ("exp_avg", "exp_avg_slow", "momentum_buffer", "grad_avg", "slow", "grad_sum", "moved")
 HYPER: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.9},
     "adafactor": {"beta1": 0.9},

@@ -32,7 +32,7 @@ def create(
     alpha: float | Unset = RULE_DEFAULT,
     centered: bool | Unset = RULE_DEFAULT,
     decoupled_weight_decay: bool | Unset = RULE_DEFAULT,
-    d: float | Unset = RULE_DEFAULT,
+    d: float | Unset | None = RULE_DEFAULT,
     beta1: float | Unset | None = RULE_DEFAULT,
     beta2_decay: float | Unset = RULE_DEFAULT,
     scale_parameter: bool | Unset = RULE_DEFAULT,
@@ -50,6 +50,15 @@ def create(
     ns_steps: int | Unset = RULE_DEFAULT,
     ns_dtype: Literal["auto", "bfloat16", "float32"] | Unset = RULE_DEFAULT,
     adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_norm", "none"] | Unset = RULE_DEFAULT,
+    d_coef: float | Unset = RULE_DEFAULT,
+    d_numerator: float | Unset = RULE_DEFAULT,
+    d0: float | Unset = RULE_DEFAULT,
+    beta3: float | Unset | None = RULE_DEFAULT,
+    use_bias_correction: bool | Unset = RULE_DEFAULT,
+    safeguard_warmup: bool | Unset = RULE_DEFAULT,
+    sliced: bool | Unset = RULE_DEFAULT,
+    sinkhorn_steps: int | Unset = RULE_DEFAULT,
+    spectral_steps: int | Unset = RULE_DEFAULT,
     lookahead_steps: int | Unset = RULE_DEFAULT,
     lookahead_rate: float | Unset = RULE_DEFAULT,
     rule: str | Unset = SPEC_DEFAULT,
@@ -87,7 +96,7 @@ def create(
             (``"paged_adamw_8bit"``), or an :class:`OptimSpec`. ``memopt list`` shows what there is.
         lr: Step size; a schedule changes it in ``param_groups``. A Tensor of one element is read at each step.
             None, for adafactor with ``convention="transformers"`` alone, lets the rule make its own.
-            Default 1e-3; rmsprop 1e-2; came 2e-4; lion 1e-4.
+            Default 1e-3; rmsprop 1e-2; came 2e-4; lion 1e-4; prodigy 1.
         betas: Decay of each running mean, per step, in [0, 1): of the gradient, of its square, and of ademamix's slow
             mean or came's residual. adafactor, sgd and rmsprop have none.
             Default (0.9, 0.999); lion, stableadamw (0.9, 0.99); came, ademamix (0.9, 0.999, 0.9999).
@@ -99,8 +108,8 @@ def create(
             an L2 term in the gradient.
             Default 0; adamw, lamb, ademamix, adammini, stableadamw 1e-2; muon 0.1.
         maximize: Go up the gradient. Every rule. Default False.
-        cautious: Leave out of each update what does not go against the gradient, and scale the rest up. Every rule, on
-            the plain torch path. Default False.
+        cautious: Leave out of each update what does not go against the gradient, and scale the rest up. Every rule but
+            prodigy, on the plain torch path. Default False.
         amsgrad: Divide by the largest second moment so far, one more moment. adamw, adam. Default False.
         momentum: Decay of the momentum buffer; 0 keeps none. sgd, rmsprop, muon. Default 0; muon 0.95.
         dampening: Share of the gradient that does not enter the momentum. sgd. Default 0.
@@ -109,8 +118,9 @@ def create(
         alpha: rmsprop: decay of the mean of squares. ademamix: weight of the slow mean.
             Default 0.99; ademamix 5.
         centered: Divide by the standard deviation instead of the root mean square. rmsprop, 32bit. Default False.
-        decoupled_weight_decay: Decay as adamw does. radam. Default False.
-        d: Largest RMS of an update; larger ones are scaled down to it. adafactor, came, stableadamw. Default 1.
+        decoupled_weight_decay: Decay as adamw does. radam, prodigy. Default False; prodigy True.
+        d: Largest RMS of an update; larger ones are scaled down to it. adafactor, came, stableadamw. Of prodigy where
+            its estimate stands, which each step may raise; None is ``d0``. Default 1; prodigy None.
         beta1: Decay of a first moment; None keeps none. adafactor. Default None.
         beta2_decay: Exponent c of the second moment's decay ``1 - t^c``, at most 0. adafactor. Default -0.8.
         scale_parameter: Scale the rate with the parameter's RMS. adafactor; the conventions of torch and transformers
@@ -135,6 +145,17 @@ def create(
             Default "auto".
         adjust_lr_fn: How the rate is scaled by a matrix's shape: as torch.optim.Muon's, dion's, or not at all. muon.
             Default "match_rms_adamw".
+        d_coef: What the estimate is multiplied by. prodigy. Default 1.
+        d_numerator: Where the sum stands that the estimate is made of. prodigy. Default 0.
+        d0: Where the estimate begins. prodigy. Default 1e-6.
+        beta3: Decay of the estimate's statistics; None is the root of the second beta. prodigy. Default None.
+        use_bias_correction: Adam's bias corrections in the step. prodigy. Default False.
+        safeguard_warmup: Leave the rate out of the estimate's denominator, for schedules with a warm-up. prodigy.
+            Default False.
+        sliced: Keep the estimate's statistics of every 11th element alone, in 32 bits. prodigy. Default False.
+        sinkhorn_steps: How often rows, then columns, are brought to one size, from 1 to 99. sinkgd. Default 5.
+        spectral_steps: Power iterations for the spectral norm of an update, which is then brought to
+            sqrt(rows / columns); 0 leaves it as it is. sinkgd. Default 0.
         lookahead_steps: Steps between two updates of the slow weights. lookahead(RULE). Default 5.
         lookahead_rate: Share of the way to the fast weights, in (0, 1]. lookahead(RULE). Default 0.5.
         rule, format, fallback, master, placement, partition: What the spec leaves to its default, or, beside an

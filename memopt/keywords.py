@@ -51,7 +51,7 @@ class Hyperparameters(TypedDict, total=False):
     alpha: float
     centered: bool
     decoupled_weight_decay: bool
-    d: float
+    d: float | None
     beta1: float | None
     beta2_decay: float
     scale_parameter: bool
@@ -69,6 +69,15 @@ class Hyperparameters(TypedDict, total=False):
     ns_steps: int
     ns_dtype: Literal["auto", "bfloat16", "float32"]
     adjust_lr_fn: Literal["original", "match_rms_adamw", "spectral_norm", "none"]
+    d_coef: float
+    d_numerator: float
+    d0: float
+    beta3: float | None
+    use_bias_correction: bool
+    safeguard_warmup: bool
+    sliced: bool
+    sinkhorn_steps: int
+    spectral_steps: int
     lookahead_steps: int
     lookahead_rate: float
 

@@ -69,7 +69,6 @@ NOT_PRICED = {
     "sophia": "an estimate of the Hessian",
     "grokadamw": "a copy of the gradients",
     "schedule_free": "a second copy of the weights",
-    "prodigy": "copies of the weights",
     "dadapt": "copies of the weights",
 }
 

@@ -39,7 +39,11 @@ PLAIN_PATH: dict[str, dict[str, int]] = {
     "ademamix": {**_ADAM, "bf16": 28, "8bit": 32, "fp8": 37, "4bit": 36},
     "adammini": {"32bit": 12, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24},
     "stableadamw": {**_ADAM, "32bit": 20, "bf16": 28, "factored": 24},
+    "sinkgd": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 16),
+    "prodigy": {"32bit": 12, "bf16": 41, "8bit": 44, "fp8": 48, "4bit": 44, "factored": 16},
 }
+#: Rules without a kernel on a card: there they take the plain path.
+NO_TRITON = ("sinkgd", "prodigy")
 #: What the kernels allocate: tables of each tensor, and for each program that a step launches its tensor and place
 #: (8 bytes; a program takes 8192 elements or, with many, so many more that there are at most 2^17), once for the step
 #: and once for the look at the gradients; for rules with sums 16 bytes of each program; for factored moments sums of
@@ -178,9 +182,10 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
     """What a step on a GPU allocates: tables of the kernels, what the plain path needs where rules need sums over
     ranks, and what looking at gradients of ``@cpu`` takes. None where that was never measured (another engine or rule).
     """
-    if spec.engine != "native" or spec.master not in MASTER or spec.rule not in PLAIN_PATH:
+    if spec.engine != "native" or spec.master not in MASTER or not PLAIN_PATH.keys() >= set(spec.rule_names):
         return None
     from memopt.core.registry import by_sign
+    from memopt.engines.row_chunks import PIECE
     from memopt.partitions import PARTITIONS
     from memopt.partitions.base import NUMEL_TOGETHER
     from memopt.placements.workspaces import looking
@@ -188,38 +193,44 @@ def temporaries(model: Model, spec: OptimSpec, world_size: int, weights: str | N
     from memopt.spec.placement_options import of_placement
 
     rows = PARTITIONS[spec.partition].rows
-    whole = "factored" in spec.formats or not RULES[spec.rule].element_wise
-    together = world_size > 1 and spec.partition != "none" and whole
+    shared = world_size > 1 and spec.partition != "none"
+    sums = rows_have_means = False
     most = total = tensors = in_kernels = looked = 0
-    known: dict[tuple[str, str, str, Shape], int] = {}  # elements that are stepped at once
+    known: dict[tuple[str, str, str, str, Shape], int] = {}  # elements that are stepped at once
     for name, shape in model.shapes:
         if name not in model.frozen:
-            fmt, placement, _ = spec.for_parameter(name)
+            rule, placement = spec.rule_for(name, shape), spec.for_parameter(name)[1]
+            fmt = spec.format_for(name, rule)
+            whole = "factored" in by_sign(fmt) or not RULES[rule].element_wise
             if placement == "cpu":  # the step is the host's
                 if world_size == 1:
                     looked = max(looked, looking(prod(shape), of_placement(spec.options, "cpu")))
                 continue
             dtype = weight_dtype(model, name, weights)
-            key = (fmt, placement, dtype, shape)
+            key = (rule, fmt, placement, dtype, shape)
             if key not in known:
                 known[key] = max(rows(shape, r, world_size).numel for r in (0, world_size - 1))
                 if placement in ("host", "disk"):
                     known[key] = min(known[key], _leased(spec, name, rows(shape, 0, world_size), dtype))
             owned = known[key]
             total += owned
-            costs = [PLAIN_PATH[spec.rule].get(one) for one in by_sign(fmt)]
+            costs = [PLAIN_PATH[rule].get(one) for one in by_sign(fmt)]
             if None in costs:
                 return None
             each = max(cost for cost in costs if cost is not None)  # moments are coded one after the other
             low = dtype != "float32"
-            if not together:
+            together = shared and whole
+            if not together and rule not in NO_TRITON:
                 tensors, in_kernels = tensors + 1, in_kernels + owned
+                sums, rows_have_means = sums or whole, rows_have_means or rule == "adammini"
                 continue
             if low:
                 each = max(each + COPIES, MASTER[spec.master])
+            if not whole:
+                owned = min(owned, PIECE)
             # Updates that need sums over ranks are under way together, up to so many elements.
-            most = max(most, max(owned, min(total, NUMEL_TOGETHER)) * each)
-    return most + max(looked, kernel_tables(tensors, in_kernels, whole, spec.rule == "adammini"))
+            most = max(most, max(owned, min(total, NUMEL_TOGETHER) if together else 0) * each)
+    return most + max(looked, kernel_tables(tensors, in_kernels, sums, rows_have_means))
 
 
 def kernel_tables(tensors: int, numel: int, whole: bool, rows: bool = False) -> int:

@@ -39,6 +39,10 @@ METHODS = (
         "8-bit state and gradients on the host, where the step runs: much slower steps",
         offload_gradients=True,
     ),
+    Method(
+        "sinkgd-8bit(adamw)",
+        "no state of hidden matrices, 8-bit AdamW for the rest: another update rule, without momentum",
+    ),
     Method("adamw", "adapters of rank 16 train, the weights do not: less can be learnt", RANK),
     Method("adamw-8bit@paged", "adapters on 4-bit weights (QLoRA): the weights are rounded too", RANK, "nf4-double"),
 )

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from typing import Any
 
-from estimators.report.lines import WIDTH
+from estimators.report.lines import WIDTH, fold
 from memopt.cli.output import terminal
 
 SUMMARY = "the specs that exist, and the values on each axis"
@@ -115,7 +115,7 @@ def matrix_text(width: int = WIDTH) -> list[str]:
         else "RULE-FORMAT of these, and (in brackets) what RULE alone means; others are refused, with the reason",
         "",
         "RULE-FORMAT.FORMAT   one format for signed moments, one for non-negative ones: adamw-8bit.factored",
-        f"    rules            {', '.join(dict.fromkeys(s.rule for s in two))}",
+        *fold(f"    rules            {', '.join(dict.fromkeys(s.rule for s in two))}", 100, 21),
         f"    signed           {', '.join(dict.fromkeys(s.formats[0] for s in two))}",
         f"    non-negative     {', '.join(sorted({s.formats[1] for s in two}, key=list(FORMATS).index))}",
         "",

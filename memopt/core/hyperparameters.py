@@ -117,21 +117,25 @@ CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 }
 
 
-def check(rule: str, values: Mapping[str, Any]) -> None:
+#: What a rule says of hyperparameters of its own, in the form of :data:`CHECKS`.
+Checks = Mapping[str, tuple[str, Callable[[Any], bool]]]
+
+
+def check(rule: str, values: Mapping[str, Any], own: Checks) -> None:
     """Raise :class:`SpecError` for the first value that is not allowed."""
     for name, value in values.items():
-        allowed, ok = CHECKS.get(f"{rule}.{name}") or CHECKS[name]
+        allowed, ok = own.get(name) or CHECKS.get(f"{rule}.{name}") or CHECKS[name]
         if not ok(value):
             raise SpecError(f"{rule}: {name}={value!r} is not allowed; {name} must be {allowed}")
 
 
-def check_live(rule: str, values: Mapping[str, Any]) -> None:
+def check_live(rule: str, values: Mapping[str, Any], own: Checks) -> None:
     """Raise :class:`SpecError` for a value that a param group was given after it was made and that is no number where
     one is wanted, or a word. Signs and ranges are the owner's, as in torch.optim; tensors are not waited for."""
     for name, value in values.items():
         if type(value) is float and isfinite(value):
             continue
-        allowed, ok = CHECKS.get(f"{rule}.{name}") or CHECKS[name]
+        allowed, ok = own.get(name) or CHECKS.get(f"{rule}.{name}") or CHECKS[name]
         if name in FLAGS:
             fine = isinstance(value, (bool, int))
         elif isinstance(value, str):

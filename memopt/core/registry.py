@@ -110,13 +110,17 @@ _RULES = (
     "adammini",
     "stableadamw",
     "muon",
+    "sinkgd",
+    "prodigy",
 )
 
 WRAPPERS: Axis[Any] = Axis("memopt.rules", {"lookahead": "lookahead.wrap"})
 RULES: Axis[Any] = Rules("memopt.rules", {name: f"{name}.RULE" for name in _RULES}, WRAPPERS)
 FORMATS: Axis[Any] = Axis("memopt.formats", dict(_FORMATS), _once)
 #: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.fixed_format``).
-ALL_FORMATS: Axis[Any] = Axis("memopt.formats", {**_FORMATS, "rowmean": "rowmean.RowMean"}, _once)
+ALL_FORMATS: Axis[Any] = Axis(
+    "memopt.formats", {**_FORMATS, "rowmean": "rowmean.RowMean", "sliced": "sliced.Sliced"}, _once
+)
 MASTERS: Axis[Any] = Axis(
     "memopt.masters",
     {

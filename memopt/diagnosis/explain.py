@@ -29,6 +29,13 @@ def explain(optimizer: OptimizerParts) -> str:
     ]
     rates = (optimizer.rule.about_rate(group["lr"]) for group in optimizer.param_groups)
     rows += [("rate", about) for about in dict.fromkeys(rates) if about]
+    for group in optimizer.param_groups:
+        estimate = RULES[spec.rule_of(group)].estimate
+        if estimate is not None:
+            d, lr = estimate(group), float(group["lr"])
+            rows.append(
+                ("estimate", f"d is {d:.3g}: with lr {lr:.3g} a step is as long as one at a rate of {d * lr:.3g}")
+            )
     kept: dict[str, list[str]] = {}
     slow: dict[str, list[str]] = {}
     places: dict[tuple[str, str], int] = {}

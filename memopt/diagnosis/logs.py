@@ -42,7 +42,7 @@ class TensorBoard:
 
     def write(self, reading: Reading, findings: Sequence[Finding]) -> None:
         for g in reading.groups:
-            for name in ("lr", "grad_norm", "update_ratio", "lost", "nonfinite"):
+            for name in ("lr", "estimate", "grad_norm", "update_ratio", "lost", "nonfinite"):
                 value = getattr(g, name)
                 if value is not None:
                     self._writer.add_scalar(f"memopt/group{g.group}/{name}", value, reading.step)

@@ -31,6 +31,7 @@ class GroupReading:
     update_ratio: float | None
     lost: float | None
     dtype: str
+    estimate: float | None = None  # what the rule has found lr is multiplied by (prodigy's d)
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class Reading:
 def _line(g: GroupReading) -> str:
     lost = f" lost {g.lost:.0%}" if g.lost is not None and g.lost >= 0.005 else ""
     ratio = f" update/weight {g.update_ratio:.1e}" if g.update_ratio is not None else ""
-    return f"[{g.group}] lr {g.lr:.3g} |g| {g.grad_norm:.3g}{ratio}{lost}"
+    d = f" d {g.estimate:.3g}" if g.estimate is not None else ""
+    return f"[{g.group}] lr {g.lr:.3g}{d} |g| {g.grad_norm:.3g}{ratio}{lost}"
 
 
 def _together(groups: tuple[GroupReading, ...]) -> str:
@@ -85,6 +87,8 @@ def _together(groups: tuple[GroupReading, ...]) -> str:
     lost = max((g.lost for g in groups if g.lost is not None), default=0.0)
     norm = sum(g.grad_norm**2 for g in groups) ** 0.5
     text = f"{len(groups)} groups lr {min(rates):.3g} … {max(rates):.3g} |g| {norm:.3g}"
+    found = sorted({g.estimate for g in groups if g.estimate is not None})
+    text += f" d {found[0]:.3g}" if found else ""
     text += f" update/weight {min(ratios):.1e} … {max(ratios):.1e}" if ratios else ""
     return text + (f" lost up to {lost:.0%}" if lost >= 0.005 else "")
 

@@ -36,7 +36,15 @@ def rule_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any] | None = 
     except SpecError:
         return None
     whole = any(moment.fixed_format == "rowmean" for moment in rule.moments(h, (2, 2)))
-    return rule if rule.element_wise and not whole else None
+    return rule if rule.element_wise and not rule.reports and not whole else None
+
+
+def estimate_of(optimizer: torch.optim.Optimizer, group: Mapping[str, Any]) -> float | None:
+    """What the group's rule has found that ``lr`` is multiplied by, of a rule that does so."""
+    if not isinstance(optimizer, Optimizer):
+        return None
+    estimate = optimizer.setup.rule_of(group).estimate
+    return None if estimate is None else estimate(group)
 
 
 def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +50,12 @@ class Flat:
 
     def orthogonal(self, x: Tensor) -> Tensor:
         raise NotImplementedError("a sample of elements is no matrix")
+
+    def column_sums(self, x: Tensor) -> Tensor:
+        raise NotImplementedError("a sample of elements has no columns")
+
+    def report(self, numbers: Sequence[Tensor]) -> None:
+        raise NotImplementedError("a sample has no sums over all parameters")
 
     def rank_one(self, name: str) -> bool:
         return False

@@ -12,7 +12,7 @@ from memopt.core.hyperparameters import SpecError
 from memopt.diagnosis.causes import find
 from memopt.diagnosis.logs import Log, open_logs
 from memopt.diagnosis.readings import Finding, GroupReading, History, NonFinite, Reading
-from memopt.diagnosis.sampling import shadows
+from memopt.diagnosis.sampling import estimate_of, shadows
 from memopt.diagnosis.shadow import Shadow
 from memopt.optimizer import Optimizer
 from memopt.placements.gradients.checks import non_finite
@@ -116,7 +116,7 @@ class Watch:
 
     def _read(self, before: list[tuple[Tensor, Tensor] | None]) -> None:
         groups = tuple(
-            _group(i, group, spread, self.history.master)
+            _group(i, group, spread, self.history.master, estimate_of(self.optimizer, group))
             for i, (group, spread) in enumerate(zip(self.optimizer.param_groups, before, strict=False))
         )
         if any(g.nonfinite for g in groups):
@@ -209,14 +209,16 @@ def _strided(x: Tensor) -> Tensor:
     return flat[:: max(flat.numel() // SPREAD, 1)][:SPREAD]
 
 
-def _group(i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None, master: str) -> GroupReading:
+def _group(
+    i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None, master: str, estimate: float | None
+) -> GroupReading:
     names = group.get("param_names") or [str(tuple(p.shape)) for p in group["params"]]
     shown = ", ".join(names[:2]) + (", …" if len(names) > 2 else "")
     norm = float(grad_norm(group["params"]))
     lr = group.get("lr")
     rate = float(lr) if lr is not None else float("nan")
     if before is None:
-        return GroupReading(i, shown, rate, norm, 0, None, None, "")
+        return GroupReading(i, shown, rate, norm, 0, None, None, "", estimate)
     weights, gradients = before
     stepped = [p for p in group["params"] if p.grad is not None and local_part(p).numel()]
     parts = [_strided(p.detach()) for p in stepped]
@@ -235,6 +237,7 @@ def _group(i: int, group: dict[str, Any], before: tuple[Tensor, Tensor] | None, 
         ratio,
         alike if rate and master == "none" and touched.any() else None,
         str(weights.dtype).removeprefix("torch."),
+        estimate,
     )
 
 

@@ -14,6 +14,7 @@ from memopt.engines.row_chunks import pieces
 from memopt.formats import FORMATS, Format, Shard
 from memopt.masters.base import ORDER
 from memopt.rules import Moment
+from memopt.rules.matrices import matrices
 
 if TYPE_CHECKING:
     import torch
@@ -33,13 +34,13 @@ Ask = Callable[["Tensor"], "Tensor"]
 class ParameterState:
     """The :class:`memopt.rules.base.State` of one parameter in one step: decodes on read, encodes on write."""
 
-    __slots__ = ("_counted", "_dtype", "_moments", "_rows", "_shard", "_state", "_total", "_whole")
+    __slots__ = ("_counted", "_dtype", "_moments", "_rows", "_shard", "_state", "_sums", "_total", "_whole")
 
     def __init__(self, work: Work, total: Ask, whole: Ask, seed: int, dtype: torch.dtype) -> None:
         self._state = work.state
         self._dtype = dtype
         self._total, self._whole = total, whole
-        self._rows, self._counted = work.rows, work.counted
+        self._rows, self._counted, self._sums = work.rows, work.counted, work.sums
         self._moments = {m.moment.name: m for m in work.layout.moments}
         self._shard = {
             name: Shard(work.rows, dither.key(seed, work.index, j), work.step, total, work.counted)
@@ -61,6 +62,19 @@ class ParameterState:
 
     def orthogonal(self, x: Tensor) -> Tensor:
         return self._whole(x)
+
+    def column_sums(self, x: Tensor) -> Tensor:
+        """Summed in fp64, where the order of a sum, and so the number of ranks, hardly ever shows in the result."""
+        import torch
+
+        if matrices(self._rows.shape).stacked:  # of a stack, every rank has whole matrices
+            return x.sum(-2, keepdim=True, dtype=torch.float64)
+        return self._total(x[:, self._counted].sum(-2, keepdim=True, dtype=torch.float64))
+
+    def report(self, numbers: Sequence[Tensor]) -> None:
+        import torch
+
+        self._sums += torch.stack([x.to(self._sums) for x in numbers])
 
     def rank_one(self, name: str) -> bool:
         return self._moments[name].format.name == "factored"
@@ -106,7 +120,7 @@ class Native(Engine):
         ranks = partition.world_size
         # Those that need something of the other ranks, or are the better for company: matrices.
         shared = [
-            work.layout.rule.declines is not None or (bool(work.groups) and kernels.needs_ranks(work.layout, ranks))
+            work.layout.rule.whole_matrices or (bool(work.groups) and kernels.needs_ranks(work.layout, ranks))
             for work in works
         ]
         for work in kernels.step([w for w, its in zip(works, shared, strict=True) if not its], 1, seed):
@@ -123,7 +137,7 @@ class Native(Engine):
                 return Update(run, work.groups, numel(work, ranks), work.p.device, work)
 
             together = [work for work, its in zip(works, shared, strict=True) if its]
-            matrices = [work.layout.rule.declines is not None for work in together]
+            matrices = [work.layout.rule.whole_matrices for work in together]
             run_together([update(work) for work, its in zip(together, matrices, strict=True) if not its], orthogonal)
             run_together(
                 [update(work) for work, its in zip(together, matrices, strict=True) if its],

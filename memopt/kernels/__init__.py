@@ -78,7 +78,7 @@ def slow_path(layout: ParamLayout, p: Tensor, ranks: int, cut_row: bool) -> str 
     it, and with ``cut_row`` one of its rows."""
     from memopt.kernels import matrix_step, pack, triton
 
-    if layout.rule.declines is not None and library() is not None:
+    if layout.rule.whole_matrices and library() is not None:
         reason = matrix_step.refuse(layout, p, p)
     elif not p.is_cpu:
         reason = triton.refuse(layout, p, ranks)

@@ -35,6 +35,16 @@ def needs_shapes(spec: OptimSpec) -> str | None:
     return f"needs the parameters' shapes: a moment is held as {whole.pop()}" if whole else None
 
 
+def refuse_deepspeed(spec: OptimSpec) -> str | None:
+    """Why a spec cannot be stepped under DeepSpeed at all, or None."""
+    for name in spec.rule_names:
+        if RULES[name].reports:
+            return f"{name} ends a step with sums over all parameters, and DeepSpeed steps its vectors one by one"
+        if RULES[name].declines is not None and not RULES[name].whole_matrices:
+            return f"{name} sums columns of matrices, whose rows DeepSpeed cuts anywhere"
+    return None
+
+
 def rows_of_rank(
     spec: OptimSpec,
     shapes: Mapping[str, Shape],
@@ -50,6 +60,8 @@ def rows_of_rank(
         raise SpecError(f"deepspeed={stage!r} is not allowed; it is DeepSpeed's stage, one of 1, 2, 3")
     if spec.partition != "none":
         raise SpecError(f"'{spec}' with deepspeed={stage}: the stage takes the place of /{spec.partition}")
+    if reason := refuse_deepspeed(spec):
+        raise SpecError(f"'{spec}' with deepspeed={stage}: {reason}")
     if not needs_shapes(spec):
         found = spans.vectors(list(shapes.values()), world_size, stage)
         return [(str(i), Rows.whole((numel,))) for i, numel in enumerate(found)]

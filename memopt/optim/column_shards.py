@@ -20,7 +20,7 @@ def check_slab(layout: ParamLayout, p: Tensor, whole: Callable[[], ParamLayout],
     (of data and of tensor parallelism) is nowhere put together."""
     if not is_dtensor(p):
         return
-    if groups > 1 and layout.rule.declines is not None:
+    if groups > 1 and layout.rule.whole_matrices:
         raise RuntimeError(
             f"{layout.name} is cut over {groups} groups of ranks, with {getattr(p, 'placements', ())}, and "
             f"{layout.rule.name} puts matrices together over one; give it another rule: "
@@ -28,14 +28,11 @@ def check_slab(layout: ParamLayout, p: Tensor, whole: Callable[[], ParamLayout],
         )
     if layout.rows.shape == tuple(p.shape):
         return
-    if (
-        layout.rule.element_wise
-        and "cautious" not in layout.modifiers
-        and {m.format.name for m in whole().moments} <= {"32bit"}
-    ):
+    by_element = layout.rule.element_wise and not layout.rule.reports and "cautious" not in layout.modifiers
+    if by_element and {m.format.name for m in whole().moments} <= {"32bit"}:
         return
     raise RuntimeError(
         f"{layout.name} is cut along another dimension than the first, with {getattr(p, 'placements', ())}, and "
         f"{layout.rule.name} in {layout.asked} works on whole rows; keep it in 32 bits with an element-wise rule: "
-        f"overrides={{{layout.name!r}: {'32bit' if layout.rule.element_wise else 'adamw-32bit'!r}}}"
+        f"overrides={{{layout.name!r}: {'32bit' if by_element else 'adamw-32bit'!r}}}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from memopt.layout.flattened import needs_shapes
+from memopt.layout.flattened import needs_shapes, refuse_deepspeed
 from memopt.partitions.deepspeed.flat import Flat
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ def flattened(spec: OptimSpec, made: Sequence[Made], groups: Sequence[dict[str, 
         )
     if wrong := refuse(made, groups):
         raise RuntimeError(wrong)
+    if refused := refuse_deepspeed(spec):
+        raise RuntimeError(f"'{spec}' is not for DeepSpeed's vectors: {refused}; use FSDP2: '/zero3'")
     reason = needs_shapes(spec)
     if not reason:
         return Flat()

@@ -15,6 +15,7 @@ from memopt import kernels
 from memopt.layout.param_step import Work, count_steps
 from memopt.optim.gradient_policy import GradientPolicy, Scaler, bounds_of
 from memopt.optim.params import Resolved
+from memopt.optim.reports import Reports
 from memopt.optim.state_store import StateStore
 from memopt.placements.gradients.checks import check_gradient, look
 
@@ -46,6 +47,7 @@ class Stepper:
         self.plan: kernels.CachedStep | None = None
         self._captured: list[kernels.CachedStep] = []  # plans whose tables a CUDA graph reads
         self.gradients = GradientPolicy(self.params)
+        self.reports = Reports()
 
     def step(self, scaler: Scaler) -> None:
         """One step of every parameter that has a gradient."""
@@ -62,6 +64,7 @@ class Stepper:
                 scales = self._look(scaler, gradients, ready)
                 if scales is not None:
                     works = self.step_some(ready, scales)
+                    self.reports.tell(groups, setup.spec)
                     self._cache(works, scaler)
             self.store.commit()
 
@@ -135,6 +138,7 @@ class Stepper:
         try:
             yield
         except BaseException:
+            self.reports.clear()
             if release is not None:
                 release.give_up()
             raise
@@ -218,9 +222,12 @@ class Stepper:
     def _work(self, one: Ready, state: dict[str, Any], scale: float) -> Work:
         partition = self.setup.partition
         groups = partition.groups(one.p)
-        shares = partition.shares(one.p) if groups and one.layout.rule.declines is not None else ()
+        shares = partition.shares(one.p) if groups and one.layout.rule.whole_matrices else ()
         step = int(state["step"]) + 1
-        return Work(one.layout, one.local, one.gradient, state, step, one.group, groups, scale, shares, one.p.device)
+        sums = self.reports.of(one.layout.rule, groups, one.local.device) if one.layout.rule.reports else None
+        return Work(
+            one.layout, one.local, one.gradient, state, step, one.group, groups, scale, shares, one.p.device, sums
+        )
 
     def local_gradient(self, layout: ParamLayout, p: Tensor) -> Tensor:
         """What is here of the gradient; of a replicated parameter the whole, whose NaN every rank must see."""

@@ -208,6 +208,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "notes": "the rate is chosen among 5e-5, 3e-5 and 2e-5 on the development set; warm-up, eps, clipping and what "
         "decays are the script's, whose Adam has no bias correction",
     },
+    "prodigy-diffusion": {
+        "summary": "fine-tuning of diffusion models with Prodigy, which finds the rate",
+        "spec": "prodigy",
+        "lr": 1.0,
+        "hyper": {"use_bias_correction": True, "safeguard_warmup": True},
+        "weight_decay": 0.01,
+        "clip_norm": None,
+        "kind": "cosine",
+        "decays": "all",
+        "source": "Mishchenko & Defazio 2024; the README of its package prodigyopt 1.1.2",
+        "notes": "in 8 bits as spec='prodigy-8bit'. Betas of (0.9, 0.99) sometimes help, and d0 of 1e-5 or 1e-4 where "
+        "d stays too small; steps, batch and clipping are not stated",
+    },
     "lora": {
         "summary": "LoRA fine-tuning of GPT-2 medium (E2E)",
         "spec": "adamw",

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from memopt.core.hyperparameters import SpecError, check, check_names
+from memopt.core.hyperparameters import Checks, SpecError, check, check_names
 from memopt.core.rows import Shape
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ class Moment(NamedTuple):
     """One running statistic. ``signed`` chooses the code, ``factorable`` says that a rank-1 form makes sense.
 
     ``fixed_format`` is the one that it has whatever the spec says, and ``fixed_because`` why. ``begins`` says what
-    the rule makes of it at the first step where that is not zero.
+    the rule makes of it at the first step where that is not zero, ``mean_of`` what it stands for where another rule has
+    another moment of the same name.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Moment(NamedTuple):
     fixed_format: str = ""
     fixed_because: str = ""
     begins: str = ""
+    mean_of: str = ""
 
 
 #: What every rule can be told besides its own hyperparameters, and its default.
@@ -46,15 +48,19 @@ class State(Protocol):
     ``write`` returns what this step may see of the value: the value itself for element-wise formats (an update uses
     its moments *before* they are re-quantised), the rank-1 reconstruction for a factored one. ``floor`` bounds from
     below the mean by which a factored reconstruction divides. ``orthogonal`` is what Newton-Schulz iteration makes of
-    the whole matrix of which ``x`` are the rows here, in a dtype of its own. ``rank_one`` says whether ``write``
-    returns such a reconstruction: a second moment that does not know the elements.
+    the whole matrix of which ``x`` are the rows here, in a dtype of its own. ``column_sums`` of ``x`` [matrices, rows
+    here, columns] are [matrices, 1, columns] in fp64, over all rows of each matrix wherever they are. ``report`` adds
+    numbers, fp64 [], to those that are summed over all parameters of the rule. ``rank_one`` says
+    whether ``write`` returns such a reconstruction: a second moment that does not know the elements.
     """
 
     def read(self, name: str) -> Tensor: ...
     def write(self, name: str, value: Tensor, floor: float = 0.0) -> Tensor: ...
     def rank_one(self, name: str) -> bool: ...
     def rms(self, x: Tensor) -> Tensor: ...
+    def report(self, numbers: Sequence[Tensor]) -> None: ...
     def orthogonal(self, x: Tensor) -> Tensor: ...
+    def column_sums(self, x: Tensor) -> Tensor: ...
 
     @property
     def shape(self) -> Shape: ...  # of the whole parameter
@@ -80,8 +86,17 @@ class Rule(NamedTuple):
     (:data:`memopt.kernels.abi.HYPER`). ``declines(name, shape, kind)`` says why a rule of matrices does not take a
     parameter, or None where it does (``kind`` as of :mod:`memopt.core.param_kinds`), and ``fallback`` names the rule of
     those; a rule without it takes everything. ``in_torch`` names hyperparameters, on or off, that kernels do not know
-    beside :data:`MODIFIERS`: a parameter for which one is on goes the plain path. ``wrapper`` and ``inner`` are the two
-    names in ``lookahead(adamw)``; of a plain rule there is no wrapper, and ``inner`` is its own name.
+    beside :data:`MODIFIERS`: a parameter for which one is on goes the plain path. ``whole_matrices``: its update asks
+    for them (``State.orthogonal``), so that ranks put them together. ``checks`` say what hyperparameters of its own may
+    be: name -> (what is allowed, test), as :data:`memopt.core.hyperparameters.CHECKS` does of those that several rules
+    have.
+
+    ``reports`` is how many numbers an update reports (``State.report``); ``after_step(groups, sums)`` is called with
+    all param groups of the rule and their sums over parameters and ranks, at the end of a step. ``estimate(h)`` is what
+    the rule has found that ``lr`` is multiplied by.
+
+    ``wrapper`` and ``inner`` are the two names in ``lookahead(adamw)``; of a plain rule there is no wrapper, and
+    ``inner`` is its own name.
     """
 
     name: str
@@ -102,6 +117,11 @@ class Rule(NamedTuple):
     wrapped: str = ""
     declines: Callable[[str, Shape, str], str | None] | None = None
     fallback: str = ""
+    whole_matrices: bool = False
+    checks: Checks = MappingProxyType({})
+    reports: int = 0
+    after_step: Callable[[Sequence[MutableMapping[str, Any]], Sequence[float]], None] | None = None
+    estimate: Callable[[Hyper], float] | None = None
     rate_factor: float = 1.0
     in_torch: tuple[str, ...] = ()
 
@@ -181,13 +201,15 @@ class Rule(NamedTuple):
 
     def check(self, h: Hyper) -> None:
         """Raise :class:`SpecError` for values that are not allowed; keys that are not ours are a scheduler's."""
-        check(self.name, {k: h[k] for k in self.hyperparameters})
+        check(self.name, {k: h[k] for k in self.hyperparameters}, self.checks)
         for name in ("betas", "eps"):
             if name in self.hyperparameters and _count(h[name]) != _count(self.hyperparameters[name]):
                 count = _count(self.hyperparameters[name])
                 shape = f"{count} numbers" if count else "one number"
                 default = self.hyperparameters[name]
                 raise SpecError(f"{self.name}: {name}={h[name]!r} is not allowed; it is {shape}, by default {default}")
+        if h.get("cautious") and self.reports:
+            raise SpecError(f"{self.name}: cautious=True is not allowed; it follows its own steps, all of each")
         if h.get("cautious") and h.get("convention") == "transformers" and h["weight_decay"]:
             raise SpecError(
                 f"{self.name}: cautious=True with weight_decay={h['weight_decay']!r} is not allowed in the convention "

@@ -33,6 +33,9 @@ def wrap(inner: Rule) -> Rule:
     if inner.declines is not None:
         raise SpecError(f"lookahead({inner.name}): {inner.name} does not take every parameter, and has no slow weights")
 
+    if inner.reports:
+        raise SpecError(f"lookahead({inner.name}): {inner.name} follows its own steps, and not those of slow weights")
+
     def moments(h: Hyper, shape: Shape) -> tuple[Moment, ...]:
         return (*inner.moments(h, shape), SLOW)
 

@@ -110,4 +110,5 @@ RULE = Rule(
     element_wise=False,
     declines=declines,
     fallback="adamw",
+    whole_matrices=True,
 )

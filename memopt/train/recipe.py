@@ -26,6 +26,9 @@ LEARNING_RATE = {
     "adammini": 2e-3,
     "stableadamw": 2e-3,
     "muon": 2e-3,
+    # Not tried: half of what the paper has, and what the rule asks for.
+    "sinkgd": 5e-4,
+    "prodigy": 1.0,
 }
 
 

@@ -15,6 +15,7 @@ ALL_RULES = [
 ]
 #: The first moments of rules that keep means of something else than gradients.
 OTHER = {("came", "exp_avg"), ("adafactor", "exp_avg"), ("rmsprop", "momentum_buffer"), ("sgd", "momentum_buffer")}
+OTHER |= {("prodigy", "exp_avg"), ("prodigy", "exp_avg_sq")}
 
 
 def after_constant_gradients(rule, steps=4):

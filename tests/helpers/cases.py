@@ -16,8 +16,8 @@ from torch import Tensor, nn
 import memopt
 from memopt.masters import MASTERS
 
-#: Hyperparameters without which a rule keeps no state.
-HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}}
+#: Hyperparameters without which a rule keeps no state, or goes nowhere in a few steps.
+HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "prodigy": {"d0": 1.0}}
 
 #: Every spec without a master (MASTERED has those with one, each axis varied on its own), but of the partitions that
 #: shard parameters only ``/zero3`` in two places: the optimizer of ``/zero2`` is the same.
@@ -67,6 +67,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("lookahead(sgd)/zero1", {}),
     ("lookahead(adamw)-8bit@disk", {"lookahead_steps": 3}),
     ("radam-bf16", {"decoupled_weight_decay": True, "weight_decay": 0.1}),
+    ("prodigy-8bit/zero1", {"sliced": True, "d0": 1.0}),
 ]
 
 
@@ -88,6 +89,7 @@ PAIRS: list[tuple[str, dict[str, Any]]] = [
     ("rmsprop-4bit.factored", {"momentum": 0.9}),
     ("adafactor-8bit.factored", {"beta1": 0.9}),
     ("lookahead(adamw)-8bit.factored", {"lookahead_steps": 3}),
+    ("prodigy-8bit.factored", {"d0": 1.0}),
 ]
 
 

@@ -41,6 +41,8 @@ SPECS = [
     "stableadamw-8bit/zero2",
     "muon/zero2",
     "muon-8bit/zero3",
+    "sinkgd-8bit/zero3",
+    "prodigy-8bit/zero3",
 ]
 
 

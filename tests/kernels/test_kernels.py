@@ -46,9 +46,9 @@ WRAPPED: list[tuple[str, dict[str, object]]] = [
 SHAPES = [(40, 300), (70, 129), (4, 40, 100), (4500,), (33,), (16, 8, 3, 3), (460, 9), (1,), (), (0, 3)]
 PLAIN = ("none", "device", "none")
 #: Those of element-wise rules and of whole tensors: products of matrices are torch's.
-SPECS = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == PLAIN and not s.fallback]
+SPECS = [str(s) for s in memopt.specs() if (s.master, s.placement, s.partition) == PLAIN and s.rule in VARIANTS]
 #: A format for each kind of moment: all of them in the slow run, else one of so many.
-EVERY_PAIR = [str(s) for s in pairs_of()]
+EVERY_PAIR = [str(s) for s in pairs_of() if s.rule in VARIANTS]
 PAIRS = EVERY_PAIR[::9]
 KINDS: dict[str, dict[str, object]] = {"rmsprop": {"momentum": 0.9}, "adafactor": {"beta1": 0.9}}
 STEPS = 2

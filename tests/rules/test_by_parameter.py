@@ -211,7 +211,8 @@ LLAMA = {
 
 
 @pytest.mark.parametrize(
-    ("spec", "most"), [("muon-8bit", 1.2), ("muon-4bit", 0.7), ("muon-8bit(adafactor-factored)", 0.9)]
+    ("spec", "most"),
+    [("muon-8bit", 1.2), ("muon-4bit", 0.7), ("muon-8bit(adafactor-factored)", 0.9), ("sinkgd-8bit", 0.3)],
 )
 def test_bytes_on_llama_3_1_8b(spec, most):
     numel = sum(torch.Size(shape).numel() for shape in LLAMA.values())
@@ -220,5 +221,5 @@ def test_bytes_on_llama_3_1_8b(spec, most):
 
 
 def test_rules_that_take_everything_have_no_fallback():
-    assert {name for name, rule in RULES.items() if rule.declines is not None} == {"muon"}
-    assert all(RULES[name].fallback == "" for name in RULES if name != "muon")
+    assert {name for name, rule in RULES.items() if rule.declines is not None} == {"muon", "sinkgd"}
+    assert {name for name, rule in RULES.items() if rule.fallback} == {"muon", "sinkgd"}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 import memopt
+from memopt.rules import RULES
 
 #: The rules that torch.optim has, and keywords that memopt's have besides.
 TORCH: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -124,5 +125,7 @@ def _options(r: Random, spec: Any) -> dict[str, Any]:
     return found
 
 
-#: One rule for all parameters: rules by parameter are in tests/rules/test_by_parameter.py.
-ALL_RULES = [*sorted({spec.rule for spec in memopt.specs() if not spec.fallback}), "lookahead(adamw)", "lookahead(sgd)"]
+#: One rule for all parameters: rules by parameter are in tests/rules/test_by_parameter.py. A step of what is found over
+#: all parameters (prodigy) is another where one is added or frozen.
+_ALONE = {spec.rule for spec in memopt.specs() if not spec.fallback and not RULES[spec.rule].reports}
+ALL_RULES = [*sorted(_ALONE), "lookahead(adamw)", "lookahead(sgd)"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from memopt.rules import RULES
+
 _OTHER_MEANING = {
     ("came", "exp_avg"): "a mean of normalised updates",
     ("adafactor", "exp_avg"): "a mean of steps",
@@ -23,7 +25,9 @@ _MEANING = {"exp_avg": "a mean of gradients", "exp_avg_sq": "a mean of squared g
 def meaning(rule: str, moment: str) -> str:
     """What ``moment`` is a mean of, in words; its own name where only one rule keeps it."""
     rule = rule.rpartition("(")[2].rstrip(")")  # of lookahead(adafactor), adafactor
-    return _OTHER_MEANING.get((rule, moment)) or _MEANING.get(moment, moment)
+    on = {**RULES[rule].hyperparameters, **dict.fromkeys(RULES[rule].moments_by, 0.5)}
+    said = next((m.mean_of for m in RULES[rule].moments(on, (2, 2)) if m.name == moment), "")
+    return said or _OTHER_MEANING.get((rule, moment)) or _MEANING.get(moment, moment)
 
 
 def share(rule: str, moment: str, h: Mapping[str, Any], t: float) -> float:

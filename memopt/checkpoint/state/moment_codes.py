@@ -37,8 +37,8 @@ def common(a: Rows, b: Rows) -> Rows | None:
 
 def stored_rows(fmt: Format, moment: Moment, rows: Rows) -> Rows:
     """What the parts for these rows really hold, where a partition may cut within a row. Of a vector single elements
-    where the format keeps one number for each, the whole where every rank has all, else the rows around; of narrow rows
-    each, or the rows around where the format goes by several together.
+    where the format keeps one number for each or for some, the whole where every rank has all, else the rows around;
+    of narrow rows each, or the rows around where the format goes by several together.
 
     >>> stored_rows(ALL_FORMATS["8bit"], Moment("exp_avg"), Rows((600,), 300, 301, 1))
     Rows(shape=(600,), first=1, stop=2, flat=256)
@@ -48,7 +48,7 @@ def stored_rows(fmt: Format, moment: Moment, rows: Rows) -> Rows:
         together = fmt.layout(moment, whole) != fmt.layout(moment, whole.in_units(1))
         return rows.in_units(FLAT_ROW if together else 1)
     layout = fmt.layout(moment, whole)
-    if [part.shape for part in layout.values()] == [rows.shape]:
+    if [part.shape for part in layout.values()] == [rows.shape] or fmt.name == "sliced":
         return rows.in_units(1)
     return whole if layout == fmt.layout(moment, rows) else rows.in_units(FLAT_ROW)
 

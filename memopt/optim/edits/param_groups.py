@@ -182,7 +182,7 @@ class LiveGroups:
             if before is not None and len(before) == len(values) and all(map(is_, values, before)):
                 continue
             h = dict(zip(rule.hyperparameters, values, strict=False))
-            check_live(name, h)
+            check_live(name, h, rule.checks)
             spec.check_live(h, name)
             check_max_grad_norm(values[-1], spec.engine)
             self._values[id(group)] = values
