@@ -183,7 +183,7 @@ def cache_root() -> Path:
         return Path(given)
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     root = Path(base) / "memopt"
-    if root.is_absolute():  # a user without a placement's store is "~"
+    if root.is_absolute():  # a user without a home has "~"
         with suppress(OSError):
             own_directory(root)
             return root
@@ -192,7 +192,11 @@ def cache_root() -> Path:
         if not root.is_symlink():
             own_directory(root)
             return root
-    return _for_this_process()
+    private = _for_this_process()
+    if not private.exists():  # somebody has tidied up
+        _for_this_process.cache_clear()
+        private = _for_this_process()
+    return private
 
 
 @cache

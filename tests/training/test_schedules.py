@@ -173,7 +173,7 @@ def test_the_command_prints_plots_and_writes(tmp_path, capsys):
     said, *described = out.splitlines()
     assert said == f"written: {picture}"
     text = "cosine over 50 steps: 7 steps of warm-up, then falls in half a cosine to the floor, floor 0.1"
-    assert " ".join(described).startswith(text)
+    assert " ".join(" ".join(described).split()).startswith(text)
     assert "7: 0.3" in out
     assert any(0x2800 < ord(c) < 0x2900 for c in out)
     assert picture.read_bytes().startswith(b"\x89PNG")
