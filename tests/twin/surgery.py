@@ -123,7 +123,7 @@ def reset_state(t: Twin, r: Random) -> None:
             if rows is None:
                 state[key].copy_(value)
             else:
-                state[key][rows] = value[rows]
+                state[key][rows] = value[rows].to(state[key].dtype)
         elif rows is None:
             state[key].zero_()
         elif not (q.dim() == 2 and (key == "col_var" or key.endswith(".col"))):
