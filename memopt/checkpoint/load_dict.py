@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memopt.checkpoint.importers import own_dict, read_state_dict
 from memopt.checkpoint.load_state import StateLoad
+from memopt.core.user_warning import warn
 
 if TYPE_CHECKING:
     from memopt.optim.parts import OptimizerParts
@@ -36,8 +36,7 @@ def load_other(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> None
         return
     losses = ", ".join(f"{moment} {loss.relative_error:.2g}" for moment, loss in report.losses.items() if loss.encoded)
     dropped = f"; dropped: {', '.join(report.dropped)}" if report.dropped else ""
-    warnings.warn(
+    warn(
         f"load_state_dict: the state of {report.before} was converted to {report.after}; relative error: "
-        f"{losses or 'none'}{dropped}",
-        stacklevel=5,  # who called load_state_dict
+        f"{losses or 'none'}{dropped}"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from memopt.checkpoint.load_model import plan_common, plan_model
 from memopt.checkpoint.load_state import StateLoad
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.state.detect import is_foreign, read_path
+from memopt.core.user_warning import warn
 from memopt.optim.saving.load_state_dict import apart
 from memopt.partitions.ranks import Ranks
 
@@ -145,10 +145,9 @@ def _changing(optimizer: Optimizer | None, path: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        warnings.warn(
+        warn(
             f"loading {path} stopped in the middle: what was to be loaded is partly as it was and partly as in the "
-            "checkpoint; load again",
-            stacklevel=5,
+            "checkpoint; load again"
         )
         raise
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -144,22 +143,28 @@ class CachedStep(CachedEntries):
         """Step all parameters, with the gradients of each group multiplied by its number, and bring what other ranks
         need of them to them; the kernels count the steps. Returns names where nothing was stepped, because only now
         NaN or Inf was found."""
-        bad: list[str] = []
         start = time.perf_counter()
         for group, scale in zip(self.hyper, scales, strict=True):
             group.gradient_scale = scale
-        partition, parameters = self.partition, self.parameters
-        with self.integrity.changing("a step") if partition.world_size > 1 else nullcontext():
-            # One travels while the next is stepped. A bucket ends behind its last parameter that has a gradient.
-            missing = set(self._missing)
-            places = [i for i in range(len(self.known)) if i not in missing]
-            for first, stop in partition.buckets(parameters):
-                bad = self._step(places[first], places[stop - 1] + 1)
-                self._step_together([self.shared[i] for i in places[first:stop] if i in self.shared])
-                partition.all_gather_begin(parameters[first:stop])
-            partition.all_gather_wait()
+        bad: list[str] = []
+        if self.partition.world_size == 1:
+            bad = self._step(0, len(self.known))
+        else:
+            with self.integrity.changing("a step"):
+                self._step_in_buckets()
         self.pages.after(time.perf_counter() - start)
         return bad
+
+    def _step_in_buckets(self) -> None:
+        """One travels while the next is stepped. A bucket ends behind its last parameter that has a gradient."""
+        partition, parameters = self.partition, self.parameters
+        missing = set(self._missing)
+        places = [i for i in range(len(self.known)) if i not in missing]
+        for first, stop in partition.buckets(parameters):
+            self._step(places[first], places[stop - 1] + 1)  # ranks have looked at the gradients before
+            self._step_together([self.shared[i] for i in places[first:stop] if i in self.shared])
+            partition.all_gather_begin(parameters[first:stop])
+        partition.all_gather_wait()
 
     def _step_together(self, some: Sequence[Shared]) -> None:
         """Step these with sums over the ranks that share them."""

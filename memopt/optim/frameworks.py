@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Container, Mapping
 from typing import Any
+
+from memopt.core.user_warning import warn
 
 #: Our hyperparameters, and what transformers' TrainingArguments call them.
 _TRAINERS = {"lr": ("learning_rate",), "betas": ("adam_beta1", "adam_beta2"), "eps": ("adam_epsilon",)}
@@ -36,10 +37,9 @@ def warn_of_arguments(given: Container[str], hyper: Mapping[str, Any]) -> None:
             found.append(f"{', '.join(theirs)} {value!r} ({name} is {hyper[name]!r} here)")
             keywords.append(f'"{name}": {value!r}')
     if found:
-        warnings.warn(
+        warn(
             f"Trainer does not hand its arguments to optimizer_cls_and_kwargs: {'; '.join(found)}. Name the ones that "
-            f"are wanted beside the spec: {{{', '.join(keywords)}}}",
-            stacklevel=4,
+            f"are wanted beside the spec: {{{', '.join(keywords)}}}"
         )
 
 
@@ -56,10 +56,9 @@ def warn_of_replacement() -> None:
         config = getattr(plugin, "deepspeed_config", None) or {}
         offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
         if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-            warnings.warn(
+            warn(
                 "the DeepSpeed configuration offloads the optimizer, and accelerate will run DeepSpeed's own CPU Adam "
                 'in the place of this optimizer; add "zero_force_ds_cpu_optimizer": false and '
-                '"zero_allow_untested_optimizer": true to it (memopt.deepspeed_config writes both)',
-                stacklevel=4,
+                '"zero_allow_untested_optimizer": true to it (memopt.deepspeed_config writes both)'
             )
             return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from math import inf, isfinite, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
 from torch import Tensor
 
+from memopt.core.user_warning import warn
 from memopt.placements.gradients.checks import clip_factor, known_finite, rounded
 
 if TYPE_CHECKING:
@@ -82,10 +82,9 @@ class GradientPolicy:
         if self._setup.nonfinite == "raise":
             raise FloatingPointError(f"NaN or Inf in the gradient of {shown}; nothing was changed")
         if not self.skipped:
-            warnings.warn(
+            warn(
                 f"NaN or Inf in the gradient of {shown}: this step was skipped, parameters and state are as they "
-                "were. Later skips are only counted, in optimizer.skipped_steps.",
-                stacklevel=6,
+                "were. Later skips are only counted, in optimizer.skipped_steps."
             )
         self.skipped += 1
         return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 from weakref import ref
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import dtype_name
+from memopt.core.user_warning import warn
 from memopt.layout import param
 from memopt.layout.steppable import STEPPED
 from memopt.optim.edits.param_groups import LiveGroups, has_shape
@@ -109,11 +109,10 @@ class Params:
         here = set(self._seen)
         orphans = sum(1 for p, state in self.owner.state.items() if state and id(p) not in here)
         if orphans:
-            warnings.warn(
+            warn(
                 f"the optimizer holds state of {orphans} parameters that it no longer has: something "
                 "(accelerate.prepare, fully_shard) replaced them after the state was made. Make or load the state "
-                "afterwards",
-                stacklevel=4,
+                "afterwards"
             )
 
     # What the spec means for them ------------------------------------------------------------------------------

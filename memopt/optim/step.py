@@ -64,8 +64,8 @@ class Stepper:
                 scales = self._look(scaler, gradients, ready)
                 if scales is not None:
                     works = self.step_some(ready, scales)
-                    self.reports.tell(groups, setup.spec)
                     self._cache(works, scaler)
+                self.reports.tell(groups, setup.spec)  # of parameters that were released, whatever the others do
             self.store.commit()
 
     # The cached step -------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from memopt.train.job import Job, RankResult
 
 #: Errors of these kinds are written for the person at the keyboard; of any other the trace is wanted.
 FOR_PEOPLE = (ValueError, OSError, ImportError, RuntimeError, MemoryError)
+#: Who started the ranks loses patience before a rank that waits for another does: it knows which of them is silent.
+LONGER = timedelta(minutes=2)
 
 
 def work(job: Job, rank: int, folder: str, log: str, pipe: Connection) -> None:
@@ -50,7 +52,7 @@ def _train(job: Job, rank: int, folder: str, pipe: Connection) -> RankResult:
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=job.world_size,
-        timeout=timedelta(seconds=job.timeout),
+        timeout=timedelta(seconds=job.timeout) + LONGER,
     )
     try:
         return train(job, rank, on_step)

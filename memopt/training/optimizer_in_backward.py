@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from memopt.core.user_warning import warn
 from memopt.layout.steppable import STEPPED
 from memopt.placements.gradients.checks import check_gradient, clip_factor, non_finite
 from memopt.training.clip import PartialNorm
@@ -179,10 +179,9 @@ class Release:
             raise FloatingPointError(f"NaN or Inf in the gradient of {name}: {what}")
         if not self._skipped and not self._stepper.gradients.skipped:
             scope = "no parameter was stepped" if self.max_norm is not None else "it was not stepped, others were"
-            warnings.warn(
+            warn(
                 f"NaN or Inf in the gradient of {name}: {scope}. Later skips are only counted, in "
-                "optimizer.skipped_steps.",
-                stacklevel=2,
+                "optimizer.skipped_steps."
             )
         self._skipped.append(name)
 

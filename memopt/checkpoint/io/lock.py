@@ -13,10 +13,11 @@ import os
 import platform
 import stat
 import threading
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any
+
+from memopt.core.user_warning import warn
 
 NAME = ".lock"
 #: What a file system says that locks no files.
@@ -53,10 +54,9 @@ class Claim:
         except OSError as error:
             if error.errno not in _UNKNOWN:
                 raise
-            warnings.warn(
+            warn(
                 f"{self.folder} is on a file system that locks no files ({error.strerror}): see to it that no other "
-                "run saves there",
-                stacklevel=2,
+                "run saves there"
             )
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from memopt.checkpoint.io import checkpoint_dir
 from memopt.checkpoint.tensorfile import DamagedFile
+from memopt.core.user_warning import warn
 
 #: What opens a checkpoint and reads all of it.
 Opener = Callable[[Path], Any]
@@ -62,7 +62,7 @@ def prune(new: Path, keep: int, opened: Opener) -> None:
     doomed = [*wrong, *(path for path in found if path not in wrong and path != new)][:excess]
     for path in doomed:
         if path in wrong:
-            warnings.warn(f"{path} is damaged ({wrong[path]}); it was removed before any that is whole", stacklevel=2)
+            warn(f"{path} is damaged ({wrong[path]}); it was removed before any that is whole")
         gone = path.with_name(checkpoint_dir.REMOVING + path.name)
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)

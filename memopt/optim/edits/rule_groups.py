@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.param_kinds import kind_of, looks_like_vocabulary, some
+from memopt.core.user_warning import warn
 from memopt.rules import RULES
 from memopt.rules.matrices import blocks, matrices
 
@@ -112,15 +112,13 @@ def check_assigned(
         elif looks_like_vocabulary(shape):
             doubted.append(f"{name} of shape {shape} may be an embedding or a head")
     if doubted:
-        warnings.warn(
+        warn(
             f"{spec.rule} will step {some(doubted)}: it is made for hidden matrices, and these train worse "
-            f"with it. An override gives them another rule, as overrides={{'name': 'adamw'}}",
-            stacklevel=5,
+            f"with it. An override gives them another rule, as overrides={{'name': 'adamw'}}"
         )
     unnamed = [name for name, _, group in entries if spec.rule_of(group) in strict]
     if unnamed and not named:
-        warnings.warn(
+        warn(
             f"the {len(unnamed)} matrices that {spec.rule} will step have no names, by which embeddings, heads and "
-            "gates would be left to the fallback: pass the model, or (name, parameter) pairs",
-            stacklevel=5,
+            "gates would be left to the fallback: pass the model, or (name, parameter) pairs"
         )

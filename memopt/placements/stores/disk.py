@@ -9,7 +9,6 @@ nothing to undo after a crash and nothing is written twice: the price is room on
 from __future__ import annotations
 
 import mmap
-import warnings
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from memopt.core.ledger import Line
+from memopt.core.user_warning import warn
 from memopt.kernels import Streaming
 from memopt.layout.chunks import PAGE, Buffers, ChunkedState, Part, StoreOptions, pack
 from memopt.placements.arena import Arena
@@ -88,10 +88,9 @@ class Files(Streamed):
         self.entries[name] = entry
         if not self.directory.announced:
             self.directory.announced = True
-            warnings.warn(
+            warn(
                 f"disk: state of earlier steps is in {self.directory.path} and is gone on with; {name} has "
-                f"stepped {step:.0f} times{self.directory.note}. Remove the directory to begin anew",
-                stacklevel=2,
+                f"stepped {step:.0f} times{self.directory.note}. Remove the directory to begin anew"
             )
         return entry.tensors(), step
 
