@@ -14,6 +14,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -21,6 +22,7 @@ import memopt
 from memopt.formats.foreign.bitsandbytes import code_book
 
 Folder = dict[str, Any]
+SPECS = ("adamw", "adamw-8bit", "adafactor", "adamw-factored", "adamw-4bit", "adamw-8bit.factored", "muon-8bit(adamw)")
 
 
 def corpus() -> list[tuple[str, Folder]]:
@@ -28,11 +30,12 @@ def corpus() -> list[tuple[str, Folder]]:
     torch.manual_seed(0)
     found: list[tuple[str, Folder]] = []
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3))
-    for spec in ("adamw", "adamw-8bit", "adafactor", "adamw-factored", "adamw-4bit", "adamw-bf16+kahan"):
+    for spec in (*SPECS, "adamw-bf16+kahan"):
         net = copy.deepcopy(model).to(torch.bfloat16 if "+" in spec else torch.float32)
         opt = memopt.create(net, spec)
         _step(net, opt)
         found.append(("memopt", _saved(net, opt)))
+    found += [("memopt", _of_ranks(model, mesh)) for mesh in (False, True)]
     for kind in (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor):
         net = copy.deepcopy(model)
         opt = kind(net.parameters(), lr=1e-3, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
@@ -86,6 +89,41 @@ def _read(folder: str) -> Folder:
 def _saved(net: Any, opt: Any) -> Folder:
     with tempfile.TemporaryDirectory() as folder:
         return _read(str(memopt.save(folder, model=net, optimizer=opt, extra={"a": (1, 2.5), "b": torch.ones(2)}).path))
+
+
+def _of_ranks(model: Any, mesh: bool) -> Folder:
+    """Of two ranks: rows of ``/zero1``, or the columns and replicas of a mesh. They are forked, and end unheard."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = []
+        for rank in range(2):
+            child = os.fork()
+            if child == 0:
+                try:
+                    _rank(copy.deepcopy(model), rank, mesh, folder)
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            ranks.append(child)
+        ends = [os.waitpid(child, 0)[1] for child in ranks]
+        if any(ends):
+            raise RuntimeError("two ranks could not save a checkpoint")
+        return _read(next(entry.path for entry in os.scandir(folder) if entry.is_dir()))
+
+
+def _rank(net: Any, rank: int, mesh: bool, folder: str) -> None:
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    if mesh:
+        from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+        def columns(_: str, module: Any, at: Any) -> None:
+            if isinstance(module, torch.nn.Linear):
+                module.weight = torch.nn.Parameter(distribute_tensor(module.weight.detach(), at, [Shard(1)]))
+
+        net = distribute_module(net, dist.init_device_mesh("cpu", (2,)), columns)
+    opt = memopt.create(net, "adamw/zero3" if mesh else "adamw-8bit/zero1")
+    _step(net, opt)
+    memopt.save(folder, model=net, optimizer=opt)
 
 
 def _bitsandbytes() -> bytes:

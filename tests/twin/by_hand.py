@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.twin.machine import LOW, Difference, Skip, Twin
+from tests.twin.cases import LOW
+from tests.twin.closeness import bound, group_decays
+from tests.twin.machine import Difference, Skip, Twin
 from tests.twin.operations import operation
 from tests.twin.sides import set_data
 from tests.twin.stepping import not_released
@@ -201,8 +203,8 @@ def cast(t: Twin, r: Random) -> None:
         p = t.ours.of(name)
         if now not in LOW and q.numel():  # weights in 16 bits have been rounded: the twin goes on from there
             # With a decay that is part of the gradient a rounded weight may turn the sign of a first step.
-            turned = 2 * t.way[name] if t.group_decays(name) else 0.0
-            if float((p.detach() - q.detach()).abs().max()) > t.bound(name, q) + 2 * t.rounded[name] + turned:
+            turned = 2 * t.way[name] if group_decays(t, name) else 0.0
+            if float((p.detach() - q.detach()).abs().max()) > bound(t, name, q) + 2 * t.rounded[name] + turned:
                 raise Difference(f"{name} is too far from the twin's after a cast")
             q.data.copy_(p.detach())
         t.rounded[name] = t.rounded[name] if now in LOW else 0.0
