@@ -8,6 +8,7 @@ bit-identical to the same rows of the whole: *the layout depends on the global s
 """
 
 # Without `from __future__ import annotations`: string annotations on a NamedTuple cost a millisecond of start-up.
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ MIN_NUMEL = 4096
 Shape = tuple[int, ...]
 
 
+@lru_cache(4096)
 def row_count(shape: Shape, flat: int = FLAT_ROW) -> int:
     """How many rows a parameter has.
 
@@ -30,6 +32,7 @@ def row_count(shape: Shape, flat: int = FLAT_ROW) -> int:
     return -(-(shape[0] if len(shape) >= 2 else prod(shape)) // indices_of_row(shape, flat))
 
 
+@lru_cache(4096)
 def indices_of_row(shape: Shape, flat: int = FLAT_ROW) -> int:
     """Indices of dimension 0 in one row: an even number where an index has an odd number of elements, for codes that
     lie two in a byte.

@@ -8,6 +8,7 @@ gradients as they are. Only moments of one meaning are carried from rule to rule
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from memopt.rules import RULES
@@ -22,6 +23,7 @@ _OTHER_MEANING = {
 _MEANING = {"exp_avg": "a mean of gradients", "exp_avg_sq": "a mean of squared gradients"}
 
 
+@cache
 def meaning(rule: str, moment: str) -> str:
     """What ``moment`` is a mean of, in words; its own name where only one rule keeps it."""
     rule = rule.rpartition("(")[2].rstrip(")")  # of lookahead(adafactor), adafactor

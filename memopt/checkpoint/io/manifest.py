@@ -49,6 +49,8 @@ def _indented(value: Any, line: str) -> str:
     inner = f"{line} "
     if isinstance(value, str):
         return encode_basestring_ascii(value)
+    if type(value) is int:
+        return str(value)
     if isinstance(value, dict) and value:
         keys = (encode_basestring_ascii(k if isinstance(k, str) else json.dumps(k)) for k in value)
         items = [f"{key}: {_indented(x, inner)}" for key, x in zip(keys, value.values(), strict=True)]

@@ -33,6 +33,8 @@ from memopt.core.ledger import TensorSpec
 PENDING = 4
 #: Bytes after which the disk is told to begin: what it has by the end need not be waited for.
 SYNC_NBYTES = 64 * 2**20
+#: Bytes of small tensors that are written together.
+TOGETHER_NBYTES = 2**20
 
 
 def file_order(specs: dict[str, TensorSpec]) -> list[str]:
@@ -143,6 +145,7 @@ class _Pipeline:
         self._sync: Future[None] | None = None
         self._end = self._synced = 0
         self._in_order = True
+        self._small, self._begin = bytearray(), 0  # what is not in the file yet, and where it begins
 
     def __enter__(self) -> _Pipeline:
         return self
@@ -151,6 +154,26 @@ class _Pipeline:
         self._adding.shutdown()
 
     def write(self, piece: memoryview, offset: int) -> None:
+        """Piece and offset in the file; of a small piece the bytes are taken, a large one must not change until
+        :meth:`finish`."""
+        if offset != self._begin + len(self._small) or len(piece) >= TOGETHER_NBYTES:
+            self._flush()
+            self._begin = offset
+        if len(piece) >= TOGETHER_NBYTES:
+            self._write(piece, offset)
+            self._begin += len(piece)
+            return
+        self._small += piece
+        if len(self._small) >= TOGETHER_NBYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._small:
+            self._write(memoryview(self._small), self._begin)
+            self._begin += len(self._small)
+            self._small = bytearray()
+
+    def _write(self, piece: memoryview, offset: int) -> None:
         if offset != self._file.tell():
             self._in_order = False
             self._file.seek(offset)
@@ -176,6 +199,7 @@ class _Pipeline:
 
     def finish(self) -> list[str] | None:
         """The checksums, or None where the file was not written in order."""
+        self._flush()
         self._syncing.begin(self._path, self._file.fileno(), os.fsync)
         for pending in self._pending:
             pending.result()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from memopt.core.rows import FLAT_ROW, Rows, Shape
@@ -35,6 +36,7 @@ def common(a: Rows, b: Rows) -> Rows | None:
     return a._replace(first=first, stop=stop) if first < stop else None
 
 
+@lru_cache(4096)
 def stored_rows(fmt: Format, moment: Moment, rows: Rows) -> Rows:
     """What the parts for these rows really hold, where a partition may cut within a row. Of a vector single elements
     where the format keeps one number for each or for some, the whole where every rank has all, else the rows around;
