@@ -90,7 +90,7 @@ class Optimizer(SavedOptimizer):
                 "takes the norm in a backward pass of its own"
             )
         self.setup.check_whole()
-        self.settle()
+        self.synchronize()
         if self.release is not None:
             self.release.remove()
         self.release = Release(self.stepper, model, max_norm)

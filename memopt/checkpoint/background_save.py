@@ -69,7 +69,7 @@ def begin(where: Path, saving: Saving, run: Callable[[], None]) -> None:
     saving._thread.start()
 
 
-def settle(where: Path) -> None:
+def wait_for(where: Path) -> None:
     """Wait for the save that is under way in this folder; on several ranks for that in any, whose messages would meet
     those of the next. Raises what went wrong there, and in any other folder where nobody has asked."""
     before = _RUNNING.pop(where, None)

@@ -97,7 +97,7 @@ def load(
         return _load_foreign(path, optimizer, hyper, fill or {}, rule, [model, scheduler], strict)
     if optimizer is None and (rule is not None or fill or not hyper):
         raise ValueError("rule=, fill= and hyper=False are about an optimizer's state; give optimizer=")
-    background_save.settle(Path(path).absolute())  # what is being saved there is the newest
+    background_save.wait_for(Path(path).absolute())  # what is being saved there is the newest
     ranks = Ranks(optimizer.process_group if optimizer is not None else None, "memopt.load")
     checkpoint, plans, error = None, [], None
     notes: list[str] = []

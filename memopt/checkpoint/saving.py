@@ -132,7 +132,7 @@ def save(
     where = Path(path).absolute()
     if keep < 1:
         raise ValueError(f"keep={keep!r} is not allowed; it must be at least 1")
-    background_save.settle(where)
+    background_save.wait_for(where)
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     error: Exception | None = None
     files: Files = {}

@@ -5,7 +5,7 @@ keep what they have described; before each step they look whether everything is 
 Tensors are the same objects, and each has the address, the dtype, the shape and the strides that it had when it was
 held against its layout: state that was replaced, and memory that was swapped or resized behind a tensor, are seen.
 
-Parameters without a gradient are left out of a step and stay known: which ones have gradients may change from step to
+Parameters without a gradient are left out of a step and stay cached: which ones have gradients may change from step to
 step (mixture of experts, layers that are dropped). Only one that was never met makes another plan, which takes over
 what the one before it knew.
 """
@@ -71,13 +71,13 @@ class CachedEntries:
         self._lengths = [len(group["params"]) for group in self.groups]  # one may have gone to the group beside it
         self.records = list(records)
         self.names = [one.layout.name for one in records]
-        self.known = [one.p for one in records]
+        self.cached = [one.p for one in records]
         #: Those that step this time.
-        self.parameters = self.known
-        there = set(map(id, self.known))
-        self._unknown = [p for p in self.all if id(p) not in there]
+        self.parameters = self.cached
+        there = set(map(id, self.cached))
+        self._uncached = [p for p in self.all if id(p) not in there]
         memory = self._memory()
-        self._elsewhere = not _same(memory, self.known)  # what is here of a DTensor is another tensor
+        self._elsewhere = not _same(memory, self.cached)  # what is here of a DTensor is another tensor
         # State: the dictionary's keys and values, what stands in each value, and what of that a step touches.
         self._owners = list(context.state)
         self._all_states = list(context.state.values())
@@ -93,7 +93,7 @@ class CachedEntries:
         self._gradients: Signature | None = None  # of all of them
 
     def _memory(self) -> list[Any]:
-        return [self.partition.memory_of(p, p) for p in self.known]
+        return [self.partition.memory_of(p, p) for p in self.cached]
 
     def _flags(self, groups: Sequence[Any]) -> list[int]:
         return [pack.flags(rule, group) for rule, group in zip(self.rules, groups, strict=True)]
@@ -123,12 +123,12 @@ class CachedEntries:
             if not _same(self._touched(), self.tensors_of_state) or any(map(is_plain, self._layouts, self._states)):
                 return False
             self._entries = self._everything()
-        if self._elsewhere and not _same(self._memory(), self.lasting[: len(self.known)]):
+        if self._elsewhere and not _same(self._memory(), self.lasting[: len(self.cached)]):
             return False
         unmoved = list(map(Tensor.data_ptr, self.lasting)) == self._addresses
         return unmoved and self._signature.matches(self.lasting)
 
-    def still_known(self, context: StepContext) -> list[Record]:
+    def still_valid(self, context: StepContext) -> list[Record]:
         """What the plan after this one takes over: everything, or nothing where something else has changed."""
         states = context.state
         same = self.same(context) and all(states.get(one.p) is one.state for one in self.records)
@@ -136,30 +136,30 @@ class CachedEntries:
 
     def gradients(self, context: StepContext) -> list[int] | None:
         """Where this step's gradients are, -1 for one that is not there. None if a parameter, its state or the kind of
-        its gradient is another, and where one that is not known has a gradient, or none has."""
+        its gradient is another, and where one that is not cached has a gradient, or none has."""
         state = context.state
-        if any(p.grad is not None for p in self._unknown):
+        if any(p.grad is not None for p in self._uncached):
             return None
         if not (_same(list(state), self._owners) and _same(list(state.values()), self._all_states)):
             return None
         if not self._same_memory():
             return None
-        found: list[Any] = [p.grad for p in self.known]
+        found: list[Any] = [p.grad for p in self.cached]
         if self._elsewhere:
             memory_of = self.partition.memory_of
-            found = [g if g is None else memory_of(p, g) for p, g in zip(self.known, found, strict=True)]
+            found = [g if g is None else memory_of(p, g) for p, g in zip(self.cached, found, strict=True)]
         if any(g is None for g in found):
             return self._some(found)
         if self._gradients is None:
             self._gradients = Signature(found) if list(map(kind_of, found)) == self._kinds else None
         if self._gradients is None or not self._gradients.matches(found):
             return None
-        self.parameters = self.known
+        self.parameters = self.cached
         return list(map(Tensor.data_ptr, found))
 
     def _some(self, found: list[Any]) -> list[int] | None:
         """The same where gradients are missing."""
         if any(g is not None and kind_of(g) != kind for g, kind in zip(found, self._kinds, strict=True)):
             return None
-        self.parameters = [p for p, g in zip(self.known, found, strict=True) if g is not None]
+        self.parameters = [p for p, g in zip(self.cached, found, strict=True) if g is not None]
         return [-1 if g is None else g.data_ptr() for g in found] if self.parameters else None

@@ -100,7 +100,7 @@ class CachedStep(CachedEntries):
         addresses = self.gradients(context)
         if addresses is None:
             return False
-        if self._missing or len(self.parameters) < len(self.known):
+        if self._missing or len(self.parameters) < len(self.cached):
             self._leave_out([i for i, address in enumerate(addresses) if address < 0])
         for span, address in zip(self.spans, addresses, strict=True):
             span.data = address
@@ -148,7 +148,7 @@ class CachedStep(CachedEntries):
             group.gradient_scale = scale
         bad: list[str] = []
         if self.partition.world_size == 1:
-            bad = self._step(0, len(self.known))
+            bad = self._step(0, len(self.cached))
         else:
             with self.integrity.changing("a step"):
                 self._step_in_buckets()
@@ -159,7 +159,7 @@ class CachedStep(CachedEntries):
         """One travels while the next is stepped. A bucket ends behind its last parameter that has a gradient."""
         partition, parameters = self.partition, self.parameters
         missing = set(self._missing)
-        places = [i for i in range(len(self.known)) if i not in missing]
+        places = [i for i in range(len(self.cached)) if i not in missing]
         for first, stop in partition.buckets(parameters):
             self._step(places[first], places[stop - 1] + 1)  # ranks have looked at the gradients before
             self._step_together([self.shared[i] for i in places[first:stop] if i in self.shared])
@@ -195,7 +195,7 @@ class CachedStep(CachedEntries):
             return [self.names[i] for i in look(self.spans, False)] or self._step(first, stop)
         return []
 
-    def settle(self) -> StepOutcome | None:
+    def synchronize(self) -> StepOutcome | None:
         """Nothing is left to be noted: the kernels are done when a step returns."""
         return None
 
@@ -242,17 +242,17 @@ def make(
         if work.groups and pack.needs_ranks(work.layout, world):
             over_ranks[work.index] = work.groups, -(-Rows.whole(work.rows.shape).numel // world)
         fresh[work.index] = one, work
-    kept: dict[int, tuple[Record, abi.TensorStep]] = {}
+    reused: dict[int, tuple[Record, abi.TensorStep]] = {}
     if isinstance(before, CachedStep):
-        both = zip(before.still_known(context), before.tensors, strict=False)
-        kept = {one.layout.index: (one, tensor) for one, tensor in both if one.layout.index not in fresh}
+        both = zip(before.still_valid(context), before.tensors, strict=False)
+        reused = {one.layout.index: (one, tensor) for one, tensor in both if one.layout.index not in fresh}
         places = {place: one.layout.index for place, one in enumerate(before.records)}
-        over_ranks |= {places[i]: (one.groups, one.numel) for i, one in before.shared.items() if places[i] in kept}
-    order = sorted([*fresh, *kept])
+        over_ranks |= {places[i]: (one.groups, one.numel) for i, one in before.shared.items() if places[i] in reused}
+    order = sorted([*fresh, *reused])
     tensors = (abi.TensorStep * len(order))()
     for target, index in zip(tensors, order, strict=True):
-        if index in kept:
-            pack.copy(target, kept[index][1])
+        if index in reused:
+            pack.copy(target, reused[index][1])
         else:
             one, work = fresh[index]
             pack.describe(target, work, numbers[id(work.h)])
@@ -263,4 +263,4 @@ def make(
             alone = abi.TensorStep()
             pack.copy(alone, tensors[place])
             shared[place] = Shared(alone, *over_ranks[index])
-    return CachedStep(context, [(fresh.get(i) or kept[i])[0] for i in order], tensors, shared)
+    return CachedStep(context, [(fresh.get(i) or reused[i])[0] for i in order], tensors, shared)

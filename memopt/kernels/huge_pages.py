@@ -37,7 +37,7 @@ PAGE = 2 * 2**20
 #: Tensors below have next to nothing to gain.
 SMALLEST = 2 * PAGE
 #: Steps in a row after which a gradient's place is taken to be its own; steps after which nobody looks any more.
-SETTLED, PATIENCE = 3, 20
+STEADY, PATIENCE = 3, 20
 #: Of a step's time, what may be spent on it.
 SHARE = 1 / 40
 _WANTED, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE of Linux 6.1
@@ -97,7 +97,7 @@ class Pages:
 
     def after(self, seconds: float) -> None:
         """Go on for a share of what the step took. The gradients are still there."""
-        if self.settled:
+        if self.done:
             return
         if self._looking or self._passing:
             self._look_at_gradients()
@@ -109,7 +109,7 @@ class Pages:
                 self._credit -= time.perf_counter() - start
 
     @property
-    def settled(self) -> bool:
+    def done(self) -> bool:
         return not (self._looking or self._lasting or self._passing)
 
     def explain(self) -> str:
@@ -124,9 +124,9 @@ class Pages:
         self._steps += 1
         if not self._same:  # they have gone elsewhere, and what is there now is somebody else's
             self._passing.clear()
-        if self._looking and self._same == SETTLED:
+        if self._looking and self._same == STEADY:
             self._passing = self._ask(places)
-        self._looking = self._looking and self._same < SETTLED and self._steps < PATIENCE
+        self._looking = self._looking and self._same < STEADY and self._steps < PATIENCE
 
     def _ask(self, stretches: Iterable[Stretch]) -> deque[int]:
         pages: deque[int] = deque()

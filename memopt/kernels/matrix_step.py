@@ -106,19 +106,19 @@ def _run(works: Sequence[Work], group: Callable[[Work], abi.Group], by: Callable
 
 def _made(layout: ParamLayout, u: Tensor) -> ParamLayout:
     """The momentum is its state, and the update its parameter."""
-    return _kept(layout, u.dtype, lambda: _of(layout, dtype_name(u), layout.moments, MASTERS["none"]))
+    return _cached(layout, u.dtype, lambda: _of(layout, dtype_name(u), layout.moments, MASTERS["none"]))
 
 
 def _applied(layout: ParamLayout) -> ParamLayout:
     """The master is its state."""
-    return _kept(layout, "applied", lambda: _of(layout, layout.dtype, (), layout.master))
+    return _cached(layout, "applied", lambda: _of(layout, layout.dtype, (), layout.master))
 
 
-def _kept(layout: ParamLayout, key: Any, make: Callable[[], ParamLayout]) -> ParamLayout:
-    known = pack.facts(layout).passes
-    if key not in known:
-        known[key] = pack.set_facts(make())
-    return known[key]
+def _cached(layout: ParamLayout, key: Any, make: Callable[[], ParamLayout]) -> ParamLayout:
+    passes = pack.facts(layout).passes
+    if key not in passes:
+        passes[key] = pack.set_facts(make())
+    return passes[key]
 
 
 def _of(layout: ParamLayout, dtype: str, moments: Any, master: Any) -> ParamLayout:

@@ -143,8 +143,8 @@ def _unknown(layout: ParamLayout) -> str | None:
     rule = layout.rule
     if layout.modifiers:
         return f"there is no kernel for {rule.name} with {', '.join(layout.modifiers)}"
-    known = rule.wrapper in ("", "lookahead") and rule.inner in abi.RULES and formats_of(layout) <= abi.FORMATS.keys()
-    if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
+    ours = rule.wrapper in ("", "lookahead") and rule.inner in abi.RULES and formats_of(layout) <= abi.FORMATS.keys()
+    if not ours or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
         return f"there is no kernel for {rule.name} in {layout.asked}"
     return None
 
@@ -174,8 +174,8 @@ def refuse(layout: ParamLayout, p: Tensor, g: Tensor) -> str | None:
 def describe(target: abi.TensorStep, work: Work, group: int) -> None:
     """Fill ``target`` for a work that fits its layout."""
     layout, p, g, state = work.layout, work.p, work.g, work.state
-    known = facts(layout)
-    ctypes.memmove(ctypes.byref(target), ctypes.byref(known.prototype), _SIZE)
+    of_layout = facts(layout)
+    ctypes.memmove(ctypes.byref(target), ctypes.byref(of_layout.prototype), _SIZE)
     if not (p.is_contiguous() and g.is_contiguous()):
         numbers = [*p.shape, *p.stride(), *g.stride()]
         target.layout, target.dims = (abi.c_int64 * len(numbers))(*numbers), p.dim()
@@ -183,7 +183,7 @@ def describe(target: abi.TensorStep, work: Work, group: int) -> None:
     target.step, target.group, target.g_dtype = work.step, group, DTYPES[g.dtype]
     if work.groups:
         target.cut = layout.needs_whole
-    for field, slot, key in known.pointers:
+    for field, slot, key in of_layout.pointers:
         if slot < 0:
             setattr(target, field, state[key].data_ptr())
         else:

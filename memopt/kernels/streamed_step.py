@@ -107,9 +107,9 @@ def make(
         return None
     if context.spec.options.get("offload_gradients") is True or not stores.streams_alike:
         return None
-    known: dict[int, tuple[Record, Work]] = {}
+    entries: dict[int, tuple[Record, Work]] = {}
     if isinstance(before, StreamedPlan):
-        known = {one.layout.index: (one, before.works[one.layout.index]) for one in before.still_known(context)}
+        entries = {one.layout.index: (one, before.works[one.layout.index]) for one in before.still_valid(context)}
     for work in works:
         p = originals[work.index]
         one = record(context, work, p)
@@ -118,11 +118,11 @@ def make(
         if not (work.p.is_contiguous() and work.g.is_contiguous() and work.state["step"].is_cpu):
             return None
         # The gradient is another in every step, and nobody keeps this one.
-        known[work.index] = one, work._replace(g=work.p, scale=1.0)
-    order = sorted(known)
+        entries[work.index] = one, work._replace(g=work.p, scale=1.0)
+    order = sorted(entries)
     numbers = {id(group): i for i, group in enumerate(context.groups)}
     place = {index: k for k, index in enumerate(order)}
-    all_works = [known[index][1] for index in order]
+    all_works = [entries[index][1] for index in order]
     there = [work for work in all_works if stores.in_place(work.name, work.p.device)]
     brought = [work for work in all_works if not stores.in_place(work.name, work.p.device)]
     streaming = stores.streaming(brought) if brought else None
@@ -136,7 +136,7 @@ def make(
     tensors = (abi.TensorStep * len(pieces))()
     rows: list[Row] = []
     for target, work in zip(tensors, pieces, strict=True):
-        one, whole = known[work.index]
+        one, whole = entries[work.index]
         pack.describe(target, work, numbers[id(work.h)])
         _, dtype, *_ = one.like
         target.g_dtype = pack.DTYPES[dtype]
@@ -148,5 +148,5 @@ def make(
     for chunk in lists:
         ends.append(ends[-1] + len(chunk))
     ranges = list(pairwise(ends[1:]))
-    kept = {index: work for index, (_, work) in known.items()}
-    return StreamedPlan(context, [known[i][0] for i in order], tensors, rows, ranges, streaming, kept)
+    of_index = {index: work for index, (_, work) in entries.items()}
+    return StreamedPlan(context, [entries[i][0] for i in order], tensors, rows, ranges, streaming, of_index)

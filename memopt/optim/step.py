@@ -92,7 +92,7 @@ class Stepper:
         if plan is None:
             return False
         plan.check_recording()
-        self.settle()
+        self.synchronize()
         context = self._context(scaler)
         if not plan.refresh(context):
             return False
@@ -120,9 +120,9 @@ class Stepper:
             context = self._context(scaler)
             self.plan = kernels.make_cached_step(context, works, originals, stores, self.plan) if plannable else None
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Take note of what became of the last step, where kernels run beside the host."""
-        outcome = self.plan.settle() if self.plan is not None else None
+        outcome = self.plan.synchronize() if self.plan is not None else None
         if outcome is not None:
             if outcome.names:
                 self.gradients.stopped_by(outcome.names)

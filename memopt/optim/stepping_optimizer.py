@@ -197,7 +197,7 @@ class SteppingOptimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """Steps that did not happen because of NaN or Inf, or because torch.amp.GradScaler's scale was too large."""
-        self.settle()
+        self.synchronize()
         plan = self.stepper.plan
         return self.stepper.gradients.skipped + (plan.skipped_on_device() if plan is not None else 0)
 
@@ -205,9 +205,9 @@ class SteppingOptimizer(torch.optim.Optimizer):
     def skipped_steps(self, count: int) -> None:
         self.stepper.gradients.skipped += count - self.skipped_steps
 
-    def settle(self) -> None:
+    def synchronize(self) -> None:
         """Take note of what became of the last step, where kernels run beside the host."""
-        self.stepper.settle()
+        self.stepper.synchronize()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -15,7 +15,7 @@ import torch
 import memopt
 from memopt import kernels
 from memopt.kernels import huge_pages
-from memopt.kernels.huge_pages import PAGE, SETTLED
+from memopt.kernels.huge_pages import PAGE, STEADY
 
 pytestmark = [
     pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}"),
@@ -53,10 +53,10 @@ def stepped(steps: int, keep: bool = True) -> tuple[torch.nn.Parameter, memopt.O
 
 
 def test_the_system_says_so() -> None:
-    p, opt = stepped(SETTLED + 3)
+    p, opt = stepped(STEADY + 3)
     found = opt.stepper.plan.pages
     found.after(1e6)
-    assert found.settled
+    assert found.done
     assert found.asked >= 2 * 7 + 1  # parameter and gradient, each of 8 pages that need not begin at one; some state
     if found.given == 0:
         pytest.skip(f"the system gave none: {opt.explain()}")
@@ -77,7 +77,7 @@ def test_same_bits_without(monkeypatch) -> None:
 def test_gradients_that_move_are_left_alone(monkeypatch) -> None:
     asked: list[tuple[int, int, int]] = []
     monkeypatch.setattr(huge_pages, "advise", lambda *call: bool(asked.append(call)) or True)
-    p, opt = stepped(SETTLED + 4, keep=False)
+    p, opt = stepped(STEADY + 4, keep=False)
     begins = [begin for begin, _, _ in asked]
     assert begins
     kept = (p, *opt.state[p].values())
@@ -109,12 +109,12 @@ def test_gradients_that_leave_are_not_touched_any_more(monkeypatch) -> None:
     place = [(64 * PAGE, 8 * PAGE)]
     monkeypatch.setattr(huge_pages, "own", lambda stretches: [(a, a + n) for a, n in stretches])
     found = huge_pages.Pages([(0, 2 * PAGE)], lambda: list(place))
-    for _ in range(SETTLED + 1):
+    for _ in range(STEADY + 1):
         found.after(0.0)
-    assert not found.settled
+    assert not found.done
     place[0] = (128 * PAGE, 8 * PAGE)
     found.after(1e3)
-    assert found.settled
+    assert found.done
     assert calls == [0, 64 * PAGE, 0, PAGE]  # asked twice; the parameter's pages, none of the gradient's
 
 

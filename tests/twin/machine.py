@@ -194,7 +194,7 @@ class Twin:
     def fingerprint(self) -> dict[str, Any]:
         """Everything of ours that an operation might change."""
         opt = self.ours.opt
-        opt.settle()
+        opt.synchronize()
         list(opt.params.entries())  # names in the groups are put right when somebody looks
         found: dict[str, Any] = {"skipped": opt.skipped_steps, "spec": str(opt.spec), "seed": opt.seed}
         for name, p in self.ours.model.named_parameters():

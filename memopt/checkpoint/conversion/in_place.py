@@ -45,7 +45,7 @@ def slots(
     optimizer's own unless others are given. ``dormant`` are the moments of each parameter that are switched off and
     have their place too, by default those that its state has."""
     placement_stores = placement_stores or optimizer.placement_stores
-    optimizer.settle()
+    optimizer.synchronize()
     of_group = {id(group): h for group, h in zip(optimizer.param_groups, hypers, strict=True)}
     for index, (name, p, group) in enumerate(optimizer.params.entries()):
         if not has_shape(p):

@@ -138,7 +138,7 @@ def optimizer_json(optimizer: Optimizer) -> dict[str, Any]:
     """Everything about the optimizer that is not a tensor."""
     optimizer.setup.check_whole()
     refuse_vectors(optimizer)
-    optimizer.settle()
+    optimizer.synchronize()
     optimizer.store.check_all()
     parameters = {}
     for name, p, group in optimizer.params.entries():

@@ -79,8 +79,8 @@ class CachedStep(CachedEntries):
         if not self.capturable:
             self.steps = (torch.stack(self.counters) + 1).tolist() if self.counters else []
         bounds = context.bounds or [None] * len(self.groups)
-        known = zip(self.rules, self.groups, repeat(1.0), bounds, strict=False)
-        rows = [tables.hyper_row(*one) for one in known]
+        arguments = zip(self.rules, self.groups, repeat(1.0), bounds, strict=False)
+        rows = [tables.hyper_row(*one) for one in arguments]
         self.launcher.numbers.set([*(number for row in rows for number in row), *self.steps])
         for i, group in enumerate(self.groups):
             for key in tables.rates_on_device(group):
@@ -132,7 +132,7 @@ class CachedStep(CachedEntries):
         return []
 
     def _send_flags(self) -> None:
-        """Send what became of this step to the host; :meth:`settle` reads it, by then it has arrived."""
+        """Send what became of this step to the host; :meth:`synchronize` reads it, by then it has arrived."""
         flags = self.launcher.flags
         if flags.device.type != "cuda":
             self.pending = flags.clone(), None, self.stepping
@@ -144,7 +144,7 @@ class CachedStep(CachedEntries):
             arrived.record()
         self.pending = host, arrived, self.stepping
 
-    def settle(self) -> StepOutcome | None:
+    def synchronize(self) -> StepOutcome | None:
         """Where the last step did not happen, count it so and say so: called before anybody looks at the numbers of
         steps."""
         if self.pending is None:
@@ -231,8 +231,8 @@ def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
         rule = chosen[0].layout.rule
         launcher = _LAUNCHERS.find(rule, describe_all(chosen, seed, groups, False), device, len(groups))
         launcher.gradients.set([work.g.data_ptr() for work in chosen])
-        known = [{**group, **{key: float(group[key]) for key in tables.rates_on_device(group)}} for group in groups]
-        both = zip(known, groups, strict=True)
+        on_host = [{**group, **{key: float(group[key]) for key in tables.rates_on_device(group)}} for group in groups]
+        both = zip(on_host, groups, strict=True)
         numbers = [number for h, group in both for number in tables.hyper_row(rule, h, scales[id(group)])]
         launcher.numbers.set([*numbers, *(float(work.step) for work in chosen)])
         launcher.run()
@@ -260,16 +260,16 @@ def make(
         if not placed or not counted or work.p is not originals[work.index] or refuse_work(work, 1):
             return None
     tensors = describe_all(works, context.seed, context.groups, context.capturable)
-    known: dict[int, tuple[Record, tables.Tensors]] = {}
+    entries: dict[int, tuple[Record, tables.Tensors]] = {}
     if isinstance(before, CachedStep):
-        both = zip(before.still_known(context), before.made, strict=False)
-        known = {one.layout.index: (one, tensor.copy()) for one, tensor in both}
+        both = zip(before.still_valid(context), before.made, strict=False)
+        entries = {one.layout.index: (one, tensor.copy()) for one, tensor in both}
     for work, tensor in zip(works, tensors, strict=True):
         stepped = record(context, work, originals[work.index])
         if stepped is None:
             return None
-        known[work.index] = stepped, tensor
-    records, made = zip(*(known[index] for index in sorted(known)), strict=True)
+        entries[work.index] = stepped, tensor
+    records, made = zip(*(entries[index] for index in sorted(entries)), strict=True)
     launcher = Launcher(works[0].layout.rule, made, works[0].p.device, len(context.groups))
     if isinstance(before, CachedStep) and before.launcher.device == launcher.device:
         launcher.skipped = before.launcher.skipped

@@ -78,8 +78,8 @@ def relative_rate(h, t):
 def radam_factor(t, beta2):
     """The rectification r_t, or -1 while it is not tractable."""
     infinite = 2.0 / (1.0 - beta2) - 1.0
-    kept = power(beta2, t)
-    rho = infinite - 2.0 * t * kept / (1.0 - kept)
+    decay = power(beta2, t)
+    rho = infinite - 2.0 * t * decay / (1.0 - decay)
     square = (rho - 4.0) * (rho - 2.0) * infinite / ((infinite - 4.0) * (infinite - 2.0) * rho)
     return tl.where(rho <= 5.0, -1.0, tl.sqrt(tl.where(rho <= 5.0, 1.0, square)))
 

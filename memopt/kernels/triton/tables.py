@@ -97,8 +97,8 @@ class Bucket(NamedTuple):
 
     @property
     def master_constants(self) -> dict[str, Any]:
-        kept = TYPES[self.p_type] if self.master == "kahan" else masters.TYPES[self.master]
-        return {"MASTER": masters.KINDS[self.master], "K_TYPE": kept}
+        dtype = TYPES[self.p_type] if self.master == "kahan" else masters.TYPES[self.master]
+        return {"MASTER": masters.KINDS[self.master], "K_TYPE": dtype}
 
     @property
     def tile(self) -> int:
@@ -117,9 +117,9 @@ def refuse(layout: ParamLayout, p: Tensor, world_size: int) -> str | None:
     rule = layout.rule
     if layout.modifiers:
         return f"there is no kernel for {rule.name} with {', '.join(layout.modifiers)}"
-    known = rule.wrapper in ("", "lookahead") and rule.inner in NUMBER
-    known = known and pack.formats_of(layout) <= {*KINDS, "factored"}
-    if not known or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
+    supported = rule.wrapper in ("", "lookahead") and rule.inner in NUMBER
+    supported = supported and pack.formats_of(layout) <= {*KINDS, "factored"}
+    if not supported or any(m.moment.name not in (*abi.SLOT, SLOW.name) for m in layout.moments):
         return f"there is no kernel for {rule.name} in {layout.asked}"
     if layout.master.name not in masters.KINDS:
         return f"there is no Triton kernel for +{layout.master.name}"
@@ -175,19 +175,19 @@ class Tensors:
         if "factored" in names and not bands:
             lines = len(rows.shape) > 2 or rows.unit > 1  # lines of a matrix are not rows
             means = (row_means.FACTORS_OF_STACK if lines else row_means.FACTORS).value
-        for order, (moment, kept, _, keys) in enumerate(layout.moments):
+        for order, (moment, fmt, _, keys) in enumerate(layout.moments):
             parts = [work.state[key] for _, key in keys]
             if moment is SLOW:
                 row[f.SLOW.value] = parts[0].data_ptr()
                 addresses.append(row[f.SLOW.value])
                 continue
             slot = abi.SLOT[moment.name]
-            if kept.name == "rowmean":
+            if fmt.name == "rowmean":
                 row[f.DATA0.value] = parts[0].data_ptr()
                 means = (row_means.ONE if span(rows) == rows.in_units(FLAT_ROW).cols else row_means.SEVERAL).value
                 continue
-            kinds[slot] = kept.name
-            slots[slot] = bands or kept.name != "factored"
+            kinds[slot] = fmt.name
+            slots[slot] = bands or fmt.name != "factored"
             x_signed = x_signed or (slot == 2 and moment.signed)
             row[f.DATA0.value + slot] = parts[0].data_ptr()
             row[f.AUX0.value + slot] = parts[1].data_ptr() if len(parts) > 1 else 0

@@ -41,7 +41,7 @@ class SavedOptimizer(SteppingOptimizer):
         elif asking is not None and (not self.integrity.snapshot or asking in REPLICAS):
             refuse(self.spec, asking)
         self.setup.check_whole()
-        self.settle()
+        self.synchronize()
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
         with self.partition.logical_params(self):
@@ -76,7 +76,7 @@ class SavedOptimizer(SteppingOptimizer):
                 f"to={to!r} is not allowed; it is a rank from 0 to {self.partition.world_size - 1}, or None"
             )
         self.setup.check_whole()
-        self.settle()
+        self.synchronize()
         self.store.check_all()
         self.integrity.snapshot = (consolidated(self, to),)
 
@@ -133,7 +133,7 @@ class SavedOptimizer(SteppingOptimizer):
             raise TypeError(
                 "an optimizer with a directory cannot be pickled or copied, two would write there; use state_dict()"
             )
-        self.settle()
+        self.synchronize()
         self.store.check_all()
         ours = {
             name: getattr(self, name)

@@ -39,7 +39,7 @@ class Arrival:
         self.memory = memory  # uint8 [bytes]
         self.host = memory.view(dtype).view(shape)
         self.last: Event | None = None
-        self.reader: Event | None = None  # a step beside backward(), until it is settled
+        self.reader: Event | None = None  # a step beside backward(), until it has been waited for
         # Weak, for no collector sees through p.grad: p -> what stands there -> this -> p would never be garbage.
         self._p: weakref.ref[Tensor] | None = None
         self._stands: weakref.ref[HostGradient] | None = None

@@ -140,7 +140,7 @@ def step_kernel(
     last = tl.where(c[f.RUN] != 0, tl.minimum(first + run * TILE, geometry[5]), first)
     step = c[f.T].to(tl.int32)
     first_row = tl.load(row_of + f.FIRST_ROW).to(tl.int32)
-    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    p_at, stored_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     v_data = tl.load(row_of + f.DATA0)
     m_data = tl.load(row_of + f.DATA1)
@@ -158,7 +158,7 @@ def step_kernel(
         at = where[0]
         live = where[5]
         g = load_gradient(g_at, at, mask, c)
-        p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
+        p = load_parameter(p_at, stored_at, at, mask, MASTER, P_TYPE)
         before = p
         v = g
         m = g
@@ -182,7 +182,7 @@ def step_kernel(
         row += first_row
         if MASTER == STOCHASTIC or MASTER == SPLIT8:
             w = words(beside_key, step, row, column, WIDTH)
-        store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
+        store_parameter(p_at, stored_at, at, mask, p, w, MASTER, P_TYPE)
         if V:
             keep_moment(v_data, v_aux, v_key, step, row, column, where, mask, v, V_KIND, False, WIDTH, ALIGN, WHOLE)
         if M:
@@ -222,7 +222,7 @@ def sums_kernel(
     tensor, row_of, first = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
     geometry = load_geometry(row_of)
-    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    p_at, stored_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     v_data = tl.load(row_of + f.DATA0)
     v_aux = tl.load(row_of + f.AUX0)
@@ -236,7 +236,7 @@ def sums_kernel(
         row, column, mask, where = place(geometry, block, WIDTH, HALVES, ALIGN, WHOLE)
         at = where[0]
         g = load_gradient(g_at, at, mask, c)
-        p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
+        p = load_parameter(p_at, stored_at, at, mask, MASTER, P_TYPE)
         if MEANS >= _FACTORS:
             v = load_factors(row_of, means, row, column, at, where[5], mask, 0, INVERSE, WIDTH, MEANS)
         else:

@@ -1,6 +1,6 @@
 """The masters of :mod:`memopt.masters`: the precise value of a 16-bit parameter is read, and rounded again.
 
-kept is what stands beside the parameter: fp32 copy, compensation, or correction. The pattern of an fp32 number
+``stored`` is what stands beside the parameter: fp32 copy, compensation, or correction. The pattern of an fp32 number
 (``memopt/masters/pattern.py``) has 16 bits below bf16's last, and 13 below fp16's.
 """
 
@@ -14,7 +14,7 @@ NONE, COPY, KAHAN, STOCHASTIC, SPLIT8, SPLIT16 = (tl.constexpr(i) for i in range
 KINDS = {"none": NONE, "fp32": COPY, "kahan": KAHAN, "stochastic": STOCHASTIC, "split": SPLIT8, "split16": SPLIT16}
 #: Masters whose rounding takes the dither's words.
 DITHERED = ("stochastic", "split")
-#: dtype of what is kept; of a compensation it is the parameter's.
+#: dtype of ``stored``; of a compensation it is the parameter's.
 TYPES = {"none": tl.int8, "fp32": tl.float32, "stochastic": tl.int8, "split": tl.int8, "split16": tl.int16}
 
 _SLACK = tl.constexpr(kahan.SLACK)
@@ -43,17 +43,17 @@ def from_pattern(pattern, x, TYPE: tl.constexpr):
 
 
 @triton.jit
-def read_master(p, kept, MASTER: tl.constexpr, TYPE: tl.constexpr):
-    """x, fp32, of the parameter p (as fp32) and what is kept; p where that is of another weight."""
+def read_master(p, stored, MASTER: tl.constexpr, TYPE: tl.constexpr):
+    """x, fp32, of the parameter p (as fp32) and ``stored``; p where that is of another weight."""
     x = p
     if MASTER == COPY:
-        x = tl.where(rounded(kept, TYPE).to(tl.float32) == p, kept, p)
+        x = tl.where(rounded(stored, TYPE).to(tl.float32) == p, stored, p)
     elif MASTER == KAHAN:
-        c = kept.to(tl.float32) if TYPE == tl.bfloat16 else kept.to(tl.float32) * (1.0 / _SCALE)
+        c = stored.to(tl.float32) if TYPE == tl.bfloat16 else stored.to(tl.float32) * (1.0 / _SCALE)
         own = rounded(p + c * _SLACK, TYPE).to(tl.float32) == p
         x = tl.where(own, p + c, p)
     elif MASTER == SPLIT8 or MASTER == SPLIT16:
-        rest = kept.to(tl.int32)
+        rest = stored.to(tl.int32)
         drop: tl.constexpr = (8 if TYPE == tl.bfloat16 else 5) if MASTER == SPLIT8 else 0
         value = from_pattern(tl.maximum(to_pattern(p, TYPE) + (rest << drop), 0), p, TYPE)
         x = tl.where((rest < 0) & (p == 0), p, value)
@@ -62,12 +62,12 @@ def read_master(p, kept, MASTER: tl.constexpr, TYPE: tl.constexpr):
 
 @triton.jit
 def write_master(x, w, MASTER: tl.constexpr, TYPE: tl.constexpr):
-    """The parameter of this dtype, and what is kept, for x; ``w`` are the dither's words."""
-    kept = x
+    """The parameter of this dtype, and ``stored``, for x; ``w`` are the dither's words."""
+    stored = x
     if MASTER == KAHAN:
         c = x - rounded(x, TYPE).to(tl.float32)
         c = c if TYPE == tl.bfloat16 else c * _SCALE
-        kept = rounded(tl.where(tl.abs(c) < _INF, c, 0.0), TYPE)
+        stored = rounded(tl.where(tl.abs(c) < _INF, c, 0.0), TYPE)
     elif MASTER == STOCHASTIC:
         shift: tl.constexpr = 16 if TYPE == tl.bfloat16 else 13
         up = (to_pattern(x, TYPE) + (w >> (32 - shift)).to(tl.int32)) >> shift
@@ -76,12 +76,12 @@ def write_master(x, w, MASTER: tl.constexpr, TYPE: tl.constexpr):
         dropped: tl.constexpr = 8 if TYPE == tl.bfloat16 else 5
         q = (to_pattern(x, TYPE) + (w >> (32 - dropped)).to(tl.int32)) >> dropped
         upper = (q + 128) >> 8
-        kept = (q - (upper << 8)).to(tl.int8)
+        stored = (q - (upper << 8)).to(tl.int8)
         x = from_pattern(upper << (8 + dropped), x, TYPE)
     elif MASTER == SPLIT16:
         k: tl.constexpr = 16 if TYPE == tl.bfloat16 else 13
         q = to_pattern(x, TYPE)
         upper = (q + (1 << (k - 1))) >> k
-        kept = (q - (upper << k)).to(tl.int16)
+        stored = (q - (upper << k)).to(tl.int16)
         x = from_pattern(upper << k, x, TYPE)
-    return rounded(x, TYPE), kept
+    return rounded(x, TYPE), stored

@@ -106,7 +106,7 @@ def renew_kernel(
     c = load_scalars(scalars + tensor * f.SCALARS)
     matrix, top, bottom, first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
-    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    p_at, stored_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     columns = tl.zeros((TILE, WIDTH), tl.float32)
     squares = tl.zeros((TILE, WIDTH), tl.float32)
@@ -116,7 +116,7 @@ def renew_kernel(
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
         g = load_gradient(g_at, at, mask, c)
-        p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
+        p = load_parameter(p_at, stored_at, at, mask, MASTER, P_TYPE)
         v = tl.where(mask, RENEW(p, g, rows_of(rows, mean, r, live, False)[:, None] * col[None, :], c), 0.0)
         keep_rows(row_of, partial, matrix, along, r, live, tl.sum(v, 1))
         columns += v
@@ -152,7 +152,7 @@ def updates_kernel(
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     if INVERSE:
         col = inverse_root(col)
-    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    p_at, stored_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
     terms = tl.zeros((TILE, WIDTH), tl.float32)
@@ -165,7 +165,7 @@ def updates_kernel(
         p = g
         m = g
         if M:
-            p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
+            p = load_parameter(p_at, stored_at, at, mask, MASTER, P_TYPE)
             m = tl.load(m_at + at, mask=mask, other=0.0)
         u = SUM(p, g, rows_of(rows, mean, r, live, INVERSE)[:, None] * col[None, :], m, c, True, True)
         terms += tl.where(mask, u * u, 0.0)
@@ -250,7 +250,7 @@ def apply_kernel(
         x_col = inverse_root(x_col)
     if INVERSE:
         col = inverse_root(col)
-    p_at, kept_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
+    p_at, stored_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
     m_at = pointer(tl.load(row_of + f.DATA1), tl.float32, ALIGN)
     x_at = pointer(tl.load(row_of + f.DATA2), tl.float32, ALIGN)
@@ -260,7 +260,7 @@ def apply_kernel(
         live = r < bottom
         at, mask = offsets(row_of, matrix, r, live, column, inside, ALIGN)
         g = load_gradient(g_at, at, mask, c)
-        p = load_parameter(p_at, kept_at, at, mask, MASTER, P_TYPE)
+        p = load_parameter(p_at, stored_at, at, mask, MASTER, P_TYPE)
         before = p
         m = g
         x = g
@@ -277,7 +277,7 @@ def apply_kernel(
         w = r
         if MASTER == STOCHASTIC or MASTER == SPLIT8:
             w = line_words(row_of, c, matrix, r, along * WIDTH, WIDTH)
-        store_parameter(p_at, kept_at, at, mask, p, w, MASTER, P_TYPE)
+        store_parameter(p_at, stored_at, at, mask, p, w, MASTER, P_TYPE)
         if M:
             tl.store(m_at + at, m, mask=mask)
         if X and not RESIDUAL:

@@ -81,20 +81,20 @@ def load_gradient(g_at, at, mask, c):
 
 
 @triton.jit
-def load_parameter(p_at, kept_at, at, mask, MASTER: tl.constexpr, P_TYPE: tl.constexpr):
+def load_parameter(p_at, stored_at, at, mask, MASTER: tl.constexpr, P_TYPE: tl.constexpr):
     """fp32: the parameter, with what its master keeps."""
     p = tl.load(p_at + at, mask=mask, other=0.0).to(tl.float32)
     if MASTER != NONE and MASTER != STOCHASTIC:
-        p = read_master(p, tl.load(kept_at + at, mask=mask, other=0), MASTER, P_TYPE)
+        p = read_master(p, tl.load(stored_at + at, mask=mask, other=0), MASTER, P_TYPE)
     return p
 
 
 @triton.jit
-def store_parameter(p_at, kept_at, at, mask, x, w, MASTER: tl.constexpr, P_TYPE: tl.constexpr):
-    p, kept = write_master(x, w, MASTER, P_TYPE)
+def store_parameter(p_at, stored_at, at, mask, x, w, MASTER: tl.constexpr, P_TYPE: tl.constexpr):
+    p, stored = write_master(x, w, MASTER, P_TYPE)
     tl.store(p_at + at, p, mask=mask)
     if MASTER != NONE and MASTER != STOCHASTIC:
-        tl.store(kept_at + at, kept, mask=mask)
+        tl.store(stored_at + at, stored, mask=mask)
 
 
 @triton.jit
