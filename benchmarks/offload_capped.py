@@ -39,7 +39,7 @@ def raw_disk(nbytes: int) -> float:
         read = threads.submit("read", lambda b=buffer, i=i: arena.read(b, source + i), [], REQUEST)
         wrote = threads.submit("write", lambda b=buffer, i=i: arena.write(b, target + i), [read], REQUEST)
         wrote.add_done_callback(lambda _: free.release())
-    threads.finish()
+    threads.synchronize()
     arena.sync()
     seconds = time.perf_counter() - begin
     threads.close()

@@ -89,10 +89,11 @@ def _simulate_device() -> None:
         ("memopt.placements.bus", "simulated"),
     ):
         try:
-            buses, made = import_module(where).BUSES, import_module(what).ThreadedBus()
+            found, made = import_module(where), import_module(what).ThreadedBus()
         except ModuleNotFoundError:
             continue
-        buses["cpu"] = lambda where, made=made: made
+        transfers = found.TRANSFERS if hasattr(found, "TRANSFERS") else found.BUSES
+        transfers["cpu"] = lambda where, made=made: made
         return
     raise ModuleNotFoundError("this tree has no simulated device")
 

@@ -90,8 +90,8 @@ def device(monkeypatch):
     from tests.helpers import simulated
     from tests.helpers.offloading import EVEN
 
-    made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(EVEN))
-    monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
+    made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Streams(EVEN))
+    monkeypatch.setitem(device.TRANSFERS, "cpu", lambda where: made)
     return made
 
 
@@ -103,11 +103,11 @@ def either(monkeypatch, request):
     from tests.helpers.offloading import EVEN
 
     made = (
-        simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(EVEN))
+        simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Streams(EVEN))
         if request.param == "clock"
         else simulated.ThreadedBus()
     )
-    monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(device.TRANSFERS, "cpu", lambda where: made)
     return made
 
 

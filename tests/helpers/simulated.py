@@ -1,4 +1,4 @@
-"""A device that exists on a clock only: lanes with fixed latencies, whose operations take effect when the clock says.
+"""A device that exists on a clock only: streams with fixed latencies, whose operations take effect when the clock says.
 
 Operations are queued, given a time by what they wait for, and executed in the order of the time at which they begin. A
 schedule that lets a buffer be overwritten too early therefore gives wrong numbers, as it would on a card.
@@ -18,23 +18,23 @@ from memopt.placements.transfer.streams import Threads
 
 
 class Op:
-    def __init__(self, lanes: Lanes, lane: str, begin: float, end: float, run: Callable[[], None] | None) -> None:
-        self.lanes, self.lane, self.begin, self.end, self.run = lanes, lane, begin, end, run
-        self.number = len(lanes.trace)  # in the order in which they were given
+    def __init__(self, streams: Streams, stream: str, begin: float, end: float, run: Callable[[], None] | None) -> None:
+        self.streams, self.stream, self.begin, self.end, self.run = streams, stream, begin, end, run
+        self.number = len(streams.trace)  # in the order in which they were given
         self.error: BaseException | None = None
 
     def result(self) -> None:
         """Whoever asks has waited until then."""
-        self.lanes.wait_for([self])
+        self.streams.wait_for([self])
         if self.error is not None:
             raise self.error
 
     def done(self) -> bool:
-        return self.end <= self.lanes.now
+        return self.end <= self.streams.now
 
 
-class Lanes:
-    """``costs``: lane -> (seconds, seconds per byte). ``now`` is the time of the thread that submits: nothing that it
+class Streams:
+    """``costs``: stream -> (seconds, seconds per byte). ``now`` is the time of the thread that submits: nothing that it
     submits begins earlier."""
 
     def __init__(self, costs: dict[str, tuple[float, float]]) -> None:
@@ -44,26 +44,26 @@ class Lanes:
         self.trace: list[Op] = []
         self.now = 0.0
 
-    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
-        fixed, per_byte = self.costs.get(lane, (1.0, 0.0))
-        begin = max([self.now, self.free.get(lane, 0.0), *(op.end for op in after)])
-        op = Op(self, lane, begin, begin + fixed + per_byte * nbytes, run)
-        self.free[lane] = op.end
+    def submit(self, stream: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
+        fixed, per_byte = self.costs.get(stream, (1.0, 0.0))
+        begin = max([self.now, self.free.get(stream, 0.0), *(op.end for op in after)])
+        op = Op(self, stream, begin, begin + fixed + per_byte * nbytes, run)
+        self.free[stream] = op.end
         self.queue.append(op)
         self.trace.append(op)
         return op
 
-    def submit_thread(self, lane: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
+    def submit_thread(self, stream: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
         """An operation that may submit operations itself, and ends when those have that it waits for."""
         outer = self.now
-        op = self.submit(lane, lambda: None, after, nbytes)
+        op = self.submit(stream, lambda: None, after, nbytes)
         self.wait_for([*after, op])
         self.now = op.begin
         try:
             run()
         except BaseException as error:  # it is the thread's until somebody asks
             op.error = error
-        op.end = self.free[lane] = max(op.end, self.now)
+        op.end = self.free[stream] = max(op.end, self.now)
         self.now = outer
         return op
 
@@ -78,43 +78,43 @@ class Lanes:
             run()
         self.now = max([self.now, *(op.end for op in ops)])
 
-    def finish(self) -> None:
+    def synchronize(self) -> None:
         self.wait_for(list(self.queue))
 
-    def of(self, lane: str) -> list[Op]:
-        return [op for op in self.trace if op.lane == lane]
+    def of(self, stream: str) -> list[Op]:
+        return [op for op in self.trace if op.stream == stream]
 
     @property
     def busy(self) -> dict[str, float]:
-        """Seconds that each lane worked."""
-        return {lane: sum(op.end - op.begin for op in self.of(lane)) for lane in {op.lane for op in self.trace}}
+        """Seconds that each stream worked."""
+        return {stream: sum(op.end - op.begin for op in self.of(stream)) for stream in {op.stream for op in self.trace}}
 
     def timeline(self) -> str:
-        """Lanes below each other, time from left to right: what a profiler would show."""
+        """Streams below each other, time from left to right: what a profiler would show."""
         width = round(max(op.end for op in self.trace))
         rows = []
-        for lane in dict.fromkeys(op.lane for op in self.trace):
+        for stream in dict.fromkeys(op.stream for op in self.trace):
             row = [" "] * width
-            for i, op in enumerate(self.of(lane)):
+            for i, op in enumerate(self.of(stream)):
                 for t in range(round(op.begin), round(op.end)):
                     row[t] = str(i % 10)
-            rows.append(f"{lane:<6}|{''.join(row)}|")
+            rows.append(f"{stream:<6}|{''.join(row)}|")
         return "\n".join(rows)
 
 
 class Part:
-    """Some lanes of a clock that is shared: ``finish`` waits for what was submitted here."""
+    """Some streams of a clock that is shared: ``synchronize`` waits for what was submitted here."""
 
-    def __init__(self, clock: Lanes, floor: float, thread: bool = False) -> None:
+    def __init__(self, clock: Streams, floor: float, thread: bool = False) -> None:
         self.clock, self.floor, self.ops = clock, floor, []
         self._submit = clock.submit_thread if thread else clock.submit
 
-    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
+    def submit(self, stream: str, run: Callable[[], None], after: Sequence[Op], nbytes: int) -> Op:
         before = Op(self.clock, "", 0.0, self.floor, None)
-        self.ops.append(self._submit(lane, run, [*after, before], nbytes))
+        self.ops.append(self._submit(stream, run, [*after, before], nbytes))
         return self.ops[-1]
 
-    def finish(self) -> None:
+    def synchronize(self) -> None:
         ops, self.ops = self.ops, []
         self.clock.wait_for(ops)
         for op in ops:
@@ -123,13 +123,13 @@ class Part:
 
 class DeviceTransfer:
     """The memory of the simulated device is ordinary memory, filled with rubbish where it is fresh. Each call of
-    ``lanes`` begins a clock of its own, unless ``clock`` is given: then the device computes on its lane ``backward``,
-    which whoever drives it submits, and everything is on one time line."""
+    ``streams`` begins a clock of its own, unless ``clock`` is given: then the device computes on its stream
+    ``backward``, which whoever drives it submits, and everything is on one time line."""
 
     def __init__(
-        self, device: torch.device, costs: dict[str, tuple[float, float]] | None = None, clock: Lanes | None = None
+        self, device: torch.device, costs: dict[str, tuple[float, float]] | None = None, clock: Streams | None = None
     ) -> None:
-        self.runs: list[Lanes] = []
+        self.runs: list[Streams] = []
         self.clock = clock
         self._costs = costs or {}
         self._inside = False  # the thread beside the caller's is what submits
@@ -142,15 +142,15 @@ class DeviceTransfer:
     def device(self, nbytes: int) -> Tensor:
         return torch.full((nbytes,), 171, dtype=torch.uint8)
 
-    def lanes(self):
+    def streams(self):
         if self.clock is not None:
             return Part(self.clock, 0.0 if self._inside else self.clock.free.get("backward", 0.0))
-        self.runs.append(Lanes(self._costs))
+        self.runs.append(Streams(self._costs))
         return self.runs[-1]
 
     def gradient_offload(self):
         if self.clock is None:
-            self.clock = Lanes(self._costs)
+            self.clock = Streams(self._costs)
         return Part(self.clock, self.clock.free.get("backward", 0.0))
 
     def apart(self):
@@ -158,7 +158,7 @@ class DeviceTransfer:
         transfer, part = self, Part(self.clock, 0.0, thread=True)
 
         class Thread:
-            def submit(self, lane, run, after, nbytes):
+            def submit(self, stream, run, after, nbytes):
                 def inside() -> None:
                     transfer._inside = True
                     try:
@@ -166,10 +166,10 @@ class DeviceTransfer:
                     finally:
                         transfer._inside = False
 
-                return part.submit(lane, inside, after, nbytes)
+                return part.submit(stream, inside, after, nbytes)
 
-            def finish(self):
-                part.finish()
+            def synchronize(self):
+                part.synchronize()
 
         return Thread()
 
@@ -187,7 +187,7 @@ class ThreadedBus:
     def device(self, nbytes: int) -> Tensor:
         return torch.full((nbytes,), 171, dtype=torch.uint8)
 
-    def lanes(self):
+    def streams(self):
         return Copying(self._copiers)
 
     def gradient_offload(self):
@@ -196,27 +196,27 @@ class ThreadedBus:
     def apart(self):
         threads, submit = Threads({"apart": 1}), Threads.submit
 
-        def late(lane: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
+        def late(stream: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
             def inside() -> None:
                 time.sleep(self.beside)
                 run()
 
-            return submit(threads, lane, inside, after, nbytes)
+            return submit(threads, stream, inside, after, nbytes)
 
         threads.submit = late  # type: ignore[method-assign]
         return threads
 
 
 class Copying:
-    """Lanes whose operations are made by a thread each, and else by the caller."""
+    """Streams whose operations are made by a thread each, and else by the caller."""
 
     def __init__(self, threads: dict[str, Threads]) -> None:
         self.threads, self.own = threads, Threads({})
         self.pending: list[Any] = []
 
-    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
-        if lane not in self.threads:
-            return self.own.submit(lane, run, after, nbytes)
+    def submit(self, stream: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
+        if stream not in self.threads:
+            return self.own.submit(stream, run, after, nbytes)
 
         @torch.no_grad()
         def late() -> None:
@@ -224,11 +224,11 @@ class Copying:
             run()
 
         before = list(after)
-        name = next(iter(self.threads[lane]._pools))
-        self.pending.append(self.threads[lane].submit(name, late, before, nbytes))
+        name = next(iter(self.threads[stream]._pools))
+        self.pending.append(self.threads[stream].submit(name, late, before, nbytes))
         return self.pending[-1]
 
-    def finish(self) -> None:
+    def synchronize(self) -> None:
         pending, self.pending = self.pending, []
         for event in pending:
             event.result()

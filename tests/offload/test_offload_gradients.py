@@ -51,7 +51,7 @@ def test_bf16_with_a_master_and_prices_in_bf16(device):
 def test_a_buffer_is_not_filled_again_before_what_is_in_it_is_added(monkeypatch):
     """Five gradients may be on the way, and there are four buffers."""
     made = simulated.ThreadedBus(beside=0.01)
-    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(transfer.TRANSFERS, "cpu", lambda where: made)
     (model, opt), twin = twins("adamw@cpu", lambda: Deep(width=224))
     for m, _ in ((model, opt), twin):
         for seed in range(3):

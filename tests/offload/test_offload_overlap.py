@@ -96,8 +96,8 @@ def test_gradients_leave_the_device_and_no_more_than_the_workspace_is_on_the_way
 
 def test_a_slow_bus_holds_backward_up_instead_of_filling_the_device(monkeypatch):
     costs = {**EVEN, "down": (3.0, 0.0)}
-    made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(costs))
-    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: made)
+    made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Streams(costs))
+    monkeypatch.setitem(transfer.TRANSFERS, "cpu", lambda where: made)
     pairs = twins("adamw@cpu", Deep)  # an optimizer that nobody refers to leaves gradients alone
     model = pairs[0][0]
     on_clock(made, model)
@@ -117,7 +117,7 @@ def test_copies_overlap_backward_and_the_step_begins_at_once(device, how):
     train(model, opt, 0, 1)
     on_clock(device, model)
     opt.zero_grad()
-    clock = device.clock = simulated.Lanes({**EVEN, "down": (0.0, 1 / 102_400)})
+    clock = device.clock = simulated.Streams({**EVEN, "down": (0.0, 1 / 102_400)})
     model(1).backward()
     opt.step()
     assert clock.timeline() == TIMELINES[how]
@@ -131,8 +131,8 @@ def test_what_came_early_does_not_come_down_again(monkeypatch, slow):
     ends = {}
     for how in (False, "early"):
         costs = {**EVEN, "down": (0.0, slow / 102_400), "up": (0.0, 1 / 102_400), "host": (0.25, 0.0)}
-        made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Lanes(costs))
-        monkeypatch.setitem(transfer.BUSES, "cpu", lambda where, made=made: made)
+        made = simulated.DeviceTransfer(torch.device("cpu"), clock=simulated.Streams(costs))
+        monkeypatch.setitem(transfer.TRANSFERS, "cpu", lambda where, made=made: made)
         (model, opt), _ = early_twins(offload_gradients=how)
         on_clock(made, model)
         train(model, opt, 0, 1)

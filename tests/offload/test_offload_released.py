@@ -68,7 +68,7 @@ class OfOneThread(nn.Parameter):
 
 def test_the_thread_beside_backward_leaves_gradients_of_parameters_alone(monkeypatch):
     made = simulated.ThreadedBus()
-    monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(device.TRANSFERS, "cpu", lambda where: made)
     model, twin = Deep(), Deep()
     twin.load_state_dict(model.state_dict())
     for layer in model.layers:
@@ -89,7 +89,7 @@ def test_the_thread_beside_backward_leaves_gradients_of_parameters_alone(monkeyp
 def test_released_those_that_have_come_are_stepped_together(monkeypatch, poisoned):
     """The thread beside backward() is late: when it steps, others have come."""
     made = simulated.ThreadedBus(beside=0.02)
-    monkeypatch.setitem(device.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(device.TRANSFERS, "cpu", lambda where: made)
     (model, opt), twin = twins("adamw-8bit@cpu", Deep, workspace="8MiB")
     steps, real = [], opt.stepper.step_some
     monkeypatch.setattr(

@@ -33,7 +33,7 @@ class Scarce(simulated.DeviceTransfer):
 @pytest.fixture
 def scarce(monkeypatch):
     made = Scarce(torch.device("cpu"))
-    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: made)
+    monkeypatch.setitem(transfer.TRANSFERS, "cpu", lambda where: made)
     return made
 
 

@@ -16,7 +16,7 @@ from memopt.layout.param import resolve
 from memopt.placements import PLACEMENTS
 from memopt.placements.stores.by_placement import chunked
 from memopt.placements.transfer import device as transfer
-from memopt.placements.transfer.pipeline import Operation, stream
+from memopt.placements.transfer.pipeline import Operation, run_chains
 from tests.helpers import simulated
 from tests.helpers.cases import ENDINGS, HYPER, PLAIN_SPECS, assert_same_bits, live_nbytes, odd_model, thinned
 
@@ -94,7 +94,7 @@ def test_every_rule_and_format_in_every_place(monkeypatch, tmp_path, on_device, 
         against_device(spec, place, on_device, **SMALL[place])
     against_device(spec, "disk", on_device, directory=tmp_path, workspace="1MiB")
     device = simulated.DeviceTransfer(torch.device("cpu"))
-    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: device)
+    monkeypatch.setitem(transfer.TRANSFERS, "cpu", lambda where: device)
     for place in ("host", "disk", "cpu"):
         against_device(spec, place, on_device, workspace="1MiB")
     against_device(spec, "cpu", on_device, workspace="1MiB", offload_gradients=True)
@@ -218,20 +218,20 @@ def test_a_large_matrix_is_cut_and_buffers_stay_within_the_workspace():
 
 
 def test_copies_and_steps_overlap():
-    """Lanes of equal cost. With one buffer nothing overlaps; with three, all lanes work all the time."""
+    """Streams of equal cost. With one buffer nothing overlaps; with three, all streams work all the time."""
     for buffers, seconds in ((1, 30), (2, 16), (3, 12), (4, 12)):
-        lanes = simulated.Lanes({})
-        stream([[Operation(lane, lambda i: None) for lane in ("up", "step", "down")]] * 10, lanes, buffers)
-        assert max(op.end for op in lanes.trace) == seconds, lanes.timeline()
-    assert lanes.timeline() == ("up    |0123456789  |\nstep  | 0123456789 |\ndown  |  0123456789|")
+        streams = simulated.Streams({})
+        run_chains([[Operation(stream, lambda i: None) for stream in ("up", "step", "down")]] * 10, streams, buffers)
+        assert max(op.end for op in streams.trace) == seconds, streams.timeline()
+    assert streams.timeline() == ("up    |0123456789  |\nstep  | 0123456789 |\ndown  |  0123456789|")
 
 
 def test_a_slow_lane_is_never_idle():
-    lanes = simulated.Lanes({"up": (1.0, 0.0), "step": (3.0, 0.0), "down": (2.0, 0.0)})
-    stream([[Operation(lane, lambda i: None) for lane in ("up", "step", "down")]] * 8, lanes, 4)
-    steps = lanes.of("step")
-    assert all(later.begin == earlier.end for earlier, later in pairwise(steps)), lanes.timeline()
-    assert max(op.end for op in lanes.trace) == 1 + 8 * 3 + 2
+    streams = simulated.Streams({"up": (1.0, 0.0), "step": (3.0, 0.0), "down": (2.0, 0.0)})
+    run_chains([[Operation(stream, lambda i: None) for stream in ("up", "step", "down")]] * 8, streams, 4)
+    steps = streams.of("step")
+    assert all(later.begin == earlier.end for earlier, later in pairwise(steps)), streams.timeline()
+    assert max(op.end for op in streams.trace) == 1 + 8 * 3 + 2
 
 
 @pytest.mark.parametrize("spec", ["adamw", "adamw-8bit", "adafactor-8bit", "lion-4bit"])
@@ -242,18 +242,18 @@ def test_streaming_through_a_simulated_device(monkeypatch, on_device, spec, plac
     """The state comes through the device's buffers, full of rubbish, in the order of the clock; the result is that of
     ``device``, and while a chunk is stepped others are on the device transfer."""
     device = simulated.DeviceTransfer(torch.device("cpu"))
-    monkeypatch.setitem(transfer.BUSES, "cpu", lambda where: device)
+    monkeypatch.setitem(transfer.TRANSFERS, "cpu", lambda where: device)
     model = odd_model()
     opt = memopt.create(model, f"{spec}@{place}", workspace="1MiB", **HYPER.get(memopt.parse(spec).rule, {}))
     drive(model, opt, 0, STEPS)
     assert_same((model, opt), on_device(spec))
-    lanes = device.runs[-1]
+    streams = device.runs[-1]
     if spec == "adamw":
-        steps, copies = lanes.of(compute), lanes.of(fetch)
+        steps, copies = streams.of(compute), streams.of(fetch)
         assert len(copies) > 3
         overlapped = [s for s in steps if any(c.begin < s.end and s.begin < c.end for c in copies)]
-        assert len(overlapped) >= len(steps) - 2, lanes.timeline()
-        assert max(op.end for op in lanes.trace) < 0.6 * sum(lanes.busy.values()), lanes.timeline()
+        assert len(overlapped) >= len(steps) - 2, streams.timeline()
+        assert max(op.end for op in streams.trace) < 0.6 * sum(streams.busy.values()), streams.timeline()
 
 
 # Options --------------------------------------------------------------------------------------------------------

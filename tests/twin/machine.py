@@ -41,10 +41,10 @@ class Twin:
     def __init__(self, case: Case, seed: int) -> None:
         self.case = case
         self.folder = tempfile.TemporaryDirectory(prefix="twin-")
-        self._patched = device.BUSES.get("cpu")
+        self._patched = device.TRANSFERS.get("cpu")
         if case.bus:
             made = PageBus()
-            device.BUSES["cpu"] = lambda where: made
+            device.TRANSFERS["cpu"] = lambda where: made
         g = torch.Generator().manual_seed(seed)
         tensors = {f"w{i}": torch.randn(shape, generator=g).to(case.dtype) for i, shape in enumerate(case.shapes)}
         self.count = len(tensors)  # of names given so far
@@ -94,9 +94,9 @@ class Twin:
             self.watch.close()
         self.ours.opt.close()
         if self._patched is None:
-            device.BUSES.pop("cpu", None)
+            device.TRANSFERS.pop("cpu", None)
         else:
-            device.BUSES["cpu"] = self._patched
+            device.TRANSFERS["cpu"] = self._patched
         self.folder.cleanup()
 
     # What operations use -----------------------------------------------------------------------------------------

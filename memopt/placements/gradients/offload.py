@@ -25,7 +25,7 @@ from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Event
 
 if TYPE_CHECKING:
-    from memopt.placements.transfer.pipeline import Lanes
+    from memopt.placements.transfer.pipeline import Streams
 
 
 @final
@@ -94,7 +94,7 @@ class GradientOffload:
         self._hooks = Hooks(self)
         self._on_way: deque[tuple[Event, int]] = deque()
         self._ends: list[Event] = []  # of the uses of buffers; the last of buffer i at the last i modulo their number
-        self._apart: dict[torch.device, Lanes] = {}
+        self._apart: dict[torch.device, Streams] = {}
         self._queues: dict[torch.device, deque[tuple[Event, Any, Tensor]]] = {}  # for the steps beside backward()
         self._lock = threading.RLock()  # autograd runs the hooks of several devices in several threads
 
@@ -146,17 +146,17 @@ class GradientOffload:
         with self._lock:
             buffers = self._buffers()
             self._make_way(more.nbytes)
-            lanes, apart = transfer.gradient_offload(), self.apart(more.device)
+            streams, apart = transfer.gradient_offload(), self.apart(more.device)
             new, old = more.reshape(-1), slot.host.view(-1)
             size = buffers[0].numel() // new.itemsize if len(new) else 1
             for start in range(0, len(new), size):
                 count = min(size, len(new) - start)
-                self._piece(slot, new[start : start + count], old[start : start + count], buffers, lanes, apart)
+                self._piece(slot, new[start : start + count], old[start : start + count], buffers, streams, apart)
             if slot.last is not None:
                 self._on_way.append((slot.last, more.nbytes))
 
     def _piece(
-        self, slot: Arrival, new: Tensor, old: Tensor, buffers: Sequence[Tensor], lanes: Lanes, apart: Lanes
+        self, slot: Arrival, new: Tensor, old: Tensor, buffers: Sequence[Tensor], streams: Streams, apart: Streams
     ) -> None:
         room = buffers[len(self._ends) % len(buffers)][: new.nbytes].view(new.dtype)
 
@@ -165,7 +165,7 @@ class GradientOffload:
             leave(new)
 
         free = self._ends[-len(buffers) :][:1] if len(self._ends) >= len(buffers) else []
-        came = lanes.submit("down", down, free, new.nbytes)
+        came = streams.submit("down", down, free, new.nbytes)
         waits = [came] if slot.last is None else [came, slot.last]
         slot.last = apart.submit("apart", lambda: _sum(old, room), waits, new.nbytes)
         self._ends.append(slot.last)
@@ -187,7 +187,7 @@ class GradientOffload:
         while self._on_way and sum(n for _, n in self._on_way) + nbytes > self._bound:
             self._on_way.popleft()[0].result()
 
-    def apart(self, device: torch.device) -> Lanes:
+    def apart(self, device: torch.device) -> Streams:
         """The thread beside backward() for this device."""
         if device not in self._apart:
             transfer = transfer_of(device)
@@ -205,8 +205,8 @@ class GradientOffload:
         """Wait for all that was begun beside backward(); raise the first error there was."""
         self._on_way.clear()
         try:
-            for lanes in self._apart.values():
-                lanes.finish()
+            for streams in self._apart.values():
+                streams.synchronize()
         finally:
             self._queues.clear()
             for slot in self.slots.values():

@@ -23,7 +23,7 @@ from memopt.placements.gradients.offload import GradientOffload
 from memopt.placements.gradients.prefetch import GradientPrefetch
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
-from memopt.placements.transfer.pipeline import Lanes, Operation
+from memopt.placements.transfer.pipeline import Operation, Streams
 from memopt.placements.workspaces import CPU_TARGET, buffer_lines, gradient_line, most_of, staging
 from memopt.spec.placement_options import PREFETCH
 
@@ -223,8 +223,8 @@ class Offloaded(Streamed):
         self._where, self._host = str(device), []
         self._host = [transfer.host(wanted.nbytes) for _ in range(wanted.number)]
 
-    def lanes(self, device: torch.device) -> Lanes:
-        return self._transfer(device).lanes()
+    def streams(self, device: torch.device) -> Streams:
+        return self._transfer(device).streams()
 
     @staticmethod
     def _transfer(device: torch.device) -> DeviceTransfer:

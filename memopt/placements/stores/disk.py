@@ -29,7 +29,7 @@ from memopt.placements.stores.durable_directory import Directory
 from memopt.placements.stores.mapped_files import bytes_view
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, placed
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
-from memopt.placements.transfer.pipeline import Lanes, Operation, stream_on_host
+from memopt.placements.transfer.pipeline import Operation, Streams, run_chains_on_host
 from memopt.placements.transfer.streams import Threads
 from memopt.placements.workspaces import DISK_MOST, DISK_TARGET, buffer_lines, spare_line
 
@@ -213,7 +213,7 @@ class Files(Streamed):
         def run(step: Callable[[int], None], wanted: Collection[int]) -> None:
             idle = [Operation("step", lambda _: None)]  # a chunk that is left out keeps its place among the buffers
             chains = [chain(i, step) if i in wanted else idle for i in range(len(chunks))]
-            stream_on_host(chains, self._threads, len(host))
+            run_chains_on_host(chains, self._threads, len(host))
             if empty and len(chunks) in wanted:
                 step(len(chunks))
             if not self.arena.direct:  # a direct write takes from memory what stands where it writes
@@ -255,8 +255,8 @@ class Files(Streamed):
                 self._host.append(torch.frombuffer(mmap.mmap(-1, wanted.nbytes), dtype=torch.uint8))
         self._views = [bytes_view(tensor) for tensor in self._host]
 
-    def lanes(self, device: torch.device) -> Lanes:
-        return self._transfer.lanes() if self._transfer else self._threads
+    def streams(self, device: torch.device) -> Streams:
+        return self._transfer.streams() if self._transfer else self._threads
 
     # What survives ---------------------------------------------------------------------------------------------
 

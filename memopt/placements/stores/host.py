@@ -16,7 +16,7 @@ from memopt.placements.base import Placement, Run
 from memopt.placements.stores.mapped_files import tensors_in
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of, tensor_in
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
-from memopt.placements.transfer.pipeline import Lanes, Operation
+from memopt.placements.transfer.pipeline import Operation, Streams
 from memopt.placements.workspaces import HOST_MOST, HOST_TARGET, buffer_lines
 
 if TYPE_CHECKING:
@@ -178,10 +178,10 @@ class Pinned(Streamed):
         assert self._transfer is not None
         self._device = [self._transfer.device(wanted.nbytes) for _ in range(wanted.number)]
 
-    def lanes(self, device: torch.device) -> Lanes:
+    def streams(self, device: torch.device) -> Streams:
         transfer = transfer_of(device)
         assert transfer is not None
-        return transfer.lanes()
+        return transfer.streams()
 
     def workspace(self) -> list[Line]:
         return buffer_lines(self.buffers, None, self._where) if self._transfer else []

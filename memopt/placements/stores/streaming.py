@@ -22,7 +22,7 @@ from memopt.layout.chunks import (
 )
 from memopt.layout.param_step import Work
 from memopt.placements.base import PlacementStore, Run
-from memopt.placements.transfer.pipeline import Lanes, Operation, stream
+from memopt.placements.transfer.pipeline import Operation, Streams, run_chains
 
 if TYPE_CHECKING:
     import torch
@@ -99,7 +99,7 @@ class Streamed(PlacementStore):
         self._known: dict[str, tuple[ParamLayout, list[Piece], list[ParamLayout]]] = {}
         self._in_buffers: dict[tuple[int, Part, int], Tensor] = {}
         self._extents: dict[str, Extent] = {}
-        self._lanes: Lanes | None = None  # of the last step
+        self._streams: Streams | None = None  # of the last step
 
     def in_place(self, device: torch.device) -> bool:
         return False
@@ -117,7 +117,7 @@ class Streamed(PlacementStore):
         """Allocate buffers where those that are there are not these."""
 
     @abstractmethod
-    def lanes(self, device: torch.device) -> Lanes: ...
+    def streams(self, device: torch.device) -> Streams: ...
 
     def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
         by_device: dict[torch.device, list[Work]] = {}
@@ -149,8 +149,8 @@ class Streamed(PlacementStore):
             chunks += [placed(chunk) for chunk in pack(rest, self.buffers.nbytes)]
         chains = [self.chain(chunk, run, device) for chunk in chunks]
         if chains:
-            self._lanes = self.lanes(device)
-            stream(chains, self._lanes, self.buffers.number)
+            self._streams = self.streams(device)
+            run_chains(chains, self._streams, self.buffers.number)
 
     def _slices(self, works: Sequence[Work], chunked: Callable[[Work], ChunkedState]) -> list[ChunkSlice]:
         found: list[ChunkSlice] = []
@@ -164,9 +164,9 @@ class Streamed(PlacementStore):
 
     def abandon(self) -> None:
         super().abandon()
-        if self._lanes is not None:
+        if self._streams is not None:
             with suppress(Exception):
-                self._lanes.finish()
+                self._streams.synchronize()
 
     def prepare(self, chunked: Mapping[str, ChunkedState], device: torch.device, also: bool = False) -> None:
         found = {name: extent(*one[:3], self._target) for name, one in chunked.items()}

@@ -11,7 +11,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from memopt.placements.transfer.pipeline import Lanes
+from memopt.placements.transfer.pipeline import Streams
 from memopt.placements.transfer.streams import Threads
 
 #: Threads that read and write files.
@@ -32,7 +32,7 @@ class _Done:
 
 
 @final
-class CudaLanes:
+class CudaStreams:
     """Side streams for ``up`` and ``down``, the current stream for ``step``, this thread for ``host``."""
 
     def __init__(self, device: torch.device, sides: dict[str, torch.cuda.Stream], threads: Threads) -> None:
@@ -44,25 +44,25 @@ class CudaLanes:
         for side in sides.values():
             side.wait_stream(self._current)
 
-    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
-        if lane in WORKERS or lane == "host":
-            return self._threads.submit(lane, run, after, nbytes)
-        stream = self._streams[lane]
+    def submit(self, stream: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
+        if stream in WORKERS or stream == "host":
+            return self._threads.submit(stream, run, after, nbytes)
+        side = self._streams[stream]
         for event in after:
             if isinstance(event, _Done):
-                stream.wait_event(event.event)
+                side.wait_event(event.event)
             else:
                 event.result()  # a thread's: the stream cannot wait for it
-        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+        with torch.cuda.device(self._device), torch.cuda.stream(side):
             run()
             done = torch.cuda.Event()
-            done.record(stream)
+            done.record(side)
         return _Done(done)
 
-    def finish(self) -> None:
+    def synchronize(self) -> None:
         """The state is in host memory, which anyone may read without asking the card: wait until it is there."""
         try:
-            self._threads.finish()
+            self._threads.synchronize()
         finally:
             for side in self._sides.values():
                 side.synchronize()
@@ -71,24 +71,23 @@ class CudaLanes:
 
 @final
 class CudaApart:
-    """A thread with a current stream of its own, on which nothing is ever queued that :meth:`CudaTransfer.lanes` would
-    wait
-    for."""
+    """A thread with a current stream of its own, on which nothing is ever queued that those of
+    :meth:`CudaTransfer.streams` would wait for."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
         self._thread = Threads({"apart": 1})
 
-    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
+    def submit(self, stream: str, run: Callable[[], None], after: Sequence[Any], nbytes: int) -> Any:
         def inside() -> None:
             with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
                 run()
 
         return self._thread.submit("apart", inside, after, nbytes)
 
-    def finish(self) -> None:
-        self._thread.finish()
+    def synchronize(self) -> None:
+        self._thread.synchronize()
 
 
 @final
@@ -118,13 +117,13 @@ class CudaTransfer:
     def device(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
 
-    def lanes(self) -> Lanes:
-        return CudaLanes(self._device, self._sides, self._threads)
+    def streams(self) -> Streams:
+        return CudaStreams(self._device, self._sides, self._threads)
 
-    def gradient_offload(self) -> Lanes:
-        return CudaLanes(self._device, self._arriving, self._threads)
+    def gradient_offload(self) -> Streams:
+        return CudaStreams(self._device, self._arriving, self._threads)
 
-    def apart(self) -> Lanes:
+    def apart(self) -> Streams:
         return CudaApart(self._device)
 
 

@@ -1,4 +1,4 @@
-"""Lanes of this machine's processor and disks: threads that read and write while the calling thread steps."""
+"""Streams of this machine's processor and disks: threads that read and write while the calling thread steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, final
 class Span(NamedTuple):
     """An operation that was executed: seconds on one clock."""
 
-    lane: str
+    stream: str
     begin: float
     end: float
     nbytes: int
@@ -19,9 +19,9 @@ class Span(NamedTuple):
 
 @final
 class Threads:
-    """``workers`` threads for each of some lanes; every other lane is the thread that calls :meth:`submit`.
+    """``workers`` threads for each of some streams; every other stream is the thread that calls :meth:`submit`.
 
-    Operations of a lane with several threads begin in order and may end in another. ``trace``, a list, receives a
+    Operations of a stream with several threads begin in order and may end in another. ``trace``, a list, receives a
     :class:`Span` for each operation.
     """
 
@@ -32,17 +32,17 @@ class Threads:
         self._failed = False
         self.trace: list[Span] | None = None
 
-    def submit(self, lane: str, run: Callable[[], None], after: Sequence[Future[None]], nbytes: int) -> Future[None]:
-        if lane in self._pools:
-            event = self._pools[lane].submit(self._execute, lane, run, after, nbytes)
+    def submit(self, stream: str, run: Callable[[], None], after: Sequence[Future[None]], nbytes: int) -> Future[None]:
+        if stream in self._pools:
+            event = self._pools[stream].submit(self._execute, stream, run, after, nbytes)
             self._pending.append(event)
             return event
         event = Future()
-        self._execute(lane, run, after, nbytes)
+        self._execute(stream, run, after, nbytes)
         event.set_result(None)
         return event
 
-    def _execute(self, lane: str, run: Callable[[], None], after: Sequence[Future[None]], nbytes: int) -> None:
+    def _execute(self, stream: str, run: Callable[[], None], after: Sequence[Future[None]], nbytes: int) -> None:
         try:
             for event in after:
                 event.result()
@@ -54,9 +54,9 @@ class Threads:
             self._failed = True  # what is queued behind must not touch the state any more
             raise
         if self.trace is not None:
-            self.trace.append(Span(lane, begin, time.perf_counter(), nbytes))
+            self.trace.append(Span(stream, begin, time.perf_counter(), nbytes))
 
-    def finish(self) -> None:
+    def synchronize(self) -> None:
         pending, self._pending = self._pending, []
         errors = [event.exception() for event in pending]
         self._failed = False
@@ -65,7 +65,7 @@ class Threads:
                 raise error
 
     def _started(self) -> dict[str, ThreadPoolExecutor]:
-        return {lane: ThreadPoolExecutor(n, f"memopt.{lane}") for lane, n in self._workers.items()}
+        return {stream: ThreadPoolExecutor(n, f"memopt.{stream}") for stream, n in self._workers.items()}
 
     def abandon(self) -> None:
         """Wait for what is being executed, also for what an interruption left without anybody to wait for it, and
