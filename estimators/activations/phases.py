@@ -185,11 +185,11 @@ def composed(network: Network, step: Step, checkpointing: str, parameters: Param
         chain.network(network.encoder)
         head = network.encoder.head
 
-        def finish(tape: Tape) -> Tensor:
+        def share_output(tape: Tape) -> Tensor:
             tape.shares["memory"] = head(tape, tape.x)
             return tape.shares["memory"]
 
-        chain.append(chain.run(finish, parameters.root(chain.ends)))
+        chain.append(chain.run(share_output, parameters.root(chain.ends)))
         tables, masks = tables + network.encoder.tables, masks + network.encoder.masks
     chain.network(network)
     ran = []

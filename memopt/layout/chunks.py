@@ -3,7 +3,7 @@
 The state of a few rows of a parameter is, part by part, a run of bytes within the state of all its rows: parts are
 laid out along rows. So the same ledger lines that say how large the parts are also say where the rows stand in them,
 whatever the format. Where that does not hold (the column means of a factored matrix, a code that straddles rows), and
-for rules that need statistics of the whole tensor, a parameter is leased whole.
+for rules that need statistics of the whole tensor, a parameter is fetched whole.
 """
 
 # Without `from __future__ import annotations`: string annotations on a NamedTuple cost a millisecond of start-up.
@@ -46,7 +46,7 @@ class ChunkedState(NamedTuple):
 
     rows: Rows
     layout: Layout
-    whole: bool  # leased at once, whatever the layout
+    whole: bool  # fetched at once, whatever the layout
     dtype: str = "float32"  # of the parameter
 
 
@@ -109,7 +109,7 @@ def _power_of_two_in(n: int) -> int:
 
 
 def pieces(name: str, rows: Rows, layout: Layout, whole: bool, target: int, align: int = PAGE) -> list[Piece]:
-    """The pieces in which one parameter's state is leased, in order."""
+    """The pieces in which one parameter's state is fetched, in order."""
     step = chunk_rows(rows, layout, whole, target)
     if step is None:
         return [piece(name, rows, rows, layout, align)]

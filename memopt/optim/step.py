@@ -143,7 +143,7 @@ class Stepper:
                 release.give_up()
             raise
         if release is not None:
-            release.finish(counted=self.gradients.skipped > before)
+            release.end_step(counted=self.gradients.skipped > before)
 
     def _collect_gradients(self) -> tuple[list[tuple[str, Tensor]], list[Ready]]:
         """What has a gradient, checked: the gradients as they are here, and what is stepped here."""

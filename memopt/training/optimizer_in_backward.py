@@ -83,7 +83,7 @@ class Release:
     def covers(self, p: Tensor) -> bool:
         return p in self._hooks
 
-    def finish(self, counted: bool = False) -> None:
+    def end_step(self, counted: bool = False) -> None:
         """The end of a step; called by ``optimizer.step()``. ``counted``: it was skipped for a gradient that was not
         released, and has been counted as skipped."""
         try:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import memopt
-from memopt.placements.gradients.offload import Arrival
+from memopt.placements.gradients.offload import OffloadedGradient
 from memopt.placements.transfer import device as transfer
 from tests.helpers import simulated
 from tests.helpers.cases import train
@@ -78,14 +78,14 @@ def test_released_the_step_overlaps_backward_too(device):
 def test_gradients_leave_the_device_and_no_more_than_the_workspace_is_on_the_way(device, monkeypatch):
     """The device's memory is what is referred to; a copy that has not been made refers to what it copies."""
     (model, opt), _ = twins("adamw@cpu", Deep)  # a workspace of 1 MiB; each gradient takes 400 KiB
-    alive, numbers, real = weakref.WeakSet(), [], Arrival.stand_in
+    alive, numbers, real = weakref.WeakSet(), [], OffloadedGradient.stand_in
 
     def stand_in(self, p, g):
         alive.add(g)
         numbers.append(len(alive))
         real(self, p, g)
 
-    monkeypatch.setattr(Arrival, "stand_in", stand_in)
+    monkeypatch.setattr(OffloadedGradient, "stand_in", stand_in)
     on_clock(device, model)
     for seed in range(2):
         model(seed).backward()

@@ -125,11 +125,11 @@ def t5(f: Fields, step: Step) -> Network:
             t.shares["mask"] = t.tensor(step.batch * step.seq**2)
         return embed(t)
 
-    def finish(t: Tape, x: Tensor) -> Tensor:
+    def final_norm(t: Tape, x: Tensor) -> Tensor:
         return t.dropout(_norm(t, x, width), p)
 
     def head(t: Tape, x: Tensor) -> Tensor:
-        x = finish(t, x)
+        x = final_norm(t, x)
         return loss(t, step, t.copy(x) if f.flag("tie_word_embeddings", True) else x, width, vocab, upcast=False)
 
     layers = f.layers("num_layers")
@@ -138,5 +138,5 @@ def t5(f: Fields, step: Step) -> Network:
         decoded,
         stack("decoder", decoders, cross=True),
         head,
-        encoder=Network(embed, stack("encoder", layers, cross=False), finish),
+        encoder=Network(embed, stack("encoder", layers, cross=False), final_norm),
     )

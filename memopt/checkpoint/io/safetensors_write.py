@@ -64,7 +64,7 @@ def write_file(
                 progress(len(piece))
             del tensor  # the next may be made when it is asked for
         assert not offsets, f"{path}: {next(iter(offsets))} was announced and did not come"
-        sums = pipeline.finish()
+        sums = pipeline.join()
         own.wait()
     return FileInfo(nbytes, list(checksums(path)) if sums is None else sums)
 
@@ -197,7 +197,7 @@ class _Pipeline:
                 self._sums.append(f"{self._crc:08x}")
                 self._crc = self._filled = 0
 
-    def finish(self) -> list[str] | None:
+    def join(self) -> list[str] | None:
         """The checksums, or None where the file was not written in order."""
         self._flush()
         self._syncing.begin(self._path, self._file.fileno(), os.fsync)

@@ -57,7 +57,7 @@ class LiveGroups:
         self._values: dict[int, list[Any]] = {}
         self._states: dict[int, str] = {}  # by identity of the state, whose state it is
         self._unnamed = 0
-        #: How many parameters took the place of another one, in its slot.
+        #: How many parameters took the place of another one, in its place.
         self.swapped = 0
 
     def changed(self, groups: Groups) -> bool:
@@ -86,14 +86,14 @@ class LiveGroups:
         stated = self._stated(groups, before)
         found = []
         for group, own in zip(groups, stated, strict=True):
-            slots = self._slots(before.get(id(group)), group["params"], present)
+            gone = self._gone(before.get(id(group)), group["params"], present)
             if own is not None:
                 names = own
             else:
                 names = [
-                    self._known(p)
+                    self._name_of(p)
                     or self._unclaimed(self._states.get(id(state.get(p))), claimed)
-                    or self._unclaimed(slots[i], claimed)
+                    or self._unclaimed(gone[i], claimed)
                     or self._fresh(claimed, named)
                     for i, p in enumerate(group["params"])
                 ]
@@ -132,7 +132,7 @@ class LiveGroups:
                 for key, value in checked.items():
                     group.setdefault(key, value)
 
-    def _slots(self, seen: _Seen | None, params: list[Tensor], present: set[int]) -> list[str | None]:
+    def _gone(self, seen: _Seen | None, params: list[Tensor], present: set[int]) -> list[str | None]:
         """For each place of a group the name of the parameter that stood there and is gone from all groups."""
         if seen is None or len(seen.params) != len(params):
             return [None] * len(params)
@@ -149,7 +149,7 @@ class LiveGroups:
             if p is not None:
                 yield p, name
 
-    def _known(self, p: Tensor) -> str | None:
+    def _name_of(self, p: Tensor) -> str | None:
         weak, name = self._names.get(id(p), (None, None))
         return name if weak is not None and weak() is p else None
 

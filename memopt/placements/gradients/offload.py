@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @final
-class Arrival:
+class OffloadedGradient:
     """Room for one parameter's gradient in pinned host memory, and what was last done to it."""
 
     def __init__(
@@ -88,7 +88,7 @@ class GradientOffload:
     is how many bytes of gradients may be on their way at once: the device holds no more of them."""
 
     def __init__(self, buffers: Callable[[], Sequence[Tensor]], bound: int) -> None:
-        self.slots: dict[str, Arrival] = {}
+        self.offloaded: dict[str, OffloadedGradient] = {}
         self._buffers = buffers
         self._bound = bound
         self._hooks = Hooks(self)
@@ -109,37 +109,37 @@ class GradientOffload:
         if transfer_of(p.device) is not None and p.grad is not None and not isinstance(p.grad, HostGradient):
             self.take(name, p)
 
-    def allocate(self, name: str, dtype: torch.dtype, shape: torch.Size, transfer: DeviceTransfer) -> Arrival:
+    def allocate(self, name: str, dtype: torch.dtype, shape: torch.Size, transfer: DeviceTransfer) -> OffloadedGradient:
         """Room for this gradient, what is there being kept where it fits."""
-        old = self.slots.get(name)
+        old = self.offloaded.get(name)
         if old is None or old.host.dtype != dtype or old.host.shape != shape:
             nbytes = shape.numel() * dtype.itemsize
-            self.slots[name] = Arrival(self, name, transfer.host(nbytes), dtype, shape)
-        return self.slots[name]
+            self.offloaded[name] = OffloadedGradient(self, name, transfer.host(nbytes), dtype, shape)
+        return self.offloaded[name]
 
     # On their way ------------------------------------------------------------------------------------------------
 
-    def take(self, name: str, p: Tensor) -> Arrival:
+    def take(self, name: str, p: Tensor) -> OffloadedGradient:
         """Send the gradient of ``p`` down, and put what stands for it in its place."""
         _refuse_replica(name)
         g, transfer = check_gradient(name, p), transfer_of(p.device)
         assert transfer is not None
         with self._lock:
             self._buffers()
-            slot = self.allocate(name, g.dtype, g.shape, transfer)
+            gradient = self.allocate(name, g.dtype, g.shape, transfer)
             self._make_way(g.nbytes)
-            before = [slot.last] if slot.last is not None else []
+            before = [gradient.last] if gradient.last is not None else []
 
             def down() -> None:
-                slot.host.copy_(g, non_blocking=True)
+                gradient.host.copy_(g, non_blocking=True)
                 leave(g)
 
-            slot.last = transfer.gradient_offload().submit("down", down, before, g.nbytes)
-            self._on_way.append((slot.last, g.nbytes))
-            slot.stand_in(p, g)
-        return slot
+            gradient.last = transfer.gradient_offload().submit("down", down, before, g.nbytes)
+            self._on_way.append((gradient.last, g.nbytes))
+            gradient.stand_in(p, g)
+        return gradient
 
-    def add(self, slot: Arrival, more: Tensor) -> None:
+    def add(self, gradient: OffloadedGradient, more: Tensor) -> None:
         """Add the gradient of a further backward pass to one that is here or on its way."""
         transfer = transfer_of(more.device)
         assert transfer is not None
@@ -147,16 +147,22 @@ class GradientOffload:
             buffers = self._buffers()
             self._make_way(more.nbytes)
             streams, apart = transfer.gradient_offload(), self.apart(more.device)
-            new, old = more.reshape(-1), slot.host.view(-1)
+            new, old = more.reshape(-1), gradient.host.view(-1)
             size = buffers[0].numel() // new.itemsize if len(new) else 1
             for start in range(0, len(new), size):
                 count = min(size, len(new) - start)
-                self._piece(slot, new[start : start + count], old[start : start + count], buffers, streams, apart)
-            if slot.last is not None:
-                self._on_way.append((slot.last, more.nbytes))
+                self._piece(gradient, new[start : start + count], old[start : start + count], buffers, streams, apart)
+            if gradient.last is not None:
+                self._on_way.append((gradient.last, more.nbytes))
 
     def _piece(
-        self, slot: Arrival, new: Tensor, old: Tensor, buffers: Sequence[Tensor], streams: Streams, apart: Streams
+        self,
+        gradient: OffloadedGradient,
+        new: Tensor,
+        old: Tensor,
+        buffers: Sequence[Tensor],
+        streams: Streams,
+        apart: Streams,
     ) -> None:
         room = buffers[len(self._ends) % len(buffers)][: new.nbytes].view(new.dtype)
 
@@ -166,21 +172,23 @@ class GradientOffload:
 
         free = self._ends[-len(buffers) :][:1] if len(self._ends) >= len(buffers) else []
         came = streams.submit("down", down, free, new.nbytes)
-        waits = [came] if slot.last is None else [came, slot.last]
-        slot.last = apart.submit("apart", lambda: _sum(old, room), waits, new.nbytes)
-        self._ends.append(slot.last)
+        waits = [came] if gradient.last is None else [came, gradient.last]
+        gradient.last = apart.submit("apart", lambda: _sum(old, room), waits, new.nbytes)
+        self._ends.append(gradient.last)
 
     def submit_step(self, name: str, p: Tensor, entry: Any, step: Callable[[list[tuple[Any, Tensor]]], None]) -> None:
         """Send the gradient down, and have ``step`` called beside backward() with it and all that have come by then:
         the more there are, the better do their copies and steps overlap."""
-        known = self.slots.get(name)
-        if known is not None and known.reader is not None:
+        before = self.offloaded.get(name)
+        if before is not None and before.reader is not None:
             self.synchronize()  # a backward pass that was given up
-        slot = self.take(name, p)
-        came, slot.last = slot.last, None
+        gradient = self.take(name, p)
+        came, gradient.last = gradient.last, None
         queue = self._queues.setdefault(p.device, deque())
-        queue.append((came, entry, slot.host))
-        slot.reader = self.apart(p.device).submit("apart", lambda: _step_arrived(queue, step), [came], slot.host.nbytes)
+        queue.append((came, entry, gradient.host))
+        gradient.reader = self.apart(p.device).submit(
+            "apart", lambda: _step_arrived(queue, step), [came], gradient.host.nbytes
+        )
 
     def _make_way(self, nbytes: int) -> None:
         """Wait until what is under way leaves room for so many bytes more."""
@@ -209,15 +217,15 @@ class GradientOffload:
                 streams.synchronize()
         finally:
             self._queues.clear()
-            for slot in self.slots.values():
-                slot.reader = None
+            for gradient in self.offloaded.values():
+                gradient.reader = None
 
     def close(self) -> None:
         """Take the hooks away, and give gradients back to the device."""
         self.hook({})
-        for slot in self.slots.values():
-            slot.give_back()
-        self.slots.clear()
+        for gradient in self.offloaded.values():
+            gradient.give_back()
+        self.offloaded.clear()
 
 
 def _step_arrived(queue: deque[tuple[Event, Any, Tensor]], step: Callable[[list[tuple[Any, Tensor]]], None]) -> None:

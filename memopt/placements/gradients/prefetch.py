@@ -188,13 +188,13 @@ class GradientPrefetch:
 
     # In the step -------------------------------------------------------------------------------------------------
 
-    def claim(self, loans: Sequence[ChunkSlice]) -> list[list[Placed]]:
+    def claim(self, slices: Sequence[ChunkSlice]) -> list[list[Placed]]:
         """Of these, those whose gradient is in its place, with where that is, by buffer. What else was copied is
         forgotten: the buffers are the step's now."""
         there = self._verified()
         placed = {(name, place.number): place for name, copy in there.items() for place in copy.places}
         chunks: list[list[Placed]] = [[] for _ in self._ends]
-        for chunk_slice in loans:
+        for chunk_slice in slices:
             place = placed.get((chunk_slice.work.name, chunk_slice.number))
             if (
                 place is not None
@@ -202,7 +202,7 @@ class GradientPrefetch:
                 and chunk_slice.work.g is there[chunk_slice.work.name].p.grad
             ):
                 chunks[place.buffer].append((chunk_slice, place.at))
-        self._learn(there, {chunk_slice.work.name for chunk_slice in loans})
+        self._learn(there, {chunk_slice.work.name for chunk_slice in slices})
         self.forget()
         return chunks
 

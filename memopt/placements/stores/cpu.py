@@ -10,7 +10,7 @@ step runs beside ``backward()``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, final
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from memopt.core.ledger import Line
 from memopt.layout.chunks import Buffers, ChunkedState, Part, Piece, StoreOptions, piece
 from memopt.placements.base import E, Placement, PlacementStore, Run
-from memopt.placements.gradients.offload import GradientOffload
+from memopt.placements.gradients.offload import GradientOffload, OffloadedGradient
 from memopt.placements.gradients.prefetch import GradientPrefetch
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
@@ -71,8 +71,8 @@ class Offloaded(Streamed):
         if self._gradient_offload is None:
             return
         self._gradient_offload.hook({name: p for name, (p, _, wanted) in parameters.items() if wanted})
-        for name in [n for n in self._gradient_offload.slots if n not in parameters]:
-            self._gradient_offload.slots.pop(name).give_back()
+        for name in [n for n in self._gradient_offload.offloaded if n not in parameters]:
+            self._gradient_offload.offloaded.pop(name).give_back()
 
     def prefetch_grad(self, name: str, p: Tensor) -> None:
         if self._gradient_offload is not None:
@@ -135,11 +135,11 @@ class Offloaded(Streamed):
         if self._prefetch is not None and there:
             self._prefetch.ready(there[0].p.device, self._host, self._known_to_step())
 
-    def begun(self, loans: Sequence[ChunkSlice], device: torch.device) -> list[list[Placed]]:
+    def begun(self, slices: Sequence[ChunkSlice], device: torch.device) -> list[list[Placed]]:
         """Those whose gradients came down in ``backward()``; their buffers are the first of all from now on."""
         if self._prefetch is None or device != self._prefetch.device:
             return []
-        chunks = self._prefetch.claim(loans)
+        chunks = self._prefetch.claim(slices)
         full = [i for i, chunk in enumerate(chunks) if chunk]
         self._host = [*(self._host[i] for i in full), *(x for i, x in enumerate(self._host) if i not in full)]
         self._begun = {(chunk_slice.work.name, chunk_slice.number) for chunk in chunks for chunk_slice, _ in chunk}
@@ -157,27 +157,27 @@ class Offloaded(Streamed):
         super().prepare({n: staging(h, self._gradient_offload is not None) for n, h in chunked.items()}, device, also)
 
     def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
-        loans = [(chunk_slice, chunk_slice.on({}), at) for chunk_slice, at in chunk]
+        on_buffers = [(chunk_slice, chunk_slice.on({}), at) for chunk_slice, at in chunk]
         there = [
             self._gradient_offload is not None or (chunk_slice.work.name, chunk_slice.number) in self._begun
             for chunk_slice, _ in chunk
         ]
-        down_nbytes = sum(w.p.nbytes + (0 if t else w.g.nbytes) for (_, w, _), t in zip(loans, there, strict=True))
+        down_nbytes = sum(w.p.nbytes + (0 if t else w.g.nbytes) for (_, w, _), t in zip(on_buffers, there, strict=True))
 
         staged: list[list[Tensor]] = []
 
         def stage(i: int) -> None:
             """Where they are in the buffer: the parameter, and the gradient behind it unless that is in host memory; as
             wide as they are."""
-            for chunk_slice, work, at in loans:
+            for chunk_slice, work, at in on_buffers:
                 both = zip(chunk_slice.piece.parts, (work.p, work.g), strict=False)
                 staged.append([self._as_wide(i, at + part.at, x) for part, x in both])
 
         def down(i: int) -> None:
             stage(i)
             into = [p for p, *_ in staged]
-            what = [work.p for _, work, _ in loans]
-            for (_, *g), (_, work, _), is_there in zip(staged, loans, there, strict=True):
+            what = [work.p for _, work, _ in on_buffers]
+            for (_, *g), (_, work, _), is_there in zip(staged, on_buffers, there, strict=True):
                 if not is_there:
                     into.append(g[0])
                     what.append(work.g)
@@ -187,17 +187,17 @@ class Offloaded(Streamed):
             run(
                 [
                     self._on_host(chunk_slice, work, p, g[0] if g else work.g)
-                    for (chunk_slice, work, _), (p, *g) in zip(loans, staged, strict=True)
+                    for (chunk_slice, work, _), (p, *g) in zip(on_buffers, staged, strict=True)
                 ]
             )
 
         def up(i: int) -> None:
-            torch._foreach_copy_([work.p for _, work, _ in loans], [p for p, *_ in staged], non_blocking=True)
+            torch._foreach_copy_([work.p for _, work, _ in on_buffers], [p for p, *_ in staged], non_blocking=True)
 
         return [
             Operation("down", down, down_nbytes),
             Operation("host", step, down_nbytes),
-            Operation("up", up, sum(work.p.nbytes for _, work, _ in loans)),
+            Operation("up", up, sum(work.p.nbytes for _, work, _ in on_buffers)),
         ]
 
     def _on_host(self, chunk_slice: ChunkSlice, work: Work, p: Tensor, g: Tensor) -> Work:
@@ -235,14 +235,14 @@ class Offloaded(Streamed):
     # Looking -----------------------------------------------------------------------------------------------------
 
     def workspace(self) -> list[Line]:
-        slots = self._gradient_offload.slots.values() if self._gradient_offload is not None else ()
-        return [*buffer_lines(self.buffers, "pinned", "cpu"), *gradient_line(sum(slot.host.nbytes for slot in slots))]
+        nbytes = sum(one.host.nbytes for one in self._offloaded())
+        return [*buffer_lines(self.buffers, "pinned", "cpu"), *gradient_line(nbytes)]
 
     def tensors(self) -> list[Tensor]:
-        return [
-            *self._host,
-            *([slot.memory for slot in self._gradient_offload.slots.values()] if self._gradient_offload else []),
-        ]
+        return [*self._host, *(one.memory for one in self._offloaded())]
+
+    def _offloaded(self) -> Iterable[OffloadedGradient]:
+        return self._gradient_offload.offloaded.values() if self._gradient_offload is not None else ()
 
     def explain(self, device: torch.device) -> str:
         if transfer_of(device) is None:

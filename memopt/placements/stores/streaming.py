@@ -108,7 +108,7 @@ class Streamed(PlacementStore):
     def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
         """The operations of one chunk, the first of which fetches."""
 
-    def begun(self, loans: Sequence[ChunkSlice], device: torch.device) -> list[list[Placed]]:
+    def begun(self, slices: Sequence[ChunkSlice], device: torch.device) -> list[list[Placed]]:
         """Chunks that have been begun before the step, in the buffers 0, 1, …"""
         return []
 
@@ -129,21 +129,21 @@ class Streamed(PlacementStore):
     def _step(
         self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState], device: torch.device
     ) -> None:
-        loans = self._slices(works, chunked)
+        slices = self._slices(works, chunked)
         self._fit(device)
         chunks: list[list[Placed]]
         if any(work.groups for work in works):
             # Sums over ranks are taken in the order of the chunks, and ranks hold different numbers of rows.
-            chunks = [[(chunk_slice, 0)] for chunk_slice in loans]
+            chunks = [[(chunk_slice, 0)] for chunk_slice in slices]
         else:
-            empty = [chunk_slice for chunk_slice in loans if not chunk_slice.nbytes]
+            empty = [chunk_slice for chunk_slice in slices if not chunk_slice.nbytes]
             if empty:
                 run([chunk_slice.on(dict(chunk_slice.work.state)) for chunk_slice in empty])
-            chunks = self.begun(loans, device)
+            chunks = self.begun(slices, device)
             there = {(chunk_slice.work.name, chunk_slice.number) for chunk in chunks for chunk_slice, _ in chunk}
             rest = [
                 chunk_slice
-                for chunk_slice in loans
+                for chunk_slice in slices
                 if chunk_slice.piece.nbytes and (not there or (chunk_slice.work.name, chunk_slice.number) not in there)
             ]
             chunks += [placed(chunk) for chunk in pack(rest, self.buffers.nbytes)]
