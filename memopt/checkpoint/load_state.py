@@ -63,13 +63,13 @@ class StateLoad:
             self.notes = partial_load.notes("state", shapes, here, "begins at zero")
             both = zip(self._slots, self._records, strict=True)
             self._records = [partial_load.resized(record, slot, p) for (p, slot), record in both]
-        kept: set[str] = set()
+        moments: set[str] = set()
         for (_, slot), record in zip(self._slots, self._records, strict=True):
-            kept |= {m.name for m, _ in moment_codes(slot.spec, slot.h, slot.name, slot.shape)}
+            moments |= {m.name for m, _ in moment_codes(slot.spec, slot.h, slot.name, slot.shape)}
             if record.stepped:
                 before = source.rule_of(record.name).name
                 slot.check(record, before, filling(source.spec, slot, before, fill))
-        unused_fill(fill, kept)
+        unused_fill(fill, moments)
 
     def _merged_groups(self, names: list[str]) -> list[dict[str, Any]]:
         """The optimizer's groups with the saved hyperparameters; numbers stay tuples, lists or tensors as they are."""

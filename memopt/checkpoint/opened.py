@@ -214,10 +214,10 @@ class Checkpoint:
             for moment, code in entry.get("moments", {}).items()
         }
         dtype = entry.get("dtype", "")
-        kept = self._kept(name, entry["master"], dtype, entry, saved) if "master" in entry else None
+        master = self._master(name, entry["master"], dtype, entry, saved) if "master" in entry else None
         weights = self._weights(name, dtype, shape)
         own = self._own(name, entry, saved) if "own" in entry else None
-        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry, dtype, kept, weights, own)
+        return Record(name, shape, entry.get("step", 0.0), moments, "moments" in entry, dtype, master, weights, own)
 
     def _own(self, name: str, entry: dict[str, Any], saved: dict[str, Any]) -> Callable[[int], dict[str, Any]]:
         """What the user has put beside the state: of tensors what the rank had, or the first."""
@@ -230,10 +230,10 @@ class Checkpoint:
 
         return read
 
-    def _kept(self, name: str, master: str, dtype: str, entry: dict[str, Any], saved: dict[str, Any]) -> SavedMaster:
+    def _master(self, name: str, master: str, dtype: str, entry: dict[str, Any], saved: dict[str, Any]) -> SavedMaster:
         if master not in MASTERS:
             raise ValueError(f"{self.path}: {name} has a master {master!r}, which this version does not know")
-        raw = Raw(MASTERS[master].kept(dtype))
+        raw = Raw(MASTERS[master].stored_dtype(dtype))
         stored = self._pieces(name, Moment(MASTERS[master].key), raw, entry, saved)
         return SavedMaster(MASTERS[master], dtype, stored, self._weights(name, dtype, tuple(entry["shape"])))
 

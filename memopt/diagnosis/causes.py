@@ -48,14 +48,14 @@ def nonfinite(h: History) -> Iterator[Finding]:
     before = [r for r in h.readings if r.step < began]
     names = ", ".join(event.names[:3]) if event and event.skipped else ""
     where = f" in the gradient of {names}" + (" and others" if event and len(event.names) > 3 else "") if names else ""
-    kept = "; the step was skipped and nothing was changed" if event and event.skipped else ""
+    skipped = "; the step was skipped and nothing was changed" if event and event.skipped else ""
     ratio = _largest_ratio(before[-2:])
     grown = _grown(h, began)
     if (ratio is not None and ratio > HALF) or grown:
         moved = "the loss was rising" if grown else f"a step moved the weights by {ratio:.0%} of their size"
         yield Finding(
             "rate",
-            f"NaN or Inf{where} from step {began} on{kept}, and before it {moved}: lower the rate (ten times), clip "
+            f"NaN or Inf{where} from step {began} on{skipped}, and before it {moved}: lower the rate (ten times), clip "
             "the gradients to a norm of 1, or raise eps",
             began,
         )
@@ -64,16 +64,16 @@ def nonfinite(h: History) -> Iterator[Finding]:
     if again > 3:
         yield Finding(
             "non-finite gradients",
-            f"{again} steps had NaN or Inf{where}, the first at step {began}{kept}: half precision that overflows, a "
-            "division by an empty target, or log(0) in the loss",
+            f"{again} steps had NaN or Inf{where}, the first at step {began}{skipped}: half precision that overflows, "
+            "a division by an empty target, or log(0) in the loss",
             began,
         )
         return
     yield Finding(
         "non-finite batch",
-        f"NaN or Inf{where} at step {began}{kept}; losses, gradients and updates before it were ordinary: look at the "
-        "batch of that step (values that are not numbers, no target that counts, log(0) in the loss)"
-        + ("" if kept else ". With nonfinite='skip' such a step does not happen and the parameters are named"),
+        f"NaN or Inf{where} at step {began}{skipped}; losses, gradients and updates before it were ordinary: look at "
+        "the batch of that step (values that are not numbers, no target that counts, log(0) in the loss)"
+        + ("" if skipped else ". With nonfinite='skip' such a step does not happen and the parameters are named"),
         began,
     )
 

@@ -36,7 +36,7 @@ def explain(optimizer: OptimizerParts) -> str:
             rows.append(
                 ("estimate", f"d is {d:.3g}: with lr {lr:.3g} a step is as long as one at a rate of {d * lr:.3g}")
             )
-    kept: dict[str, list[str]] = {}
+    in_32_bits: dict[str, list[str]] = {}
     slow: dict[str, list[str]] = {}
     places: dict[tuple[str, str], int] = {}
     for layout, p, _ in optimizer.params.resolved():
@@ -45,7 +45,7 @@ def explain(optimizer: OptimizerParts) -> str:
         name = layout.name
         for moment in layout.moments:
             if moment.fallback_reason:
-                kept.setdefault(moment.fallback_reason, []).append(f"{name}.{moment.moment.name}")
+                in_32_bits.setdefault(moment.fallback_reason, []).append(f"{name}.{moment.moment.name}")
         ranks = optimizer.partition.world_size if optimizer.partition.groups(p) else 1
         cut_row = optimizer.partition.cuts_a_row(p)
         path = optimizer.engine.slow_path(layout, p, ranks, cut_row)
@@ -63,7 +63,7 @@ def explain(optimizer: OptimizerParts) -> str:
     if frozen:
         rows.append(("frozen", f"requires_grad is False, without gradients and steps: {_some(frozen)}"))
     rows += [("stepped by", f"{reason}: {_some(names)}") for reason, names in slow.items()]
-    rows += [("in 32 bits", f"{reason}: {_some(moments)}") for reason, moments in kept.items()]
+    rows += [("in 32 bits", f"{reason}: {_some(moments)}") for reason, moments in in_32_bits.items()]
     pages = optimizer.stepper.plan.pages if optimizer.stepper.plan is not None else None
     if pages is not None and pages.wanted:
         rows.append(("pages", pages.explain()))
@@ -140,10 +140,10 @@ def _masters(optimizer: OptimizerParts) -> list[tuple[str, str]]:
 
 
 def _foreign(optimizer: OptimizerParts, master: Master, p: Tensor) -> int:
-    kept = optimizer.state[p][master.key]
+    stored = optimizer.state[p][master.key]
     with torch.no_grad():
         local = optimizer.partition.local(p, optimizer.partition.local_rows(p), p)
-    return int((master.foreign(local, kept) & (kept != 0)).sum())
+    return int((master.foreign(local, stored) & (stored != 0)).sum())
 
 
 def _some(names: list[str]) -> str:

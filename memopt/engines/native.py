@@ -184,7 +184,7 @@ def _plain_piece(work: Work, total: Ask, whole: Ask, seed: int) -> None:
     if wide:
         rule.step(p, g, state, work.step, work.h)
         return
-    kept = work.state.get(master.key)
-    exact = master.read(p, kept)
+    stored = work.state.get(master.key)
+    exact = master.read(p, stored)
     rule.step(exact, g, state, work.step, work.h)
-    master.write(exact, p, kept, Shard(work.rows, dither.key(seed, work.index, ORDER), work.step, total))
+    master.write(exact, p, stored, Shard(work.rows, dither.key(seed, work.index, ORDER), work.step, total))

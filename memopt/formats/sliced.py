@@ -69,7 +69,7 @@ class Sliced(Format):
         if _is_long(rows):
             x.view(rows.count, rows.cols)[:, ::EVERY] = parts[""]
         else:
-            x.view(-1)[_kept(rows, x)] = parts[""]
+            x.view(-1)[_places(rows, x)] = parts[""]
         return x
 
     def write(self, x: Tensor, parts: Parts, moment: Moment, shard: Shard, floor: float = 0.0) -> Tensor:
@@ -77,11 +77,11 @@ class Sliced(Format):
         if _is_long(rows):
             parts[""].copy_(x.reshape(rows.count, rows.cols)[:, ::EVERY])
         else:
-            parts[""].copy_(x.reshape(-1)[_kept(rows, x)])
+            parts[""].copy_(x.reshape(-1)[_places(rows, x)])
         return self.read(parts, moment, shard)
 
 
-def _kept(rows: Rows, like: Tensor) -> Tensor:
+def _places(rows: Rows, like: Tensor) -> Tensor:
     """Where the elements that are kept stand among those that are here."""
     import torch
 

@@ -27,14 +27,14 @@ class Place(Protocol):
 
 class Expected(NamedTuple):
     """What a layout expects: torch's dtype of the parameter, the shape of its rows here, and key, dtype and shape of
-    each tensor of its state but the step. ``kept_by`` says who keeps them so."""
+    each tensor of its state but the step. ``whose`` says whose state this is."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: list[tuple[str, torch.dtype, torch.Size]]
     place: Place
-    kept_by: str
+    whose: str
 
     def check(self, p: Tensor, grad: Tensor, cut: bool) -> None:
         """Raise RuntimeError for rows of a parameter or a gradient that are not these; ``cut``: some elements of
@@ -77,7 +77,7 @@ class Expected(NamedTuple):
     def _sentence(self, p: Tensor, key: str, state: Mapping[str, Any], expected: str) -> str:
         there = f"is {_described(state[key])}" if key in state else "is not there"
         return (
-            f"{self.name} is {_name(p.dtype)} {list(p.shape)} here, for which {self.kept_by} keeps {key!r} as "
+            f"{self.name} is {_name(p.dtype)} {list(p.shape)} here, for which {self.whose} keeps {key!r} as "
             f"{expected}, and in its state that {there}; nothing was stepped. {REMEDY}"
         )
 

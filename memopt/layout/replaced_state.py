@@ -61,11 +61,11 @@ def stands(layout: ParamLayout, state: Mapping[str, Any], values: Mapping[str, A
 
 def is_own(rule: str, key: str) -> bool:
     """Whether a key of a state is the user's own, and means nothing to the optimizer."""
-    return key.partition(".")[0] not in _kept(rule)
+    return key.partition(".")[0] not in _state_keys(rule)
 
 
 @lru_cache(maxsize=64)
-def _kept(rule: str) -> frozenset[str]:
+def _state_keys(rule: str) -> frozenset[str]:
     """What an optimizer of this rule keeps, with everything switched on."""
     keeps = RULES[rule]
     on = {**keeps.hyperparameters, **dict.fromkeys(keeps.moments_by, 0.5)}

@@ -37,44 +37,44 @@ class Master(ABC):
     dithered: ClassVar[bool] = False  # whether it rounds with the random bits of a row and column
 
     @abstractmethod
-    def kept(self, dtype: str) -> str:
+    def stored_dtype(self, dtype: str) -> str:
         """dtype of the tensor beside a parameter of this 16-bit dtype; empty where there is none."""
 
     @abstractmethod
-    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
-        """x, fp32 [p.shape], a new tensor; ``kept`` [p.shape] is the tensor beside p."""
+    def read(self, p: Tensor, stored: Tensor | None) -> Tensor:
+        """x, fp32 [p.shape], a new tensor; ``stored`` [p.shape] is the tensor beside p."""
 
     @abstractmethod
-    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
-        """bool [p.shape]: where ``kept`` shows that it is of another weight, and is not used."""
+    def foreign(self, p: Tensor, stored: Tensor) -> Tensor:
+        """bool [p.shape]: where ``stored`` shows that it is of another weight, and is not used."""
 
     @abstractmethod
-    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
-        """Put into ``kept`` what x has beyond p, as precisely as it can; p is not changed."""
+    def keep(self, x: Tensor, p: Tensor, stored: Tensor | None) -> None:
+        """Put into ``stored`` what x has beyond p, as precisely as it can; p is not changed."""
 
     @abstractmethod
-    def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
+    def write(self, x: Tensor, p: Tensor, stored: Tensor | None, shard: Shard) -> None:
         """Round x into p, and keep what is left over; ``shard`` chooses the dither where there is one."""
 
     def layout(self, rows: Rows, dtype: str) -> dict[str, TensorSpec]:
         """The tensor beside these rows of a parameter: state key -> dtype and shape; cut by rows as the parameter."""
-        kept = self.kept(dtype) if dtype in LOW_PRECISION else ""
-        return {self.key: TensorSpec(kept, rows.local_shape)} if kept else {}
+        own = self.stored_dtype(dtype) if dtype in LOW_PRECISION else ""
+        return {self.key: TensorSpec(own, rows.local_shape)} if own else {}
 
 
 class Bare(Master):
     """Nothing stands beside the parameter: x is p."""
 
-    def kept(self, dtype: str) -> str:
+    def stored_dtype(self, dtype: str) -> str:
         return ""
 
-    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
+    def read(self, p: Tensor, stored: Tensor | None) -> Tensor:
         return p.float()
 
-    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
+    def foreign(self, p: Tensor, stored: Tensor) -> Tensor:
         raise NotImplementedError("nothing is kept")
 
-    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
+    def keep(self, x: Tensor, p: Tensor, stored: Tensor | None) -> None:
         pass
 
 

@@ -29,26 +29,26 @@ class FP32Copy(Master):
     summary = "an fp32 copy, 4 bytes per parameter"
     key = "master"
 
-    def kept(self, dtype: str) -> str:
+    def stored_dtype(self, dtype: str) -> str:
         return "float32"
 
-    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
+    def read(self, p: Tensor, stored: Tensor | None) -> Tensor:
         import torch
 
-        assert kept is not None
-        return torch.where(self.foreign(p, kept), p.float(), kept)
+        assert stored is not None
+        return torch.where(self.foreign(p, stored), p.float(), stored)
 
-    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
-        return kept.to(p.dtype) != p
+    def foreign(self, p: Tensor, stored: Tensor) -> Tensor:
+        return stored.to(p.dtype) != p
 
-    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
+    def keep(self, x: Tensor, p: Tensor, stored: Tensor | None) -> None:
         import torch
 
-        assert kept is not None
+        assert stored is not None
         # Another master may have rounded a tie the other way: the neighbour on p's side rounds to p.
-        kept.copy_(torch.where(x.to(p.dtype) == p, x, torch.nextafter(x, p.float())))
+        stored.copy_(torch.where(x.to(p.dtype) == p, x, torch.nextafter(x, p.float())))
 
-    def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
-        assert kept is not None
+    def write(self, x: Tensor, p: Tensor, stored: Tensor | None, shard: Shard) -> None:
+        assert stored is not None
         p.copy_(x)
-        kept.copy_(x)
+        stored.copy_(x)

@@ -37,29 +37,29 @@ class Kahan(Master):
     summary = "Kahan's compensation, 2 bytes per parameter"
     key = "compensation"
 
-    def kept(self, dtype: str) -> str:
+    def stored_dtype(self, dtype: str) -> str:
         return dtype
 
-    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
+    def read(self, p: Tensor, stored: Tensor | None) -> Tensor:
         import torch
 
-        assert kept is not None
+        assert stored is not None
         exact = p.float()
-        return torch.where(self.foreign(p, kept), exact, exact.add(kept.float(), alpha=1 / _scale(p)))
+        return torch.where(self.foreign(p, stored), exact, exact.add(stored.float(), alpha=1 / _scale(p)))
 
-    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
-        return p.float().add_(kept.float(), alpha=SLACK / _scale(p)).to(p.dtype) != p
+    def foreign(self, p: Tensor, stored: Tensor) -> Tensor:
+        return p.float().add_(stored.float(), alpha=SLACK / _scale(p)).to(p.dtype) != p
 
-    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
+    def keep(self, x: Tensor, p: Tensor, stored: Tensor | None) -> None:
         import torch
 
-        assert kept is not None
+        assert stored is not None
         c = x.sub(p.float()).mul_(_scale(p))
-        kept.copy_(torch.where(c.isfinite(), c, 0.0))  # an infinite weight has no rest
+        stored.copy_(torch.where(c.isfinite(), c, 0.0))  # an infinite weight has no rest
 
-    def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
+    def write(self, x: Tensor, p: Tensor, stored: Tensor | None, shard: Shard) -> None:
         p.copy_(x)
-        self.keep(x, p, kept)
+        self.keep(x, p, stored)
 
 
 def _scale(p: Tensor) -> float:

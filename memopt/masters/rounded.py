@@ -23,5 +23,5 @@ class Rounded(Bare):
     name = "none"
     summary = "the parameter itself is updated, rounded to nearest"
 
-    def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
+    def write(self, x: Tensor, p: Tensor, stored: Tensor | None, shard: Shard) -> None:
         p.copy_(x)

@@ -31,7 +31,7 @@ class _Split(Master):
     def _shorten(self, pattern: Tensor, drop: int, shard: Shard, x: Tensor) -> Tensor:
         """q: the pattern without its ``drop`` last bits, int32."""
 
-    def kept(self, dtype: str) -> str:
+    def stored_dtype(self, dtype: str) -> str:
         return f"int{self.BITS}"
 
     def _widths(self, dtype: torch.dtype) -> tuple[int, int]:
@@ -39,33 +39,33 @@ class _Split(Master):
         k = min(self.BITS, shift_of(dtype))
         return k, shift_of(dtype) - k
 
-    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
+    def read(self, p: Tensor, stored: Tensor | None) -> Tensor:
         import torch
 
-        assert kept is not None
+        assert stored is not None
         _, drop = self._widths(p.dtype)
         weight = p.float()
-        q = to_pattern(weight, p.dtype).add_(kept.int() << drop)
-        return torch.where(self.foreign(p, kept), weight, from_pattern(q.clamp_(min=0), weight, p.dtype))
+        q = to_pattern(weight, p.dtype).add_(stored.int() << drop)
+        return torch.where(self.foreign(p, stored), weight, from_pattern(q.clamp_(min=0), weight, p.dtype))
 
-    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
-        return (kept < 0) & (p == 0)
+    def foreign(self, p: Tensor, stored: Tensor) -> Tensor:
+        return (stored < 0) & (p == 0)
 
-    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
-        assert kept is not None
+    def keep(self, x: Tensor, p: Tensor, stored: Tensor | None) -> None:
+        assert stored is not None
         k, drop = self._widths(p.dtype)
         weight = p.float()
         q = (to_pattern(x, p.dtype) + ((1 << drop) >> 1)) >> drop
         rest = q.sub_(to_pattern(weight, p.dtype) >> drop).clamp_(-(1 << (k - 1)), (1 << (k - 1)) - 1)
-        kept.copy_(rest.mul_(weight.isfinite() & (weight.signbit() == x.signbit())))
+        stored.copy_(rest.mul_(weight.isfinite() & (weight.signbit() == x.signbit())))
 
-    def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
-        assert kept is not None
+    def write(self, x: Tensor, p: Tensor, stored: Tensor | None, shard: Shard) -> None:
+        assert stored is not None
         k, drop = self._widths(p.dtype)
         q = self._shorten(to_pattern(x, p.dtype), drop, shard, x)
         upper = (q + (1 << (k - 1))) >> k
         p.copy_(from_pattern(upper << (k + drop), x, p.dtype))
-        kept.copy_(q.sub_(upper << k))
+        stored.copy_(q.sub_(upper << k))
 
 
 @final

@@ -32,7 +32,7 @@ class Stochastic(Bare):
     summary = "stochastic rounding of the weights, no bytes"
     dithered = True
 
-    def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
+    def write(self, x: Tensor, p: Tensor, stored: Tensor | None, shard: Shard) -> None:
         shift = shift_of(p.dtype)
         pattern = to_pattern(x, p.dtype)
         uniform = (words(shard, x) >> (32 - shift)) & ((1 << shift) - 1)

@@ -43,8 +43,8 @@ class Cpu(Placement):
             return []
         most = most_of(options)
         target = target_of(options["workspace"], CPU_TARGET, most)
-        kept = options["offload_gradients"] is True
-        staged = {id(h): staging(h, kept) for h in chunked}
+        offloads = options["offload_gradients"] is True
+        staged = {id(h): staging(h, offloads) for h in chunked}
         wanted = buffers(extents([staged[id(h)] for h in chunked], target), target, options["workspace"], most)
         nbytes = sum(TensorSpec(h.dtype, h.rows.local_shape).nbytes for h in chunked)
-        return [*buffer_lines(wanted, "pinned", "cpu"), *(gradient_line(nbytes) if kept else [])]
+        return [*buffer_lines(wanted, "pinned", "cpu"), *(gradient_line(nbytes) if offloads else [])]

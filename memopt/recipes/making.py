@@ -58,21 +58,21 @@ class Recipe:
         mine = {k: v for k, v in changes.items() if k in own}
         timing = {k: v for k, v in changes.items() if k in of_schedule}
         hyper = {k: v for k, v in changes.items() if k not in mine and k not in timing}
-        kept = {k: v for k, v in self.schedule.items() if k in of_schedule}
+        schedule = {k: v for k, v in self.schedule.items() if k in of_schedule}
         given = self.given | changes.keys()
-        scaled = self._scaled(mine.get("total_steps"), given, kept)
-        made = {"given": given, **scaled, **mine, "schedule": {**kept, **scaled.get("schedule", {}), **timing}}
+        scaled = self._scaled(mine.get("total_steps"), given, schedule)
+        made = {"given": given, **scaled, **mine, "schedule": {**schedule, **scaled.get("schedule", {}), **timing}}
         return replace(self, **made, hyper={**self.hyper, **hyper})
 
-    def _scaled(self, steps: Any, given: frozenset[str], kept: Mapping[str, Any]) -> dict[str, Any]:
+    def _scaled(self, steps: Any, given: frozenset[str], schedule: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(steps, int) or not self.total_steps:
             return {}
         share = steps / self.total_steps
         found: dict[str, Any] = {}
         if isinstance(self.warmup, int) and self.warmup and "warmup" not in given:
             found["warmup"] = max(round(self.warmup * share), 1)
-        if "hold" in kept and "hold" not in given:
-            found["schedule"] = {"hold": max(round(kept["hold"] * share), 1)}
+        if "hold" in schedule and "hold" not in given:
+            found["schedule"] = {"hold": max(round(schedule["hold"] * share), 1)}
         return found
 
     def build(self, model: torch.nn.Module, **changes: Any) -> Training:

@@ -157,14 +157,14 @@ class Rule(NamedTuple):
         if not h.get("cautious") or self.wrapper:  # a wrapper steps the rule within it
             self.update(p, g, state, t, h)
             return
-        kept = p.clone()
+        before = p.clone()
         self.update(p, g, state, t, h)
         if self.decoupled(h):
-            kept.mul_(1 - float(h["lr"]) * h["weight_decay"])
-        step = p.sub(kept)
+            before.mul_(1 - float(h["lr"]) * h["weight_decay"])
+        step = p.sub(before)
         agrees = (step * g < 0).to(p.dtype)
         share = state.rms(agrees).square_().clamp_(min=LEAST_SHARE)
-        p.copy_(kept.add_(step.mul_(agrees).div_(share)))
+        p.copy_(before.add_(step.mul_(agrees).div_(share)))
 
     def dormant(self, h: Hyper, keys: Iterable[str]) -> set[str]:
         """Of a state with these keys the moments that are switched off in ``h``."""

@@ -73,7 +73,7 @@ OPTIONS: dict[str, Option] = {
 def checked(given: Mapping[str, Any], placements: Iterable[str], partition: str) -> dict[str, Any]:
     """The options as they are kept. Raises SpecError for one that none of these placements has."""
     in_use = set(placements)
-    kept = {}
+    checked = {}
     for name, value in given.items():
         if name not in OPTIONS:
             raise SpecError(f"unknown option {name!r}; the options of placements are {', '.join(OPTIONS)}")
@@ -81,15 +81,15 @@ def checked(given: Mapping[str, Any], placements: Iterable[str], partition: str)
         if not in_use & set(option.placements):
             wanted = " or ".join(f"@{p}" for p in option.placements)
             raise SpecError(f"{name}={value!r} is for {wanted}; this spec is @{', @'.join(sorted(in_use))}")
-        kept[name] = option.check(value, name)
-    if kept.get("offload_gradients") and partition != "none":
+        checked[name] = option.check(value, name)
+    if checked.get("offload_gradients") and partition != "none":
         raise SpecError(
-            f"offload_gradients={kept['offload_gradients']!r} is for parameters of one process, and this "
+            f"offload_gradients={checked['offload_gradients']!r} is for parameters of one process, and this "
             f"spec is /{partition}: "
             "gradients are averaged over the ranks before they may leave; under fully_shard torch's own "
             "CPUOffloadPolicy takes them to the host"
         )
-    return kept
+    return checked
 
 
 def of_placement(given: Mapping[str, Any], placement: str) -> dict[str, Any]:

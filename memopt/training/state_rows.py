@@ -89,11 +89,11 @@ def reset_state(
         take_over(optimizer, p)
         check_shape(optimizer, slot, p)
         index = None if rows is None else indices(slot.name, rows, length(slot.rows.shape), p.device)
-        kept = {moment.name for moment, _ in slot.codes}
-        if chosen and not chosen <= kept:
-            unknown = sorted(chosen - kept)[0]
-            raise SpecError(f"{slot.name} has no moment {unknown!r}; it has {', '.join(sorted(kept)) or 'none'}")
-        plans.append((p, slot, index, chosen or kept))
+        there = {moment.name for moment, _ in slot.codes}
+        if chosen and not chosen <= there:
+            unknown = sorted(chosen - there)[0]
+            raise SpecError(f"{slot.name} has no moment {unknown!r}; it has {', '.join(sorted(there)) or 'none'}")
+        plans.append((p, slot, index, chosen or there))
     with optimizer.integrity.changing("reset_state"):
         for p, slot, index, names in plans:
             if optimizer.state.get(p):

@@ -29,33 +29,33 @@ def values(rows=5, cols=700):
 
 
 def beside(master, p):
-    kept = master.kept(str(p.dtype).removeprefix("torch."))
-    return torch.zeros(p.shape, dtype=getattr(torch, kept)) if kept else None
+    dtype = master.stored_dtype(str(p.dtype).removeprefix("torch."))
+    return torch.zeros(p.shape, dtype=getattr(torch, dtype)) if dtype else None
 
 
 def written(name, x, dtype, step=3):
     p = torch.zeros(x.shape, dtype=dtype)
-    kept = beside(MASTERS[name], p)
-    MASTERS[name].write(x, p, kept, Shard(Rows.whole(tuple(x.shape)), key(0, 1, ORDER), step))
-    return p, kept
+    stored = beside(MASTERS[name], p)
+    MASTERS[name].write(x, p, stored, Shard(Rows.whole(tuple(x.shape)), key(0, 1, ORDER), step))
+    return p, stored
 
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("name", MASTERS)
 def test_weight_and_what_is_beside_it_are_the_value_to_so_many_bits(name, dtype):
     master, x = MASTERS[name], values()
-    p, kept = written(name, x, dtype)
-    y = master.read(p, kept)
+    p, stored = written(name, x, dtype)
+    y = master.read(p, stored)
     assert ((y - x).abs() <= x.abs() * 2.0 ** -BITS[name][LOW.index(dtype)]).all()
     ulp = (p.float().abs() * 2.0 ** -BITS["stochastic"][LOW.index(dtype)]).clamp_(min=2.0**-24)
     assert ((p.float() - x).abs() <= ulp * (1 if name == "stochastic" else 0.5)).all()
     if name == "fp32" or name == "split16":
         assert_same_bits(y, x)
-    if kept is not None:
-        assert not master.foreign(p, kept).any()
-        assert kept.element_size() == NBYTES[name]
+    if stored is not None:
+        assert not master.foreign(p, stored).any()
+        assert stored.element_size() == NBYTES[name]
         # What was read can be kept beside the same weight without a loss, which is how state is converted.
-        again = torch.zeros_like(kept)
+        again = torch.zeros_like(stored)
         master.keep(y, p, again)
         assert_same_bits(master.read(p, again), y)
 
@@ -64,8 +64,8 @@ def test_weight_and_what_is_beside_it_are_the_value_to_so_many_bits(name, dtype)
 @pytest.mark.parametrize("name", MASTERS)
 def test_values_without_a_finite_weight_stay_what_they_are(name, dtype):
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 3.4e38, -3.4e38, 1.0]])
-    p, kept = written(name, x, dtype)
-    y = MASTERS[name].read(p, kept)
+    p, stored = written(name, x, dtype)
+    y = MASTERS[name].read(p, stored)
     assert p.isnan()[0].tolist() == y.isnan()[0].tolist() == [True] + [False] * 5
     assert p[0, 1] == y[0, 1] == float("inf")
     assert p[0, 2] == y[0, 2] == -float("inf")
@@ -76,11 +76,11 @@ def test_values_without_a_finite_weight_stay_what_they_are(name, dtype):
 @pytest.mark.parametrize("name", [n for n, m in MASTERS.items() if m.key])
 def test_zeros_stand_for_the_weight_and_other_weights_win(name, dtype):
     master = MASTERS[name]
-    p, kept = written(name, values(), dtype)
-    assert torch.equal(master.read(p, torch.zeros_like(kept)), p.float())
+    p, stored = written(name, values(), dtype)
+    assert torch.equal(master.read(p, torch.zeros_like(stored)), p.float())
     # Other weights behind the master's back: at most half a unit in the last place is left of the old ones.
     other = (values().flip(1) * 3).to(dtype)
-    read = master.read(other, kept)
+    read = master.read(other, stored)
     half = other.float().abs() * 2.0 ** -BITS["none"][LOW.index(dtype)]
     assert ((read - other.float()).abs() <= half + 2.0**-25).all()
     assert read[other == 0].abs().sum() <= 2.0**-25 * (other == 0).sum()
@@ -95,16 +95,16 @@ def test_dithered_rounding_has_the_right_mean_and_does_not_depend_on_the_shard(n
     x = torch.full((64, 300), 1.0) + torch.rand(64, 1) * 2.0**-11
     mean = torch.zeros_like(x, dtype=torch.float64)
     for step in range(256):
-        p, kept = written(name, x, dtype, step)
-        mean += MASTERS[name].read(p, kept) / 256
+        p, stored = written(name, x, dtype, step)
+        mean += MASTERS[name].read(p, stored) / 256
     unit = 2.0 ** -BITS[name][LOW.index(dtype)]
     assert (mean - x).abs().max() < 0.02 * unit
     part, rows = torch.zeros(10, 300, dtype=dtype), Rows((64, 300), 20, 30)
     kept_part = beside(MASTERS[name], part)
     MASTERS[name].write(x[20:30].clone(), part, kept_part, Shard(rows, key(0, 1, ORDER), 255))
     assert_same_bits(part, p[20:30])
-    if kept is not None:
-        assert_same_bits(kept_part, kept[20:30])
+    if stored is not None:
+        assert_same_bits(kept_part, stored[20:30])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -117,8 +117,8 @@ def test_predicted_bytes_are_live_bytes(spec, dtype):
     assert opt.ledger() == predicted
     assert live_nbytes(opt) == predicted.nbytes
     numel = sum(p.numel() for p in model.parameters())
-    kept = sum(line.nbytes for line in predicted if line.moment in MASTER_KEYS)
-    assert kept == (0 if dtype == torch.float32 else NBYTES[opt.spec.master] * numel)
+    nbytes = sum(line.nbytes for line in predicted if line.moment in MASTER_KEYS)
+    assert nbytes == (0 if dtype == torch.float32 else NBYTES[opt.spec.master] * numel)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     name = str(dtype).removeprefix("torch.")
     assert memopt.price(shapes, spec, dtype=name, **hyper_of(spec)) == predicted

@@ -15,7 +15,7 @@ class Copy(Master):
     summary = "a master of a test, 4 bytes per parameter"
     key = "toy"
 
-    def kept(self, dtype):
+    def stored_dtype(self, dtype):
         return "float32"
 
     def read(self, p, kept):

@@ -90,8 +90,8 @@ def target_spec(now: OptimSpec, spec: str | OptimSpec, fields: Mapping[str, Any]
         wanted = wanted.replace(rules={**wanted.rules, **({rule: own} if own else {})})
     if rules:
         wanted = wanted.replace(rules=rules)  # which says what there is
-    kept = {k: v for k, v in now.options.items() if wanted.placements & set(OPTIONS[k].placements)}
-    return wanted.replace(options={**kept, **options})
+    in_use = {k: v for k, v in now.options.items() if wanted.placements & set(OPTIONS[k].placements)}
+    return wanted.replace(options={**in_use, **options})
 
 
 def target_hyper(

@@ -42,12 +42,12 @@ class Converted:
             Group(names, self._hyper(group, rule)) for group in source.groups for rule, names in self._by_rule(group)
         ]
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
-        kept: set[str] = set()
+        moments: set[str] = set()
         for slot, record in self._slots():
-            kept |= {m.name for m, _ in slot.codes}
+            moments |= {m.name for m, _ in slot.codes}
             before = source.rule_of(record.name).name
             slot.check(record, before, filling(source.spec, slot, before, fill))
-        unused_fill(fill, kept)
+        unused_fill(fill, moments)
 
     def _by_rule(self, group: Group) -> list[tuple[str, list[str]]]:
         """The names of a group by their rule under the spec. Those that had one of the spec's rules keep it."""
@@ -136,6 +136,6 @@ class Converted:
             found[slot.name] |= {
                 "step": steps[slot.name],
                 "moments": {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in slot.codes},
-                **({"master": self.spec.master} if slot.master.kept(slot.dtype) else {}),
+                **({"master": self.spec.master} if slot.master.stored_dtype(slot.dtype) else {}),
             }
         return found

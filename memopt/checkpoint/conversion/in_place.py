@@ -195,13 +195,13 @@ def _partition(optimizer: OptimizerParts, new: OptimSpec) -> Partition:
 
 def _check(optimizer: OptimizerParts, before: list[tuple[Tensor, Slot]], after: list[Slot], fill: Fill) -> None:
     """Everything that can be refused, before anything is changed."""
-    kept: set[str] = set()
+    moments: set[str] = set()
     for (p, here), there in zip(before, after, strict=True):
-        kept |= {m.name for m, _ in moment_codes(there.spec, there.h, there.name, there.shape)}
+        moments |= {m.name for m, _ in moment_codes(there.spec, there.h, there.name, there.shape)}
         if optimizer.state.get(p):
             own = filling(here.spec, there, here.rule, fill)
             there.check(here.record(optimizer.state[p]), here.rule, own)
-    unused_fill(fill, kept)
+    unused_fill(fill, moments)
 
 
 def _commit(optimizer: OptimizerParts, work: Work) -> None:

@@ -45,7 +45,7 @@ def saved_master(
     master: str, dtype: str, shape: Shape, pieces: tuple[Piece, ...], weights: Callable[[Rows], Tensor] | None
 ) -> SavedMaster:
     found = MASTERS[master]
-    raw = Raw(found.kept(dtype))
+    raw = Raw(found.stored_dtype(dtype))
     return SavedMaster(found, dtype, Stored(Moment(found.key), raw, shape, pieces), weights)
 
 
@@ -57,23 +57,23 @@ def live(master: Master, dtype: str, rows: Rows, state: Mapping[str, Tensor], p:
     return saved_master(master.name, dtype, rows.shape, (LivePiece(rows, {"": state[master.key]}),), weights)
 
 
-def refuse(kept: SavedMaster, master: Master, p: Tensor | None) -> str | None:
-    """Why ``kept`` cannot become what ``master`` keeps, or None."""
-    if kept.master is master or not master.key or p is not None or kept.weights is not None:
+def refuse(saved: SavedMaster, master: Master, p: Tensor | None) -> str | None:
+    """Why ``saved`` cannot become what ``master`` keeps, or None."""
+    if saved.master is master or not master.key or p is not None or saved.weights is not None:
         return None
     return (
-        f"what +{kept.master.name} keeps means something beside its weights only, and there are none here: "
-        f"convert to +{kept.master.name} or no master, or load model and optimizer and use convert_"
+        f"what +{saved.master.name} keeps means something beside its weights only, and there are none here: "
+        f"convert to +{saved.master.name} or no master, or load model and optimizer and use convert_"
     )
 
 
-def move(kept: SavedMaster, master: Master, rows: Rows, p: Tensor | None, target: Tensor, loss: Loss) -> None:
+def move(saved: SavedMaster, master: Master, rows: Rows, p: Tensor | None, target: Tensor, loss: Loss) -> None:
     """Into zeroed ``target`` [rows.local_shape]: bit for bit within a master, else as precisely as the other can.
 
     ``p`` are the weights beside which it will stand, by default those beside which it stood.
     """
-    if kept.master is master:
-        kept.stored.copy(rows, {"": target})
+    if saved.master is master:
+        saved.stored.copy(rows, {"": target})
         loss.copied += 1
         return
     loss.encoded += 1
@@ -81,9 +81,9 @@ def move(kept: SavedMaster, master: Master, rows: Rows, p: Tensor | None, target
         if p is not None:
             weight = cut(p, rows, piece)
         else:
-            assert kept.weights is not None
-            weight = kept.weights(piece)
-        x = kept.master.read(weight, kept.stored.part("", piece).to(weight.device))
+            assert saved.weights is not None
+            weight = saved.weights(piece)
+        x = saved.master.read(weight, saved.stored.part("", piece).to(weight.device))
         local = cut(target, rows, piece)
         beside = local.to(weight.device)
         master.keep(x, weight, beside)

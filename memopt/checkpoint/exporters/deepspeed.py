@@ -164,7 +164,7 @@ def _model(converted: Converted, zeros: Zeros, checkpoint: Checkpoint | None) ->
     for name, spec in checkpoint.model_specs.items():
         found[name] = zeros(spec.dtype, spec.shape)
         checkpoint.read_model(name, Rows.whole(spec.shape), found[name])
-    return found | {name: found[kept] for name, kept in checkpoint.body["model"]["tied"].items()}
+    return found | {name: found[first] for name, first in checkpoint.body["model"]["tied"].items()}
 
 
 DEEPSPEED = Exporter(_plan, _write, folder=True)

@@ -287,7 +287,7 @@ def _record(path: Path, name: str, shape: Shape, dtype: str, step: float, found:
     weights = None if whole is None else lambda rows: whole.read("", rows.bounds if shape else None)
     if not moments:
         return Record(name, shape, stepped=False, dtype=dtype, weights=weights)
-    kept = None
+    master = None
     if dtype in LOW_PRECISION and whole is not None and all(p.dtype == torch.float32 for p in found[_WEIGHTS]):
-        kept = saved_master("fp32", dtype, shape, (whole,), None)
-    return Record(name, shape, step, moments, dtype=dtype, master=kept, weights=weights)
+        master = saved_master("fp32", dtype, shape, (whole,), None)
+    return Record(name, shape, step, moments, dtype=dtype, master=master, weights=weights)

@@ -74,25 +74,25 @@ class _Correction(Master):
     def __init__(self, nbits: int) -> None:
         self._nbits = nbits
 
-    def kept(self, dtype: str) -> str:
+    def stored_dtype(self, dtype: str) -> str:
         return dtype
 
-    def read(self, p: Tensor, kept: Tensor | None) -> Tensor:
-        assert kept is not None
-        share = kept.float() if self._nbits == 8 else kept.contiguous().view(torch.int16).float()
+    def read(self, p: Tensor, stored: Tensor | None) -> Tensor:
+        assert stored is not None
+        share = stored.float() if self._nbits == 8 else stored.contiguous().view(torch.int16).float()
         share.div_(2 ** (self._nbits - 1) - 1)
         return p.float() + torch.ldexp(share.double(), _half_a_unit(p)).float()
 
-    def foreign(self, p: Tensor, kept: Tensor) -> Tensor:
+    def foreign(self, p: Tensor, stored: Tensor) -> Tensor:
         return torch.zeros_like(p, dtype=torch.bool)
 
-    def keep(self, x: Tensor, p: Tensor, kept: Tensor | None) -> None:
-        assert kept is not None
+    def keep(self, x: Tensor, p: Tensor, stored: Tensor | None) -> None:
+        assert stored is not None
         share = torch.ldexp(x.double() - p.double(), -_half_a_unit(p)).clamp_(-1, 1)
         whole = share.mul_(2 ** (self._nbits - 1) - 1).round_()
-        kept.copy_(whole.to(torch.int8) if self._nbits == 8 else whole.to(torch.int16).view(p.dtype))
+        stored.copy_(whole.to(torch.int8) if self._nbits == 8 else whole.to(torch.int16).view(p.dtype))
 
-    def write(self, x: Tensor, p: Tensor, kept: Tensor | None, shard: Shard) -> None:
+    def write(self, x: Tensor, p: Tensor, stored: Tensor | None, shard: Shard) -> None:
         raise NotImplementedError("nothing is trained with flashoptim's corrections here")
 
 
@@ -107,7 +107,7 @@ def _half_a_unit(p: Tensor) -> Tensor:
 CORRECTIONS = {3: _Correction(8), 4: _Correction(16)}
 
 
-def kept(group: State, state: State) -> SavedMaster | None:
+def master_weights(group: State, state: State) -> SavedMaster | None:
     correction = state.get(CORRECTION)
     if correction is None:
         return None
@@ -132,5 +132,5 @@ TOOL = Tool(
     # SGD and Lion do not count their steps; that there is a moment says that one was taken.
     step=lambda state: float(state.get("step", 1)),
     unsaved=("nesterov",),
-    master=kept,
+    master=master_weights,
 )

@@ -25,11 +25,11 @@ def record_of_all(slot: Slot, state: Mapping[str, Tensor], partition: Partition)
     for moment, fmt in moment_codes(slot.spec, slot.h, slot.name, slot.shape):
         moments[moment.name] = _gathered(slot, state, partition, moment, fmt)
     mine = slot.record(state)
-    kept = mine.master
-    if kept is not None:
-        whole = _gathered(slot, state, partition, kept.stored.moment, kept.stored.format)
-        kept = saved_master(master_of(slot.spec.master, slot.dtype).name, slot.dtype, slot.shape, whole.pieces, None)
-    return Record(slot.name, slot.shape, mine.step, moments, dtype=slot.dtype, master=kept)
+    master = mine.master
+    if master is not None:
+        whole = _gathered(slot, state, partition, master.stored.moment, master.stored.format)
+        master = saved_master(master_of(slot.spec.master, slot.dtype).name, slot.dtype, slot.shape, whole.pieces, None)
+    return Record(slot.name, slot.shape, mine.step, moments, dtype=slot.dtype, master=master)
 
 
 def _gathered(slot: Slot, state: Mapping[str, Tensor], partition: Partition, moment: Moment, fmt: Format) -> Stored:

@@ -140,8 +140,8 @@ def _record(spec: Any, h: Mapping[str, Any], name: str, rows: Rows, state: Mappi
     ours = {key: value for key, value in state.items() if key not in own}
     stores = PlacementStores(spec.replace(placement="device", overrides={}), 0, 1)
     cpu = torch.device("cpu")
-    kept = rule.keeping({**rule.hyperparameters, **h}, ours)
-    slot = Slot(spec, kept, name, 0, rows, cpu, 0, lambda x: x, "float32", stores)
+    full_h = rule.keeping({**rule.hyperparameters, **h}, ours)
+    slot = Slot(spec, full_h, name, 0, rows, cpu, 0, lambda x: x, "float32", stores)
     own_dict.check(slot, ours, origin)
     return slot.record(ours)
 

@@ -212,12 +212,12 @@ def of_columns(record: Record, slab: Slab) -> Record:
         for name, one in record.moments.items()
     }
     weights = record.weights and _columns_of(record.weights, record.shape, columns)
-    kept = record.master
-    if kept is not None:
-        one, beside = kept.stored, kept.weights and _columns_of(kept.weights, record.shape, columns)
+    master = record.master
+    if master is not None:
+        one, beside = master.stored, master.weights and _columns_of(master.weights, record.shape, columns)
         stored = Stored(one.moment, one.format, shape, (_SlabPiece(one, slab, raw=True),))
-        kept = SavedMaster(kept.master, kept.dtype, stored, beside)
-    return Record(record.name, shape, record.step, moments, record.stepped, record.dtype, kept, weights, record.own)
+        master = SavedMaster(master.master, master.dtype, stored, beside)
+    return Record(record.name, shape, record.step, moments, record.stepped, record.dtype, master, weights, record.own)
 
 
 def _columns_of(weights: Callable[[Rows], Tensor], shape: Shape, columns: Columns) -> Callable[[Rows], Tensor]:

@@ -141,7 +141,7 @@ def _checkpointed(t: Training) -> list[str]:
 
 def _partly(t: Training) -> list[str]:
     if t.checkpointing == "selective":
-        kept = ", ".join(
+        operators = ", ".join(
             f"aten.{op}.default"
             for op in (
                 "mm",
@@ -153,7 +153,7 @@ def _partly(t: Training) -> list[str]:
         )
         return [
             "aten = torch.ops.aten  # results of these are kept",
-            f"keep = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [{kept}])",
+            f"keep = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, [{operators}])",
             'model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": keep})',
         ]
     every = t.checkpointing.removeprefix("every-")

@@ -194,18 +194,18 @@ class Launchers:
     to so many bytes on the device."""
 
     def __init__(self, nbytes: int) -> None:
-        self._kept: OrderedDict[Any, Launcher] = OrderedDict()
+        self._cached: OrderedDict[Any, Launcher] = OrderedDict()
         self._left = nbytes
 
     def find(self, rule: Rule, made: Sequence[tables.Tensors], device: torch.device, groups: int) -> Launcher:
         key = rule.name, device, groups, tuple((t.bucket, *t.row) for t in made)
-        found = self._kept.pop(key, None)
+        found = self._cached.pop(key, None)
         if found is None:
             found = Launcher(rule, made, device, groups)
             self._left -= found.nbytes
-        self._kept[key] = found
-        while self._left < 0 and len(self._kept) > 1:
-            self._left += self._kept.popitem(last=False)[1].nbytes
+        self._cached[key] = found
+        while self._left < 0 and len(self._cached) > 1:
+            self._left += self._cached.popitem(last=False)[1].nbytes
         return found
 
 

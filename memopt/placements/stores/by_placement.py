@@ -160,9 +160,9 @@ class PlacementStores:
 
     def replaced_by(self, after: PlacementStores, empty: bool = True) -> None:
         """Close the placements' stores that ``after`` does not have; ``empty``: their state has moved there."""
-        kept = {id(placement_store) for placement_store in after._placement_stores.values()}
+        staying = {id(placement_store) for placement_store in after._placement_stores.values()}
         for placement_store in self._placement_stores.values():
-            if id(placement_store) not in kept:
+            if id(placement_store) not in staying:
                 placement_store.close(empty)
 
     def close(self) -> None:

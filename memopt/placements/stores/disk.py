@@ -59,7 +59,7 @@ class Files(Streamed):
         self._transfer: DeviceTransfer | None = None
         self._where = "cpu"
         self._threads = Threads(WORKERS)
-        self.kept: set[str] = set()  # parameters whose mapped state is to stay in memory
+        self.resident: set[str] = set()  # parameters whose mapped state is to stay in memory
         self._written: list[tuple[Entry, Part, int]] = []
         closing = [self._threads, self.directory or self.arena]
         self._finalizer = weakref.finalize(self, _close, closing)
@@ -136,7 +136,7 @@ class Files(Streamed):
 
     def _unmap(self) -> None:
         for name, entry in self.entries.items():
-            if name not in self.kept:
+            if name not in self.resident:
                 entry.unmap()
 
     def abandon(self) -> None:

@@ -77,7 +77,7 @@ class Mapped(PlacementStore):
         hot = self._files.first(self.resident - window(self.resident))
         if any(work.groups for work in works):
             hot = set()  # ranks must step in one order
-        self._files.kept = hot
+        self._files.resident = hot
         staying = [work for work in works if work.name in hot]
         if staying:
             run(staying)
