@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.conversion.in_place import slots
-from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.conversion.in_place import param_states
+from memopt.checkpoint.conversion.param_state import ParamState
 from memopt.checkpoint.state.all_rows import record_of_all
 from memopt.checkpoint.state.saved import Record
 from memopt.core.rows import Rows
@@ -31,19 +31,19 @@ def consolidated(optimizer: OptimizerParts, to: int | None) -> dict[int, dict[st
     assert isinstance(partition, Zero1)
     here = to in (None, partition.rank)
     found: dict[int, dict[str, Any]] = {}
-    for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, partition):
+    for p, param in param_states(optimizer, optimizer.spec, optimizer.param_groups, partition):
         state = optimizer.state.get(p)
         if state:
-            own = own_entries(slot.rule, state)
-            record = record_of_all(slot, {key: x for key, x in state.items() if key not in own}, partition)
+            own = own_entries(param.rule, state)
+            record = record_of_all(param, {key: x for key, x in state.items() if key not in own}, partition)
             if here:
-                found[slot.index] = {**_whole(slot, state, record), **copy.deepcopy(own)}
+                found[param.index] = {**_whole(param, state, record), **copy.deepcopy(own)}
     return found if here else None
 
 
-def _whole(slot: Slot, state: Mapping[str, Tensor], record: Record) -> dict[str, Tensor]:
-    rows = Rows.whole(slot.shape)
-    whole = slot._replace(rows=rows, device=torch.device("cpu"), parameter=None)
+def _whole(param: ParamState, state: Mapping[str, Tensor], record: Record) -> dict[str, Tensor]:
+    rows = Rows.whole(param.shape)
+    whole = param._replace(rows=rows, device=torch.device("cpu"), parameter=None)
     tensors = {key: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for key, t in whole.layout().items()}
     for moment, fmt in whole.codes:
         keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, rows)}

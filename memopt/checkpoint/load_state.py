@@ -9,8 +9,8 @@ from torch import Tensor
 
 from memopt.checkpoint import partial_load
 from memopt.checkpoint.conversion.compatibility import Fill, carried, check_fill, unused_fill
-from memopt.checkpoint.conversion.in_place import slots, sum_over_ranks
-from memopt.checkpoint.conversion.param_state import Slot, fill_slot, filling
+from memopt.checkpoint.conversion.in_place import param_states, sum_over_ranks
+from memopt.checkpoint.conversion.param_state import ParamState, fill_state, filling
 from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.checkpoint.state.saved import Record, Source
@@ -49,26 +49,26 @@ class StateLoad:
             )
             for record in self._records
         ]
-        self._slots = [
-            (p, slot._replace(seed=self._seed))
-            for p, slot in slots(optimizer, optimizer.spec, self._groups, optimizer.partition, dormant=dormant)
+        self._params = [
+            (p, param._replace(seed=self._seed))
+            for p, param in param_states(optimizer, optimizer.spec, self._groups, optimizer.partition, dormant=dormant)
         ]
-        both = zip(self._slots, self._records, strict=True)
+        both = zip(self._params, self._records, strict=True)
         self._records = [
             of_columns(record, slab_of(p, 0)) if record.shape == tuple(p.shape) else record for (p, _), record in both
         ]
         if not strict:
             shapes = {name: record.shape for name, record in source.records.items()}
-            here = {record.name: slot.shape for record, (_, slot) in zip(self._records, self._slots, strict=True)}
+            here = {record.name: param.shape for record, (_, param) in zip(self._records, self._params, strict=True)}
             self.notes = partial_load.notes("state", shapes, here, "begins at zero")
-            both = zip(self._slots, self._records, strict=True)
-            self._records = [partial_load.resized(record, slot, p) for (p, slot), record in both]
+            both = zip(self._params, self._records, strict=True)
+            self._records = [partial_load.resized(record, param, p) for (p, param), record in both]
         moments: set[str] = set()
-        for (_, slot), record in zip(self._slots, self._records, strict=True):
-            moments |= {m.name for m, _ in moment_codes(slot.spec, slot.h, slot.name, slot.shape)}
+        for (_, param), record in zip(self._params, self._records, strict=True):
+            moments |= {m.name for m, _ in moment_codes(param.spec, param.h, param.name, param.shape)}
             if record.stepped:
                 before = source.rule_of(record.name).name
-                slot.check(record, before, filling(source.spec, slot, before, fill))
+                param.check(record, before, filling(source.spec, param, before, fill))
         unused_fill(fill, moments)
 
     def _merged_groups(self, names: list[str]) -> list[dict[str, Any]]:
@@ -102,9 +102,9 @@ class StateLoad:
         """Write the state, group by group and parameter by parameter."""
         optimizer, source = self._optimizer, self._source
         report = Conversion(source.label or spelled(source.spec), spelled(optimizer.spec))
-        for (p, slot), record in zip(self._slots, self._records, strict=True):
+        for (p, param), record in zip(self._params, self._records, strict=True):
             if record.stepped:
-                self._write(p, slot, record, report)
+                self._write(p, param, record, report)
             else:
                 optimizer.state.pop(p, None)
         for group, h in zip(optimizer.param_groups, self._groups, strict=True):
@@ -115,30 +115,30 @@ class StateLoad:
         optimizer.seed = self._seed
         if source.skipped_steps is not None:
             optimizer.skipped_steps = source.skipped_steps
-        if self._slots:
-            sum_over_ranks(report, optimizer.partition, self._slots[0][0].device)
+        if self._params:
+            sum_over_ranks(report, optimizer.partition, self._params[0][0].device)
         optimizer.store.flush()
         return report
 
-    def _write(self, p: Tensor, slot: Slot, record: Record, report: Conversion) -> None:
+    def _write(self, p: Tensor, param: ParamState, record: Record, report: Conversion) -> None:
         """Into the memory that is there, where the layout is the same."""
         state = self._optimizer.state[p]
-        lines = self._optimizer.store.lines(slot.name, p, slot.h)
-        for key in own_entries(slot.rule, state):
+        lines = self._optimizer.store.lines(param.name, p, param.h)
+        for key in own_entries(param.rule, state):
             del state[key]
         there = {
             key: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) if isinstance(t, Tensor) else None
             for key, t in state.items()
         }
         same = there == {line.key: (line.dtype, line.shape) for line in lines}
-        if not same or not self._optimizer.placement_stores.of(slot.name).rewritable:
+        if not same or not self._optimizer.placement_stores.of(param.name).rewritable:
             state.clear()
-            state.update(slot.allocate())
+            state.update(param.allocate())
         else:
             for tensor in state.values():
                 tensor.zero_()
         old = self._source.spec, self._old_hyper[record.name]
-        fill_slot(slot, state, record, old, self._fill, report)
+        fill_state(param, state, record, old, self._fill, report)
         if record.own is not None:
             state.update(record.own(self._optimizer.partition.rank))
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.conversion.param_state import ParamState
 from memopt.checkpoint.conversion.resized_rows import Change, changed
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.core.param_names import matching
@@ -54,10 +54,10 @@ def groups(source: Source, optimizer: OptimizerParts, found: list[Record]) -> li
     return chosen
 
 
-def resized(record: Record, slot: Slot, p: Tensor) -> Record:
+def resized(record: Record, param: ParamState, p: Tensor) -> Record:
     """The record in the shape of the parameter: the rows that both have, zeros for the others. One of no steps where
     they have no rows in common."""
-    shape, saved = slot.shape, record.shape
+    shape, saved = param.shape, record.shape
     if not record.stepped or saved == shape:
         return record
     if not alike(saved, shape):
@@ -67,12 +67,12 @@ def resized(record: Record, slot: Slot, p: Tensor) -> Record:
     weights = p.detach()
     moments = dict(record.moments)
     if is_dtensor(p):  # whose new rows are not all here: what stands for the weights begins as they are
-        begin = {moment.name for moment, _ in slot.codes if moment.begins}
+        begin = {moment.name for moment, _ in param.codes if moment.begins}
         moments = {name: stored for name, stored in moments.items() if name not in begin}
         weights = torch.empty(0)
     change = Change(Rows.whole(saved), Rows.whole(shape), index, weights)
     record.moments = moments
-    return changed(record, slot, lambda name: change)
+    return changed(record, param, lambda name: change)
 
 
 def alike(saved: Shape, here: Shape) -> bool:

@@ -134,13 +134,14 @@ def _torchs(optimizer: torch.optim.Optimizer, rule: Rule) -> Callable[[Tensor], 
 
 def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
     """Moments decoded, of the rows that are looked at."""
-    from memopt.checkpoint.conversion.in_place import slots
+    from memopt.checkpoint.conversion.in_place import param_states
 
-    found = {id(p): slot for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)}
+    everything = param_states(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)
+    found = {id(p): param for p, param in everything}
 
     def make(p: Tensor) -> Sample:
-        slot = found[id(p)]
-        rows = slot.rows
+        param = found[id(p)]
+        rows = param.rows
         whole = local_part(p).numel() == Rows.whole(rows.shape).numel  # else p is its rows alone
         if len(rows.shape) >= 2:
             start, stop = rows.bounds
@@ -153,7 +154,7 @@ def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
 
         def moments() -> dict[str, tuple[Tensor, str, bool]]:
             values = {}
-            for name, stored in slot.record(slot.completed(optimizer.state[p])).moments.items():
+            for name, stored in param.record(param.completed(optimizer.state[p])).moments.items():
                 x = stored.decode(here).reshape(-1)[:NUMEL]
                 values[name] = (
                     x.float().clone(),
@@ -162,7 +163,7 @@ def _ours(optimizer: Optimizer) -> Callable[[Tensor], Sample]:
                 )
             return values
 
-        return Sample(slot.name, p, cut, moments, lambda: _mark(optimizer, p))
+        return Sample(param.name, p, cut, moments, lambda: _mark(optimizer, p))
 
     return make
 

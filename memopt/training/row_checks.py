@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from memopt.checkpoint.conversion.in_place import slots
-from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.conversion.in_place import param_states
+from memopt.checkpoint.conversion.param_state import ParamState
 from memopt.layout.replaced_state import is_own
 from memopt.partitions.dtensor import is_dtensor
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from memopt.optim.parts import OptimizerParts
 
 
-def slot_of(optimizer: OptimizerParts, p: Tensor) -> Slot:
+def param_state_of(optimizer: OptimizerParts, p: Tensor) -> ParamState:
     optimizer.setup.check_whole()
     optimizer.placement_stores.check()
-    for q, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition):
+    for q, param in param_states(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition):
         if q is p:
-            return slot
+            return param
     shape = tuple(p.shape) if isinstance(p, Tensor) else type(p).__name__
     raise ValueError(f"a parameter of shape {shape} is not one of this optimizer's")
 
 
 def movable(optimizer: OptimizerParts, p: Tensor, into: Tensor | None) -> tuple[str, int]:
     """Its name, and how many rows its state has; raises where they cannot change."""
-    name = slot_of(optimizer, p).name
+    name = param_state_of(optimizer, p).name
     if optimizer.partition.is_flattened:
         raise RuntimeError(
             f"DeepSpeed has flattened {name}, and its rows are where it was cut: save, change the model, and use "
@@ -86,8 +86,8 @@ def shape_of_state(optimizer: OptimizerParts, p: Tensor) -> tuple[int, ...]:
     state, shape = optimizer.state.get(p), tuple(p.shape)
     if not state or not shape:
         return shape
-    slot, partition = slot_of(optimizer, p), optimizer.partition
-    rule = slot.rule
+    param, partition = param_state_of(optimizer, p), optimizer.partition
+    rule = param.rule
     there = {
         k: tuple(x.shape) for k, x in state.items() if isinstance(x, Tensor) and k != "step" and not is_own(rule, k)
     }
@@ -96,18 +96,18 @@ def shape_of_state(optimizer: OptimizerParts, p: Tensor) -> tuple[int, ...]:
     halves = [2 * n - odd for n in lengths for odd in (0, 1)] if len(shape) == 1 else []  # two codes in a byte
     for rows in dict.fromkeys([*made, shape[0], *lengths, *halves]):
         tried = rows, *shape[1:]
-        here = slot._replace(rows=partition.rows(tried, partition.rank, partition.world_size))
+        here = param._replace(rows=partition.rows(tried, partition.rank, partition.world_size))
         lines = [line for line in here.lines() if line.key in there]
         if (lines or not there) and all(there[line.key] == line.shape for line in lines):
             return tried
     return shape
 
 
-def check_shape(optimizer: OptimizerParts, slot: Slot, p: Tensor) -> None:
+def check_shape(optimizer: OptimizerParts, param: ParamState, p: Tensor) -> None:
     shape = shape_of_state(optimizer, p)
     if shape != tuple(p.shape):
         raise RuntimeError(
-            f"{slot.name} is {tuple(p.shape)} and its state {shape}: call opt.append_rows or opt.select_rows first"
+            f"{param.name} is {tuple(p.shape)} and its state {shape}: call opt.append_rows or opt.select_rows first"
         )
 
 

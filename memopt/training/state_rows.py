@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.conversion.param_state import Slot, fill_slot
+from memopt.checkpoint.conversion.param_state import ParamState, fill_state
 from memopt.checkpoint.conversion.report import Conversion
 from memopt.checkpoint.conversion.resized_rows import Change, changed, indices
 from memopt.checkpoint.state.all_rows import record_of_all
@@ -21,7 +21,7 @@ from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows
 from memopt.partitions.dtensor import is_dtensor
 from memopt.partitions.zero1 import Zero1
-from memopt.training.row_checks import check_shape, length, movable, shape_of_state, slot_of, take_over
+from memopt.training.row_checks import check_shape, length, movable, param_state_of, shape_of_state, take_over
 
 if TYPE_CHECKING:
     from memopt.optim.parts import OptimizerParts
@@ -85,19 +85,19 @@ def reset_state(
     given = known if parameters is None else [parameters] if isinstance(parameters, Tensor) else list(parameters)
     plans = []
     for p in given:
-        slot = slot_of(optimizer, p)
+        param = param_state_of(optimizer, p)
         take_over(optimizer, p)
-        check_shape(optimizer, slot, p)
-        index = None if rows is None else indices(slot.name, rows, length(slot.rows.shape), p.device)
-        there = {moment.name for moment, _ in slot.codes}
+        check_shape(optimizer, param, p)
+        index = None if rows is None else indices(param.name, rows, length(param.rows.shape), p.device)
+        there = {moment.name for moment, _ in param.codes}
         if chosen and not chosen <= there:
             unknown = sorted(chosen - there)[0]
-            raise SpecError(f"{slot.name} has no moment {unknown!r}; it has {', '.join(sorted(there)) or 'none'}")
-        plans.append((p, slot, index, chosen or there))
+            raise SpecError(f"{param.name} has no moment {unknown!r}; it has {', '.join(sorted(there)) or 'none'}")
+        plans.append((p, param, index, chosen or there))
     with optimizer.integrity.changing("reset_state"):
-        for p, slot, index, names in plans:
+        for p, param, index, names in plans:
             if optimizer.state.get(p):
-                _reset(optimizer, p, slot, index, names, step)
+                _reset(optimizer, p, param, index, names, step)
         optimizer.store.flush()
 
 
@@ -109,9 +109,9 @@ def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: T
     made: dict[str, Tensor] = {}
     if state:
         old = partition.rows(shape, partition.rank, partition.world_size)
-        here = slot_of(optimizer, p)._replace(rows=old, parameter=None)
+        here = param_state_of(optimizer, p)._replace(rows=old, local=None)
         state = here.completed(state)
-        there = here._replace(rows=rows, parameter=partition.local(p, rows, weights))
+        there = here._replace(rows=rows, local=partition.local(p, rows, weights))
         gathered = partition.world_size > 1 and (isinstance(partition, Zero1) or is_dtensor(p))
         record = record_of_all(here, state, partition) if gathered else here.record(state)
         begins: Any = weights  # what moments that begin as the weights begin as
@@ -156,11 +156,11 @@ def _group_of(optimizer: OptimizerParts, p: Tensor) -> dict[str, Any]:
 
 
 def _reset(
-    optimizer: OptimizerParts, p: Tensor, slot: Slot, index: Tensor | None, names: set[str], step: int | None
+    optimizer: OptimizerParts, p: Tensor, param: ParamState, index: Tensor | None, names: set[str], step: int | None
 ) -> None:
     """Rows ``index`` (all for None) of these moments; what this rank has of them."""
-    assert slot.parameter is not None
-    state, rows = optimizer.state[p], slot.rows
+    assert param.local is not None
+    state, rows = optimizer.state[p], param.rows
     start, stop = rows.bounds
     same = torch.arange(stop - start, device=p.device)
     fresh = torch.full_like(same, -1)
@@ -168,27 +168,27 @@ def _reset(
         gone = index[(index >= start) & (index < stop)] - start
         fresh = same.clone()
         fresh[gone] = -1
-    record = slot.record(state)
+    record = param.record(state)
     if step is not None:
         record.step = float(step)
 
     def change(name: str) -> Change:
-        return Change(rows, rows, fresh if name in names else same, slot.parameter)  # type: ignore[arg-type]
+        return Change(rows, rows, fresh if name in names else same, param.local)  # type: ignore[arg-type]
 
-    _put(optimizer, p, slot, slot, _made(slot, changed(record, slot, change), slot))
+    _put(optimizer, p, param, param, _made(param, changed(record, param, change), param))
 
 
-def _made(there: Slot, record: Record, here: Slot) -> dict[str, Tensor]:
+def _made(there: ParamState, record: Record, here: ParamState) -> dict[str, Tensor]:
     """The state of ``there`` in plain memory."""
     state = {
         line.key: torch.zeros(line.shape, dtype=getattr(torch, line.dtype), device=there.device)
         for line in there.lines()
     }
-    fill_slot(there, state, record, (here.spec, here.h), {}, Conversion("", ""))
+    fill_state(there, state, record, (here.spec, here.h), {}, Conversion("", ""))
     return state
 
 
-def _put(optimizer: OptimizerParts, p: Tensor, here: Slot, there: Slot, made: dict[str, Tensor]) -> None:
+def _put(optimizer: OptimizerParts, p: Tensor, here: ParamState, there: ParamState, made: dict[str, Tensor]) -> None:
     """Where the placement says; the count of steps keeps its tensor, and keys of the user's own stay."""
     state = optimizer.state[p]
     before = {line.key for line in here.lines()}

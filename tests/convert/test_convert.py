@@ -192,12 +192,12 @@ def test_extra_memory_is_one_parameters_state():
     alive, most = {}, 0
     from memopt.checkpoint.conversion import param_state
 
-    allocate = param_state.Slot.allocate
+    allocate = param_state.ParamState.allocate
 
-    def watched(slot):
+    def watched(param):
         nonlocal most
-        state = allocate(slot)
-        alive[slot.name] = state
+        state = allocate(param)
+        alive[param.name] = state
         now = sum(t.numel() * t.element_size() for s in opt.state.values() for t in s.values())
         now += sum(t.numel() * t.element_size() for t in state.values())
         most = max(most, now)
@@ -205,7 +205,7 @@ def test_extra_memory_is_one_parameters_state():
 
     before = live_nbytes(opt)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(param_state.Slot, "allocate", watched)
+        patch.setattr(param_state.ParamState, "allocate", watched)
         opt.convert_("adamw-8bit")
     assert most <= before + 3 * 2**20
 

@@ -36,22 +36,22 @@ def test_a_conversion_that_stops_anywhere_leaves_an_optimizer_that_works(before,
     old, names = tensors(opt), [name for name, _ in model.named_parameters()]
     opt.convert_(after)
     new = tensors(opt)
-    fill = replace_state.fill_slot
+    fill = replace_state.fill_state
     for stop in range(0, len(names), 5 if "@disk" in before + after else 1):
         model.load_state_dict(weights)
         opt = memopt.create(model, before, overrides={"norm.*": "32bit"})
         opt.load_state_dict(saved)
         left = [stop]
 
-        def failing(slot, *arguments, left=left):
+        def failing(param, *arguments, left=left):
             left[0] -= 1
             if left[0] < 0:
-                slot.targets(arguments[0], 1)  # in the middle of it, new state being there
+                param.targets(arguments[0], 1)  # in the middle of it, new state being there
                 raise error
-            fill(slot, *arguments)
+            fill(param, *arguments)
 
         with monkeypatch.context() as patch:
-            patch.setattr(replace_state, "fill_slot", failing)
+            patch.setattr(replace_state, "fill_state", failing)
             kind, words = (RuntimeError, names[stop]) if isinstance(error, Exception) else (type(error), None)
             with pytest.raises(kind, match=words):
                 opt.convert_(after)
@@ -90,7 +90,7 @@ def test_between_two_rules_the_same_call_goes_on(before, after, keywords, error,
     old, names = tensors(opt), [name for name, _ in model.named_parameters()]
     report = opt.convert_(after, **keywords)
     new = tensors(opt)
-    fill = replace_state.fill_slot
+    fill = replace_state.fill_state
 
     def stop_after(count):
         left = [count]
@@ -102,7 +102,7 @@ def test_between_two_rules_the_same_call_goes_on(before, after, keywords, error,
                 raise error
 
         with monkeypatch.context() as patch:
-            patch.setattr(replace_state, "fill_slot", failing)
+            patch.setattr(replace_state, "fill_state", failing)
             with pytest.raises((type(error), RuntimeError)):
                 opt.convert_(after, **keywords)
 
@@ -128,7 +128,7 @@ def test_nothing_is_done_with_half_of_a_rule(monkeypatch, tmp_path):
     model = odd_model()
     opt = memopt.create(model, "adamw")
     train(model, opt, 0, 1)
-    saved, fill, calls = opt.state_dict(), replace_state.fill_slot, []
+    saved, fill, calls = opt.state_dict(), replace_state.fill_state, []
 
     def failing(*arguments):
         calls.append(fill(*arguments))
@@ -136,7 +136,7 @@ def test_nothing_is_done_with_half_of_a_rule(monkeypatch, tmp_path):
             raise MemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(replace_state, "fill_slot", failing)
+        patch.setattr(replace_state, "fill_state", failing)
         with pytest.raises(RuntimeError, match=r"no memory. 2 of \d+ parameters are as 'lion' keeps them"):
             opt.convert_("lion")
     for refused in (
@@ -171,15 +171,15 @@ def test_changing_the_rule_needs_one_parameters_state():
     opt.step()
     from memopt.checkpoint.conversion import param_state
 
-    allocate, most, before = param_state.Slot.allocate, [0], opt.ledger().nbytes
+    allocate, most, before = param_state.ParamState.allocate, [0], opt.ledger().nbytes
 
-    def watched(slot):
-        state = allocate(slot)
+    def watched(param):
+        state = allocate(param)
         most[0] = max(most[0], opt.ledger().nbytes + sum(t.nbytes for t in state.values()))
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(param_state.Slot, "allocate", watched)
+        patch.setattr(param_state.ParamState, "allocate", watched)
         opt.convert_("lion")
     assert most[0] <= before + 4 * 256 * 256 + 4
     assert opt.ledger().nbytes == before - 6 * 4 * 256 * 256

@@ -107,7 +107,7 @@ def stop_on_rank_1(after):
     model = odd_model()
     opt = memopt.create(model, "adamw/zero1")
     drive(model, opt, 0, 1)
-    fill, left = replace_state.fill_slot, [2]
+    fill, left = replace_state.fill_state, [2]
 
     def failing(*arguments):
         left[0] -= 1
@@ -115,13 +115,13 @@ def stop_on_rank_1(after):
             raise MemoryError("no memory")
         fill(*arguments)
 
-    replace_state.fill_slot = failing
+    replace_state.fill_state = failing
     try:
         opt.convert_(after)
     except RuntimeError as error:
         return str(error), model, opt
     finally:
-        replace_state.fill_slot = fill
+        replace_state.fill_state = fill
     return None, model, opt
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.compatibility import Fill, carried, check_fill, unused_fill
-from memopt.checkpoint.conversion.param_state import OURS, Encoding, Slot, fill_slot, filling
+from memopt.checkpoint.conversion.param_state import OURS, Encoding, ParamState, fill_state, filling
 from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.core.ledger import TensorSpec
@@ -43,10 +43,10 @@ class Converted:
         ]
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
         moments: set[str] = set()
-        for slot, record in self._slots():
-            moments |= {m.name for m, _ in slot.codes}
+        for param, record in self._params():
+            moments |= {m.name for m, _ in param.codes}
             before = source.rule_of(record.name).name
-            slot.check(record, before, filling(source.spec, slot, before, fill))
+            param.check(record, before, filling(source.spec, param, before, fill))
         unused_fill(fill, moments)
 
     def _by_rule(self, group: Group) -> list[tuple[str, list[str]]]:
@@ -68,7 +68,7 @@ class Converted:
         found = {**{k: v for k, v in group.hyper.items() if k not in old}, **h}
         return {**found, **({"rule": rule} if self.spec.is_mixed else {})}
 
-    def _slots(self) -> Iterator[tuple[Slot, Record]]:
+    def _params(self) -> Iterator[tuple[ParamState, Record]]:
         """Every parameter that has state."""
         index, placement_stores = (
             0,
@@ -80,7 +80,7 @@ class Converted:
                 if record.stepped:
                     rows = Rows.whole(record.shape)
                     seed, cpu = self.source.seed or 0, torch.device("cpu")
-                    slot = Slot(
+                    param = ParamState(
                         self.spec,
                         group.hyper,
                         name,
@@ -93,29 +93,29 @@ class Converted:
                         placement_stores,
                         encoding=self._encoding,
                     )
-                    yield slot, record
+                    yield param, record
                 index += 1
 
     def steps(self) -> dict[str, float]:
         """parameter -> the steps it has taken, of those that have state."""
         found = {}
-        for slot, record in self._slots():
-            fill = filling(self.source.spec, slot, self.source.rule_of(record.name).name, self._fill)
-            found[slot.name] = float(fill.get("step", record.step))
+        for param, record in self._params():
+            fill = filling(self.source.spec, param, self.source.rule_of(record.name).name, self._fill)
+            found[param.name] = float(fill.get("step", record.step))
         return found
 
     def layout(self) -> dict[str, TensorSpec]:
         """``parameter/moment.part`` -> tensor, before anything is computed."""
-        return {f"{slot.name}/{key}": spec for slot, _ in self._slots() for key, spec in slot.layout().items()}
+        return {f"{param.name}/{key}": spec for param, _ in self._params() for key, spec in param.layout().items()}
 
     def states(self, zeros: Zeros = in_memory) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """``(parameter, state)``, converted as they are asked for; ``zeros`` may make the tensors elsewhere."""
-        for slot, record in self._slots():
+        for param, record in self._params():
             state = {"step": zeros("float32", ())}
-            state |= {key: zeros(spec.dtype, spec.shape) for key, spec in slot.layout().items()}
-            old = self.source.spec, self._old_hyper[slot.name]
-            fill_slot(slot, state, record, old, self._fill, self.report)
-            yield slot.name, state
+            state |= {key: zeros(spec.dtype, spec.shape) for key, spec in param.layout().items()}
+            old = self.source.spec, self._old_hyper[param.name]
+            fill_state(param, state, record, old, self._fill, self.report)
+            yield param.name, state
             del state  # before the next is made
 
     def own_entries(self) -> dict[str, dict[str, Any]]:
@@ -132,10 +132,10 @@ class Converted:
             for name, r in self.source.records.items()
         }
         steps = self.steps()
-        for slot, _ in self._slots():
-            found[slot.name] |= {
-                "step": steps[slot.name],
-                "moments": {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in slot.codes},
-                **({"master": self.spec.master} if slot.master.stored_dtype(slot.dtype) else {}),
+        for param, _ in self._params():
+            found[param.name] |= {
+                "step": steps[param.name],
+                "moments": {m.name: {"format": fmt.name, "signed": m.signed} for m, fmt in param.codes},
+                **({"master": self.spec.master} if param.master.stored_dtype(param.dtype) else {}),
             }
         return found

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.compatibility import Fill, check_fill, target_hyper, target_spec, unused_fill
-from memopt.checkpoint.conversion.param_state import Slot, filling
+from memopt.checkpoint.conversion.param_state import ParamState, filling
 from memopt.checkpoint.conversion.replace_state import Work, change_of, move
 from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.moment_codes import moment_codes
@@ -33,16 +33,16 @@ if TYPE_CHECKING:
 Groups = list[dict[str, Any]]
 
 
-def slots(
+def param_states(
     optimizer: OptimizerParts,
     spec: OptimSpec,
     hypers: Groups,
     partition: Partition,
     placement_stores: PlacementStores | None = None,
     dormant: Sequence[Iterable[str]] | None = None,
-) -> Iterator[tuple[Tensor, Slot]]:
-    """Every parameter of the optimizer as a place for state under ``spec``; ``hypers`` are its groups', ``stores`` the
-    optimizer's own unless others are given. ``dormant`` are the moments of each parameter that are switched off and
+) -> Iterator[tuple[Tensor, ParamState]]:
+    """Every parameter of the optimizer with what its state is under ``spec``; ``hypers`` are its groups', ``stores``
+    the optimizer's own unless others are given. ``dormant`` are the moments of each parameter that are switched off and
     have their place too, by default those that its state has."""
     placement_stores = placement_stores or optimizer.placement_stores
     optimizer.synchronize()
@@ -56,7 +56,7 @@ def slots(
         off = own.dormant(group, optimizer.state.get(p) or ()) if dormant is None else dormant[index]
         yield (
             p,
-            Slot(
+            ParamState(
                 spec,
                 RULES[spec.rule_of(h)].keeping(h, off),
                 name,
@@ -150,8 +150,8 @@ def _planned_groups(
     except BaseException:
         placement_stores.replaced_by(optimizer.placement_stores, empty=False)  # what somebody else left there stays
         raise
-    before = list(slots(optimizer, old, optimizer.param_groups, optimizer.partition))
-    after = [slot for _, slot in slots(optimizer, new, hypers, partition, placement_stores)]
+    before = list(param_states(optimizer, old, optimizer.param_groups, optimizer.partition))
+    after = [param for _, param in param_states(optimizer, new, hypers, partition, placement_stores)]
     todo = [(p, here, there) for (p, here), there in zip(before, after, strict=True) if optimizer.state.get(p)]
     try:
         _check(optimizer, before, after, fill)
@@ -193,7 +193,9 @@ def _partition(optimizer: OptimizerParts, new: OptimSpec) -> Partition:
     return PARTITIONS[new.partition](None if new.partition == "none" else group)
 
 
-def _check(optimizer: OptimizerParts, before: list[tuple[Tensor, Slot]], after: list[Slot], fill: Fill) -> None:
+def _check(
+    optimizer: OptimizerParts, before: list[tuple[Tensor, ParamState]], after: list[ParamState], fill: Fill
+) -> None:
     """Everything that can be refused, before anything is changed."""
     moments: set[str] = set()
     for (p, here), there in zip(before, after, strict=True):

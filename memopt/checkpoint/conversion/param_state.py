@@ -40,8 +40,8 @@ class Encoding(NamedTuple):
 OURS = Encoding()
 
 
-class Slot(NamedTuple):
-    """A parameter of an optimizer as a place for state: everything that decides its layout and its dither."""
+class ParamState(NamedTuple):
+    """What decides the state of one parameter, its layout and its dither; the tensors are handed to the methods."""
 
     spec: OptimSpec
     h: Mapping[str, Any]
@@ -53,7 +53,7 @@ class Slot(NamedTuple):
     total: Callable[[Tensor], Tensor]
     dtype: str
     placement_stores: PlacementStores
-    parameter: Tensor | None = None  # these rows of it, where it is at hand
+    local: Tensor | None = None  # these rows of it, where it is at hand
     capturable: bool = False  # the optimizer's: its number of steps is on the device
     encoding: Encoding = OURS
 
@@ -101,8 +101,8 @@ class Slot(NamedTuple):
 
     def weights(self, rows: Rows) -> Tensor:
         """These rows of the parameter, fp32 [rows.local_shape]."""
-        assert self.parameter is not None
-        return master_weights.cut(self.parameter, self.rows, rows).float()
+        assert self.local is not None
+        return master_weights.cut(self.local, self.rows, rows).float()
 
     def filled(self, value: float, rows: Rows) -> Tensor:
         """One number in the shape of these rows, fp32 [rows.local_shape]."""
@@ -120,13 +120,13 @@ class Slot(NamedTuple):
     def record(self, state: Mapping[str, Tensor]) -> Record:
         """The live state as a record."""
         if not state:
-            return Record(self.name, self.shape, stepped=False, dtype=self.dtype, weights=self._parameter())
+            return Record(self.name, self.shape, stepped=False, dtype=self.dtype, weights=self._weights_of())
         moments = {}
         for moment, fmt in self.codes:
             keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
             piece = LivePiece(self.rows, {part: state[key] for part, key in keys.items()})
             moments[moment.name] = Stored(moment, fmt, self.shape, (piece,))
-        beside = master_weights.live(self.master, self.dtype, self.rows, state, self.parameter)
+        beside = master_weights.live(self.master, self.dtype, self.rows, state, self.local)
         return Record(
             self.name,
             self.shape,
@@ -134,11 +134,11 @@ class Slot(NamedTuple):
             moments,
             dtype=self.dtype,
             master=beside,
-            weights=self._parameter(),
+            weights=self._weights_of(),
         )
 
-    def _parameter(self) -> Callable[[Rows], Tensor] | None:
-        p = self.parameter
+    def _weights_of(self) -> Callable[[Rows], Tensor] | None:
+        p = self.local
         return None if p is None else lambda rows: master_weights.cut(p, self.rows, rows)
 
     def check(self, record: Record, rule: str, fill: Fill) -> dict[str, str | float]:
@@ -156,7 +156,7 @@ class Slot(NamedTuple):
             if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
                 raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
         if record.master is not None:
-            reason = master_weights.refuse(record.master, self.master, self.parameter)
+            reason = master_weights.refuse(record.master, self.master, self.local)
             if reason:
                 raise ValueError(f"{self.name}: {reason}")
         return plan
@@ -165,21 +165,21 @@ class Slot(NamedTuple):
         """Raise SpecError for a moment that begins as the parameter where there is no parameter to begin as."""
         if moment.name in fill:
             raise SpecError(f"fill[{moment.name!r}]: it begins as {moment.begins} and is not filled")
-        if self.parameter is None:
+        if self.local is None:
             raise SpecError(
                 f"{self.name}: {moment.name!r} begins as {moment.begins}, which is not in a saved state; "
                 "load the state as it is and use opt.convert_"
             )
 
 
-def filling(old: OptimSpec, slot: Slot, before: str, fill: Fill) -> Fill:
+def filling(old: OptimSpec, param: ParamState, before: str, fill: Fill) -> Fill:
     """What of ``fill`` is for this parameter: where the spec's rule becomes another, a parameter that had another rule
     and keeps it keeps its moments too."""
-    return {} if slot.rule == before and old.rule != slot.spec.rule else fill
+    return {} if param.rule == before and old.rule != param.spec.rule else fill
 
 
-def fill_slot(
-    slot: Slot,
+def fill_state(
+    param: ParamState,
     state: dict[str, Tensor],
     record: Record,
     old: tuple[OptimSpec, Mapping[str, Any]],
@@ -188,40 +188,40 @@ def fill_slot(
 ) -> None:
     """Write a record into zeroed ``state``. ``old`` are the spec and hyperparameters under which it was kept."""
     before = old[0].rule_of(old[1])
-    fill = filling(old[0], slot, before, fill)
-    plan = slot.check(record, before, fill)
+    fill = filling(old[0], param, before, fill)
+    plan = param.check(record, before, fill)
     step = float(fill.get("step", record.step))
     state["step"].fill_(step)
-    for name, target in slot.targets(state, int(step)).items():
+    for name, target in param.targets(state, int(step)).items():
         chosen = plan[name]
         if target.moment.begins and name not in record.moments:
-            target.encode(slot.weights)
+            target.encode(param.weights)
             continue
         if isinstance(chosen, str):
-            scale = _scale(slot, name, chosen, record.step, old)
+            scale = _scale(param, name, chosen, record.step, old)
             transfer(record.moments[chosen], target, scale, report.losses.setdefault(name, Loss()))
         elif chosen:
-            target.encode(partial(slot.filled, chosen))
+            target.encode(partial(param.filled, chosen))
         if name in fill:
             report.filled[name] = fill[name]
     report.dropped += [m for m in record.moments if m not in (*plan.values(), *report.dropped)]
     if record.master is not None:
-        _fill_master(slot, state, record.master, report)
+        _fill_master(param, state, record.master, report)
 
 
-def _fill_master(slot: Slot, state: dict[str, Tensor], before: SavedMaster, report: Conversion) -> None:
+def _fill_master(param: ParamState, state: dict[str, Tensor], before: SavedMaster, report: Conversion) -> None:
     """Zeros, which stand for the weights as they are, are right where there was no master before."""
-    master = slot.master
-    if master.key in state and before.dtype == slot.dtype:
+    master = param.master
+    if master.key in state and before.dtype == param.dtype:
         loss = report.losses.setdefault(master.key, Loss())
-        master_weights.move(before, master, slot.rows, slot.parameter, state[master.key], loss)
+        master_weights.move(before, master, param.rows, param.local, state[master.key], loss)
     elif before.master.key not in report.dropped:
         report.dropped.append(before.master.key)
 
 
-def _scale(slot: Slot, name: str, chosen: str, t: float, old: tuple[OptimSpec, Mapping[str, Any]]) -> float:
+def _scale(param: ParamState, name: str, chosen: str, t: float, old: tuple[OptimSpec, Mapping[str, Any]]) -> float:
     """1 within a rule and for a moment taken as the caller said."""
     before = old[0].rule_of(old[1])
-    if slot.rule == before or name != chosen:
+    if param.rule == before or name != chosen:
         return 1.0
-    return share(slot.rule, name, slot.h, t) / share(before, name, old[1], t)
+    return share(param.rule, name, param.h, t) / share(before, name, old[1], t)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.compatibility import Fill
-from memopt.checkpoint.conversion.param_state import Slot, fill_slot
+from memopt.checkpoint.conversion.param_state import ParamState, fill_state
 from memopt.checkpoint.conversion.report import Conversion
 from memopt.checkpoint.state.all_rows import record_of_all
 from memopt.checkpoint.state.moment_codes import moment_codes
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from memopt.optim.parts import OptimizerParts
 
 #: A parameter with its state as it is and as it will be.
-Todo = list[tuple[Tensor, Slot, Slot]]
+Todo = list[tuple[Tensor, ParamState, ParamState]]
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Work:
     hypers: list[dict[str, Any]]  # of each param group
     partition: Partition
     placement_stores: PlacementStores
-    every: list[Slot]  # of every parameter, with state or without
+    every: list[ParamState]  # of every parameter, with state or without
     todo: Todo
     report: Conversion
     ranks: Ranks | None
@@ -72,7 +72,7 @@ def change_of(work: Work) -> Callable[[OptimizerParts, Work], None]:
     if _stores_the_same(work.old, work.new, work.todo):
         return _one_by_one
     elsewhere = any(
-        type(slot.placement_stores.of(slot.name)) is not PlacementStore for _, *both in work.todo for slot in both
+        type(param.placement_stores.of(param.name)) is not PlacementStore for _, *both in work.todo for param in both
     )
     return _all_or_none if elsewhere else _one_by_one_or_unfinished
 
@@ -171,7 +171,7 @@ def _all_or_none(optimizer: OptimizerParts, work: Work) -> None:
         raise
 
 
-def _put_back(optimizer: OptimizerParts, entry: tuple[Tensor, Slot, Slot]) -> None:
+def _put_back(optimizer: OptimizerParts, entry: tuple[Tensor, ParamState, ParamState]) -> None:
     """A placement's store that knows parameters by name, and has made room for the new state, gets the old state
     again."""
     p, here, there = entry
@@ -185,14 +185,14 @@ def _put_back(optimizer: OptimizerParts, entry: tuple[Tensor, Slot, Slot]) -> No
         _replace(optimizer.state[p], room, here.rule)
 
 
-def _made(optimizer: OptimizerParts, work: Work, entry: tuple[Tensor, Slot, Slot]) -> dict[str, Tensor]:
+def _made(optimizer: OptimizerParts, work: Work, entry: tuple[Tensor, ParamState, ParamState]) -> dict[str, Tensor]:
     """The new state of one parameter, made on every rank or given up on every rank."""
     p, here, there = entry
     error, state, report = None, None, Conversion("", "")
     try:
         state = there.allocate()
         record = _record(optimizer, here, there, optimizer.state[p])
-        fill_slot(there, state, record, (here.spec, here.h), work.fill, report)
+        fill_state(there, state, record, (here.spec, here.h), work.fill, report)
     except BaseException as failure:
         error = failure
     if work.ranks is not None:
@@ -204,7 +204,7 @@ def _made(optimizer: OptimizerParts, work: Work, entry: tuple[Tensor, Slot, Slot
     return state
 
 
-def _record(optimizer: OptimizerParts, here: Slot, there: Slot, state: Mapping[str, Tensor]) -> Record:
+def _record(optimizer: OptimizerParts, here: ParamState, there: ParamState, state: Mapping[str, Tensor]) -> Record:
     now = optimizer.partition
     if here.spec.partition != there.spec.partition and isinstance(now, Zero1) and now.world_size > 1:
         return record_of_all(here, state, now)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.conversion.param_state import ParamState
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.core.hyperparameters import SpecError
 from memopt.layout.replaced_state import own_entries
@@ -107,7 +107,7 @@ def _record(
     name, dtype, shape = parameter
     rank, world = saved.get("rank", 0), saved.get("world_size", 1)
     rule = RULES[spec.rule_of(h)]
-    slot = Slot(
+    param = ParamState(
         spec,
         rule.keeping(h, state),
         name,
@@ -122,26 +122,28 @@ def _record(
     own = own_entries(rule.name, state)
     ours = {key: value for key, value in state.items() if key not in own}
     if ours:
-        coded = [moment.name for moment, fmt in slot.codes if "" not in fmt.layout(moment, slot.rows)]
+        coded = [moment.name for moment, fmt in param.codes if "" not in fmt.layout(moment, param.rows)]
         if coded and ours.keys() >= set(coded):  # of a version that kept narrow rows in 32 bits
-            slot = slot._replace(spec=slot.spec.replace(format="32bit", overrides={}))
-        check(slot, ours, origin)
-        if slot.master.key not in ours:  # one of zeros stands for the weights as they are
-            slot = slot._replace(spec=slot.spec.replace(master="none"))
-    record = slot.record(ours)
+            param = param._replace(spec=param.spec.replace(format="32bit", overrides={}))
+        check(param, ours, origin)
+        if param.master.key not in ours:  # one of zeros stands for the weights as they are
+            param = param._replace(spec=param.spec.replace(master="none"))
+    record = param.record(ours)
     if own:
         record.own = lambda rank: copy.deepcopy(own)
     return record
 
 
-def check(slot: Slot, state: Mapping[str, Any], origin: str) -> None:
+def check(param: ParamState, state: Mapping[str, Any], origin: str) -> None:
     """Raise ValueError for state that is not what the spec keeps of the parameter."""
-    layout, master = slot.layout(), slot.master.key
+    layout, master = param.layout(), param.master.key
     missing = [key for key in layout if key not in state and key != master]
     unknown = [key for key in state if key not in layout and key != "step"]
     if missing or unknown or "step" not in state:
         what = f"lacks {(missing or ['step'])[0]!r}" if not unknown else f"has {unknown[0]!r}"
-        raise ValueError(f"{origin}, parameter {slot.name}: the state {what}; '{slot.spec}' keeps {', '.join(layout)}")
+        raise ValueError(
+            f"{origin}, parameter {param.name}: the state {what}; '{param.spec}' keeps {', '.join(layout)}"
+        )
     for key, value in state.items():
         spec = layout.get(key)
         if spec is not None and (
@@ -151,6 +153,6 @@ def check(slot: Slot, state: Mapping[str, Any], origin: str) -> None:
         ):
             found = f"{value.dtype} {list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
             raise ValueError(
-                f"{origin}, parameter {slot.name}: {key} is {found}, and '{slot.spec}' has {spec.dtype} "
+                f"{origin}, parameter {param.name}: {key} is {found}, and '{param.spec}' has {spec.dtype} "
                 f"{list(spec.shape)}"
             )

@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.conversion.param_state import Slot
+from memopt.checkpoint.conversion.param_state import ParamState
 from memopt.checkpoint.importers import own_dict
 from memopt.checkpoint.state.saved import Group, LivePiece, Record, Source, Stored
 from memopt.core.rows import Rows, Shape
@@ -141,9 +141,9 @@ def _record(spec: Any, h: Mapping[str, Any], name: str, rows: Rows, state: Mappi
     stores = PlacementStores(spec.replace(placement="device", overrides={}), 0, 1)
     cpu = torch.device("cpu")
     full_h = rule.keeping({**rule.hyperparameters, **h}, ours)
-    slot = Slot(spec, full_h, name, 0, rows, cpu, 0, lambda x: x, "float32", stores)
-    own_dict.check(slot, ours, origin)
-    return slot.record(ours)
+    param = ParamState(spec, full_h, name, 0, rows, cpu, 0, lambda x: x, "float32", stores)
+    own_dict.check(param, ours, origin)
+    return param.record(ours)
 
 
 def _together(name: str, shape: Shape, parts: list[tuple[Rows, Record]]) -> Record:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from memopt.checkpoint.conversion.in_place import slots
+from memopt.checkpoint.conversion.in_place import param_states
 from memopt.checkpoint.state.saved import Group, Source
 from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
 
@@ -21,8 +21,8 @@ def source_of(optimizer: Optimizer) -> Source:
             "some rows only; save a checkpoint and convert that"
         )
     records = {
-        slot.name: slot.record(optimizer.state.get(p, {}))
-        for p, slot in slots(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)
+        param.name: param.record(optimizer.state.get(p, {}))
+        for p, param in param_states(optimizer, optimizer.spec, optimizer.param_groups, optimizer.partition)
     }
     names = iter(records)
     groups = [
