@@ -90,8 +90,8 @@ class StateLoad:
                 merged.append(dict(group))
                 continue
             before, now = source.spec.rule_of(saved.hyper), optimizer.setup.rule_of(group)
-            known = {*RULES[before].hyperparameters, *TORCH_EXECUTION, "rule"}
-            notes = {k: v for k, v in saved.hyper.items() if k not in known}
+            hyperparameters = {*RULES[before].hyperparameters, *TORCH_EXECUTION, "rule"}
+            notes = {k: v for k, v in saved.hyper.items() if k not in hyperparameters}
             h = {**group, **notes, **carried(before, now.name, saved.hyper)}
             now.check(h)
             optimizer.spec.check_live({k: h[k] for k in now.hyperparameters}, now.name)
@@ -152,12 +152,12 @@ def _match(source: Source, names: list[str], named: bool) -> list[Record]:
             raise ValueError(f"{source.origin} has state of {len(saved)} parameters, here there are {len(names)}")
         return saved
     theirs, ours = matching(list(source.records), names)
-    known = dict(zip(theirs, source.records.values(), strict=True))
+    by_name = dict(zip(theirs, source.records.values(), strict=True))
     for name in (*ours, *theirs):
-        if name not in known or name not in ours:
-            who = "the optimizer" if name in known else source.origin
+        if name not in by_name or name not in ours:
+            who = "the optimizer" if name in by_name else source.origin
             raise ValueError(f"{who} has no parameter {name!r}; both must have the same parameters")
-    return [known[name] for name in ours]
+    return [by_name[name] for name in ours]
 
 
 def _kept_in_place(now: Any, value: Any) -> Any:

@@ -34,9 +34,9 @@ def records(source: Source, optimizer: OptimizerParts) -> list[Record]:
         raise ValueError(f"strict=False matches parameters by name, and {who} has numbers only")
     here = list(optimizer.params.entries())
     theirs, ours = matching(list(source.records), [name for name, _, _ in here])
-    known = dict(zip(theirs, source.records.values(), strict=True))
+    by_name = dict(zip(theirs, source.records.values(), strict=True))
     return [
-        known.get(name) or Record(name, tuple(p.shape), stepped=False)
+        by_name.get(name) or Record(name, tuple(p.shape), stepped=False)
         for name, (_, p, _) in zip(ours, here, strict=True)
     ]
 

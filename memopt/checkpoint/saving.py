@@ -226,10 +226,10 @@ def _begin(ranks: Ranks, where: Path, step: int, owners: list[Any]) -> Path:
         except OSError as failure:
             if locked:
                 lock.end(where)
-            known = failure.errno is None  # it is a sentence already
+            is_sentence = failure.errno is None  # it is a sentence already
             error = (
                 failure
-                if known
+                if is_sentence
                 else OSError(failure.errno, f"{where}: no checkpoint can be begun there ({failure.strerror})")
             )
     ranks.agree(error)

@@ -96,6 +96,6 @@ def some(names: Iterable[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def kind_of(name: str, known: Mapping[str, str]) -> str:
+def kind_of(name: str, stated: Mapping[str, str]) -> str:
     """What the module says of a parameter, else what its name says."""
-    return known.get(name) or kind_of_name(name)
+    return stated.get(name) or kind_of_name(name)

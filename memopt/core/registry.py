@@ -66,8 +66,8 @@ class Rules(Axis[V]):
 
     def _parts(self, name: object) -> tuple[str, str] | None:
         match = _WRAPPED.fullmatch(name) if isinstance(name, str) else None
-        known = match is not None and match[1] in self.wrappers and match[2] in self._places
-        return (match[1], match[2]) if match is not None and known else None
+        wraps = match is not None and match[1] in self.wrappers and match[2] in self._places
+        return (match[1], match[2]) if match is not None and wraps else None
 
     def __contains__(self, name: object) -> bool:
         return name in self._places or self._parts(name) is not None

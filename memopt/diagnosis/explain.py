@@ -100,8 +100,8 @@ def _rules(optimizer: OptimizerParts) -> list[tuple[str, str]]:
             reasons.setdefault(reason, []).append(name)
     rows = []
     for rule, names in mine.items():
-        known = RULES[rule]
-        rows.append(("rule", f"{rule}: {known.summary} ({known.source}); {len(names)} parameters: {_some(names)}"))
+        one = RULES[rule]
+        rows.append(("rule", f"{rule}: {one.summary} ({one.source}); {len(names)} parameters: {_some(names)}"))
     return rows + [(f"not {spec.rule}"[:11], f"{reason}: {_some(names)}") for reason, names in reasons.items()]
 
 

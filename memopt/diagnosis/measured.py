@@ -138,9 +138,9 @@ class measure:
     def _note(self, **figures: int) -> None:
         phase = "step" if self._phase == "after the step" else self._phase
         with self._lock:
-            known = self._peaks.setdefault(phase, {})
+            peaks = self._peaks.setdefault(phase, {})
             for name, nbytes in figures.items():
-                known[name] = max(known.get(name, 0), nbytes)
+                peaks[name] = max(peaks.get(name, 0), nbytes)
 
     def _sample(self) -> None:
         while not self._done.wait(INTERVAL):

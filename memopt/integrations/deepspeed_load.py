@@ -117,12 +117,12 @@ def _vectors(zero: Any) -> Iterator[None]:
 def _weights(source: Source, origins: list[Origin]) -> list[tuple[Origin, Any]]:
     """What is here of each parameter, and what gives its fp32 weights by rows."""
     theirs, ours = matching(list(source.records), [one.name for one in origins])
-    known = dict(zip(theirs, source.records.values(), strict=True))
+    by_name = dict(zip(theirs, source.records.values(), strict=True))
     found = []
     for name, one in zip(ours, origins, strict=True):
         if one.flat is None or not one.spans[one.rank].numel:
             continue
-        record = known.get(name)
+        record = by_name.get(name)
         if record is None or record.weights is None or record.shape != one.shape:
             there = "no weights" if record is None or record.weights is None else f"the shape {list(record.shape)}"
             raise ValueError(f"{source.origin} has {there} of {one.name}, which is {list(one.shape)} here")

@@ -145,8 +145,8 @@ def extent(rows: Rows, layout: Layout, whole: bool, target: int) -> Extent:
 
 def extents(found: Sequence[ChunkedState], target: int) -> list[Extent]:
     """The extent of each; the same object is looked at once."""
-    known = {id(one): extent(*one[:3], target) for one in {id(one): one for one in found}.values()}
-    return [known[id(one)] for one in found]
+    by_id = {id(one): extent(*one[:3], target) for one in {id(one): one for one in found}.values()}
+    return [by_id[id(one)] for one in found]
 
 
 class Buffers(NamedTuple):

@@ -28,10 +28,10 @@ def warn_of_arguments(given: Container[str], hyper: Mapping[str, Any]) -> None:
     for name, theirs in _TRAINERS.items():
         values = tuple(getattr(arguments, one, None) for one in theirs)
         value = values if len(values) > 1 else values[0]
-        known = getattr(arguments, "__dataclass_fields__", {})
+        fields = getattr(arguments, "__dataclass_fields__", {})
         # A rate is always theirs; what else they did not set is of AdamW.
         is_set = name == "lr" or any(
-            v != getattr(known.get(one), "default", v) for one, v in zip(theirs, values, strict=True)
+            v != getattr(fields.get(one), "default", v) for one, v in zip(theirs, values, strict=True)
         )
         if name in hyper and name not in given and None not in values and is_set and hyper[name] != value:
             found.append(f"{', '.join(theirs)} {value!r} ({name} is {hyper[name]!r} here)")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, final
 from torch import Tensor
 
 from memopt.core.user_warning import warn
-from memopt.placements.gradients.checks import clip_factor, known_finite, rounded
+from memopt.placements.gradients.checks import clip_factor, rounded, seen_finite
 
 if TYPE_CHECKING:
     from memopt.optim.params import Params
@@ -62,8 +62,8 @@ class GradientPolicy:
             self.norm = None
             if self._setup.nonfinite != "propagate":
                 # Clipping has just read them; what other ranks have is asked in any case.
-                known = known_finite(None if p.grad is None else partition.memory_of(p, p.grad) for p in parameters)
-                if self.stopped_by(partition.any_rank([] if known else look(False)[0], parameters)):
+                finite = seen_finite(None if p.grad is None else partition.memory_of(p, p.grad) for p in parameters)
+                if self.stopped_by(partition.any_rank([] if finite else look(False)[0], parameters)):
                     return None
             return [inverse] * len(groups)
         bad, squares = look(True)

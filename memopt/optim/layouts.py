@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Entry = tuple[int, str, Tensor, Mapping[str, Any]]
 
 
-class _Known(NamedTuple):
+class _Cached(NamedTuple):
     owner: ref[Tensor]
     shape: torch.Size
     dtype: torch.dtype
@@ -38,14 +38,14 @@ class Layouts:
 
     def __init__(self) -> None:
         self._made_for: Any = None
-        self._known: dict[int, _Known] = {}
+        self._cached: dict[int, _Cached] = {}
 
     def of(self, entries: Iterable[Entry], spec: OptimSpec, partition: Partition, seed: int) -> list[ParamLayout]:
         """The layouts of these parameters, in order."""
         made_for = spec, partition, seed
         if self._made_for is None or any(a is not b for a, b in zip(made_for, self._made_for, strict=True)):
-            self._made_for, self._known = made_for, {}
-        known = self._known
+            self._made_for, self._cached = made_for, {}
+        cached = self._cached
         keys: dict[int, Any] = {}  # by group
         found = []
         for index, name, p, group in entries:
@@ -53,17 +53,17 @@ class Layouts:
             if key is None:
                 rule = spec.rule_of(group)
                 key = keys[id(group)] = rule, RULES[rule].moments_key(group), RULES[rule].modifiers(group)
-            one = known.get(id(p))
+            one = cached.get(id(p))
             if one is None or not _holds(one, index, name, p, key, partition):
                 rows = partition.local_rows(p)
                 layout = param.resolve(spec, group, name, index, rows, dtype_name(p), seed)
-                one = known[id(p)] = _Known(ref(p), p.shape, p.dtype, layout)
+                one = cached[id(p)] = _Cached(ref(p), p.shape, p.dtype, layout)
             found.append(one.layout)
         return found
 
 
-def _holds(known: _Known, index: int, name: str, p: Tensor, key: Any, partition: Partition) -> bool:
-    owner, shape, dtype, layout = known
+def _holds(cached: _Cached, index: int, name: str, p: Tensor, key: Any, partition: Partition) -> bool:
+    owner, shape, dtype, layout = cached
     if owner() is not p or p.dtype is not dtype or p.shape != shape:
         return False
     if (layout.rule.name, layout.key, layout.modifiers) != key or layout.index != index or layout.name != name:

@@ -24,8 +24,8 @@ def are_vectors(made: Sequence[Made], now: Sequence[Tensor]) -> bool:
     flat = {one.shape for one in made if len(one.shape) == 1}
     vectors = any(tuple(p.shape) not in flat for p in now) and all(p.dim() == 1 for p in now)
     alive = [p for one in made if (p := one.parameter()) is not None]  # DeepSpeed's engine holds the model, so all are
-    known = {id(p) for p in alive} & {id(p) for p in now}
-    replaced = vectors and not known and len(alive) == len(made) and any(len(one.shape) > 1 for one in made)
+    both = {id(p) for p in alive} & {id(p) for p in now}
+    replaced = vectors and not both and len(alive) == len(made) and any(len(one.shape) > 1 for one in made)
     return replaced or is_flattened(made)
 
 

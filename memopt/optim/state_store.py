@@ -213,11 +213,11 @@ class StateStore:
     def prepare(self, fresh: Iterable[Tensor] | None = None) -> None:
         """Allocate what stepping parameters that have state needs; with ``fresh``, for these besides the others."""
         if self.setup.placement_stores.elsewhere and fresh != []:
-            known = None if fresh is None else {id(p) for p in fresh}
+            wanted = None if fresh is None else {id(p) for p in fresh}
             stepping = {
                 layout.name: (chunked(layout), p.device)
                 for layout, p, _ in self.params.resolved()
-                if self.state.get(p) and (known is None or id(p) in known)
+                if self.state.get(p) and (wanted is None or id(p) in wanted)
             }
             self.setup.placement_stores.prepare(stepping, also=fresh is not None)
 

@@ -48,18 +48,18 @@ def run_together(
     for bucket in _buckets(updates):
         if at_once([update.who for update in bucket]):
             continue
-        lanes = [_Lane(update) for update in bucket]
+        pending = [_Pending(update) for update in bucket]
         try:
-            going = lanes
+            going = pending
             while going:
-                for lane in going:
-                    lane.go_on()
-                going = [lane for lane in going if lane.partial is not None or lane.matrix is not None]
-                _sum([lane for lane in going if lane.partial is not None])
-                _solve([lane for lane in going if lane.matrix is not None], solve)
+                for one in going:
+                    one.go_on()
+                going = [one for one in going if one.partial is not None or one.matrix is not None]
+                _sum([one for one in going if one.partial is not None])
+                _solve([one for one in going if one.matrix is not None], solve)
         finally:
-            for lane in lanes:
-                lane.stop()
+            for one in pending:
+                one.stop()
 
 
 def _buckets(updates: Sequence[Update]) -> Iterator[list[Update]]:
@@ -73,34 +73,34 @@ def _buckets(updates: Sequence[Update]) -> Iterator[list[Update]]:
         yield bucket
 
 
-def _sum(lanes: Sequence[_Lane]) -> None:
+def _sum(pending: Sequence[_Pending]) -> None:
     """One collective for each process group and dtype; every lane gets its part of the sum."""
-    alike: dict[tuple[Groups, torch.dtype, torch.device], list[_Lane]] = {}
-    for lane in lanes:
-        assert lane.partial is not None
-        alike.setdefault((lane.update.groups, lane.partial.dtype, lane.partial.device), []).append(lane)
+    alike: dict[tuple[Groups, torch.dtype, torch.device], list[_Pending]] = {}
+    for one in pending:
+        assert one.partial is not None
+        alike.setdefault((one.update.groups, one.partial.dtype, one.partial.device), []).append(one)
     for (groups, _, _), members in alike.items():
-        partials = [lane.partial for lane in members if lane.partial is not None]
+        partials = [one.partial for one in members if one.partial is not None]
         total = sum_over(torch.cat([x.reshape(-1) for x in partials]), groups)
         parts = total.split([x.numel() for x in partials])
-        for lane, x, part in zip(members, partials, parts, strict=True):
-            lane.partial, lane.sum = None, part.view(x.shape)
+        for one, x, part in zip(members, partials, parts, strict=True):
+            one.partial, one.sum = None, part.view(x.shape)
 
 
-def _solve(lanes: Sequence[_Lane], solve: Solve) -> None:
-    if lanes:
-        asked = [(lane.update.who, lane.matrix) for lane in lanes if lane.matrix is not None]
-        for lane in lanes:
-            lane.matrix = None
-        for lane, answer in zip(lanes, solve(asked), strict=True):
-            lane.answer = answer
+def _solve(pending: Sequence[_Pending], solve: Solve) -> None:
+    if pending:
+        asked = [(one.update.who, one.matrix) for one in pending if one.matrix is not None]
+        for one in pending:
+            one.matrix = None
+        for one, answer in zip(pending, solve(asked), strict=True):
+            one.answer = answer
 
 
 class _Stopped(BaseException):
     """Another update of the bucket failed."""
 
 
-class _Lane:
+class _Pending:
     """One update, in a thread that runs only while the caller waits for it."""
 
     def __init__(self, update: Update) -> None:

@@ -89,14 +89,14 @@ class _Costs:
 
     def __init__(self, base: OptimSpec, rungs: list[str]) -> None:
         self._specs = [base.replace(format=fmt) for fmt in rungs]
-        self._known: dict[tuple[TensorSpec, int], int] = {}
+        self._cached: dict[tuple[TensorSpec, int], int] = {}
 
     def __call__(self, tensor: TensorSpec, rung: int) -> int:
         key = (tensor, rung)
-        if key not in self._known:
+        if key not in self._cached:
             lines = price({"p": tensor}, self._specs[rung])
-            self._known[key] = sum(line.nbytes for line in lines if line.lifetime != "workspace")
-        return self._known[key]
+            self._cached[key] = sum(line.nbytes for line in lines if line.lifetime != "workspace")
+        return self._cached[key]
 
 
 def _descend(

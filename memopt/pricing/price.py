@@ -90,12 +90,12 @@ def price(
     items = _items(model_or_shapes)
     parameters = _tensor_specs(items, dtype)
     spec = spec.for_names([name for name, _ in parameters])
-    known = kinds(model_or_shapes)
+    of_kind = kinds(model_or_shapes)
     hyper = {rule: spec.resolve(rule=rule) for rule in spec.rule_names}
     shapes = {name: tensor.shape for name, tensor in parameters}
 
     def h(name: str) -> dict[str, Any]:
-        rule = spec.rule_for(name, shapes.get(name, ()), known.get(name, ""))
+        rule = spec.rule_for(name, shapes.get(name, ()), of_kind.get(name, ""))
         return {**hyper[rule], "rule": rule} if spec.is_mixed else hyper[rule]
 
     if spec.is_mixed:  # as the optimizer's groups have them
@@ -138,7 +138,7 @@ def workspace_lines(
     from memopt.spec.placement_options import of_placement
 
     lines = []
-    known: dict[Any, ChunkedState] = {}  # a name matters through overrides alone
+    cached: dict[Any, ChunkedState] = {}  # a name matters through overrides alone
     for name in streaming:
         mine = []
         for n, rows, dtype in owned:
@@ -147,7 +147,7 @@ def workspace_lines(
                 own = h(n)
                 rule = spec.rule_of(own)
                 key = (rule, spec.format_for(n, rule), place, rows, dtype)
-                mine.append(known.get(key) or known.setdefault(key, chunked(resolve(spec, own, n, 0, rows, dtype))))
+                mine.append(cached.get(key) or cached.setdefault(key, chunked(resolve(spec, own, n, 0, rows, dtype))))
         lines += PLACEMENTS[name].workspace(mine, device, of_placement(spec.options, name))
     return lines
 

@@ -107,11 +107,11 @@ def after_step(groups: Sequence[MutableMapping[str, Any]], sums: Sequence[float]
     import struct
 
     toward, size = sums
-    known = max(groups, key=estimate)
-    numerator = slow_beta(known) * known["d_numerator"] + toward
-    d = estimate(known)
+    most = max(groups, key=estimate)
+    numerator = slow_beta(most) * most["d_numerator"] + toward
+    d = estimate(most)
     if size > 0:
-        found = max(d, float(known["d_coef"]) * numerator / size)
+        found = max(d, float(most["d_coef"]) * numerator / size)
         d = struct.unpack("f", struct.pack("f", found))[0] if found > d else d
     for group in groups:
         group["d"], group["d_numerator"] = d, numerator

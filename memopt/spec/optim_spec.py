@@ -12,7 +12,7 @@ from memopt.rules import RULES
 from memopt.spec.by_parameter import ByParameter
 from memopt.spec.overrides import rule_and_format
 from memopt.spec.placement_options import checked
-from memopt.spec.values import check_format, check_pair, known, one_spelling
+from memopt.spec.values import check_format, check_pair, check_value, one_spelling
 
 
 class OptimSpec(ByParameter):
@@ -41,19 +41,19 @@ class OptimSpec(ByParameter):
     __slots__ = ()
 
     def _validate(self) -> None:
-        known("rule", self.rule, RULES)
+        check_value("rule", self.rule, RULES)
         rule = RULES[self.rule]
         set_ = object.__setattr__
         set_(self, "format", one_spelling(self.format or rule.default_format))
         for fmt in self.formats:
-            known("format", fmt, FORMATS)
+            check_value("format", fmt, FORMATS)
         for axis, values in (
             ("master", MASTERS),
             ("placement", PLACEMENTS),
             ("partition", PARTITIONS),
             ("engine", ENGINES),
         ):
-            known(axis, getattr(self, axis), values)
+            check_value(axis, getattr(self, axis), values)
         set_(self, "overrides", MappingProxyType(dict(self.overrides)))
         set_(self, "hyper", MappingProxyType(dict(self.hyper)))
         set_(self, "rules", MappingProxyType({name: MappingProxyType(dict(h)) for name, h in self.rules.items()}))

@@ -10,7 +10,7 @@ from memopt.core.hyperparameters import SpecError
 from memopt.core.registry import PLACEMENTS
 from memopt.rules import RULES
 from memopt.spec.aliases import ALIASES
-from memopt.spec.values import check_format, known, known_format
+from memopt.spec.values import check_format, check_value, spelled_format
 
 _OVERRIDE = re.compile(r"(?P<what>[a-z0-9_.-]+(?:\([a-z0-9]+\)[a-z0-9.-]*)?)?(?:@(?P<placement>[a-z0-9]+))?")
 
@@ -32,12 +32,12 @@ def parse_override(pattern: str, text: Any, placement: str, rules: tuple[str, st
             f"overrides[{pattern!r}] = {text!r} is not FORMAT, RULE or RULE-FORMAT, with or without @PLACEMENT"
         )
     what, placement = match["what"] or "", match["placement"] or placement
-    known("placement", placement, PLACEMENTS)
+    check_value("placement", placement, PLACEMENTS)
     what = ALIASES.get(what, what)
     if what in RULES or "-" in what:
         return Override(*rule_and_format(what, f"overrides[{pattern!r}] = {text!r}"), placement, pattern)
     if what:
-        what = known_format(what)
+        what = spelled_format(what)
         rule, fallback = rules
         _check_format_of((rule, rule_and_format(fallback, "")[0]) if fallback else (rule,), what)
     return Override("", what, placement, pattern)
@@ -47,9 +47,9 @@ def rule_and_format(text: str, what: str) -> tuple[str, str]:
     """``RULE[-FORMAT]``, or another tool's name for it; the format is empty where none is named."""
     text = ALIASES.get(text, text)
     rule, _, fmt = text.partition("-")
-    known("rule", rule, RULES)
+    check_value("rule", rule, RULES)
     if fmt:
-        fmt = known_format(fmt)
+        fmt = spelled_format(fmt)
         try:
             _check_format_of((rule,), fmt)
         except SpecError as error:

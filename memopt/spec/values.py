@@ -22,10 +22,10 @@ def one_spelling(fmt: str) -> str:
     return "factored" if (signed, non_negative) == ("32bit", "factored") else fmt
 
 
-def known_format(fmt: str) -> str:
+def spelled_format(fmt: str) -> str:
     """The shortest spelling of a format or of two, which there must be."""
     for one in by_sign(fmt):
-        known("format", one, FORMATS)
+        check_value("format", one, FORMATS)
     return one_spelling(fmt)
 
 
@@ -60,7 +60,7 @@ def check_format(rule: str, fmt: str, spec: str, hyper: Mapping[str, Any] = Mapp
         raise SpecError(f"'{spec}': {reason}; nearest: {rule}-{one_spelling(f'8bit.{non_negative}')}")
 
 
-def known(axis: str, value: Any, allowed: Mapping[str, Any]) -> None:
+def check_value(axis: str, value: Any, allowed: Mapping[str, Any]) -> None:
     if value in allowed:
         return
     from difflib import get_close_matches

@@ -31,9 +31,9 @@ class Release:
 
     def __init__(self, stepper: Stepper, model: nn.Module, max_norm: float | None) -> None:
         _refuse_model(model)
-        known = {id(p) for p in model.parameters()}
+        of_model = {id(p) for p in model.parameters()}
         for name, p, _ in stepper.params.entries():
-            if id(p) not in known:
+            if id(p) not in of_model:
                 raise ValueError(
                     f"{name} of shape {tuple(p.shape)} is not a parameter of the model; create the "
                     "optimizer after the model is moved, wrapped or sharded"

@@ -88,9 +88,9 @@ def _named(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def _found(pattern: str, names: Sequence[str]) -> str:
     """The pattern, or what it is without a wrapper's prefix; SpecError where neither matches."""
-    for known in (pattern, clean_pattern(pattern)):
-        if any(fnmatchcase(name, known) for name in names):
-            return known
+    for spelling in (pattern, clean_pattern(pattern)):
+        if any(fnmatchcase(name, spelling) for name in names):
+            return spelling
     raise SpecError(f"the pattern {pattern!r} matches no parameter; the names are {_some(names)}")
 
 

@@ -81,8 +81,8 @@ def reset_state(
     if step is not None and (not isinstance(step, int) or isinstance(step, bool) or step < 0):
         raise SpecError(f"step={step!r} is not allowed; it is a number of steps, or None")
     chosen = None if moments is None else {moments} if isinstance(moments, str) else set(moments)
-    known = [p for _, p, _ in optimizer.params.entries()]
-    given = known if parameters is None else [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    everything = [p for _, p, _ in optimizer.params.entries()]
+    given = everything if parameters is None else [parameters] if isinstance(parameters, Tensor) else list(parameters)
     plans = []
     for p in given:
         param = param_state_of(optimizer, p)

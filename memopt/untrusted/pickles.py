@@ -48,15 +48,15 @@ def read_pickle(content: bytes, names: Names, origin: str, outside: Callable[[An
     ) from None
 
 
-def inert_classes(modules: tuple[str, ...], known: Mapping[str, Any]) -> Names:
+def inert_classes(modules: tuple[str, ...], real: Mapping[str, Any]) -> Names:
     """A table of names: ``known`` by ``module.name``; any other of ``modules`` is a class of this reading alone, so
     that nothing that a file says of a class outlives it."""
     classes: dict[str, Any] = {}
 
     def names(module: str, name: str) -> Any:
         full = f"{module}.{name}"
-        if full in known:
-            return known[full]
+        if full in real:
+            return real[full]
         if full in classes or (module in modules and name.isidentifier() and len(classes) < MAX_CLASSES):
             return classes.setdefault(full, type(name, (Inert,), {}))
         raise Refused(f"it names {printable(full, 100)}")

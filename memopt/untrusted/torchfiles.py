@@ -151,7 +151,7 @@ class _Tensors:
         self._left = MAX_SHARED * (len(memory) + MIN_NBYTES)
 
     def names(self, classes: Mapping[str, Any]) -> Names:
-        known: dict[str, Any] = {
+        real: dict[str, Any] = {
             "collections.OrderedDict": Call(torch_rebuild.ordered),
             "collections.Counter": Call(torch_rebuild.counter),
             "collections.defaultdict": Call(lambda *arguments: {}),
@@ -175,7 +175,7 @@ class _Tensors:
             **{f"torch.{name}": name for name in _STORAGES},
             **_DTYPES,
         }
-        return inert_classes((), {**known, **classes})
+        return inert_classes((), {**real, **classes})
 
     def storage(self, pid: Any) -> _Storage:
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage" or not isinstance(pid[2], str):

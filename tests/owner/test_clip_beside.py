@@ -78,7 +78,7 @@ def test_gradients_that_somebody_else_clips_are_looked_at(looks) -> None:
         opt.step()
         assert looks
         assert float(norm) > BOUND
-    assert not checks.known_finite(p.grad for p in params)
+    assert not checks.seen_finite(p.grad for p in params)
 
 
 # Ranks ---------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ def _complete(found: State, converted: Converted) -> State:
         for group, members in zip(converted.groups, found["param_groups"], strict=True):
             members["param_names"] = list(group.names)
     # Of a parameter that another tool has not stepped, dtype and shape are not known.
-    known = [[name, source.records[name].dtype, list(source.records[name].shape)] for name in names]
+    described = [[name, source.records[name].dtype, list(source.records[name].shape)] for name in names]
     return {
         "state": {**found["state"], **copy.deepcopy(dict(source.others))},
         "param_groups": found["param_groups"],
@@ -41,6 +41,6 @@ def _complete(found: State, converted: Converted) -> State:
             "skipped_steps": source.skipped_steps or 0,
             "engine": spec.engine,
             "overrides": json.dumps(dict(spec.overrides)),
-            "parameters": json.dumps(known),
+            "parameters": json.dumps(described),
         },
     }

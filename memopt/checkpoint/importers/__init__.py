@@ -90,8 +90,8 @@ def _tool(groups: Any, states: Any, origin: str) -> Tool:
         if any(tool.wrote(groups[0], s) for s in samples):
             return tool
     keys = ", ".join(map(str, samples[0])) or "no state"
-    known = ", ".join(tool.name for tool in TOOLS)
-    raise ValueError(f"{origin} was written by a tool that is not known here: its state has {keys}. Known: {known}")
+    tools = ", ".join(tool.name for tool in TOOLS)
+    raise ValueError(f"{origin} was written by a tool that is not known here: its state has {keys}. Known: {tools}")
 
 
 def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Source:
@@ -115,9 +115,9 @@ def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Sou
         own = of_group(group)
         names = list(group.get("param_names") or ()) if named else [str(index + i) for i in range(len(group["params"]))]
         index += len(names)
-        known = group_of(names, own, tool.hyper(group, own), group)
-        known.hyper.update({"rule": own} if spec.is_mixed else {})
-        ours.append(Group(names, {k: v for k, v in known.hyper.items() if k not in tool.unsaved}))
+        one = group_of(names, own, tool.hyper(group, own), group)
+        one.hyper.update({"rule": own} if spec.is_mixed else {})
+        ours.append(Group(names, {k: v for k, v in one.hyper.items() if k not in tool.unsaved}))
         for name, key in zip(names, group["params"], strict=True):
             if name in records:
                 raise ValueError(f"{origin} has two parameters of the name {shown(name)}")

@@ -153,8 +153,8 @@ def _partitioned(
             ours.append((str(file), base))
             flats = [_flat({}, w, file) for w in weights]
         elif own_dict.wrote(base):
-            known, moments = deepspeed_files.vectors(base, str(file))
-            own = replace(known, records={})
+            own_source, moments = deepspeed_files.vectors(base, str(file))
+            own = replace(own_source, records={})
             if len(moments) != len(weights):
                 raise Refused(f"{file} has the state of {len(moments)} vectors and {len(weights)} vectors of weights")
             flats = [{**_flat({}, w, file), **found} for w, found in zip(weights, moments, strict=True)]
@@ -271,9 +271,9 @@ def _source(
 
 def _rules(group: Mapping[str, Any], moments: set[str]) -> tuple[str, ...]:
     """torch.optim's say what they are; DeepSpeed's own Adam does not tell its two modes apart."""
-    known = torch_optim.rules(group, {})
-    if known or moments - {"exp_avg", "exp_avg_sq"}:
-        return known
+    possible = torch_optim.rules(group, {})
+    if possible or moments - {"exp_avg", "exp_avg_sq"}:
+        return possible
     return ("adamw", "adam") if "exp_avg_sq" in moments else ("lion",) if "exp_avg" in moments else ()
 
 

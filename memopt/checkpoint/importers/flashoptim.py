@@ -42,8 +42,8 @@ def rules(group: State, state: State) -> tuple[str, ...]:
 
 
 def hyper(group: State, rule: str) -> dict[str, Any]:
-    known = ("lr", "betas", "eps", "momentum", "dampening", "weight_decay")
-    return {key: group[key] for key in known if key in group}
+    keys = ("lr", "betas", "eps", "momentum", "dampening", "weight_decay")
+    return {key: group[key] for key in keys if key in group}
 
 
 def moments(state: State) -> dict[str, Stored]:

@@ -50,10 +50,10 @@ def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) ->
         numbers = [number for group in groups for number in group["params"]]
         if len(numbers) != len(parameters):
             raise ValueError(f"{origin} has {len(numbers)} parameters in its groups and describes {len(parameters)}")
-        known, named = iter(parameters), is_named(groups)
+        described, named = iter(parameters), is_named(groups)
         ours: list[Group] = []
         records: dict[str, Record] = {}
-        for group, members in _members(groups, known):
+        for group, members in _members(groups, described):
             own = RULES[spec.rule_of(group)]
             h = {**own.hyperparameters, **plain(group)}
             own.check(h)
@@ -80,15 +80,15 @@ def spec_of(saved: Mapping[str, Any], origin: str) -> OptimSpec:
         raise ValueError(f"{origin} is of a spec that is not known here: {printable(str(error), 200)}") from error
 
 
-def _members(groups: Any, known: Iterator[Any]) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
+def _members(groups: Any, described: Iterator[Any]) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:
     for group in groups:
-        yield group, [(number, next(known)) for number in group["params"]]
+        yield group, [(number, next(described)) for number in group["params"]]
 
 
 def groups_of(state_dict: Mapping[str, Any], names: list[str]) -> list[Group]:
     """Its groups, of parameters that have these names in the groups' order."""
-    known = iter(names)
-    return [Group([next(known) for _ in group["params"]], plain(group)) for group in state_dict["param_groups"]]
+    rest = iter(names)
+    return [Group([next(rest) for _ in group["params"]], plain(group)) for group in state_dict["param_groups"]]
 
 
 def plain(group: Mapping[str, Any]) -> dict[str, Any]:

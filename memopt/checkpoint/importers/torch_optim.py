@@ -23,8 +23,8 @@ def rules(group: State, state: State) -> tuple[str, ...]:
         return ("muon",)
     if "amsgrad" in group:
         # Before torch 2.7 Adam and AdamW are not told apart by what they save.
-        known = group.get("decoupled_weight_decay")
-        return ("adam", "adamw") if known is None else ("adamw",) if known else ("adam",)
+        decoupled = group.get("decoupled_weight_decay")
+        return ("adam", "adamw") if decoupled is None else ("adamw",) if decoupled else ("adam",)
     return tuple(rule for rule, mark in _MARKS.items() if mark in group)
 
 

@@ -110,7 +110,7 @@ def add_slabs(body: dict[str, Any], ranks: Ranks, sharded: Mapping[str, Any], op
 
 
 def _layout_keys(optimizer: Any, name: str, p: Tensor) -> list[str]:
-    group = next(group for known, q, group in optimizer.params.entries() if q is p and known == name)
+    group = next(group for other, q, group in optimizer.params.entries() if q is p and other == name)
     state = optimizer.state.get(p, {})
     return [key for key in state if key not in own_entries(optimizer.spec.rule_of(group), state)]
 

@@ -83,9 +83,9 @@ def _check_optimizer(saved: dict[str, Any], world: int) -> None:
 
     if _need("world_size", saved, _world) > world:
         raise Refused(f"the optimizer is of {saved['world_size']:,} ranks, and {world:,} wrote the checkpoint")
-    for key, known in (("engine", ENGINES), ("partition", PARTITIONS)):
-        if not isinstance(saved.get(key), str) or saved[key] not in known:
-            raise Refused(f"{key}={shown(saved.get(key))} is not known; known are {', '.join(known)}")
+    for key, allowed in (("engine", ENGINES), ("partition", PARTITIONS)):
+        if not isinstance(saved.get(key), str) or saved[key] not in allowed:
+            raise Refused(f"{key}={shown(saved.get(key))} is not known; known are {', '.join(allowed)}")
     _need("spec", saved, _text)
     _need("seed", saved, _whole)
     _need("skipped_steps", saved, _count)

@@ -17,7 +17,7 @@ Opener = Callable[[Path], Any]
 #: Of each file of a checkpoint: name, bytes, when it was changed, and which file it is.
 _Signature = tuple[tuple[str, int, int, int], ...]
 #: Checkpoints that this process has written or verified, and their files as they were then.
-_KNOWN: dict[Path, _Signature] = {}
+_CHECKED: dict[Path, _Signature] = {}
 
 
 def _signature(path: Path) -> _Signature:
@@ -29,14 +29,14 @@ def _signature(path: Path) -> _Signature:
 def remember(path: Path) -> None:
     """Every byte of this checkpoint has just been written or verified."""
     path = path.resolve()
-    _KNOWN[path] = _signature(path)
+    _CHECKED[path] = _signature(path)
 
 
 def damage(path: Path, opened: Opener) -> str | None:
     """What is wrong with a checkpoint, or None: what ``opened(path)`` raises, which reads all of it. Files that this
     process wrote or verified, and that are as they were, are not read again."""
     try:
-        if _KNOWN.get(path.resolve()) != _signature(path):
+        if _CHECKED.get(path.resolve()) != _signature(path):
             opened(path).close()
     except (DamagedFile, OSError) as error:
         return str(error)
@@ -66,4 +66,4 @@ def prune(new: Path, keep: int, opened: Opener) -> None:
         gone = path.with_name(checkpoint_dir.REMOVING + path.name)
         os.rename(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
-        _KNOWN.pop(path.resolve(), None)
+        _CHECKED.pop(path.resolve(), None)

@@ -27,26 +27,26 @@ def of_vectors(
     hyperparameters.
     """
     trained = [one for one in origins if one.flat is not None]
-    known = _by_name(source, trained)
+    by_name = _by_name(source, trained)
     records = {}
     for name, p, _ in entries:
         members = [one for one in trained if one.flat is p and one.spans[one.rank].numel]
-        records[name] = _record(name, p.numel(), [(one, known[one.name]) for one in members])
+        records[name] = _record(name, p.numel(), [(one, by_name[one.name]) for one in members])
     names = [[name for name, _, of in entries if of is group] for group in groups]
-    return _like(source, records, names, _hyper(source, trained, known, groups), named=False)
+    return _like(source, records, names, _hyper(source, trained, by_name, groups), named=False)
 
 
 def of_fragments(source: Source, origins: Sequence[Origin], groups: Sequence[dict[str, Any]]) -> Source:
     """``source`` for an optimizer of these ``groups`` that steps the rows behind the vectors. Parameters that are not
     trained have no state. Raises ValueError as :func:`of_vectors`."""
     trained = [one for one in origins if one.flat is not None]
-    known = _by_name(source, trained)
+    by_name = _by_name(source, trained)
     records = {}
     for one in origins:
-        found = known.get(one.name) or Record(one.name, one.shape, stepped=False)
+        found = by_name.get(one.name) or Record(one.name, one.shape, stepped=False)
         records[one.name] = replace(found, name=one.name)
     names = [[one.name for one in origins if one.group is group] for group in groups]
-    return _like(source, records, names, _hyper(source, trained, known, groups), named=True)
+    return _like(source, records, names, _hyper(source, trained, by_name, groups), named=True)
 
 
 def _like(
@@ -57,13 +57,13 @@ def _like(
 
 
 def _hyper(
-    source: Source, origins: Sequence[Origin], known: Mapping[str, Record], groups: Sequence[dict[str, Any]]
+    source: Source, origins: Sequence[Origin], by_name: Mapping[str, Record], groups: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """What each of the optimizer's groups was saved with."""
     saved = {name: group.hyper for group in source.groups for name in group.names}
     found = []
     for group in groups:
-        same = [saved[known[one.name].name] for one in origins if one.group is group]
+        same = [saved[by_name[one.name].name] for one in origins if one.group is group]
         if any(h != same[0] for h in same):
             raise ValueError(f"{source.origin}: parameters of one group here were saved with different hyperparameters")
         found.append(dict(same[0]) if same else {})
@@ -80,13 +80,13 @@ def _by_name(source: Source, origins: Sequence[Origin]) -> Mapping[str, Record]:
             )
         return dict(zip(names, source.records.values(), strict=True))
     theirs, ours = matching(list(source.records), names)
-    known = dict(zip(theirs, source.records.values(), strict=True))
+    by_name = dict(zip(theirs, source.records.values(), strict=True))
     for name, of, one in zip(names, ours, origins, strict=True):
-        if of not in known:
+        if of not in by_name:
             raise ValueError(f"{source.origin} has no parameter {name!r}; both must have the same parameters")
-        if known[of].stepped and known[of].shape != one.shape:
-            raise ValueError(f"{source.origin}: {name} is {list(known[of].shape)}, and {list(one.shape)} here")
-    return {name: known[of] for name, of in zip(names, ours, strict=True)}
+        if by_name[of].stepped and by_name[of].shape != one.shape:
+            raise ValueError(f"{source.origin}: {name} is {list(by_name[of].shape)}, and {list(one.shape)} here")
+    return {name: by_name[of] for name, of in zip(names, ours, strict=True)}
 
 
 def _record(name: str, numel: int, members: Sequence[tuple[Origin, Record]]) -> Record:

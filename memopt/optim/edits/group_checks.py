@@ -71,11 +71,11 @@ def check_group(group: Any, spec: OptimSpec, seen: set[int], live: bool = False)
     if "rule" in group and name not in spec.rule_names:
         raise SpecError(f"a param group is of the rule {name!r}; '{spec}' has {', '.join(spec.rule_names)}")
     rule = RULES[name]
-    known = rule.hyperparameters
-    given = {k: v for k, v in group.items() if k in known}
+    hyperparameters = rule.hyperparameters
+    given = {k: v for k, v in group.items() if k in hyperparameters}
     for key in group:
-        if key not in known and key not in (*TORCH_KEYS, "max_grad_norm"):
-            _refuse_typo(key, {**known, "max_grad_norm": None}, name)
+        if key not in hyperparameters and key not in (*TORCH_KEYS, "max_grad_norm"):
+            _refuse_typo(key, {**hyperparameters, "max_grad_norm": None}, name)
     h = spec.resolve(given, rule=name)
     check_max_grad_norm(group.get("max_grad_norm"), spec.engine)
     for p in params:
@@ -112,10 +112,10 @@ def _check_parameter(p: Any, name: str, seen: set[int]) -> None:
     seen.add(id(p))
 
 
-def _refuse_typo(key: str, known: Mapping[str, Any], rule: str) -> None:
+def _refuse_typo(key: str, allowed: Mapping[str, Any], rule: str) -> None:
     """A key that is nearly a hyperparameter is a mistake; any other is the caller's or a scheduler's note."""
     from difflib import get_close_matches
 
-    near = get_close_matches(key, known, n=1, cutoff=0.8)
+    near = get_close_matches(key, allowed, n=1, cutoff=0.8)
     if near:
         raise SpecError(f"{rule} has no hyperparameter {key!r}; did you mean {near[0]!r}?")

@@ -56,14 +56,14 @@ def dump(params: Params, skipped_steps: int, whole: Mapping[int, Any] | None = N
 def described(params: Params) -> dict[str, str]:
     """What another spec must know to read the state, each as one string, which every tool that saves keeps as it is."""
     spec = params.setup.spec
-    known = [
+    parameters = [
         [name, str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p, _ in params.entries() if has_shape(p)
     ]
-    whole = len(known) == len(list(params.entries()))  # else a lazy module has not seen data, nor stepped
+    whole = len(parameters) == len(list(params.entries()))  # else a lazy module has not seen data, nor stepped
     return {
         "engine": spec.engine,
         "overrides": json.dumps(dict(spec.overrides)),
-        **({"parameters": json.dumps(known)} if whole else {}),
+        **({"parameters": json.dumps(parameters)} if whole else {}),
     }
 
 

@@ -38,10 +38,10 @@ class Flat(Partition):
         """DeepSpeed steps groups and sub-groups one by one: a vector keeps its number as its name."""
         for group in groups:
             for p in group["params"]:
-                known = [i for i, q in enumerate(self._seen) if q is p]
-                if not known:
+                found = [i for i, q in enumerate(self._seen) if q is p]
+                if not found:
                     self._seen.append(p)
-                yield str(known[0] if known else len(self._seen) - 1), p, group
+                yield str(found[0] if found else len(self._seen) - 1), p, group
 
     def total_squares(self, parameters: Sequence[Tensor], squares: Sequence[float]) -> float:
         import torch

@@ -91,12 +91,12 @@ def note_finite(gradients: Iterable[Tensor]) -> None:
             _FINITE[id(g)] = ref(g), g._version, g.data_ptr()
 
 
-def known_finite(gradients: Iterable[Tensor | None]) -> bool:
+def seen_finite(gradients: Iterable[Tensor | None]) -> bool:
     """Whether each of these is there, was found to be finite, and was not written to since by what torch knows of."""
     if not _FINITE:
         return False
     for g in gradients:
-        known = None if g is None else _FINITE.get(id(g))
-        if g is None or known is None or known[0]() is not g or (g._version, g.data_ptr()) != known[1:]:
+        seen = None if g is None else _FINITE.get(id(g))
+        if g is None or seen is None or seen[0]() is not g or (g._version, g.data_ptr()) != seen[1:]:
             return False
     return True

@@ -102,20 +102,20 @@ def scaled(gradients: Iterable[Tensor]) -> None:
     none has changed, none was another meanwhile. So clipping that had nothing to clip leaves the copies what they are.
     """
     if _COPIES:
-        known = {id(g): g for g in gradients}
+        by_id = {id(g): g for g in gradients}
         for copy in list(_COPIES):
-            g = known.get(id(copy.p.grad))
+            g = by_id.get(id(copy.p.grad))
             if g is not None:
                 copy.excuse(g)
 
 
 @final
 class GradientPrefetch:
-    """``known`` is the placement's store's: name -> (something, pieces, something) of the parameters that have
+    """``chunks`` is the placement's store's: name -> (something, pieces, something) of the parameters that have
     stepped."""
 
-    def __init__(self, known: Mapping[str, tuple[Any, Sequence[Piece], Any]]) -> None:
-        self._known = known
+    def __init__(self, chunks: Mapping[str, tuple[Any, Sequence[Piece], Any]]) -> None:
+        self._chunks = chunks
         self._buffers: Sequence[Tensor] = ()  # the placement's store's, uint8 [n] each
         self._hooks = Hooks(self)
         self._copies: dict[str, Copy] = {}
@@ -177,7 +177,7 @@ class GradientPrefetch:
         """Where its pieces go, as many of the first of them as there is room for."""
         room = self._buffers[0].numel() if self._buffers else 0
         found: list[Place] = []
-        for number, piece in enumerate(self._known[name][1]):
+        for number, piece in enumerate(self._chunks[name][1]):
             if not self._ends or self._ends[-1] + piece.nbytes > room:
                 if len(self._ends) == len(self._buffers) or piece.nbytes > room:
                     break

@@ -51,7 +51,7 @@ class Offloaded(Streamed):
         self._parts: dict[str, tuple[ParamLayout, list[Piece]]] = {}
         gradients = store_options.options["offload_gradients"]
         self._gradient_offload = GradientOffload(self._buffers_ready, self.nbytes) if gradients is True else None
-        self._prefetch = GradientPrefetch(self._known) if gradients == PREFETCH else None
+        self._prefetch = GradientPrefetch(self._cuts) if gradients == PREFETCH else None
         self.takes_params = gradients is not False
         self._begun: set[tuple[str, int]] = set()  # parameters and numbers of pieces whose gradient is in its place
         self._watched: dict[str, tuple[Tensor, ChunkedState, bool]] = {}
@@ -67,7 +67,7 @@ class Offloaded(Streamed):
     def register_params(self, parameters: Mapping[str, tuple[Tensor, ChunkedState, bool]]) -> None:
         self._watched = dict(parameters)
         if self._prefetch is not None:
-            self._prefetch.hook(self._known_to_step())
+            self._prefetch.hook(self._prefetched())
         if self._gradient_offload is None:
             return
         self._gradient_offload.hook({name: p for name, (p, _, wanted) in parameters.items() if wanted})
@@ -94,9 +94,9 @@ class Offloaded(Streamed):
             self._prepare_watched()
         return self._host
 
-    def _known_to_step(self) -> dict[str, Tensor]:
+    def _prefetched(self) -> dict[str, Tensor]:
         """Parameters on a device that have stepped, and whose gradients stay in ``backward()``."""
-        return {name: p for name, (p, _, wanted) in self._watched.items() if wanted and name in self._known}
+        return {name: p for name, (p, _, wanted) in self._watched.items() if wanted and name in self._cuts}
 
     def _prepare_watched(self) -> None:
         by_device: dict[torch.device, dict[str, ChunkedState]] = {}
@@ -126,14 +126,14 @@ class Offloaded(Streamed):
             return staging(chunked(work), self._gradient_offload is not None)
 
         for work in there:
-            known = self._parts.get(work.name)
-            if known is None or known[0] is not work.layout:
+            parts = self._parts.get(work.name)
+            if parts is None or parts[0] is not work.layout:
                 state, cut = chunked(work), self._cut(work, staged)[1]
                 parts = [piece(work.name, state.rows, part.rows, state.layout) for part in cut]
                 self._parts[work.name] = work.layout, parts
         super().step(there, run, staged)
         if self._prefetch is not None and there:
-            self._prefetch.ready(there[0].p.device, self._host, self._known_to_step())
+            self._prefetch.ready(there[0].p.device, self._host, self._prefetched())
 
     def begun(self, slices: Sequence[ChunkSlice], device: torch.device) -> list[list[Placed]]:
         """Those whose gradients came down in ``backward()``; their buffers are the first of all from now on."""

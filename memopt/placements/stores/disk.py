@@ -76,10 +76,10 @@ class Files(Streamed):
 
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
         entry = self.entries.get(name)
-        known = entry.tensors() if entry is not None else {}
-        if known.keys() != state.keys() - {"step"}:  # moments have been switched on or off
+        tensors = entry.tensors() if entry is not None else {}
+        if tensors.keys() != state.keys() - {"step"}:  # moments have been switched on or off
             return False
-        return all(state[key].data_ptr() == t.data_ptr() for key, t in known.items() if t.numel())
+        return all(state[key].data_ptr() == t.data_ptr() for key, t in tensors.items() if t.numel())
 
     def restore(self, name: str, lines: Sequence[Line]) -> Restored | None:
         if self.directory is None or name not in self.directory.pending:

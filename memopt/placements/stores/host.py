@@ -106,17 +106,17 @@ class Pinned(Streamed):
             super().prepare(chunked, device, also)
 
     def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
-        known = self._chunk(chunk)
-        pairs, nbytes = known.pairs, known.nbytes
+        cached = self._chunk(chunk)
+        pairs, nbytes = cached.pairs, cached.nbytes
 
         def up(i: int) -> None:
             for there, at in pairs:
                 self._device[i][at : at + len(there)].copy_(there, non_blocking=True)
 
         def step(i: int) -> None:
-            states = known.states.get(i)
+            states = cached.states.get(i)
             if states is None:
-                states = known.states[i] = [self._in_buffer(i, *one) for one in chunk]
+                states = cached.states[i] = [self._in_buffer(i, *one) for one in chunk]
             run([chunk_slice.on(state) for (chunk_slice, _), state in zip(chunk, states, strict=True)])
 
         def down(i: int) -> None:

@@ -49,8 +49,8 @@ class Mapped(PlacementStore):
             self._unified[name] = sum(line.nbytes for line in lines)
             return unified(lines, device)
         if device.type != "cpu":
-            known = "resident= is for parameters in host memory" if device.type == "cuda" else "no such memory is known"
-            raise RuntimeError(f"paged: {known}, and {name} is on {device}; use another placement")
+            why = "resident= is for parameters in host memory" if device.type == "cuda" else "no such memory is known"
+            raise RuntimeError(f"paged: {why}, and {name} is on {device}; use another placement")
         if self._files is not None:
             return self._files.allocate(name, lines, device)
         if self._arena is None:

@@ -96,7 +96,7 @@ class Streamed(PlacementStore):
         super().__init__(placement)
         self.nbytes = workspace
         self.buffers = Buffers(0, 0)
-        self._known: dict[str, tuple[ParamLayout, list[Piece], list[ParamLayout]]] = {}
+        self._cuts: dict[str, tuple[ParamLayout, list[Piece], list[ParamLayout]]] = {}
         self._in_buffers: dict[tuple[int, Part, int], Tensor] = {}
         self._extents: dict[str, Extent] = {}
         self._streams: Streams | None = None  # of the last step
@@ -189,13 +189,13 @@ class Streamed(PlacementStore):
         self, work: Work, chunked: Callable[[Work], ChunkedState]
     ) -> tuple[ParamLayout, list[Piece], list[ParamLayout]]:
         """A work's layout, the pieces of its state, and the layout of each: cut once for a layout."""
-        known = self._known.get(work.layout.name)
-        if known is None or known[0] is not work.layout:
+        entry = self._cuts.get(work.layout.name)
+        if entry is None or entry[0] is not work.layout:
             one = chunked(work)
             cut = pieces(work.name, *one[:3], self._target, self.align)
-            known = self._known[work.name] = work.layout, cut, [work.layout.at(p.rows) for p in cut]
+            entry = self._cuts[work.name] = work.layout, cut, [work.layout.at(p.rows) for p in cut]
             self._extents[work.name] = extent(*one[:3], self._target)
-        return known
+        return entry
 
     def in_buffer(self, buffer: Tensor, at: int, part: Part) -> Tensor:
         """:func:`tensor_in` of one of the buffers, remembered: most steps are cut as the one before."""
