@@ -126,10 +126,10 @@ def context() -> Iterator[Finding]:
 
     if not torch.cuda.is_available():
         return
-    from estimators.allocator.contexts import context as context
+    from estimators.allocator.contexts import context as assumed_context
     from memopt.diagnosis.measured import context_nbytes
 
-    here, assumed = (context_nbytes() or 0) / 2**20, context(torch.cuda.get_device_properties(0).name)
+    here, assumed = (context_nbytes() or 0) / 2**20, assumed_context(torch.cuda.get_device_properties(0).name)
     text = f"{here:.0f} MiB here; estimates take {assumed.expected / 2**20:.0f} ({assumed.source})"
     yield Finding("CUDA context", OK, text)
 

@@ -23,7 +23,7 @@ FROZEN = 2.0
 UNSTABLE = {"4bit": 1.0}
 UNSTABLE_DEFAULT = 0.5
 #: Steps within which a warm-up would have had its effect.
-PREFETCH = 10
+FIRST_STEPS = 10
 #: Losses without which nothing is said about their course.
 ENOUGH = 40
 SIXTEEN_BIT = ("bfloat16", "float16")
@@ -123,12 +123,12 @@ def rate(h: History) -> Iterator[Finding]:
 
 def warm_up(h: History) -> Iterator[Finding]:
     """The full rate from the first step on, large early steps, and a loss that jumped."""
-    early = [r for r in h.readings if r.step <= PREFETCH]
-    worst = _worst(early)
+    opening = [r for r in h.readings if r.step <= FIRST_STEPS]
+    worst = _worst(opening)
     if worst is None or _ramped(h.readings) or worst[1].update_ratio is None or len(h.losses) < 2:
         return
     start = h.losses[0][1]
-    jumped = max((loss for step, loss in h.losses if step <= PREFETCH), default=start)
+    jumped = max((loss for step, loss in h.losses if step <= FIRST_STEPS), default=start)
     if worst[1].update_ratio > LARGE_STEP and jumped > JUMP * start:
         yield Finding(
             "warm-up",
@@ -281,10 +281,10 @@ def _recent(h: History) -> float:
 
 
 def _rising(h: History) -> bool:
-    return len(h.losses) >= PREFETCH and _recent(h) > JUMP * _start(h)
+    return len(h.losses) >= FIRST_STEPS and _recent(h) > JUMP * _start(h)
 
 
 def _grown(h: History, until: int) -> bool:
     """Whether the losses before a step had risen above where they began."""
     before = [loss for step, loss in h.losses if step < until and isfinite(loss)]
-    return len(before) > PREFETCH and fmean(before[-3:]) > JUMP * before[0]
+    return len(before) > FIRST_STEPS and fmean(before[-3:]) > JUMP * before[0]

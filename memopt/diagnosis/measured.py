@@ -204,8 +204,8 @@ def _held_by_this_process() -> int | None:
 
         pynvml.nvmlInit()
         card = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-        held = {p.pid: p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card)}
-        return held.get(os.getpid())
+        used = {p.pid: p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(card)}
+        return used.get(os.getpid())
     except Exception:  # it is only a better source: without it, or with an old one, the card's own figure is taken
         return None
 

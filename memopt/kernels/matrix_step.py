@@ -34,8 +34,8 @@ def refuse(layout: ParamLayout, p: Tensor, g: Tensor) -> str | None:
         return f"the kernels take fp32, bf16 and fp16, and it is {str(p.dtype).removeprefix('torch.')}"
     if layout.modifiers:
         return f"there is no kernel for {layout.rule.name} with {', '.join(layout.modifiers)}"
-    held = [m.format.name for m in layout.moments]
-    if layout.rule.name != "muon" or len(held) != 1 or held[0] not in FORMATS:
+    formats = [m.format.name for m in layout.moments]
+    if layout.rule.name != "muon" or len(formats) != 1 or formats[0] not in FORMATS:
         names = ", ".join(m.moment.name for m in layout.moments)
         return f"there is no kernel for {layout.rule.name} with {names} in {layout.asked}"
     return pack.refuse(_applied(layout), p, g)

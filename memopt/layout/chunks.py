@@ -179,13 +179,13 @@ class Sized(Protocol):
 def pack(found: "Iterable[T]", nbytes: int) -> "Iterator[list[T]]":
     """Pieces in order, as many at once as a buffer of ``nbytes`` holds."""
     chunk: list[T] = []
-    held = 0
+    filled = 0
     for one in found:
-        if chunk and held + one.nbytes > nbytes:
+        if chunk and filled + one.nbytes > nbytes:
             yield chunk
-            chunk, held = [], 0
+            chunk, filled = [], 0
         chunk.append(one)
-        held += one.nbytes
+        filled += one.nbytes
     if chunk:
         yield chunk
 

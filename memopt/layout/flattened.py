@@ -30,8 +30,8 @@ def needs_shapes(spec: OptimSpec) -> str | None:
     if not RULES[spec.rule].element_wise:
         return f"needs the parameters' shapes: {spec.rule} takes statistics of whole tensors"
     layout = resolve(spec, spec.resolve(), "", 0, Rows.whole((4096, 4096)), "float32")
-    held = {m.format.name for m in layout.moments}
-    whole = held & {"factored", "rowmean"}
+    formats = {m.format.name for m in layout.moments}
+    whole = formats & {"factored", "rowmean"}
     return f"needs the parameters' shapes: a moment is held as {whole.pop()}" if whole else None
 
 

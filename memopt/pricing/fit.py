@@ -62,18 +62,18 @@ def fit(
     tensors = named_tensors(model_or_shapes)
     rungs = [fmt for fmt in LADDER if _allowed(base, fmt)]
     costs = _Costs(base, rungs)
-    held = {name: 0 for name, _ in tensors}
+    rung_of = {name: 0 for name, _ in tensors}
     total = sum(costs(tensor, 0) for _, tensor in tensors)
     for rung in range(1, len(rungs)):
         if total <= limit:
             break
-        total = _descend(tensors, held, rung, costs, total, limit)
+        total = _descend(tensors, rung_of, rung, costs, total, limit)
     if total > limit:
         raise SpecError(
             f"the state does not fit into {limit:,} bytes; the least that {base.rule} needs is {total:,}; "
             "a rule with less state is lion"
         )
-    return _spec(base, held, rungs)
+    return _spec(base, rung_of, rungs)
 
 
 def _allowed(base: OptimSpec, fmt: str) -> bool:
@@ -100,12 +100,12 @@ class _Costs:
 
 
 def _descend(
-    tensors: list[tuple[str, TensorSpec]], held: dict[str, int], rung: int, costs: _Costs, total: int, limit: int
+    tensors: list[tuple[str, TensorSpec]], rung_of: dict[str, int], rung: int, costs: _Costs, total: int, limit: int
 ) -> int:
     """Move parameters to ``rung`` until the budget holds; those that gain nothing there stay where they are."""
 
     def gain(tensor: TensorSpec, name: str) -> int:
-        return costs(tensor, held[name]) - costs(tensor, rung)
+        return costs(tensor, rung_of[name]) - costs(tensor, rung)
 
     order = sorted(tensors, key=lambda item: ("embed" in item[0] or "wte" in item[0], -gain(item[1], item[0])))
     for name, tensor in order:
@@ -113,15 +113,15 @@ def _descend(
             break
         if gain(tensor, name) > 0:
             total -= gain(tensor, name)
-            held[name] = rung
+            rung_of[name] = rung
     return total
 
 
-def _spec(base: OptimSpec, held: Mapping[str, int], rungs: list[str]) -> OptimSpec:
+def _spec(base: OptimSpec, rung_of: Mapping[str, int], rungs: list[str]) -> OptimSpec:
     """The most common rung is the spec's format, the others are overrides by name."""
-    used = list(held.values())
+    used = list(rung_of.values())
     common = max(range(len(rungs)), key=lambda rung: (used.count(rung), -rung))
     # A name may hold characters that mean something to a shell-style pattern.
-    quoted = {name: "".join(f"[{c}]" if c in "*?[" else c for c in name) for name in held}
-    overrides = {quoted[name]: rungs[held[name]] for name in held if held[name] != common}
+    quoted = {name: "".join(f"[{c}]" if c in "*?[" else c for c in name) for name in rung_of}
+    overrides = {quoted[name]: rungs[rung_of[name]] for name in rung_of if rung_of[name] != common}
     return base.replace(format=rungs[common], overrides=overrides)

@@ -40,8 +40,8 @@ def within(folder: Path, name: Any, where: str) -> Path:
     no component, and for a link that leads out of the folder."""
     path = folder / component(name, where)
     if path.is_symlink():
-        target, home = _resolved(path), folder.resolve()
-        if home not in target.parents and not _of_the_hub(home, target):
+        target, root = _resolved(path), folder.resolve()
+        if root not in target.parents and not _of_the_hub(root, target):
             raise Refused(f"{path} is a link that leads out of its folder; name what it leads to, or copy it")
     return path
 

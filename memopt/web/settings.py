@@ -95,11 +95,11 @@ def for_estimate(settings: Mapping[str, Any]) -> Namespace:
 
 def for_plan(settings: Mapping[str, Any]) -> Namespace:
     """What ``memopt plan`` makes of them: a step has the same sequences, and what :data:`PLANNED` names is searched."""
-    held = {name: value for name, value in settings.items() if name not in PLANNED}
-    held["gpus"] = held.pop("world", "1")
-    sequences = step.whole(held.get("batch", "1"), "--batch")
-    held["batch"] = str(sequences * step.whole(settings.get("accumulate", "1"), "--accumulate"))
-    return _flags(plan, ["", "--gpu", ""], held)
+    fixed = {name: value for name, value in settings.items() if name not in PLANNED}
+    fixed["gpus"] = fixed.pop("world", "1")
+    sequences = step.whole(fixed.get("batch", "1"), "--batch")
+    fixed["batch"] = str(sequences * step.whole(settings.get("accumulate", "1"), "--accumulate"))
+    return _flags(plan, ["", "--gpu", ""], fixed)
 
 
 def _flags(verb: Any, argv: list[str], settings: Mapping[str, Any]) -> Namespace:

@@ -100,10 +100,10 @@ def _kinds(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
 def _elsewhere(column: Column) -> str:
     """State that is not in the GPU's figures."""
     pageable = column.nbytes("state", PAGEABLE)
-    away = column.nbytes("state") - column.nbytes("state", GPU)
+    elsewhere = column.nbytes("state") - column.nbytes("state", GPU)
     if pageable:
         return f"{gib(pageable)} of state is pageable: it moves to the host while the GPU is full"
-    return f"{gib(away)} of state is on the host or on disk" if away > 2**20 else ""
+    return f"{gib(elsewhere)} of state is on the host or on disk" if elsewhere > 2**20 else ""
 
 
 def plans_view(result: Plans, settings: Mapping[str, Any]) -> dict[str, Any]:

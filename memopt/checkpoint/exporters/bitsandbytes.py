@@ -20,11 +20,11 @@ def _plan(source: Source, fmt: str) -> ExportPlan:
 
 def _state(record: Record, parts: State) -> State:
     found: State = {"step": int(parts["step"])}
-    for i, held in enumerate(by_moment(parts).values(), 1):
-        if "" in held:
-            found[f"state{i}"] = held[""]
+    for i, named in enumerate(by_moment(parts).values(), 1):
+        if "" in named:
+            found[f"state{i}"] = named[""]
         else:
-            found |= {f"state{i}": held["codes"], f"absmax{i}": held["scales"]}
+            found |= {f"state{i}": named["codes"], f"absmax{i}": named["scales"]}
             found[f"qmap{i}"] = code_book(signed=i == 1).clone()
     return found
 

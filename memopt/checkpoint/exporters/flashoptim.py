@@ -46,11 +46,11 @@ def _plan(source: Source) -> ExportPlan:
 
     def state(record: Record, parts: State) -> State:
         found: State = {} if rule in ("lion", "sgd") else {"step": parts["step"].to(torch.int64)}
-        for name, held in by_moment(parts).items():
+        for name, named in by_moment(parts).items():
             if name == "correction":
-                found[CORRECTION] = held[""]
+                found[CORRECTION] = named[""]
             else:
-                found |= {name + CODES: held["codes"], name + SCALES: _scales(held["scales"], record.dtype)}
+                found |= {name + CODES: named["codes"], name + SCALES: _scales(named["scales"], record.dtype)}
         return found
 
     def group(h: State) -> State:

@@ -33,7 +33,7 @@ def _plan(source: Source, fmt: FlatBlocks, make: Make) -> ExportPlan:
 
     def state(record: Record, parts: State) -> State:
         moments = by_moment(parts).items()
-        made = {name: held[""] if "" in held else make(record, held, name == "exp_avg") for name, held in moments}
+        made = {name: named[""] if "" in named else make(record, named, name == "exp_avg") for name, named in moments}
         return {"step": parts["step"], **made}
 
     return ExportPlan(OptimSpec(rule=rule), _group, state, Encoding(in_blocks(fmt, whole=True)))

@@ -97,11 +97,11 @@ class Stored(NamedTuple):
             if self.format.is_shared(self.moment, part, self.shape):
                 self.pieces[0].copy(part, None, target)
                 continue
-            for piece, held in self._located():
-                both = common(held, rows)
+            for piece, piece_rows in self._located():
+                both = common(piece_rows, rows)
                 if both is not None:
                     there = self.format.span(self.moment, part, rows, both)
-                    here = self.format.span(self.moment, part, held, both)
+                    here = self.format.span(self.moment, part, piece_rows, both)
                     piece.copy(part, here, target if there is None else target[slice(*there)])
 
 

@@ -197,7 +197,7 @@ def prepare_kernel(
     elif RULE == SGD or RULE == RMSPROP:
         momentum = tl.load(h + f.MOMENTUM)
         put(to, f.MU, momentum)
-        put(to, f.KEPT, tl.where(t == 1.0, 0.0, momentum))
+        put(to, f.CARRIED, tl.where(t == 1.0, 0.0, momentum))
         put(to, f.DAMP, tl.where(t == 1.0, 1.0, 1.0 - tl.load(h + f.DAMPENING)))
         put(to, f.LOOK_AHEAD, tl.load(h + f.NESTEROV))
     elif RULE == ADAFACTOR:

@@ -89,7 +89,7 @@ HYPER = tl.constexpr(28)  # even: rows begin at multiples of 16 bytes
 
 #: fp32: the numbers of one step of one tensor, rounded where torch rounds them. RUN: 0 where this step does not
 #: happen; SIGN: what the gradient is multiplied by; FIRST … THIRD: weights of interpolations, and whether they count
-#: from the far end (torch.lerp does from 1/2 on); KEPT: what SGD keeps of its buffer, 0 at the first step; PLAIN:
+#: from the far end (torch.lerp does from 1/2 on); CARRIED: what SGD keeps of its buffer, 0 at the first step; PLAIN:
 #: RAdam's step without its second moment; FLOOR, CEILING: bounds of a second moment and of its inverse root, or of
 #: AdaBound's rates; SHRINK: a decay too small to be taken from 1, or LAMB's within its update; FIRST_BIAS:
 #: 1 / (1 - b1^t); MIXED: how much of AdEMAMix's slow mean is taken; BEGINS, RETURNS: whether lookahead()'s slow weights
@@ -115,7 +115,7 @@ HYPER = tl.constexpr(28)  # even: rows begin at multiples of 16 bytes
     PLAIN,
     RATE_LR,
     MU,
-    KEPT,
+    CARRIED,
     DAMP,
     LOOK_AHEAD,
     EPS_ADDED,

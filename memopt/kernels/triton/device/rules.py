@@ -117,7 +117,7 @@ def lion(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.conste
 def sgd(p, g, v, m, x, c, M: tl.constexpr, X: tl.constexpr, FACTORED: tl.constexpr, PRECISE: tl.constexpr):
     g = with_decay(g, p, c)
     if M:
-        m = tl.fma(g, c[f.DAMP], m * c[f.KEPT])
+        m = tl.fma(g, c[f.DAMP], m * c[f.CARRIED])
         g = tl.where(c[f.LOOK_AHEAD] != 0, tl.fma(m, c[f.MU], g), m)
     return tl.fma(g, -c[f.RATE_LR], p), v, m, x
 
