@@ -43,7 +43,7 @@ def consolidated(optimizer: OptimizerParts, to: int | None) -> dict[int, dict[st
 
 def _whole(param: ParamState, state: Mapping[str, Tensor], record: Record) -> dict[str, Tensor]:
     rows = Rows.whole(param.shape)
-    whole = param._replace(rows=rows, device=torch.device("cpu"), parameter=None)
+    whole = param._replace(rows=rows, device=torch.device("cpu"), local=None)
     tensors = {key: torch.empty(t.shape, dtype=getattr(torch, t.dtype)) for key, t in whole.layout().items()}
     for moment, fmt in whole.codes:
         keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, rows)}

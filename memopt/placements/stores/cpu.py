@@ -126,8 +126,8 @@ class Offloaded(Streamed):
             return staging(chunked(work), self._gradient_offload is not None)
 
         for work in there:
-            parts = self._parts.get(work.name)
-            if parts is None or parts[0] is not work.layout:
+            before = self._parts.get(work.name)
+            if before is None or before[0] is not work.layout:
                 state, cut = chunked(work), self._cut(work, staged)[1]
                 parts = [piece(work.name, state.rows, part.rows, state.layout) for part in cut]
                 self._parts[work.name] = work.layout, parts
