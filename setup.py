@@ -4,9 +4,13 @@ With a C++ compiler the wheel is one for its platform and every Python (``py3-no
 C interface and know nothing of Python or torch. Without one, or with ``MEMOPT_KERNELS=off``, it is a pure wheel:
 kernels are compiled at first use, or the plain torch path runs, and ``memopt doctor`` says which. An editable install
 compiles nothing here: it builds at first use, whenever sources change.
+
+Where the sources are on the web is known to who builds for the public: ``MEMOPT_REPOSITORY`` is their address, and the
+links of the README, which lead to files beside it, then lead there. A source distribution keeps it for its wheels.
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -53,4 +57,41 @@ class WithKernels(Distribution):
         return True
 
 
-setup(cmdclass={"build_py": BuildKernels, "bdist_wheel": OneForEveryPython}, distclass=WithKernels)
+def address() -> str:
+    """Of the repository, or nothing where it was not said."""
+    kept = Path("PKG-INFO")  # of a source distribution
+    found = (
+        re.search(r"^Project-URL: Source, (\S+)$", kept.read_text(encoding="utf-8"), re.M) if kept.exists() else None
+    )
+    return os.environ.get("MEMOPT_REPOSITORY", "").rstrip("/") or (found[1] if found else "")
+
+
+def readme(repository: str, version: str) -> str:
+    """The README, with links that lead to the version's files in the repository."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    if not repository:
+        return text
+    return re.sub(
+        r"(!?)(\[[^\]]*\]\()(?![a-z]+:|#)([^)]+)\)",
+        lambda link: f"{link[1]}{link[2]}{repository}/{'raw' if link[1] else 'blob'}/v{version}/{link[3]})",
+        text,
+    )
+
+
+def urls(repository: str, version: str) -> dict[str, str]:
+    if not repository:
+        return {}
+    files = {"Documentation": "docs/index.md", "Changelog": "CHANGELOG.md"}
+    found = {name: f"{repository}/blob/v{version}/{path}" for name, path in files.items()}
+    return {"Source": repository, "Issues": f"{repository}/issues", **found}
+
+
+version = re.search(r'^version = "(.*)"$', Path("pyproject.toml").read_text(encoding="utf-8"), re.M)
+assert version is not None
+setup(
+    cmdclass={"build_py": BuildKernels, "bdist_wheel": OneForEveryPython},
+    distclass=WithKernels,
+    long_description=readme(address(), version[1]),
+    long_description_content_type="text/markdown",
+    project_urls=urls(address(), version[1]),
+)

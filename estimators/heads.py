@@ -39,6 +39,7 @@ def _with(model: Model, head: str) -> Model:
             f"head={shown(head)} is not allowed; it is one of {', '.join(HEADS)} or a class of transformers, such as "
             "BertForMaskedLM"
         )
+    model.known(f"head={shown(head)} is for a model with a configuration")
     if model.config is None or model.module is not None:
         raise InputError(
             f"head={shown(head)} is for a model with a configuration; of {model.name} the weights are known"

@@ -42,6 +42,7 @@ def _frozen(model: Model, training: Training) -> Model:
     from fnmatch import fnmatchcase
 
     what = "frozen" if training.frozen else "train"
+    model.known(f"{what}={shown(training.frozen or training.train)} goes by names of parameters")
     patterns = [p for p in (training.frozen or training.train).replace(",", " ").split() if p]
     names = [name for name, _ in model.shapes]
     matched: set[str] = set()

@@ -150,7 +150,8 @@ class Training(NamedTuple):
     def _contradictions(self) -> "tuple[tuple[bool, str], ...]":
         t, plain = self, Training()
         of_lora = [n for n in _OF_LORA if getattr(t, n) != getattr(plain, n)]
-        given = t.batch, t.checkpointing, t.accumulate, t.attention, t.loss, t.outputs, t.offload_activations
+        of_activations = [n for n in _OF_ACTIVATIONS if getattr(t, n) != getattr(plain, n)]
+        listed = ", ".join(f"{n}={getattr(t, n)}" for n in of_activations)
         return (
             (
                 bool(t.quantised and not t.lora),
@@ -197,9 +198,8 @@ class Training(NamedTuple):
             ),
             (t.packed and not t.seq, "packed says what the tokens of a row are, which needs seq"),
             (
-                not t.seq and given != (1, "none", 1, "sdpa", "full", "dropped", False),
-                "batch, checkpointing, accumulate, attention, loss, outputs and offload_activations have an effect on "
-                "activations, which need seq: tokens per sequence",
+                bool(of_activations and not t.seq),
+                f"{listed} changes activations, which need seq: the tokens of a sequence",
             ),
         )
 
@@ -228,6 +228,7 @@ _FLAGS = (
     "packed",
 )
 _TEXTS = ("lora_targets", "modules_to_save", "frozen", "train", "versions", "alloc_conf", "reference_model", "head")
+_OF_ACTIVATIONS = ("batch", "checkpointing", "accumulate", "attention", "loss", "outputs", "offload_activations")
 _OF_LORA = ("lora_targets", "lora_dtype", "lora_dropout", "lora_kind", "modules_to_save")
 
 

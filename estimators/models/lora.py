@@ -123,11 +123,7 @@ def with_adapters(model: Model, rank: int, quantised: str = "", adapters: "Adapt
     """Every weight frozen; beside each adapted one A of [rank, in] and B of [out, rank], as PEFT makes them.
     ``quantised`` is the storage of the linear layers: ``nf4``, ``nf4-double``, ``int8``, ``gptq`` or empty."""
     a = adapters or Adapters(rank, quantised=quantised)
-    if model.provenance == "assumed":
-        raise InputError(
-            "adapters need the shapes of the linear layers; a parameter count has none, name an "
-            "architecture or a config.json"
-        )
+    model.known("adapters need the shapes of the linear layers")
     chosen = targets(model, a.targets)
     shapes, dtypes, frozen = list(model.shapes), dict(model.dtypes), {name for name, _ in model.shapes}
     for name, shape in model.shapes:

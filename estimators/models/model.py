@@ -6,6 +6,8 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from estimators.errors import InputError
+
 Shape = tuple[int, ...]
 
 
@@ -37,6 +39,11 @@ class Model(NamedTuple):
     uncut: Mapping[str, Shape] = {}
     cuts: Mapping[str, Any] = {}
     degrees: tuple[int, int] = (1, 1)
+
+    def known(self, what: str) -> None:
+        """Raises :class:`InputError` where ``what`` goes by names and shapes, and only the count is known."""
+        if self.provenance == "assumed":
+            raise InputError(f"{what}; a parameter count has none, name an architecture or a config.json")
 
     def ranks(self, name: str, world_size: int) -> int:
         """Over how many of the data-parallel ranks a parameter is sharded."""

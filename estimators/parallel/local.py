@@ -12,6 +12,7 @@ def cut(model: Model, training: Training) -> Model:
     """The model with the shapes of the first of ``tp`` and ``ep`` ranks. Raises :class:`InputError`."""
     if training.tp == 1 and training.ep == 1:
         return model
+    model.known(f"{f'tp={training.tp}' if training.tp > 1 else f'ep={training.ep}'} cuts parameters by their names")
     from memopt.core.hyperparameters import SpecError
     from memopt.layout.model_parallel import cuts
 

@@ -47,8 +47,9 @@ def _title(e: Estimate, colour: bool, width: int) -> list[str]:
     if e.weights != e.gradients:
         dtypes = f"{e.weights} weights, {e.gradients} gradients"
     number = cards(e.training, e.world_size)
-    of = f" of {number:,}" if number > e.world_size else ""
-    ranks = f"; bytes per GPU{of}, {e.world_size} data-parallel ranks" if number > 1 else ""
+    of = f", one of {number:,}" if number > e.world_size else ""
+    data = f", {e.world_size:,} data-parallel ranks" if e.world_size > 1 else ""
+    ranks = f"; bytes of a GPU{of}{data}" if number > 1 else ""
     step = wrap(describe(e.training, e.model.inputs is not None), width)
     head = [_paint(line, "bold", colour) for line in wrap(title, width)]
     return [*head, *wrap(dtypes + ranks, width), *(step if step != [""] else [])]

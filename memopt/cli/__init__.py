@@ -61,9 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: from argparse, after ``--help`` (0) and after a command line that it refuses (2).
     """
-    arguments = [*(sys.argv[1:] if argv is None else argv)]  # the verb `list` hides the builtin here
-    verb = arguments[0] if arguments else ""
     terminal.never_refuse()
+    if argv is not None:
+        return _code(argv)
+    code = _code(sys.argv[1:])
+    _end_at_once(code)
+    return code
+
+
+def _end_at_once(code: int) -> None:
+    """The answer is out, and the process is this command line's: an interrupt while the interpreter is taken down,
+    which takes a while with torch, ends it without a word and with the same code."""
+    import atexit
+    import signal
+
+    with suppress(ValueError):  # in a thread
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(code))
+        atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
+
+
+def _code(words: Sequence[str]) -> int:
+    arguments = [*words]  # the verb `list` hides the builtin here
+    verb = arguments[0] if arguments else ""
     try:
         try:
             return _run(verb, arguments[1:])

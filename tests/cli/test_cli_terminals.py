@@ -1,7 +1,10 @@
 """Terminals of every encoding, readers that go, disks that are full, and random lines: one sentence or the answer."""
 
 import io
+import os
 import sys
+from argparse import ArgumentParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -123,12 +126,51 @@ def test_bench_without_a_repository_is_a_sentence(run, monkeypatch, tmp_path):
     assert err == "memopt bench: the benchmark is part of the repository and not of the package; run it in a checkout\n"
 
 
-def test_random_lines(monkeypatch):
-    """A few; ``benchmarks/cli_fuzz.py`` has ten thousand."""
+@pytest.fixture
+def random_lines(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
+    import cli_lines
+
+    return cli_lines
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_random_lines_have_every_flag(random_lines, verb):
+    parser = ArgumentParser()
+    import_module(f"memopt.cli.{verb.replace('-', '_')}").add_arguments(parser)
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    assert flags - {"-h", "--help"} == set(random_lines.VERBS[verb][1]) - {"--no"}
+
+
+def test_random_lines(random_lines, tmp_path):
+    """A few; ``benchmarks/cli_fuzz.py`` has ten thousand."""
     import cli_fuzz
 
-    found = cli_fuzz.run(0, 80, seed=1)
+    found = cli_fuzz.run(0, 40, seed=1, every=0)
     assert found["failures"] == []
     assert found["outcomes"]["exit code 0"] > 3
-    assert found["outcomes"]["exit code 2"] > 10
+    assert found["outcomes"]["exit code 2"] > 5
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        ("raise KeyError('x')", "traceback"),
+        ("print('Traceback (most recent call last)')", "traceback"),
+        ("print('日本')", "traceback"),
+        ("return 2", "exit code 2 without a sentence"),
+        ("return 3", "exit code 3"),
+        ("os._exit(0)", "ended the process"),
+        ("while True: pass", "hung"),
+    ],
+)
+def test_what_goes_wrong_in_a_random_line_is_found(random_lines, monkeypatch, tmp_path, body, outcome):
+    """In each of two lines: one that ends its process does not end the run."""
+    import cli_fuzz
+
+    names = {"os": os}
+    exec(f"def main(words):\n    {body}", names)
+    monkeypatch.setattr("memopt.cli.main", names["main"])
+    monkeypatch.setattr(cli_fuzz, "LIMIT", 0.2)
+    fixtures = random_lines.Fixtures(tmp_path)
+    assert [found[0] for found in cli_fuzz.outcomes(0, 2, 0, fixtures)] == [outcome] * 2

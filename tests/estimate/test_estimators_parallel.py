@@ -196,7 +196,7 @@ def test_command(capsys):
     argv = ["estimate", "llama-3.1-70b", "--optim", "adamw/zero2", "--world", "4", "--tp", "8", "--pp", "4"]
     assert main([*argv, "--accumulate", "8", "--seq", "2048", "--mixed", "bf16", "--checkpointing", "full"]) == 0
     out = capsys.readouterr().out
-    assert "bytes per GPU of 128, 4 data-parallel ranks" in out
+    assert "bytes of a GPU, one of 128, 4 data-parallel ranks" in out
     assert "tp 8, pp 4, schedule 1f1b" in out
     assert "of the pipeline, layers" in out
 
