@@ -60,6 +60,8 @@ def _engine(how: str, spec: str) -> tuple[Any, Any, Any]:
     os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", LOCAL_RANK=os.environ["RANK"])
     text = f"{spec}/{'zero1' if how == 'ddp' else 'zero3'}"
     settings = {**loops._accelerator(how, text), "gradient_accumulation_steps": 1}
+    if how == "fsdp2":  # its parameters are in no layers
+        settings["fsdp_plugin"] = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="no_wrap")
     accelerator = accelerate.Accelerator(**settings)
     model = flattened.model_of(torch.float32)
     optimizer = memopt.create(model, text, **HYPER.get(memopt.parse(spec).rule, {}))
@@ -83,7 +85,7 @@ def _whole(running: Any) -> dict[str, torch.Tensor]:
     if isinstance(running, tuple):
         named = running[0].unwrap_model(running[1]).named_parameters()
         return {name.removeprefix("module."): sharded.whole(p) for name, p in named}
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     found = {}
     for name, p in running.module.named_parameters():
@@ -127,7 +129,9 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as folder:
             for a in WORLDS:
                 ranks.run(save, a, folder, [(how, spec) for spec in todo])
-            expected = {spec: flattened.alone(spec, STEPS + MORE)[0] for spec in todo}
+            # What FSDP2 cuts within a block stays in 32 bits there.
+            same = {spec: sharded.CUT_WITHIN if how == "fsdp2" and spec != "adamw" else {} for spec in todo}
+            expected = {spec: flattened.alone(spec, STEPS + MORE, overrides=same[spec])[0] for spec in todo}
             for b in WORLDS:
                 rows = [(how, spec, a) for spec in todo for a in WORLDS]
                 by_rank = ranks.run(resume, b, folder, rows)

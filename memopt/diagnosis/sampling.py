@@ -55,16 +55,18 @@ def shadows(optimizer: torch.optim.Optimizer) -> Iterator[Shadow]:
         if rule is None:
             continue
         reader = _ours(optimizer) if isinstance(optimizer, Optimizer) else _torchs(optimizer, rule)
-        if not rule.moments({**rule.hyperparameters, **group}, (2, 2)):
+        wanted = {moment.name for moment in rule.moments({**rule.hyperparameters, **group}, (2, 2))}
+        if not wanted:
             continue  # SGD without momentum
         ready = [
             p for p in group["params"] if optimizer.state.get(p) and p.grad is not None and _has_rows(optimizer, p)
         ]
         largest = sorted(ready, key=lambda p: -local_part(p).numel())[:each]
-        samples = [reader(p) for p in largest]
+        # A moment that was switched on while a parameter was frozen is not there before its next step.
+        samples = [sample for sample in map(reader, largest) if wanted <= sample.moments().keys()]
         if samples:
             h = {**rule.hyperparameters, **{k: group[k] for k in rule.hyperparameters if k in group}}
-            step = int(optimizer.state[largest[0]].get("step", 1))
+            step = int(optimizer.state[samples[0].p].get("step", 1))
             yield Shadow(rule, _Live(group, h), samples, step)
 
 
@@ -125,7 +127,8 @@ def _torchs(optimizer: torch.optim.Optimizer, rule: Rule) -> Callable[[Tensor], 
 
         def moments() -> dict[str, tuple[Tensor, str, bool]]:
             state = optimizer.state[p]
-            return {m.name: (cut(state[m.name]).float(), _dtype(state[m.name]), not m.signed) for m in kinds}
+            found = [m for m in kinds if m.name in state]
+            return {m.name: (cut(state[m.name]).float(), _dtype(state[m.name]), not m.signed) for m in found}
 
         return Sample(names.get(id(p), index[id(p)]), p, cut, moments, lambda: _mark(optimizer, p))
 

@@ -72,7 +72,7 @@ class Shadow:
         self.rule, self.group, self.samples = rule, group, samples
         self.step = step
         stored = [sample.moments() for sample in samples]
-        names = stored[0]
+        names = [moment.name for moment in rule.moments(group, (2, 2))]
         self.state = Flat({m: torch.cat([s[m][0] for s in stored]).float() for m in names})
         self.shapes = [sample.p.shape for sample in samples]
         self.sizes = [len(next(iter(s.values()))[0]) for s in stored]

@@ -227,3 +227,24 @@ def test_lines_are_printed_and_written(tmp_path, corpus):
     assert sum(s.startswith("  rate of a group: ") for s in said) == 1
     assert "rate of a group: " in watch.report()
     assert watch.step == 8
+
+
+@pytest.mark.parametrize("now", [True, False])
+def test_a_moment_that_only_some_parameters_have(now):
+    """Switched on, or off again, while the others had no gradient; the watch begins behind that."""
+    params = [*map(nn.Parameter, torch.randn(3, 64, 64))]
+    opt = memopt.create([(f"w{i}", p) for i, p in enumerate(params)], "adamw-8bit", amsgrad=not now)
+
+    def step(some):
+        for p in params:
+            p.grad = torch.randn_like(p) if any(p is q for q in some) else None
+        opt.step()
+
+    step(params[:1] if not now else params)
+    opt.param_groups[0]["amsgrad"] = now
+    step(params[1:])
+    with memopt.watch(opt, every=1, out=None) as watch:
+        for _ in range(3):
+            step(params)
+        assert watch.step == 3
+    assert not watch.findings()

@@ -140,7 +140,6 @@ def surgery_refused(t: Twin, r: Random) -> None:
     name = t.pick(r, lambda n: t.stepped(n) and t.ours.of(n).dim() > 1 and t.ours.of(n).numel() > 0)
     p, opt = t.ours.of(name), t.ours.opt
     bad: list[Any] = [
-        lambda: opt.append_rows(p),
         lambda: opt.append_rows(p, torch.zeros(1, *p.shape)),
         lambda: opt.select_rows(p, torch.ones(len(p) + 1, dtype=torch.bool)),
         lambda: opt.select_rows(p, [0.5]),
@@ -149,4 +148,6 @@ def surgery_refused(t: Twin, r: Random) -> None:
         lambda: opt.reset_state(p, "no_such_moment"),
         lambda: opt.reset_state(p, step=-1),
     ]
+    if opt.state[p].keys() - {"step"}:  # without moments there are no rows to have been appended or not
+        bad.append(lambda: opt.append_rows(p))
     t.refused(r.choice(bad))
