@@ -140,6 +140,7 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
     groups: list[abi.Group] = []
     group_of: dict[tuple[int, float], int] = {}
     tensors = (abi.TensorStep * len(works))()
+    reporting: list[tuple[int, Work]] = []
     count = 0
     for work in works:
         twice = total is not None and work.counted is not ...  # rows that are not to be in the sums here
@@ -151,6 +152,8 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
             group_of[key] = len(groups)
             groups.append(pack.describe_group(work.layout.rule, work.h, work.scale))
         pack.describe(tensors[count], work, group_of[key])
+        if work.layout.rule.reports:
+            reporting.append((count, work))
         count += 1
     if count:
         packed = (abi.Group * len(groups))(*groups)
@@ -169,6 +172,8 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
             raise failed[0]
         if code:
             raise MemoryError("the kernels could not allocate their list of tensors; nothing was changed")
+    for place, work in reporting:
+        work.sums.add_(torch.tensor(list(tensors[place].reported), dtype=torch.float64))
     return left
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 8
+VERSION = 9
 #: Columns of a row of a tensor whose format has no rows.
 CHUNK = 1024
-SLOTS = 3
+SLOTS = 4
 
 #: Enumerators of abi.h.
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -30,10 +30,12 @@ RULES = {
     "adammini": 9,
     "lamb": 10,
     "stableadamw": 11,
+    "sinkgd": 13,
+    "prodigy": 14,
 }
 #: Rules that take several passes in every format; the others do where a moment is factored. The first pass shows what
 #: is not finite.
-SEVERAL_PASSES = ("adafactor", "came", "adammini", "lamb", "stableadamw")
+SEVERAL_PASSES = ("adafactor", "came", "adammini", "lamb", "stableadamw", "sinkgd")
 #: In two passes around its products (memopt/kernels/matrix_step.py).
 MUON = 12
 MASTERS = {"none": 0, "fp32": 1, "kahan": 2, "stochastic": 3, "split": 4, "split16": 5}
@@ -44,6 +46,7 @@ ALL_FACTORED = (FORMATS["factored"], MIXED_FACTORED, FACTORED_8, FACTORED_4)
 
 MAXIMIZE, AMSGRAD, DECOUPLED, NESTEROV, CENTERED = 1, 2, 4, 8, 16
 MOMENTUM, TRANSFORMERS, SCALE_PARAMETER, RELATIVE_STEP, WARMUP_INIT = 32, 64, 128, 256, 512
+SLICED_SUMS = 2048
 #: No kernel knows it: a plan is to see that it has changed.
 CAUTIOUS = 1024
 
@@ -57,6 +60,8 @@ SLOT = {
     "exp_avg_res": 2,
     "grad_avg": 2,
     "exp_avg_slow": 2,
+    "moved": 2,
+    "grad_sum": 3,
 }
 
 
@@ -81,10 +86,14 @@ HYPER = (
     "slow_steps",
     "slow_rate",
 )
+#: Of rules that have kernels on the CPU alone.
+CPU_HYPER = ("iterations", "power_iterations", "d0", "corrected", "safeguard")
 
 
 class Group(Structure):
-    _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [(name, c_double) for name in (*HYPER, "gradient_scale")]
+    _fields_ = [("rule", c_int32), ("flags", c_uint32)] + [
+        (name, c_double) for name in (*HYPER, *CPU_HYPER, "gradient_scale")
+    ]
 
 
 class TensorStep(Structure):
@@ -96,6 +105,7 @@ class TensorStep(Structure):
         ("kept", c_void_p),
         ("layout", POINTER(c_int64)),
         ("slow", c_void_p),
+        ("reported", c_double * 2),
         ("counter", c_void_p),
         ("step", c_int64),
         ("rows", c_int64),

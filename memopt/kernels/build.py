@@ -44,7 +44,7 @@ FLAGS = (
     "-fno-rtti",
     "-w",
 )
-COMMON = ("api", "step", "whole", "means", "row_means", "finite", "pool")
+COMMON = ("api", "step", "whole", "means", "row_means", "sinkgd", "finite", "pool")
 #: Flags of the tables that ``api.cpp`` chooses from.
 TABLES_X86 = {
     "baseline": (),

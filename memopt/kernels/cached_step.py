@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from memopt.kernels.context import StepContext, StepOutcome, Stores
     from memopt.layout.param_step import Work
+    from memopt.rules import Rule
 
 _SIZE = ctypes.sizeof(abi.TensorStep)
 CPU = torch.device("cpu")
@@ -73,6 +74,7 @@ class CachedStep(CachedEntries):
         self.hyper = (abi.Group * len(self.groups))()
         self._offsets = [one.offset for one in records]
         self._shifted = any(self._offsets)
+        self._reporting = [i for i, one in enumerate(records) if one.layout.rule.reports]
         self._missing: list[int] = []  # places of those without a gradient
         self._unseen = False  # nobody has looked at the gradients of this step
         # Ranks agree on what is finite before anything is stepped.
@@ -194,6 +196,15 @@ class CachedStep(CachedEntries):
         if code == 3:  # nothing was stepped: for a gradient, or because fp32 cannot hold the square of a finite one
             return [self.names[i] for i in look(self.spans, False)] or self._step(first, stop)
         return []
+
+    def reported(self) -> list[tuple[Rule, Tensor, list[float]]]:
+        """What parameters have reported in this step, of rules that report anything."""
+        there = [i for i in self._reporting if not self.spans[i].idle]
+        steps = [self.shared[i].tensor if i in self.shared else self.tensors[i] for i in there]
+        return [self._report_of(i, one) for i, one in zip(there, steps, strict=True)]
+
+    def _report_of(self, i: int, step: abi.TensorStep) -> tuple[Rule, Tensor, list[float]]:
+        return self.records[i].layout.rule, self.records[i].p, list(step.reported)
 
     def synchronize(self) -> StepOutcome | None:
         """Nothing is left to be noted: the kernels are done when a step returns."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from memopt.kernels.huge_pages import Pages
     from memopt.layout.param_step import Work
     from memopt.partitions import Partition
+    from memopt.rules import Rule
     from memopt.spec import OptimSpec
 
 
@@ -79,5 +80,6 @@ class CachedStep(Protocol):
     def refresh(self, context: StepContext) -> bool: ...
     def look(self, summed: bool) -> tuple[list[str], list[float]]: ...  # names of what is not finite; sums of squares
     def step(self, scales: Sequence[float]) -> list[str]: ...  # of each group, unless the device finds them
+    def reported(self) -> Sequence[tuple[Rule, Tensor, list[float]]]: ...  # by parameters of this step
     def synchronize(self) -> StepOutcome | None: ...
     def skipped_on_device(self) -> int: ...

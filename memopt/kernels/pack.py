@@ -13,6 +13,7 @@ from memopt.formats.rowmean import span
 from memopt.kernels import abi
 from memopt.rules.adafactor import FP32_EPS
 from memopt.rules.lookahead import SLOW
+from memopt.rules.matrices import matrices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +43,7 @@ def describe_group(rule: Rule, h: Mapping[str, Any], scale: float = 1.0) -> abi.
     first, second = eps if isinstance(eps, (tuple, list)) else (eps, 0.0)
     g.eps, g.eps2 = FP32_EPS if first is None else first, second
     for name, value in rule.kernel_fields(h).items():
-        if name in abi.HYPER:
+        if name in abi.HYPER or name in abi.CPU_HYPER:
             setattr(g, name, value)
     return g
 
@@ -60,6 +61,7 @@ def flags(rule: Rule, h: Mapping[str, Any]) -> int:
         abi.SCALE_PARAMETER: h.get("scale_parameter"),
         abi.RELATIVE_STEP: h.get("relative_step"),
         abi.WARMUP_INIT: h.get("warmup_init"),
+        abi.SLICED_SUMS: h.get("sliced"),
         abi.CAUTIOUS: h.get("cautious"),
     }
     return sum(flag for flag, on in chosen.items() if on)
@@ -153,6 +155,10 @@ def _refusal(layout: ParamLayout) -> str | None:
     rows, master = layout.rows, layout.master
     if master.name not in abi.MASTERS:
         return f"there is no kernel for +{master.name}"
+    if layout.rule.inner == "sinkgd" and master.dithered and (matrices(rows.shape).stacked or rows.unit > 1):
+        return f"the random bits of +{master.name} go by rows that are not the lines of its matrices"
+    if rows.may_cut and any(m.format.name == "sliced" for m in layout.moments):
+        return "every eleventh element is kept, and its rows may begin between any two"
     if len(rows.local_shape) > 255:
         return f"the kernels take at most 255 dimensions, and it has {len(rows.local_shape)}"
     if master.dithered and rows.may_cut:
@@ -182,7 +188,7 @@ def describe(target: abi.TensorStep, work: Work, group: int) -> None:
     target.p, target.g = p.data_ptr(), g.data_ptr()
     target.step, target.group, target.g_dtype = work.step, group, DTYPES[g.dtype]
     if work.groups:
-        target.cut = layout.needs_whole
+        target.cut = _takes_sums(layout)
     for field, slot, key in of_layout.pointers:
         if slot < 0:
             setattr(target, field, state[key].data_ptr())
@@ -193,6 +199,11 @@ def describe(target: abi.TensorStep, work: Work, group: int) -> None:
 _SIZE = ctypes.sizeof(abi.TensorStep)
 
 
+def _takes_sums(layout: ParamLayout) -> bool:
+    """Whether a step sums over rows, which may be on several ranks."""
+    return layout.needs_whole or bool(layout.rule.reports)
+
+
 def _fill(target: abi.TensorStep, layout: ParamLayout) -> None:
     """The fields that are a layout's."""
     rows, master, numel, code = layout.rows, layout.master, layout.rows.numel, format_code(layout)
@@ -201,7 +212,7 @@ def _fill(target: abi.TensorStep, layout: ParamLayout) -> None:
     target.format, target.p_dtype = code, abi.DTYPES.get(layout.dtype, 0)
     target.numel, target.whole_numel = numel, Rows.whole(rows.shape).numel
     target.first_row = rows.first
-    target.cut = layout.needs_whole and layout.partitioned
+    target.cut = _takes_sums(layout) and layout.partitioned
     target.master = abi.MASTERS[master.name]
     if len(rows.shape) < 2 or full:
         # Without blocks and random bits it does not matter where rows begin.
@@ -210,8 +221,13 @@ def _fill(target: abi.TensorStep, layout: ParamLayout) -> None:
     else:
         target.rows = target.height = rows.count
         target.cols = rows.cols
-    target.whole_cols = target.cols
-    if "factored" in formats_of(layout):
+    sliced = any(m.format.name == "sliced" for m in layout.moments)
+    target.whole_cols = rows.cols if sliced else target.cols
+    if layout.rule.inner == "sinkgd":
+        one = matrices(rows.shape)
+        target.span, target.whole_height, target.stacked = one.cols, one.rows, one.stacked
+        target.height = one.rows if one.stacked else rows.bounds[1] - rows.bounds[0]
+    elif "factored" in formats_of(layout):
         shape = rows.local_shape
         target.span, target.height, target.whole_height = shape[-1], shape[-2], rows.shape[-2]
         target.stacked = len(shape) > 2

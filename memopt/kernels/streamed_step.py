@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from memopt.kernels.context import StepContext, Stores, Streaming
     from memopt.layout.param_step import Work
+    from memopt.rules import Rule
 
 
 class Row(NamedTuple):
@@ -89,6 +90,13 @@ class StreamedPlan(CachedStep):
                 torch._foreach_add_(counted, 1)
         self.pages.after(time.perf_counter() - start)
         return []
+
+    def reported(self) -> list[tuple[Rule, Tensor, list[float]]]:
+        if not self._reporting:
+            return []
+        both = zip(self.rows, self.tensors, strict=True)
+        some = set(self._reporting)
+        return [self._report_of(row.owner, t) for row, t in both if row.owner in some and not t.idle]
 
     def _step_chunk(self, i: int) -> None:
         self._step(*self.ranges[i])

@@ -8,6 +8,7 @@ from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version  # kernels write where autograd does not look
 
@@ -108,6 +109,10 @@ class Stepper:
             scales = self.gradients.scales(scaler, context.bounds, parameters, plan.look)
         if scales is not None and not self.gradients.stopped_by(plan.step(scales)):
             increment_version(parameters)
+            for rule, p, numbers in plan.reported():
+                sums = self.reports.of(rule, self.setup.partition.groups(p), torch.device("cpu"))
+                sums += torch.tensor(numbers, dtype=torch.float64)
+            self.reports.tell(context.groups, context.spec)
         return True
 
     def _cache(self, works: Sequence[Work], scaler: Scaler) -> None:

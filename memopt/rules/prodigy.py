@@ -157,6 +157,13 @@ RULE = Rule(
         ),
         "d_numerator": ("a finite number", is_number),
     },
+    kernel_fields=lambda h: {
+        "d": estimate(h),
+        "beta3": slow_beta(h),
+        "d0": float(h["d0"]),
+        "corrected": float(h["use_bias_correction"]),
+        "safeguard": float(h["safeguard_warmup"]),
+    },
     reports=2,
     after_step=after_step,
     estimate=estimate,

@@ -97,6 +97,7 @@ RULE = Rule(
     element_wise=False,
     declines=declines,
     fallback="adamw",
+    kernel_fields=lambda h: {"iterations": h["sinkhorn_steps"], "power_iterations": h["spectral_steps"]},
     checks={
         "sinkhorn_steps": ("an integer from 1 to 99", lambda v: type(v) is int and 1 <= v < 100),
         "spectral_steps": ("an integer from 0 to 99; 0 is without", lambda v: type(v) is int and 0 <= v < 100),

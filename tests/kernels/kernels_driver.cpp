@@ -54,7 +54,7 @@ struct Shape { int64_t rows, cols, numel, height, span; };
 // The format of one moment where a tensor's is `format`: memopt/kernels/pack.py, with one pair for each way in which
 // formats stand together.
 uint8_t format_of(uint8_t format, int slot, int rule) {
-    const bool is_signed = slot == 1 || (slot == 2 && rule == ADEMAMIX);
+    const bool is_signed = slot == 1 || slot == 3 || (slot == 2 && (rule == ADEMAMIX || rule == PRODIGY));
     switch (format) {
         case FMT_FACTORED: return is_signed ? FMT_32BIT : FMT_FACTORED;
         case FMT_MIXED: return slot == 1 ? FMT_BF16 : slot == 2 ? FMT_4BIT : FMT_8BIT;
@@ -81,7 +81,7 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
     t.cols = by_matrix ? shape.height * shape.cols : shape.cols;
     t.whole_cols = t.cols, t.numel = n, t.height = shape.height, t.index = index;
     t.whole_numel = n, t.whole_height = shape.height;
-    t.format = format, t.p_dtype = t.g_dtype = dtype, t.span = is_factored(format) ? shape.cols : shape.span;
+    t.format = format, t.p_dtype = t.g_dtype = dtype, t.span = is_factored(format) || rule == SINKGD ? shape.cols : shape.span;
     t.slow = static_cast<float*>(memory.make(4 * n));
     const int beside[] = {0, 4, 2, 0, 1, 2};  // bytes of one element of what each master keeps
     t.master = dtype == F32 ? ROUNDED : master;
@@ -118,9 +118,9 @@ std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int thre
         if (format >= FMT_FACTORED_8 && shape.height != shape.rows) continue;  // stacks are FMT_MIXED_FACTORED
         tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
     }
-    if (!is_factored(format))
+    if (!is_factored(format) && rule != SINKGD)
         for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
-    Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0, 0.1, 0, 1e-3, 5, 9, 9, 0, 0, 0.5};
+    Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0, 0.1, 0, 1e-3, 5, 9, 9, 0, 0, 3, 2, 1e-3, 1, 0, 0.5};
     if (looks_ahead) group.slow_steps = 1, group.slow_rate = 0.5;
     for (Tensor& t : tensors) t.step = looks_ahead ? 1 : 3, t.cut = cut;
     if (rule == ADAFACTOR) group.beta2 = -0.8;
@@ -150,11 +150,12 @@ bool all(int isa) {
         {ADAM, DECOUPLED}, {ADAM, AMSGRAD}, {LION, 0}, {SGD, 0}, {SGD, MOMENTUM}, {RMSPROP, 0}, {RMSPROP, MOMENTUM},
         {RMSPROP, CENTERED | MOMENTUM}, {RADAM, 0}, {ADAFACTOR, SCALE_PARAMETER}, {ADAFACTOR, MOMENTUM | TRANSFORMERS}, {CAME, 0},
         {ADABOUND, 0}, {ADEMAMIX, DECOUPLED}, {ADAMMINI, DECOUPLED}, {LAMB, DECOUPLED}, {STABLEADAMW, DECOUPLED},
+        {SINKGD, DECOUPLED}, {PRODIGY, DECOUPLED}, {PRODIGY, SLICED_SUMS},
     };
     for (auto [rule, flags] : rules)
         for (int f = 0; f < FORMATS; f++) {
             const bool one_kind = rule == LION || rule == SGD || rule == ADAMMINI;
-            if (flags & CENTERED && f != FMT_32BIT) continue;
+            if ((flags & CENTERED || rule == SINKGD) && f != FMT_32BIT) continue;
             if ((is_factored(f) && flags & AMSGRAD) || (f >= FMT_FACTORED && one_kind)) continue;
             const auto one = run(rule, flags, static_cast<Format>(f), 1, isa), four = run(rule, flags, static_cast<Format>(f), 4, isa);
             if (one != four) std::printf("rule %d flags %u format %d isa %d: threads change the result\n", rule, flags, f, isa), same = false;

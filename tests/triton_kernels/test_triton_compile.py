@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import memopt
-from memopt.kernels import abi
+from estimators.memory.state import NO_TRITON
 from memopt.masters import MASTERS
+from memopt.rules import RULES
 from memopt.spec import pairs_of
 
 pytest.importorskip("triton", minversion="3.3")
@@ -30,10 +31,11 @@ SOME = [
     "adamw-8bit.factored bf16",
     "ademamix-4bit.8bit bf16",
 ]
+HAVE_KERNELS = [name for name, rule in RULES.items() if rule.declines is None and name not in NO_TRITON]
 ALL = [
     f"{s} {dtype}"
     for s in memopt.specs()
-    if (s.placement, s.partition, s.master) == ("device", "none", "none") and s.rule in abi.RULES
+    if (s.placement, s.partition, s.master) == ("device", "none", "none") and s.rule in HAVE_KERNELS
     for dtype in ("fp32", "bf16")
 ]
 KEPT = [
@@ -42,7 +44,7 @@ KEPT = [
     for master in MASTERS
     for dtype in ("bf16", "fp16")
     if master != "none"
-] + [f"{s} bf16" for s in [s for s in pairs_of() if s.rule in abi.RULES][::5]]
+] + [f"{s} bf16" for s in [s for s in pairs_of() if s.rule in HAVE_KERNELS][::5]]
 #: An H100 issues 132 × 128 instructions of a thread in a cycle, at 1.755 GHz, while its memory moves 85 % of 3 TB/s: so
 #: many for each byte, were all else free.
 PER_BYTE = 132 * 128 * 1.755e9 / (0.85 * 3e12)

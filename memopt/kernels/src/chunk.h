@@ -3,6 +3,7 @@
 #include "formats.h"
 #include "masters.h"
 #include "rules.h"
+#include "sliced.h"
 #include "strided.h"
 
 namespace {
@@ -44,12 +45,13 @@ template <class Rule, class Format>
 INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Sums& sums) {
     typedef typename Pick<Rule::V, typename Format::U, Rule::ROOT_V, typename Format::R>::type V;
     typedef typename Pick<Rule::M, typename Format::S>::type M;
-    typedef typename Pick<Rule::X_SIGNED, typename Format::S>::type Signed;
+    typedef typename Pick<Rule::X_SIGNED, typename Format::S, Rule::SLICED, Sliced>::type Signed;
+    typedef typename Pick<Rule::Y, Signed>::type Y;
     typedef typename Pick<Rule::X, typename Format::U, Rule::X_SIGNED || Rule::ROOT_X,
                           typename Pick<true, typename Format::R, Rule::X_SIGNED, Signed>::type>::type X;
-    constexpr int BLOCK = smallest(smallest(V::BLOCK, M::BLOCK), X::BLOCK);
+    constexpr int BLOCK = smallest(smallest(V::BLOCK, M::BLOCK), smallest(X::BLOCK, Y::BLOCK));
     constexpr bool CODES = BLOCK < CHUNK;
-    Scratch v_scratch, m_scratch, x_scratch;
+    Scratch v_scratch, m_scratch, x_scratch, y_scratch;
     alignas(64) float p_buffer[CHUNK];
     alignas(64) float g_buffer[CHUNK];
     alignas(64) float p_together[CHUNK];
@@ -73,6 +75,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     V v(t, 0, at, v_scratch, sums);
     M m(t, 1, at, m_scratch, sums);
     X x(t, 2, at, x_scratch, sums);
+    Y y(t, 3, at, y_scratch, sums);
     // Of a chunk, at most 64 terms in each lane; what comes of chunks is added up in fp64, and terms are where ranks
     // share the tensor, so that it does not show where it is cut.
     vf total{}, squares{};
@@ -85,26 +88,33 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     const auto step = [&](int i, int stop) __attribute__((always_inline)) {
         vf pi = Rule::P ? loadf(p + i) : vf{};
         const vf gi = Rule::G ? loadf(g + i) : vf{};
-        vf v_i = v.get(i), m_i = m.get(i), x_i = x.get(i);
+        vf v_i = v.get(i), m_i = m.get(i), x_i = x.get(i), y_i = y.get(i);
         if (Rule::SQUARES) add(squares, exact_squares, pi * pi);  // zeros past the end
-        vf term = Rule::apply(pi, gi, v_i, m_i, x_i, s);
+        vf term;
+        if constexpr (Rule::Y) term = Rule::apply(pi, gi, v_i, m_i, x_i, y_i, s);
+        else term = Rule::apply(pi, gi, v_i, m_i, x_i, s);
+        if constexpr (Rule::SLICED) y_i = y.only_kept(i, y_i);
         if (__builtin_expect(stop - i < W, 0)) {  // lanes past the end of the row count for nothing
             const vi live = (vi)iota() < (stop - i);
             term = live ? term : vf{};
             v_i = live ? v_i : vf{};
             m_i = live ? m_i : vf{};
             x_i = live ? x_i : vf{};
+            y_i = live ? y_i : vf{};
         }
         if (Rule::SUMS) add(total, exact_total, term);
+        if (Rule::Y) add(squares, exact_squares, absolute(y_i));
         if (Rule::W_P) store(p + i, pi);
         if (Rule::W_V) v.put(i, v_i);
         if (Rule::W_M) m.put(i, m_i);
         if (Rule::W_X) x.put(i, x_i);
+        if (Rule::Y) y.put(i, y_i);
     };
     for (int b = 0; b * BLOCK < at.n; b++) {
         v.begin(b);
         m.begin(b);
         x.begin(b);
+        y.begin(b);
         const int stop = smallest((b + 1) * BLOCK, at.n);
         for (int i = b * BLOCK; i < stop; i += W) {
             if (CODES && Rule::P) fetch(p_ahead + i * p_size);
@@ -113,6 +123,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::W_V) v.end(b);
         if (Rule::W_M) m.end(b);
         if (Rule::W_X) x.end(b);
+        if (Rule::Y) y.end(b);
     }
     // Coded moments are written when the largest magnitude of their block is known, all of them in one loop: one's
     // square roots are taken beside the other's additions.
@@ -120,26 +131,30 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::W_V) v.turn(b);
         if (Rule::W_M) m.turn(b);
         if (Rule::W_X) x.turn(b);
+        if (Rule::Y) y.turn(b);
         const int stop = smallest((b + 1) * BLOCK, at.n);
         for (int i = b * BLOCK; i < stop; i += 2 * W) {
             for (int k = i; Rule::G && k <= i + W; k += W) fetch(g_ahead + k * g_size);
             v.ahead(i);
             m.ahead(i);
             x.ahead(i);
+            y.ahead(i);
             if (Rule::W_V) v.code(i);
             if (Rule::W_M) m.code(i);
             if (Rule::W_X) x.code(i);
+            if (Rule::Y) y.code(i);
         }
     }
     if (Rule::W_V) v.close();
     if (Rule::W_M) m.close();
     if (Rule::W_X) x.close();
+    if (Rule::Y) y.close();
     if (Rule::W_P && __builtin_expect(s.returns, 0)) look_ahead(t.slow + at.offset, p, at.n, s.slow);
     if (Rule::W_P) store_weights(t, p_lies, at, p);
     if (Rule::W_P && __builtin_expect(t.layout != nullptr, 0))
         scatter(p_lies, t, strides_of_p(t), t.p_dtype, at.offset, at.n, t.p);
     if (Rule::SUMS) sums.total += sum_lanes(__builtin_convertvector(total, vd) + exact_total);
-    if (Rule::SQUARES) sums.squares += sum_lanes(__builtin_convertvector(squares, vd) + exact_squares);
+    if (Rule::SQUARES || Rule::Y) sums.squares += sum_lanes(__builtin_convertvector(squares, vd) + exact_squares);
 }
 
 // Chunks first ... last - 1 of a tensor, counted along its rows.

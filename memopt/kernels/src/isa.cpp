@@ -3,6 +3,8 @@
 // one set can be linked into another.
 #include "chunk.h"
 #include "finite.h"
+#include "prodigy.h"
+#include "sinkgd.h"
 
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)
@@ -96,6 +98,9 @@ void MEMOPT_TABLE(memopt::Table& t) {
     t.run[STEP_MUON_UPDATE][FMT_8BIT] = run<MuonUpdate, In8>;
     t.run[STEP_MUON_UPDATE][FMT_FP8] = run<MuonUpdate, InFp8>;
     t.run[STEP_MUON_UPDATE][FMT_4BIT] = run<MuonUpdate, In4>;
+    fill_sinkgd(t);
+    fill<ProdigyWhole>(t.run[STEP_PRODIGY]);
+    fill_prodigy_sliced(t.run[STEP_PRODIGY_SLICED]);
     for (int f = 0; f < FORMATS; f++) {  // without moments the format does not matter
         t.run[STEP_MUON_APPLY][f] = run<MuonApply, In32>;
         t.run[STEP_SGD][f] = run<Sgd<false, false>, In32>;

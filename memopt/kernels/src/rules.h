@@ -3,6 +3,8 @@
 //   G                whether it reads the gradient; SUMS whether `apply` returns what is summed over the tensor;
 //   SQUARES          whether the squares of p, as it is before `apply`, are
 //   X_SIGNED         whether the third moment may be negative
+//   Y                whether it has a fourth one, signed, which it writes, and whose magnitudes are summed
+//   SLICED           whether the third and the fourth are kept of every eleventh element alone
 // FACTORED: the second moment read is the reconstruction from new means, so it is not updated here.
 #pragma once
 #include "table.h"
@@ -34,6 +36,7 @@ struct Reads {
     static constexpr bool ROOT_V = false, ROOT_X = false, X_SIGNED = false;
     static constexpr bool G = true, SUMS = false, SQUARES = false, P = true, W_P = true;
     static constexpr bool V = false, M = false, X = false, W_V = false, W_M = false, W_X = false;
+    static constexpr bool Y = false, SLICED = false;
 };
 
 // AdamW, Adam and RAdam; LAMB and StableAdamW, whose decay and rate are found first; Adam-mini, whose second moment was

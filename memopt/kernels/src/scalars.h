@@ -128,6 +128,22 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
             s.longest = static_cast<float>(longest + h.lr * h.alpha * (h.alpha_steps > 0 ? std::fmin(t / h.alpha_steps, 1) : 1));
             s.rate = static_cast<float>(-h.lr);
             break;
+        case PRODIGY: {
+            const double a = h.lr * h.d * (h.corrected > 0 ? std::sqrt(1 - std::pow(h.beta2, t)) / (1 - std::pow(h.beta1, t)) : 1);
+            const double weight = h.d / h.d0;
+            s.decay = 1;
+            if (h.flags & DECOUPLED) s.shrink = static_cast<float>(a * h.weight_decay);
+            s.lr = static_cast<float>(a);
+            s.longest = static_cast<float>(a * std::fmax(1, (1 - h.beta1) / std::sqrt(1 - h.beta2)));
+            s.kept = static_cast<float>(h.beta1);
+            s.dampening = static_cast<float>(h.d * (1 - h.beta1));
+            s.one_minus_beta2 = static_cast<float>(h.d * h.d * (1 - h.beta2));
+            s.eps = static_cast<float>(h.d * h.eps);
+            s.mixed = static_cast<float>(h.beta3);
+            s.first_bias = static_cast<float>(weight * (h.safeguard > 0 ? h.d : a));
+            s.toward = weight * a;
+            break;
+        }
         default:
             break;
     }

@@ -122,11 +122,17 @@ Count means_of(const Group& h, const Tensor& t) {
 }  // namespace
 
 int64_t floats_to_keep(const Group& h, const Tensor& t) {
+    if (h.rule == SINKGD) return sinkgd_scales(t);
     const Count count = means_of(h, t);
     return count.rows + count.cols;
 }
 
+bool shows_what_is_not_finite(const Group& h, const Tensor& t) {
+    return h.rule == SINKGD || means_of(h, t).rows || first_sums(h) != PASSES;
+}
+
 bool begin(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Begun& begun) {
+    if (h.rule == SINKGD) return begin_sinkgd(table, h, t, ready, threads, begun);
     const Count count = means_of(h, t);
     if (!count.rows) {
         begun.sums = sweep(table, t, *ready.scalars, ready.keys, first_sums(h), Means(TINY), nullptr, true, false, threads);
@@ -157,6 +163,7 @@ void undo(const Group& h, const Tensor& t, const Begun& begun) {
 
 bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepared& ready, int threads, Total total,
                 const Begun* begun) {
+    if (h.rule == SINKGD) return step_sinkgd(table, h, t, ready, threads, total, begun);
     Scalars s = *ready.scalars;
     const bool factored = is_factored(t.format);
     const Tensor lines = lines_of(t);
@@ -270,6 +277,12 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
             s.rate = static_cast<float>(s.rate / clipped);
             s.decay = static_cast<float>(1 - h.lr / clipped * h.weight_decay);
             pass(STEP_ADAM);
+            break;
+        }
+        case PRODIGY: {
+            renew_second();
+            const Totals found = pass(h.flags & SLICED_SUMS ? STEP_PRODIGY_SLICED : STEP_PRODIGY, true);
+            t.reported[0] = s.toward * found.rule, t.reported[1] = found.squares;
             break;
         }
         default:

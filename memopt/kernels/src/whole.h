@@ -26,12 +26,19 @@ struct Totals {
 // moment at most, of which a copy is kept: so nobody need look at the gradient before.
 struct Begun {
     Totals sums;    // where it takes sums
-    float* before;  // room for the means as they were
+    float* before;  // room for the means as they were, or for what is to be used once
     bool written;   // whether they were written
 };
 
+// SinkGD's (sinkgd.cpp): the scales of rows and columns, which its first pass leaves in `before`, and its step.
+int64_t sinkgd_scales(const Tensor&);
+bool begin_sinkgd(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Begun&);
+bool step_sinkgd(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Total total, const Begun*);
+
 // Numbers that `before` must have room for.
 int64_t floats_to_keep(const Group&, const Tensor&);
+// Whether its first pass shows what is not finite. The gradients of others are looked at.
+bool shows_what_is_not_finite(const Group&, const Tensor&);
 // The first pass. Returns whether all it has found is finite. Where it is not, a gradient may be finite all the same:
 // its squares need not be.
 bool begin(const Table&, const Group&, const Tensor&, const Prepared&, int threads, Begun&);

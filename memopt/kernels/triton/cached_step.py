@@ -144,6 +144,10 @@ class CachedStep(CachedEntries):
             arrived.record()
         self.pending = host, arrived, self.stepping
 
+    def reported(self) -> list[tuple[Rule, Tensor, list[float]]]:
+        """No rule with a kernel here reports anything."""
+        return []
+
     def synchronize(self) -> StepOutcome | None:
         """Where the last step did not happen, count it so and say so: called before anybody looks at the numbers of
         steps."""
