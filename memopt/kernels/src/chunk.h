@@ -51,6 +51,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
                           typename Pick<true, typename Format::R, Rule::X_SIGNED, Signed>::type>::type X;
     constexpr int BLOCK = smallest(smallest(V::BLOCK, M::BLOCK), smallest(X::BLOCK, Y::BLOCK));
     constexpr bool CODES = BLOCK < CHUNK;
+    constexpr bool WRITES = Rule::W_P || (Rule::W_V && V::LIES) || (Rule::W_M && M::LIES) || (Rule::W_X && X::LIES) || Rule::Y;
     Scratch v_scratch, m_scratch, x_scratch, y_scratch;
     alignas(64) float p_buffer[CHUNK];
     alignas(64) float g_buffer[CHUNK];
@@ -110,6 +111,15 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::W_X) x.put(i, x_i);
         if (Rule::Y) y.put(i, y_i);
     };
+    const auto ask = [&](int i) __attribute__((always_inline)) {
+        if (Rule::P) fetch(p_ahead + i * p_size);
+        if (Rule::G) fetch(g_ahead + i * g_size);
+        v.ahead(i);
+        m.ahead(i);
+        x.ahead(i);
+        y.ahead(i);
+    };
+    if (!CODES && WRITES) ask(0);
     for (int b = 0; b * BLOCK < at.n; b++) {
         v.begin(b);
         m.begin(b);
@@ -118,6 +128,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         const int stop = smallest((b + 1) * BLOCK, at.n);
         for (int i = b * BLOCK; i < stop; i += W) {
             if (CODES && Rule::P) fetch(p_ahead + i * p_size);
+            if (!CODES && !WRITES) ask(i);
             step(i, stop);
         }
         if (Rule::W_V) v.end(b);

@@ -4,6 +4,9 @@
 
 namespace {
 
+// Bytes that are asked for ahead: on pages of 4 KiB the hardware begins anew at each of them.
+constexpr int FAR = 4096;
+
 // Magnitudes are in order as integers, and Inf and NaN are the largest. Four places are read at once: the hardware
 // fetches ahead for each of them.
 template <class Int, Int MASK, Int INF>
@@ -14,7 +17,9 @@ bool finite_integers(const Int* x, int64_t n) {
     const int64_t part = n / (PLACES * UNROLL * N) * UNROLL * N;
     for (int64_t i = 0; i < part; i += UNROLL * N)
         for (int k = 0; k < PLACES * UNROLL; k++) {
-            const vector magnitude = load<vector>(x + k / UNROLL * part + k % UNROLL * N + i) & MASK;
+            const Int* const from = x + k / UNROLL * part + k % UNROLL * N + i;
+            fetch(from + FAR / sizeof(Int));
+            const vector magnitude = load<vector>(from) & MASK;
             bad[k] = bad[k] > magnitude ? bad[k] : magnitude;
         }
     for (int k = 0; k < PLACES * UNROLL; k++)
@@ -35,7 +40,7 @@ bool all_finite(const void* data, int64_t n, uint8_t dtype) {
 // Squares of fp32 numbers fit into fp64, and so do sums of them: the sum is finite where all of them are. It is taken in
 // an order of its own, whatever is done with the piece afterwards.
 template <class Load>
-double sum_of_squares(const Load& at, int64_t n) {
+double sum_of_squares(const Load& at, const void* data, int size, int64_t n) {
     constexpr int PLACES = 4;
     vd sums[PLACES] = {};
     const int64_t part = n / (PLACES * W) * W;
@@ -44,7 +49,10 @@ double sum_of_squares(const Load& at, int64_t n) {
         sum += wide * wide;
     };
     for (int64_t i = 0; i < part; i += W)
-        for (int k = 0; k < PLACES; k++) add(sums[k], at(k * part + i, W));
+        for (int k = 0; k < PLACES; k++) {
+            fetch(static_cast<const char*>(data) + (k * part + i) * size + FAR);
+            add(sums[k], at(k * part + i, W));
+        }
     for (int64_t i = PLACES * part; i < n; i += W) add(sums[0], at(i, static_cast<int>(n - i < W ? n - i : W)));
     return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
@@ -58,13 +66,13 @@ double squares(const void* data, int64_t n, uint8_t dtype) {
             float tail[W] = {};
             std::memcpy(tail, full + i, 4 * count);
             return loadf(tail);
-        }, n);
+        }, data, 4, n);
     return sum_of_squares([&](int64_t i, int count) __attribute__((always_inline)) {
         uint16_t tail[W] = {};
         if (__builtin_expect(count != W, 0)) std::memcpy(tail, half + i, 2 * count);
         const uint16_t* from = count == W ? half + i : tail;
         return dtype == memopt::BF16 ? load_bf16(from) : load_f16(from);
-    }, n);
+    }, data, 2, n);
 }
 
 }  // namespace

@@ -195,8 +195,9 @@ void Means::set(const Table& table, const Tensor& t, int64_t matrix, int64_t fir
     sums.first_col = first;
     for (int slot = 0; slot < SLOTS; slot++) {
         sums.mean[slot] = used[slot] && !fixed && t.height != t.rows ? mean_of(t, slot, matrix, floor[slot]) : known[slot];
-        sums.root[slot] = roots + slot * width;
-        if (used[slot] && slot != renewed) table.inverse_roots(columns_of(t, slot, matrix) + first, roots + slot * width, width);
+        sums.root[slot] = ready[slot] ? ready[slot] + first : roots + slot * width;
+        if (used[slot] && slot != renewed && !ready[slot])
+            table.inverse_roots(columns_of(t, slot, matrix) + first, roots + slot * width, width);
     }
 }
 

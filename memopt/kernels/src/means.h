@@ -10,6 +10,7 @@ struct Means {
     float floor[SLOTS];
     float known[SLOTS];
     bool used[SLOTS] = {};
+    const float* ready[SLOTS] = {};  // 1 / sqrt of all column means of a single matrix, where they were found before
     int renewed = -1;    // the slot whose means are being written: nothing reads its roots
     bool fixed = false;  // `known` are the means of the matrix at hand
 

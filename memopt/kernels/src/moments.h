@@ -29,9 +29,6 @@ struct Place {
 // itself ends at every page, which is a chunk of fp32. One chunk ahead is too late, two or eight make no difference.
 // Where nothing is coded the step waits for the memory whatever is done, and asking costs up to a tenth.
 constexpr int AHEAD = 2 * CHUNK;
-INLINE void fetch(const void* from) {
-    if (W > 4) __builtin_prefetch(from, 0, 2);  // vectors of four (SSE2) do not wait for memory
-}
 
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.
 struct alignas(64) Scratch {
@@ -42,6 +39,7 @@ struct alignas(64) Scratch {
 // What nothing has to be done for: a moment without blocks, read and written in place.
 struct Plain {
     static constexpr int BLOCK = CHUNK;
+    static constexpr bool LIES = false;  // a chunk of it is memory of its own
     INLINE_METHOD void ahead(int) const {}
     INLINE_METHOD void begin(int) {}
     INLINE_METHOD void put(int, vf) {}
@@ -62,6 +60,7 @@ class Full : public Plain {
     const int n;
 
   public:
+    static constexpr bool LIES = true;
     INLINE_METHOD Full(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums&)
         : direct(static_cast<float*>(t.data[slot]) + place.offset), n(place.n) {
         at = direct;
@@ -73,6 +72,7 @@ class Full : public Plain {
     }
     INLINE_METHOD vf get(int i) const { return loadf(at + i); }
     INLINE_METHOD void put(int i, vf x) { store(at + i, x); }
+    INLINE_METHOD void ahead(int i) const { fetch(direct + AHEAD + i); }
     INLINE_METHOD void close() {
         if (at != direct) std::memcpy(direct, at, 4 * n);
     }
@@ -86,6 +86,7 @@ class Half : public Plain {
     Dither dither;
 
   public:
+    static constexpr bool LIES = true;
     INLINE_METHOD Half(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums&)
         : direct(static_cast<uint16_t*>(t.data[slot]) + place.offset),
           n(place.n),
@@ -103,6 +104,7 @@ class Half : public Plain {
         const vu upper = (bits(x) + (dither.next() >> 16)) >> 16;
         narrow(at + i, x == x ? upper : splat(0x7FC0u));
     }
+    INLINE_METHOD void ahead(int i) const { fetch(direct + AHEAD + i); }
     INLINE_METHOD void close() {
         if (at != direct) std::memcpy(direct, at, 2 * n);
     }
@@ -169,6 +171,7 @@ class Coded {
 
   public:
     static constexpr int BLOCK = SIZE;
+    static constexpr bool LIES = true;
     INLINE_METHOD Coded(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums&)
         : tensor(t),
           n(place.n),

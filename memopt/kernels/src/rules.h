@@ -220,14 +220,14 @@ struct SumLamb : Reads {
     }
 };
 
-// What StableAdamW clips by: the gradient as a multiple of what the second moment says.
+// What StableAdamW clips by: the gradient as a multiple of what the second moment says. Of its square, without a root:
+// the squared gradient as the second moment is given it, over that moment; whole.cpp puts the factors beside the sum.
 template <bool FACTORED>
 struct SumSurprise : Reads {
     static constexpr bool SUMS = true, P = false, W_P = false, V = true;
     INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars& s) {
         if (!FACTORED) v = second_moment(v, g, s);
-        const vf x = g / at_least(root(v) * s.inverse_bias, s.eps);
-        return x * x;
+        return s.one_minus_beta2 * g * g / at_least(v, s.floor);
     }
 };
 

@@ -70,6 +70,8 @@ inline Scalars make_scalars(const Group& h, int64_t step) {
         case STABLEADAMW:
             s.inverse_bias = static_cast<float>(1 / std::sqrt(1 - std::pow(h.beta2, t)));
             s.rate = static_cast<float>(-h.lr / (1 - std::pow(h.beta1, t)));
+            // Of the second moment as it is kept, where its root without bias is eps.
+            if (h.rule == STABLEADAMW) s.floor = static_cast<float>(std::fmax(h.eps * h.eps * (1 - std::pow(h.beta2, t)), TINY));
             break;
         case RADAM: {
             const double factor = radam_factor(t, h.beta2), scale = -h.lr / (1 - std::pow(h.beta1, t));

@@ -16,6 +16,7 @@ namespace {
 // A piece, the task of one thread: this many chunks, as rows of at most BLOCK chunks of columns, 16 rows at least. What
 // a thread keeps for a piece of a factored moment is bounded by that, however wide the tensor.
 constexpr int64_t PIECE = 64, BLOCK = 16, FEWEST_ROWS = 16;
+constexpr int64_t ROOT_COLS = 1 << 14;  // 64 KiB of roots of a moment
 
 struct Sweep {
     const Table& table;
@@ -175,6 +176,9 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
     const float* each[SLOTS] = {};
     Means means(TINY);
     bool going = true;  // until a sum over ranks fails
+    // Of one matrix with many more rows than threads the roots of its column means are found once and not for every piece.
+    const bool once = factored && !spread && t.height == t.rows && t.height >= 64 * threads && t.cols <= ROOT_COLS;
+    float* const roots = once ? static_cast<float*>(std::malloc(SLOTS * t.cols * sizeof(float))) : nullptr;
     // Every pass begins where the one before has ended, whose memory is in the cache.
     bool backward = true;
     const auto pass = [&](Pass which, bool summed = false) {
@@ -195,6 +199,10 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         backward = false;
         means.floor[slot] = static_cast<float>(floor);
         means.prepare(lines, slot);
+        if (roots) {
+            table.inverse_roots(static_cast<const float*>(t.aux[slot]), roots + slot * t.cols, t.cols);
+            means.ready[slot] = roots + slot * t.cols;
+        }
         if (spread) {
             float* const out = storage + slot * (matrices + 1);
             means.of_each(lines, slot, out);
@@ -273,7 +281,8 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         }
         case STABLEADAMW: {
             renew_second();
-            const double clipped = clipped_by(sums(SUM_SURPRISE).rule);
+            const double unit = static_cast<double>(s.inverse_bias) * s.inverse_bias * s.one_minus_beta2;
+            const double clipped = clipped_by(sums(SUM_SURPRISE).rule / unit);
             s.rate = static_cast<float>(s.rate / clipped);
             s.decay = static_cast<float>(1 - h.lr / clipped * h.weight_decay);
             pass(STEP_ADAM);
@@ -289,6 +298,7 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
             break;
     }
     std::free(storage);
+    std::free(roots);
     return going;
 }
 
