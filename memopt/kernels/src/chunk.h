@@ -111,6 +111,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::W_X) x.put(i, x_i);
         if (Rule::Y) y.put(i, y_i);
     };
+    // Asks for the same columns of a later chunk (moments.h).
     const auto ask = [&](int i) __attribute__((always_inline)) {
         if (Rule::P) fetch(p_ahead + i * p_size);
         if (Rule::G) fetch(g_ahead + i * g_size);
@@ -144,8 +145,8 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::W_X) x.turn(b);
         if (Rule::Y) y.turn(b);
         const int stop = smallest((b + 1) * BLOCK, at.n);
-        for (int i = b * BLOCK; i < stop; i += 2 * W) {
-            for (int k = i; Rule::G && k <= i + W; k += W) fetch(g_ahead + k * g_size);
+        for (int i = b * BLOCK; i < stop; i += GROUP * W) {
+            for (int k = i; Rule::G && k < i + GROUP * W; k += W) fetch(g_ahead + k * g_size);
             v.ahead(i);
             m.ahead(i);
             x.ahead(i);

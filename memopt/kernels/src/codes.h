@@ -3,14 +3,32 @@
 //   stored(largest)   what is kept of the largest magnitude of a block
 //   inverse(largest)  what a value is multiplied by before it is coded
 //   decode            one vector
-//   encode            two vectors, written one behind the other: what is left of a number in its lower or upper 16 bits
-//                     is finished for both at once where there is an instruction for it
+//   encode            GROUP vectors, written one behind the other: numbers that have become small are finished together
+//                     where there are instructions for it
 //   HAS_SIGN          whether values may be negative
 // Formulas are those of the Python files; where a polynomial is evaluated in another order, a tie may fall otherwise.
 #pragma once
 #include "noise.h"
 
 namespace {
+
+constexpr int GROUP = W == 16 ? 4 : 2;
+
+#if LANES_512
+// Bytes of four vectors that were packed side by side in each 128 bits, one vector behind the other.
+struct Order {
+    alignas(64) uint32_t of[W];
+};
+constexpr Order behind_each_other() {
+    Order order{};
+    for (int i = 0; i < W; i++) order.of[i] = static_cast<uint32_t>(i % 4 * 4 + i / 4);
+    return order;
+}
+constexpr Order BEHIND = behind_each_other();
+INLINE void store_packed(uint8_t* to, __m512i q) {
+    _mm512_storeu_si512(to, _mm512_permutexvar_epi32(_mm512_load_si512(BEHIND.of), q));
+}
+#endif
 
 INLINE float clamped_reciprocal(float numerator, float x) {
     const float r = numerator / x;
@@ -43,22 +61,25 @@ struct SquareCode {
         return x * absolute(x) * unit;
     }
     // With v = 1 - u, q + 1 is chosen where y > q^2 + u (2 q + 1): where q + 1 <= sqrt(y - v + v^2) + v.
-    // Where there is no root y is under v, and the NaN becomes zero.
+    // Where there is no root y is under v, and v alone is under one.
     INLINE vf magnitude(vf x, float inverse, vu w) {
         const vf v = one_minus_uniform(w);
         const vf square = fma(v, v, fms(absolute(x), splat(inverse), v));
-        return root(square) + v;
+        return root(not_negative(square)) + v;
     }
-    INLINE void encode(uint8_t* to, vf x, vf y, float inverse, vu w, vu u) {
-        const vf a = magnitude(x, inverse, w), b = magnitude(y, inverse, u);
+    INLINE void encode(uint8_t* to, const float* value, float inverse, Dither& dither) {
+        vi q[GROUP];
+        for (int k = 0; k < GROUP; k++) {
+            const vf x = loadf(value + k * W), size = magnitude(x, inverse, dither.next());
+            q[k] = truncate(with_sign(W == 16 ? size : at_most(size, L), x));
+        }
 #if LANES_512
-        // What truncation makes of a NaN has no lower bits.
-        const __m512i q = halves(LOWER, (vu)truncate(with_sign(a, x)), (vu)truncate(with_sign(b, y)));
-        const __m512i most = _mm512_set1_epi16(L), least = _mm512_set1_epi16(-L);
-        _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8(_mm512_min_epi16(_mm512_max_epi16(q, least), most)));
+        const __m512i first = _mm512_packs_epi32((__m512i)q[0], (__m512i)q[1]);
+        const __m512i second = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);
+        const __m512i all = _mm512_max_epi8(_mm512_packs_epi16(first, second), _mm512_set1_epi8(-L));
+        store_packed(to, L < 127 ? _mm512_min_epi8(all, _mm512_set1_epi8(L)) : all);
 #else
-        narrow(to, truncate(with_sign(at_most(a, L), x)));
-        narrow(to + W, truncate(with_sign(at_most(b, L), y)));
+        for (int k = 0; k < GROUP; k++) narrow(to + k * W, q[k]);
 #endif
     }
 };
@@ -81,13 +102,16 @@ struct FloatCode {
         return where_positive(q, number(value) * unit);
     }
     // 0 for 0 alone.
-    INLINE void encode(uint8_t* to, vf x, vf y, float inverse, vu w, vu u) {
+    INLINE void encode(uint8_t* to, const float* value, float inverse, Dither& dither) {
 #if LANES_512
-        const __m512i q = _mm512_srli_epi16(halves(UPPER, moved(x, inverse, w), moved(y, inverse, u)), SHIFT - 16);
-        _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi16_epi8(_mm512_subs_epu16(q, _mm512_set1_epi16(OFFSET))));
+        vu q[GROUP];
+        for (int k = 0; k < GROUP; k++) q[k] = moved(loadf(value + k * W), inverse, dither.next()) >> SHIFT;
+        const __m512i offset = _mm512_set1_epi16(OFFSET);
+        const __m512i first = _mm512_subs_epu16(_mm512_packus_epi32((__m512i)q[0], (__m512i)q[1]), offset);
+        const __m512i second = _mm512_subs_epu16(_mm512_packus_epi32((__m512i)q[2], (__m512i)q[3]), offset);
+        store_packed(to, _mm512_packus_epi16(first, second));
 #else
-        narrow(to, code(x, inverse, w));
-        narrow(to + W, code(y, inverse, u));
+        for (int k = 0; k < GROUP; k++) narrow(to + k * W, code(loadf(value + k * W), inverse, dither.next()));
 #endif
     }
 
@@ -123,9 +147,8 @@ struct E4M3 {
         const vf x = (vi)body >= 8 ? normal : small;
         return (SIGNED ? number(bits(x) | (((vu)q & 0x80u) << 24)) : x) * unit;
     }
-    INLINE void encode(uint8_t* to, vf x, vf y, float inverse, vu w, vu u) {
-        narrow(to, code(x, inverse, w));
-        narrow(to + W, code(y, inverse, u));
+    INLINE void encode(uint8_t* to, const float* value, float inverse, Dither& dither) {
+        for (int k = 0; k < GROUP; k++) narrow(to + k * W, code(loadf(value + k * W), inverse, dither.next()));
     }
 
   private:

@@ -88,7 +88,7 @@ __attribute__((noinline)) void pack(const memopt::Tensor& t, int slot, const Pla
         for (int i = b * Kept::BLOCK; i < stop; i += W) kept.put(i, loadf(from + i));
         kept.end(b);
         kept.turn(b);
-        for (int i = b * Kept::BLOCK; i < stop; i += 2 * W) kept.code(i);
+        for (int i = b * Kept::BLOCK; i < stop; i += GROUP * W) kept.code(i);
     }
     kept.close();
 }

@@ -36,6 +36,7 @@ void inverse_roots(const float* x, float* out, int64_t n) {
 }
 
 template <bool F> using AdamStep = Adam<F, false>;
+template <bool F> using AdamCoded = Adam<F, false, true>;
 template <bool F> using AdamMaxStep = Adam<F, true>;
 template <bool F> using SgdMomentum = Sgd<F, true>;
 template <bool F> using RmspropStep = Rmsprop<F, false, false>;
@@ -58,8 +59,11 @@ void MEMOPT_TABLE(memopt::Table& t) {
     t.squares = squares;
     t.inverse_roots = inverse_roots;
     fill<AdamStep>(t.run[STEP_ADAM]);
-    t.run[STEP_ADAM][FMT_FACTORED_8] = run<Adam<true, false>, BesideFactors<Signed8>>;
-    t.run[STEP_ADAM][FMT_FACTORED_4] = run<Adam<true, false>, BesideFactors<Signed4>>;
+    t.run[STEP_ADAM][FMT_8BIT] = run<AdamCoded<false>, In8>;
+    t.run[STEP_ADAM][FMT_FP8] = run<AdamCoded<false>, InFp8>;
+    t.run[STEP_ADAM][FMT_4BIT] = run<AdamCoded<false>, In4>;
+    t.run[STEP_ADAM][FMT_FACTORED_8] = run<AdamCoded<true>, BesideFactors<Signed8>>;
+    t.run[STEP_ADAM][FMT_FACTORED_4] = run<AdamCoded<true>, BesideFactors<Signed4>>;
     fill<AdamMaxStep>(t.run[STEP_ADAM_MAX]);
     fill<Lion>(t.run[STEP_LION]);
     fill<SgdMomentum>(t.run[STEP_SGD_MOMENTUM]);

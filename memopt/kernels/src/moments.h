@@ -3,7 +3,7 @@
 //   begin(b), end(b)  around the vectors of block b
 //   get(i)            columns i ... i + W - 1 as fp32; past the end of the row: any finite number
 //   put(i, x)         what they become; past the end zeros
-//   turn(b), code(i)  what has to wait: block codes need the largest magnitude of their block first; two vectors at once
+//   turn(b), code(i)  what has to wait: block codes need the largest magnitude of their block first; GROUP vectors at once
 //   close()           writes what has been changed apart from where it lies
 //   ahead(i)          asks the memory for the same columns of a later chunk
 #pragma once
@@ -25,9 +25,10 @@ struct Place {
     const uint32_t* keys;      // of each slot, behind them what the step adds, and the master's
 };
 
-// Coded moments keep the processor busy longer than the memory, if it is asked early: what the processor foresees by
-// itself ends at every page, which is a chunk of fp32. One chunk ahead is too late, two or eight make no difference.
-// Where nothing is coded the step waits for the memory whatever is done, and asking costs up to a tenth.
+// What the processor foresees by itself ends at every page, which is a chunk of fp32. So it is asked: in a pass that
+// writes nothing for every line, which nearly doubles what a core reads from pages of 4 KiB; in one that codes too, because
+// coding keeps the processor busy longer than the memory; elsewhere for the first line of a chunk, more gains nothing. One
+// chunk ahead is too late, two or eight make no difference.
 constexpr int AHEAD = 2 * CHUNK;
 
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.
@@ -117,7 +118,7 @@ struct Bytes {
         return static_cast<uint8_t*>(t.data[slot]) + place.offset;
     }
     INLINE uint8_t* open(uint8_t* from, const Place& place, uint8_t* buffer) {
-        if (place.n % (2 * W) == 0) return from;
+        if (place.n % (GROUP * W) == 0) return from;
         std::memcpy(buffer, from, place.n);
         for (int i = place.n; i % W; i++) buffer[i] = 0;
         return buffer;
@@ -206,8 +207,7 @@ class Coded {
     }
     INLINE_METHOD void turn(int b) { inverse = Code::inverse(largest[b]); }
     INLINE_METHOD void code(int i) {
-        const vu w = dither.next();
-        Code::encode(at + i, loadf(value + i), loadf(value + i + W), inverse, w, dither.next());
+        Code::encode(at + i, value + i, inverse, dither);
     }
     INLINE_METHOD void ahead(int i) const { fetch(direct + (AHEAD + i) * Packing::BITS / 8); }
     INLINE_METHOD void close() { Packing::close(direct, n, at); }

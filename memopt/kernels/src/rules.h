@@ -40,8 +40,8 @@ struct Reads {
 };
 
 // AdamW, Adam and RAdam; LAMB and StableAdamW, whose decay and rate are found first; Adam-mini, whose second moment was
-// written before as a FACTORED one's is. MAX: amsgrad's largest second moment.
-template <bool FACTORED, bool MAX>
+// written before as a FACTORED one's is. MAX: amsgrad's largest second moment. CODED: on a format that codes.
+template <bool FACTORED, bool MAX, bool CODED = false>
 struct Adam : Reads {
     static constexpr bool V = true, M = true, X = MAX, W_V = !FACTORED, W_M = true, W_X = MAX;
     INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
@@ -53,7 +53,8 @@ struct Adam : Reads {
         if (MAX) largest = x = (v > x) | (v != v) ? v : x;
         // Not fused into one: torch rounds the decayed parameter, and is followed to 1e-6 over a hundred steps.
         vf update = m * s.rate;
-        if (!s.plain) update = bounded<FACTORED>(update / fma(root(largest), splat(s.inverse_bias), splat(s.eps)), s);
+        const vf size = fma(root(largest), splat(s.inverse_bias), splat(s.eps));
+        if (!s.plain) update = bounded<FACTORED>(CODED ? quotient(update, size) : update / size, s);
         p = p + update;
         return vf{};
     }

@@ -101,6 +101,18 @@ INLINE vf root(vf x) {
 #endif
 }
 
+// a / b within a unit in the last place, where 1 / b is finite; Inf is taken for the largest number. A division keeps the
+// divider busy, and steps that code wait for it.
+INLINE vf quotient(vf a, vf b) {
+#if LANES_512
+    b = _mm512_min_ps(_mm512_set1_ps(3.4028234663852886e38f), b);  // a NaN stays
+    const vf nearly = _mm512_rcp14_ps(b), q = a * nearly;
+    return _mm512_fmadd_ps(_mm512_fnmadd_ps(q, b, a), nearly, q);
+#else
+    return a / b;
+#endif
+}
+
 INLINE vi larger(vi a, vi b) {
 #if LANES_512
     return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
@@ -135,6 +147,16 @@ INLINE vf at_most(vf x, float most) {
     return _mm256_min_ps(_mm256_set1_ps(most), x);
 #else
     return x > most ? splat(most) : x;
+#endif
+}
+// x, or 0 where it is negative or NaN.
+INLINE vf not_negative(vf x) {
+#if LANES_512
+    return _mm512_max_ps(x, vf{});
+#elif LANES_256
+    return _mm256_max_ps(x, vf{});
+#else
+    return x > 0.0f ? x : vf{};
 #endif
 }
 INLINE vf where_positive(vi q, vf x) {
@@ -221,21 +243,5 @@ INLINE void narrow(uint16_t* to, vu x) {
     for (int i = 0; i < W; i++) to[i] = static_cast<uint16_t>(x[i]);
 #endif
 }
-
-#if LANES_512
-// Of two vectors the 16-bit halves of all lanes, one vector's behind the other's: the lower ones or the upper ones.
-struct Halves {
-    alignas(64) uint16_t of[2 * W];
-};
-constexpr Halves every_second(int first) {
-    Halves h{};
-    for (int i = 0; i < 2 * W; i++) h.of[i] = static_cast<uint16_t>(2 * i + first);
-    return h;
-}
-constexpr Halves LOWER = every_second(0), UPPER = every_second(1);
-INLINE __m512i halves(const Halves& which, vu a, vu b) {
-    return _mm512_permutex2var_epi16((__m512i)a, _mm512_load_si512(which.of), (__m512i)b);
-}
-#endif
 
 }  // namespace
