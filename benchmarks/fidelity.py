@@ -30,7 +30,7 @@ os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # torchao compiles its step, 
 import torch
 from fidelity_long import LONG
 from fidelity_streams import COLS, ROWS, STEPS, STREAMS, Stream
-from provenance import write_result
+from provenance import write_docs, write_result
 
 import memopt
 
@@ -50,7 +50,7 @@ SPECS = (
 #: (stream, beta2), beside every stream at 0.999.
 BETAS = [(name, beta2) for beta2 in (0.95, 0.99, 0.9999) for name in ("noise", "spread of 100", "drop")]
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parent.parent / "docs" / "formats.md"
+PLACE = "formats.md", "fidelity.py"
 FIGURES = {
     "error": "Error of the update, |u − u32| / |u32|",
     "length": "Length of the update in its direction, ⟨u, u32⟩ / ⟨u32, u32⟩ − 1",
@@ -135,21 +135,10 @@ def write(record: dict[str, Any], out: Path) -> None:
     (out / "fidelity.md").write_text("\n".join(lines))
     if out != RESULTS:
         return
-    write_docs("fidelity", table(record["streams"], "error", (*SHOWN, *PEERS)))
+    write_docs(*PLACE, "fidelity", table(record["streams"], "error", (*SHOWN, *PEERS)))
     for name, (_, _, page, shown) in LONG.items():
         if name in record and shown:
-            write_docs(name, page(record[name]))
-
-
-def write_docs(name: str, lines: list[str]) -> None:
-    """Replace the table in docs/formats.md between the comments that name it."""
-    begin, end = f"<!-- benchmarks/fidelity.py: {name} -->\n", f"<!-- {name}: end -->"
-    text = DOCS.read_text()
-    before, _, rest = text.partition(begin)
-    _, _, after = rest.partition(end)
-    if not rest or end not in rest:
-        raise SystemExit(f"docs/formats.md has no place for {name}")
-    DOCS.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
+            write_docs(*PLACE, name, page(record[name]))
 
 
 def main() -> int:

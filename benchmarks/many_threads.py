@@ -5,8 +5,9 @@
 The kernels are compiled with :file:`simulated_pool.cpp` in the place of their pool: every task of a step is run and
 timed, and given to the thread that would be free first. ``serial`` is the part of a step on one thread that is in no
 task, and cannot be shared; ``speed-up`` is a step on one thread over the longest thread's tasks and the serial part.
-Caches and memory are those of one thread: how far memory carries is not simulated. Writes results/many_threads.json
-and .md.
+Caches and memory are those of one thread: how far memory carries is not simulated. All lies on large pages already:
+putting it there is no task, and a sixtieth of a step until it is done (memopt/kernels/huge_pages.py). Writes
+results/many_threads.json and .md.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from provenance import write_result
+from settled import settle
 
 import memopt
 from memopt.kernels import loader
@@ -68,7 +70,7 @@ def measure(spec: str, shapes: list[tuple[int, ...]], threads: int, handle: ctyp
     for p in params:
         p.grad = torch.randn_like(p)
     opt = memopt.create(params, spec)
-    opt.step(), opt.step()
+    settle(opt)
     before = torch.get_num_threads()
     found: list[tuple[float, float]] = []
     try:

@@ -86,6 +86,18 @@ def write_result(path: Path, result: dict[str, Any], flat: bool = False) -> None
     path.write_text("{\n" + text + "\n}\n" if flat else json.dumps(result, indent=1) + "\n")
 
 
+def write_docs(page: str, script: str, name: str, lines: list[str]) -> None:
+    """Replace the table in ``docs/<page>`` between the comments that name it."""
+    begin, end = f"<!-- benchmarks/{script}: {name} -->\n", f"<!-- {name}: end -->"
+    path = ROOT / "docs" / page
+    text = path.read_text()
+    before, _, rest = text.partition(begin)
+    _, _, after = rest.partition(end)
+    if not rest or end not in rest:
+        raise SystemExit(f"docs/{page} has no place for {name}")
+    path.write_text(before + begin + "\n".join(lines) + "\n" + end + after)
+
+
 def _git(*arguments: str, root: Path = ROOT) -> str:
     done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -7,8 +7,10 @@ Writes benchmarks/results/step_users.json and .md, in four minutes of two quiet 
 own, in which its steps and those of torch's fused AdamW are taken in turn; a process gives the ratio of two medians,
 the table the median of the processes with the smallest and the largest. Clipping is torch's ``clip_grad_norm_`` before
 torch's step, and ``max_grad_norm`` here; where it is active, torch's bound is each time a little below the norm, since
-it changes the gradients. The roofs (:mod:`roof`) are of the default policy without clipping, in the same process: the
-loads and stores of the step without arithmetic, and its arithmetic on what stays in the cache.
+it changes the gradients. The roofs (:mod:`roof`) are of the default policy without clipping, in the same process and
+on the same pages: the loads and stores of the step without arithmetic, its arithmetic on what stays in the cache, and
+what no step can be under: the larger of the two, with the look at the gradients, which comes first, as what its loads
+take. The table goes into docs/kernels.md, too.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from provenance import write_result
+from provenance import write_docs, write_result
 
 RESULTS = Path(__file__).parent / "results"
 #: spec -> the largest ratio that it is to have: clipping and step, step, each of torch's.
@@ -50,7 +52,10 @@ AGAINST = {
     "settled step": "torch step",
     "memory roof": "torch step",
     "arithmetic roof": "torch step",
+    "bound": "torch step",
 }
+#: Of these docs/kernels.md has the columns.
+SHOWN = ("step", "propagate", "clipped", "clip inactive", "settled step", "memory roof", "arithmetic roof", "bound")
 ROUNDS, SETTLED_ROUNDS = 9, 5
 
 
@@ -128,14 +133,20 @@ def worker(spec: str, numel: int, threads: int, library: str) -> dict[str, float
         step()
     found = timed(ROUNDS, list(steps))
     opt = made["step"]
-    settle(opt)
-    # Compared with torch's step beside it, scaled to the one that the table is of.
-    settled = timed(SETTLED_ROUNDS, ["torch step", "step"])
-    found["settled step"] = settled["step"] * found["torch step"] / settled["torch step"]
     p = opt.param_groups[0]["params"][0]
     passes = roof.passes(memopt.parse(spec).rule, p, opt.state[p])
     found["memory roof"] = roof.memory(passes, numel, library) * 1e3
     found["arithmetic roof"] = roof.arithmetic(spec, numel) * 1e3
+    # A look at the gradients alone, of a rule of one pass, comes before the step; other passes are counted together.
+    alone = "factored" not in spec and len(passes) == 2 and len(passes[0]) == 1
+    first = roof.memory(passes[:1], numel, library) * 1e3 if alone else 0.0
+    rest = roof.memory(passes[1:], numel, library) * 1e3 if alone else found["memory roof"]
+    arithmetic = roof.arithmetic(spec, numel, nonfinite="propagate") * 1e3 if alone else found["arithmetic roof"]
+    found["bound"] = first + max(rest, arithmetic)
+    settle(opt)
+    # Compared with torch's step beside it, scaled to the one that the table is of.
+    settled = timed(SETTLED_ROUNDS, ["torch step", "step"])
+    found["settled step"] = settled["step"] * found["torch step"] / settled["torch step"]
     return found
 
 
@@ -155,18 +166,27 @@ def measure(spec: str, args: Namespace, library: str) -> dict[str, Any]:
     return row
 
 
-def cells(row: dict[str, Any]) -> str:
+def cells(row: dict[str, Any], kinds: Iterable[str] = AGAINST) -> str:
     clipped, plain = BARS[row["spec"]]
     bars = {"clipped": clipped, "clip inactive": clipped, "step": plain}
     found = [row["spec"]]
-    for kind in AGAINST:
+    for kind in kinds:
         one, bar = row[kind], bars.get(kind)
         text = f"{one['ratio']:.2f} ({one['least']:.2f}–{one['most']:.2f})"
         found.append(text + (f" [{bar}]" if bar is not None else ""))
     return "| " + " | ".join(found) + " |"
 
 
-def table(rows: list[dict[str, Any]], args: Namespace) -> str:
+def table(rows: list[dict[str, Any]], kinds: Iterable[str] = AGAINST) -> list[str]:
+    kinds = list(kinds)
+    return [
+        "| spec | " + " | ".join(kinds) + " |",
+        "|---" * (len(kinds) + 1) + "|",
+        *(cells(row, kinds) for row in rows),
+    ]
+
+
+def page(rows: list[dict[str, Any]], args: Namespace) -> str:
     torch = [median(row["ms"][name] for row in rows) for name in ("torch step", "torch clipped", "torch clip inactive")]
     lines = [
         "# Steps as people get them",
@@ -176,11 +196,10 @@ def table(rows: list[dict[str, Any]], args: Namespace) -> str:
         f"`clip_grad_norm_` and that step ({torch[1]:.1f} ms where it clips, {torch[2]:.1f} where the norm is below "
         "the bound): the median of the processes, the smallest and the largest. In brackets the bar. The roofs are "
         "what bounds `step` from below: its loads and stores without arithmetic, and its arithmetic on what stays in "
-        "the cache of a core.",
+        "the cache of a core. The bound is the larger of them, and behind a look at the gradients: what that takes and "
+        "the larger of the step's.",
         "",
-        "| spec | " + " | ".join(AGAINST) + " |",
-        "|---" * (len(AGAINST) + 1) + "|",
-        *map(cells, rows),
+        *table(rows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -210,7 +229,8 @@ def main() -> None:
     if not args.only:
         result = {"numel": args.numel, "threads": args.threads, "load_before": before, "rows": rows, "bars": BARS}
         write_result(RESULTS / "step_users.json", result)
-        (RESULTS / "step_users.md").write_text(table(rows, args))
+        (RESULTS / "step_users.md").write_text(page(rows, args))
+        write_docs("kernels.md", "step_users.py", "users", table(rows, SHOWN))
 
 
 if __name__ == "__main__":

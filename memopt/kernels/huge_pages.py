@@ -8,7 +8,7 @@ parameters, state, and gradients that stay where they are (``zero_grad(set_to_no
 Nothing moves but the system's pages: addresses and contents stay. Only memory is touched that is this process's alone
 (no mapped file, nothing shared) and in use already, so that no byte is added. State is on large pages from the
 beginning: they are asked for before it is zeroed. For the rest the work is spread over the first steps, which it makes
-a fortieth longer: where memory is fragmented the system takes some 3 ms for a page, thirty times what a step takes for
+a sixtieth longer: where memory is fragmented the system takes some 3 ms for a page, thirty times what a step takes for
 its bytes. ``MEMOPT_HUGE_PAGES=off`` turns it off; it is off where the system's administrator has
 said ``never``.
 """
@@ -39,7 +39,7 @@ SMALLEST = 2 * PAGE
 #: Steps in a row after which a gradient's place is taken to be its own; steps after which nobody looks any more.
 STEADY, PATIENCE = 3, 20
 #: Of a step's time, what may be spent on it.
-SHARE = 1 / 40
+SHARE = 1 / 60
 _WANTED, _COLLAPSE = 14, 25  # MADV_HUGEPAGE; MADV_COLLAPSE of Linux 6.1
 _SETTING = "/sys/kernel/mm/transparent_hugepage/enabled"
 
