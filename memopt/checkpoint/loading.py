@@ -16,12 +16,12 @@ from memopt.checkpoint.conversion.report import Conversion
 from memopt.checkpoint.importers import read_state_dict
 from memopt.checkpoint.io import json_values
 from memopt.checkpoint.io import rng_state as random_state
+from memopt.checkpoint.load_dict import apart
 from memopt.checkpoint.load_model import plan_common, plan_model
 from memopt.checkpoint.load_state import StateLoad
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.state.detect import is_foreign, read_path
 from memopt.core.user_warning import warn
-from memopt.optim.saving.load_state_dict import apart
 from memopt.partitions.ranks import Ranks
 
 if TYPE_CHECKING:

@@ -190,14 +190,6 @@ class StateStore:
         self._check_shape(name, p, state)
         return state
 
-    def to_overwrite(self, name: str, p: Tensor, h: Mapping[str, Any]) -> dict[str, Tensor]:
-        """State that may be written over, none of its values being wanted any more."""
-        layout = self.params.resolve(name, p, h)
-        there: dict[str, Tensor] | None = self.state.get(p) if self.setup.placement_stores.of(name).rewritable else None
-        if there and layout.misfit(self.setup.partition.local(p, layout.rows, p), there) is None:
-            return there
-        return self.allocate(Resolved(layout, p, dict(h)), fresh=True)
-
     def lines(self, name: str, p: Tensor, h: Mapping[str, Any]) -> list[Line]:
         """The lines of the ledger of a parameter with the hyperparameters ``h``, that of the step first."""
         return self.params.resolve(name, p, h).lines(str(p.device), self.setup.capturable)

@@ -34,23 +34,22 @@ TOOLS = (
 
 
 def read_state_dict(
-    state_dict: Mapping[str, Any], origin: str, rule: str | None = None, likely: str | None = None
+    state_dict: Mapping[str, Any],
+    origin: str,
+    rule: str | None = None,
+    likely: str | None = None,
+    rows: own_dict.RowsHere | None = None,
 ) -> Source:
-    """A ``state_dict()`` of one of :data:`TOOLS`, or of an optimizer of memopt's.
+    """A ``state_dict()`` of one of :data:`TOOLS`, or of an optimizer of memopt's, of which ``rows`` may say which rows
+    are in it.
 
     ``rule`` is needed where the dictionary does not say which of several it was, and none of them is the ``likely``
     one. Raises ValueError for a dictionary
     that none of them wrote.
     """
-    if "state" not in state_dict or "param_groups" not in state_dict:
-        raise ValueError(f"{origin} is not an optimizer's state_dict: it lacks 'state' or 'param_groups'")
-    groups = state_dict["param_groups"]
-    states: dict[Any, Any] = state_dict["state"]
-    if isinstance(states, Mapping):
-        states = {key: state for key, state in states.items() if isinstance(state, Mapping)}
-    _refuse_other_forms(groups, states, origin)
+    groups, states = check_form(state_dict, origin)
     if own_dict.wrote(state_dict):
-        return own_dict.read(state_dict, origin, rule)
+        return own_dict.read(state_dict, origin, rule, rows)
     with laid_out(origin, "an optimizer's state_dict"):
         tool = _tool(groups, states, origin)
         first: dict[str, Any] = next((s for s in states.values() if s), {})
@@ -58,8 +57,14 @@ def read_state_dict(
         return _source(tool, choose(tool.name, origin, possible, rule, likely), groups, states, origin)
 
 
-def _refuse_other_forms(groups: Any, states: Any, origin: str) -> None:
-    """Raise ValueError unless these are param groups with numbers or names, and their states by those."""
+def check_form(state_dict: Mapping[str, Any], origin: str) -> tuple[Any, dict[Any, Any]]:
+    """Groups and states. Raises ValueError unless these are param groups with numbers or names, and their states by
+    those."""
+    if "state" not in state_dict or "param_groups" not in state_dict:
+        raise ValueError(f"{origin} is not an optimizer's state_dict: it lacks 'state' or 'param_groups'")
+    groups, states = state_dict["param_groups"], state_dict["state"]
+    if isinstance(states, Mapping):
+        states = {key: state for key, state in states.items() if isinstance(state, Mapping)}
     if not isinstance(groups, list) or not groups:
         raise Refused(f"{origin} is not an optimizer's state_dict: its param_groups are {shown(groups)}")
     seen: set[Any] = set()
@@ -82,6 +87,7 @@ def _refuse_other_forms(groups: Any, states: Any, origin: str) -> None:
     for state in states.values():
         for key in state:
             label(key, f"an entry of the state in {origin}")
+    return groups, states
 
 
 def _tool(groups: Any, states: Any, origin: str) -> Tool:

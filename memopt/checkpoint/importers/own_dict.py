@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from memopt.checkpoint.conversion.param_state import ParamState
 from memopt.checkpoint.state.saved import Group, Record, Source
 from memopt.core.hyperparameters import SpecError
+from memopt.core.rows import Rows, is_narrow
 from memopt.layout.replaced_state import own_entries
 from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
 from memopt.optim.saving.dtensors import has_dtensors, unwrapped
@@ -29,12 +30,22 @@ def wrote(state_dict: Mapping[str, Any]) -> bool:
     return isinstance(state_dict.get("memopt"), Mapping) and "spec" in state_dict["memopt"]
 
 
-def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) -> Source:
-    """The dictionary as a source: of one of several ranks, the rows of that rank.
+#: A parameter's name in the dictionary, its dtype, and the rows of it whose state is there; None where it has no shape.
+Described = tuple[str, str, Rows | None]
+#: What a dictionary's parameters are, in the order of its groups, where the reader has the same rows of them.
+RowsHere = Callable[[Mapping[str, Any]], list[Described] | None]
+
+
+def read(
+    state_dict: Mapping[str, Any], origin: str, rule: str | None = None, rows_here: RowsHere | None = None
+) -> Source:
+    """The dictionary as a source: of one of several ranks, the rows of that rank, by its own account unless
+    ``rows_here`` has another.
 
     Raises ValueError for a dictionary that does not say what its parameters are (those of versions before this one),
     and for one whose state is not what its spec keeps.
     """
+    here = rows_here(state_dict) if rows_here is not None else None
     if has_dtensors(state_dict):
         state_dict = unwrapped(state_dict)
     with laid_out(origin, "an optimizer's state_dict"):
@@ -42,11 +53,7 @@ def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) ->
         spec = spec_of(saved, origin)
         if rule not in (None, spec.rule):
             raise ValueError(f"{origin} is of {spec.rule}, not {rule!r}")
-        if saved.get("cut") is not None:
-            raise ValueError(f"{origin} is of DeepSpeed's vectors: it loads under the stage and groups that saved it")
-        if "parameters" not in saved:
-            raise ValueError(f"{origin} does not say what its parameters are: load it into an optimizer of '{spec}'")
-        groups, parameters = state_dict["param_groups"], described_parameters(saved)
+        groups, parameters = state_dict["param_groups"], here or _described(saved, spec, origin)
         numbers = [number for group in groups for number in group["params"]]
         if len(numbers) != len(parameters):
             raise ValueError(f"{origin} has {len(numbers)} parameters in its groups and describes {len(parameters)}")
@@ -58,16 +65,28 @@ def read(state_dict: Mapping[str, Any], origin: str, rule: str | None = None) ->
             h = {**own.hyperparameters, **plain(group)}
             own.check(h)
             ours.append(Group([name for _, (name, _, _) in members], plain(group)))
-            for number, (name, dtype, shape) in members:
-                if name in records:
-                    raise ValueError(f"{origin} has two parameters of the name {shown(name)}")
+            for number, parameter in members:
+                if parameter[0] in records:
+                    raise ValueError(f"{origin} has two parameters of the name {shown(parameter[0])}")
                 index, state = len(records), state_dict["state"].get(number) or {}
-                records[name] = _record(spec, h, (name, dtype, shape), index, state, saved, origin)
+                records[parameter[0]] = _record(spec, h, parameter, index, state, saved, origin)
         others = {key: x for key, x in state_dict["state"].items() if key not in set(numbers)}
+        lost = [key for key in others if isinstance(key, int)]
+        if lost:
+            raise ValueError(f"{origin} has state for {len(lost)} parameters that are in none of its groups")
         return Source(
             spec, ours, records, origin, named, saved.get("seed"), saved.get("skipped_steps"),
             others=copy.deepcopy(others),
         )  # fmt: skip
+
+
+def _described(saved: Mapping[str, Any], spec: OptimSpec, origin: str) -> list[Described]:
+    if saved.get("cut") is not None:
+        raise ValueError(f"{origin} is of DeepSpeed's vectors: it loads under the stage and groups that saved it")
+    if "parameters" not in saved:
+        raise ValueError(f"{origin} does not say what its parameters are: load it into an optimizer of '{spec}'")
+    rows, ranks = PARTITIONS[spec.partition].rows, (saved.get("rank", 0), saved.get("world_size", 1))
+    return [(name, dtype, rows(shape, *ranks)) for name, dtype, shape in described_parameters(saved)]
 
 
 def spec_of(saved: Mapping[str, Any], origin: str) -> OptimSpec:
@@ -98,21 +117,24 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
 def _record(
     spec: OptimSpec,
     h: Mapping[str, Any],
-    parameter: tuple[str, str, tuple[int, ...]],
+    parameter: Described,
     index: int,
     state: Mapping[str, Any],
     saved: Mapping[str, Any],
     origin: str,
 ) -> Record:
-    name, dtype, shape = parameter
-    rank, world = saved.get("rank", 0), saved.get("world_size", 1)
+    name, dtype, rows = parameter
+    if rows is None:
+        if state:
+            raise ValueError(f"{origin} has state of {name}, which has no shape yet: it must see data first")
+        return Record(name, (), stepped=False)
     rule = RULES[spec.rule_of(h)]
     param = ParamState(
         spec,
         rule.keeping(h, state),
         name,
         index,
-        PARTITIONS[spec.partition].rows(shape, rank, world),
+        rows,
         torch.device("cpu"),
         saved.get("seed", 0),
         lambda x: x,
@@ -122,13 +144,14 @@ def _record(
     own = own_entries(rule.name, state)
     ours = {key: value for key, value in state.items() if key not in own}
     if ours:
-        coded = [moment.name for moment, fmt in param.codes if "" not in fmt.layout(moment, param.rows)]
-        if coded and ours.keys() >= set(coded):  # of a version that kept narrow rows in 32 bits
+        coded = {moment.name for moment, fmt in param.codes if "" not in fmt.layout(moment, param.rows)}
+        if is_narrow(rows.shape) and ours.keys() >= coded > set():  # of a version that had narrow rows in 32 bits
             param = param._replace(spec=param.spec.replace(format="32bit", overrides={}))
         check(param, ours, origin)
         if param.master.key not in ours:  # one of zeros stands for the weights as they are
             param = param._replace(spec=param.spec.replace(master="none"))
     record = param.record(ours)
+    record.state = ours
     if own:
         record.own = lambda rank: copy.deepcopy(own)
     return record

@@ -119,7 +119,7 @@ class SavedMaster(NamedTuple):
 class Record:
     """The state of one parameter; no moments where it has never been stepped. ``dtype`` is the parameter's, empty where
     that was not saved; ``master`` is what stands beside it; ``weights(rows)`` is the parameter itself, where it is at
-    hand. ``own(rank)`` is what the user has put beside its state."""
+    hand. ``own(rank)`` is what the user has put beside its state; ``state`` are the tensors of one in memory."""
 
     name: str
     shape: Shape
@@ -130,6 +130,7 @@ class Record:
     master: SavedMaster | None = None
     weights: Callable[[Rows], Tensor] | None = None
     own: Callable[[int], dict[str, Any]] | None = None
+    state: Mapping[str, Any] | None = None
 
 
 @dataclass

@@ -15,6 +15,8 @@ from memopt.spec import OptimSpec
 
 #: Keys of a group that torch.optim itself keeps there.
 TORCH_KEYS = ("params", "param_names")
+#: Those of its keys that say how it computes, not what.
+TORCH_EXECUTION = ("foreach", "fused", "capturable", "differentiable")
 
 
 def named_groups(params: Iterable[Any]) -> list[Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
 from typing import Any
 
 from memopt.optim.saving.dtensors import ON_EVERY_RANK, REPLICAS, asking_framework, refuse
-from memopt.optim.saving.load_state_dict import load
 from memopt.optim.saving.pickling import packed_bytes, restore_copied
 from memopt.optim.saving.state_dict import dump
 from memopt.optim.setup import Setup
@@ -105,21 +103,17 @@ class SavedOptimizer(SteppingOptimizer):
         >>> float(opt.state[w]["step"])
         1.0
         """
+        from memopt.checkpoint.load_dict import load_dict
+
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = before(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         self.store.notice_replaced()
         with self.partition.logical_params(self):
-            metadata = load(self.store, state_dict, self._load_other)
-        self.skipped_steps = metadata.get("skipped_steps", self.skipped_steps)
+            load_dict(self, state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def _load_other(self, state_dict: Mapping[str, Any]) -> None:
-        from memopt.checkpoint.load_dict import load_other
-
-        load_other(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         self.setup.check_whole()

@@ -48,18 +48,21 @@ def dump(params: Params, skipped_steps: int, whole: Mapping[int, Any] | None = N
             "world_size": world,
             "seed": setup.seed,
             "skipped_steps": skipped_steps,
-            **(described(params) if cut is None else {"cut": cut}),
+            **described(params),
+            **({} if cut is None else {"cut": cut}),
         },
     }
 
 
 def described(params: Params) -> dict[str, str]:
-    """What another spec must know to read the state, each as one string, which every tool that saves keeps as it is."""
+    """What another spec must know to read the state, each as one string, which every tool that saves keeps as it is.
+    What DeepSpeed's vectors are is known to the stage that cut them alone."""
     spec = params.setup.spec
     parameters = [
         [name, str(p.dtype).removeprefix("torch."), list(p.shape)] for name, p, _ in params.entries() if has_shape(p)
     ]
     whole = len(parameters) == len(list(params.entries()))  # else a lazy module has not seen data, nor stepped
+    whole = whole and params.setup.partition.cut() is None
     return {
         "engine": spec.engine,
         "overrides": json.dumps(dict(spec.overrides)),
