@@ -20,7 +20,7 @@ from memopt.optim.edits.group_checks import is_named
 from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.saving.dtensors import has_dtensors
 from memopt.optim.saving.state_dict import described
-from memopt.partitions.dtensor import is_dtensor
+from memopt.partitions.dtensor import local_of
 
 if TYPE_CHECKING:
     from memopt.optim.parts import OptimizerParts
@@ -39,7 +39,7 @@ def load_dict(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> None:
     saved and would have to be made up.
     """
     source = _source(optimizer, state_dict)
-    if optimizer.on_mismatch == "refuse":
+    if optimizer.setup.on_mismatch == "refuse":
         _refuse_conversion(source, optimizer)
     plan = StateLoad(optimizer, source, hyper=True, fill={})
     with optimizer.store.restoring("load_state_dict()"):
@@ -85,8 +85,9 @@ def _rows_here(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> list
             )
     groups, entries = state_dict["param_groups"], list(optimizer.params.entries())
     named = is_named(groups)
-    names = [name for g in groups for name in (g["param_names"] if named else range(len(g["params"])))]
-    names = names if named else list(map(str, range(len(names))))
+    numbers = [number for group in groups for number in group["params"]]
+    names = [name for group in groups for name in group.get("param_names") or ()] if named else None
+    names = names or [str(i) for i in range(len(numbers))]
     match(names, [name for name, _, _ in entries], named and is_named(optimizer.param_groups), ORIGIN, ordered=True)
     return [
         (name, dtype_name(p), partition.local_rows(p) if has_shape(p) else None)
@@ -149,5 +150,5 @@ def apart(store: StateStore, state_dict: Mapping[str, Any], in_place: bool = Fal
 
 def _address(x: Any) -> int:
     """Where the storage of a tensor begins; 0 of a subclass that wraps others (torchao's), and has none to look at."""
-    x = x.to_local() if is_dtensor(x) else x
+    x = local_of(x)
     return x.untyped_storage().data_ptr() if type(x) in (Tensor, torch.nn.Parameter) and x.numel() else 0

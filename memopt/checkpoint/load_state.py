@@ -23,7 +23,7 @@ from memopt.core.param_names import matching
 from memopt.layout.replaced_state import own_entries
 from memopt.optim.edits.group_checks import TORCH_EXECUTION, TORCH_KEYS, is_named
 from memopt.optim.edits.param_groups import has_shape
-from memopt.partitions.dtensor import is_dtensor
+from memopt.partitions.dtensor import local_of
 from memopt.rules import RULES
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def is_same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 def _in_place(x: Any, y: Any) -> bool:
     if x is y or not isinstance(x, Tensor) or not isinstance(y, Tensor):
         return x is y
-    x, y = (one.to_local() if is_dtensor(one) else one for one in (x, y))
+    x, y = local_of(x), local_of(y)
     return x.dtype == y.dtype and x.shape == y.shape and (not x.numel() or x.data_ptr() == y.data_ptr())
 
 

@@ -22,6 +22,11 @@ def is_dtensor(x: object) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def local_of(x: Any) -> Any:
+    """What is here of a DTensor; anything else as it is."""
+    return x.to_local() if is_dtensor(x) else x
+
+
 def of_fsdp1(name: str, p: object) -> str | None:
     """Why a parameter that FSDP1 has flattened is not stepped; None where none has."""
     if not getattr(p, "_fsdp_flattened", False):  # torch/distributed/fsdp/_common_utils.py

@@ -164,3 +164,72 @@ def test_the_optimizers_own_tensors_are_read_before_they_are_written_over(place)
     assert all(torch.equal(opt.state[p]["exp_avg"], x) for p, x in wanted.items())
     memopt.load(opt.state_dict(), optimizer=opt)
     assert all(torch.equal(opt.state[p]["exp_avg"], x) for p, x in wanted.items())
+
+
+def as_it_is(opt):
+    return [{key: x.clone() for key, x in opt.state[p].items()} for group in opt.param_groups for p in group["params"]]
+
+
+@pytest.mark.parametrize("spec", ["adamw-8bit", "adamw-8bit@disk", "came"])
+def test_the_states_own_tensors_are_loaded_without_a_copy_and_under_another_number_too(spec):
+    """What loads into the tensors of ``state_dict()`` (torch.distributed.checkpoint) needs no second state."""
+    net = nn.Sequential(*(nn.Linear(64, 64) for _ in range(2)))
+    opt = memopt.create(list(net.parameters()), spec)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape)
+    opt.step()
+    saved, before = opt.state_dict(), as_it_is(opt)
+    there = [x.data_ptr() for state in saved["state"].values() for x in state.values()]
+    opt.load_state_dict(saved)
+    assert as_it_is(opt) == [{key: Bits(x) for key, x in state.items()} for state in before]
+    assert [x.data_ptr() for state in opt.state_dict()["state"].values() for x in state.values()] == there
+    half = len(before) // 2
+    swapped = {i: saved["state"][(i + half) % len(before)] for i in range(len(before))}
+    opt.load_state_dict({**saved, "state": swapped})
+    assert as_it_is(opt) == [{k: Bits(x) for k, x in s.items()} for s in (*before[half:], *before[:half])]
+
+
+class Bits:
+    """A tensor that is equal to one of the same bits."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __eq__(self, other):
+        return self.x.dtype == other.dtype and torch.equal(self.x, other)
+
+    __hash__ = None
+
+
+def test_a_dictionary_that_lost_what_memopt_wrote_beside_the_state_is_read_as_the_optimizers_own():
+    net = model()
+    theirs = made(net, "adamw-8bit")
+    drive(net, theirs, 2)
+    bare = {key: copy.deepcopy(theirs.state_dict()[key]) for key in ("state", "param_groups")}
+    opt = made(copy.deepcopy(net), "adamw-8bit", on_mismatch="refuse")
+    opt.load_state_dict(bare)
+    assert as_it_is(opt) == [{key: Bits(x) for key, x in state.items()} for state in as_it_is(theirs)]
+
+
+def test_a_rate_that_is_a_tensor_stays_that_tensor_and_none_of_the_dictionarys_is_taken():
+    net = model()
+    theirs = memopt.create(net, "adamw", lr=torch.tensor(3e-3))
+    opt = memopt.create(net, "adamw", lr=torch.tensor(1.0))
+    rate, saved = opt.param_groups[0]["lr"], theirs.state_dict()
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(3e-3)
+    plain = memopt.create(net, "adamw")
+    plain.load_state_dict(saved)
+    plain.param_groups[0]["lr"].fill_(0.5)
+    assert float(theirs.param_groups[0]["lr"]) == pytest.approx(3e-3)
+
+
+def test_one_ranks_rows_do_not_go_into_another_partition():
+    net = model()
+    theirs = made(net, "adamw")
+    drive(net, theirs, 1)
+    saved = theirs.state_dict()
+    saved["memopt"].update(spec="adamw/zero1", rank=0, world_size=2)
+    with pytest.raises(ValueError, match="rank 0 of 2"):
+        made(net, "adamw").load_state_dict(saved)

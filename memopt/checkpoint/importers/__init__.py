@@ -57,7 +57,7 @@ def read_state_dict(
         return _source(tool, choose(tool.name, origin, possible, rule, likely), groups, states, origin)
 
 
-def check_form(state_dict: Mapping[str, Any], origin: str) -> tuple[Any, dict[Any, Any]]:
+def check_form(state_dict: Mapping[str, Any], origin: str) -> tuple[Any, Any]:
     """Groups and states. Raises ValueError unless these are param groups with numbers or names, and their states by
     those."""
     if "state" not in state_dict or "param_groups" not in state_dict:

@@ -58,6 +58,7 @@ def read(
         if len(numbers) != len(parameters):
             raise ValueError(f"{origin} has {len(numbers)} parameters in its groups and describes {len(parameters)}")
         described, named = iter(parameters), is_named(groups)
+        in_memory = PlacementStores(spec.replace(placement="device", overrides={}), 0, 1)
         ours: list[Group] = []
         records: dict[str, Record] = {}
         for group, members in _members(groups, described):
@@ -69,7 +70,9 @@ def read(
                 if parameter[0] in records:
                     raise ValueError(f"{origin} has two parameters of the name {shown(parameter[0])}")
                 index, state = len(records), state_dict["state"].get(number) or {}
-                records[parameter[0]] = _record(spec, h, parameter, index, state, saved, origin)
+                records[parameter[0]] = _record(
+                    spec, h, parameter, index, state, saved.get("seed", 0), in_memory, origin
+                )
         others = {key: x for key, x in state_dict["state"].items() if key not in set(numbers)}
         lost = [key for key in others if isinstance(key, int)]
         if lost:
@@ -120,7 +123,8 @@ def _record(
     parameter: Described,
     index: int,
     state: Mapping[str, Any],
-    saved: Mapping[str, Any],
+    seed: int,
+    placement_stores: PlacementStores,
     origin: str,
 ) -> Record:
     name, dtype, rows = parameter
@@ -136,10 +140,10 @@ def _record(
         index,
         rows,
         torch.device("cpu"),
-        saved.get("seed", 0),
+        seed,
         lambda x: x,
         dtype,
-        PlacementStores(spec.replace(placement="device", overrides={}), 0, 1),
+        placement_stores,
     )
     own = own_entries(rule.name, state)
     ours = {key: value for key, value in state.items() if key not in own}
@@ -148,7 +152,7 @@ def _record(
         if is_narrow(rows.shape) and ours.keys() >= coded > set():  # of a version that had narrow rows in 32 bits
             param = param._replace(spec=param.spec.replace(format="32bit", overrides={}))
         check(param, ours, origin)
-        if param.master.key not in ours:  # one of zeros stands for the weights as they are
+        if param.master.key and param.master.key not in ours:  # one of zeros stands for the weights as they are
             param = param._replace(spec=param.spec.replace(master="none"))
     record = param.record(ours)
     record.state = ours

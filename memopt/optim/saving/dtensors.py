@@ -11,7 +11,7 @@ from torch import Tensor
 from memopt.core.ledger import dtype_name
 from memopt.core.rows import Rows, Shape
 from memopt.layout.param import resolve
-from memopt.partitions.dtensor import is_dtensor, like
+from memopt.partitions.dtensor import is_dtensor, like, local_of
 
 if TYPE_CHECKING:
     from memopt.partitions.base import Entry, Partition
@@ -68,9 +68,7 @@ def _shapes(
 def unwrapped(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """``state_dict`` with what is here of every DTensor in its state."""
     state: dict[Any, Any] = {
-        key: {part: x.to_local() if is_dtensor(x) else x for part, x in parts.items()}
-        if isinstance(parts, Mapping)
-        else parts
+        key: {part: local_of(x) for part, x in parts.items()} if isinstance(parts, Mapping) else parts
         for key, parts in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
