@@ -67,7 +67,7 @@ uint8_t format_of(uint8_t format, int slot, int rule) {
 
 // What one rule has of a parameter. Of a stack `shape` has the lines of all matrices; where moments in blocks stand
 // beside factored ones its rows are matrices, as in memopt/core/rows.py.
-Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, uint32_t index, Master master, int rule) {
+Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, uint32_t index, Master master, int rule, bool sliced) {
     Tensor t{};
     const int64_t n = shape.numel, size = dtype == F32 ? 4 : 2;
     t.p = memory.make(n * size);
@@ -93,6 +93,7 @@ Tensor make(Memory& memory, const Shape& shape, Format format, uint8_t dtype, ui
         const bool flat = shape.cols == 256 && n % 256;
         const int64_t blocks = flat ? (n + block - 1) / block : t.rows * ((t.cols + block - 1) / block);
         if (rule == ADAMMINI && slot == 0) t.data[slot] = memory.make(4 * ((n + shape.span - 1) / shape.span));
+        else if (sliced && slot >= 2) t.data[slot] = memory.make(4 * t.rows * ((t.cols + 10) / 11));
         else if (kept == FMT_32BIT) t.data[slot] = memory.make(4 * n);
         else if (kept == FMT_BF16) t.data[slot] = memory.make(2 * n);
         else if (kept == FMT_FACTORED) t.data[slot] = memory.make(4 * shape.rows), t.aux[slot] = memory.make(4 * shape.rows / shape.height * shape.cols);
@@ -116,10 +117,10 @@ std::vector<unsigned char> run(int rule, uint32_t flags, Format format, int thre
     uint32_t index = 1;
     for (const Shape& shape : shapes) {
         if (format >= FMT_FACTORED_8 && shape.height != shape.rows) continue;  // stacks are FMT_MIXED_FACTORED
-        tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
+        tensors.push_back(make(memory, shape, format, index % 3, index, master, rule, flags & SLICED_SUMS)), index++;
     }
     if (!is_factored(format) && rule != SINKGD)
-        for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule)), index++;
+        for (const Shape& shape : flat) tensors.push_back(make(memory, shape, format, index % 3, index, master, rule, flags & SLICED_SUMS)), index++;
     Group group{rule, flags, 1e-2, 0.1, 0.9, 0.99, 0.999, 1e-8, 1e-3, 1.0, 0.9, 0.0, 0.1, 0, 1e-3, 5, 9, 9, 0, 0, 3, 2, 1e-3, 1, 0, 0.5};
     if (looks_ahead) group.slow_steps = 1, group.slow_rate = 0.5;
     for (Tensor& t : tensors) t.step = looks_ahead ? 1 : 3, t.cut = cut;
