@@ -5,7 +5,7 @@
 For each rule: the bytes of its whole state on Llama-3.1-8B, by price; the validation loss of the demo's language model
 at the best of three rates, one seed; and a step of 16.8 million parameters in matrices against a step of torch's fused
 AdamW on the same gradients, interleaved, medians of wall and of processor time. What a rule of matrices does not take
-is AdamW's at AdamW's own rate. The bars: sinkgd at most 1.2 times torch's fused AdamW.
+is AdamW's at AdamW's own rate. The bars: sinkgd at most 1.2 times torch's fused AdamW, prodigy-8bit 1.5.
 """
 
 from __future__ import annotations
@@ -38,11 +38,15 @@ ROWS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "lion-8bit": ({}, (3e-4, 6e-4, 1.2e-3)),
     "adafactor": ({}, (1e-3, 2e-3, 4e-3)),
     "muon-8bit(adamw)": ({}, (1e-3, 2e-3, 4e-3)),
+    "prodigy-8bit": ({}, (0.5, 1.0, 2.0)),
+    "prodigy-8bit, sliced": ({"sliced": True}, (0.5, 1.0, 2.0)),
+    "scale(adamw)": ({}, (2.5e-4, 5e-4, 1e-3)),
+    "scale-8bit(adamw)": ({}, (2.5e-4, 5e-4, 1e-3)),
     "sinkgd(adamw)": ({}, (2.5e-4, 5e-4, 1e-3)),
     "sinkgd-8bit(adamw)": ({}, (2.5e-4, 5e-4, 1e-3)),
     "sinkgd-8bit(adamw), spectral norm": ({"spectral_steps": 5}, (5e-3, 1e-2, 2e-2)),
 }
-BARS = {"sinkgd(adamw)": 1.2}
+BARS = {"sinkgd(adamw)": 1.2, "prodigy-8bit": 1.5}
 
 
 def spec_of(row: str) -> str:
@@ -76,13 +80,13 @@ def matrices() -> list[tuple[str, nn.Parameter]]:
     return named
 
 
-def step_times(rounds: int) -> dict[str, dict[str, float]]:
+def step_times(rounds: int, rows: list[str]) -> dict[str, dict[str, float]]:
     """Medians of the ratios to torch's step of the same round."""
     named = matrices()
     made: dict[str, Any] = {"torch": torch.optim.AdamW([p for _, p in named], fused=True)}
-    for row, (hyper, _) in ROWS.items():
+    for row in rows:
         named = matrices()
-        made[row] = memopt.create(named, spec_of(row), **hyper)
+        made[row] = memopt.create(named, spec_of(row), **ROWS[row][0])
     found: dict[str, dict[str, list[float]]] = {row: {"wall": [], "cpu": []} for row in made}
     for _ in range(rounds + 1):
         for row, opt in made.items():
@@ -107,21 +111,23 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", choices=("loss", "time"))
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW")
     args = parser.parse_args()
     shapes = dict(estimators.resolve(MODEL).shapes)
     numel = sum(torch.Size(shape).numel() for shape in shapes.values())
-    times = step_times(args.rounds) if args.only != "loss" else {}
+    times = step_times(args.rounds, args.rows) if args.only != "loss" else {}
     corpus = Corpus(load_text(None), ModelConfig().context)
     rows: dict[str, Any] = {}
-    for row, (hyper, rates) in ROWS.items():
+    for row in args.rows:
+        hyper, rates = ROWS[row]
         losses = {}
         for lr in rates if args.only != "time" else ():
             losses[lr] = loss_of(row, lr, args.steps, args.batch, corpus)
         nbytes = memopt.price(shapes, spec_of(row), **hyper).nbytes
         rows[row] = {"nbytes": nbytes, "per_parameter": nbytes / numel, "losses": losses, **times.get(row, {})}
         print(f"{row:<40}", {k: v for k, v in rows[row].items() if k != "nbytes"}, flush=True)
-    late = [row for row, bar in BARS.items() if times and times[row]["wall"] > bar]
-    if args.only:
+    late = [row for row, bar in BARS.items() if row in times and times[row]["wall"] > bar]
+    if args.only or args.rows != list(ROWS):
         return len(late)
     result = {"steps": args.steps, "batch": args.batch, "threads": torch.get_num_threads(), "bars": BARS, "rows": rows}
     write_result(RESULTS / "stateless.json", result)

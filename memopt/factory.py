@@ -111,7 +111,8 @@ def create(
         cautious: Leave out of each update what does not go against the gradient, and scale the rest up. Every rule but
             prodigy, on the plain torch path. Default False.
         amsgrad: Divide by the largest second moment so far, one more moment. adamw, adam. Default False.
-        momentum: Decay of the momentum buffer; 0 keeps none. sgd, rmsprop, muon. Default 0; muon 0.95.
+        momentum: Decay of the momentum buffer; 0 keeps none. sgd, rmsprop, muon, and in ``rules`` scale_head.
+            Default 0; muon 0.95.
         dampening: Share of the gradient that does not enter the momentum. sgd. Default 0.
         nesterov: Look one step of momentum ahead. sgd, muon, and on the plain torch path adam, adamw, radam, adabound,
             lamb, ademamix, adammini, stableadamw. Default False; muon True.

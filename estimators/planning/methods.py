@@ -41,7 +41,7 @@ METHODS = (
     ),
     Method(
         "sinkgd-8bit(adamw)",
-        "no state of hidden matrices, 8-bit AdamW for the rest: another update rule, without momentum, and no kernel",
+        "no state of hidden matrices, 8-bit AdamW for the rest: another rule, without momentum; no kernel on a card",
     ),
     Method("adamw", "adapters of rank 16 train, the weights do not: less can be learnt", RANK),
     Method("adamw-8bit@paged", "adapters on 4-bit weights (QLoRA): the weights are rounded too", RANK, "nf4-double"),

@@ -100,6 +100,8 @@ def matrix_text(width: int = WIDTH) -> list[str]:
     pairs = {(s.rule, s.format) for s in valid}
     rows = [["", *FORMATS]]
     for rule, r in RULES.items():
+        if r.part_of:
+            continue
         rows.append([rule, *(_cell((rule, fmt) in pairs, fmt == r.default_format) for fmt in FORMATS)])
     matrix = _columns(rows)
     fits = max(map(len, matrix)) <= width

@@ -112,10 +112,13 @@ _RULES = (
     "muon",
     "sinkgd",
     "prodigy",
+    "scale",
 )
+#: Rules that a rule has beside it, in its file.
+_COMPANIONS = {"scale_head": "scale.HEAD", "scale_embedding": "scale.EMBEDDING"}
 
 WRAPPERS: Axis[Any] = Axis("memopt.rules", {"lookahead": "lookahead.wrap"})
-RULES: Axis[Any] = Rules("memopt.rules", {name: f"{name}.RULE" for name in _RULES}, WRAPPERS)
+RULES: Axis[Any] = Rules("memopt.rules", {**{name: f"{name}.RULE" for name in _RULES}, **_COMPANIONS}, WRAPPERS)
 FORMATS: Axis[Any] = Axis("memopt.formats", dict(_FORMATS), _once)
 #: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.fixed_format``).
 ALL_FORMATS: Axis[Any] = Axis(

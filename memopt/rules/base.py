@@ -85,11 +85,12 @@ class Rule(NamedTuple):
     ``kernel_fields(h)`` are the numbers and flags that its kernel takes beside those which all take
     (:data:`memopt.kernels.abi.HYPER`). ``declines(name, shape, kind)`` says why a rule of matrices does not take a
     parameter, or None where it does (``kind`` as of :mod:`memopt.core.param_kinds`), and ``fallback`` names the rule of
-    those; a rule without it takes everything. ``in_torch`` names hyperparameters, on or off, that kernels do not know
-    beside :data:`MODIFIERS`: a parameter for which one is on goes the plain path. ``whole_matrices``: its update asks
-    for them (``State.orthogonal``), so that ranks put them together. ``checks`` say what hyperparameters of its own may
-    be: name -> (what is allowed, test), as :data:`memopt.core.hyperparameters.CHECKS` does of those that several rules
-    have.
+    those; a rule without it takes everything. ``companions`` are the rules that step embeddings or heads beside this
+    one, by kind, and ``part_of`` names the rule of which one is a companion: it is no choice of its own. ``in_torch``
+    names hyperparameters, on or off, that kernels do not know beside :data:`MODIFIERS`: a parameter for which one is on
+    goes the plain path. ``whole_matrices``: its update asks for them (``State.orthogonal``), so that ranks put them
+    together. ``checks`` say what hyperparameters of its own may be: name -> (what is allowed, test), as
+    :data:`memopt.core.hyperparameters.CHECKS` does of those that several rules have.
 
     ``reports`` is how many numbers an update reports (``State.report``); ``after_step(groups, sums)`` is called with
     all param groups of the rule and their sums over parameters and ranks, at the end of a step. ``estimate(h)`` is what
@@ -117,6 +118,8 @@ class Rule(NamedTuple):
     wrapped: str = ""
     declines: Callable[[str, Shape, str], str | None] | None = None
     fallback: str = ""
+    companions: Mapping[str, str] = MappingProxyType({})
+    part_of: str = ""
     whole_matrices: bool = False
     checks: Checks = MappingProxyType({})
     reports: int = 0

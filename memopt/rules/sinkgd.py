@@ -67,8 +67,9 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
 
     so that elements of X have a mean square of 1, five times AdamW's updates about. With ``spectral_steps`` the update
     is as large as Muon's instead, whatever the width, and so is its rate (0.02 about). Rows and columns of zeros stay
-    zero; gradients under 1e-19 count as zeros, because their squares do in fp32. Convolutions are matrices of their
-    output channels by all else, a tensor of three dimensions is a stack of matrices unless the last is a kernel's.
+    zero; gradients under 1e-19 count as zeros, because their squares do in fp32, and of those over 1e18 the update is
+    NaN. Convolutions are matrices of their output channels by all else, a tensor of three dimensions is a stack of
+    matrices unless the last is a kernel's.
 
     For hidden matrices: what is none goes to the spec's fallback, whose format the spec's is (``sinkgd-8bit``). State:
     none but the step count, 4 bytes for each parameter; of the fallback's parameters its own. Source: Scetbon, Ma, Gong

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from memopt.core.hyperparameters import SpecError
+from memopt.core.param_kinds import kind_of_name
 from memopt.core.param_names import clean_pattern
 from memopt.core.registry import by_sign
 from memopt.rules import RULES
@@ -32,7 +33,11 @@ class ByParameter(SpecFields):
         return self.format if own else RULES[rule].default_format
 
     def _named_rules(self) -> tuple[str, ...]:
-        named = [self.rule, *([rule_and_format(self.fallback, "")[0]] if self.fallback else [])]
+        named = [
+            self.rule,
+            *RULES[self.rule].companions.values(),
+            *([rule_and_format(self.fallback, "")[0]] if self.fallback else []),
+        ]
         named += [o.rule for o in map(self._override, self.overrides) if o.rule]
         return tuple(dict.fromkeys(named))
 
@@ -74,9 +79,12 @@ class ByParameter(SpecFields):
         chosen = self._of_name(name)
         if chosen is not None and chosen.rule:
             return chosen.rule
-        declines = RULES[self.rule].declines
-        if declines is None or declines(name, shape, kind) is None:
-            return self.rule
+        chosen_rule = RULES[self.rule]
+        other = chosen_rule.companions.get(kind or kind_of_name(name)) if chosen_rule.companions else None
+        for rule in (other, self.rule) if other else (self.rule,):
+            declines = RULES[rule].declines
+            if declines is None or declines(name, shape, kind) is None:
+                return rule
         return rule_and_format(self.fallback, "")[0]
 
     def format_for(self, name: str, rule: str) -> str:

@@ -64,7 +64,7 @@ def parse(text: str | OptimSpec, **fields: Any) -> OptimSpec:
     if match is None:
         raise SpecError(
             f"cannot read the spec {text!r}; the form is RULE[-FORMAT[.FORMAT]][(FALLBACK)][+MASTER][@PLACEMENT]"
-            f"[/PARTITION], where RULE is one of {', '.join(RULES)}"
+            f"[/PARTITION], where RULE is one of {', '.join(_chosen())}"
         )
     axes: dict[str, Any] = {axis: value for axis, value in match.groupdict().items() if value is not None}
     if fallback:
@@ -141,8 +141,13 @@ def pairs_of(engine: str = "native") -> tuple[OptimSpec, ...]:
     return tuple(_plain_specs(engine, [text for text in every if one_spelling(text) == text]))
 
 
+def _chosen() -> list[str]:
+    """The rules that a spec can name: those that are part of another one come with it."""
+    return [name for name in RULES if not RULES[name].part_of]
+
+
 def _plain_specs(engine: str, formats: Iterable[str]) -> Iterator[OptimSpec]:
-    for rule, fmt in product(RULES, [*formats]):
+    for rule, fmt in product(_chosen(), [*formats]):
         with suppress(SpecError):
             yield OptimSpec(rule=rule, format=fmt, engine=engine)
 

@@ -164,8 +164,8 @@ class OptimSpec(ByParameter):
         """The formats in which parameters of a rule may be kept."""
         overrides = [self._override(pattern) for pattern in self.overrides]
         found = {o.format or self._inherited(rule) for o in overrides if (o.rule or self.rule) == rule}
-        if rule == self.rule:
-            found.add(self.format)
+        if self.rule in (rule, RULES[rule].part_of):
+            found.add(self._inherited(rule))
         elif self.fallback:
             named, fmt = rule_and_format(self.fallback, "")
             found |= {fmt or self._inherited(rule)} if named == rule else set()

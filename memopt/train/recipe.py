@@ -28,6 +28,7 @@ LEARNING_RATE = {
     "muon": 2e-3,
     # Not tried: half of what the paper has, and what the rule asks for.
     "sinkgd": 5e-4,
+    "scale": 5e-4,
     "prodigy": 1.0,
 }
 

@@ -59,7 +59,7 @@ def test_they_are_what_is_written(told):
 
 
 #: All but prodigy, which follows its own steps and refuses it (tests/rules/test_prodigy.py).
-STEPPED = [name for name in RULES if not RULES[name].reports]
+STEPPED = [name for name in RULES if not RULES[name].reports and not RULES[name].part_of]
 
 
 @pytest.mark.parametrize("rule", [*STEPPED, "lookahead(adamw)", "adamw-8bit", "adamw-factored", "muon-8bit"])

@@ -15,7 +15,7 @@ from memopt.spec.placement_options import OPTIONS
 
 #: name -> rule -> default, of every rule, plain and wrapped.
 HYPER: dict[str, dict[str, object]] = {}
-for _rule in RULES:
+for _rule in (name for name in RULES if not RULES[name].part_of):
     for _name, _default in RULES[_rule].hyperparameters.items():
         HYPER.setdefault(_name, {})[_rule] = _default
 for _wrapper in RULES.wrappers:  # what a wrapper adds to the rule within it

@@ -40,6 +40,8 @@ def share(rule: str, moment: str, h: Mapping[str, Any], t: float) -> float:
     rule = rule.rpartition("(")[2].rstrip(")")
     if rule == "adafactor" or moment not in _MEANING:
         return 1.0
-    betas = h["betas"]
-    beta = betas[1] if moment == "exp_avg_sq" or rule == "lion" else betas[0]
+    if "betas" in h:
+        beta = h["betas"][1 if moment == "exp_avg_sq" or rule == "lion" else 0]
+    else:
+        beta = h["momentum"]  # of scale_head
     return float(1 - beta**t) if t else 1.0

@@ -10,6 +10,7 @@ from memopt.core.param_kinds import kind_of, looks_like_vocabulary, some
 from memopt.core.user_warning import warn
 from memopt.rules import RULES
 from memopt.rules.matrices import blocks, matrices
+from memopt.spec.overrides import rule_and_format
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -96,7 +97,9 @@ def check_assigned(
     for rule in strict & {spec.rule}:
         if not any(spec.rule_of(group) == rule for _, _, group in entries):
             shown = some(f"{name} {tuple(_shape(p))}" for name, p, _ in entries)
-            other = spec.replace(rule=spec.rule_names[1], fallback="", hyper={}, rules={}, overrides={}, options={})
+            other = spec.replace(
+                rule=rule_and_format(spec.fallback, "")[0], fallback="", hyper={}, rules={}, overrides={}, options={}
+            )
             raise SpecError(f"'{spec}': no parameter is a hidden matrix, for {rule} to step ({shown}); use '{other}'")
     doubted = []
     for name, p, group in entries:
@@ -107,6 +110,8 @@ def check_assigned(
         if len(shape) < 2 and shape != ():
             raise SpecError(f"{name} of shape {shape} is a vector, and {rule} steps matrices; give it another rule")
         kind = kind_of(name, kinds) if named else kinds.get(name, "")
+        if RULES[rule].part_of:
+            continue  # it is made for that kind
         if kind:
             doubted.append(f"{name} is {kind}")
         elif looks_like_vocabulary(shape):
