@@ -183,8 +183,7 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
     bool backward = true;
     const auto pass = [&](Pass which, bool summed = false) {
         backward = !backward;
-        const float* const* of_each = spread ? each : nullptr;
-        return going ? sweep(table, t, s, ready.keys, which, means, of_each, summed, backward, threads) : Totals{};
+        return going ? sweep(table, t, s, ready.keys, which, means, spread ? each : nullptr, summed, backward, threads) : Totals{};
     };
     // The new means of a factored moment; what reads them afterwards divides by a mean bounded by `floor`.
     const auto renew = [&](const Change& change, double floor = TINY) {
@@ -227,8 +226,10 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
     switch (h.rule) {
         case ADAM:
         case RADAM:
+        case ADABOUND:
+        case ADEMAMIX:
             renew_second();
-            pass(STEP_ADAM);
+            pass(h.rule == ADABOUND ? STEP_ADABOUND : h.rule == ADEMAMIX ? STEP_ADEMAMIX : STEP_ADAM);
             break;
         case RMSPROP:
             renew_second();
@@ -258,11 +259,6 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
             pass(!t.data[2] ? STEP_CAME_VECTOR : written ? STEP_CAME_WRITTEN : STEP_CAME);
             break;
         }
-        case ADABOUND:
-        case ADEMAMIX:
-            renew_second();
-            pass(h.rule == ADABOUND ? STEP_ADABOUND : STEP_ADEMAMIX);
-            break;
         case ADAMMINI:
             if (!begun) renew_row_means(table, t, h.beta2, s, threads);
             backward = false;
@@ -281,8 +277,7 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         }
         case STABLEADAMW: {
             renew_second();
-            const double unit = static_cast<double>(s.inverse_bias) * s.inverse_bias * s.one_minus_beta2;
-            const double clipped = clipped_by(sums(SUM_SURPRISE).rule / unit);
+            const double clipped = clipped_by(sums(SUM_SURPRISE).rule / (std::pow(s.inverse_bias, 2.0) * s.one_minus_beta2));
             s.rate = static_cast<float>(s.rate / clipped);
             s.decay = static_cast<float>(1 - h.lr / clipped * h.weight_decay);
             pass(STEP_ADAM);
