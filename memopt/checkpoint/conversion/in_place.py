@@ -10,7 +10,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.compatibility import Fill, check_fill, target_hyper, target_spec, unused_fill
 from memopt.checkpoint.conversion.param_state import ParamState, filling
-from memopt.checkpoint.conversion.replace_state import Work, change_of, move
+from memopt.checkpoint.conversion.replace_state import PendingConversion, change_of, move
 from memopt.checkpoint.conversion.report import Conversion, spelled
 from memopt.checkpoint.state.moment_codes import moment_codes
 from memopt.core.hyperparameters import SpecError
@@ -85,7 +85,7 @@ def convert_(
     old = optimizer.spec
     new = target_spec(old, spec, fields)
     given = dict(spec_fields(fields).get("hyper", {}))
-    work: Work | None = optimizer.unfinished
+    work: PendingConversion | None = optimizer.unfinished
     if work is None:
         work = _planned(optimizer, new, given, dict(fill or {}))
     elif (new, given, dict(fill or {})) != (work.new, work.given, work.fill):
@@ -118,7 +118,9 @@ def convert_(
     return work.report
 
 
-def _planned(optimizer: OptimizerParts, new: OptimSpec, given: dict[str, Any], fill: dict[str, Any]) -> Work:
+def _planned(
+    optimizer: OptimizerParts, new: OptimSpec, given: dict[str, Any], fill: dict[str, Any]
+) -> PendingConversion:
     """Everything that can be refused is refused here, before anything is changed."""
     optimizer.store.check_all()
     new.resolve()  # what a group that is added later has
@@ -139,7 +141,7 @@ def _planned_groups(
     fill: dict[str, Any],
     partition: Partition,
     rules: Sequence[str],
-) -> Work:
+) -> PendingConversion:
     """``rules`` are those of the groups under the new spec."""
     old = optimizer.spec
     both = zip(optimizer.param_groups, rules, strict=True)
@@ -161,7 +163,7 @@ def _planned_groups(
     together = max(optimizer.partition.world_size, partition.world_size) > 1
     ranks = Ranks(optimizer.process_group, "convert_") if together else None
     report = Conversion(spelled(old), spelled(new))
-    return Work(old, new, given, fill, hypers, partition, placement_stores, after, todo, report, ranks)
+    return PendingConversion(old, new, given, fill, hypers, partition, placement_stores, after, todo, report, ranks)
 
 
 def _refuse_left(placement_stores: PlacementStores, optimizer: OptimizerParts, partition: Partition) -> None:
@@ -206,7 +208,7 @@ def _check(
     unused_fill(fill, moments)
 
 
-def _commit(optimizer: OptimizerParts, work: Work) -> None:
+def _commit(optimizer: OptimizerParts, work: PendingConversion) -> None:
     old, new = optimizer.spec, work.new
     for group, h in zip(optimizer.param_groups, work.hypers, strict=True):
         for key in {*RULES[old.rule_of(group)].hyperparameters, "rule"} - h.keys():

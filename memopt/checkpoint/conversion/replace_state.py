@@ -32,7 +32,7 @@ Todo = list[tuple[Tensor, ParamState, ParamState]]
 
 
 @dataclass
-class Work:
+class PendingConversion:
     """A conversion: what it was asked for, what it has decided, and the parameters it still has to do."""
 
     old: OptimSpec
@@ -67,7 +67,7 @@ def move(optimizer: OptimizerParts, placement_stores: PlacementStores) -> None:
     left.replaced_by(placement_stores)
 
 
-def change_of(work: Work) -> Callable[[OptimizerParts, Work], None]:
+def change_of(work: PendingConversion) -> Callable[[OptimizerParts, PendingConversion], None]:
     """The way to do it that leaves most where it is stopped."""
     if _stores_the_same(work.old, work.new, work.todo):
         return _one_by_one
@@ -90,7 +90,7 @@ def _stores_the_same(old: OptimSpec, new: OptimSpec, todo: Todo) -> bool:
     )
 
 
-def _one_by_one(optimizer: OptimizerParts, work: Work) -> None:
+def _one_by_one(optimizer: OptimizerParts, work: PendingConversion) -> None:
     """Each parameter's new state replaces its old one before the next is made."""
     old, new, todo, done = work.old, work.new, work.todo, []
     try:
@@ -121,7 +121,7 @@ def _one_by_one(optimizer: OptimizerParts, work: Work) -> None:
         raise
 
 
-def _one_by_one_or_unfinished(optimizer: OptimizerParts, work: Work) -> None:
+def _one_by_one_or_unfinished(optimizer: OptimizerParts, work: PendingConversion) -> None:
     """The same where no spec can say what is half done: parameters of two rules are no optimizer. What comes out with
     the same bits is the old tensor."""
     try:
@@ -146,7 +146,7 @@ def _one_by_one_or_unfinished(optimizer: OptimizerParts, work: Work) -> None:
         raise
 
 
-def _all_or_none(optimizer: OptimizerParts, work: Work) -> None:
+def _all_or_none(optimizer: OptimizerParts, work: PendingConversion) -> None:
     """Old state is given up when all of the new is there: stores that know parameters by name, and outlive the process,
     have state of one rule."""
     made: list[tuple[Tensor, dict[str, Tensor]]] = []
@@ -185,7 +185,9 @@ def _put_back(optimizer: OptimizerParts, entry: tuple[Tensor, ParamState, ParamS
         _replace(optimizer.state[p], room, here.rule)
 
 
-def _made(optimizer: OptimizerParts, work: Work, entry: tuple[Tensor, ParamState, ParamState]) -> dict[str, Tensor]:
+def _made(
+    optimizer: OptimizerParts, work: PendingConversion, entry: tuple[Tensor, ParamState, ParamState]
+) -> dict[str, Tensor]:
     """The new state of one parameter, made on every rank or given up on every rank."""
     p, here, there = entry
     error, state, report = None, None, Conversion("", "")
