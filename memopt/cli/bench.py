@@ -18,6 +18,8 @@ from memopt.cli.output import files
 
 SUMMARY = "time one optimizer step on this CPU against torch and the other libraries"
 
+#: The largest number of a flag.
+MOST = 2**32
 #: The benchmark lives beside the package in a checkout.
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "step_cpu.py"
 
@@ -36,6 +38,12 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
+    for name, least in (("numel", 1), ("rounds", 1), ("processes", 1), ("threads", 1), ("largest", 1024)):
+        if not least <= getattr(args, name) <= MOST:
+            raise ValueError(
+                f"--{name} {getattr(args, name)} is not allowed; it is a whole number from {least} to {MOST}"
+            )
+    files.check_folder("--out", args.out)
     results = [str(args.out / f"{SCRIPT.stem}.{kind}") for kind in ("json", "md")]
     args.out.mkdir(parents=True, exist_ok=True)
     for path in results:

@@ -24,6 +24,8 @@ SUMMARY = "optimizer state of a checkpoint or of another tool under another spec
 
 #: Endings of files that torch.save wrote.
 FILES = (".pt", ".pth", ".bin", ".ckpt")
+#: Tools that read a folder.
+FOLDERS = ("dcp", "deepspeed")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -57,6 +59,8 @@ def run(args: Namespace) -> int:
     from memopt.checkpoint.exporting import TOOLS
 
     fill = dict(map(_fill, args.fill))
+    if not args.dry_run:
+        _check_out(Path(args.out), args.to, TOOLS)
     source, checkpoint = open_source(Path(args.source), args.rule)
     if args.to in TOOLS:
         if args.engine is not None:
@@ -86,11 +90,25 @@ def run(args: Namespace) -> int:
     return 0
 
 
+def _check_out(out: Path, to: str, tools: Any) -> None:
+    """Before a source is read, which may take minutes."""
+    if to in FOLDERS and out.exists():
+        raise ValueError(f"{out} exists; name a folder that does not")
+    if to in FOLDERS:
+        files.check_folder("OUT", out, parents=False)
+    elif to in tools or (out.suffix in FILES and not out.is_dir()):
+        files.check("OUT", str(out))
+    else:
+        files.check_folder("OUT", out)
+
+
 def open_source(path: Path, rule: str | None) -> tuple[Any, Any]:
     """``(source, checkpoint)``; no checkpoint where it is another tool's."""
     from memopt.checkpoint.opened import Checkpoint
     from memopt.checkpoint.state.detect import is_foreign, read_path
 
+    if not path.exists():
+        raise ValueError(f"{str(path)!r} does not exist")
     if is_foreign(path):
         return read_path(path, rule), None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import proxy
@@ -32,6 +33,13 @@ from memopt.spec import OptimSpec, parse
 def _of_setup() -> Any:
     """An attribute that stands in ``optimizer.setup``, under the same name."""
     return _OfSetup()
+
+
+def untraced(method: Callable[..., None]) -> Callable[..., None]:
+    """A method that torch keeps its compiler's tracer out of, for which it imports the compiler: one to two seconds at
+    the first call. Where that was not imported nothing is traced, and the method itself will do."""
+    plain: Callable[..., None] = getattr(method, "__wrapped__", method)
+    return method if "torch._dynamo" in sys.modules else plain
 
 
 class _OfSetup:
@@ -247,11 +255,19 @@ class SteppingOptimizer(torch.optim.Optimizer):
         for group in groups:
             align_names(group, self.param_groups)
             own = {*group, "max_grad_norm"}
-            super().add_param_group(group)
+            untraced(torch.optim.Optimizer.add_param_group)(self, group)
             for key in self.defaults.keys() - own:  # hyperparameters of another rule of the spec
                 group.pop(key, None)
         self.params.remember(edited=True)
         self.store.register_params()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch.optim.Optimizer's.
+
+        Args:
+            set_to_none: drop the gradients rather than fill them with zeros.
+        """
+        untraced(torch.optim.Optimizer.zero_grad)(self, set_to_none)
 
     def init_state(self, *, anew: bool = False) -> None:
         """Allocate the state of every parameter that requires a gradient and has none; zeros, as before the first step.

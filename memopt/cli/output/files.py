@@ -30,6 +30,27 @@ def check(flag: str, path: str | None, *, picture: bool = False) -> None:
         check_picture(path)
 
 
+def check_folder(what: str, path: str | os.PathLike[str], *, parents: bool = True) -> None:
+    """Raise OSError before any work where a folder could not be made or written after it. Makes none. ``parents``:
+    those that are missing would be made, too."""
+    folder = Path(path)
+    try:
+        there = folder
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            reason = "it is a file" if there == folder else f"{str(there)!r} is a file"
+        elif not parents and there not in (folder, folder.parent):
+            reason = f"there is no folder {str(folder.parent)!r}"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            reason = "Permission denied"
+        else:
+            return
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or str(error)
+    raise OSError(f"{what} {str(path)!r} cannot be written: {reason}")
+
+
 def check_picture(path: str | os.PathLike[str]) -> None:
     """Raise ValueError for a name that is no picture's, ImportError where matplotlib is missing."""
     from importlib.util import find_spec
