@@ -1,6 +1,6 @@
 """Every type that transformers can build: whether it is priced exactly, and whether its activations are known.
 
-    python benchmarks/estimates_architectures.py [--minutes 10] [--steps | --families | --table]
+    python benchmarks/estimates_architectures.py [--minutes 10] [--refused | --steps | --families | --table]
 
 Each type's default configuration is priced and compared, parameter for parameter, with the module that transformers
 builds on the meta device; then, in the order of a draw, one step of each is traced. ``--steps`` draws types by a seed
@@ -27,7 +27,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from estimates_architectures_steps import stepped
+from estimates_architectures_steps import NEEDED, default, fewer, stepped
 from estimates_architectures_table import BATCH, SEQ, table
 from estimates_families import families
 from provenance import write_result
@@ -62,23 +62,22 @@ def priced(kind: str) -> dict[str, Any]:
 
     from estimators.errors import InputError
     from estimators.models.from_config import from_config
-    from estimators.traced.build import class_of, configuration, quiet, reason
+    from estimators.traced.build import class_of, configuration, made_of, quiet, reason
 
-    row: dict[str, Any] = {"type": kind}
+    row: dict[str, Any] = {"type": kind, **({"given": NEEDED[kind]} if kind in NEEDED else {})}
     with quiet():
         try:
-            cfg = configuration({"model_type": kind}, kind)
+            cfg = configuration(default(kind), kind)
             cls = class_of(cfg, kind)
             with torch.device("meta"):
-                module = cls._from_config(cfg, dtype=torch.bfloat16)
-                module.tie_weights()
+                module = made_of(cls, cfg, torch.bfloat16)
             row |= {"class": cls.__name__, "parameters": sum(p.numel() for p in module.parameters())}
             built = {name: tuple(p.shape) for name, p in module.named_parameters()}
             del module
         except Exception as error:
             built, row["transformers"] = {}, reason(error)
         try:
-            model = from_config(cfg.to_dict() if built else {"model_type": kind}, kind)
+            model = from_config(cfg.to_dict() if built else default(kind), kind)
             row |= {"priced": sum(prod(shape) for _, shape in model.shapes)}
             row["exact"] = bool(built) and dict(model.shapes) == built
         except InputError as error:
@@ -87,20 +86,32 @@ def priced(kind: str) -> dict[str, Any]:
 
 
 def traced(kind: str) -> dict[str, Any]:
-    """What one step of the default configuration saves, or why that is not known."""
+    """What one step saves, or why that is not known: of the default configuration with a few layers, where transformers
+    builds that, else of all of them. Whether a step can be traced does not depend on how many follow each other."""
     from estimators.errors import InputError
     from estimators.memory.step_rows import run
     from estimators.models.from_config import from_config
     from estimators.traced.build import configuration, quiet
     from estimators.training import Training
 
+    row: dict[str, Any] = {"type": kind}
     with quiet():
         try:
-            model = from_config(configuration({"model_type": kind}, kind).to_dict(), kind)
-            ran, why = run(model, Training(batch=BATCH, seq=SEQ))
+            whole = configuration(default(kind), kind).to_dict()
         except InputError as error:
-            return {"type": kind, "refused": str(error)}
-    return {"type": kind, **({"saved": ran.saved, "notes": list(ran.notes)} if ran else {"refused": why})}
+            return {**row, "refused": str(error)}
+        few = fewer(whole)
+        for values in (few, whole) if few != whole else (whole,):
+            try:
+                ran, why = run(from_config(values, kind), Training(batch=BATCH, seq=SEQ))
+            except InputError as error:
+                row["refused"] = str(error)
+                continue
+            if ran is not None:
+                row.pop("refused", None)
+                return {**row, "saved": ran.saved, "layers": "few" if values is few else "all", "notes": [*ran.notes]}
+            row["refused"] = why
+    return row
 
 
 DO = {"price": lambda kind: [priced(kind)], "trace": lambda kind: [traced(kind)], "steps": stepped}
@@ -164,8 +175,9 @@ class Worker:
 class Done:
     """What is done, in the file."""
 
-    def __init__(self) -> None:
-        self.found: dict[str, Any] = json.loads(OUT.read_text()) if OUT.is_file() else {}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
         self.written = time.monotonic()
 
     def types(self) -> dict[str, dict[str, Any]]:
@@ -175,8 +187,8 @@ class Done:
         self.found |= parts
         if now or time.monotonic() - self.written > EVERY:
             self.written = time.monotonic()
-            write_result(OUT, self.found, flat=True)
-            OUT.with_suffix(".md").write_text(table(self.found))
+            write_result(self.path, self.found, flat=True)
+            self.path.with_suffix(".md").write_text(table(self.found))
 
 
 def main() -> None:
@@ -184,12 +196,16 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--steps", action="store_true")
     parser.add_argument("--families", action="store_true", help="traced steps beside the formulas")
+    parser.add_argument("--refused", action="store_true", help="look at what was refused again")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="the JSON to go on from and to write, with a table beside"
+    )
     parser.add_argument("--worker", choices=DO, help="a process of this one's")
     parser.add_argument("--table", action="store_true", help="write the tables of what is there, and stop")
     args = parser.parse_args()
     if args.worker:
         return worker(args.worker)
-    done, ended = Done(), time.monotonic() + 60 * args.minutes
+    done, ended = Done(args.out), time.monotonic() + 60 * args.minutes
     if args.families:
         return done.write(now=True, families=families())
     if args.table:
@@ -209,6 +225,8 @@ def main() -> None:
                 done.write(steps=rows)
         return done.write(now=True)
     types = done.types()
+    if args.refused:
+        types = {kind: row for kind, row in types.items() if "refused" not in row}
     for what, missing in (("price", "priced"), ("trace", "saved")):
         one = Worker(what)
         for kind in drawn:

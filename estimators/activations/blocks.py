@@ -269,9 +269,8 @@ def gated_mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = F
     """``down(act(gate(x)) * up(x))``; ``fused``: gate and up are halves of one result."""
     given, x, ffn = x, t.gathered(x), ffn // t.step.tp
     if fused:
-        both = linear(t, x, width, 2 * ffn, bias)
-        activated = t.op([both], both.numel // 2, saves=[both])
-        product = t.op([both, activated], activated.numel, saves=[both, activated])
+        gate, up = t.halves(linear(t, x, width, 2 * ffn, bias))
+        product = t.mul(t.activation(gate, act), up)
     else:
         gate, up = linear(t, x, width, ffn, bias), linear(t, x, width, ffn, bias)
         product = t.mul(t.activation(gate, act), up)

@@ -8,18 +8,25 @@ FP32, INT64, BOOL = 4, 8, 1
 
 
 class Tensor:
-    """A tensor without elements. ``requires`` says whether a gradient flows to it."""
+    """A tensor without elements. ``requires`` says whether a gradient flows to it; ``base`` is the tensor of which it
+    is a view, whose memory it has."""
 
-    __slots__ = ("item", "numel", "requires")
+    __slots__ = ("base", "item", "numel", "requires")
 
-    def __init__(self, numel: int, item: int, requires: bool = True) -> None:
+    def __init__(self, numel: int, item: int, requires: bool = True, base: Tensor | None = None) -> None:
         self.numel = numel
         self.item = item
         self.requires = requires
+        self.base = base
 
     @property
     def nbytes(self) -> int:
         return self.numel * self.item
+
+    @property
+    def stored(self) -> Tensor:
+        """The tensor whose memory this one has."""
+        return self.base or self
 
 
 class Op:
@@ -28,10 +35,22 @@ class Op:
     ``gradients`` are the bytes of parameter gradients that its backward makes, ``forward_tmp`` and ``backward_tmp``
     what it allocates and frees inside. ``alias``: the gradient of the result is, without a copy, that of inputs of its
     size, and with ``expands`` of larger ones too. ``products`` are what selective checkpointing keeps of it: the result
-    of a matrix product, and the statistics that fused attention makes beside it.
+    of a matrix product, and the statistics that fused attention makes beside it. ``views`` are further results, which
+    are views of what it reads as the first one is: the gradients of all of them are joined.
     """
 
-    __slots__ = ("alias", "backward_tmp", "expands", "forward_tmp", "gradients", "ins", "out", "products", "saved")
+    __slots__ = (
+        "alias",
+        "backward_tmp",
+        "expands",
+        "forward_tmp",
+        "gradients",
+        "ins",
+        "out",
+        "products",
+        "saved",
+        "views",
+    )
 
     def __init__(
         self,
@@ -44,7 +63,9 @@ class Op:
         alias: bool,
         expands: bool,
         products: Sequence[Tensor],
+        views: Sequence[Tensor] = (),
     ) -> None:
+        self.views = views
         self.ins = ins
         self.out = out
         self.saved = saved
@@ -58,5 +79,5 @@ class Op:
     @property
     def made(self) -> Sequence[Tensor]:
         """Tensors that come into being with it, besides its result: masks, indices, statistics, converted weights."""
-        read = {id(t) for t in self.ins}
+        read = {id(t.stored) for t in self.ins}
         return [t for t in (*self.saved, *self.products) if id(t) not in read and t is not self.out]

@@ -124,7 +124,7 @@ class Tape:
         requires = bool(gradients) or any(t.requires for t in ins)
         first = ins[0] if ins else self.x
         out = Tensor(first.numel if numel is None else numel, item or first.item, requires)
-        saved = [*saves, *([out] if saves_out else [])] if requires else []
+        saved = [t.stored for t in (*saves, *([out] if saves_out else []))] if requires else []
         self.ops.append(
             Op(ins, out, saved, gradients, forward_tmp, backward_tmp, alias, expands, (out, *beside) if product else ())
         )
@@ -178,11 +178,15 @@ class Tape:
     def mul(self, a: Tensor, b: Tensor) -> Tensor:
         """Each factor is saved if the other needs a gradient; a smaller one is broadcast, and its gradient summed."""
         saves = [t for t, other in ((a, b), (b, a)) if other.requires]
-        large = a if a.numel >= b.numel else b
-        tmp = large.nbytes if a.numel != b.numel and a.requires and b.requires else 0
-        return self.op(
-            [a, b], large.numel, max(a.item, b.item), saves=saves, backward_tmp=tmp, forward_tmp=self._converted(a, b)
-        )
+        numel, item = max(a.numel, b.numel), max(a.item, b.item)
+        tmp = sum(_beside(t, numel, item) for t in (a, b) if t.requires)
+        return self.op([a, b], numel, item, saves=saves, backward_tmp=tmp, forward_tmp=self._converted(a, b))
+
+    def halves(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``x.chunk(2)``: two views, whose gradients are copied into one tensor when both are there."""
+        first, second = (Tensor(x.numel // 2, x.item, x.requires, x) for _ in range(2))
+        self.ops.append(Op([x], first, [], 0, 0, 0, False, False, (), (second,)))
+        return first, second
 
     def parameter(self, *shapes: tuple[int, ...], name: str = "") -> Parameter:
         """The next parameter of one of these shapes; where there is none, one as the others are."""
@@ -193,17 +197,15 @@ class Tape:
     def weighted(self, x: Tensor, width: int, item: int | None = None) -> Tensor:
         """``x`` times a vector: saves ``x`` for the vector's gradient."""
         p = self.parameter((width,))
+        item = item or max(x.item, p.item)
+        tmp = x.numel * item * p.trains + _beside(x, x.numel, item) * x.requires
         return self.op(
-            [x],
-            item=item or max(x.item, p.item),
-            saves=[x] if p.trains else [],
-            gradients=width * p.item * p.trains,
-            backward_tmp=x.nbytes * p.trains,
+            [x], item=item, saves=[x] if p.trains else [], gradients=width * p.item * p.trains, backward_tmp=tmp
         )
 
     def square(self, x: Tensor) -> Tensor:
-        """``x.pow(2)``; backward computes ``grad * (2 * x)``."""
-        return self.op([x], saves=[x], backward_tmp=x.nbytes)
+        """``x.pow(2)``; backward computes ``grad * (2 * x.pow(1))``."""
+        return self.op([x], saves=[x], backward_tmp=2 * x.nbytes)
 
     def sum(self, x: Tensor, numel: int) -> Tensor:
         """Down to ``numel`` elements; backward expands the gradient, which allocates nothing."""
@@ -249,6 +251,15 @@ class Tape:
             bent = self.root(self.copy(self.add(x, self.copy(cube))))
             return self.mul(half, self.copy(bent))
         raise KeyError(kind)
+
+
+def _beside(t: Tensor, numel: int, item: int) -> int:
+    """What a product's gradient with respect to ``t`` takes besides itself: it is made in the shape and dtype of the
+    result, and then summed or cast."""
+    made = numel * item
+    if made == t.nbytes:
+        return 0
+    return made - t.nbytes if t.numel == numel else made
 
 
 #: Nonlinearities that are one operation of torch, which saves its input.

@@ -64,7 +64,7 @@ def forward(tape: Tape, keeping: str = "saved", log: Log | None = None) -> Forwa
     live = peak = 0
     for i, op in enumerate(tape.ops):
         for tensor in (op.out, *(t for t in op.made if id(t) in kept)):
-            if id(tensor) not in made and id(tensor) not in tape.given:
+            if id(tensor) not in made and id(tensor) not in tape.given and tensor.base is None:
                 made[id(tensor)] = tensor.nbytes
                 live += tensor.nbytes
                 if log is not None:
@@ -93,7 +93,7 @@ def again(tape: Tape, keeping: str = "nothing", log: Log | None = None) -> Again
     for i, op in enumerate(tape.ops[: stop + 1]):
         computed = i < stop or id(op.out) in {id(t) for t in op.saved}
         for tensor in (*op.made, *([op.out] if computed else [])):
-            if id(tensor) not in there and id(tensor) not in tape.given:
+            if id(tensor) not in there and id(tensor) not in tape.given and tensor.base is None:
                 there[id(tensor)] = tensor.nbytes
                 live += tensor.nbytes * (id(tensor) not in kept)
                 if log is not None and id(tensor) not in kept:
@@ -130,7 +130,7 @@ def kept_by(tape: Tape, keeping: str) -> dict[int, Tensor]:
 
 def _last_reads(tape: Tape) -> dict[int, int]:
     """The operation after which nothing reads or holds a tensor, by its ``id``."""
-    last = {id(t): i for i, op in enumerate(tape.ops) for t in op.ins}
+    last = {id(t.stored): i for i, op in enumerate(tape.ops) for t in op.ins}
     for i, tensors in tape.holds.items():
         for t in tensors:
             last[id(t)] = max(i, last.get(id(t), 0))
@@ -139,7 +139,7 @@ def _last_reads(tape: Tape) -> dict[int, int]:
 
 def _done(tape: Tape, op: Op, i: int) -> dict[int, Tensor]:
     """Tensors that may go after an operation: what it reads, and what a variable held up to it."""
-    return {id(t): t for t in (*op.ins, *tape.holds.get(i, ()))}
+    return {id(t.stored): t.stored for t in (*op.ins, *tape.holds.get(i, ()))}
 
 
 class _Gradient:
@@ -205,13 +205,13 @@ class _Pass:
             self.log.append((gradient, 0))
 
     def run(self, op: Op) -> None:
-        incoming = self.gradients.pop(id(op.out))
+        incoming = [g for t in (op.out, *op.views) if (g := self.gradients.pop(id(t), None)) is not None]
         self.made += op.gradients
         needed = {id(t): t for t in op.ins if t.requires}.values()
         outgoing = []
         for tensor in needed:
-            if op.alias and (op.expands or tensor.nbytes == incoming.nbytes):
-                outgoing.append((tensor, incoming))
+            if op.alias and (op.expands or tensor.nbytes == incoming[0].nbytes):
+                outgoing.append((tensor, incoming[0]))
             else:
                 outgoing.append((tensor, _Gradient(tensor.nbytes)))
                 self.live += tensor.nbytes
@@ -220,11 +220,13 @@ class _Pass:
         self.most = max(self.most, self.live + op.backward_tmp + op.gradients)
         self.released = max(self.released, (self.live + op.backward_tmp, op.gradients), key=sum)
         self.log += [(key, n) for key, n in ((None, op.backward_tmp), (op, op.gradients)) if n]
-        incoming.holders -= 1
+        for gradient in incoming:
+            gradient.holders -= 1
         for tensor, gradient in outgoing:
             self.give(tensor, gradient)
             self.drop(gradient)
-        self.drop(incoming)
+        for gradient in incoming:
+            self.drop(gradient)
         for key, tensor in {id(t): t for t in op.saved}.items():
             self.savers[key] -= 1
             if not self.savers[key]:

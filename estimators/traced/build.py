@@ -23,6 +23,7 @@ TABLES = (
     "SPEECH_SEQ_2_SEQ",
     "MULTIMODAL_LM",
     "IMAGE_TEXT_TO_TEXT",
+    "TEXT_TO_WAVEFORM",
     "MASKED_LM",
     "CAUSAL_LM",
     "CTC",
@@ -92,8 +93,7 @@ def _module(
     for device in (torch.device("meta"), faked.on()):
         try:
             with quiet(), offline(), device, _no_init(), counted(source):
-                module = cls._from_config(made, dtype=dtype, **arguments)
-                module.tie_weights()
+                module = made_of(cls, made, dtype, **arguments)
             break
         except InputError:
             raise
@@ -102,6 +102,16 @@ def _module(
     else:
         raise InputError(f"{source}: transformers does not build {cls.__name__}: {reason(errors[0])}")
     return module, faked
+
+
+def made_of(cls: Any, config: Any, dtype: torch.dtype, **arguments: Any) -> torch.nn.Module:
+    """The module of a class of transformers: a model, or a part of one, which is a plain module."""
+    if not hasattr(cls, "_from_config"):
+        part: torch.nn.Module = cls(config).to(dtype)
+        return part
+    module: torch.nn.Module = cls._from_config(config, dtype=dtype, **arguments)
+    module.tie_weights()  # type: ignore[operator]
+    return module
 
 
 def configuration(config: Mapping[str, Any], source: str) -> Any:
@@ -120,9 +130,22 @@ def configuration(config: Mapping[str, Any], source: str) -> Any:
     given = checked(config, source)
     try:
         with quiet(), offline():
-            return AutoConfig.for_model(str(kind), **given)
+            made = AutoConfig.for_model(str(kind), **given)
+        _filled(made)
+        return made
     except Exception as error:
         raise InputError(f"{source}: transformers refuses the configuration: {reason(error)}") from None
+
+
+def _filled(config: Any) -> None:
+    """Heads that a configuration leaves out are what most classes of transformers make of them; some do not."""
+    for one in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
+        heads, width = getattr(one, "num_attention_heads", None), getattr(one, "hidden_size", None)
+        if not (isinstance(heads, int) and isinstance(width, int) and heads):
+            continue
+        for name, value in (("num_key_value_heads", heads), ("head_dim", width // heads)):
+            if getattr(one, name, 0) is None:
+                setattr(one, name, value)
 
 
 def class_of(config: Any, source: str, head: str = "") -> Any:
@@ -170,7 +193,8 @@ def _listed(config: Any, table: str) -> Any:
 
 
 def _beside(config: Any) -> Any:
-    """A part's class, which no table lists: the model beside the configuration that takes it."""
+    """A part's class, which no table lists: the model beside the configuration that takes it, else the plain module
+    that is named as the configuration is."""
     from importlib import import_module
     from pkgutil import iter_modules
 
@@ -178,7 +202,7 @@ def _beside(config: Any) -> Any:
 
     package = import_module(type(config).__module__.rpartition(".")[0])
     stem = type(config).__name__.removesuffix("Config")
-    fitting = []
+    models, parts = [], []
     for found in iter_modules(package.__path__):
         if not found.name.startswith("modeling_"):
             continue
@@ -186,17 +210,23 @@ def _beside(config: Any) -> Any:
             module = import_module(f"{package.__name__}.{found.name}")
         except ImportError:
             continue
-        fitting += [
+        own = [c for c in vars(module).values() if isinstance(c, type) and c.__module__ == module.__name__]
+        models += [
             cls
-            for cls in vars(module).values()
-            if isinstance(cls, type)
-            and issubclass(cls, transformers.PreTrainedModel)
-            and cls.__module__ == module.__name__
+            for cls in own
+            if issubclass(cls, transformers.PreTrainedModel)
             and cls.config_class is type(config)
             and not cls.__name__.endswith("PreTrainedModel")
         ]
-    best = [cls for cls in fitting if cls.__name__ in (f"{stem}Model", stem)]
-    return next(iter((*best, *fitting)), None)
+        parts += [
+            cls
+            for cls in own
+            if issubclass(cls, torch.nn.Module)
+            and cls.__name__.startswith(stem)
+            and cls.__init__.__annotations__.get("config") in (type(config), type(config).__name__)
+        ]
+    best = [cls for cls in models if cls.__name__ in (f"{stem}Model", stem)]
+    return next(iter((*best, *models, *sorted(parts, key=lambda cls: len(cls.__name__)))), None)
 
 
 @contextmanager

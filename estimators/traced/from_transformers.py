@@ -18,7 +18,7 @@ from estimators.errors import MAX_PARAMETERS, InputError
 from estimators.models.model import Model
 
 #: Changes when the remembered file means something else.
-FORMAT = 1
+FORMAT = 2
 #: Bytes of the longest file that is read back: a model has some hundred thousand names at most.
 _LONGEST = 2**26
 

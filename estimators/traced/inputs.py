@@ -12,7 +12,7 @@ from estimators.errors import InputError
 from estimators.traced.step import Faked
 
 #: Frames and samples where a configuration does not say how long a recording is.
-_FRAMES, _SAMPLES = 3000, 16000
+_FRAMES, _SAMPLES = 3000, 15360
 _SEED = 0
 
 
@@ -28,6 +28,11 @@ def inputs(module: Any, asked: Asked, faked: Faked) -> Iterator[tuple[dict[str, 
     """Keywords for one step, likeliest first, with a note on what they leave out. Raises :class:`InputError` where an
     argument must be given that is not known here."""
     names = inspect.signature(module.forward).parameters
+    grid = next((name for name in ("grid_thw", "image_grid_thw") if name in names and "input_ids" not in names), None)
+    if grid:  # the tower that reads images
+        pixels, shape = _patches(module.config, asked)
+        yield {next(iter(names)): pixels, grid: shape}, ""
+        return
     must = [n for n, p in names.items() if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     for name in must:
         if name not in MAKERS:
@@ -43,7 +48,7 @@ def inputs(module: Any, asked: Asked, faked: Faked) -> Iterator[tuple[dict[str, 
         (given, "without images or sound" if "input_ids" in given and len(every) > len(given) else ""),
         (everything if len(everything) > len(given) else None, ""),
     ]
-    ways += [({**given, "input_values": one}, "") for one in _other_sounds(module.config, given, asked)]
+    ways += [({**given, **one}, "") for one in _otherwise(module.config, given, asked)]
     for one, note in ways:
         if one is None:
             continue
@@ -126,12 +131,45 @@ def _sound(config: Any, asked: Asked) -> torch.Tensor:
     return torch.empty((asked.batch, *shape), dtype=asked.dtype, device="meta")
 
 
-def _other_sounds(config: Any, given: dict[str, Any], asked: Asked) -> list[torch.Tensor]:
-    """Sound with its channels apart, as codecs read it."""
-    if "input_values" not in given:
-        return []
-    channels = getattr(config, "audio_channels", 1)
-    return [torch.empty((asked.batch, channels, _SAMPLES), dtype=asked.dtype, device="meta")]
+def _otherwise(config: Any, given: dict[str, Any], asked: Asked) -> Iterator[dict[str, torch.Tensor]]:
+    """The same laid out as other models read it: sound with its channels apart, features with frames and bins
+    exchanged, two images in place of one."""
+    if "input_values" in given:
+        channels = getattr(config, "audio_channels", 1)
+        yield {"input_values": torch.empty((asked.batch, channels, _SAMPLES), dtype=asked.dtype, device="meta")}
+    if "input_features" in given:
+        yield {"input_features": given["input_features"].mT}
+    if "pixel_values" in given and given["pixel_values"].dim() == 4:
+        image = given["pixel_values"]
+        yield {"pixel_values": torch.empty((len(image), 2, *image.shape[1:]), dtype=asked.dtype, device="meta")}
+    if "input_ids" in given and "pixel_values" in given:
+        yield {"attention_mask": torch.ones((asked.batch, asked.seq), dtype=torch.int64)}
+
+
+def _video(config: Any, asked: Asked) -> torch.Tensor:
+    image = _image(config, asked)
+    frames = image.shape[1] if image.dim() == 5 else 8
+    return torch.empty((asked.batch, frames, *image.shape[-3:]), dtype=asked.dtype, device="meta")
+
+
+def _spectrogram(config: Any, asked: Asked) -> torch.Tensor:
+    bins = _field(config, "model_in_dim", "num_mel_bins", "mel_dim", default=80)
+    return torch.empty((asked.batch, asked.seq, bins), dtype=asked.dtype, device="meta")
+
+
+def _heard(config: Any, asked: Asked) -> torch.Tensor:
+    """Which frames of the features are sound: all."""
+    return torch.ones((asked.batch, max(_features(config, asked).shape[1:])), dtype=torch.int64)
+
+
+def _lagged(config: Any) -> bool:
+    return getattr(config, "input_size", 1) > 1
+
+
+def _series(config: Any, asked: Asked, width: int) -> torch.Tensor:
+    """Of a time series: as many values as the context and the longest lag take; ``width`` 0 is one value at a time."""
+    length = _field(config, "context_length", default=asked.seq) + max(getattr(config, "lags_sequence", None) or [0])
+    return torch.empty((asked.batch, length, *((width,) if width else ())), dtype=asked.dtype, device="meta")
 
 
 def _boxes(config: Any, asked: Asked) -> torch.Tensor:
@@ -161,6 +199,15 @@ MAKERS: dict[str, Callable[[Any, Asked], Any]] = {
     "query_embeds": _hidden,
     "encoder_hidden_states": _encoded,
     "attention_mask": lambda config, asked: torch.ones((asked.batch, asked.seq), dtype=torch.int64),
+    "pixel_values_videos": _video,
+    "spectrogram": _spectrogram,
+    "mel_spectrogram": lambda config, asked: _spectrogram(config, asked).mT,
+    "task_inputs": lambda config, asked: _ids(config, asked, getattr(config, "task_seq_len", None)),
+    "input_features_mask": _heard,
+    "mask": _heard,
+    "past_values": lambda config, asked: _series(config, asked, config.input_size if _lagged(config) else 0),
+    "past_time_features": lambda config, asked: _series(config, asked, config.num_time_features),
+    "past_observed_mask": lambda config, asked: torch.ones_like(_series(config, asked, 0)),
 }
 
 
@@ -206,19 +253,23 @@ def _with_images(module: Any, given: dict[str, Any], asked: Asked, faked: Faked)
 
 def _images(module: Any, asked: Asked) -> dict[str, torch.Tensor]:
     """Pixels, as whole images or as a list of patches with the grid that they are from."""
-    config, names = module.config, inspect.signature(module.forward).parameters
+    names = inspect.signature(module.forward).parameters
     if "image_grid_thw" not in names:
-        return {"pixel_values": _image(config, asked)}
-    vision = config.vision_config
+        return {"pixel_values": _image(module.config, asked)}
+    pixels, grid = _patches(module.config, asked)
+    return {"pixel_values": pixels, "image_grid_thw": grid}
+
+
+def _patches(config: Any, asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images as a list of patches, [all patches, pixels of one], and the grid that each is from."""
+    vision = getattr(config, "vision_config", config)
     patch, merge = vision.patch_size, getattr(vision, "spatial_merge_size", 2)
     side = 16 * merge // 2
     channels: Any = getattr(vision, "in_channels", None) or getattr(vision, "in_chans", 3)
     width = channels * getattr(vision, "temporal_patch_size", 1) * patch * patch
     rows = asked.batch * side * side
-    return {
-        "pixel_values": torch.empty((rows, width), dtype=asked.dtype, device="meta"),
-        "image_grid_thw": torch.tensor([[1, side, side]] * asked.batch),
-    }
+    pixels = torch.empty((rows, width), dtype=asked.dtype, device="meta")
+    return pixels, torch.tensor([[1, side, side]] * asked.batch)
 
 
 def _count(module: Any, images: dict[str, torch.Tensor]) -> int:

@@ -24,11 +24,11 @@ class Faked:
         self.values = Values(self.fake)
 
     @contextmanager
-    def on(self) -> Iterator[None]:
+    def on(self, recorder: Recorder | None = None) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(as_if_real())
             stack.enter_context(self.fake)
-            stack.enter_context(self.values)
+            stack.enter_context(recorder or self.values)
             yield
 
     def like(self, t: torch.Tensor) -> torch.Tensor:
@@ -144,9 +144,10 @@ def run(
     """``module`` has fake parameters. ``given``: a mapping (keywords), a tuple or list (arguments) or one argument.
     ``stacks``: layers whose passes are told apart. ``head``: where the phase of the loss begins. ``mixed``:
     torch.autocast's dtype."""
-    recorder = Recorder()
+    recorder = Recorder(faked.values)
     args, kwargs = arguments(tree_map_only(torch.Tensor, faked.like, given))
-    recorder.known([*module.parameters(), *module.buffers(), *leaves((args, kwargs))])
+    recorder.known([*module.parameters(), *module.buffers()])
+    recorder.given(leaves((args, kwargs)))
     segments = Segments(recorder)
     notes: list[str] = []
     autocast = torch.autocast("cpu", mixed) if mixed is not None else nullcontext()
@@ -155,7 +156,7 @@ def run(
     if head is not None:
         hooks.append(head.register_forward_pre_hook(lambda *_: segments.phase(LOSS)))
     try:
-        with faked.on(), recorder:
+        with faked.on(recorder):
             with autocast:
                 out = module(*args, **kwargs)
                 loss = loss_of(out)
@@ -167,7 +168,7 @@ def run(
             recorder.outputs(out, loss)
             del out
             segments.phase(BACKWARD)
-            torch.autograd.backward(loss)  # not Tensor's method, inside of which torch's function modes are off
+            _backward(loss)
             segments.phase(END)
             del loss
     finally:
@@ -176,6 +177,13 @@ def run(
         for p in module.parameters():
             p.grad = None
     return Run(segments, (*notes, *faked.values.assumed))
+
+
+def _backward(loss: torch.Tensor) -> None:
+    """``loss.backward()``, but with torch's function modes on: a checkpointed layer that runs again must see those that
+    it saw before."""
+    engine: Any = torch.autograd.graph._engine_run_backward
+    engine((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def arguments(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

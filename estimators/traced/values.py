@@ -25,6 +25,8 @@ from estimators.errors import InputError
 #: Elements of a tensor whose values are computed.
 MOST_INTEGERS, MOST_FLOATS = 2**22, 2**12
 _ATEN = torch.ops.aten
+#: Asked of every tensor, several times for each operation.
+DEVICE = torch.ops.prim.device.default
 _GROUPED = getattr(getattr(_ATEN, "_grouped_mm", None), "default", None)
 
 
@@ -80,7 +82,12 @@ class Values(TorchDispatchMode):
         self._kinds: dict[Any, tuple[bool, bool]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self.call(func, args, kwargs or {})
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation's result, with its values where they are known."""
+        if func is DEVICE:
+            return args[0].fake_device
         if func is _GROUPED and args[0].dtype is not torch.bfloat16:
             return _grouped(*args, **kwargs)
         try:
@@ -111,8 +118,11 @@ class Values(TorchDispatchMode):
             self.assumed["what is chosen by score, as a token's experts are, is taken to be spread evenly"] = None
 
     def _compute(self, func: Any, args: Any, kwargs: Any, given: list[torch.Tensor], outs: list[torch.Tensor]) -> None:
-        if all(t.__dict__.get("_memopt_value") is None and getattr(t, "constant", None) is not None for t in outs):
-            return  # the fake mode knows it already
+        constants: list[Any] = [getattr(t, "constant", None) for t in outs]
+        if all(one is not None for one in constants):
+            for t, one in zip(outs, constants, strict=True):  # the fake mode knows it until something reads it
+                know(t, one)
+            return
         try:
             real = self._really(func, args, kwargs)
         except Exception:  # what the real operation refuses, the fake one was allowed: its values are not known

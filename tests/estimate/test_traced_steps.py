@@ -2,7 +2,7 @@
 
 import pytest
 
-from estimators import estimate
+from estimators import InputError, estimate
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -126,3 +126,30 @@ def test_gradients_that_are_added_up(kind, tied):
     real = traced(("forward", forward), ("backward", backward)).peak_of("backward")
     e = estimate(config, "adamw", weights="fp32", seq=16, batch=2, accumulate=2, device="cpu")
     assert e.activations.accumulated.activations == pytest.approx(real, rel=0.01)
+
+
+def test_sizes_are_no_numbers_of_layers_and_a_part_of_a_model_is_a_module():
+    from transformers.models.sam.modeling_sam import SamMaskDecoder, SamMaskDecoderConfig
+
+    from estimators.models.from_config import from_config
+    from estimators.traced.bounds import checked
+
+    assert checked({"vocab_size_per_layer_input": 262_144}, "a configuration")
+    with pytest.raises(InputError, match="is not allowed"):
+        checked({"num_hidden_layers": 262_144}, "a configuration")
+    with torch.device("meta"):
+        part = SamMaskDecoder(SamMaskDecoderConfig())
+    model = from_config({"model_type": "sam_mask_decoder"}, "a configuration")
+    assert dict(model.shapes) == {name: tuple(p.shape) for name, p in part.named_parameters()}
+
+
+def test_a_layer_that_runs_again_on_a_card_has_the_same_dropout():
+    class Dropped(torch.nn.Linear):
+        def forward(self, x):
+            again = {"use_reentrant": False, "preserve_rng_state": False}
+            return torch.utils.checkpoint.checkpoint(
+                lambda y: torch.nn.functional.dropout(super(Dropped, self).forward(y), 0.1), x, **again
+            )
+
+    e = estimate(torch.nn.Sequential(torch.nn.Linear(8, 8), Dropped(8, 8)), inputs=torch.zeros(4, 8), device="cuda")
+    assert e.activations is not None, e.without

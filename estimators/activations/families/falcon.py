@@ -59,4 +59,4 @@ def falcon(f: Fields, step: Step) -> Network:
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab)
 
-    return Network(embed, alike(layer, f.layers()), head, tables(step, dim), masks=mask)
+    return Network(embed, alike(layer, f.layers()), head, tables(step, dim), masks=step.seq**2)

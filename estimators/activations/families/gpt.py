@@ -99,7 +99,8 @@ def gptj(f: Fields, step: Step) -> Network:
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab, bias=True)
 
-    return Network(embed, alike(layer, f.layers("n_layer")), head)
+    mask = causal_mask(step._replace(attention="eager"))
+    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=mask)
 
 
 def bloom(f: Fields, step: Step) -> Network:
@@ -136,7 +137,8 @@ def bloom(f: Fields, step: Step) -> Network:
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab)
 
-    return Network(embed, alike(layer, f.layers("n_layer")), head)
+    mask = causal_mask(step._replace(attention="eager"))
+    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=mask)
 
 
 def gpt_neox(f: Fields, step: Step) -> Network:

@@ -41,9 +41,10 @@ def network(
     capped: bool = False,
     head_bias: bool = False,
     layers: tuple[tuple[str, Layer], ...] = (),
+    windowed: bool = False,
 ) -> Network:
     """Embedding, equal layers (or ``layers``), a last norm and the loss. ``rope``: elements of a head that are
-    rotated."""
+    rotated. ``windowed``: some layers attend to a window, which has a mask of its own."""
     width = f.integer("hidden_size")
     rows = f.integer("vocab_size", vocab) if vocab else f.integer("vocab_size")
     shared = f.flag("tie_word_embeddings", tied)
@@ -56,7 +57,8 @@ def network(
         return loss(t, step, norm(t, x), width, rows, bias=head_bias, scaled=scaled, capped=capped)
 
     made = tables(step, rope, table)
-    return Network(embed, layers or alike(layer, f.layers()), head, made, masks=causal_mask(step))
+    masks = causal_mask(step) * (1 + windowed)
+    return Network(embed, layers or alike(layer, f.layers()), head, made, masks=masks)
 
 
 def _llama(
@@ -178,6 +180,7 @@ def _four_norms(f: Fields, step: Step, a: Heads, *, head_norm: bool, capped: boo
         vocab=vocab,
         scaled_embedding=True,
         capped=capped,
+        windowed=True,
     )
 
 

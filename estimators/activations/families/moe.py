@@ -32,8 +32,8 @@ def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: 
     """The experts' part, with the weights of those that were chosen."""
 
     def gated(t: Tape, both: Tensor) -> Tensor:
-        activated = t.op([both], both.numel // 2, saves=[both])
-        return t.op([both, activated], activated.numel, saves=[both, activated])
+        gate, up = t.halves(both)
+        return t.mul(t.activation(gate, "silu"), up)
 
     return dispatched(t, x, weights, width, inner, count, top, gated, lambda y, each: y)
 
