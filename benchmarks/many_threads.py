@@ -51,7 +51,7 @@ def simulated() -> Iterator[ctypes.CDLL]:
         native = ["-march=native", "-mprefer-vector-width=512", "-Wno-psabi"]
         flags = [*compiler(), *FLAGS, f"-I{SOURCES}", *native, "-c"]
         jobs = {"isa": [f"{SOURCES}/isa.cpp", "-DMEMOPT_TABLE=memopt_baseline"], "pool": [f"{HERE}/simulated_pool.cpp"]}
-        jobs |= {name: [f"{SOURCES}/{name}.cpp"] for name in COMMON if name != "pool"}
+        jobs |= {Path(name).name: [f"{SOURCES}/{name}.cpp"] for name in COMMON if name != "pool"}
         for name, rest in jobs.items():
             subprocess.run([*flags, *rest, "-o", f"{directory}/{name}.o"], check=True)
         target = f"{directory}/simulated.so"

@@ -44,7 +44,16 @@ FLAGS = (
     "-fno-rtti",
     "-w",
 )
-COMMON = ("api", "step", "whole", "means", "row_means", "sinkgd", "finite", "pool")
+COMMON = (
+    "api",
+    "pool",
+    "step",
+    "passes/finite",
+    "passes/means",
+    "passes/row_means",
+    "passes/sinkgd",
+    "passes/whole",
+)
 #: Flags of the tables that ``api.cpp`` chooses from.
 TABLES_X86 = {
     "baseline": (),
@@ -90,10 +99,10 @@ def build(directory: str | os.PathLike[str], extra: Sequence[str] = ()) -> Path:
             (f"{SOURCES}/isa.cpp", f"{scratch}/{table}.o", (*flags, f"-DMEMOPT_TABLE=memopt_{table}"))
             for table, flags in tables().items()
         ]
-        jobs += [(f"{SOURCES}/{name}.cpp", f"{scratch}/{name}.o", ()) for name in COMMON]
+        jobs += [(f"{SOURCES}/{name}.cpp", f"{scratch}/{Path(name).name}.o", ()) for name in COMMON]
         running = [
             subprocess.Popen(
-                [*command, *FLAGS, *extra, *flags, "-c", source, "-o", out],
+                [*command, *FLAGS, f"-I{SOURCES}", *extra, *flags, "-c", source, "-o", out],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -212,9 +221,10 @@ def fingerprint() -> str:
     command = compiler()
     version = subprocess.run([*command, "--version"], capture_output=True, text=True).stdout
     digest = hashlib.sha256(repr((FLAGS, tables(), command, version, platform.machine(), sys.platform)).encode())
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(SOURCES.rglob("*")):
         if path.suffix in (".h", ".cpp"):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+            name = path.relative_to(SOURCES).as_posix()
+            digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:20]
 
 

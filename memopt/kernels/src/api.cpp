@@ -2,7 +2,7 @@
 #include <cstdlib>
 
 #include "pool.h"
-#include "whole.h"
+#include "passes/whole.h"
 
 #define API extern "C" __attribute__((visibility("default")))
 

@@ -1,10 +1,10 @@
 // Every rule on every format, for one instruction set. Compiled once per set, with its flags and
 // -DMEMOPT_TABLE=<name of the table>; everything else in here is private to the file, so that no function compiled for
 // one set can be linked into another.
-#include "chunk.h"
-#include "finite.h"
-#include "prodigy.h"
-#include "sinkgd.h"
+#include "passes/chunk.h"
+#include "passes/finite.h"
+#include "passes/prodigy.h"
+#include "passes/sinkgd.h"
 
 #define STRING_(x) #x
 #define STRING(x) STRING_(x)

@@ -7,8 +7,8 @@
 //   close()           writes what has been changed apart from where it lies
 //   ahead(i)          asks the memory for the same columns of a later chunk
 #pragma once
-#include "codes.h"
-#include "halves.h"
+#include "state/codes.h"
+#include "state/halves.h"
 #include "table.h"
 
 namespace {

@@ -1,10 +1,10 @@
 // The one loop: open a chunk of every moment, decode -> rule -> encode it vector by vector, close.
 #pragma once
-#include "formats.h"
-#include "masters.h"
+#include "state/formats.h"
+#include "state/masters.h"
 #include "rules.h"
-#include "sliced.h"
-#include "strided.h"
+#include "state/sliced.h"
+#include "passes/strided.h"
 
 namespace {
 

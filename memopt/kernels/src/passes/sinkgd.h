@@ -1,7 +1,7 @@
 // SinkGD's passes over the rows of a matrix: along each row and then, with what the row has given, down the columns. While
 // a few rows are read from memory, those before them go down the columns from the cache: one read of the gradient.
 #pragma once
-#include "chunk.h"
+#include "passes/chunk.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The masters of memopt/masters: what a 16-bit parameter and the tensor beside it stand for, read into fp32 and written
 // back. One function each, called for a chunk: the loop of every rule and format meets fp32 numbers only.
 #pragma once
-#include "moments.h"
+#include "state/moments.h"
 
 namespace {
 

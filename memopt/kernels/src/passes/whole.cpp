@@ -1,12 +1,12 @@
 // The passes of Adafactor, CAME, LAMB, StableAdamW, Adam-mini and of every rule with a factored moment. What is summed is summed over pieces that
 // depend on the shape only and the pieces are added in order, so that the bits do not depend on the number of threads.
-#include "whole.h"
+#include "passes/whole.h"
 
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 
-#include "means.h"
+#include "passes/means.h"
 #include "pool.h"
 #include "scalars.h"
 

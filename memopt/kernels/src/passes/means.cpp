@@ -3,13 +3,13 @@
 // is cut into bands of rows if it is tall, of columns if it is wide; sums across the cut are kept per band and added in
 // order. Columns are summed over 32 rows in fp32, then in fp64, a few chunks of columns at a time: what is added to
 // stays in the caches nearby, and rows are read in long stretches.
-#include "means.h"
+#include "passes/means.h"
 
 #include <cstdlib>
 #include <cstring>
 
 #include "pool.h"
-#include "whole.h"
+#include "passes/whole.h"
 
 namespace memopt {
 namespace {

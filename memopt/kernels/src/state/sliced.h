@@ -1,6 +1,6 @@
 // A moment that is kept of every eleventh element of a row in fp32 (memopt/formats/sliced.py); the others are zero.
 #pragma once
-#include "moments.h"
+#include "state/moments.h"
 
 namespace {
 

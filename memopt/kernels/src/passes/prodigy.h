@@ -1,6 +1,6 @@
 // Prodigy (memopt/rules/prodigy.py), in one pass: what it sums over all parameters counts from the next step on.
 #pragma once
-#include "chunk.h"
+#include "passes/chunk.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // Whether numbers are all finite, and the sum of their squares, at the speed at which they can be read.
 #pragma once
-#include "halves.h"
+#include "state/halves.h"
 
 namespace {
 

@@ -7,7 +7,7 @@
 
 #include "pool.h"
 #include "scalars.h"
-#include "whole.h"
+#include "passes/whole.h"
 
 namespace memopt {
 namespace {

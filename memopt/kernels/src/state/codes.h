@@ -8,7 +8,7 @@
 //   HAS_SIGN          whether values may be negative
 // Formulas are those of the Python files; where a polynomial is evaluated in another order, a tie may fall otherwise.
 #pragma once
-#include "noise.h"
+#include "state/noise.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 // Moments of which only means are kept, moments in any format, and the formats of a tensor.
 #pragma once
-#include "moments.h"
+#include "state/moments.h"
 
 namespace {
 

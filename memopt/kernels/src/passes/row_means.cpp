@@ -3,7 +3,7 @@
 #include <cstdlib>
 
 #include "pool.h"
-#include "whole.h"
+#include "passes/whole.h"
 
 namespace memopt {
 namespace {
