@@ -24,7 +24,14 @@ def test_clean_under_sanitizers(sanitizer: str, tmp_path: Path) -> None:
         compiler = build.compiler()
     except build.BuildError as error:
         pytest.skip(str(error))
-    flags = [*build.FLAGS, f"-I{build.SOURCES}", "-O1", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=undefined"]
+    flags = [
+        *build.FLAGS,
+        f"-I{build.SOURCES}",
+        "-O1",
+        "-g1",
+        f"-fsanitize={sanitizer}",
+        "-fno-sanitize-recover=undefined",
+    ]
     sources = [
         (build.SOURCES / "isa.cpp", name, [*isa, f"-DMEMOPT_TABLE=memopt_{name}"])
         for name, isa in build.tables().items()
