@@ -225,25 +225,28 @@ def resolve(
     Formats are chosen moment by moment, from the name and the global shape alone. Raises SpecError for a parameter
     that the engine cannot take.
     """
-    engine: Coding = ENGINES[spec.engine]
-    if reason := engine.refuse_rows(rows):
-        raise SpecError(f"{name} {reason}")
-    named = spec.rule_of(h)
-    asked, placement = spec.format_for(name, named), spec.for_parameter(name)[1]
-    rule = RULES[named]
-    key = rule.moments_key(h)
+    rule = RULES[spec.rule_of(h)]
     return ParamLayout(
         name,
         index,
         rows,
         dtype,
         rule,
-        _moments(spec.engine, named, key, asked, spec.partition, rows),
+        moments_of(spec, h, name, rows),
         master_of(spec.master, dtype),
-        PLACEMENTS[placement],
+        PLACEMENTS[spec.for_parameter(name)[1]],
         seed,
-        asked=asked,
+        asked=spec.format_for(name, rule.name),
         partitioned=spec.partition != "none",
-        key=key,
+        key=rule.moments_key(h),
         modifiers=rule.modifiers(h),
     )
+
+
+def moments_of(spec: OptimSpec, h: Mapping[str, Any], name: str, rows: Rows) -> tuple[MomentLayout, ...]:
+    """The moments of such a layout. Raises SpecError for a parameter that the engine cannot take."""
+    engine: Coding = ENGINES[spec.engine]
+    if reason := engine.refuse_rows(rows):
+        raise SpecError(f"{name} {reason}")
+    rule = spec.rule_of(h)
+    return _moments(spec.engine, rule, RULES[rule].moments_key(h), spec.format_for(name, rule), spec.partition, rows)

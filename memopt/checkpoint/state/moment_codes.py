@@ -10,7 +10,7 @@ from memopt.core.rows import FLAT_ROW, Rows, Shape
 from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats import ALL_FORMATS, Format
 from memopt.formats.foreign.bitsandbytes import dynamic8
-from memopt.layout.param import resolve
+from memopt.layout.param import moments_of
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
 
@@ -26,8 +26,7 @@ MomentCodes = list[tuple[Moment, Format]]
 def moment_codes(spec: OptimSpec, h: Mapping[str, Any], name: str, shape: Shape) -> MomentCodes:
     """``(moment, format)`` for each moment of a parameter, ``signed`` being the code's sign (bitsandbytes keeps some
     non-negative moments in its signed code)."""
-    layout = resolve(spec, h, name, 0, Rows.whole(shape), "float32")
-    return [(m.moment, m.format) for m in layout.moments]
+    return [(m.moment, m.format) for m in moments_of(spec, h, name, Rows.whole(shape))]
 
 
 def common(a: Rows, b: Rows) -> Rows | None:
