@@ -133,7 +133,7 @@ def cached() -> Path:
             with suppress(BuildError):
                 os.close(verified(path))
                 return path
-        print("memopt: compiling its CPU kernels, once, in about a minute", file=sys.stderr, flush=True)
+        print("memopt: compiling its CPU kernels, once, in a minute or two", file=sys.stderr, flush=True)
         with tempfile.TemporaryDirectory(dir=directory, prefix=".new-") as scratch:
             with _said_to_live():
                 built = build(scratch)

@@ -29,7 +29,7 @@ _loaded: Library | Missing | None = None
 
 
 def library() -> Library | None:
-    """The kernels, or None; :func:`missing` says why. The first call may compile them, which takes about a minute."""
+    """The kernels, or None; :func:`missing` says why. The first call may compile them, which takes a minute or two."""
     found = _find()
     return found if isinstance(found, Library) else None
 

@@ -67,7 +67,8 @@ def check_value(axis: str, value: Any, allowed: Mapping[str, Any]) -> None:
 
     near = get_close_matches(str(value), allowed, n=1)
     guess = f" (did you mean {near[0]!r}?)" if near else ""
-    raise SpecError(f"unknown {axis} {value!r}{guess}; allowed: {', '.join(allowed)}")
+    names = [name for name in allowed if "_" not in name]  # the others are parts of a rule that is named
+    raise SpecError(f"unknown {axis} {value!r}{guess}; allowed: {', '.join(names)}")
 
 
 def plain(value: Any) -> Any:
