@@ -233,3 +233,20 @@ def test_one_ranks_rows_do_not_go_into_another_partition():
     saved["memopt"].update(spec="adamw/zero1", rank=0, world_size=2)
     with pytest.raises(ValueError, match="rank 0 of 2"):
         made(net, "adamw").load_state_dict(saved)
+
+
+def test_what_torch_cannot_read_beside_an_optimizer_is_a_sentence(tmp_path, monkeypatch):
+    """A rebuilt tensor that lacks an argument (found by the fuzzer) is a TypeError of torch's unpickler."""
+    from memopt.checkpoint.state.detect import surroundings
+
+    p = torch.nn.Parameter(torch.ones(3))
+    path = tmp_path / "x.pt"
+    torch.save({"optimizer": torch.optim.AdamW([p]).state_dict(), "epoch": 1}, path)
+    assert surroundings(path) is not None
+
+    def failing(*args, **keywords):
+        raise TypeError("_rebuild_tensor_v2() missing 1 required positional argument")
+
+    monkeypatch.setattr(torch, "load", failing)
+    with pytest.raises(ValueError, match="cannot be written again, for torch.load does not read it"):
+        surroundings(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -82,7 +81,7 @@ def surroundings(path: Path) -> Callable[[dict[str, Any]], Any] | None:
         return None
     try:
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of whatever kind: the file says which of torch's functions is called with what
         raise ValueError(
             f"what {printable(str(path))} has beside the optimizer cannot be written again, for torch.load does not "
             f"read it with weights_only=True ({printable(str(error), 300)})"
