@@ -248,5 +248,5 @@ def test_what_torch_cannot_read_beside_an_optimizer_is_a_sentence(tmp_path, monk
         raise TypeError("_rebuild_tensor_v2() missing 1 required positional argument")
 
     monkeypatch.setattr(torch, "load", failing)
-    with pytest.raises(ValueError, match="cannot be written again, for torch.load does not read it"):
+    with pytest.raises(ValueError, match="cannot be written again, for torch"):
         surroundings(path)
