@@ -40,9 +40,9 @@ PLAIN_PATH: dict[str, dict[str, int]] = {
     "adammini": {"32bit": 12, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24},
     "stableadamw": {**_ADAM, "32bit": 20, "bf16": 28, "factored": 24},
     "sinkgd": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 16),
-    "scale": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 16),
-    "scale_head": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 28),
-    "scale_embedding": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 16),
+    "scale": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 12),
+    "scale_head": {"32bit": 12, "bf16": 21, "8bit": 24, "fp8": 28, "4bit": 24},
+    "scale_embedding": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 12),
     "prodigy": {"32bit": 12, "bf16": 41, "8bit": 44, "fp8": 48, "4bit": 44, "factored": 16},
 }
 #: Rules without a kernel on a card: there they take the plain path.

@@ -41,7 +41,7 @@ class TestNamed:
         ("model", "head", "part"),
         [
             (LLAMA, "regression", "classification"),
-            ("8B", "none", "weights are known"),
+            ("8B", "none", "a model with a configuration"),
             (LLAMA, "image-classification", "has no llama"),
             (LLAMA, "NoSuchModel", "no model class"),
         ],

@@ -31,9 +31,15 @@ class TestTemporaries:
             assert want <= peak + 16 <= want * 1.05 + 2**16, (spec, master, peak / n / n)
         for rule, formats in PLAIN_PATH.items():
             for fmt, per_element in formats.items():
-                weight = torch.nn.Parameter(torch.randn(n, n, dtype=getattr(torch, dtype)))
+                layer = torch.nn.Embedding(n, n) if rule == "scale_embedding" else torch.nn.Linear(n, n, bias=False)
+                name = "lm_head" if rule == "scale_head" else "layer"
+                beside = {"hidden": torch.nn.Linear(n, n // 2, bias=False)} if "_" in rule else {}  # it has no gradient
+                model = torch.nn.ModuleDict({name: layer, **beside}).to(getattr(torch, dtype))
+                weight = layer.weight
                 hyper = {"momentum": 0.9} if rule == "sgd" else {}
-                optimizer = memopt.create([weight], f"{rule}-{fmt}", lr=1e-3, **hyper)
+                optimizer = memopt.create(model, f"{rule.partition('_')[0]}-{fmt}", lr=1e-3, **hyper)
+                group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
+                assert optimizer.setup.rule_of(group).name == rule
                 for _ in range(2):
                     weight.grad = torch.randn_like(weight)
                     optimizer.step()

@@ -52,7 +52,8 @@ def with_hyper(specs: Iterable[str | OptimSpec], hyper: Mapping[str, Any]) -> li
         unused -= mine.keys()
         found.append(spec.replace(hyper={**spec.hyper, **mine}) if mine else spec)
     for name in sorted(unused):
-        having = ", ".join(rule for rule in RULES if name in RULES[rule].hyperparameters)
+        rules = [rule for rule in RULES if "_" not in rule]  # the others are parts of one
+        having = ", ".join(rule for rule in rules if name in RULES[rule].hyperparameters)
         if not having:
             raise ValueError(f"--hyper {name} is not allowed; no rule has it")
         raise ValueError(f"--hyper {name} is for {having}, and none of the specs is; name one with --optim")
