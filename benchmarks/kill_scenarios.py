@@ -25,8 +25,9 @@ from memopt.checkpoint.io import lock
 from memopt.checkpoint.opened import Checkpoint
 
 WIDTH = 72
-#: A rank that outlives another ends within so many seconds.
-PATIENCE_S = 40
+#: A rank that outlives another ends within so many seconds: a group's timeout is a sixth of them, and gloo tries five
+#: times to connect two ranks.
+PATIENCE_S = 60
 
 
 def made(value: float, spec: str = "adamw", **fields: Any) -> tuple[torch.nn.Linear, memopt.Optimizer]:
@@ -207,7 +208,7 @@ class Ranks(Scenario):
 
         store = dist.TCPStore("localhost", self.port, is_master=False)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE_S // 2)
+            "gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=PATIENCE_S // 6)
         )
         dist.barrier()
         system_calls.mark()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import memopt
+from memopt.masters import MASTERS
 from memopt.placements.transfer import device
 from memopt.spec.placement_options import OPTIONS
 from tests.helpers.simulated import PageBus
@@ -22,6 +23,8 @@ from tests.twin.sides import Bag, Side, kernels_off, twin_optimizer
 
 #: What a refusal may be: an exception whose text is for a person.
 REFUSALS = (RuntimeError, ValueError, TypeError, FloatingPointError)
+#: What masters are kept under.
+BESIDE = {master.key for master in MASTERS.values()} - {""}
 #: Keys of a group that are put right when they are looked at.
 NAMES = ("params", "param_names")
 
@@ -219,7 +222,7 @@ class Twin:
     def _without_meaning(self, key: str) -> bool:
         """A master beside a weight that a cast has made wide: the next look at the state drops it."""
         name, _, moment = key.partition(".")
-        return moment == "master" and self.ours.of(name).dtype not in LOW
+        return moment in BESIDE and self.ours.of(name).dtype not in LOW
 
     def check(self) -> None:
         """Ours is the twin, within what its formats allow."""
