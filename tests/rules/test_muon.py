@@ -10,8 +10,7 @@ from memopt.core.hyperparameters import SpecError
 from memopt.kernels.newton_schulz import newton_schulz
 from memopt.rules import RULES
 from memopt.rules.matrices import matrices
-from tests.helpers import ranks
-from tests.helpers.sharded import drive, uneven_model
+from tests.helpers.resumed import check_ranks
 
 DEFAULTS = RULES["muon"].hyperparameters
 #: Products in bfloat16 leave an error of a per cent and a half (measured: 0.0103 to 0.0117 of torch's order), fewer of
@@ -205,37 +204,18 @@ def test_stepped_by_kernels_or_it_is_said():
 # Ranks ---------------------------------------------------------------------------------------------------------
 
 
-SPECS = ["muon/zero1", "muon-8bit/zero1", "muon-4bit(adamw-8bit)@host/zero1", "normuon"]
-
-
-def run(specs):
-    found = {}
-    for name in specs:
-        spec, hyper = (name, {}) if name != "normuon" else ("muon-8bit/zero1", {"beta2": 0.95})
-        model = uneven_model(torch.float32)
-        opt = memopt.create(model, spec, **hyper)
-        drive(model, opt, 0, 2)
-        saved = opt.state_dict()
-        opt = memopt.create(model, spec, **hyper)
-        opt.load_state_dict(saved)
-        drive(model, opt, 2, 2)
-        rank, world = opt.partition.rank, opt.partition.world_size
-        found[name] = {
-            "model": model.state_dict(),
-            "same_price": opt.ledger() == memopt.price(model, spec, rank=rank, world_size=world, **hyper),
-        }
-    return found
+RUNS = [
+    ("muon/zero1", {}),
+    ("muon-8bit/zero1", {}),
+    ("muon-4bit(adamw-8bit)@host/zero1", {}),
+    ("muon-8bit/zero1", {"beta2": 0.95}),
+]
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_ranks_step_as_one_process(world):
     """To the bit: each matrix is multiplied whole, on one rank."""
-    alone = run(SPECS)
-    for rank in ranks.run(run, world, SPECS):
-        for spec in SPECS:
-            assert rank[spec]["same_price"], spec
-            for name, p in alone[spec]["model"].items():
-                assert torch.equal(rank[spec]["model"][name], p), (spec, name)
+    check_ranks(world, RUNS)
 
 
 # torch's state -------------------------------------------------------------------------------------------------

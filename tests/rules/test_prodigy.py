@@ -7,9 +7,8 @@ import torch
 
 import memopt
 from memopt.core.hyperparameters import SpecError
-from tests.helpers import ranks
 from tests.helpers.cases import assert_same_bits
-from tests.helpers.sharded import drive, uneven_model
+from tests.helpers.resumed import check_ranks
 
 SHAPES = [(24, 40), (300,), (5, 3), ()]
 #: Where steps are so long that fp32 weights resolve the way from where they began to five digits.
@@ -206,37 +205,12 @@ def test_a_skipped_step_finds_nothing():
 
 # Ranks ---------------------------------------------------------------------------------------------------------
 
-RUNS = [("prodigy/zero1", {}), ("prodigy-8bit@host/zero1", {"sliced": True})]
-
-
-def run(runs):
-    found = {}
-    for spec, hyper in runs:
-        model = uneven_model(torch.float32)
-        opt = memopt.create(model, spec, d0=1e-3, **hyper)
-        drive(model, opt, 0, 2)
-        saved = opt.state_dict()
-        opt = memopt.create(model, spec, **hyper)
-        opt.load_state_dict(saved)
-        drive(model, opt, 2, 2)
-        rank, world = opt.partition.rank, opt.partition.world_size
-        found[spec] = {
-            "d": opt.param_groups[0]["d"],
-            "model": model.state_dict(),
-            "same_price": opt.ledger() == memopt.price(model, spec, rank=rank, world_size=world, **hyper),
-        }
-    return found
+RUNS = [("prodigy/zero1", {"d0": 1e-3}), ("prodigy-8bit@host/zero1", {"d0": 1e-3, "sliced": True})]
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_step_as_one_process(world):
-    alone = run(RUNS)
-    for rank in ranks.run(run, world, RUNS):
-        for spec, _ in RUNS:
-            assert rank[spec]["same_price"], spec
-            assert rank[spec]["d"] == alone[spec]["d"]
-            for name, p in alone[spec]["model"].items():
-                assert_same_bits(rank[spec]["model"][name], p, f"{spec} {name}")
+    check_ranks(world, RUNS)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,7 @@ import torch
 
 import memopt
 from memopt.core.hyperparameters import SpecError
-from tests.helpers import ranks
-from tests.helpers.cases import assert_same_bits
-from tests.helpers.sharded import drive, uneven_model
+from tests.helpers.resumed import check_ranks
 
 #: Matrices of both orientations, a wide one, convolutions of two dimensions and of one, a stack, a tall one.
 SHAPES = [(24, 48), (40, 24), (7, 1100), (16, 8, 3, 3), (16, 10, 40), (3, 10, 70), (300, 66)]
@@ -139,39 +137,13 @@ def test_the_size_of_gradients_does_not_matter():
 
 # Ranks ---------------------------------------------------------------------------------------------------------
 
-RUNS = [
-    ("sinkgd/zero1", {}),
-    ("sinkgd-8bit(adamw)@host/zero1", {"spectral_steps": 3}),
-]
-
-
-def run(runs):
-    found = {}
-    for spec, hyper in runs:
-        model = uneven_model(torch.float32)
-        opt = memopt.create(model, spec, **hyper)
-        drive(model, opt, 0, 2)
-        saved = opt.state_dict()
-        opt = memopt.create(model, spec, **hyper)
-        opt.load_state_dict(saved)
-        drive(model, opt, 2, 2)
-        rank, world = opt.partition.rank, opt.partition.world_size
-        found[spec] = {
-            "model": model.state_dict(),
-            "same_price": opt.ledger() == memopt.price(model, spec, rank=rank, world_size=world),
-        }
-    return found
+RUNS = [("sinkgd/zero1", {}), ("sinkgd-8bit(adamw)@host/zero1", {"spectral_steps": 3})]
 
 
 @pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_step_as_one_process(world):
     """To the bit: columns are summed in fp64, and rounded to fp32 then."""
-    alone = run(RUNS)
-    for rank in ranks.run(run, world, RUNS):
-        for spec, _ in RUNS:
-            assert rank[spec]["same_price"], spec
-            for name, p in alone[spec]["model"].items():
-                assert_same_bits(rank[spec]["model"][name], p, f"{spec} {name}")
+    check_ranks(world, RUNS)
 
 
 # Specs ---------------------------------------------------------------------------------------------------------
