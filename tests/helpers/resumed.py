@@ -15,8 +15,8 @@ Runs = list[tuple[str, dict[str, Any]]]
 
 
 def run(runs: Runs) -> list[dict[str, Any]]:
-    """For each ``(spec, hyperparameters)``: parameters, rates with what prodigy multiplies them by, and whether the state
-    took what it was said to take."""
+    """For each ``(spec, hyperparameters)``: parameters, rates with what prodigy multiplies them by, and whether the
+    state took what it was said to take."""
     found = []
     for spec, hyper in runs:
         model = uneven_model(torch.float32)
