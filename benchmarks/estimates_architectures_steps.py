@@ -90,7 +90,7 @@ def stepped(kind: str) -> list[dict[str, Any]]:
 
     from estimators.measure import saved, traced
     from estimators.traced.build import built, class_of, configuration, quiet, reason
-    from estimators.traced.inputs import Asked, inputs
+    from estimators.traced.inputs import InputShape, inputs
     from estimators.traced.source import traced as estimated
     from estimators.traced.step import arguments, loss_of, summed
     from estimators.training import Training
@@ -106,7 +106,7 @@ def stepped(kind: str) -> list[dict[str, Any]]:
             parameters = sum(p.numel() for p in module.parameters())
             if parameters > MOST:
                 return [{"type": kind, "not_run": f"{parameters:,} parameters when small"}]
-            ways = list(inputs(module, Asked(BATCH, SEQ, torch.bfloat16), faked))
+            ways = list(inputs(module, InputShape(BATCH, SEQ, torch.bfloat16), faked))
         except Exception as error:
             return [{"type": kind, "not_run": reason(error)}]
         for how in ("none", "full"):

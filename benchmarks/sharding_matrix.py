@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 import memopt
 from memopt.core.rows import Rows
 from memopt.kernels import loader
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.rules import RULES
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -137,7 +137,7 @@ def starts(opt: memopt.Optimizer, name: str, p: Tensor, group: dict[str, Any]) -
     before = Rows(rows.shape, 0, rows.first, rows.flat)
     return {
         key: m.format.layout(m.moment, before)[part].shape[0]
-        for m in resolve(opt.spec, group, name, 0, rows, "float32").moments
+        for m in resolve_layout(opt.spec, group, name, 0, rows, "float32").moments
         for part, key in m.keys
     }
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from estimators.columns import Asked, columns
+from estimators.columns import ColumnRequest, columns
 from estimators.errors import InputError, shown
 from estimators.hardware import capacity
 from estimators.heads import with_head
@@ -231,7 +231,7 @@ def estimate(
 
         described = cut(described, training)
     card = gpu if isinstance(gpu, str) else ""
-    found = columns(described, specs, Asked(training, world_size, gradient_dtype, card, second, spec))
+    found = columns(described, specs, ColumnRequest(training, world_size, gradient_dtype, card, second, spec))
     return Estimate(
         whole._replace(notes=found.model.notes),
         found.columns,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WITHOUT = ("temporaries of the step", "CUDA context", "allocator rounding")
 
 
-class Asked(NamedTuple):
+class ColumnRequest(NamedTuple):
     """What holds for all columns. ``card``: its name, where that was given. ``second``: the reference model of
     preference training, and its forward pass."""
 
@@ -39,7 +39,7 @@ class Columns(NamedTuple):
     model: Model
 
 
-def columns(model: Model, specs: "Sequence[OptimSpec]", asked: Asked) -> Columns:
+def columns(model: Model, specs: "Sequence[OptimSpec]", asked: ColumnRequest) -> Columns:
     """``model`` is as it trains. Raises :class:`InputError`."""
     training = asked.training
     shards = sharing(training, asked.world_size)
@@ -97,7 +97,9 @@ def _ranks(model: Model, training: Training) -> list[_Rank]:
     return [_Rank(model, training, stage) for stage in candidates(model, training)]
 
 
-def _column(rank: _Rank, spec: "OptimSpec", asked: Asked, shards: int) -> "tuple[Column, Activations | None, str]":
+def _column(
+    rank: _Rank, spec: "OptimSpec", asked: ColumnRequest, shards: int
+) -> "tuple[Column, Activations | None, str]":
     training, model = rank.training, rank.model
     ran, missing = rank.activations(own_precision(spec, training), asked.card)
     without = (missing, *(() if training.seq else WITHOUT)) if missing else ()

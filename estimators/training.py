@@ -237,10 +237,10 @@ def unknown(training: Training) -> tuple[str, ...]:
     return ("what torch.compile saves and fuses (figures are those of eager mode)",) if training.compile else ()
 
 
-def describe(training: Training, given: bool = False) -> str:
+def describe_training(training: Training, given: bool = False) -> str:
     """The step in words, for a title. ``given``: its inputs are a caller's, who knows their shape.
 
-    >>> describe(Training(2, 2048, "full"))
+    >>> describe_training(Training(2, 2048, "full"))
     '2 x 2,048 tokens, sdpa attention, full checkpointing'
     """
     parts = []

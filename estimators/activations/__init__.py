@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from estimators.activations.blocks import Network
-from estimators.activations.phases import Activations, Moment, composed
+from estimators.activations.phases import Activations, PhaseBytes, composed
 from estimators.activations.scope import Parameters
 from estimators.activations.scope import parameters as parameters_of
 from estimators.activations.step import Step
@@ -26,8 +26,8 @@ __all__ = [
     "SPLIT",
     "WRITTEN",
     "Activations",
-    "Moment",
     "Network",
+    "PhaseBytes",
     "Step",
     "activations",
     "written",

@@ -22,7 +22,7 @@ EVERY = "every-"
 KEEPING = {"none": "saved", "full": "nothing", "selective": "products", "selective-2": "alternate"}
 
 
-class Moment(NamedTuple):
+class PhaseBytes(NamedTuple):
     """Bytes alive at the fullest moment of a phase: activations of every kind, and gradients of parameters."""
 
     activations: int
@@ -42,16 +42,16 @@ class Activations(NamedTuple):
     of a pipeline."""
 
     saved: int
-    forward: Moment
-    loss: Moment
-    backward: Moment
-    accumulated: Moment
+    forward: PhaseBytes
+    loss: PhaseBytes
+    backward: PhaseBytes
+    accumulated: PhaseBytes
     copies: int = 0
     body_copies: int = 0
     walked: "Walked | None" = None
     output: int = 0
     kept: "Activations | None" = None
-    released: Moment = Moment(0, 0)
+    released: PhaseBytes = PhaseBytes(0, 0)
     away: int = 0
     notes: tuple[str, ...] = ()
     recorded: Recorded | None = None
@@ -245,10 +245,10 @@ def _walk(segments: list[Segment], tables: int, masks: int, offload: bool = Fals
     unsaved = called + tables * all(s.checkpointed for s in segments if s.kind == "layer")
     return Activations(
         held + away - unsaved,
-        Moment(top, 0),
-        Moment(in_loss, 0),
+        PhaseBytes(top, 0),
+        PhaseBytes(in_loss, 0),
         fullest,
-        Moment(accumulated, made),
+        PhaseBytes(accumulated, made),
         copies + segments[-1].tape.cached,
         copies,
         None if offload else Walked(tuple(segments), tables, masks),
@@ -259,10 +259,10 @@ def _walk(segments: list[Segment], tables: int, masks: int, offload: bool = Fals
     )
 
 
-def _backward(segments: list[Segment], before: list[int]) -> tuple[Moment, int, int, Moment]:
+def _backward(segments: list[Segment], before: list[int]) -> tuple[PhaseBytes, int, int, PhaseBytes]:
     """The fullest moment, that of activations alone, the bytes of parameters' gradients at the end, and the fullest
     moment where gradients go at once."""
-    made, fullest, accumulated, released = 0, Moment(0, 0), 0, Moment(0, 0)
+    made, fullest, accumulated, released = 0, PhaseBytes(0, 0), 0, PhaseBytes(0, 0)
     outlives = sum(t.nbytes for s in segments for t in s.tape.outlives)  # and are there in every moment
     before = [n + outlives for n in before]
     table = max((s.table for s in segments), default=0)
@@ -276,15 +276,15 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[Moment, int, 
             # The input and what else was kept is there; gradients wait while the layer runs again.
             x = s.tape.x.nbytes
             rerun = left + x + s.forward.kept + run.waiting + s.again.peak
-            fullest = max(fullest, Moment(rerun, made), key=sum)
+            fullest = max(fullest, PhaseBytes(rerun, made), key=sum)
             accumulated = max(accumulated, rerun + table)
-            released = max(released, Moment(rerun, table), key=sum)
+            released = max(released, PhaseBytes(rerun, table), key=sum)
             left += s.again.left + x * (not s.saves_input)
-        fullest = max(fullest, Moment(left + run.activations, made + run.gradients), key=sum)
+        fullest = max(fullest, PhaseBytes(left + run.activations, made + run.gradients), key=sum)
         # Of a tied table the head's half waits for the embedding's, where both halves and their sum are there.
         waiting = table * (s.kind != "loss") + s.table
         accumulated = max(accumulated, left + run.most + waiting)
-        released = max(released, Moment(left + run.released[0], run.released[1] + waiting), key=sum)
+        released = max(released, PhaseBytes(left + run.released[0], run.released[1] + waiting), key=sum)
         made += run.total
         waited |= {
             name: s.tape.shared[name].nbytes for name in s.reads if s.tape.shared[name].requires and name not in waited

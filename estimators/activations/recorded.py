@@ -10,13 +10,13 @@ FREE, TAKE, INSIDE, GRADIENT, OUTPUT, MARK = 0, 1, 2, 3, 9, 10
 #: Phases: the head and the loss, the backward pass, what is after it.
 LOSS, BACKWARD, END = 0, 1, 2
 #: ``(code, slot, bytes)``; of a ``MARK`` the second is the phase.
-Event = tuple[int, int, int]
+TapeEvent = tuple[int, int, int]
 
 
 class Recorded(NamedTuple):
     """One micro-batch. ``slots``: how many storages there are. ``outputs``: the slots of what the model returns."""
 
-    events: tuple[Event, ...]
+    events: tuple[TapeEvent, ...]
     slots: int
     outputs: frozenset[int]
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-Shape = tuple[int, ...]
+from memopt.core.rows import Shape
 
 #: A block's place in a stack: everything up to the first number that stands alone in a name.
 _BLOCK = re.compile(r".*?(?:^|\.)\d+\.")

@@ -10,7 +10,7 @@ from estimators.activations.op_tape import Tape
 #: What comes and goes, in order: ``(tensor or gradient, bytes)`` when it is allocated, ``(the same, 0)`` when it is
 #: freed, ``(None, bytes)`` for what an operation allocates and frees inside, ``(operation, bytes)`` for gradients of
 #: its parameters, and ``(RERUN, 0)`` where a checkpointed segment runs again. Kept only where somebody asks for it.
-Log = list[tuple[object, int]]
+OperationLog = list[tuple[object, int]]
 RERUN = "run again"
 
 
@@ -53,7 +53,7 @@ class Backward(NamedTuple):
     released: tuple[int, int]
 
 
-def forward(tape: Tape, keeping: str = "saved", log: Log | None = None) -> Forward:
+def forward(tape: Tape, keeping: str = "saved", log: OperationLog | None = None) -> Forward:
     """Tensors go when their last reader is done, unless they are kept or held. ``keeping``: what autograd saves
     (``saved``), ``nothing`` under full checkpointing, results of matrix products and fused attention (``products``)
     under selective checkpointing, those of every second product alone (``alternate``) under torchtitan's."""
@@ -82,7 +82,7 @@ def forward(tape: Tape, keeping: str = "saved", log: Log | None = None) -> Forwa
     return Forward(peak, inner, frozenset(kept.keys() & tape.boundary))
 
 
-def again(tape: Tape, keeping: str = "nothing", log: Log | None = None) -> Again:
+def again(tape: Tape, keeping: str = "nothing", log: OperationLog | None = None) -> Again:
     """The second run stops where the last tensor is saved: before that operation, unless it is its result. Products
     that were kept are taken, not computed, and go as everything else does when they are read and not saved."""
     saved, kept = _saved(tape), kept_by(tape, keeping)
@@ -157,8 +157,8 @@ class _Pass:
 
     __slots__ = ("gradients", "live", "log", "made", "most", "peak", "released", "saved", "savers")
 
-    def __init__(self, tape: Tape, log: Log | None = None) -> None:
-        self.log: Log = [] if log is None else log
+    def __init__(self, tape: Tape, log: OperationLog | None = None) -> None:
+        self.log: OperationLog = [] if log is None else log
         tensors = {key: t.nbytes * (key not in tape.elsewhere) for key, t in _saved(tape).items()}
         self.saved = tensors
         self.savers: dict[int, int] = {}
@@ -235,7 +235,7 @@ class _Pass:
 
 
 def backward(
-    tape: Tape, *, gradient: bool = True, waited: frozenset[str] = frozenset(), log: Log | None = None
+    tape: Tape, *, gradient: bool = True, waited: frozenset[str] = frozenset(), log: OperationLog | None = None
 ) -> Backward:
     """In reverse order, as autograd runs; an operation frees what it saved when it is done. ``gradient`` says whether
     one for the output comes in; a loss has none of weight. ``waited``: names of shared tensors that have a gradient

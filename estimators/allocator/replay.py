@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from estimators.activations.op import Op
 from estimators.activations.phases import KEEPING
-from estimators.activations.simulate import RERUN, Log, again, backward, forward, kept_by
+from estimators.activations.simulate import RERUN, OperationLog, again, backward, forward, kept_by
 from estimators.allocator.alloc_conf import DEFAULT, Settings
 from estimators.allocator.caching_allocator import Block
 from estimators.allocator.replayed_step import (
@@ -53,7 +53,7 @@ class _Programs:
         self.shared = {name: self.slot(t) for name, t in tape.shared.items()}
         self.shares = {name: self.slot(t) for name, t in tape.shares.items()}
         self.external = {0, self.out, *self.shared.values(), *self.shares.values()}
-        log: Log = []
+        log: OperationLog = []
         forward(tape, KEEPING[segment.checkpointing], log)
         self.forward = self.compiled(log)
         log = []
@@ -80,7 +80,7 @@ class _Programs:
             self.keys.append(key)
         return self.slots[id(key)]
 
-    def compiled(self, log: Log) -> Program:
+    def compiled(self, log: OperationLog) -> Program:
         program: Program = []
         for key, nbytes in log:
             if key is None:
@@ -97,7 +97,7 @@ class _Programs:
 
     def backward(self, waited: frozenset[str]) -> "_Backward":
         if waited not in self.backwards:
-            log: Log = []
+            log: OperationLog = []
             tape = self.segment.tape
             ran = backward(tape, gradient=self.segment.kind != "loss", waited=waited, log=log)
             named = {id(t): name for name, t in (*tape.shared.items(), *tape.shares.items())}

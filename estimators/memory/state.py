@@ -166,7 +166,7 @@ def tier(line: Line) -> str:
 def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     """Elements of a parameter that are stepped at once where its state is streamed."""
     from memopt.layout.chunks import chunk_rows, target_of
-    from memopt.layout.param import resolve
+    from memopt.layout.param import resolve_layout
     from memopt.placements import workspaces as w
     from memopt.placements.stores.by_placement import chunked
     from memopt.spec.placement_options import of_placement
@@ -175,7 +175,7 @@ def _leased(spec: OptimSpec, name: str, rows: Rows, dtype: str) -> int:
     most, target = {"host": (w.HOST_MOST, w.HOST_TARGET), "disk": (w.DISK_MOST, w.DISK_TARGET)}[placement]
     workspace = of_placement(spec.options, placement)["workspace"]
     step = chunk_rows(
-        *chunked(resolve(spec, spec.hyper_for(name, rows.shape), name, 0, rows, dtype))[:3],
+        *chunked(resolve_layout(spec, spec.hyper_for(name, rows.shape), name, 0, rows, dtype))[:3],
         target_of(workspace, target, most),
     )
     return rows.numel if step is None else min(step, rows.count) * rows.cols

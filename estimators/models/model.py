@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from estimators.errors import InputError
-
-Shape = tuple[int, ...]
+from memopt.core.rows import Shape as Shape
 
 
 class Model(NamedTuple):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from estimators.activations.blocks import Network
 from estimators.activations.op import Tensor
 from estimators.activations.op_tape import Tape
-from estimators.activations.phases import Activations, Flown, Moment
+from estimators.activations.phases import Activations, Flown, PhaseBytes
 from estimators.activations.scope import Scope
 from estimators.activations.step import Step
 from estimators.parallel.degrees import chunks
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from estimators.models.model import Model
     from estimators.training import Training
 
-Run = Callable[["Model", Callable[[Network, Step], Network]], tuple[Activations | None, str]]
+RunStage = Callable[["Model", Callable[[Network, Step], Network]], tuple[Activations | None, str]]
 
 
-def activations(model: Model, stage: Stage, training: Training, run: Run) -> tuple[Activations | None, str]:
+def activations(model: Model, stage: Stage, training: Training, run: RunStage) -> tuple[Activations | None, str]:
     """Of the rank, or None and why they are not known. ``run(model, part)`` gives one chunk's."""
     found = []
     for chunk in range(len(stage.chunks)):
@@ -65,7 +65,7 @@ def _part(stage: Stage, chunk: int) -> Callable[[Network, Step], Network]:
 class _Most(NamedTuple):
     forward: int = 0
     loss: int = 0
-    backward: Moment = Moment(0, 0)
+    backward: PhaseBytes = PhaseBytes(0, 0)
     accumulated: int = 0
     saved: int = 0
 
@@ -94,10 +94,10 @@ def _flown(found: list[Activations], order: Sequence[tuple[bool, int]]) -> Activ
     made = sum(one.accumulated.gradients for one in found)
     return Activations(
         most.saved,
-        Moment(most.forward, 0),
-        Moment(most.loss, 0),
+        PhaseBytes(most.forward, 0),
+        PhaseBytes(most.loss, 0),
         most.backward,
-        Moment(most.accumulated, made),
+        PhaseBytes(most.accumulated, made),
         output=sum(one.output for one in found),
         away=sum(one.away for one in found),
         flown=Flown(walked, tuple(order)) if len(walked) == len(found) else None,

@@ -8,7 +8,7 @@ from estimators.errors import InputError
 from estimators.memory.memory_row import FIGURES
 from estimators.report.text import SHOWN_BY, as_text, best, first_change, verdict
 from estimators.result import Column, Estimate
-from estimators.training import describe
+from estimators.training import describe_training
 from estimators.units import gib
 
 #: kind of row -> colour, told apart by people who see red and green alike (Okabe and Ito).
@@ -46,7 +46,7 @@ def as_html(e: Estimate) -> str:
     """One file: no script, no font, no picture from elsewhere."""
     most = max([c.high for c in e.columns] + [e.gpu or 0]) or 1
     used = [kind for kind in COLOURS if any(c.at_peak(kind) for c in e.columns)]
-    step = describe(e.training, e.model.inputs is not None)
+    step = describe_training(e.training, e.model.inputs is not None)
     trainable = f", {e.trainable:,} of them trainable" if e.trainable != e.parameters else ""
     card = f" The line across a bar is the card's {gib(e.gpu)}." if e.gpu else ""
     parts = [

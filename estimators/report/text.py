@@ -6,7 +6,7 @@ from estimators.memory.memory_row import FIGURES, GPU, PAGEABLE, PHASES
 from estimators.parallel.degrees import cards
 from estimators.report.lines import WIDTH, wrap
 from estimators.result import Column, Estimate
-from estimators.training import describe
+from estimators.training import describe_training
 from estimators.units import gib
 
 _CODES = {"green": "32", "yellow": "33", "red": "31", "bold": "1", "dim": "2"}
@@ -50,7 +50,7 @@ def _title(e: Estimate, colour: bool, width: int) -> list[str]:
     of = f", one of {number:,}" if number > e.world_size else ""
     data = f", {e.world_size:,} data-parallel ranks" if e.world_size > 1 else ""
     ranks = f"; bytes of a GPU{of}{data}" if number > 1 else ""
-    step = wrap(describe(e.training, e.model.inputs is not None), width)
+    step = wrap(describe_training(e.training, e.model.inputs is not None), width)
     head = [_paint(line, "bold", colour) for line in wrap(title, width)]
     return [*head, *wrap(dtypes + ranks, width), *(step if step != [""] else [])]
 

@@ -16,7 +16,7 @@ _FRAMES, _SAMPLES = 3000, 15360
 _SEED = 0
 
 
-class Asked(NamedTuple):
+class InputShape(NamedTuple):
     """``batch`` sequences of ``seq`` tokens in ``dtype``."""
 
     batch: int
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
     dtype: torch.dtype
 
 
-def inputs(module: Any, asked: Asked, faked: Faked) -> Iterator[tuple[dict[str, Any], str]]:
+def inputs(module: Any, asked: InputShape, faked: Faked) -> Iterator[tuple[dict[str, Any], str]]:
     """Keywords for one step, likeliest first, with a note on what they leave out. Raises :class:`InputError` where an
     argument must be given that is not known here."""
     names = inspect.signature(module.forward).parameters
@@ -84,7 +84,7 @@ def _field(config: Any, *names: str, default: Any = None) -> Any:
     return default
 
 
-def _ids(config: Any, asked: Asked, length: int | None = None) -> torch.Tensor:
+def _ids(config: Any, asked: InputShape, length: int | None = None) -> torch.Tensor:
     """Tokens that are no special ones."""
     text = _text(config)
     vocabulary = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", None) or 1000
@@ -107,7 +107,7 @@ def _side(config: Any) -> tuple[int, int]:
     return int(size), int(size)
 
 
-def _image(config: Any, asked: Asked) -> torch.Tensor:
+def _image(config: Any, asked: InputShape) -> torch.Tensor:
     channels = _field(config, "num_channels", "in_channels", "in_chans", default=3)
     channels = channels if isinstance(channels, int) else 3
     frames = getattr(config, "num_frames", None)
@@ -115,7 +115,7 @@ def _image(config: Any, asked: Asked) -> torch.Tensor:
     return torch.empty((*lead, channels, *_side(config)), dtype=asked.dtype, device="meta")
 
 
-def _features(config: Any, asked: Asked) -> torch.Tensor:
+def _features(config: Any, asked: InputShape) -> torch.Tensor:
     """Of sound: [batch, mel bins, frames], or frames first where the model reads them one by one."""
     mel = _field(config, "num_mel_bins", "n_mels", "input_feat_per_channel", "feature_size", "input_dim", default=80)
     frames = _field(config, "max_source_positions", default=None)
@@ -125,13 +125,13 @@ def _features(config: Any, asked: Asked) -> torch.Tensor:
     return torch.empty(shape, dtype=asked.dtype, device="meta")
 
 
-def _sound(config: Any, asked: Asked) -> torch.Tensor:
+def _sound(config: Any, asked: InputShape) -> torch.Tensor:
     mel, length = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
     shape = (length, mel) if isinstance(mel, int) and isinstance(length, int) and length > 100 else (_SAMPLES,)
     return torch.empty((asked.batch, *shape), dtype=asked.dtype, device="meta")
 
 
-def _otherwise(config: Any, given: dict[str, Any], asked: Asked) -> Iterator[dict[str, torch.Tensor]]:
+def _otherwise(config: Any, given: dict[str, Any], asked: InputShape) -> Iterator[dict[str, torch.Tensor]]:
     """The same laid out as other models read it: sound with its channels apart, features with frames and bins
     exchanged, two images in place of one."""
     if "input_values" in given:
@@ -146,18 +146,18 @@ def _otherwise(config: Any, given: dict[str, Any], asked: Asked) -> Iterator[dic
         yield {"attention_mask": torch.ones((asked.batch, asked.seq), dtype=torch.int64)}
 
 
-def _video(config: Any, asked: Asked) -> torch.Tensor:
+def _video(config: Any, asked: InputShape) -> torch.Tensor:
     image = _image(config, asked)
     frames = image.shape[1] if image.dim() == 5 else 8
     return torch.empty((asked.batch, frames, *image.shape[-3:]), dtype=asked.dtype, device="meta")
 
 
-def _spectrogram(config: Any, asked: Asked) -> torch.Tensor:
+def _spectrogram(config: Any, asked: InputShape) -> torch.Tensor:
     bins = _field(config, "model_in_dim", "num_mel_bins", "mel_dim", default=80)
     return torch.empty((asked.batch, asked.seq, bins), dtype=asked.dtype, device="meta")
 
 
-def _heard(config: Any, asked: Asked) -> torch.Tensor:
+def _heard(config: Any, asked: InputShape) -> torch.Tensor:
     """Which frames of the features are sound: all."""
     return torch.ones((asked.batch, max(_features(config, asked).shape[1:])), dtype=torch.int64)
 
@@ -166,28 +166,28 @@ def _lagged(config: Any) -> bool:
     return getattr(config, "input_size", 1) > 1
 
 
-def _series(config: Any, asked: Asked, width: int) -> torch.Tensor:
+def _series(config: Any, asked: InputShape, width: int) -> torch.Tensor:
     """Of a time series: as many values as the context and the longest lag take; ``width`` 0 is one value at a time."""
     length = _field(config, "context_length", default=asked.seq) + max(getattr(config, "lags_sequence", None) or [0])
     return torch.empty((asked.batch, length, *((width,) if width else ())), dtype=asked.dtype, device="meta")
 
 
-def _boxes(config: Any, asked: Asked) -> torch.Tensor:
+def _boxes(config: Any, asked: InputShape) -> torch.Tensor:
     return torch.zeros((asked.batch, asked.seq, 4), dtype=torch.int64)
 
 
-def _hidden(config: Any, asked: Asked) -> torch.Tensor:
+def _hidden(config: Any, asked: InputShape) -> torch.Tensor:
     width = _field(_text(config), "hidden_size", "d_model", "embed_dim", default=768)
     return torch.empty((asked.batch, asked.seq, width), dtype=asked.dtype, device="meta")
 
 
-def _encoded(config: Any, asked: Asked) -> torch.Tensor:
+def _encoded(config: Any, asked: InputShape) -> torch.Tensor:
     width = _field(config, "encoder_hidden_size", "cross_attention_hidden_size", "hidden_size", default=768)
     return torch.empty((asked.batch, asked.seq, width), dtype=asked.dtype, device="meta")
 
 
 #: Name of an argument -> what is given for it.
-MAKERS: dict[str, Callable[[Any, Asked], Any]] = {
+MAKERS: dict[str, Callable[[Any, InputShape], Any]] = {
     "input_ids": _ids,
     "decoder_input_ids": _ids,
     "pixel_values": _image,
@@ -211,7 +211,7 @@ MAKERS: dict[str, Callable[[Any, Asked], Any]] = {
 }
 
 
-def _labels(module: Any, given: dict[str, Any], asked: Asked) -> torch.Tensor | None:
+def _labels(module: Any, given: dict[str, Any], asked: InputShape) -> torch.Tensor | None:
     """What the class's loss compares with, where it is a tensor of classes."""
     name = type(module).__name__
     ids: torch.Tensor | None = given["input_ids"].clone() if "input_ids" in given else None
@@ -228,7 +228,7 @@ def _labels(module: Any, given: dict[str, Any], asked: Asked) -> torch.Tensor | 
     return None
 
 
-def _with_images(module: Any, given: dict[str, Any], asked: Asked, faked: Faked) -> dict[str, Any] | None:
+def _with_images(module: Any, given: dict[str, Any], asked: InputShape, faked: Faked) -> dict[str, Any] | None:
     """Text with one image a sequence, whose tokens stand at its beginning: as many as the model makes of it."""
     config = module.config
     token = _field(config, "image_token_id", "image_token_index")
@@ -251,7 +251,7 @@ def _with_images(module: Any, given: dict[str, Any], asked: Asked, faked: Faked)
     return {**given, **images, "input_ids": ids}
 
 
-def _images(module: Any, asked: Asked) -> dict[str, torch.Tensor]:
+def _images(module: Any, asked: InputShape) -> dict[str, torch.Tensor]:
     """Pixels, as whole images or as a list of patches with the grid that they are from."""
     names = inspect.signature(module.forward).parameters
     if "image_grid_thw" not in names:
@@ -260,7 +260,7 @@ def _images(module: Any, asked: Asked) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "image_grid_thw": grid}
 
 
-def _patches(config: Any, asked: Asked) -> tuple[torch.Tensor, torch.Tensor]:
+def _patches(config: Any, asked: InputShape) -> tuple[torch.Tensor, torch.Tensor]:
     """Images as a list of patches, [all patches, pixels of one], and the grid that each is from."""
     vision = getattr(config, "vision_config", config)
     patch, merge = vision.patch_size, getattr(vision, "spatial_merge_size", 2)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from estimators.activations.recorded import FREE, GRADIENT, OUTPUT, TAKE, Event
+from estimators.activations.recorded import FREE, GRADIENT, OUTPUT, TAKE, TapeEvent
 from estimators.traced.values import DEVICE, Values
 
 
@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):
     def __init__(self, values: Values) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.values = values
-        self.events: list[Event] = []
+        self.events: list[TapeEvent] = []
         self.slots = 0
         self._there: dict[int, tuple[int, Any]] = {}
 

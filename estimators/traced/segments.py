@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from estimators.activations.recorded import BACKWARD, FREE, GRADIENT, MARK, OUTPUT, TAKE, Event, Recorded
+from estimators.activations.recorded import BACKWARD, FREE, GRADIENT, MARK, OUTPUT, TAKE, Recorded, TapeEvent
 from estimators.traced.recorder import Recorder, leaves
 
 #: ``(pass, stack, layer)``: ``f`` a forward pass, ``b`` a backward pass, ``o`` what follows a stack's forward pass.
@@ -103,7 +103,7 @@ class _Part:
         return [n for code, _, n in self.events if code == TAKE]
 
 
-def _cut(events: list[Event], cuts: list[tuple[int, Label]]) -> list[_Part]:
+def _cut(events: list[TapeEvent], cuts: list[tuple[int, Label]]) -> list[_Part]:
     parts = [_Part(None)]
     where: dict[int, tuple[_Part, int]] = {}
     counts: dict[int, int] = {}
@@ -270,7 +270,7 @@ def _outside(
 
 def _numbered(parts: list[_Part]) -> Recorded:
     slots: dict[tuple[int, int], int] = {}
-    events: list[Event] = []
+    events: list[TapeEvent] = []
     outputs: set[int] = set()
     for part in parts:
         count = 0

@@ -15,10 +15,10 @@ from estimators.activations.recorded import Recorded
 from estimators.errors import InputError
 from estimators.models.model import Model
 from estimators.traced.build import built, quiet, reason
-from estimators.traced.inputs import Asked, inputs
+from estimators.traced.inputs import InputShape, inputs
 from estimators.traced.repeats import Stack, shallow, stacks
 from estimators.traced.segments import Unlike
-from estimators.traced.step import Faked, Run, run, training, weights_faked
+from estimators.traced.step import Faked, TracedRun, run, training, weights_faked
 from estimators.traced.tape import activations
 from estimators.training import Training
 
@@ -245,7 +245,7 @@ def _recorded(
     else:
         if not hasattr(getattr(_base(module), "config", None), "to_dict"):
             raise InputError("pass inputs, of one micro-batch: only for transformers' models are they made here")
-        ways = list(inputs(_base(module), Asked(asked.batch, asked.seq, first), faked))
+        ways = list(inputs(_base(module), InputShape(asked.batch, asked.seq, first), faked))
     error: Exception | None = None
     for given, note in ways:
         try:
@@ -286,7 +286,9 @@ def _said(s: Stack) -> str:
     return f"{len(s.layers)} layers of {s.name} follow from {s.kept} of them"
 
 
-def _run(module: Any, given: Any, faked: Faked, asked: Training, mixed: torch.dtype | None, layers: list[Any]) -> Run:
+def _run(
+    module: Any, given: Any, faked: Faked, asked: Training, mixed: torch.dtype | None, layers: list[Any]
+) -> TracedRun:
     head = getattr(module, "get_output_embeddings", lambda: None)()
     with ExitStack() as stack:
         if asked.device != "cpu":

@@ -125,7 +125,7 @@ def summed(out: Any) -> torch.Tensor | None:
     return None
 
 
-class Run:
+class TracedRun:
     """A recorded step: its segments and what is to be said about it."""
 
     def __init__(self, segments: Segments, notes: tuple[str, ...]) -> None:
@@ -140,7 +140,7 @@ def run(
     stacks: Callable[[torch.nn.Module], list[list[torch.nn.Module]]] = lambda module: [],
     head: torch.nn.Module | None = None,
     mixed: torch.dtype | None = None,
-) -> Run:
+) -> TracedRun:
     """``module`` has fake parameters. ``given``: a mapping (keywords), a tuple or list (arguments) or one argument.
     ``stacks``: layers whose passes are told apart. ``head``: where the phase of the loss begins. ``mixed``:
     torch.autocast's dtype."""
@@ -176,7 +176,7 @@ def run(
             hook.remove()
         for p in module.parameters():
             p.grad = None
-    return Run(segments, (*notes, *faked.values.assumed))
+    return TracedRun(segments, (*notes, *faked.values.assumed))
 
 
 def _backward(loss: torch.Tensor) -> None:

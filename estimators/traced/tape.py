@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from estimators.activations.phases import Activations, Moment
+from estimators.activations.phases import Activations, PhaseBytes
 from estimators.activations.recorded import BACKWARD, FREE, GRADIENT, INSIDE, LOSS, MARK, TAKE, Recorded
 
 
@@ -17,7 +17,7 @@ def _summed(step: Recorded) -> Activations:
     gradients: set[int] = set()
     live = made = saved = most = phase_most = 0
     forward = loss = 0
-    fullest, released = Moment(0, 0), Moment(0, 0)
+    fullest, released = PhaseBytes(0, 0), PhaseBytes(0, 0)
     phase = -1
     for code, slot, nbytes in step.events:
         inside = 0
@@ -36,7 +36,7 @@ def _summed(step: Recorded) -> Activations:
                 gradients.add(slot)
                 live -= sizes[slot]
                 made += sizes[slot]
-                released = max(released, Moment(live, sizes[slot]), key=sum)
+                released = max(released, PhaseBytes(live, sizes[slot]), key=sum)
         else:
             if phase < LOSS <= slot:
                 forward = phase_most
@@ -47,16 +47,16 @@ def _summed(step: Recorded) -> Activations:
         phase_most = max(phase_most, now)
         if phase == BACKWARD:
             most = max(most, now)
-            fullest = max(fullest, Moment(now, made), key=sum)
-            released = max(released, Moment(now, 0), key=sum)
+            fullest = max(fullest, PhaseBytes(now, made), key=sum)
+            released = max(released, PhaseBytes(now, 0), key=sum)
     total = sum(sizes[slot] for slot in gradients)
     left = sum(sizes[slot] for slot in step.outputs if step.events and _after_end(step, slot))
     return Activations(
         saved,
-        Moment(forward, 0),
-        Moment(loss, 0),
+        PhaseBytes(forward, 0),
+        PhaseBytes(loss, 0),
         fullest,
-        Moment(most, total),
+        PhaseBytes(most, total),
         output=left,
         released=released,
         recorded=step,

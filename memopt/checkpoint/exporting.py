@@ -12,7 +12,7 @@ import torch
 from memopt.checkpoint.conversion.compatibility import Fill
 from memopt.checkpoint.conversion.disk_room import refuse_too_much
 from memopt.checkpoint.exporters import EXPORTERS, Exported, own_dict
-from memopt.checkpoint.exporters.base import counted, save
+from memopt.checkpoint.exporters.base import counted, save_durably
 from memopt.checkpoint.io.checkpoint_dir import WRITING, sync_directory
 from memopt.checkpoint.io.scratch import Scratch
 from memopt.checkpoint.state.detect import surroundings
@@ -82,7 +82,7 @@ def write(
             if around is None:
                 exporter.write(found, unfinished, scratch.zeros, checkpoint, progress)
             else:
-                save(around(found.state_dict(counted(scratch.zeros, progress))), unfinished)
+                save_durably(around(found.state_dict(counted(scratch.zeros, progress))), unfinished)
         os.replace(unfinished, out)
         sync_directory(out.parent)
     except BaseException as error:

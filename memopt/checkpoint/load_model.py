@@ -11,7 +11,7 @@ from torch import Tensor
 from memopt.checkpoint.io import contents
 from memopt.checkpoint.opened import Checkpoint
 from memopt.checkpoint.partial_load import alike, notes
-from memopt.checkpoint.state.slabs import Columns, here
+from memopt.checkpoint.state.slabs import ColumnSlices, here
 from memopt.checkpoint.tensorfile import spec_of
 from memopt.core.param_names import matching
 from memopt.core.rows import Rows
@@ -78,7 +78,7 @@ def plan_common(checkpoint: Checkpoint, model: torch.nn.Module) -> tuple[Callabl
     return apply, notes("model", saved, shapes, "as it is here")
 
 
-def _target(name: str, tensor: Any) -> tuple[Rows, Tensor, Columns]:
+def _target(name: str, tensor: Any) -> tuple[Rows, Tensor, ColumnSlices]:
     """The rows that are here, their memory, and which columns of them, where it is not all."""
     shape = tuple(tensor.shape)
     if not is_dtensor(tensor):

@@ -22,7 +22,7 @@ from memopt.checkpoint.io import (
 )
 from memopt.checkpoint.state import slabs
 from memopt.checkpoint.state.moment_codes import CODES
-from memopt.checkpoint.state.saved import Group, Piece, Record, SavedMaster, Source, Span, Stored
+from memopt.checkpoint.state.saved import DimRange, Record, SavedGroup, SavedMaster, SavedPiece, Source, Stored
 from memopt.checkpoint.state.slabs import Slab
 from memopt.checkpoint.tensorfile import DamagedFile, Progress, TensorFile, verify_file
 from memopt.core.ledger import TensorSpec
@@ -37,7 +37,7 @@ from memopt.untrusted.text import printable
 
 
 @final
-class FilePiece(Piece):
+class FilePiece(SavedPiece):
     """Rows of one moment in one rank's file."""
 
     def __init__(self, rows: Rows, file: TensorFile, name: str) -> None:
@@ -46,10 +46,10 @@ class FilePiece(Piece):
     def key(self, part: str) -> str:
         return f"{self._name}.{part}" if part else self._name
 
-    def read(self, part: str, span: Span) -> Tensor:
+    def read(self, part: str, span: DimRange) -> Tensor:
         return self._file.read(self.key(part), span)
 
-    def copy(self, part: str, span: Span, out: Tensor) -> None:
+    def copy(self, part: str, span: DimRange, out: Tensor) -> None:
         self._file.read_into(self.key(part), span, out)
 
 
@@ -142,7 +142,7 @@ class Checkpoint:
             return slabs.by_rows(self.sharded_model[name].shape, self.body["world_size"])
         return [Slab(rank, tuple(offset), tuple(size)) for rank, offset, size in saved]
 
-    def read_model(self, name: str, rows: Rows, out: Tensor, columns: slabs.Columns = ()) -> None:
+    def read_model(self, name: str, rows: Rows, out: Tensor, columns: slabs.ColumnSlices = ()) -> None:
         """These rows of a tensor of the model, and of these its ``columns``, into ``out``, from wherever they are."""
         if columns:
             whole = out.new_empty((rows.bounds[1] - rows.bounds[0], *self.model_specs[name].shape[1:]))
@@ -199,7 +199,7 @@ class Checkpoint:
             rules=self._decoded(saved["rules"], "the hyperparameters of its rules") if "rules" in saved else {},
         )
         groups = [
-            Group(group["parameters"], self._decoded(group["hyper"], f"param group {i}"))
+            SavedGroup(group["parameters"], self._decoded(group["hyper"], f"param group {i}"))
             for i, group in enumerate(saved["groups"])
         ]
         records = {name: self._record(name, entry, saved) for name, entry in saved["parameters"].items()}

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.param_state import ParamState
-from memopt.checkpoint.conversion.resized_rows import Change, changed
-from memopt.checkpoint.state.saved import Group, Record, Source
+from memopt.checkpoint.conversion.resized_rows import RowChange, changed
+from memopt.checkpoint.state.saved import Record, SavedGroup, Source
 from memopt.core.param_names import matching
 from memopt.core.rows import Rows, Shape
 from memopt.optim.edits.group_checks import is_named
@@ -41,11 +41,11 @@ def records(source: Source, optimizer: OptimizerParts) -> list[Record]:
     ]
 
 
-def groups(source: Source, optimizer: OptimizerParts, found: list[Record]) -> list[Group | None]:
+def groups(source: Source, optimizer: OptimizerParts, found: list[Record]) -> list[SavedGroup | None]:
     """For each of the optimizer's groups, one in which those of its parameters were that were saved; None if there are
     none, or if they were saved with different hyperparameters. ``found`` are the records of :func:`records`."""
     of_name = {name: group for group in source.groups for name in group.names}
-    rest, chosen = iter(found), list[Group | None]()
+    rest, chosen = iter(found), list[SavedGroup | None]()
     for group in optimizer.param_groups:
         names = [next(rest).name for _ in group["params"]]
         theirs = [of_name[name] for name in names if name in of_name]
@@ -70,7 +70,7 @@ def resized(record: Record, param: ParamState, p: Tensor) -> Record:
         begin = {moment.name for moment, _ in param.codes if moment.begins}
         moments = {name: stored for name, stored in moments.items() if name not in begin}
         weights = torch.empty(0)
-    change = Change(Rows.whole(saved), Rows.whole(shape), index, weights)
+    change = RowChange(Rows.whole(saved), Rows.whole(shape), index, weights)
     record.moments = moments
     return changed(record, param, lambda name: change)
 

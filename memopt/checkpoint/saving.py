@@ -23,7 +23,7 @@ from memopt.partitions.ranks import Ranks
 if TYPE_CHECKING:
     from memopt.optimizer import Optimizer
 
-Files = dict[str, dict[str, Tensor]]
+Slabs = dict[str, dict[str, Tensor]]
 
 
 @dataclass
@@ -33,7 +33,7 @@ class _Job:
     ranks: Ranks
     where: Path
     temporary: Path
-    files: Files
+    files: Slabs
     body: dict[str, Any]
     keep: int
 
@@ -135,7 +135,7 @@ def save(
     background_save.wait_for(where)
     ranks = Ranks(optimizer.process_group if optimizer is not None else None)
     error: Exception | None = None
-    files: Files = {}
+    files: Slabs = {}
     body: dict[str, Any] = {}
     sharded: dict[str, Any] = {}
     try:
@@ -166,9 +166,9 @@ def save(
 
 def _contents(
     ranks: Ranks, model: Any, optimizer: Any, scheduler: Any, with_rng: bool, extra: Any
-) -> tuple[Files, dict[str, Any], dict[str, Any]]:
+) -> tuple[Slabs, dict[str, Any], dict[str, Any]]:
     """This rank's tensors by file, the manifest without the files, and the model's tensors that are sharded."""
-    files: Files = {}
+    files: Slabs = {}
     sharded: dict[str, Any] = {}
     mine: dict[str, Tensor] = {}
     body: dict[str, Any] = {"step": 0, "world_size": ranks.world_size, "written_by": contents.written_by()}
@@ -236,5 +236,5 @@ def _begin(ranks: Ranks, where: Path, step: int, owners: list[Any]) -> Path:
     return where / str(ranks.gather(name)[0])
 
 
-def _copied(files: Files) -> Files:
+def _copied(files: Slabs) -> Slabs:
     return {name: {k: t.detach().to("cpu", copy=True) for k, t in tensors.items()} for name, tensors in files.items()}

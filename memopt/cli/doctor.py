@@ -40,7 +40,7 @@ _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_b
 _COMPILERS = ("c++", "g++", "clang++")
 
 
-class Finding(NamedTuple):
+class CheckResult(NamedTuple):
     """``status`` is ``ok``, ``note`` or ``missing``; ``required`` says whether memopt cannot train without it."""
 
     what: str
@@ -67,7 +67,7 @@ def run(args: Namespace) -> int:
     return 1 if any(f.required and f.status == MISSING for f in found) else 0
 
 
-def findings() -> Iterator[Finding]:
+def findings() -> Iterator[CheckResult]:
     yield python()
     for name in PACKAGES:
         yield package(name)
@@ -84,41 +84,41 @@ def findings() -> Iterator[Finding]:
     yield gpu_kernels()
 
 
-def place(what: str, found: tuple[bool, str]) -> Finding:
-    return Finding(what, OK if found[0] else NOTE, found[1])
+def place(what: str, found: tuple[bool, str]) -> CheckResult:
+    return CheckResult(what, OK if found[0] else NOTE, found[1])
 
 
-def python() -> Finding:
+def python() -> CheckResult:
     wanted = ".".join(map(str, MIN_PYTHON))
     version = f"{platform.python_version()} ({sys.executable})"
     if sys.version_info < MIN_PYTHON:
-        return Finding("Python", MISSING, f"{version}; memopt needs {wanted} or later", required=True)
-    return Finding("Python", OK, version)
+        return CheckResult("Python", MISSING, f"{version}; memopt needs {wanted} or later", required=True)
+    return CheckResult("Python", OK, version)
 
 
-def package(name: str) -> Finding:
+def package(name: str) -> CheckResult:
     """Found by its metadata, without importing it."""
     required, purpose = PACKAGES[name]
     try:
-        return Finding(name, OK, f"{metadata.version(name)}: {purpose}", required)
+        return CheckResult(name, OK, f"{metadata.version(name)}: {purpose}", required)
     except metadata.PackageNotFoundError:
-        return Finding(name, MISSING, f"{purpose}: pip install {name}", required)
+        return CheckResult(name, MISSING, f"{purpose}: pip install {name}", required)
 
 
-def cuda() -> Finding:
+def cuda() -> CheckResult:
     if util.find_spec("torch") is None:
-        return Finding("CUDA", NOTE, "unknown without torch")
+        return CheckResult("CUDA", NOTE, "unknown without torch")
     import torch
 
     if not torch.cuda.is_available():
         built = torch.version.cuda
         why = f"torch is built for CUDA {built} but sees no device" if built else "torch is built without CUDA"
-        return Finding("CUDA", NOTE, f"{why}; training runs on the CPU")
+        return CheckResult("CUDA", NOTE, f"{why}; training runs on the CPU")
     cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    return Finding("CUDA", OK, ", ".join(f"{c.name} {c.total_memory / 2**30:.1f} GiB" for c in cards))
+    return CheckResult("CUDA", OK, ", ".join(f"{c.name} {c.total_memory / 2**30:.1f} GiB" for c in cards))
 
 
-def context() -> Iterator[Finding]:
+def context() -> Iterator[CheckResult]:
     """What the driver takes of the card that is there, beside what is assumed for its generation."""
     if util.find_spec("torch") is None:
         return
@@ -131,20 +131,20 @@ def context() -> Iterator[Finding]:
 
     here, assumed = (context_nbytes() or 0) / 2**20, assumed_context(torch.cuda.get_device_properties(0).name)
     text = f"{here:.0f} MiB here; estimates take {assumed.expected / 2**20:.0f} ({assumed.source})"
-    yield Finding("CUDA context", OK, text)
+    yield CheckResult("CUDA context", OK, text)
 
 
-def memory() -> Finding:
+def memory() -> CheckResult:
     try:
         import psutil
     except ImportError:
-        return Finding("host memory", NOTE, "unknown without psutil")
+        return CheckResult("host memory", NOTE, "unknown without psutil")
     m = psutil.virtual_memory()
     text = f"{m.available / 2**30:.1f} GiB free of {m.total / 2**30:.1f} GiB"
     limit = min((n for n in map(container_limit, _LIMITS) if n is not None), default=m.total)
     if limit < m.total:
-        return Finding("host memory", NOTE, f"{text}, but this process is limited to {limit / 2**30:.1f} GiB")
-    return Finding("host memory", OK, text)
+        return CheckResult("host memory", NOTE, f"{text}, but this process is limited to {limit / 2**30:.1f} GiB")
+    return CheckResult("host memory", OK, text)
 
 
 def container_limit(path: str) -> int | None:
@@ -157,14 +157,14 @@ def container_limit(path: str) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def temporary_files() -> Finding:
+def temporary_files() -> CheckResult:
     """@paged on a CPU keeps its state in the directory for temporary files, which must be on a disk."""
     directory = tempfile.gettempdir()
     kind = file_system(directory)
     free = shutil.disk_usage(directory).free / 2**30
     if kind in _MEMORY_FILE_SYSTEMS:
-        return Finding("TMPDIR", NOTE, f"{directory} is {kind}, which is memory; @paged on a CPU needs a disk")
-    return Finding("TMPDIR", OK, f"{directory} ({kind or 'unknown file system'}), {free:.1f} GiB free for @paged")
+        return CheckResult("TMPDIR", NOTE, f"{directory} is {kind}, which is memory; @paged on a CPU needs a disk")
+    return CheckResult("TMPDIR", OK, f"{directory} ({kind or 'unknown file system'}), {free:.1f} GiB free for @paged")
 
 
 def file_system(directory: str) -> str:
@@ -178,33 +178,33 @@ def file_system(directory: str) -> str:
     return max(mounts, key=lambda m: len(m.mountpoint)).fstype if mounts else ""
 
 
-def compiler() -> Finding:
+def compiler() -> CheckResult:
     """What would compile the CPU kernels; a wheel that holds them needs nothing."""
     asked = os.environ.get("CXX")
     for name in [asked] if asked else _COMPILERS:
         path = shutil.which(name)
         if path:
-            return Finding("C++ compiler", OK, path)
+            return CheckResult("C++ compiler", OK, path)
     named = f"CXX={asked} is not a program" if asked else f"none of {', '.join(_COMPILERS)} found"
     from memopt.kernels.loader import INSTALLED
 
     if INSTALLED.exists():
-        return Finding("C++ compiler", OK, f"{named}, and none is needed: the package came with its kernels")
-    return Finding("C++ compiler", NOTE, f"{named}; steps on the CPU use plain torch")
+        return CheckResult("C++ compiler", OK, f"{named}, and none is needed: the package came with its kernels")
+    return CheckResult("C++ compiler", NOTE, f"{named}; steps on the CPU use plain torch")
 
 
-def kernels() -> Finding:
+def kernels() -> CheckResult:
     """Whether a step on this CPU runs in C++; looking may compile them, as the first step would."""
     if util.find_spec("torch") is None:
-        return Finding("CPU kernels", NOTE, "unknown without torch")
+        return CheckResult("CPU kernels", NOTE, "unknown without torch")
     from memopt import kernels as cpu
 
-    return Finding("CPU kernels", OK if cpu.library() else NOTE, cpu.on_cpu())
+    return CheckResult("CPU kernels", OK if cpu.library() else NOTE, cpu.on_cpu())
 
 
-def gpu_kernels() -> Finding:
+def gpu_kernels() -> CheckResult:
     """Whether a step on CUDA would run in Triton kernels; they are compiled at the first step."""
     from memopt.kernels import triton
 
     reason = triton.missing("cuda")
-    return Finding("GPU kernels", NOTE if reason else OK, triton.status("cuda"))
+    return CheckResult("GPU kernels", NOTE if reason else OK, triton.status("cuda"))

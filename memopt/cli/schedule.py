@@ -56,7 +56,7 @@ def run(args: Namespace) -> int:
     if args.plot:
         from memopt.cli.output.charts import save_png
 
-        save_png(args.plot, at, {"rate": rates}, title=describe(factor), x_label="step", y_label="rate")
+        save_png(args.plot, at, {"rate": rates}, title=describe_schedule(factor), x_label="step", y_label="rate")
         files.written(args.plot, quiet_stdout=args.json)
     if args.json:
         numbers = {"warmup": factor.warmup, "total_steps": factor.total_steps, "floor": factor.floor, **factor.extra}
@@ -64,7 +64,7 @@ def run(args: Namespace) -> int:
         return 0
     from memopt.cli.output import charts
 
-    print(terminal.folded([describe(factor)]))
+    print(terminal.folded([describe_schedule(factor)]))
     print("\n".join(charts.terminal(at, rates, width=charts.width(), x_label="step", y_label="rate")))
     marks = {0, factor.warmup, steps // 4, steps // 2, 3 * steps // 4, steps - 1}
     steps_shown = sorted(t for t in marks if 0 <= t < steps)
@@ -91,7 +91,7 @@ def build(args: Namespace) -> tuple[Factor, int]:
     return factor, args.total_steps or max(DEFAULT_STEPS, 10 * factor.warmup)
 
 
-def describe(factor: Factor) -> str:
+def describe_schedule(factor: Factor) -> str:
     warmup = f"{factor.warmup} steps of warm-up, then " if factor.warmup else ""
     extra = "".join(f", {name} {value}" for name, value in factor.extra.items() if value is not None)
     of = f" over {factor.total_steps} steps" if factor.total_steps else ""

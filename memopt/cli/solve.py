@@ -110,14 +110,14 @@ _READS = {
 def as_lines(found: Solved, width: int = WIDTH) -> list[str]:
     from estimators.parallel.degrees import cards
     from estimators.planning.solve import needed
-    from estimators.training import describe
+    from estimators.training import describe_training
     from estimators.units import gib
 
     e, column = found.estimate, found.estimate.columns[0]
     card = f" on {gib(found.gpu)}" if found.what != "gpu" else ""
     gpus = cards(e.training, e.world_size)
     ranks = f", {gpus:,} GPUs" if gpus > 1 else ""
-    lines = wrap(f"{e.model.name}{card}{ranks}, {column.spec}: {describe(e.training)}", width)
+    lines = wrap(f"{e.model.name}{card}{ranks}, {column.spec}: {describe_training(e.training)}", width)
     figure = "expected" if found.accept_tight else "at most"
 
     if found.value is None:

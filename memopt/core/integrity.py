@@ -34,11 +34,11 @@ class Integrity:
         self.marks: dict[int | None, str] = {}
         self.snapshot: tuple[Any, ...] = ()
 
-    def changing(self, what: str, *, restores: bool = False) -> Change:
+    def changing(self, what: str, *, restores: bool = False) -> CriticalSection:
         """Around all that changes parameters and state: ``what``, as a sentence begins. What ``restores`` writes all of
         the state, and ends every mark that is there."""
         self.snapshot = ()
-        return Change(self.marks, what, restores)
+        return CriticalSection(self.marks, what, restores)
 
     @property
     def torn(self) -> str | None:
@@ -55,7 +55,7 @@ class Integrity:
             raise RuntimeError(sentence)
 
 
-class Change:
+class CriticalSection:
     """A context manager without a generator: there is no bytecode at which the mark is neither set nor left."""
 
     __slots__ = ("_inner", "_marks", "_restores", "_what")

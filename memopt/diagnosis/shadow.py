@@ -28,7 +28,7 @@ class Sample(NamedTuple):
     mark: Callable[[], object]
 
 
-class Flat:
+class ShadowState:
     """The :class:`memopt.rules.base.State` of the shadow: plain fp32 tensors, flat, over all samples of a group."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
@@ -73,7 +73,7 @@ class Shadow:
         self.step = step
         stored = [sample.moments() for sample in samples]
         names = [moment.name for moment in rule.moments(group, (2, 2))]
-        self.state = Flat({m: torch.cat([s[m][0] for s in stored]).float() for m in names})
+        self.state = ShadowState({m: torch.cat([s[m][0] for s in stored]).float() for m in names})
         self.shapes = [sample.p.shape for sample in samples]
         self.sizes = [len(next(iter(s.values()))[0]) for s in stored]
         self.marks: list[object] = []

@@ -102,11 +102,14 @@ def _orthogonal(
 
 
 def _over_ranks(asked: Sequence[tuple[Work, Tensor]], group: Any) -> list[Tensor]:
-    from memopt.partitions.exchange import Cut, on_owners
+    from memopt.partitions.exchange import ShardedMatrix, on_owners
 
     works = [work for work, _ in asked]
     shapes = [matrices(work.rows.shape) for work in works]
-    cuts = [Cut(x.reshape(-1, one.cols), one.rows, work.shares) for (work, x), one in zip(asked, shapes, strict=True)]
+    cuts = [
+        ShardedMatrix(x.reshape(-1, one.cols), one.rows, work.shares)
+        for (work, x), one in zip(asked, shapes, strict=True)
+    ]
     costs = [float(one.rows * one.cols * min(one.rows, one.cols)) for one in shapes]
 
     def work_on(which: list[int], whole: list[Tensor]) -> list[Tensor]:

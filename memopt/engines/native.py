@@ -127,14 +127,14 @@ class Native(Engine):
             plain_step(work, lambda x: x, seed)
         if any(shared):
             from memopt.engines.matrices import numel, orthogonal, step_in_kernels
-            from memopt.partitions.batched_allreduce import Total, Update, run_together
+            from memopt.partitions.batched_allreduce import ParamUpdate, Total, run_together
 
-            def update(work: Work) -> Update:
+            def update(work: Work) -> ParamUpdate:
                 def run(total: Total, whole: Total) -> None:
                     if kernels.step([work], ranks, seed, total):
                         plain_step(work, total, seed, whole)
 
-                return Update(run, work.groups, numel(work, ranks), work.p.device, work)
+                return ParamUpdate(run, work.groups, numel(work, ranks), work.p.device, work)
 
             together = [work for work, its in zip(works, shared, strict=True) if its]
             matrices = [work.layout.rule.whole_matrices for work in together]

@@ -151,7 +151,7 @@ def _step_on_cpu(works: Sequence[Work], seed: int, total: Callable[[Tensor], Ten
         if key not in group_of:
             group_of[key] = len(groups)
             groups.append(pack.describe_group(work.layout.rule, work.h, work.scale))
-        pack.describe(tensors[count], work, group_of[key])
+        pack.describe_tensor(tensors[count], work, group_of[key])
         if work.layout.rule.reports:
             reporting.append((count, work))
         count += 1
@@ -192,7 +192,7 @@ def look(gradients: Sequence[Tensor], summed: bool) -> tuple[list[int], list[flo
         (mine if readable else others).append(i)
     if not mine:
         return [], sums, others
-    spans = (abi.Span * len(mine))()
+    spans = (abi.GradientSpan * len(mine))()
     for span, i in zip(spans, mine, strict=True):
         g = gradients[i]
         span.data, span.numel, span.dtype = g.data_ptr(), g.numel(), pack.DTYPES[g.dtype]

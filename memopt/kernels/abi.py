@@ -133,9 +133,9 @@ class TensorStep(Structure):
 
 
 #: int32_t (*)(double* numbers, int64_t n)
-Total = CFUNCTYPE(c_int32, POINTER(c_double), c_int64)
+TotalCallback = CFUNCTYPE(c_int32, POINTER(c_double), c_int64)
 #: Where there are no other ranks.
-ALONE = Total()
+ALONE = TotalCallback()
 
 
 def over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[Any, list[BaseException]]:
@@ -152,10 +152,10 @@ def over_ranks(total: Callable[[Tensor], Tensor]) -> tuple[Any, list[BaseExcepti
             failed.append(error)
         return len(failed)
 
-    return Total(call), failed
+    return TotalCallback(call), failed
 
 
-class Span(Structure):
+class GradientSpan(Structure):
     _fields_ = [
         ("data", c_void_p),
         ("numel", c_int64),
@@ -166,5 +166,5 @@ class Span(Structure):
     ]
 
 
-STRUCTS = (Group, TensorStep, Span)
-__all__ = ["ALONE", "STRUCTS", "Group", "Span", "TensorStep", "Total", "c_int64", "over_ranks"]
+STRUCTS = (Group, TensorStep, GradientSpan)
+__all__ = ["ALONE", "STRUCTS", "GradientSpan", "Group", "TensorStep", "TotalCallback", "c_int64", "over_ranks"]

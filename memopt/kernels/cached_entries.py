@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from memopt.layout.param_step import Work
 
 
-class Record(NamedTuple):
+class CachedParam(NamedTuple):
     """A parameter that has stepped: ``p`` as the optimizer has it, ``local`` the rows of it that are stepped here.
     ``like`` says what its gradient is, ``offset`` how many bytes after its beginning the rows of it begin."""
 
@@ -48,13 +48,13 @@ def _same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(map(is_, a, b))
 
 
-def record(context: StepContext, work: Work, p: Tensor) -> Record | None:
+def record(context: StepContext, work: Work, p: Tensor) -> CachedParam | None:
     """That of a parameter which has stepped; None where its gradient is not memory that is simply here."""
     grad = None if p.grad is None else context.partition.memory_of(p, p.grad)
     if grad is None or type(grad) is not Tensor:
         return None
     offset = work.g.data_ptr() - grad.data_ptr() if work.g.numel() else 0
-    return Record(work.layout, p, work.p, work.state, work.h, kind_of(grad), offset)
+    return CachedParam(work.layout, p, work.p, work.state, work.h, kind_of(grad), offset)
 
 
 class CachedEntries:
@@ -62,7 +62,7 @@ class CachedEntries:
 
     recorded = False
 
-    def __init__(self, context: StepContext, records: Sequence[Record]) -> None:
+    def __init__(self, context: StepContext, records: Sequence[CachedParam]) -> None:
         self.spec, self.partition, self.seed = context.spec, context.partition, context.seed
         self.groups = list(context.groups)
         self.rules = [RULES[context.spec.rule_of(group)] for group in self.groups]
@@ -128,7 +128,7 @@ class CachedEntries:
         unmoved = list(map(Tensor.data_ptr, self.lasting)) == self._addresses
         return unmoved and self._signature.matches(self.lasting)
 
-    def still_valid(self, context: StepContext) -> list[Record]:
+    def still_valid(self, context: StepContext) -> list[CachedParam]:
         """What the plan after this one takes over: everything, or nothing where something else has changed."""
         states = context.state
         same = self.same(context) and all(states.get(one.p) is one.state for one in self.records)

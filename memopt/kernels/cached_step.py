@@ -16,11 +16,11 @@ import torch
 
 from memopt.core.rows import Rows
 from memopt.kernels import abi, pack
-from memopt.kernels.cached_entries import CachedEntries, Record, record
+from memopt.kernels.cached_entries import CachedEntries, CachedParam, record
 from memopt.kernels.huge_pages import SMALLEST, Pages
 from memopt.kernels.loader import library
-from memopt.partitions.batched_allreduce import Update, run_together
-from memopt.partitions.world import Groups
+from memopt.partitions.batched_allreduce import ParamUpdate, run_together
+from memopt.partitions.world import ProcessGroups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,14 +38,14 @@ class Shared(NamedTuple):
     same number on all of them."""
 
     tensor: abi.TensorStep
-    groups: Groups
+    groups: ProcessGroups
     numel: int
 
 
 NONE_SHARED: Mapping[int, Shared] = MappingProxyType({})
 
 
-class CachedStep(CachedEntries):
+class CpuCachedStep(CachedEntries):
     """The descriptors of all parameters that have had a gradient; made by :func:`make`."""
 
     #: The host knows what gradients are multiplied by when it steps.
@@ -55,7 +55,7 @@ class CachedStep(CachedEntries):
     def __init__(
         self,
         context: StepContext,
-        records: Sequence[Record],
+        records: Sequence[CachedParam],
         tensors: ctypes.Array[abi.TensorStep],
         shared: Mapping[int, Shared] = NONE_SHARED,
     ) -> None:
@@ -66,7 +66,7 @@ class CachedStep(CachedEntries):
         for i in shared:
             tensors[i].idle = True
         self.integrity = context.integrity
-        self.spans = (abi.Span * len(records))()
+        self.spans = (abi.GradientSpan * len(records))()
         for span, one in zip(self.spans, records, strict=True):
             # Of a parameter that is whole on every rank all of the gradient is looked at: ranks must see the same.
             _, dtype, _, shape, _ = one.like
@@ -171,7 +171,7 @@ class CachedStep(CachedEntries):
     def _step_together(self, some: Sequence[Shared]) -> None:
         """Step these with sums over the ranks that share them."""
         if some:
-            updates = [Update(partial(self._step_shared, one), one.groups, one.numel, CPU) for one in some]
+            updates = [ParamUpdate(partial(self._step_shared, one), one.groups, one.numel, CPU) for one in some]
             run_together(updates, lambda asked: [x for _, x in asked])  # none of them asks for a whole matrix
 
     def _step_shared(self, one: Shared, total: Callable[[Tensor], Tensor], _: object) -> None:
@@ -214,11 +214,11 @@ class CachedStep(CachedEntries):
         return 0
 
 
-def _several_passes(one: Record, tensor: abi.TensorStep) -> bool:
+def _several_passes(one: CachedParam, tensor: abi.TensorStep) -> bool:
     return tensor.format in abi.ALL_FACTORED or one.layout.rule.inner in abi.SEVERAL_PASSES
 
 
-def look(spans: ctypes.Array[abi.Span], summed: bool) -> list[int]:
+def look(spans: ctypes.Array[abi.GradientSpan], summed: bool) -> list[int]:
     """The places of those that hold a NaN or an Inf; with ``summed`` the sums of their squares are in the spans."""
     found = library()
     assert found is not None
@@ -234,15 +234,15 @@ def make(
     originals: Mapping[int, Tensor],
     stores: Stores,
     before: object,
-) -> CachedStep | None:
+) -> CpuCachedStep | None:
     """A plan for these parameters, after they have stepped, and for those that ``before`` knew; None where not all of
     them can go this way."""
     if library() is None or not works or context.spec.engine != "native" or not context.partition.plannable:
         return None
     world = context.partition.world_size
     numbers = {id(group): i for i, group in enumerate(context.groups)}
-    fresh: dict[int, tuple[Record, Work]] = {}
-    over_ranks: dict[int, tuple[Groups, int]] = {}
+    fresh: dict[int, tuple[CachedParam, Work]] = {}
+    over_ranks: dict[int, tuple[ProcessGroups, int]] = {}
     for work in works:
         p, counter = originals[work.index], work.state["step"]
         one = record(context, work, p)
@@ -253,8 +253,8 @@ def make(
         if work.groups and pack.needs_ranks(work.layout, world):
             over_ranks[work.index] = work.groups, -(-Rows.whole(work.rows.shape).numel // world)
         fresh[work.index] = one, work
-    reused: dict[int, tuple[Record, abi.TensorStep]] = {}
-    if isinstance(before, CachedStep):
+    reused: dict[int, tuple[CachedParam, abi.TensorStep]] = {}
+    if isinstance(before, CpuCachedStep):
         both = zip(before.still_valid(context), before.tensors, strict=False)
         reused = {one.layout.index: (one, tensor) for one, tensor in both if one.layout.index not in fresh}
         places = {place: one.layout.index for place, one in enumerate(before.records)}
@@ -266,7 +266,7 @@ def make(
             pack.copy(target, reused[index][1])
         else:
             one, work = fresh[index]
-            pack.describe(target, work, numbers[id(work.h)])
+            pack.describe_tensor(target, work, numbers[id(work.h)])
             target.counter = one.state["step"].data_ptr()
     shared = {}
     for place, index in enumerate(order):
@@ -274,4 +274,4 @@ def make(
             alone = abi.TensorStep()
             pack.copy(alone, tensors[place])
             shared[place] = Shared(alone, *over_ranks[index])
-    return CachedStep(context, [(fresh.get(i) or reused[i])[0] for i in order], tensors, shared)
+    return CpuCachedStep(context, [(fresh.get(i) or reused[i])[0] for i in order], tensors, shared)

@@ -86,7 +86,7 @@ def open_library(path: Path) -> Library:
         ctypes.c_uint32,
         ctypes.c_int32,
         ctypes.c_int32,
-        abi.Total,
+        abi.TotalCallback,
         ctypes.c_int32,
     ]
     handle.memopt_look.restype = ctypes.c_int32

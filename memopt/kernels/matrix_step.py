@@ -85,7 +85,7 @@ def _run(works: Sequence[Work], group: Callable[[Work], abi.Group], by: Callable
         if key not in numbers:
             numbers[key] = len(groups)
             groups.append(group(work))
-        pack.describe(target, work, numbers[key])
+        pack.describe_tensor(target, work, numbers[key])
     packed = (abi.Group * len(groups))(*groups)
     threads = torch.get_num_threads()
     if found.handle.memopt_step(

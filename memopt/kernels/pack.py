@@ -177,7 +177,7 @@ def refuse(layout: ParamLayout, p: Tensor, g: Tensor) -> str | None:
     return facts(layout).refusal
 
 
-def describe(target: abi.TensorStep, work: Work, group: int) -> None:
+def describe_tensor(target: abi.TensorStep, work: Work, group: int) -> None:
     """Fill ``target`` for a work that fits its layout."""
     layout, p, g, state = work.layout, work.p, work.g, work.state
     of_layout = facts(layout)
@@ -282,4 +282,4 @@ def _fills(shape: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-__all__ = ["DTYPES", "copy", "dense", "describe", "describe_group", "flags", "is_dense", "needs_ranks", "refuse"]
+__all__ = ["DTYPES", "copy", "dense", "describe_group", "describe_tensor", "flags", "is_dense", "needs_ranks", "refuse"]

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from memopt.kernels import abi, pack
-from memopt.kernels.cached_entries import Record, record
-from memopt.kernels.cached_step import CachedStep
+from memopt.kernels.cached_entries import CachedParam, record
+from memopt.kernels.cached_step import CpuCachedStep
 from memopt.kernels.loader import library
 
 if TYPE_CHECKING:
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
     from memopt.rules import Rule
 
 
-class Row(NamedTuple):
+class RowDescriptor(NamedTuple):
     """A descriptor: of which record, and how many bytes after the beginning of its gradient its rows begin."""
 
     owner: int
     offset: int
 
 
-class StreamedPlan(CachedStep):
+class StreamedPlan(CpuCachedStep):
     """``rows`` say of what each descriptor is, ``ranges`` which of them are stepped in each chunk; those before the
     first range lie where they are stepped."""
 
     def __init__(
         self,
         context: StepContext,
-        records: Sequence[Record],
+        records: Sequence[CachedParam],
         tensors: ctypes.Array[abi.TensorStep],
-        rows: Sequence[Row],
+        rows: Sequence[RowDescriptor],
         ranges: Sequence[tuple[int, int]],
         streaming: Streaming,
         works: Mapping[int, Work],
@@ -115,7 +115,7 @@ def make(
         return None
     if context.spec.options.get("offload_gradients") is True or not stores.streams_alike:
         return None
-    entries: dict[int, tuple[Record, Work]] = {}
+    entries: dict[int, tuple[CachedParam, Work]] = {}
     if isinstance(before, StreamedPlan):
         entries = {one.layout.index: (one, before.works[one.layout.index]) for one in before.still_valid(context)}
     for work in works:
@@ -142,16 +142,16 @@ def make(
     for work in pieces:
         counts[work.index] = counts.get(work.index, 0) + 1
     tensors = (abi.TensorStep * len(pieces))()
-    rows: list[Row] = []
+    rows: list[RowDescriptor] = []
     for target, work in zip(tensors, pieces, strict=True):
         one, whole = entries[work.index]
-        pack.describe(target, work, numbers[id(work.h)])
+        pack.describe_tensor(target, work, numbers[id(work.h)])
         _, dtype, *_ = one.like
         target.g_dtype = pack.DTYPES[dtype]
         if counts[work.index] == 1:
             target.counter = one.state["step"].data_ptr()
         elements = (work.p.data_ptr() - whole.p.data_ptr()) // whole.p.element_size() if work.p.numel() else 0
-        rows.append(Row(place[work.index], one.offset + elements * dtype.itemsize))
+        rows.append(RowDescriptor(place[work.index], one.offset + elements * dtype.itemsize))
     ends = [0]
     for chunk in lists:
         ends.append(ends[-1] + len(chunk))

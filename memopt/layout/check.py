@@ -16,7 +16,7 @@ REMEDY = (
 )
 
 
-class Place(Protocol):
+class StatePlacement(Protocol):
     """A placement, as far as a layout knows of it."""
 
     keeps_on_host: Any
@@ -33,7 +33,7 @@ class Expected(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     parts: list[tuple[str, torch.dtype, torch.Size]]
-    place: Place
+    place: StatePlacement
     whose: str
 
     def check(self, p: Tensor, grad: Tensor, cut: bool) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows, Shape
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.partitions.deepspeed import spans
 from memopt.rules import RULES
 
@@ -29,7 +29,7 @@ def needs_shapes(spec: OptimSpec) -> str | None:
         return "needs the parameters' shapes: cautious=True takes a share of the whole tensor"
     if not RULES[spec.rule].element_wise:
         return f"needs the parameters' shapes: {spec.rule} takes statistics of whole tensors"
-    layout = resolve(spec, spec.resolve(), "", 0, Rows.whole((4096, 4096)), "float32")
+    layout = resolve_layout(spec, spec.resolve(), "", 0, Rows.whole((4096, 4096)), "float32")
     formats = {m.format.name for m in layout.moments}
     whole = formats & {"factored", "rowmean"}
     return f"needs the parameters' shapes: a moment is held as {whole.pop()}" if whole else None

@@ -1,4 +1,4 @@
-"""``resolve``: what a spec means for one parameter on this rank. Price, allocation, checks and steps read it.
+"""``resolve_layout``: what a spec means for one parameter on this rank. Price, allocation, checks and steps read it.
 
 State keys are made here and nowhere else, and here alone rows are found in the parts of a state.
 """
@@ -14,7 +14,7 @@ from memopt.core.ledger import Line, TensorSpec
 from memopt.core.registry import ENGINES, PLACEMENTS, by_sign
 from memopt.core.rows import Rows
 from memopt.formats import ALL_FORMATS, FORMATS, Format
-from memopt.layout.check import Expected, Place
+from memopt.layout.check import Expected, StatePlacement
 from memopt.masters import Master, master_of
 from memopt.partitions import PARTITIONS
 from memopt.rules import RULES, Moment, Rule
@@ -87,7 +87,7 @@ class ParamLayout:
         rule: Rule,
         moments: tuple[MomentLayout, ...],
         master: Master,
-        placement: Place,
+        placement: StatePlacement,
         seed: int = 0,
         *,
         asked: str = "32bit",
@@ -217,7 +217,7 @@ def _moments(
     return tuple(chosen)
 
 
-def resolve(
+def resolve_layout(
     spec: OptimSpec, h: Mapping[str, Any], name: str, index: int, rows: Rows, dtype: str, seed: int = 0
 ) -> ParamLayout:
     """The layout of these rows of a parameter of ``dtype`` under ``spec`` with the hyperparameters ``h``.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple, final
 from weakref import ref
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 #: Place among all parameters, name, parameter, group.
-Entry = tuple[int, str, Tensor, Mapping[str, Any]]
+NumberedParam = tuple[int, str, Tensor, dict[str, Any]]
 
 
 class _Cached(NamedTuple):
@@ -40,7 +40,9 @@ class Layouts:
         self._made_for: Any = None
         self._cached: dict[int, _Cached] = {}
 
-    def of(self, entries: Iterable[Entry], spec: OptimSpec, partition: Partition, seed: int) -> list[ParamLayout]:
+    def of(
+        self, entries: Iterable[NumberedParam], spec: OptimSpec, partition: Partition, seed: int
+    ) -> list[ParamLayout]:
         """The layouts of these parameters, in order."""
         made_for = spec, partition, seed
         if self._made_for is None or any(a is not b for a, b in zip(made_for, self._made_for, strict=True)):
@@ -56,7 +58,7 @@ class Layouts:
             one = cached.get(id(p))
             if one is None or not _holds(one, index, name, p, key, partition):
                 rows = partition.local_rows(p)
-                layout = param.resolve(spec, group, name, index, rows, dtype_name(p), seed)
+                layout = param.resolve_layout(spec, group, name, index, rows, dtype_name(p), seed)
                 one = cached[id(p)] = _Cached(ref(p), p.shape, p.dtype, layout)
             found.append(one.layout)
         return found

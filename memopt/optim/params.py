@@ -14,7 +14,7 @@ from memopt.core.user_warning import warn
 from memopt.layout import param
 from memopt.layout.steppable import STEPPED
 from memopt.optim.edits.param_groups import LiveGroups, has_shape
-from memopt.optim.layouts import Entry, Layouts
+from memopt.optim.layouts import Layouts, NumberedParam
 from memopt.optim.replaced_params import are_vectors, flattened
 from memopt.partitions.deepspeed.metadata import Made
 
@@ -117,7 +117,7 @@ class Params:
 
     # What the spec means for them ------------------------------------------------------------------------------
 
-    def layouts_of(self, entries: Iterable[Entry]) -> list[ParamLayout]:
+    def layouts_of(self, entries: Iterable[NumberedParam]) -> list[ParamLayout]:
         """The layouts of these, each resolved once."""
         setup = self.setup
         return self._layouts.of(entries, setup.spec, setup.partition, setup.seed)
@@ -130,4 +130,4 @@ class Params:
     def resolve(self, name: str, p: Tensor, h: Mapping[str, Any]) -> ParamLayout:
         """The layout that a parameter would have with the hyperparameters ``h``."""
         setup = self.setup
-        return param.resolve(setup.spec, h, name, 0, setup.partition.local_rows(p), dtype_name(p), setup.seed)
+        return param.resolve_layout(setup.spec, h, name, 0, setup.partition.local_rows(p), dtype_name(p), setup.seed)

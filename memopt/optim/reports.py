@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.partitions.base import sum_over
-from memopt.partitions.world import Groups
+from memopt.partitions.world import ProcessGroups
 from memopt.rules import RULES, Rule
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ class Reports:
     What every rank steps for itself counts once."""
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, Groups, torch.device], Tensor] = {}
+        self._sums: dict[tuple[str, ProcessGroups, torch.device], Tensor] = {}
 
-    def of(self, rule: Rule, groups: Groups, device: torch.device) -> Tensor:
+    def of(self, rule: Rule, groups: ProcessGroups, device: torch.device) -> Tensor:
         """Where a parameter of ``rule``, cut over these groups, adds what it reports: fp64 [rule.reports]."""
         key = rule.name, groups, device
         if key not in self._sums:

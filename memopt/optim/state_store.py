@@ -175,7 +175,7 @@ class StateStore:
         spec = self.setup.spec
 
         def whole() -> ParamLayout:
-            return param.resolve(spec, group, layout.name, 0, Rows.whole(tuple(p.shape)), layout.dtype)
+            return param.resolve_layout(spec, group, layout.name, 0, Rows.whole(tuple(p.shape)), layout.dtype)
 
         check_slab(layout, p, whole, len(self.setup.partition.groups(p)))
         step, *lines = layout.lines(str(p.device), self.setup.capturable)

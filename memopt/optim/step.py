@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version  # kernels write where autogr
 from memopt import kernels
 from memopt.layout.param_step import Work, count_steps
 from memopt.optim.gradient_policy import GradientPolicy, Scaler, bounds_of
+from memopt.optim.layouts import NumberedParam
 from memopt.optim.params import Resolved
 from memopt.optim.reports import Reports
 from memopt.optim.state_store import StateStore
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 #: No gradient is multiplied by anything.
 NO_SCALES: Mapping[int, float] = MappingProxyType({})
-#: Place among all parameters, name, parameter, group.
-Entry = tuple[int, str, Tensor, dict[str, Any]]
 
 
 class Ready(NamedTuple):
@@ -168,7 +167,7 @@ class Stepper:
             ready.append(self._check(p, group, layout, self.own(layout, p, g)))
         return gradients, ready
 
-    def check(self, entries: Sequence[Entry], gradients: Sequence[Tensor]) -> list[Ready]:
+    def check(self, entries: Sequence[NumberedParam], gradients: Sequence[Tensor]) -> list[Ready]:
         """These parameters with what is stepped here of them and of their gradients, each held against its layout, and
         its state with it. RuntimeError for what does not fit, before anything is stepped or counted. ``p.grad`` is not
         looked at: it is another thread's where gradients are released."""

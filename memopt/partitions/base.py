@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from memopt.core.rows import Rows, Shape
 from memopt.partitions.exchange import Share
-from memopt.partitions.world import Groups, answered, membership
+from memopt.partitions.world import ProcessGroups, answered, membership
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 #: ``(name, parameter, group)``.
-Entry = tuple[str, "Tensor", dict[str, Any]]
+NamedParam = tuple[str, "Tensor", dict[str, Any]]
 #: Elements on one rank whose updates are under way at once where they need sums over ranks: it bounds temporaries.
 NUMEL_TOGETHER = 4 * 2**20
 
@@ -50,7 +50,7 @@ class Partition(ABC):
         """Why a parameter of this *global* shape cannot be cut between blocks and stays in 32 bits, or None."""
         return None
 
-    def entries(self, groups: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+    def entries(self, groups: Iterable[dict[str, Any]]) -> Iterator[NamedParam]:
         """What is stepped, of the optimizer's groups: ``(name, parameter, group)`` in order; without names, the
         parameter's number."""
         index = 0
@@ -110,7 +110,7 @@ class Partition(ABC):
         there is none that is simply there."""
         return x
 
-    def groups(self, p: Tensor) -> Groups:
+    def groups(self, p: Tensor) -> ProcessGroups:
         """The groups over which the rows of ``p`` are cut."""
         return ()
 
@@ -165,7 +165,7 @@ class Partition(ABC):
         """Forget what was published and has not arrived: the step that did so was interrupted."""
 
 
-def sum_over(x: Tensor, groups: Groups) -> Tensor:
+def sum_over(x: Tensor, groups: ProcessGroups) -> Tensor:
     """The sum of ``x`` over the ranks of these groups, one group after the other; ``x`` itself where there are none."""
     if not groups:
         return x

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from memopt.partitions.base import NUMEL_TOGETHER, sum_over
-from memopt.partitions.world import Groups
+from memopt.partitions.world import ProcessGroups
 
 #: Updates under way at once.
 WIDTH = 64
@@ -28,20 +28,20 @@ Total = Callable[[Tensor], Tensor]
 Solve = Callable[[Sequence[tuple[Any, Tensor]]], Sequence[Tensor]]
 
 
-class Update(NamedTuple):
+class ParamUpdate(NamedTuple):
     """One parameter's update, which calls its first argument for every sum over ``groups``, and its second one for its
     whole matrix, of which ``solve`` is told as ``who``. ``numel`` must be the same on all ranks, for it decides which
     updates share a bucket."""
 
     run: Callable[[Total, Total], None]
-    groups: Groups
+    groups: ProcessGroups
     numel: int
     device: torch.device
     who: Any = None
 
 
 def run_together(
-    updates: Sequence[Update], solve: Solve, at_once: Callable[[Sequence[Any]], bool] = lambda whos: False
+    updates: Sequence[ParamUpdate], solve: Solve, at_once: Callable[[Sequence[Any]], bool] = lambda whos: False
 ) -> None:
     """Run all updates. Every rank must call this with the same parameters in the same order. ``at_once(whos)`` may take
     a bucket over: it is then to ask the ranks for what ``solve`` would, once, and returns True."""
@@ -62,8 +62,8 @@ def run_together(
                 one.stop()
 
 
-def _buckets(updates: Sequence[Update]) -> Iterator[list[Update]]:
-    bucket: list[Update] = []
+def _buckets(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
+    bucket: list[ParamUpdate] = []
     for update in updates:
         if bucket and (len(bucket) == WIDTH or sum(u.numel for u in bucket) + update.numel > NUMEL_TOGETHER):
             yield bucket
@@ -75,7 +75,7 @@ def _buckets(updates: Sequence[Update]) -> Iterator[list[Update]]:
 
 def _sum(pending: Sequence[_Pending]) -> None:
     """One collective for each process group and dtype; every lane gets its part of the sum."""
-    alike: dict[tuple[Groups, torch.dtype, torch.device], list[_Pending]] = {}
+    alike: dict[tuple[ProcessGroups, torch.dtype, torch.device], list[_Pending]] = {}
     for one in pending:
         assert one.partial is not None
         alike.setdefault((one.update.groups, one.partial.dtype, one.partial.device), []).append(one)
@@ -103,7 +103,7 @@ class _Stopped(BaseException):
 class _Pending:
     """One update, in a thread that runs only while the caller waits for it."""
 
-    def __init__(self, update: Update) -> None:
+    def __init__(self, update: ParamUpdate) -> None:
         self.update = update
         self.partial: Tensor | None = None
         self.sum: Tensor | None = None

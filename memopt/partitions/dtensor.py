@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memopt.core.rows import Rows, Shape, indices_of_row
-from memopt.partitions.world import Groups
+from memopt.partitions.world import ProcessGroups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class LocalRows(NamedTuple):
     of it, and the parameter is a slab of the whole: enough for updates that look at single elements."""
 
     rows: Rows
-    groups: Groups
+    groups: ProcessGroups
 
 
 def chunk(shape: Shape, rank: int, world_size: int) -> Rows:

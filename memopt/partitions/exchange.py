@@ -12,15 +12,15 @@ if TYPE_CHECKING:
 
 #: Of the rows of one rank, along dimension 0: where those that it answers for begin and end, and those that it has.
 #: They differ where a row is cut between ranks, and stepped on each of them.
-Span = tuple[int, int]
+RowRange = tuple[int, int]
 
 
 class Share(NamedTuple):
-    sends: Span
-    has: Span
+    sends: RowRange
+    has: RowRange
 
 
-class Cut(NamedTuple):
+class ShardedMatrix(NamedTuple):
     """A matrix of which this rank has rows: ``x`` [rows here, columns], ``shares`` of all ranks of the group."""
 
     x: Tensor
@@ -46,7 +46,10 @@ def owners(costs: Sequence[float], ranks: int) -> list[int]:
 
 
 def on_owners(
-    cuts: Sequence[Cut], group: Any, costs: Sequence[float], work: Callable[[list[int], list[Tensor]], list[Tensor]]
+    cuts: Sequence[ShardedMatrix],
+    group: Any,
+    costs: Sequence[float],
+    work: Callable[[list[int], list[Tensor]], list[Tensor]],
 ) -> list[Tensor]:
     """``work(which, matrices)`` of whole matrices, on the rank that owns each, and of every result the rows that this
     rank has. All of one dtype and device. Every rank of the group must call this with the same matrices in order."""
@@ -84,11 +87,11 @@ def on_owners(
     return found
 
 
-def _length(span: Span) -> int:
+def _length(span: RowRange) -> int:
     return span[1] - span[0]
 
 
-def _rows(cut: Cut, share: Share, span: Span) -> Tensor:
+def _rows(cut: ShardedMatrix, share: Share, span: RowRange) -> Tensor:
     """These rows of the matrix, of which ``share.has`` are here."""
     first = share.has[0]
     return cut.x[span[0] - first : span[1] - first]

@@ -10,7 +10,7 @@ from memopt.core.rows import Rows, Shape, indices_of_row
 from memopt.partitions.base import Partition, sum_over
 from memopt.partitions.dtensor import LocalRows, chunk, is_dtensor, local_rows, of_fsdp1
 from memopt.partitions.exchange import Share
-from memopt.partitions.world import Groups
+from memopt.partitions.world import ProcessGroups
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,13 +79,13 @@ class Sharded(Partition):
     def memory_of(self, p: Any, x: Any) -> Any:
         return x._local_tensor if is_dtensor(x) and x.placements == p.placements else x
 
-    def groups(self, p: Tensor) -> Groups:
+    def groups(self, p: Tensor) -> ProcessGroups:
         return self._of(p).groups
 
     def total_squares(self, parameters: Sequence[Tensor], squares: Sequence[float]) -> float:
         import torch
 
-        cut: dict[Groups, list[float]] = {}
+        cut: dict[ProcessGroups, list[float]] = {}
         for p, square in zip(parameters, squares, strict=True):
             cut.setdefault(self.groups(p), []).append(square)
         sums = [(torch.tensor([fsum(some)], dtype=torch.float64), groups) for groups, some in cut.items()]

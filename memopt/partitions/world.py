@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 #: The process groups over which a parameter's rows are cut, in the order in which sums are taken; none: all are here.
-Groups = tuple[Any, ...]
+ProcessGroups = tuple[Any, ...]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from weakref import ref
 
 from memopt.core.rows import Rows, Shape, row_count
 from memopt.partitions.base import Partition, owned
-from memopt.partitions.world import Groups, answered
+from memopt.partitions.world import ProcessGroups, answered
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Zero1(Partition):
         count = row_count(shape)
         return Rows(shape, count * rank // world_size, count * (rank + 1) // world_size)
 
-    def groups(self, p: Tensor) -> Groups:
+    def groups(self, p: Tensor) -> ProcessGroups:
         return (self.group,) if self.world_size > 1 else ()
 
     def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from memopt.placements.stores.durable_directory import Directory
 
 #: ``run(works)`` executes the step of these works, whose state lies where the parameter is (for ``cpu``: on the host).
-Run = Callable[[Sequence["Work"]], None]
+StepFunction = Callable[[Sequence["Work"]], None]
 E = TypeVar("E")
 #: Of one parameter: its state without ``step``, and how often it has stepped.
 Restored = tuple[dict[str, "Tensor"], float]
@@ -102,7 +102,7 @@ class PlacementStore:
     def check(self) -> None:
         """Raise, before a step changes anything, if the state cannot be reached any more."""
 
-    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
+    def step(self, works: Sequence[Work], run: StepFunction, chunked: Callable[[Work], ChunkedState]) -> None:
         """Bring the state of these works to where they are stepped, ``run`` them, write it back."""
         run(works)
 

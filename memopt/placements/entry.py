@@ -84,7 +84,7 @@ class Entry:
 
 
 #: Of a part in a chunk: its entry, where it is in the buffer, and in the entry's copy.
-Place = tuple[Entry, Part, int, int]
+ChunkPart = tuple[Entry, Part, int, int]
 
 
 def runs(found: Sequence[tuple[int, int, Part]]) -> list[tuple[int, int, int]]:
@@ -107,12 +107,12 @@ def runs(found: Sequence[tuple[int, int, Part]]) -> list[tuple[int, int, int]]:
     return [(at, offset, size) for at, offset, size in merged]
 
 
-def fetched(places: Sequence[Place]) -> list[tuple[int, int, int]]:
+def fetched(places: Sequence[ChunkPart]) -> list[tuple[int, int, int]]:
     """What is read for the parts of a chunk, of the copies that are the state: ``(place, offset, bytes)``."""
     return runs([(at, entry.begin(entry.copy) + offset, part) for entry, part, at, offset in places])
 
 
-def written(places: Sequence[Place]) -> list[tuple[int, int, int]]:
+def written(places: Sequence[ChunkPart]) -> list[tuple[int, int, int]]:
     """What is written of the parts of a chunk, to the next copy of each entry: ``(place, offset, bytes)``."""
     whole = [one for one in places if one[1].nbytes == one[0].nbytes_of[one[1].key]]
     found = runs([(at, entry.begin(entry.next) + offset, part) for entry, part, at, offset in whole])

@@ -12,7 +12,7 @@ from memopt.core.param_names import clean_names
 from memopt.core.rows import Rows
 from memopt.engines import ENGINES
 from memopt.layout.chunks import ChunkedState
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.partitions import PARTITIONS, Partition
 from memopt.placements import PLACEMENTS, Placement
 from memopt.spec import FIELDS, OptimSpec, parse
@@ -121,7 +121,7 @@ def price(
         owned = [(name, rows, "float32") for name, rows in found]
     lines: list[Line] = []
     for name, rows, kind in owned:
-        lines += resolve(spec, h(name), name, 0, rows, kind).lines(device, capturable)
+        lines += resolve_layout(spec, h(name), name, 0, rows, kind).lines(device, capturable)
     shared = ENGINES[spec.engine].shared_lines(lines)
     return Ledger([*lines, *shared, *workspace_lines(spec, h, owned, device)])
 
@@ -147,7 +147,9 @@ def workspace_lines(
                 own = h(n)
                 rule = spec.rule_of(own)
                 key = (rule, spec.format_for(n, rule), place, rows, dtype)
-                mine.append(cached.get(key) or cached.setdefault(key, chunked(resolve(spec, own, n, 0, rows, dtype))))
+                mine.append(
+                    cached.get(key) or cached.setdefault(key, chunked(resolve_layout(spec, own, n, 0, rows, dtype)))
+                )
         lines += PLACEMENTS[name].workspace(mine, device, of_placement(spec.options, name))
     return lines
 

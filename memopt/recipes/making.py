@@ -13,7 +13,7 @@ from memopt.training.schedules import KINDS, NEEDS_TOTAL
 if TYPE_CHECKING:
     import torch
 
-    from memopt.recipes.training import Training
+    from memopt.recipes.training import BuiltRecipe
 
 #: What decays: ``matrices`` is :func:`memopt.param_groups`, ``weights`` also embeddings, ``all`` everything.
 DECAYS = ("matrices", "weights", "all")
@@ -75,7 +75,7 @@ class Recipe:
             found["schedule"] = {"hold": max(round(schedule["hold"] * share), 1)}
         return found
 
-    def build(self, model: torch.nn.Module, **changes: Any) -> Training:
+    def build(self, model: torch.nn.Module, **changes: Any) -> BuiltRecipe:
         """Optimizer, groups, schedule and clipping for this model; ``changes`` as of :meth:`override`, and keywords of
         :func:`memopt.create` and :func:`memopt.param_groups` (``overrides``, ``rates``, ``no_decay`` …)."""
         from memopt.recipes.training import build

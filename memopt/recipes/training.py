@@ -24,7 +24,7 @@ GROUPING = set(signature(param_groups).parameters) - {"model", "weight_decay", "
 CREATING = OptimizerKeywords.__annotations__.keys() - Hyperparameters.__annotations__.keys()
 
 
-class Training(NamedTuple):
+class BuiltRecipe(NamedTuple):
     """``recipe`` is what was built, with every value; the parts can be used alone, or all of them by :meth:`step`."""
 
     recipe: Any  # a memopt.recipes.Recipe
@@ -44,7 +44,7 @@ class Training(NamedTuple):
         return norm
 
 
-def build(published: Any, model: nn.Module, changes: Mapping[str, Any]) -> Training:
+def build(published: Any, model: nn.Module, changes: Mapping[str, Any]) -> BuiltRecipe:
     """See :meth:`memopt.recipes.Recipe.build`."""
     grouping = {k: v for k, v in changes.items() if k in GROUPING}
     creating = {k: v for k, v in changes.items() if k in CREATING}
@@ -63,7 +63,7 @@ def build(published: Any, model: nn.Module, changes: Mapping[str, Any]) -> Train
         floor=recipe.floor,
         **recipe.schedule,
     )
-    return Training(recipe, optimizer, scheduler)
+    return BuiltRecipe(recipe, optimizer, scheduler)
 
 
 def _groups(recipe: Any, model: nn.Module, grouping: dict[str, Any]) -> list[dict[str, Any]]:

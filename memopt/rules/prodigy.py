@@ -29,7 +29,7 @@ def moments(h: Hyper, shape: Shape) -> tuple[Moment, ...]:
     return (EXP_AVG, EXP_AVG_SQ, *statistics)
 
 
-def estimate(h: Mapping[str, Any]) -> float:
+def distance(h: Mapping[str, Any]) -> float:
     """d, the estimate of how far the weights have to go."""
     return float(h["d0"] if h["d"] is None else h["d"])
 
@@ -37,7 +37,7 @@ def estimate(h: Mapping[str, Any]) -> float:
 def rate(t: int, h: Hyper) -> float:
     """What stands for the rate: lr * d, with Adam's bias corrections if they are asked for."""
     beta1, beta2 = h["betas"]
-    found = float(h["lr"]) * estimate(h)
+    found = float(h["lr"]) * distance(h)
     return found * sqrt(1 - beta2**t) / (1 - beta1**t) if h["use_bias_correction"] else found
 
 
@@ -71,7 +71,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     steps that were meant. eps is multiplied by the d of this step, as the paper has it; prodigyopt takes the next one.
     """
     beta1, beta2 = h["betas"]
-    d, a = estimate(h), rate(t, h)
+    d, a = distance(h), rate(t, h)
     if h["weight_decay"] and not h["decoupled_weight_decay"]:
         g = g.add(p, alpha=h["weight_decay"])
     weight = d / float(h["d0"])
@@ -107,9 +107,9 @@ def after_step(groups: Sequence[MutableMapping[str, Any]], sums: Sequence[float]
     import struct
 
     toward, size = sums
-    most = max(groups, key=estimate)
+    most = max(groups, key=distance)
     numerator = slow_beta(most) * most["d_numerator"] + toward
-    d = estimate(most)
+    d = distance(most)
     if size > 0:
         found = max(d, float(most["d_coef"]) * numerator / size)
         d = struct.unpack("f", struct.pack("f", found))[0] if found > d else d
@@ -158,7 +158,7 @@ RULE = Rule(
         "d_numerator": ("a finite number", is_number),
     },
     kernel_fields=lambda h: {
-        "d": estimate(h),
+        "d": distance(h),
         "beta3": slow_beta(h),
         "d0": float(h["d0"]),
         "corrected": float(h["use_bias_correction"]),
@@ -166,6 +166,6 @@ RULE = Rule(
     },
     reports=2,
     after_step=after_step,
-    estimate=estimate,
+    estimate=distance,
     rate_factor=1000.0,
 )

@@ -10,7 +10,7 @@ from memopt.train.job import ModelConfig
 from memopt.train.text import VOCABULARY
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """Attention and a two-layer perceptron, each on a normalised copy of the stream and added back to it."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -43,7 +43,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, config.width)
         self.positions = nn.Parameter(torch.empty(config.context, config.width))
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         self.output = nn.Linear(config.width, VOCABULARY, bias=False)
         self.output.weight = self.embedding.weight

@@ -57,7 +57,7 @@ def rate(step: int, steps: int) -> float:
     return FLOOR + (1 - FLOOR) * 0.5 * (1 + cos(pi * min(progress, 1.0)))
 
 
-def schedule(optimizer: Optimizer, steps: int) -> LambdaLR:
+def warmup_and_cosine(optimizer: Optimizer, steps: int) -> LambdaLR:
     """:func:`rate` as a scheduler of torch's; call its ``step()`` after each of the optimizer's."""
     from torch.optim.lr_scheduler import LambdaLR
 

@@ -16,7 +16,7 @@ from memopt.partitions import PARTITIONS
 from memopt.partitions.fsdp import Sharded
 from memopt.train.job import Job, ModelConfig, RankResult
 from memopt.train.model import LanguageModel
-from memopt.train.recipe import CLIP_NORM, schedule
+from memopt.train.recipe import CLIP_NORM, warmup_and_cosine
 from memopt.train.resident import peak_resident
 from memopt.train.text import Corpus, load_text
 
@@ -57,7 +57,7 @@ def train(job: Job, rank: int, on_step: Callable[[int, float], None]) -> RankRes
     elif job.world_size > 1:
         replica = nn.parallel.DistributedDataParallel(model)
     optimizer = memopt.create(model, job.parsed, lr=job.lr, seed=job.seed)
-    scheduler = schedule(optimizer, job.steps)
+    scheduler = warmup_and_cosine(optimizer, job.steps)
     share = job.batch // job.world_size
 
     step_s, optimizer_step_s = [], []

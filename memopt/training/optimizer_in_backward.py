@@ -15,11 +15,8 @@ from memopt.placements.gradients.checks import check_gradient, clip_factor, non_
 from memopt.training.clip import PartialNorm
 
 if TYPE_CHECKING:
+    from memopt.optim.layouts import NumberedParam
     from memopt.optim.step import Stepper
-
-
-#: Place among all parameters, name, parameter, group.
-Entry = tuple[int, str, Tensor, dict[str, Any]]
 
 
 class Release:
@@ -161,7 +158,7 @@ class Release:
             self._step_those([(entry, stepper.own(layout, p, stepper.local_gradient(layout, p)))])
 
     @torch.no_grad()
-    def _step_those(self, ready: list[tuple[Entry, Tensor]]) -> None:
+    def _step_those(self, ready: list[tuple[NumberedParam, Tensor]]) -> None:
         """Step parameters with these gradients: one, or in another thread and later than ``_step`` perhaps several."""
         setup, stepper = self._setup, self._stepper
         if self.max_norm is None and setup.nonfinite != "propagate":

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.param_state import ParamState, fill_state
 from memopt.checkpoint.conversion.report import Conversion
-from memopt.checkpoint.conversion.resized_rows import Change, changed, indices
+from memopt.checkpoint.conversion.resized_rows import RowChange, changed, indices
 from memopt.checkpoint.state.all_rows import record_of_all
 from memopt.checkpoint.state.saved import Record
 from memopt.core.hyperparameters import SpecError
@@ -117,7 +117,7 @@ def _change_rows(optimizer: OptimizerParts, p: Tensor, index: Tensor, weights: T
         begins: Any = weights  # what moments that begin as the weights begin as
         if is_dtensor(weights) and any(moment.begins for moment, _ in here.codes):
             begins = begins.full_tensor()
-        change = Change(Rows.whole(shape), Rows.whole(after), index, begins)
+        change = RowChange(Rows.whole(shape), Rows.whole(after), index, begins)
         made = _made(there, changed(record, there, lambda name: change), here)
     old_data, old_grad, target = p.data, p.grad, p if into is None else into
     with optimizer.integrity.changing("a change of rows"):
@@ -172,8 +172,8 @@ def _reset(
     if step is not None:
         record.step = float(step)
 
-    def change(name: str) -> Change:
-        return Change(rows, rows, fresh if name in names else same, param.local)  # type: ignore[arg-type]
+    def change(name: str) -> RowChange:
+        return RowChange(rows, rows, fresh if name in names else same, param.local)  # type: ignore[arg-type]
 
     _put(optimizer, p, param, param, _made(param, changed(record, param, change), param))
 

@@ -43,7 +43,7 @@ BITS = {
 }
 
 
-class Tensor(NamedTuple):
+class TensorHeader(NamedTuple):
     """``begin``: where its bytes begin in the file; ``dtype``: the format's own name."""
 
     dtype: str
@@ -52,7 +52,7 @@ class Tensor(NamedTuple):
     nbytes: int
 
 
-def read_header(file: io.FileIO, origin: str) -> dict[str, Tensor]:
+def read_header(file: io.FileIO, origin: str) -> dict[str, TensorHeader]:
     """The tensors of the open file by name. Raises :class:`Refused` with what is wrong with its header."""
     try:
         return _read(file)
@@ -60,7 +60,7 @@ def read_header(file: io.FileIO, origin: str) -> dict[str, Tensor]:
         raise Refused(f"{printable(origin)} is not a safetensors file, or its header is damaged: {error}") from None
 
 
-def _read(file: io.FileIO) -> dict[str, Tensor]:
+def _read(file: io.FileIO) -> dict[str, TensorHeader]:
     size = size_of(file)
     length = int.from_bytes(read_exactly(file, 8), "little")
     if size < 8 or not 2 <= length <= min(size - 8, MAX_HEADER_NBYTES):
@@ -83,7 +83,7 @@ def _read(file: io.FileIO) -> dict[str, Tensor]:
     return found
 
 
-def _tensor(name: str, entry: Any, begin: int) -> Tensor:
+def _tensor(name: str, entry: Any, begin: int) -> TensorHeader:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise Refused(f"{shown(name)} is not a dtype, a shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -93,7 +93,7 @@ def _tensor(name: str, entry: Any, begin: int) -> Tensor:
         raise Refused(f"{shown(name)} has no shape that a tensor can have")
     if not _whole(offsets) or len(offsets) != 2 or (offsets[1] - offsets[0]) * 8 != prod(shape) * BITS[dtype]:
         raise Refused(f"the offsets of {shown(name)} are not those of {prod(shape):,} elements of {dtype}")
-    return Tensor(dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0])
+    return TensorHeader(dtype, tuple(shape), begin + offsets[0], offsets[1] - offsets[0])
 
 
 def _whole(numbers: Any) -> bool:

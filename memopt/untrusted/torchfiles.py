@@ -60,7 +60,7 @@ class _Storage:
         self.buffer, self.dtype = buffer, dtype
 
 
-def load(path: Path, classes: Mapping[str, Any]) -> Any:
+def read_torch_file(path: Path, classes: Mapping[str, Any]) -> Any:
     """The content of a file. ``classes`` are names that it may have beside torch's: see
     :func:`~memopt.untrusted.pickles.inert_classes`. Raises :class:`Refused` for one that is damaged, names anything
     else, or says what cannot be."""
@@ -71,7 +71,7 @@ def load(path: Path, classes: Mapping[str, Any]) -> Any:
         return _read(file, memory, str(path), classes)
 
 
-def loads(content: bytes, origin: str, classes: Mapping[str, Any]) -> Any:
+def read_torch_bytes(content: bytes, origin: str, classes: Mapping[str, Any]) -> Any:
     """The same, of bytes that ``torch.save`` wrote somewhere within a file."""
     return _read(io.BytesIO(content), bytearray(content), origin, classes)
 

@@ -32,15 +32,15 @@ _TEXTS = (
 #: What a plan chooses itself.
 PLANNED = ("optim", "hyper", "checkpointing", "accumulate", "release_gradients", "offload_gradients")
 
-Settings = dict[str, Any]
+PageSettings = dict[str, Any]
 
 
-def checked(content: Any) -> Settings:
+def checked(content: Any) -> PageSettings:
     """The settings, without those that are empty. Raises :class:`InputError` for names, kinds and lengths of values
     that the page does not send."""
     if not isinstance(content, dict):
         raise InputError(f"the settings are an object, not {shown(content)}")
-    found: Settings = {}
+    found: PageSettings = {}
     for name, value in content.items():
         if name in _SWITCHES:
             allowed, kind = isinstance(value, bool), "true or false"

@@ -10,7 +10,7 @@ from estimators.planning.plan import Plan, Plans, title
 from estimators.report.bars import KINDS
 from estimators.report.text import SHOWN_BY, best, first_change, verdict
 from estimators.result import Column, Estimate
-from estimators.training import describe
+from estimators.training import describe_training
 from estimators.units import gib
 from memopt.cli.estimate import DEFAULT_SPECS
 
@@ -31,7 +31,7 @@ def estimate_view(e: Estimate) -> dict[str, Any]:
     change = f"{first_change(best(e), e)}" if e.fits is False else ""
     return {
         "title": e.model.name,
-        "facts": [part for part in (counted, trainable, dtypes, describe(e.training), ranks) if part],
+        "facts": [part for part in (counted, trainable, dtypes, describe_training(e.training), ranks) if part],
         "scale": max([c.high for c in e.columns] + [e.gpu or 0]) or 1,
         "gpu": e.gpu,
         "gpu_text": "" if e.gpu is None else gib(e.gpu),

@@ -43,7 +43,7 @@ def test_sixty_columns_are_enough(run, monkeypatch, line):
 
 def test_findings_and_phases_fit_too(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", str(NARROW))
-    monkeypatch.setattr(doctor, "findings", lambda: [doctor.Finding("GPU kernels", doctor.NOTE, "word " * 40)])
+    monkeypatch.setattr(doctor, "findings", lambda: [doctor.CheckResult("GPU kernels", doctor.NOTE, "word " * 40)])
     assert main(["doctor"]) == 0
     phase = {"allocated": 123 * 2**30, "reserved": 123 * 2**30, "process": 123 * 2**30}
     row = {"name": "python " + "--flag " * 20, "torch": "2.13.0", "steps": 3, "device": "cuda", "peak": phase}

@@ -11,7 +11,7 @@ import memopt
 from memopt.checkpoint.state.detect import read_path
 from memopt.core.rows import Rows
 from memopt.kernels import loader
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.optim.replaced_params import flattened as flattened_partition
 from memopt.partitions.deepspeed.metadata import Made, Unknown, recover
 from tests.helpers import flattened
@@ -37,7 +37,7 @@ def rows_of(state, rows, spec, h, name):
     """The same rows of every part of one process's state."""
 
     def shapes(some):
-        layout = resolve(spec, h, name, 0, some, "float32")
+        layout = resolve_layout(spec, h, name, 0, some, "float32")
         return {line.key: line.shape for line in layout.lines("")}
 
     before, mine = shapes(Rows(rows.shape, 0, rows.first)), shapes(rows)

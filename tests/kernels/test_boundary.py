@@ -208,8 +208,8 @@ def test_a_parameter_is_resolved_once(ending, monkeypatch):
     """In the first step, and never in a later one, with a plan and without."""
     from memopt.layout import param
 
-    counted, real = [], param.resolve
-    monkeypatch.setattr(param, "resolve", lambda *a: (counted.append(a[2]), real(*a))[1])
+    counted, real = [], param.resolve_layout
+    monkeypatch.setattr(param, "resolve_layout", lambda *a: (counted.append(a[2]), real(*a))[1])
     for planned in (True, False):
         model, opt = _made("adamw-8bit" + ending)
         counted.clear()

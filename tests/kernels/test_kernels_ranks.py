@@ -6,7 +6,7 @@ import torch
 import memopt
 from memopt import kernels
 from memopt.core.rows import Rows
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.layout.param_step import Work
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason=f"no kernels here: {kernels.missing()}")
@@ -19,7 +19,7 @@ def work_of(spec, shape=(40, 24), **hyper):
     p.grad = torch.randn(shape)
     opt = memopt.create([("w", p)], spec, **hyper)
     opt.step()
-    layout = resolve(opt.spec, opt.param_groups[0], "w", 0, Rows.whole(shape), "float32")
+    layout = resolve_layout(opt.spec, opt.param_groups[0], "w", 0, Rows.whole(shape), "float32")
     return Work(layout, p.detach(), p.grad, opt.state[p], 2, opt.param_groups[0], ("ranks",))
 
 

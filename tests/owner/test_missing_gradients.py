@@ -150,13 +150,13 @@ def test_nan_in_a_gradient_is_seen_and_one_that_is_not_there_is_not_looked_at() 
 
 def test_layouts_are_resolved_once_whatever_has_gradients(monkeypatch) -> None:
     made: list[str] = []
-    original = param.resolve
+    original = param.resolve_layout
 
     def counted(spec, h, name, *rest):
         made.append(name)
         return original(spec, h, name, *rest)
 
-    monkeypatch.setattr(param, "resolve", counted)
+    monkeypatch.setattr(param, "resolve_layout", counted)
     for spec in ("adamw", "adafactor-8bit", "adamw@disk"):
         made.clear()
         params = [torch.nn.Parameter(torch.randn(8, 8)) for _ in range(5)]

@@ -12,7 +12,7 @@ import memopt
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows
 from memopt.layout import chunks
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.placements import PLACEMENTS
 from memopt.placements.stores.by_placement import chunked
 from memopt.placements.transfer import device as transfer
@@ -188,7 +188,7 @@ def test_nan_skips_a_step_and_changes_nothing():
 @pytest.mark.parametrize("spec", PLAIN_SPECS)
 def test_pieces_are_the_whole_without_overlap_or_gap(spec, shape):
     parsed = memopt.parse(spec)
-    one = chunked(resolve(parsed, parsed.resolve(HYPER.get(parsed.rule)), "w", 0, Rows.whole(shape), "float32"))
+    one = chunked(resolve_layout(parsed, parsed.resolve(HYPER.get(parsed.rule)), "w", 0, Rows.whole(shape), "float32"))
     found = chunks.pieces("w", *one[:3], target=40_000)
     assert [p.rows.first for p in found[1:]] == [p.rows.stop for p in found[:-1]]
     ends: dict[str, int] = {}

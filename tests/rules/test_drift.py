@@ -10,7 +10,7 @@ import torch
 import memopt
 from memopt.core.rows import Rows
 from memopt.formats import FORMATS, Shard
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 
 ROWS, COLS = 16, 256
 LARGE, SMALL = 300, 3000
@@ -35,7 +35,7 @@ def second_moment(fmt):
         opt.step()
         truth = 0.999 * truth + 0.001 * p.grad.double() ** 2
     rows = Rows.whole((ROWS, COLS))
-    second = resolve(opt.spec, opt.param_groups[0], "0", 0, rows, "float32").moments[1]
+    second = resolve_layout(opt.spec, opt.param_groups[0], "0", 0, rows, "float32").moments[1]
     assert second.format is FORMATS[fmt]
     return second.format.read(second.parts(opt.state[p]), second.moment, Shard(rows)).double()[drops], truth[drops]
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import estimators
+import memopt
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("memopt", "estimators")
 
@@ -43,7 +46,7 @@ def test_no_circle():
 def test_a_folder_has_at_most_a_dozen_modules():
     many = {}
     for package in PACKAGES:
-        for folder in (ROOT / package).rglob("*/"):
+        for folder in filter(Path.is_dir, (ROOT / package).rglob("*")):
             files = [path for path in folder.iterdir() if path.suffix in (".py", ".cpp", ".h")]
             modules = [path.name for path in files if path.name != "__init__.py"]
             if len(modules) > 12 and not _one_of_a_kind(folder):
@@ -84,6 +87,30 @@ def named(tree):
             yield node.arg, node.lineno
         elif isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Store):
             yield node.id if isinstance(node, ast.Name) else node.attr, node.lineno
+
+
+def test_no_class_has_the_name_of_another():
+    """Nor a named type; a name of the public interface is that of no other function either."""
+    found = {}
+    public = {*memopt.__all__, *estimators.__all__}
+    for name, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) or (isinstance(node, ast.FunctionDef) and node.name in public):
+                found.setdefault(node.name, []).append(name)
+            elif isinstance(node, ast.Assign) and not _is_type_variable(node.value):
+                for target in filter(_names_a_type, node.targets):
+                    found.setdefault(target.id, []).append(name)
+    assert len(found) > 300
+    assert public <= found.keys()
+    assert not {name: modules for name, modules in found.items() if len(modules) > 1}
+
+
+def _names_a_type(target):
+    return isinstance(target, ast.Name) and re.fullmatch("_?[A-Z]+[a-z][A-Za-z0-9]*", target.id)
+
+
+def _is_type_variable(value):
+    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id == "TypeVar"
 
 
 def test_retired_words_name_nothing():

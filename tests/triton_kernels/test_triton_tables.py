@@ -7,7 +7,7 @@ import torch
 
 import memopt
 from memopt.core.rows import Rows
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.layout.param_step import Work
 from memopt.rules import RULES
 from tests.helpers.interpreting import DEVICE, stepped
@@ -46,7 +46,7 @@ def test_launchers_without_a_plan_are_found_again_and_bounded(on) -> None:
     for shape in [(17, 300), (33,), (5, 70)]:
         [p], _, opt = stepped(spec, {}, on, 1, [shape], plain_steps=0)
         p.grad = torch.zeros_like(p)
-        layout = resolve(spec, opt.param_groups[0], "0", 0, Rows.whole(tuple(p.shape)), "float32")
+        layout = resolve_layout(spec, opt.param_groups[0], "0", 0, Rows.whole(tuple(p.shape)), "float32")
         opt.init_state()
         work = Work(layout, p, p.grad, opt.state[p], 1, opt.param_groups[0])
         described.append(cached_step.describe_all([work], 0, opt.param_groups, False))
@@ -68,7 +68,7 @@ def test_vectors_that_are_cut_anywhere_and_dithered_take_the_plain_path(on) -> N
     for master, refused in (("split", True), ("stochastic", True), ("kahan", False)):
         spec = memopt.parse("adamw").replace(master=master)
         p = torch.zeros(600, dtype=torch.bfloat16, device=DEVICE)
-        reason = tables.refuse(resolve(spec, hyper, "p", 0, rows, "bfloat16"), p, 1)
+        reason = tables.refuse(resolve_layout(spec, hyper, "p", 0, rows, "bfloat16"), p, 1)
         assert (reason is not None) == refused, (master, reason)
 
 

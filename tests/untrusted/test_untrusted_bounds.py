@@ -76,7 +76,7 @@ def test_pickles_that_stand_for_more(tmp_path, what):
     with pytest.raises(Refused):
         safe_unpickle.tree(content, MODULES, "x")
     with pytest.raises(Refused):
-        safe_unpickle.load(hostile.torch_file(tmp_path / "x.pt", PICKLES[what]))
+        safe_unpickle.unpickled(hostile.torch_file(tmp_path / "x.pt", PICKLES[what]))
 
 
 #: name -> (what is behind `state[0][...]`, storages) of a file whose tensors cannot be
@@ -139,23 +139,23 @@ def test_archives(tmp_path):
     for compression in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
         hostile.torch_file(tmp_path / "x.pt", bomb, compression=compression)
         with pytest.raises(Refused, match="is compressed"):
-            safe_unpickle.load(tmp_path / "x.pt")
+            safe_unpickle.unpickled(tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02N.")
         with pytest.warns(UserWarning, match="Duplicate"):
             archive.writestr("a/data.pkl", b"\x80\x02N.")
     with pytest.raises(Refused, match="there twice"):
-        safe_unpickle.load(tmp_path / "x.pt")
+        safe_unpickle.unpickled(tmp_path / "x.pt")
     with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
         archive.writestr("a/data.pkl", b"\x80\x02N.")
         archive.writestr("a/byteorder", "big")
     with pytest.raises(Refused, match="another byte order"):
-        safe_unpickle.load(tmp_path / "x.pt")
+        safe_unpickle.unpickled(tmp_path / "x.pt")
     for content in (b"", b"PK", b"PK\5\6" + bytes(18), b"\x80\x02N.", b"PK\3\4" + bytes(100)):
         (tmp_path / "x.pt").write_bytes(content)
         with pytest.raises(Refused):
-            safe_unpickle.load(tmp_path / "x.pt")
-    assert isinstance(safe_unpickle.load(hostile.torch_file(tmp_path / "x.pt", good)), dict)
+            safe_unpickle.unpickled(tmp_path / "x.pt")
+    assert isinstance(safe_unpickle.unpickled(hostile.torch_file(tmp_path / "x.pt", good)), dict)
 
 
 def one(dtype="F32", shape=(1,), offsets=(0, 4)):

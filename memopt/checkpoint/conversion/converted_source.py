@@ -11,7 +11,7 @@ from torch import Tensor
 from memopt.checkpoint.conversion.compatibility import Fill, carried, check_fill, unused_fill
 from memopt.checkpoint.conversion.param_state import OURS, Encoding, ParamState, fill_state, filling
 from memopt.checkpoint.conversion.report import Conversion, spelled
-from memopt.checkpoint.state.saved import Group, Record, Source
+from memopt.checkpoint.state.saved import Record, SavedGroup, Source
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
 from memopt.layout.replaced_state import own_entries
@@ -39,7 +39,9 @@ class Converted:
         self.report = Conversion(source.label or spelled(source.spec), spelled(spec))
         check_fill(fill, spec.rule)
         self.groups = [
-            Group(names, self._hyper(group, rule)) for group in source.groups for rule, names in self._by_rule(group)
+            SavedGroup(names, self._hyper(group, rule))
+            for group in source.groups
+            for rule, names in self._by_rule(group)
         ]
         self._old_hyper = {name: group.hyper for group in source.groups for name in group.names}
         moments: set[str] = set()
@@ -49,7 +51,7 @@ class Converted:
             param.check(record, before, filling(source.spec, param, before, fill))
         unused_fill(fill, moments)
 
-    def _by_rule(self, group: Group) -> list[tuple[str, list[str]]]:
+    def _by_rule(self, group: SavedGroup) -> list[tuple[str, list[str]]]:
         """The names of a group by their rule under the spec. Those that had one of the spec's rules keep it."""
         if not self.spec.is_mixed:
             return [(self.spec.rule, list(group.names))]
@@ -61,7 +63,7 @@ class Converted:
             found.setdefault(self.spec.rule_for(name, self.source.records[name].shape), []).append(name)
         return list(found.items()) or [(self.spec.rule, [])]
 
-    def _hyper(self, group: Group, rule: str) -> dict[str, Any]:
+    def _hyper(self, group: SavedGroup, rule: str) -> dict[str, Any]:
         before, given = self.source.spec.rule_of(group.hyper), self.spec.given(rule)
         h = self.spec.resolve(carried(before, rule, group.hyper) | given, rule=rule)
         old = {*RULES[before].hyperparameters, "rule"}

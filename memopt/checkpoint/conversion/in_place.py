@@ -28,15 +28,14 @@ from memopt.rules import RULES
 from memopt.spec import OptimSpec
 
 if TYPE_CHECKING:
+    from memopt.optim.edits.param_groups import ParamGroups
     from memopt.optim.parts import OptimizerParts
-
-Groups = list[dict[str, Any]]
 
 
 def param_states(
     optimizer: OptimizerParts,
     spec: OptimSpec,
-    hypers: Groups,
+    hypers: ParamGroups,
     partition: Partition,
     placement_stores: PlacementStores | None = None,
     dormant: Sequence[Iterable[str]] | None = None,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.report import Loss
 from memopt.checkpoint.state.moment_codes import CHUNK_NUMEL, chunks
-from memopt.checkpoint.state.saved import LivePiece, Piece, SavedMaster, Stored
+from memopt.checkpoint.state.saved import LivePiece, SavedMaster, SavedPiece, Stored
 from memopt.core.ledger import TensorSpec
 from memopt.core.rows import Rows, Shape
 from memopt.formats.base import Format, Parts, Shard
@@ -42,7 +42,7 @@ class Raw(Format):
 
 
 def saved_master(
-    master: str, dtype: str, shape: Shape, pieces: tuple[Piece, ...], weights: Callable[[Rows], Tensor] | None
+    master: str, dtype: str, shape: Shape, pieces: tuple[SavedPiece, ...], weights: Callable[[Rows], Tensor] | None
 ) -> SavedMaster:
     found = MASTERS[master]
     raw = Raw(found.stored_dtype(dtype))

@@ -21,7 +21,7 @@ from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import Line, TensorSpec
 from memopt.core.rows import Rows, Shape
 from memopt.formats import Shard
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.masters import Master, master_of
 from memopt.placements.stores.by_placement import PlacementStores
 from memopt.rules import Moment
@@ -84,7 +84,7 @@ class ParamState(NamedTuple):
 
     def lines(self) -> list[Line]:
         """The tensors of the state, the step first."""
-        layout = resolve(self.spec, self.h, self.name, self.index, self.rows, self.dtype, self.seed)
+        layout = resolve_layout(self.spec, self.h, self.name, self.index, self.rows, self.dtype, self.seed)
         return layout.lines(str(self.device), self.capturable)
 
     def allocate(self) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ from memopt.formats.base import Parts
 from memopt.formats.foreign.flat_blocks import FlatBlocks
 
 
-class Change(NamedTuple):
+class RowChange(NamedTuple):
     """``index`` int64 [n]: which of the rows (of a vector, elements) ``before`` each of those ``after`` is; -1 is a new
     one. ``weights`` are those after, of which a moment that begins as the parameter is made."""
 
@@ -41,7 +41,7 @@ class Change(NamedTuple):
     weights: Tensor
 
 
-def changed(record: Record, there: ParamState, change_of: Callable[[str], Change]) -> Record:
+def changed(record: Record, there: ParamState, change_of: Callable[[str], RowChange]) -> Record:
     """The record with rows as ``change_of(moment)`` says (of an empty name, for what a master keeps); ``there`` is the
     place it goes to."""
     formats = {moment.name: fmt for moment, fmt in there.codes}
@@ -68,7 +68,7 @@ def changed(record: Record, there: ParamState, change_of: Callable[[str], Change
     return Record(record.name, change.after.shape, record.step, moments, dtype=record.dtype, master=master)
 
 
-def _parts(stored: Stored, change: Change, there: ParamState) -> Parts | None:
+def _parts(stored: Stored, change: RowChange, there: ParamState) -> Parts | None:
     """The parts of these rows without decoding them, or None where a row of the parameter is none of the parts."""
     before, moment, fmt = change.before, stored.moment, stored.format
     if fmt.name == "factored" and len(before.shape) == 2:
@@ -89,7 +89,7 @@ def _along_rows(fmt: Format, stored: Stored, rows: Rows) -> bool:
     )
 
 
-def _factors(stored: Stored, change: Change, there: ParamState) -> Parts:
+def _factors(stored: Stored, change: RowChange, there: ParamState) -> Parts:
     row, col = stored.part("row", change.before), stored.part("col", change.before)
     new = _rows_of(row, change.index)
     sums = torch.stack([row.double().sum(), new.double().sum()])

@@ -25,7 +25,7 @@ from memopt.spec import OptimSpec
 if TYPE_CHECKING:
     from memopt.checkpoint.opened import Checkpoint
 
-State = dict[str, Any]
+ToolDict = dict[str, Any]
 
 
 class ExportPlan(NamedTuple):
@@ -34,11 +34,11 @@ class ExportPlan(NamedTuple):
     ValueError where what would be written cannot be; ``complete(found, converted)`` has the last word on the whole."""
 
     spec: OptimSpec
-    group: Callable[[State], State]
-    state: Callable[[Record, State], State] | None = None
+    group: Callable[[ToolDict], ToolDict]
+    state: Callable[[Record, ToolDict], ToolDict] | None = None
     encoding: Encoding = OURS
     check: Callable[[Converted], Any] = lambda converted: None
-    complete: Callable[[State, Converted], State] = lambda found, converted: found
+    complete: Callable[[ToolDict, Converted], ToolDict] = lambda found, converted: found
 
 
 @final
@@ -87,7 +87,7 @@ Write = Callable[[Exported, Path, Zeros, "Checkpoint | None", Progress], None]
 
 def to_file(exported: Exported, path: Path, zeros: Zeros, checkpoint: Checkpoint | None, progress: Progress) -> None:
     """What ``torch.save`` writes of the dictionary."""
-    save(exported.state_dict(counted(zeros, progress)), path)
+    save_durably(exported.state_dict(counted(zeros, progress)), path)
 
 
 def counted(zeros: Zeros, progress: Progress) -> Zeros:
@@ -101,7 +101,7 @@ def counted(zeros: Zeros, progress: Progress) -> Zeros:
     return telling
 
 
-def save(content: Any, path: Path) -> None:
+def save_durably(content: Any, path: Path) -> None:
     """``torch.save``, durably."""
     with open(path, "wb") as file:
         torch.save(content, file)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State, by_moment
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, ToolDict, by_moment
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.engines.bitsandbytes import KERNELS
 from memopt.formats.foreign.bitsandbytes import code_book
@@ -18,8 +18,8 @@ def _plan(source: Source, fmt: str) -> ExportPlan:
     return ExportPlan(OptimSpec(rule=rule, format=fmt, engine="bitsandbytes"), lambda h: _group(rule, h), _state)
 
 
-def _state(record: Record, parts: State) -> State:
-    found: State = {"step": int(parts["step"])}
+def _state(record: Record, parts: ToolDict) -> ToolDict:
+    found: ToolDict = {"step": int(parts["step"])}
     for i, named in enumerate(by_moment(parts).values(), 1):
         if "" in named:
             found[f"state{i}"] = named[""]
@@ -29,7 +29,7 @@ def _state(record: Record, parts: State) -> State:
     return found
 
 
-def _group(rule: str, h: State) -> State:
+def _group(rule: str, h: ToolDict) -> ToolDict:
     betas: dict[str, Any] = {"rmsprop": lambda: (h["alpha"], 0.0), "sgd": lambda: (h["momentum"], 0.0)}
     pair = betas[rule]() if rule in betas else tuple(h["betas"])
     eps, own = h.get("eps", 0.0), {"alpha": 0.0, "t_alpha": None, "t_beta3": None}

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.converted_source import Converted, Zeros, in_memory
 from memopt.checkpoint.exporters import torch_optim
-from memopt.checkpoint.exporters.base import Exported, Exporter, ExportPlan, State, counted, save
+from memopt.checkpoint.exporters.base import Exported, Exporter, ExportPlan, ToolDict, counted, save_durably
 from memopt.checkpoint.io import json_values
 from memopt.checkpoint.io.checkpoint_dir import sync_directory
 from memopt.checkpoint.state.saved import Record, Source
@@ -91,14 +91,14 @@ def _write(exported: Exported, path: Path, zeros: Zeros, checkpoint: Checkpoint 
     for name, contents in _parameters(converted, counted(in_memory, progress)):
         (zero / name).mkdir(parents=True)
         for moment, tensor in contents.items():
-            save({"param": tensor}, zero / name / f"{moment}.pt")
-        save(torch.tensor(step), zero / name / "step.pt")
+            save_durably({"param": tensor}, zero / name / f"{moment}.pt")
+        save_durably(torch.tensor(step), zero / name / "step.pt")
         sync_directory(zero / name)
         del contents, tensor  # before the next are made
-    save(_groups(exported, step), zero / "optimizer_state.pt")
+    save_durably(_groups(exported, step), zero / "optimizer_state.pt")
     engine = _engine(converted, step, checkpoint)
-    save({"module": _model(converted, zeros, checkpoint), **engine}, folder / "mp_rank_00_model_states.pt")
-    save({"module": {}, **engine}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    save_durably({"module": _model(converted, zeros, checkpoint), **engine}, folder / "mp_rank_00_model_states.pt")
+    save_durably({"module": {}, **engine}, folder / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     with open(path / "latest_universal", "w") as file:
         file.write(folder.name)
         file.flush()
@@ -120,14 +120,14 @@ def _parameters(converted: Converted, zeros: Zeros) -> Iterator[tuple[str, dict[
             yield name, {"fp32": _weight(spec, record, {}), **moments}
 
 
-def _weight(spec: OptimSpec, record: Record, state: State) -> Tensor:
+def _weight(spec: OptimSpec, record: Record, state: ToolDict) -> Tensor:
     """What the weight and its master stand for."""
     assert record.weights is not None
     p, master = record.weights(Rows.whole(record.shape)), master_of(spec.master, record.dtype)
     return (master.read(p, state[master.key]) if master.key in state else p.float()).clone().view(record.shape)
 
 
-def _groups(exported: Exported, step: float) -> State:
+def _groups(exported: Exported, step: float) -> ToolDict:
     groups, first = [], 0
     for group in exported.converted.groups:
         members = list(range(first, first + len(group.names)))
@@ -138,7 +138,7 @@ def _groups(exported: Exported, step: float) -> State:
     return {"ds_version": DS_VERSION, "param_groups": groups, "optimizer_state_dict": everywhere}
 
 
-def _engine(converted: Converted, step: float, checkpoint: Checkpoint | None) -> State:
+def _engine(converted: Converted, step: float, checkpoint: Checkpoint | None) -> ToolDict:
     """What an engine keeps beside its model."""
     records = converted.source.records
     scheduler = checkpoint.body.get("scheduler") if checkpoint is not None else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.param_state import Encoding
-from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State, by_moment, in_blocks
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, ToolDict, by_moment, in_blocks
 from memopt.checkpoint.importers.flashoptim import CODES, COMPANDED, CORRECTION, CORRECTIONS, SCALES
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.masters import LOW_PRECISION, MASTERS, Master
@@ -44,8 +44,8 @@ def _plan(source: Source) -> ExportPlan:
     def master(spec: OptimSpec, dtype: str) -> Master:
         return CORRECTIONS[nbytes] if nbytes and dtype in LOW_PRECISION else MASTERS["none"]
 
-    def state(record: Record, parts: State) -> State:
-        found: State = {} if rule in ("lion", "sgd") else {"step": parts["step"].to(torch.int64)}
+    def state(record: Record, parts: ToolDict) -> ToolDict:
+        found: ToolDict = {} if rule in ("lion", "sgd") else {"step": parts["step"].to(torch.int64)}
         for name, named in by_moment(parts).items():
             if name == "correction":
                 found[CORRECTION] = named[""]
@@ -53,7 +53,7 @@ def _plan(source: Source) -> ExportPlan:
                 found |= {name + CODES: named["codes"], name + SCALES: _scales(named["scales"], record.dtype)}
         return found
 
-    def group(h: State) -> State:
+    def group(h: ToolDict) -> ToolDict:
         own = {key: h[key] for key in _HYPER[rule]}
         return {**own, "initial_lr": h.get("initial_lr", h["lr"]), "master_bytewidth": nbytes, "quantize": True}
 

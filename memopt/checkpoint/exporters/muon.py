@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, ToolDict
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.spec import OptimSpec
 
@@ -27,11 +27,11 @@ def _plan(source: Source) -> ExportPlan:
         if h.get("maximize") or h.get("amsgrad"):
             raise ValueError("the original Muon has neither maximize nor amsgrad")
 
-    def group(h: State) -> State:
+    def group(h: ToolDict) -> ToolDict:
         rule = str(h.get("rule", "muon"))
         return {**{k: h[k] for k in _KEYS[rule]}, "use_muon": rule == "muon"}
 
-    def state(record: Record, parts: State) -> State:
+    def state(record: Record, parts: ToolDict) -> ToolDict:
         if rules[record.name] == "muon":
             return {k: v for k, v in parts.items() if k != "step"}
         return {**parts, "step": int(parts["step"])}

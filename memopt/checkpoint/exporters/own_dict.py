@@ -6,7 +6,7 @@ import copy
 import json
 
 from memopt.checkpoint.conversion.converted_source import Converted
-from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, ToolDict
 from memopt.spec import OptimSpec
 
 
@@ -17,7 +17,7 @@ def exporter_of(spec: OptimSpec) -> Exporter:
     )
 
 
-def _complete(found: State, converted: Converted) -> State:
+def _complete(found: ToolDict, converted: Converted) -> ToolDict:
     """With what the user has put beside the state, names, and what is needed to tell whether it fits."""
     source, spec = converted.source, converted.spec
     names = [name for group in converted.groups for name in group.names]

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from memopt.checkpoint.conversion.converted_source import Zeros
-from memopt.checkpoint.exporters.base import Exported, Exporter, ExportPlan, State, counted
+from memopt.checkpoint.exporters.base import Exported, Exporter, ExportPlan, ToolDict, counted
 from memopt.checkpoint.io.checkpoint_dir import sync_directory
-from memopt.checkpoint.state.saved import Group, Record, Source
+from memopt.checkpoint.state.saved import Record, SavedGroup, Source
 from memopt.checkpoint.tensorfile import Progress
 from memopt.spec import OptimSpec
 
@@ -54,7 +54,7 @@ def _plan(source: Source) -> ExportPlan:
     if rule == "muon" and scaled:
         raise ValueError(f"torch.optim.Muon has no adjust_lr_fn={scaled.pop()!r}")
 
-    def state(record: Record, parts: State) -> State:
+    def state(record: Record, parts: ToolDict) -> ToolDict:
         names = _FACTORS if rule == "adafactor" else {}
         counts = rule not in ("sgd", "muon")
         return {names.get(key, key): value for key, value in parts.items() if counts or key != "step"}
@@ -63,12 +63,12 @@ def _plan(source: Source) -> ExportPlan:
     return ExportPlan(OptimSpec(rule=rule, format=fmt), lambda h: group(rule, h), state)
 
 
-def _is_torchs(group: Group) -> bool:
+def _is_torchs(group: SavedGroup) -> bool:
     h = group.hyper
     return h["convention"] == "torch" and h["beta1"] is None and bool(h["scale_parameter"])
 
 
-def group(rule: str, h: State) -> State:
+def group(rule: str, h: ToolDict) -> ToolDict:
     """torch's param group of our hyperparameters."""
     return {k: v for k, v in h.items() if k not in (*RULES[rule], "rule")} | OWN.get(rule, {})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.param_state import Encoding
-from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State, by_moment, in_blocks
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, ToolDict, by_moment, in_blocks
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.core.extras import require
 from memopt.engines.bitsandbytes import BLOCK
@@ -31,7 +31,7 @@ def _plan(source: Source, fmt: FlatBlocks, make: Make) -> ExportPlan:
         raise ValueError(f"torchao has no {rule} in low precision; it has adam, adamw")
     require("torchao.optim", "state for torchao")
 
-    def state(record: Record, parts: State) -> State:
+    def state(record: Record, parts: ToolDict) -> ToolDict:
         moments = by_moment(parts).items()
         made = {name: named[""] if "" in named else make(record, named, name == "exp_avg") for name, named in moments}
         return {"step": parts["step"], **made}
@@ -39,7 +39,7 @@ def _plan(source: Source, fmt: FlatBlocks, make: Make) -> ExportPlan:
     return ExportPlan(OptimSpec(rule=rule), _group, state, Encoding(in_blocks(fmt, whole=True)))
 
 
-def _group(h: State) -> State:
+def _group(h: ToolDict) -> ToolDict:
     own = {key: h[key] for key in ("betas", "eps", "weight_decay", "amsgrad")}
     return {"lr": torch.as_tensor(h["lr"], dtype=torch.float32), **own}
 

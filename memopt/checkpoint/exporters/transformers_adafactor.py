@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memopt.checkpoint.exporters.base import Exporter, ExportPlan, State
+from memopt.checkpoint.exporters.base import Exporter, ExportPlan, ToolDict
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.spec import OptimSpec
 
@@ -19,8 +19,8 @@ def _plan(source: Source) -> ExportPlan:
     return ExportPlan(OptimSpec(rule="adafactor", format="factored"), _group, _state)
 
 
-def _state(record: Record, parts: State) -> State:
-    found: State = {"step": int(parts["step"]), "RMS": 0}
+def _state(record: Record, parts: ToolDict) -> ToolDict:
+    found: ToolDict = {"step": int(parts["step"]), "RMS": 0}
     for key, value in parts.items():
         if key.startswith("exp_avg_sq."):
             found[key.replace(".", "_")] = value.squeeze(-1 if key.endswith("row") else -2)
@@ -29,7 +29,7 @@ def _state(record: Record, parts: State) -> State:
     return found
 
 
-def _group(h: State) -> State:
+def _group(h: ToolDict) -> ToolDict:
     return {_NAMES.get(k, k): v for k, v in h.items() if k not in ("convention", "maximize", "cautious")}
 
 

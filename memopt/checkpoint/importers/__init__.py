@@ -15,7 +15,7 @@ from memopt.checkpoint.importers import (
     transformers_adafactor,
 )
 from memopt.checkpoint.importers.base import Tool, choose, group_of, steps
-from memopt.checkpoint.state.saved import Group, Record, Source
+from memopt.checkpoint.state.saved import Record, SavedGroup, Source
 from memopt.optim.edits.group_checks import is_named
 from memopt.spec import OptimSpec
 from memopt.untrusted import Refused, laid_out
@@ -102,7 +102,7 @@ def _tool(groups: Any, states: Any, origin: str) -> Tool:
 
 def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Source:
     named = is_named(groups)
-    ours: list[Group] = []
+    ours: list[SavedGroup] = []
     records: dict[str, Record] = {}
     index = 0
     spec = OptimSpec(rule=rule)
@@ -123,7 +123,7 @@ def _source(tool: Tool, rule: str, groups: Any, states: Any, origin: str) -> Sou
         index += len(names)
         one = group_of(names, own, tool.hyper(group, own), group)
         one.hyper.update({"rule": own} if spec.is_mixed else {})
-        ours.append(Group(names, {k: v for k, v in one.hyper.items() if k not in tool.unsaved}))
+        ours.append(SavedGroup(names, {k: v for k, v in one.hyper.items() if k not in tool.unsaved}))
         for name, key in zip(names, group["params"], strict=True):
             if name in records:
                 raise ValueError(f"{origin} has two parameters of the name {shown(name)}")

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from memopt.checkpoint.importers.gathered import NON_NEGATIVE, gathered
 from memopt.checkpoint.state.moment_codes import CODES
-from memopt.checkpoint.state.saved import Group, LivePiece, SavedMaster, Stored
+from memopt.checkpoint.state.saved import LivePiece, SavedGroup, SavedMaster, Stored
 from memopt.core.rows import Rows, Shape
 from memopt.formats import Format
 from memopt.rules import RULES, Moment
 
-State = Mapping[str, Any]
+ToolState = Mapping[str, Any]
 
 
 class Tool(NamedTuple):
@@ -30,15 +30,15 @@ class Tool(NamedTuple):
     """
 
     name: str
-    wrote: Callable[[State, State], bool]
-    rules: Callable[[State, State], tuple[str, ...]]
-    hyper: Callable[[State, str], dict[str, Any]]
-    moments: Callable[[State], dict[str, Stored]]
-    step: Callable[[State], float] = lambda state: float(state["step"])
+    wrote: Callable[[ToolState, ToolState], bool]
+    rules: Callable[[ToolState, ToolState], tuple[str, ...]]
+    hyper: Callable[[ToolState, str], dict[str, Any]]
+    moments: Callable[[ToolState], dict[str, Stored]]
+    step: Callable[[ToolState], float] = lambda state: float(state["step"])
     unsaved: tuple[str, ...] = ()
-    master: Callable[[State, State], SavedMaster | None] = lambda group, state: None
-    state: Callable[[State, State], State] = lambda group, state: state
-    rule_of: Callable[[State], str] | None = None
+    master: Callable[[ToolState, ToolState], SavedMaster | None] = lambda group, state: None
+    state: Callable[[ToolState, ToolState], ToolState] = lambda group, state: state
+    rule_of: Callable[[ToolState], str] | None = None
 
 
 def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None, likely: str | None = None) -> str:
@@ -58,11 +58,11 @@ def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None,
     return asked or possible[0]
 
 
-def group_of(names: list[str], rule: str, hyper: dict[str, Any], theirs: State) -> Group:
+def group_of(names: list[str], rule: str, hyper: dict[str, Any], theirs: ToolState) -> SavedGroup:
     """A param group: ``hyper`` of the rule, and what schedulers note in ``theirs``, all as plain values."""
     notes = {k: v for k, v in theirs.items() if k in ("initial_lr", "swa_lr")}
     h = {**RULES[rule].resolve(hyper), **notes}
-    return Group(names, {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in h.items()})
+    return SavedGroup(names, {k: v.item() if isinstance(v, Tensor) and v.numel() == 1 else v for k, v in h.items()})
 
 
 def stored(name: str, tag: str, shape: Shape, parts: Mapping[str, Tensor], signed: bool | None = None) -> Stored:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.importers.base import State, Tool, is_book, plain, stored
+from memopt.checkpoint.importers.base import Tool, ToolState, is_book, plain, stored
 from memopt.checkpoint.state.saved import Stored
 from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats.foreign.bitsandbytes import code_book
@@ -23,16 +23,16 @@ _MOMENTS = {
 }
 
 
-def flat(state: State) -> dict[str, Any]:
+def flat(state: ToolState) -> dict[str, Any]:
     return {**{k: v for k, v in state.items() if k != _WRAPPED}, **state.get(_WRAPPED, {})}
 
 
-def rules(group: State, state: State) -> tuple[str, ...]:
+def rules(group: ToolState, state: ToolState) -> tuple[str, ...]:
     """Its Adam decouples weight decay: it is AdamW. Lion, RMSprop and SGD save the same keys."""
     return ("adamw",) if "state2" in flat(state) else ("lion", "rmsprop", "sgd")
 
 
-def hyper(group: State, rule: str) -> dict[str, Any]:
+def hyper(group: ToolState, rule: str) -> dict[str, Any]:
     first, second = group["betas"][:2]
     own = {
         "adamw": {"betas": (first, second), "eps": group["eps"]},
@@ -43,7 +43,7 @@ def hyper(group: State, rule: str) -> dict[str, Any]:
     return {"lr": group["lr"], "weight_decay": group["weight_decay"], **own[rule]}
 
 
-def moments(state: State) -> dict[str, Stored]:
+def moments(state: ToolState) -> dict[str, Stored]:
     """Named as of AdamW; :func:`renamed` gives those of a rule with one moment its own name."""
     state = flat(state)
     return {name: _moment(state, i, name) for i, name in ((1, "exp_avg"), (2, "exp_avg_sq")) if f"state{i}" in state}

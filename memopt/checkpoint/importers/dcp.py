@@ -42,7 +42,7 @@ _MODULES = (
 MAX_METADATA_NBYTES = 2**33
 
 
-class _Chunk(NamedTuple):
+class _SavedBox(NamedTuple):
     """A box of a tensor, and where its bytes are."""
 
     offsets: Shape
@@ -56,7 +56,7 @@ class _Entry(NamedTuple):
 
     path: tuple[Any, ...]
     shape: Shape | None
-    chunks: list[_Chunk]
+    chunks: list[_SavedBox]
 
 
 def find(path: Path) -> Path | None:
@@ -94,13 +94,13 @@ def _entries(path: Path) -> list[_Entry]:
     content = read_file(file, MAX_METADATA_NBYTES, "metadata")
     metadata = safe_unpickle.tree(content, _MODULES, str(file))
     with laid_out(str(file), "the metadata of torch.distributed.checkpoint"):
-        where: dict[str, list[_Chunk]] = {}
+        where: dict[str, list[_SavedBox]] = {}
         sizes: dict[str, int] = {}
         for index, info in metadata.storage_data.items():
             if getattr(info, "transform_descriptors", None):
                 raise Refused(f"{file}: {shown(info.relative_path)} is compressed, and is not read")
             offsets = _numbers(getattr(index, "offset", None) or (), f"{file}: the offsets of a piece")
-            chunk = _Chunk(offsets, info.relative_path, *_numbers((info.offset, info.length), f"{file}: a range"))
+            chunk = _SavedBox(offsets, info.relative_path, *_numbers((info.offset, info.length), f"{file}: a range"))
             if chunk.file not in sizes:
                 sizes[chunk.file] = _size(path, chunk.file, str(file))
             if chunk.offset + chunk.nbytes > sizes[chunk.file]:
@@ -125,7 +125,7 @@ def _entries(path: Path) -> list[_Entry]:
         return found
 
 
-def _refuse_overlaps(chunks: list[_Chunk], origin: str) -> None:
+def _refuse_overlaps(chunks: list[_SavedBox], origin: str) -> None:
     """Pieces that lie within each other would be read as often as they are named."""
     name, end = "", 0
     for chunk in sorted(chunks, key=lambda chunk: (chunk.file, chunk.offset)):
@@ -170,7 +170,7 @@ def _split(entry: _Entry) -> _Entry:
     return entry._replace(path=(kind, name, key)) if len(entry.path) == 1 and rest else entry
 
 
-def _groups(path: Path, inside: list[_Entry], read_chunk: Callable[[_Chunk], Any]) -> list[dict[str, Any]]:
+def _groups(path: Path, inside: list[_Entry], read_chunk: Callable[[_SavedBox], Any]) -> list[dict[str, Any]]:
     """The param groups, with the names of their parameters under ``params``. A flattened dictionary has the
     hyperparameters of every parameter: those that share all of them are one group."""
     found: dict[Any, dict[str, Any]] = {}
@@ -197,7 +197,7 @@ def _number(value: Any, where: str) -> float:
     return steps(float(value), where)
 
 
-def _record(name: str, state: dict[str, _Entry], read_chunk: Callable[[_Chunk], Any]) -> Record:
+def _record(name: str, state: dict[str, _Entry], read_chunk: Callable[[_SavedBox], Any]) -> Record:
     step = _number(_plain(read_chunk(state["step"].chunks[0])), name) if "step" in state else 1.0
     moments: dict[str, Stored] = {}
     for key, entry in state.items():
@@ -216,12 +216,12 @@ def _record(name: str, state: dict[str, _Entry], read_chunk: Callable[[_Chunk], 
     return Record(name, shape, step, moments)
 
 
-def _whole(entry: _Entry, read_chunk: Callable[[_Chunk], Any]) -> Tensor:
+def _whole(entry: _Entry, read_chunk: Callable[[_SavedBox], Any]) -> Tensor:
     assert entry.shape is not None
     return _gather(entry, entry.shape, read_chunk)(0, prod(entry.shape)).view(entry.shape)
 
 
-def _gather(entry: _Entry, shape: Shape, read_chunk: Callable[[_Chunk], Any]) -> Callable[[int, int], Tensor]:
+def _gather(entry: _Entry, shape: Shape, read_chunk: Callable[[_SavedBox], Any]) -> Callable[[int, int], Tensor]:
     """Elements of the flattened tensor; the range must be of whole rows."""
     inner = prod(shape[1:])
     begins = sorted({chunk.offsets[0] for chunk in entry.chunks}) if shape else []
@@ -257,7 +257,7 @@ def _tensor_of(value: Any, where: str) -> Tensor:
     return value
 
 
-def _overlapping(chunks: list[_Chunk], begins: list[int], low: int, high: int) -> Iterator[_Chunk]:
+def _overlapping(chunks: list[_SavedBox], begins: list[int], low: int, high: int) -> Iterator[_SavedBox]:
     """Boxes that may have rows ``[low, high)``: of those that begin before them, none that another ends. ``chunks`` are
     in the order of their offsets, ``begins`` are the first of those, each once."""
     at = bisect_right(begins, low) - 1  # the last that begins at or before the rows
@@ -268,11 +268,11 @@ def _overlapping(chunks: list[_Chunk], begins: list[int], low: int, high: int) -
         yield chunk
 
 
-def _reader(path: Path) -> Callable[[_Chunk], Any]:
+def _reader(path: Path) -> Callable[[_SavedBox], Any]:
     """What reads a chunk: a tensor or a plain value. The last few are remembered, being read in pieces."""
 
     @lru_cache(maxsize=2)
-    def read_chunk(chunk: _Chunk) -> Any:
+    def read_chunk(chunk: _SavedBox) -> Any:
         try:
             with open_regular(within(path, chunk.file, str(path / METADATA))) as file:
                 file.seek(chunk.offset)
@@ -281,6 +281,6 @@ def _reader(path: Path) -> Callable[[_Chunk], Any]:
             raise ValueError(f"{path / chunk.file} cannot be read: {error.strerror}") from None
         if len(content) != chunk.nbytes:
             raise ValueError(f"{path / chunk.file} is truncated: it ends before byte {chunk.offset + chunk.nbytes:,}")
-        return safe_unpickle.loads(content, str(path / chunk.file))
+        return safe_unpickle.unpickled_bytes(content, str(path / chunk.file))
 
     return read_chunk

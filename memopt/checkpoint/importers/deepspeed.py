@@ -27,7 +27,7 @@ from memopt.checkpoint.importers.base import choose, group_of
 from memopt.checkpoint.importers.base import steps as steps_of
 from memopt.checkpoint.importers.gathered import GatheredPiece, from_fragments, gathered
 from memopt.checkpoint.state import deepspeed_files
-from memopt.checkpoint.state.deepspeed_files import Flat, between, pieces_of
+from memopt.checkpoint.state.deepspeed_files import FlatVector, between, pieces_of
 from memopt.checkpoint.state.saved import Record, Source
 from memopt.core.rows import Shape
 from memopt.masters.base import LOW_PRECISION
@@ -43,7 +43,7 @@ _OPTIM, _MODEL, _UNIVERSAL = "*_optim_states.pt", "*_model_states.pt", "zero"
 _WEIGHTS = "fp32"
 
 #: parameter -> moment -> the flat tensors that follow one another.
-Fragments = dict[str, dict[str, list[Any]]]
+FragmentFiles = dict[str, dict[str, list[Any]]]
 
 
 def find(path: Path) -> Path | None:
@@ -59,7 +59,7 @@ def find(path: Path) -> Path | None:
 
 def _load(file: Path) -> Any:
     """A file of the folder's, which is no link to somewhere else."""
-    return safe_unpickle.load(within(file.parent, file.name, str(file.parent)))
+    return safe_unpickle.unpickled(within(file.parent, file.name, str(file.parent)))
 
 
 def read(path: Path, rule: str | None) -> Source:
@@ -137,9 +137,9 @@ def _rank_files(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
 def _partitioned(
     files: list[tuple[Path, dict[str, Any]]], shapes: list[dict[str, Shape]]
-) -> tuple[list[dict[str, Any]], Fragments, list[float], Source | None]:
+) -> tuple[list[dict[str, Any]], FragmentFiles, list[float], Source | None]:
     """``(param groups, fragments, step of each group, what is known of an optimizer of ours)``"""
-    fragments: Fragments = {name: {} for group in shapes for name in group}
+    fragments: FragmentFiles = {name: {} for group in shapes for name in group}
     own: Source | None = None
     ours: list[tuple[str, Mapping[str, Any]]] = []
     for file, content in files:
@@ -148,7 +148,7 @@ def _partitioned(
         if not isinstance(base, Mapping):
             raise ValueError(f"{file} is an elastic checkpoint, whose optimizer state is not that of flat partitions")
         weights = content["fp32_flat_groups" if third else "single_partition_of_fp32_groups"]
-        flats: list[dict[str, Flat]]
+        flats: list[dict[str, FlatVector]]
         if own_dict.wrote(base) and deepspeed_files.is_of_rows(base):
             ours.append((str(file), base))
             flats = [_flat({}, w, file) for w in weights]
@@ -181,7 +181,7 @@ def _step(state: Mapping[str, Any], group: Mapping[str, Any]) -> float:
     return steps_of(float(step), "a param group")
 
 
-def _flat(state: Mapping[str, Any], weights: Any, file: Path) -> dict[str, Flat]:
+def _flat(state: Mapping[str, Any], weights: Any, file: Path) -> dict[str, FlatVector]:
     """The flat tensors of one group on one rank."""
     moments = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.dim() and k != "step"}
     for name, tensor in ((_WEIGHTS, weights), *moments.items()):
@@ -198,7 +198,7 @@ def _numbers(tensor: Any, what: str) -> Tensor:
     return tensor
 
 
-def _cut_as_said(flats: list[dict[str, Flat]], mappings: list[dict[str, Any]], found: Fragments) -> None:
+def _cut_as_said(flats: list[dict[str, FlatVector]], mappings: list[dict[str, Any]], found: FragmentFiles) -> None:
     for flat, mapping in zip(flats, mappings, strict=True):
         for name, address in mapping.items():
             for moment, tensor in flat.items():
@@ -208,7 +208,9 @@ def _cut_as_said(flats: list[dict[str, Flat]], mappings: list[dict[str, Any]], f
                 found[name].setdefault(moment, []).append(piece)
 
 
-def _cut_evenly(flats: list[dict[str, Flat]], shapes: list[dict[str, Shape]], world: int, found: Fragments) -> None:
+def _cut_evenly(
+    flats: list[dict[str, FlatVector]], shapes: list[dict[str, Shape]], world: int, found: FragmentFiles
+) -> None:
     ends = list(accumulate(flat[_WEIGHTS].numel() for flat in flats))
     for moment in dict.fromkeys(moment for flat in flats for moment in flat):
         first = 0
@@ -223,7 +225,7 @@ def _cut_evenly(flats: list[dict[str, Flat]], shapes: list[dict[str, Shape]], wo
             first += share
 
 
-def _universal(folder: Path, shapes: list[dict[str, Shape]]) -> tuple[list[dict[str, Any]], Fragments, list[float]]:
+def _universal(folder: Path, shapes: list[dict[str, Shape]]) -> tuple[list[dict[str, Any]], FragmentFiles, list[float]]:
     state = _load(folder / "optimizer_state.pt")
     base = state.get("optimizer_state_dict", state)
     # For stage 3 the nested groups are those of one rank's file, or what all groups have in common.
@@ -253,7 +255,7 @@ def _source(
     asked: str | None,
     groups: list[dict[str, Any]],
     shapes: list[dict[str, Shape]],
-    fragments: Fragments,
+    fragments: FragmentFiles,
     records: dict[str, Record],
 ) -> Source:
     moments = {moment for found in fragments.values() for moment in found} - {_WEIGHTS}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.master_weights import Raw
-from memopt.checkpoint.importers.base import State, Tool, encoded, plain
+from memopt.checkpoint.importers.base import Tool, ToolState, encoded, plain
 from memopt.checkpoint.state.saved import LivePiece, SavedMaster, Stored
 from memopt.core.rows import Rows
 from memopt.formats.base import Shard
@@ -32,7 +32,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")
 _FLOATS = {torch.bfloat16: (7, -126), torch.float16: (10, -14)}
 
 
-def rules(group: State, state: State) -> tuple[str, ...]:
+def rules(group: ToolState, state: ToolState) -> tuple[str, ...]:
     """It does not save whether weight decay is decoupled."""
     if "eps" in group:
         return ("adamw", "adam")
@@ -41,12 +41,12 @@ def rules(group: State, state: State) -> tuple[str, ...]:
     return ("sgd", "sgdw") if group["weight_decay"] else ("sgd",)
 
 
-def hyper(group: State, rule: str) -> dict[str, Any]:
+def hyper(group: ToolState, rule: str) -> dict[str, Any]:
     keys = ("lr", "betas", "eps", "momentum", "dampening", "weight_decay")
     return {key: group[key] for key in keys if key in group}
 
 
-def moments(state: State) -> dict[str, Stored]:
+def moments(state: ToolState) -> dict[str, Stored]:
     found = {}
     for name in _MOMENTS:
         if name + CODES in state:
@@ -107,7 +107,7 @@ def _half_a_unit(p: Tensor) -> Tensor:
 CORRECTIONS = {3: _Correction(8), 4: _Correction(16)}
 
 
-def master_weights(group: State, state: State) -> SavedMaster | None:
+def master_weights(group: ToolState, state: ToolState) -> SavedMaster | None:
     correction = state.get(CORRECTION)
     if correction is None:
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.state.moment_codes import CODES
-from memopt.checkpoint.state.saved import Piece, Span, Stored
+from memopt.checkpoint.state.saved import DimRange, SavedPiece, Stored
 from memopt.core.rows import Rows, Shape
 from memopt.rules import Moment
 
@@ -22,19 +22,19 @@ Gather = Callable[[int, int], Tensor]
 
 
 @final
-class GatheredPiece(Piece):
+class GatheredPiece(SavedPiece):
     """A whole parameter's moment as fp32, of which a range along dimension 0 is gathered each time it is read."""
 
     def __init__(self, shape: Shape, gather: Gather) -> None:
         self.rows, self._gather = Rows.whole(shape), gather
 
-    def read(self, part: str, span: Span) -> Tensor:
+    def read(self, part: str, span: DimRange) -> Tensor:
         shape = self.rows.shape
         first, stop = span or (0, shape[0] if shape else 1)
         inner = prod(shape[1:])
         return self._gather(first * inner, stop * inner).float().view((stop - first, *shape[1:]) if shape else ())
 
-    def copy(self, part: str, span: Span, out: Tensor) -> None:
+    def copy(self, part: str, span: DimRange, out: Tensor) -> None:
         out.copy_(self.read(part, span))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memopt.checkpoint.importers.base import State, Tool, encoded, plain
+from memopt.checkpoint.importers.base import Tool, ToolState, encoded, plain
 from memopt.checkpoint.state.saved import Stored
 from memopt.core.registry import ALL_FORMATS
 
@@ -24,7 +24,7 @@ _ROWS = "row_sq"
 _RULES = {"muon": "muon", "normuon": "muon", "adamw": "adamw", "lion": "lion"}
 
 
-def _moments(state: State) -> dict[str, Stored]:
+def _moments(state: ToolState) -> dict[str, Stored]:
     found = {k: plain(k, v) for k, v in state.items() if k not in ("step", _ROWS) and isinstance(v, Tensor)}
     if _ROWS in state:
         found[_ROWS] = encoded(
@@ -36,11 +36,11 @@ def _moments(state: State) -> dict[str, Stored]:
 # The original, and DeepSpeed's -----------------------------------------------------------------------------------
 
 
-def rule_of(group: State) -> str:
+def rule_of(group: ToolState) -> str:
     return "muon" if group.get("use_muon", True) else "adamw"
 
 
-def hyper(group: State, rule: str) -> dict[str, Any]:
+def hyper(group: ToolState, rule: str) -> dict[str, Any]:
     if rule == "muon":
         return {k: group[k] for k in (*_BARE, "beta2") if k in group} | {"adjust_lr_fn": "original"}
     return {k: group[k] for k in ("lr", "betas", "eps", "weight_decay") if k in group}
@@ -63,7 +63,7 @@ ORIGINAL = Tool(
 # dion ------------------------------------------------------------------------------------------------------------
 
 
-def _dion_hyper(group: State, rule: str) -> dict[str, Any]:
+def _dion_hyper(group: ToolState, rule: str) -> dict[str, Any]:
     both = {"lr": group["lr"], "weight_decay": group["weight_decay"]}
     if rule == "muon":
         if group.get("adjust_lr") not in _ADJUST:
@@ -75,7 +75,7 @@ def _dion_hyper(group: State, rule: str) -> dict[str, Any]:
     return both | betas | ({"eps": group["epsilon"]} if rule == "adamw" else {})
 
 
-def _dion_state(group: State, state: State) -> State:
+def _dion_state(group: ToolState, state: ToolState) -> ToolState:
     """Its momentum is a sum of gradients where ours is a mean, and the group counts the steps."""
     if not state:
         return state

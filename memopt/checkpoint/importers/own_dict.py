@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from memopt.checkpoint.conversion.param_state import ParamState
-from memopt.checkpoint.state.saved import Group, Record, Source
+from memopt.checkpoint.state.saved import Record, SavedGroup, Source
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows, is_narrow
 from memopt.layout.replaced_state import own_entries
@@ -59,13 +59,13 @@ def read(
             raise ValueError(f"{origin} has {len(numbers)} parameters in its groups and describes {len(parameters)}")
         described, named = iter(parameters), is_named(groups)
         in_memory = PlacementStores(spec.replace(placement="device", overrides={}), 0, 1)
-        ours: list[Group] = []
+        ours: list[SavedGroup] = []
         records: dict[str, Record] = {}
         for group, members in _members(groups, described):
             own = RULES[spec.rule_of(group)]
             h = {**own.hyperparameters, **plain(group)}
             own.check(h)
-            ours.append(Group([name for _, (name, _, _) in members], plain(group)))
+            ours.append(SavedGroup([name for _, (name, _, _) in members], plain(group)))
             for number, parameter in members:
                 if parameter[0] in records:
                     raise ValueError(f"{origin} has two parameters of the name {shown(parameter[0])}")
@@ -107,10 +107,10 @@ def _members(groups: Any, described: Iterator[Any]) -> Iterator[tuple[Any, list[
         yield group, [(number, next(described)) for number in group["params"]]
 
 
-def groups_of(state_dict: Mapping[str, Any], names: list[str]) -> list[Group]:
+def groups_of(state_dict: Mapping[str, Any], names: list[str]) -> list[SavedGroup]:
     """Its groups, of parameters that have these names in the groups' order."""
     rest = iter(names)
-    return [Group([next(rest) for _ in group["params"]], plain(group)) for group in state_dict["param_groups"]]
+    return [SavedGroup([next(rest) for _ in group["params"]], plain(group)) for group in state_dict["param_groups"]]
 
 
 def plain(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,15 +58,15 @@ _TREE: dict[str, Any] = {
 }
 
 
-def load(path: Path) -> Any:
+def unpickled(path: Path) -> Any:
     """A file that ``torch.save`` wrote, mapped: tensors are read when they are needed. Raises ValueError for one that
     is damaged or names a class that is not known to be harmless."""
-    return torchfiles.load(path, CLASSES)
+    return torchfiles.read_torch_file(path, CLASSES)
 
 
-def loads(content: bytes, origin: str) -> Any:
+def unpickled_bytes(content: bytes, origin: str) -> Any:
     """The same, of bytes that ``torch.save`` wrote somewhere within a file."""
-    return torchfiles.loads(content, origin, CLASSES)
+    return torchfiles.read_torch_bytes(content, origin, CLASSES)
 
 
 def tree(content: bytes, modules: tuple[str, ...], origin: str) -> Any:

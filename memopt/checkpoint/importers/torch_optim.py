@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memopt.checkpoint.importers.base import State, Tool, factors, plain
+from memopt.checkpoint.importers.base import Tool, ToolState, factors, plain
 from memopt.checkpoint.state.saved import Stored
 from memopt.rules import RULES
 
@@ -16,7 +16,7 @@ _MARKS = {"radam": "decoupled_weight_decay", "rmsprop": "centered", "sgd": "nest
 _NO_MOMENTS = ("step", "row_var", "col_var", "variance")
 
 
-def rules(group: State, state: State) -> tuple[str, ...]:
+def rules(group: ToolState, state: ToolState) -> tuple[str, ...]:
     if "momentum_decay" in group or "mu_product" in state:
         return ()
     if "ns_coefficients" in group:
@@ -28,7 +28,7 @@ def rules(group: State, state: State) -> tuple[str, ...]:
     return tuple(rule for rule, mark in _MARKS.items() if mark in group)
 
 
-def hyper(group: State, rule: str) -> dict[str, Any]:
+def hyper(group: ToolState, rule: str) -> dict[str, Any]:
     ours = RULES[rule].hyperparameters
     found = {key: group[key] for key in ours if key in group}
     if rule == "muon" and found.get("adjust_lr_fn") is None:
@@ -38,7 +38,7 @@ def hyper(group: State, rule: str) -> dict[str, Any]:
     return found
 
 
-def moments(state: State) -> dict[str, Stored]:
+def moments(state: ToolState) -> dict[str, Stored]:
     found = {k: plain(k, v) for k, v in state.items() if k not in _NO_MOMENTS and isinstance(v, Tensor)}
     if "row_var" in state:
         found["exp_avg_sq"] = factors(state["row_var"], state["col_var"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from memopt.checkpoint.importers.base import State, Tool, encoded, is_book, plain
+from memopt.checkpoint.importers.base import Tool, ToolState, encoded, is_book, plain
 from memopt.checkpoint.state.saved import Stored
 from memopt.formats.foreign.bitsandbytes import code_book, dynamic8
 from memopt.formats.foreign.flat_blocks import FlatBlocks
@@ -23,7 +23,7 @@ _CLASSES: dict[str, tuple[Callable[[int], FlatBlocks], Callable[[bool], Tensor] 
 }
 
 
-def moments(state: State) -> dict[str, Stored]:
+def moments(state: ToolState) -> dict[str, Stored]:
     mine = {name: v for name, v in state.items() if isinstance(v, Tensor) or type(v).__name__ in _CLASSES}
     return {name: _moment(name, v) for name, v in mine.items() if name != "step"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from memopt.checkpoint.importers.base import State, Tool, factors, plain
+from memopt.checkpoint.importers.base import Tool, ToolState, factors, plain
 from memopt.checkpoint.state.saved import Stored
 
 #: Its name -> ours.
@@ -12,12 +12,12 @@ _NAMES = {"clip_threshold": "d", "decay_rate": "beta2_decay"}
 _SAME = ("lr", "eps", "beta1", "weight_decay", "scale_parameter", "relative_step", "warmup_init")
 
 
-def hyper(group: State, rule: str) -> dict[str, Any]:
+def hyper(group: ToolState, rule: str) -> dict[str, Any]:
     renamed = {ours: group[theirs] for theirs, ours in _NAMES.items()}
     return {**{key: group[key] for key in _SAME}, **renamed, "convention": "transformers"}
 
 
-def moments(state: State) -> dict[str, Stored]:
+def moments(state: ToolState) -> dict[str, Stored]:
     found = {name: plain(name, state[name]) for name in ("exp_avg", "exp_avg_sq") if name in state}
     if "exp_avg_sq_row" in state:
         row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memopt.checkpoint.conversion.param_state import ParamState
 from memopt.checkpoint.importers import own_dict
-from memopt.checkpoint.state.saved import Group, LivePiece, Record, Source, Stored
+from memopt.checkpoint.state.saved import LivePiece, Record, SavedGroup, Source, Stored
 from memopt.core.rows import Rows, Shape
 from memopt.layout.replaced_state import own_entries
 from memopt.partitions.deepspeed.spans import Span
@@ -43,14 +43,16 @@ class Encoded:
 
 
 #: Elements in one dimension, or the codes of such.
-Flat = Tensor | Encoded
+FlatVector = Tensor | Encoded
 
 
-def between(flat: Flat, first: int, stop: int) -> Flat:
+def between(flat: FlatVector, first: int, stop: int) -> FlatVector:
     return flat.between(first, stop) if isinstance(flat, Encoded) else flat[first:stop]
 
 
-def pieces_of(flats: Sequence[Mapping[str, Flat]], moment: str, weights: str, first: int, stop: int) -> Iterator[Flat]:
+def pieces_of(
+    flats: Sequence[Mapping[str, FlatVector]], moment: str, weights: str, first: int, stop: int
+) -> Iterator[FlatVector]:
     """Elements ``first`` up to ``stop`` of one moment of vectors that follow one another, as long as their ``weights``.
     Groups of another rule have none."""
     begin = 0
@@ -122,7 +124,7 @@ def named(
             weights = found[name].weights if name in found else None
             records[name] = Record(name, rows.shape, rows.step, rows.moments, rows.stepped, rows.dtype, None, weights)
     else:
-        groups = [Group(list(names), group.hyper) for names, group in zip(shapes, own.groups, strict=True)]
+        groups = [SavedGroup(list(names), group.hyper) for names, group in zip(shapes, own.groups, strict=True)]
     return Source(
         own.spec,
         groups,

@@ -40,7 +40,7 @@ def read_file(path: Path, rule: str | None = None) -> Source:
 
     Raises ValueError for a file that cannot be read without executing what it says.
     """
-    content = safe_unpickle.load(path)
+    content = safe_unpickle.unpickled(path)
     for key in _place(content, path):
         content = content[key]
     return read_state_dict(content, str(path), rule)
@@ -76,7 +76,7 @@ def surroundings(path: Path) -> Callable[[dict[str, Any]], Any] | None:
 
     Raises ValueError for content that torch does not read with ``weights_only``.
     """
-    place = _place(safe_unpickle.load(path), path)
+    place = _place(safe_unpickle.unpickled(path), path)
     if not place:
         return None
     try:

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from memopt.checkpoint.importers.gathered import Gather, gathered
-from memopt.checkpoint.state.saved import Group, Record, Source, Stored
+from memopt.checkpoint.state.saved import Record, SavedGroup, Source, Stored
 from memopt.core.param_names import matching
 from memopt.core.rows import Rows, Shape
-from memopt.partitions.base import Entry
+from memopt.partitions.base import NamedParam
 from memopt.partitions.deepspeed.fragments import Origin
 
 
 def of_vectors(
-    source: Source, origins: Sequence[Origin], entries: Sequence[Entry], groups: Sequence[dict[str, Any]]
+    source: Source, origins: Sequence[Origin], entries: Sequence[NamedParam], groups: Sequence[dict[str, Any]]
 ) -> Source:
     """``source`` for an optimizer of these ``groups`` whose parameters are the vectors ``entries``, made of parts of
     ``origins``. Elements of a vector that are of no parameter are zero.
@@ -52,7 +52,7 @@ def of_fragments(source: Source, origins: Sequence[Origin], groups: Sequence[dic
 def _like(
     source: Source, records: dict[str, Record], names: list[list[str]], hyper: list[dict[str, Any]], *, named: bool
 ) -> Source:
-    groups = [Group(some, h) for some, h in zip(names, hyper, strict=True)]
+    groups = [SavedGroup(some, h) for some, h in zip(names, hyper, strict=True)]
     return replace(source, groups=groups, records=records, named=named)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from memopt.checkpoint.conversion.in_place import param_states
-from memopt.checkpoint.state.saved import Group, Source
+from memopt.checkpoint.state.saved import SavedGroup, Source
 from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def source_of(optimizer: Optimizer) -> Source:
     }
     names = iter(records)
     groups = [
-        Group([next(names) for _ in group["params"]], {k: v for k, v in group.items() if k not in TORCH_KEYS})
+        SavedGroup([next(names) for _ in group["params"]], {k: v for k, v in group.items() if k not in TORCH_KEYS})
         for group in optimizer.param_groups
     ]
     named = is_named(optimizer.param_groups)

@@ -19,35 +19,35 @@ from memopt.rules import RULES, Moment, Rule
 from memopt.spec import OptimSpec
 
 #: A range along dimension 0; None is the whole tensor.
-Span = tuple[int, int] | None
+DimRange = tuple[int, int] | None
 
 
-class Piece(ABC):
+class SavedPiece(ABC):
     """The parts of one moment for some rows of a parameter. Subclasses are final."""
 
     rows: Rows
 
     @abstractmethod
-    def read(self, part: str, span: Span) -> Tensor:
+    def read(self, part: str, span: DimRange) -> Tensor:
         """This range of a part; it must not be changed."""
 
     @abstractmethod
-    def copy(self, part: str, span: Span, out: Tensor) -> None:
+    def copy(self, part: str, span: DimRange, out: Tensor) -> None:
         """The same, into ``out``."""
 
 
 @final
-class LivePiece(Piece):
+class LivePiece(SavedPiece):
     """Tensors in memory."""
 
     def __init__(self, rows: Rows, parts: Mapping[str, Tensor]) -> None:
         self.rows = rows
         self._parts = parts
 
-    def read(self, part: str, span: Span) -> Tensor:
+    def read(self, part: str, span: DimRange) -> Tensor:
         return self._parts[part] if span is None else self._parts[part][slice(*span)]
 
-    def copy(self, part: str, span: Span, out: Tensor) -> None:
+    def copy(self, part: str, span: DimRange, out: Tensor) -> None:
         out.copy_(self.read(part, span))
 
 
@@ -58,7 +58,7 @@ class Stored(NamedTuple):
     moment: Moment
     format: Format
     shape: Shape
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SavedPiece, ...]
     code: str = ""
     coded: Mapping[str, Tensor] | None = None
 
@@ -87,7 +87,7 @@ class Stored(NamedTuple):
         start, stop = rows.bounds
         return x[start - around.bounds[0] : stop - around.bounds[0]]
 
-    def _located(self) -> list[tuple[Piece, Rows]]:
+    def _located(self) -> list[tuple[SavedPiece, Rows]]:
         return [(piece, stored_rows(self.format, self.moment, piece.rows)) for piece in self.pieces]
 
     def copy(self, rows: Rows, parts: Mapping[str, Tensor]) -> None:
@@ -134,7 +134,7 @@ class Record:
 
 
 @dataclass
-class Group:
+class SavedGroup:
     """The hyperparameters of some parameters, by name."""
 
     names: list[str]
@@ -147,7 +147,7 @@ class Source:
     ``label`` what wrote it where that was not memopt."""
 
     spec: OptimSpec
-    groups: list[Group]
+    groups: list[SavedGroup]
     records: dict[str, Record]
     origin: str
     named: bool = True

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
-from memopt.checkpoint.state.saved import Piece, Record, SavedMaster, Span, Stored
+from memopt.checkpoint.state.saved import DimRange, Record, SavedMaster, SavedPiece, Stored
 from memopt.core.rows import Rows, Shape
 from memopt.formats import FORMATS
 from memopt.partitions.dtensor import chunk, is_dtensor
 
 #: A range of each dimension but the first.
-Columns = tuple[slice, ...]
+ColumnSlices = tuple[slice, ...]
 
 
 class Slab(NamedTuple):
@@ -37,7 +37,7 @@ class Slab(NamedTuple):
         first = self.offset[0]
         return Rows((shape[0], *self.size[1:]), first, first + self.size[0], 1)
 
-    def columns(self) -> Columns:
+    def columns(self) -> ColumnSlices:
         """Where it is along all dimensions but the first."""
         pairs = zip(self.offset[1:], self.size[1:], strict=True)
         return tuple(slice(at, at + n) for at, n in pairs)
@@ -151,14 +151,14 @@ def copy_rows(
 
 
 @final
-class ColumnsPiece(Piece):
+class ColumnsPiece(SavedPiece):
     """Some rows of a tensor, whose columns are in several places. Of single elements: what is kept of them is one part
     in their own shape."""
 
-    def __init__(self, rows: Rows, pieces: Sequence[tuple[Columns, Piece]]) -> None:
+    def __init__(self, rows: Rows, pieces: Sequence[tuple[ColumnSlices, SavedPiece]]) -> None:
         self.rows, self._pieces = rows, pieces
 
-    def read(self, part: str, span: Span) -> Tensor:
+    def read(self, part: str, span: DimRange) -> Tensor:
         start, stop = span or (0, self.rows.bounds[1] - self.rows.bounds[0])
         parts = [(columns, piece.read(part, (start, stop))) for columns, piece in self._pieces]
         out = torch.empty((stop - start, *self.rows.shape[1:]), dtype=parts[0][1].dtype)
@@ -166,14 +166,14 @@ class ColumnsPiece(Piece):
             out[(slice(None), *columns)] = x
         return out
 
-    def copy(self, part: str, span: Span, out: Tensor) -> None:
+    def copy(self, part: str, span: DimRange, out: Tensor) -> None:
         out.copy_(self.read(part, span))
 
 
-def assembled(shape: Shape, pieces: Iterable[tuple[Slab, Piece]]) -> tuple[Piece, ...]:
+def assembled(shape: Shape, pieces: Iterable[tuple[Slab, SavedPiece]]) -> tuple[SavedPiece, ...]:
     """The pieces by rows, those of some columns put together."""
-    found: dict[tuple[int, ...], list[tuple[Columns, Piece]]] = {}
-    whole: list[Piece] = []
+    found: dict[tuple[int, ...], list[tuple[ColumnSlices, SavedPiece]]] = {}
+    whole: list[SavedPiece] = []
     for slab, piece in pieces:
         if slab.size[1:] == shape[1:]:
             whole.append(piece)
@@ -185,20 +185,20 @@ def assembled(shape: Shape, pieces: Iterable[tuple[Slab, Piece]]) -> tuple[Piece
 
 
 @final
-class _SlabPiece(Piece):
+class _SlabPiece(SavedPiece):
     """The columns of a slab, of all rows of a moment."""
 
     def __init__(self, of: Stored, slab: Slab, *, raw: bool) -> None:
         self._of, self._slab, self._raw = of, slab, raw
         self.rows = Rows.whole((of.shape[0], *slab.size[1:]))
 
-    def read(self, part: str, span: Span) -> Tensor:
+    def read(self, part: str, span: DimRange) -> Tensor:
         start, stop = span or (0, self._of.shape[0])
         rows = Rows(self._of.shape, start, stop, 1)
         x = self._of.part("", rows) if self._raw else self._of.decode(rows)
         return x.view(rows.local_shape)[(slice(None), *self._slab.columns())]
 
-    def copy(self, part: str, span: Span, out: Tensor) -> None:
+    def copy(self, part: str, span: DimRange, out: Tensor) -> None:
         out.copy_(self.read(part, span))
 
 
@@ -220,5 +220,5 @@ def of_columns(record: Record, slab: Slab) -> Record:
     return Record(record.name, shape, record.step, moments, record.stepped, record.dtype, master, weights, record.own)
 
 
-def _columns_of(weights: Callable[[Rows], Tensor], shape: Shape, columns: Columns) -> Callable[[Rows], Tensor]:
+def _columns_of(weights: Callable[[Rows], Tensor], shape: Shape, columns: ColumnSlices) -> Callable[[Rows], Tensor]:
     return lambda rows: weights(Rows(shape, *rows.bounds, 1))[(slice(None), *columns)]

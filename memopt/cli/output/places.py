@@ -58,7 +58,7 @@ def disk_speed(directory: str | None = None) -> tuple[bool, str]:
     """Sequential direct writes and reads of 64 MiB, as ``@disk`` makes them: what its steps can hope for."""
     where = directory or tempfile.gettempdir()
     try:
-        write, read, direct = measure(where)
+        write, read, direct = throughput(where)
     except (OSError, RuntimeError, ValueError) as error:
         return False, f"{where} was not measured: {error}"
     how = "O_DIRECT" if direct else "through the page cache, as the file system has no O_DIRECT"
@@ -69,7 +69,7 @@ def disk_speed(directory: str | None = None) -> tuple[bool, str]:
     )
 
 
-def measure(directory: str) -> tuple[float, float, bool]:
+def throughput(directory: str) -> tuple[float, float, bool]:
     """``(GiB/s written, GiB/s read, whether past the page cache)``"""
     import mmap
 

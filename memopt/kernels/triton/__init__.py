@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from memopt.kernels.context import StepContext, Stores
-    from memopt.kernels.triton.cached_step import CachedStep
+    from memopt.kernels.triton.cached_step import TritonCachedStep
     from memopt.layout.param import ParamLayout
     from memopt.layout.param_step import Work
 
@@ -50,7 +50,7 @@ def make_cached_step(
     originals: Mapping[int, Tensor],
     stores: Stores,
     before: object,
-) -> CachedStep | None:
+) -> TritonCachedStep | None:
     """A prepared step for all of these parameters, or None."""
     if not serves(works):
         return None

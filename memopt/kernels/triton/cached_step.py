@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from memopt.kernels.cached_entries import CachedEntries, Record, record
+from memopt.kernels.cached_entries import CachedEntries, CachedParam, record
 from memopt.kernels.context import StepOutcome
 from memopt.kernels.triton import tables
 from memopt.kernels.triton.available import capturing
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from memopt.rules import Rule
 
 
-class CachedStep(CachedEntries):
+class TritonCachedStep(CachedEntries):
     """The tables of all parameters that have had a gradient; made by :func:`make`."""
 
     pages: Pages | None = None
     on_device = True
 
     def __init__(
-        self, context: StepContext, records: Sequence[Record], made: Sequence[tables.Tensors], launcher: Launcher
+        self, context: StepContext, records: Sequence[CachedParam], made: Sequence[tables.Tensors], launcher: Launcher
     ) -> None:
         super().__init__(context, records)
         self.made = made
@@ -249,7 +249,7 @@ def make(
     originals: Mapping[int, Tensor],
     stores: Stores,
     before: object,
-) -> CachedStep | None:
+) -> TritonCachedStep | None:
     """A plan for these parameters, after they have stepped, and for those that ``before`` knew; None where not all of
     them can go this way."""
     one = len({work.p.device for work in works}) == 1
@@ -264,8 +264,8 @@ def make(
         if not placed or not counted or work.p is not originals[work.index] or refuse_work(work, 1):
             return None
     tensors = describe_all(works, context.seed, context.groups, context.capturable)
-    entries: dict[int, tuple[Record, tables.Tensors]] = {}
-    if isinstance(before, CachedStep):
+    entries: dict[int, tuple[CachedParam, tables.Tensors]] = {}
+    if isinstance(before, TritonCachedStep):
         both = zip(before.still_valid(context), before.made, strict=False)
         entries = {one.layout.index: (one, tensor.copy()) for one, tensor in both}
     for work, tensor in zip(works, tensors, strict=True):
@@ -275,9 +275,9 @@ def make(
         entries[work.index] = stepped, tensor
     records, made = zip(*(entries[index] for index in sorted(entries)), strict=True)
     launcher = Launcher(works[0].layout.rule, made, works[0].p.device, len(context.groups))
-    if isinstance(before, CachedStep) and before.launcher.device == launcher.device:
+    if isinstance(before, TritonCachedStep) and before.launcher.device == launcher.device:
         launcher.skipped = before.launcher.skipped
-    plan = CachedStep(context, records, made, launcher)
+    plan = TritonCachedStep(context, records, made, launcher)
     if context.capturable:
         plan.rehearse(context)
     return plan

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from memopt.spec import OptimSpec
 
-Groups = Sequence[dict[str, Any]]
+ParamGroups = Sequence[dict[str, Any]]
 
 
 def has_shape(p: Tensor) -> bool:
@@ -60,7 +60,7 @@ class LiveGroups:
         #: How many parameters took the place of another one, in its place.
         self.swapped = 0
 
-    def changed(self, groups: Groups) -> bool:
+    def changed(self, groups: ParamGroups) -> bool:
         """Whether parameters or names are others than when :meth:`names` was called last."""
         return len(groups) != len(self._seen) or not all(s.same(g) for s, g in zip(self._seen, groups, strict=True))
 
@@ -68,7 +68,7 @@ class LiveGroups:
         """This is the state of the parameter of this name: who moves it to another tensor moves the name with it."""
         self._states[id(state)] = name
 
-    def names(self, groups: Groups, spec: OptimSpec, state: Mapping[Any, Any]) -> Iterator[list[str]]:
+    def names(self, groups: ParamGroups, spec: OptimSpec, state: Mapping[Any, Any]) -> Iterator[list[str]]:
         """The names of each group's parameters; without names, numbers."""
         if self.changed(groups):
             self._look(groups, spec, state)
@@ -76,7 +76,7 @@ class LiveGroups:
 
     # Who is who ------------------------------------------------------------------------------------------------
 
-    def _look(self, groups: Groups, spec: OptimSpec, state: Mapping[Any, Any]) -> None:
+    def _look(self, groups: ParamGroups, spec: OptimSpec, state: Mapping[Any, Any]) -> None:
         before = {id(seen.group): seen for seen in self._seen}
         self._names = {key: (weak, name) for key, (weak, name) in self._names.items() if weak() is not None}
         self._check_new(groups, spec, before)
@@ -106,7 +106,7 @@ class LiveGroups:
             found.append(_Seen(group, [ref(p) for p in group["params"]], written and list(written), list(names)))
         self._seen = found
 
-    def _stated(self, groups: Groups, before: dict[int, _Seen]) -> list[list[str] | None]:
+    def _stated(self, groups: ParamGroups, before: dict[int, _Seen]) -> list[list[str] | None]:
         """The names that a group has been given, where that is news, without wrappers' parts."""
         news: list[list[str] | None] = []
         for group in groups:
@@ -116,7 +116,7 @@ class LiveGroups:
                 news[-1] = list(names)
         return [None if names is None else [clean_name(name) for name in names] for names in news]
 
-    def _check_new(self, groups: Groups, spec: OptimSpec, before: dict[int, _Seen]) -> None:
+    def _check_new(self, groups: ParamGroups, spec: OptimSpec, before: dict[int, _Seen]) -> None:
         """What stands in the groups now is what an optimizer can take, or SpecError. New groups get what they lack."""
         seen: set[int] = set()
         for group in groups:
@@ -167,7 +167,7 @@ class LiveGroups:
 
     # What values mean ------------------------------------------------------------------------------------------
 
-    def check_values(self, groups: Groups, spec: OptimSpec) -> None:
+    def check_values(self, groups: ParamGroups, spec: OptimSpec) -> None:
         """Raise SpecError, before anything is stepped, for a value that was set to what means nothing."""
         for group in groups:
             name = spec.rule_of(group)

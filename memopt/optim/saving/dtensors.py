@@ -10,11 +10,11 @@ from torch import Tensor
 
 from memopt.core.ledger import dtype_name
 from memopt.core.rows import Rows, Shape
-from memopt.layout.param import resolve
+from memopt.layout.param import resolve_layout
 from memopt.partitions.dtensor import is_dtensor, like, local_of
 
 if TYPE_CHECKING:
-    from memopt.partitions.base import Entry, Partition
+    from memopt.partitions.base import NamedParam, Partition
     from memopt.spec import OptimSpec
 
 #: What calls ``state_dict()`` and keeps one rank's answer, or merges all as replicas: module -> function, where only
@@ -31,7 +31,7 @@ REPLICAS = ("torch.distributed.checkpoint.state_dict",)
 
 
 def wrapped(
-    spec: OptimSpec, partition: Partition, entries: Iterable[Entry], packed: Mapping[Any, Any]
+    spec: OptimSpec, partition: Partition, entries: Iterable[NamedParam], packed: Mapping[Any, Any]
 ) -> dict[Any, Any]:
     """The state of ``packed`` (by the parameter's number), each part of a DTensor's state as a DTensor of the part's
     global shape: cut as the parameter is, or whole on every rank. Codes and scales as they are; no copies."""
@@ -58,7 +58,7 @@ def _shapes(
     none = Rows(shape, 0, 0, here.flat)
 
     def lines(rows: Rows) -> dict[str, Shape]:
-        layout = resolve(spec, group, name, 0, rows, dtype_name(p))
+        layout = resolve_layout(spec, group, name, 0, rows, dtype_name(p))
         return {line.key: line.shape for line in layout.lines("cpu")}
 
     empty = lines(none)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, final
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows, Shape
-from memopt.partitions.base import Entry, Partition
+from memopt.partitions.base import NamedParam, Partition
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,7 +34,7 @@ class Flat(Partition):
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
         return Rows.whole(shape)
 
-    def entries(self, groups: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+    def entries(self, groups: Iterable[dict[str, Any]]) -> Iterator[NamedParam]:
         """DeepSpeed steps groups and sub-groups one by one: a vector keeps its number as its name."""
         for group in groups:
             for p in group["params"]:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows, Shape
-from memopt.partitions.base import NUMEL_TOGETHER, Entry, Partition, sum_over
+from memopt.partitions.base import NUMEL_TOGETHER, NamedParam, Partition, sum_over
 from memopt.partitions.deepspeed.spans import Span, cut_rows
 from memopt.partitions.exchange import Share
-from memopt.partitions.world import Groups
+from memopt.partitions.world import ProcessGroups
 
 if TYPE_CHECKING:
     from memopt.spec import OptimSpec
@@ -129,7 +129,7 @@ class Fragments(Partition):
     def rows(shape: Shape, rank: int, world_size: int) -> Rows:
         raise NotImplementedError("which rows a rank has is for DeepSpeed to say: memopt.price(deepspeed=…)")
 
-    def entries(self, groups: Iterable[dict[str, Any]]) -> Iterator[Entry]:
+    def entries(self, groups: Iterable[dict[str, Any]]) -> Iterator[NamedParam]:
         """All parameters, whatever the groups: DeepSpeed steps them one vector at a time."""
         for f in self.fragments:
             yield f.origin.name, f.part, f.origin.group
@@ -144,7 +144,7 @@ class Fragments(Partition):
         """As it is: :meth:`gather` makes rows of it."""
         return x
 
-    def groups(self, p: Tensor) -> Groups:
+    def groups(self, p: Tensor) -> ProcessGroups:
         f = self._of[id(p)]
         return (f.origin.process_group,) if f.is_shared else ()
 

@@ -42,7 +42,7 @@ NO_MEMORY = "the device has no memory left for looking at them"
 
 
 @final
-class Place:
+class BufferSlice:
     """A piece and where it stands in which buffer."""
 
     def __init__(self, number: int, piece: Piece, buffer: int, at: int) -> None:
@@ -58,7 +58,7 @@ class Place:
 class Copy:
     """One gradient's."""
 
-    def __init__(self, p: Tensor, g: Tensor, places: list[Place]) -> None:
+    def __init__(self, p: Tensor, g: Tensor, places: list[BufferSlice]) -> None:
         self.p, self.places = p, places
         self.numel = sum(t.numel() for _, t in self.parts(g))
         self._g, self._at, self._version = weakref.ref(g), g.data_ptr(), g._version
@@ -66,7 +66,7 @@ class Copy:
         self.ended: Event | None = None
         _COPIES.add(self)
 
-    def parts(self, g: Tensor) -> list[tuple[Place, Tensor]]:
+    def parts(self, g: Tensor) -> list[tuple[BufferSlice, Tensor]]:
         """The rows of ``g`` that are copied, by place."""
         begin = self.places[0].piece.rows.bounds[0]
         found = []
@@ -173,16 +173,16 @@ class GradientPrefetch:
             return
         self._copies[name] = copy
 
-    def _places(self, name: str) -> list[Place]:
+    def _places(self, name: str) -> list[BufferSlice]:
         """Where its pieces go, as many of the first of them as there is room for."""
         room = self._buffers[0].numel() if self._buffers else 0
-        found: list[Place] = []
+        found: list[BufferSlice] = []
         for number, piece in enumerate(self._chunks[name][1]):
             if not self._ends or self._ends[-1] + piece.nbytes > room:
                 if len(self._ends) == len(self._buffers) or piece.nbytes > room:
                     break
                 self._ends.append(0)
-            found.append(Place(number, piece, len(self._ends) - 1, self._ends[-1]))
+            found.append(BufferSlice(number, piece, len(self._ends) - 1, self._ends[-1]))
             self._ends[-1] += piece.nbytes
         return found
 

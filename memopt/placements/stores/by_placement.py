@@ -9,7 +9,7 @@ from memopt.core.ledger import Line
 from memopt.core.rows import Rows
 from memopt.layout.chunks import ChunkedState, StoreOptions
 from memopt.placements import PLACEMENTS
-from memopt.placements.base import PlacementStore, Run
+from memopt.placements.base import PlacementStore, StepFunction
 from memopt.spec.placement_options import of_placement
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class PlacementStores:
         for placement_store in self._placement_stores.values():
             placement_store.check()
 
-    def step(self, works: Sequence[Work], run: Run) -> None:
+    def step(self, works: Sequence[Work], run: StepFunction) -> None:
         """Step the works, those of each home at once."""
         if len(self._placement_stores) == 1:
             next(iter(self._placement_stores.values())).step(works, run, self._chunked)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from memopt.core.ledger import Line
 from memopt.layout.chunks import Buffers, ChunkedState, Part, Piece, StoreOptions, piece
-from memopt.placements.base import E, Placement, PlacementStore, Run
+from memopt.placements.base import E, Placement, PlacementStore, StepFunction
 from memopt.placements.gradients.offload import GradientOffload, OffloadedGradient
 from memopt.placements.gradients.prefetch import GradientPrefetch
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of
@@ -108,7 +108,7 @@ class Offloaded(Streamed):
 
     # The step ----------------------------------------------------------------------------------------------------
 
-    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
+    def step(self, works: Sequence[Work], run: StepFunction, chunked: Callable[[Work], ChunkedState]) -> None:
         here = [work for work in works if transfer_of(work.p.device) is None]
         if here:
             run(here)
@@ -156,7 +156,7 @@ class Offloaded(Streamed):
                 )
         super().prepare({n: staging(h, self._gradient_offload is not None) for n, h in chunked.items()}, device, also)
 
-    def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+    def chain(self, chunk: Sequence[Placed], run: StepFunction, device: torch.device) -> list[Operation]:
         on_buffers = [(chunk_slice, chunk_slice.on({}), at) for chunk_slice, at in chunk]
         there = [
             self._gradient_offload is not None or (chunk_slice.work.name, chunk_slice.number) in self._begun

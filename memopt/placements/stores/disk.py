@@ -23,8 +23,8 @@ from memopt.core.user_warning import warn
 from memopt.kernels import Streaming
 from memopt.layout.chunks import PAGE, Buffers, ChunkedState, Part, StoreOptions, pack
 from memopt.placements.arena import Arena
-from memopt.placements.base import Placement, Restored, Run
-from memopt.placements.entry import Entry, Place, Sum, fetched, written
+from memopt.placements.base import Placement, Restored, StepFunction
+from memopt.placements.entry import ChunkPart, Entry, Sum, fetched, written
 from memopt.placements.stores.durable_directory import Directory
 from memopt.placements.stores.mapped_files import bytes_view
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, placed
@@ -119,7 +119,7 @@ class Files(Streamed):
         if self.directory:
             self.directory.check()
 
-    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
+    def step(self, works: Sequence[Work], run: StepFunction, chunked: Callable[[Work], ChunkedState]) -> None:
         self._written = []
         if self.directory:
             self.directory.wait()
@@ -154,7 +154,7 @@ class Files(Streamed):
             found.add(name)
         return found
 
-    def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+    def chain(self, chunk: Sequence[Placed], run: StepFunction, device: torch.device) -> list[Operation]:
         nbytes = sum(part.nbytes for chunk_slice, _ in chunk for part in chunk_slice.piece.parts)
         places = self._places(chunk)
 
@@ -225,7 +225,7 @@ class Files(Streamed):
         for at, offset, size in found:
             act(self._views[i][at : at + size], offset)
 
-    def _places(self, chunk: Sequence[Placed]) -> list[Place]:
+    def _places(self, chunk: Sequence[Placed]) -> list[ChunkPart]:
         """Where each part of the chunk is in the buffer, and in its entry's copy."""
         return [
             (entry, part, base + part.at, entry.offsets[part.key] + part.offset)

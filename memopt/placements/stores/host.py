@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memopt.core.ledger import Line
 from memopt.layout.chunks import Buffers, ChunkedState, Part, Piece, StoreOptions
-from memopt.placements.base import Placement, Run
+from memopt.placements.base import Placement, StepFunction
 from memopt.placements.stores.mapped_files import tensors_in
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of, tensor_in
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 ALIGN, SMALL, SLAB = 64, 128 * 2**10, 4 * 2**20
 
 
-class _Chunk(NamedTuple):
+class _HostChunk(NamedTuple):
     """``pairs`` is what is copied, ``nbytes`` how much; ``states`` are the slices' states in each buffer that the chunk
     has been in."""
 
@@ -57,8 +57,8 @@ class Pinned(Streamed):
         self._where = "cpu"
         self._transfer: DeviceTransfer | None = None
         #: By the first slice: most steps are cut as the one before. What a step does not use is forgotten.
-        self._chunks: dict[tuple[str, int], _Chunk] = {}
-        self._before: dict[tuple[str, int], _Chunk] = {}
+        self._chunks: dict[tuple[str, int], _HostChunk] = {}
+        self._before: dict[tuple[str, int], _HostChunk] = {}
 
     def in_place(self, device: torch.device) -> bool:
         return transfer_of(device) is None
@@ -89,7 +89,7 @@ class Pinned(Streamed):
         begin, self._end = self._end, self._end + nbytes
         return self._slabs[-1], begin
 
-    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
+    def step(self, works: Sequence[Work], run: StepFunction, chunked: Callable[[Work], ChunkedState]) -> None:
         on_host = [work for work in works if transfer_of(work.p.device) is None]
         if on_host:
             run(on_host)
@@ -105,7 +105,7 @@ class Pinned(Streamed):
         if transfer_of(device) is not None:
             super().prepare(chunked, device, also)
 
-    def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+    def chain(self, chunk: Sequence[Placed], run: StepFunction, device: torch.device) -> list[Operation]:
         cached = self._chunk(chunk)
         pairs, nbytes = cached.pairs, cached.nbytes
 
@@ -134,7 +134,7 @@ class Pinned(Streamed):
             for part in chunk_slice.piece.parts
         }
 
-    def _chunk(self, chunk: Sequence[Placed]) -> _Chunk:
+    def _chunk(self, chunk: Sequence[Placed]) -> _HostChunk:
         """What is the same at every step while the chunk is of the same pieces and the same memory."""
         first = chunk[0][0]
         key = first.work.name, first.number
@@ -143,7 +143,7 @@ class Pinned(Streamed):
         found = self._chunks.get(key) or self._before.get(key)
         if found is None or found.addresses != addresses or not _same(found.pieces, pieces):
             nbytes = sum(part.nbytes for piece in pieces for part in piece.parts)
-            found = _Chunk(pieces, addresses, self._pairs(chunk), nbytes, {})
+            found = _HostChunk(pieces, addresses, self._pairs(chunk), nbytes, {})
         self._chunks[key] = found
         return found
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from memopt.core.ledger import Line
 from memopt.layout.chunks import ChunkedState, StoreOptions
 from memopt.placements.arena import Arena
-from memopt.placements.base import Placement, PlacementStore, Run
+from memopt.placements.base import Placement, PlacementStore, StepFunction
 from memopt.placements.entry import Entry
 from memopt.placements.stores.disk import Files
 from memopt.placements.workspaces import AHEAD, window
@@ -70,7 +70,7 @@ class Mapped(PlacementStore):
         if self._files is not None:
             self._files.abandon()
 
-    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
+    def step(self, works: Sequence[Work], run: StepFunction, chunked: Callable[[Work], ChunkedState]) -> None:
         if self._files is None or self.resident is None:
             self._step_in_place(works, run)
             return
@@ -84,7 +84,7 @@ class Mapped(PlacementStore):
         self._files.step([work for work in works if work.name not in hot], run, chunked)
 
     @staticmethod
-    def _step_in_place(works: Sequence[Work], run: Run) -> None:
+    def _step_in_place(works: Sequence[Work], run: StepFunction) -> None:
         unified = [work for work in works if work.p.is_cuda]
         if unified:
             from memopt.placements.stores.unified_memory import fetched

@@ -21,7 +21,7 @@ from memopt.layout.chunks import (
     target_of,
 )
 from memopt.layout.param_step import Work
-from memopt.placements.base import PlacementStore, Run
+from memopt.placements.base import PlacementStore, StepFunction
 from memopt.placements.transfer.pipeline import Operation, Streams, run_chains
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Streamed(PlacementStore):
         return False
 
     @abstractmethod
-    def chain(self, chunk: Sequence[Placed], run: Run, device: torch.device) -> list[Operation]:
+    def chain(self, chunk: Sequence[Placed], run: StepFunction, device: torch.device) -> list[Operation]:
         """The operations of one chunk, the first of which fetches."""
 
     def begun(self, slices: Sequence[ChunkSlice], device: torch.device) -> list[list[Placed]]:
@@ -119,7 +119,7 @@ class Streamed(PlacementStore):
     @abstractmethod
     def streams(self, device: torch.device) -> Streams: ...
 
-    def step(self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState]) -> None:
+    def step(self, works: Sequence[Work], run: StepFunction, chunked: Callable[[Work], ChunkedState]) -> None:
         by_device: dict[torch.device, list[Work]] = {}
         for work in works:
             by_device.setdefault(work.p.device, []).append(work)
@@ -127,7 +127,7 @@ class Streamed(PlacementStore):
             self._step(mine, run, chunked, device)
 
     def _step(
-        self, works: Sequence[Work], run: Run, chunked: Callable[[Work], ChunkedState], device: torch.device
+        self, works: Sequence[Work], run: StepFunction, chunked: Callable[[Work], ChunkedState], device: torch.device
     ) -> None:
         slices = self._slices(works, chunked)
         self._fit(device)

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, final
 
 
-class Span(NamedTuple):
+class TimedOperation(NamedTuple):
     """An operation that was executed: seconds on one clock."""
 
     stream: str
@@ -22,7 +22,7 @@ class Threads:
     """``workers`` threads for each of some streams; every other stream is the thread that calls :meth:`submit`.
 
     Operations of a stream with several threads begin in order and may end in another. ``trace``, a list, receives a
-    :class:`Span` for each operation.
+    :class:`TimedOperation` for each operation.
     """
 
     def __init__(self, workers: dict[str, int]) -> None:
@@ -30,7 +30,7 @@ class Threads:
         self._pools = self._started()
         self._pending: list[Future[None]] = []
         self._failed = False
-        self.trace: list[Span] | None = None
+        self.trace: list[TimedOperation] | None = None
 
     def submit(self, stream: str, run: Callable[[], None], after: Sequence[Future[None]], nbytes: int) -> Future[None]:
         if stream in self._pools:
@@ -54,7 +54,7 @@ class Threads:
             self._failed = True  # what is queued behind must not touch the state any more
             raise
         if self.trace is not None:
-            self.trace.append(Span(stream, begin, time.perf_counter(), nbytes))
+            self.trace.append(TimedOperation(stream, begin, time.perf_counter(), nbytes))
 
     def synchronize(self) -> None:
         pending, self._pending = self._pending, []
