@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from memopt.layout.param_step import Work
 
-#: Elements of the matrices of one shape that are worked on in one batch. Larger ones gain nothing from company.
-BATCH = 2**20
+#: Elements of the matrices of one shape that are worked on in one batch: two of 1024 x 1024, each on a thread.
+BATCH = 2**21
 
 
 def step_in_kernels(works: Sequence[Work], seed: int) -> bool:

@@ -9,6 +9,9 @@ it.
 A high matrix is multiplied from the right, so that nothing is transposed: products with transposed operands, and an
 update that lies across the parameter, cost a CPU as much again. Products that are symmetric are taken whole: half of
 one, in blocks, and its copy across the diagonal take as long (measured to 1024 x 1024, bfloat16 and fp32).
+
+Two threads: oneDNN takes a product in bfloat16 whose sides are 512 to 1024 on one of them (torch 2.13; on four threads
+it uses all). Several matrices together, or the halves of one, are on both.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 #: Iterations in the Gram matrix before the matrix is multiplied, and the proportions from which on that pays.
 IN_GRAM, WIDE = 3, 1.5
+#: Sides of a product that one of two threads would take alone.
+ALONE = range(512, 1025)
 
 
 @cache
@@ -92,7 +97,7 @@ def _as_torch(x: Tensor, h: Mapping[str, Any]) -> Tensor:
 def _iterated(x: Tensor, h: Mapping[str, Any]) -> Tensor:
     a, b, c = h["ns_coefficients"]
     for _ in range(h["ns_steps"]):
-        gram = x @ x.mT
+        gram = _product(x, x.mT)
         x = _plus(x, _plus(gram, gram, gram, b, c), x, a)
     return x
 
@@ -104,7 +109,7 @@ def _in_gram(x: Tensor, h: Mapping[str, Any]) -> Tensor:
     while left:
         some = min(left, IN_GRAM)
         left -= some
-        gram, product = x.mT @ x if high else x @ x.mT, None
+        gram, product = _product(x.mT, x) if high else _product(x, x.mT), None
         for last in range(some - 1, -1, -1):
             factor = _plus(gram, gram, gram, b, c)  # without a, which is added in the products' sums
             if last:
@@ -120,10 +125,42 @@ def _in_gram(x: Tensor, h: Mapping[str, Any]) -> Tensor:
     return x
 
 
+def _product(x: Tensor, y: Tensor) -> Tensor:
+    """``x y``."""
+    import torch
+
+    if not _by_halves(x, y):
+        return x @ y
+    found = x.new_empty(len(x), y.shape[1])
+    for rows in _halves(x):
+        torch.mm(x[rows], y, out=found[rows])
+    return found
+
+
 def _plus(x: Tensor, y: Tensor, z: Tensor, beta: float, alpha: float = 1.0) -> Tensor:
     """``beta * x + alpha * y z``."""
     import torch
 
-    if x.dim() == 2:
+    if x.dim() == 3:
+        return torch.baddbmm(x, y, z, beta=beta, alpha=alpha)
+    if not _by_halves(y, z):
         return torch.addmm(x, y, z, beta=beta, alpha=alpha)
-    return torch.baddbmm(x, y, z, beta=beta, alpha=alpha)
+    found = torch.empty_like(x)
+    for rows in _halves(x):
+        torch.addmm(x[rows], y[rows], z, beta=beta, alpha=alpha, out=found[rows])
+    return found
+
+
+def _halves(x: Tensor) -> tuple[slice, slice]:
+    half = len(x) // 2
+    return slice(0, half), slice(half, len(x))
+
+
+def _by_halves(x: Tensor, y: Tensor) -> bool:
+    """Whether the halves of a product take less time than the whole."""
+    import torch
+
+    if x.dim() != 2 or x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.get_num_threads() != 2:
+        return False
+    (rows, inner), cols = x.shape, y.shape[1]
+    return rows in ALONE and cols in ALONE and (inner <= rows or rows < ALONE[-1]) and x.stride(1) == 1

@@ -7,6 +7,7 @@ import torch
 import memopt
 from memopt.checkpoint import export, source_of
 from memopt.core.hyperparameters import SpecError
+from memopt.kernels import newton_schulz as newton_schulz_module
 from memopt.kernels.newton_schulz import newton_schulz
 from memopt.rules import RULES
 from memopt.rules.matrices import matrices
@@ -93,6 +94,18 @@ def test_a_matrix_of_small_singular_values_is_no_worse_in_fewer_products():
         for name in ("auto", "bfloat16")
     ]
     assert errors[0] <= 1.5 * errors[1]
+
+
+@pytest.mark.parametrize("shape", [(1, 520, 520), (1, 512, 800), (1, 800, 512)])
+def test_on_two_threads_halves_are_the_whole(shape, monkeypatch):
+    """A product in halves of its rows is the same sums."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    made = []
+    for alone in (range(0), newton_schulz_module.ALONE):
+        monkeypatch.setattr(newton_schulz_module, "ALONE", alone)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        made.append(newton_schulz(x.clone(), {**DEFAULTS, "ns_steps": 2}))
+    torch.testing.assert_close(*made, rtol=0, atol=1e-3)
 
 
 def test_convolutions_are_flattened_and_experts_are_stacked():
