@@ -8,7 +8,7 @@ builds on the meta device; then, in the order of a draw, one step of each is tra
 step beside a real one, with and without checkpointing. Types run in a worker process, one after the other, each for at
 most a minute of the processor's time (three of ``--steps``); what is done is in
 ``benchmarks/results/estimates_architectures.json``, so that a run goes on where the last one ended, and one that was
-killed loses a minute. Some types need Pillow and SciPy to be built.
+killed loses a minute. Some types need Pillow, SciPy, timm and torchvision to be built; which were there is in the file.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from estimates_architectures_steps import NEEDED, default, fewer, stepped
-from estimates_architectures_table import BATCH, SEQ, table
+from estimates_architectures_steps import NEEDED, default, fewer, stepped, tokens
+from estimates_architectures_table import BATCH, table
 from estimates_families import families
 from provenance import write_result
 
@@ -87,7 +87,8 @@ def priced(kind: str) -> dict[str, Any]:
 
 def traced(kind: str) -> dict[str, Any]:
     """What one step saves, or why that is not known: of the default configuration with a few layers, where transformers
-    builds that, else of all of them. Whether a step can be traced does not depend on how many follow each other."""
+    builds that, else of all of them. Whether a step can be traced does not depend on how many follow each other. In
+    bf16, or in fp32 where the model's own code does not run in bf16."""
     from estimators.errors import InputError
     from estimators.memory.step_rows import run
     from estimators.models.from_config import from_config
@@ -102,19 +103,42 @@ def traced(kind: str) -> dict[str, Any]:
             return {**row, "refused": str(error)}
         few = fewer(whole)
         for values in (few, whole) if few != whole else (whole,):
-            try:
-                ran, why = run(from_config(values, kind), Training(batch=BATCH, seq=SEQ))
-            except InputError as error:
-                row["refused"] = str(error)
-                continue
-            if ran is not None:
-                row.pop("refused", None)
-                return {**row, "saved": ran.saved, "layers": "few" if values is few else "all", "notes": [*ran.notes]}
-            row["refused"] = why
+            for dtype in ("bfloat16", "float32"):
+                try:
+                    model = from_config(values, kind)
+                    weights = {name: dtype for name, _ in model.shapes}
+                    asked = Training(batch=BATCH, seq=tokens(values))
+                    ran, why = run(model._replace(dtypes=weights) if dtype == "float32" else model, asked)
+                except InputError as error:
+                    ran, why = None, str(error)
+                if ran is not None:
+                    row.pop("refused", None)
+                    row |= {"saved": ran.saved, "layers": "few" if values is few else "all", "weights": dtype}
+                    return {**row, "notes": [*ran.notes]}
+                row.setdefault("refused", why)
+                if not any(
+                    word in why for word in ("scalar type", "dtype", "Float")
+                ):  # it is not for bf16 that it fails
+                    break
     return row
 
 
 DO = {"price": lambda kind: [priced(kind)], "trace": lambda kind: [traced(kind)], "steps": stepped}
+
+
+def operators() -> None:
+    """PyPI's torchvision is built for CUDA. Beside a CPU's torch its operators do not load, and it is not imported
+    because it gives shapes to two of them. What is traced needs no more of those than that they are declared."""
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except ModuleNotFoundError:
+        return
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            schema = f"torchvision::{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(schema.partition("(")[0], schema.removeprefix(f"torchvision::{name}"))
 
 
 def worker(what: str) -> None:
@@ -126,6 +150,7 @@ def worker(what: str) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     signal.signal(signal.SIGPROF, late)
+    operators()
     for line in sys.stdin:
         kind, start = line.strip(), time.process_time()
         signal.setitimer(signal.ITIMER_PROF, LIMIT[what])

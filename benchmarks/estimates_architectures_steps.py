@@ -6,28 +6,67 @@ benchmarks/estimates_architectures.py runs it.
 from __future__ import annotations
 
 import zlib
+from math import prod
 from typing import Any
 
 from estimates_architectures_table import BATCH, SEQ
 
-#: Fields without which a type's default configuration is no model's, as the examples of its documentation have them.
+_GLM4V = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
+_QWEN3_OMNI = {"num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128}
+_QWEN3_TALKER = {"shared_expert_intermediate_size": 768}
+#: Fields without which a type's default configuration is no model's, as the examples of its documentation and published
+#: models have them.
 NEEDED: dict[str, dict[str, Any]] = {
     "autoformer": {"prediction_length": 12},
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
+    "blip-2": {"image_token_index": 50265},
     "chameleon": {"vocabulary_map": {"<image>": 8711}},
+    "dbrx": {"attn_config": {"rope_theta": 500000.0}},
+    "deepseek_v2": {"num_experts_per_tok": 6},
     "emu3": {"vocabulary_map": {"<image>": 151854}},
     "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "glm46v": {"text_config": {"model_type": "glm4v_text", **_GLM4V}},
+    "glm4v": {"text_config": {"model_type": "glm4v_text", **_GLM4V}},
+    "glm4v_moe": {"text_config": {"model_type": "glm4v_moe_text", "head_dim": 128}},
+    "glm4v_moe_text": {"head_dim": 128},
+    "glm4v_text": _GLM4V,
+    "glm_image": {"text_config": {"model_type": "glm_image_text", **_GLM4V}},
+    "glm_image_text": _GLM4V,
+    "glmga": {"text_config": {"model_type": "glm4v_text", **_GLM4V}},
     "informer": {"prediction_length": 12},
+    "instructblip": {"image_token_index": 32000},
+    "instructblipvideo": {"video_token_index": 32000},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "qwen3_omni_moe": {
+        "thinker_config": {"text_config": _QWEN3_OMNI},
+        "talker_config": {"text_config": _QWEN3_TALKER},
+    },
+    "qwen3_omni_moe_talker_text": _QWEN3_TALKER,
+    "qwen3_omni_moe_text": _QWEN3_OMNI,
+    "qwen3_omni_moe_thinker": {"text_config": {"model_type": "qwen3_omni_moe_text", **_QWEN3_OMNI}},
+    "step3p5": {"sliding_window": 512},
+    "step3p7": {"text_config": {"model_type": "step3p5", "sliding_window": 512}},
     "time_series_transformer": {"prediction_length": 12},
     "timm_backbone": {"backbone": "resnet50"},
     "wav2vec2-bert": {"vocab_size": 32},
     "wav2vec2-conformer": {"vocab_size": 32},
+    "xmod": {"default_language": "en_XX"},
 }
 
 
 def default(kind: str) -> dict[str, Any]:
     """What is given of a type's configuration."""
     return {"model_type": kind, **NEEDED.get(kind, {})}
+
+
+def tokens(values: dict[str, Any]) -> int:
+    """Of a sequence: :data:`SEQ`, fewer where a model has fewer positions, as many as it must have where it says so."""
+    axes = values.get("axial_pos_shape")
+    if isinstance(axes, (list, tuple)) and values.get("axial_pos_embds"):
+        return prod(axes)
+    inner = [tokens(v) for v in values.values() if isinstance(v, dict)]
+    own = [v for k, v in values.items() if k in ("max_position_embeddings", "n_positions") and type(v) is int and v > 4]
+    return min([SEQ, *inner, *own])
 
 
 #: Elements of a model that a real step is run of.
@@ -50,11 +89,11 @@ _DEPTHS, FEW = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "_laye
 def fewer(values: dict[str, Any]) -> dict[str, Any]:
     """A configuration with few layers, and lists that name each layer as long as there are layers."""
     found: dict[str, Any] = {}
-    deep = {v for k, v in values.items() if type(v) is int and k.endswith(_DEPTHS) and FEW < v < 1000}
+    deep = {v for k, v in values.items() if type(v) is int and str(k).endswith(_DEPTHS) and FEW < v < 1000}
     for name, value in values.items():
         if isinstance(value, dict):
             value = fewer(value)
-        elif type(value) is int and name.endswith(_DEPTHS) and value in deep:
+        elif type(value) is int and str(name).endswith(_DEPTHS) and value in deep:
             value = FEW
         elif isinstance(value, list) and len(value) in deep:
             value = value[:FEW]
@@ -88,11 +127,10 @@ def stepped(kind: str) -> list[dict[str, Any]]:
     """A small model's traced step beside a real one, without checkpointing and with it."""
     import torch
 
-    from estimators.measure import saved, traced
     from estimators.traced.build import built, class_of, configuration, quiet, reason
-    from estimators.traced.inputs import InputShape, inputs
+    from estimators.traced.from_transformers import from_transformers
+    from estimators.traced.inputs import InputShape, Mended, inputs
     from estimators.traced.source import traced as estimated
-    from estimators.traced.step import arguments, loss_of, summed
     from estimators.training import Training
 
     torch.set_num_threads(1)
@@ -106,19 +144,13 @@ def stepped(kind: str) -> list[dict[str, Any]]:
             parameters = sum(p.numel() for p in module.parameters())
             if parameters > MOST:
                 return [{"type": kind, "not_run": f"{parameters:,} parameters when small"}]
-            ways = list(inputs(module, InputShape(BATCH, SEQ, torch.bfloat16), faked))
+            asked = InputShape(BATCH, tokens(small), torch.bfloat16)
+            ways = list(inputs(module, asked, faked))
         except Exception as error:
             return [{"type": kind, "not_run": reason(error)}]
         for how in ("none", "full"):
             row: dict[str, Any] = {"type": kind, "class": cls.__name__, "checkpointing": how, "parameters": parameters}
             try:
-                from estimators.traced.from_transformers import from_transformers
-
-                model = from_transformers(small, kind)
-                ran, why = estimated(model, Training(batch=BATCH, seq=SEQ, checkpointing=how, device="cpu"))
-                if ran is None:
-                    rows.append({**row, "not_run": why})
-                    continue
                 torch.manual_seed(0)
                 real = cls._from_config(configuration(small, kind), dtype=torch.bfloat16).train()
                 for one in (real.config, *(getattr(real.config, n, None) for n in real.config.sub_configs)):
@@ -127,7 +159,14 @@ def stepped(kind: str) -> list[dict[str, Any]]:
                 if how == "full":  # the random state that torch keeps aside is no tensor of a card's
                     kwargs = {"use_reentrant": False, "preserve_rng_state": False}
                     real.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-                row |= _real(real, ways, arguments, loss_of, summed, saved, traced)
+                given, figures = _real(real, ways, Mended(module, asked))
+                model = from_transformers(small, kind)._replace(inputs=given)
+                step = Training(batch=BATCH, seq=asked.seq, checkpointing=how, device="cpu")
+                ran, why = estimated(model, step)
+                if ran is None:
+                    rows.append({**row, "not_run": why})
+                    continue
+                row |= figures
             except Exception as error:
                 rows.append({**row, "not_run": reason(error)})
                 continue
@@ -139,6 +178,7 @@ def stepped(kind: str) -> list[dict[str, Any]]:
                 "peak_predicted": weights + peak,
                 "peak_nbytes": weights + row["moving_nbytes"],
                 "peak_error": round((weights + peak) / (weights + row["moving_nbytes"]) - 1, 5),
+                "with_scratch_error": round((weights + peak) / (weights + row["whole_nbytes"]) - 1, 5),
                 "moving_error": round(peak / row["moving_nbytes"] - 1, 5),
                 "notes": list(ran.notes),
             }
@@ -147,19 +187,21 @@ def stepped(kind: str) -> list[dict[str, Any]]:
     return rows
 
 
-def _real(module: Any, ways: Any, arguments: Any, loss_of: Any, summed: Any, saved: Any, traced: Any) -> dict[str, Any]:
-    """Bytes that the forward pass leaves (what autograd and checkpointing keep, and the inputs) and the peak of a real
-    step, with the first inputs that it takes."""
+def _real(module: Any, ways: Any, ahead: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first inputs that a real step takes, and its figures: bytes that the forward pass leaves (what autograd and
+    checkpointing keep, and the inputs), the peak of its tensors, and that with what convolutions use inside."""
     import torch
     from torch.utils._pytree import tree_map_only
 
+    from estimators.measure import saved, traced
     from estimators.traced.recorder import leaves
+    from estimators.traced.step import arguments, loss_of, summed
 
     def real(t: torch.Tensor) -> torch.Tensor:
         return torch.rand(t.shape).to(t.dtype) if t.is_meta else t
 
     error: Exception = ValueError("no inputs")
-    for given, _ in ways:
+    for given in _each(ways, ahead):
         args, kwargs = arguments(tree_map_only(torch.Tensor, real, given))
         box: dict[str, Any] = {}
 
@@ -177,11 +219,24 @@ def _real(module: Any, ways: Any, arguments: Any, loss_of: Any, summed: Any, sav
         try:
             forward(), backward(), module.zero_grad()
         except Exception as one:
+            ahead.failed(given, one)
             error = one
             continue
         kept = saved(module, run).nbytes
         curve = traced(("forward", forward), ("backward", backward))
-        given = sum(t.nbytes for t in leaves((args, kwargs)))
+        inputs = sum(t.nbytes for t in leaves((args, kwargs)))
         left = curve.live[dict(curve.marks)["backward"] - 1]
-        return {"hooks_nbytes": kept, "saved_nbytes": left + given, "moving_nbytes": curve.peak + given}
+        return given, {
+            "hooks_nbytes": kept,
+            "saved_nbytes": left + inputs,
+            "moving_nbytes": curve.peak_of_tensors + inputs,
+            "whole_nbytes": curve.peak + inputs,
+        }
     raise error
+
+
+def _each(ways: Any, ahead: Any) -> Any:
+    """Inputs as they are made, then those changed by what went wrong."""
+    for given, _ in ways:
+        yield given
+    yield from ahead

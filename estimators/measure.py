@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,10 +51,17 @@ class Curve(NamedTuple):
     live: tuple[int, ...]
     #: Where each named phase begins in ``live``.
     marks: tuple[tuple[str, int], ...]
+    #: Of ``live``, what a convolution has made and frees itself: oneDNN's reordered weights and scratch memory.
+    scratch: tuple[int, ...] = ()
 
     @property
     def peak(self) -> int:
         return max(self.live, default=0)
+
+    @property
+    def peak_of_tensors(self) -> int:
+        """The peak without what convolutions make and free inside of themselves."""
+        return max((a - b for a, b in zip(self.live, self.scratch, strict=True)), default=0)
 
     def peak_of(self, phase: str) -> int:
         """The peak of one phase."""
@@ -72,18 +80,45 @@ def traced(*phases: tuple[str, Callable[[], Any]]) -> Curve:
             with torch.profiler.record_function(f"phase:{name}"):
                 run()
     events: list[tuple[int, int, str]] = []
+    inside: list[tuple[int, int]] = []
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":
             events.append((event.start_ns(), event.nbytes(), ""))
         elif event.name().startswith("phase:"):
             events.append((event.start_ns(), 0, event.name().removeprefix("phase:")))
+        elif event.name() in _CONVOLUTIONS:
+            inside.append((event.start_ns(), event.start_ns() + event.duration_ns()))
+    events.sort(key=lambda e: e[0])
+    own = _made_and_freed(events, inside)
     live: list[int] = []
+    scratch: list[int] = []
     marks: list[tuple[str, int]] = []
-    total = 0
-    for _, nbytes, phase in sorted(events, key=lambda e: e[0]):
+    total = aside = 0
+    for at, (_, nbytes, phase) in enumerate(events):
         if phase:
             marks.append((phase, len(live)))
         else:
             total += nbytes
+            aside += nbytes if at in own else 0
             live.append(total)
-    return Curve(tuple(live), tuple(marks))
+            scratch.append(aside)
+    return Curve(tuple(live), tuple(marks), tuple(scratch))
+
+
+#: Operations that call oneDNN's convolutions.
+_CONVOLUTIONS = frozenset({"aten::mkldnn_convolution", "aten::convolution_backward"})
+
+
+def _made_and_freed(events: list[tuple[int, int, str]], inside: list[tuple[int, int]]) -> set[int]:
+    """Places in ``events`` (by time) of what is allocated and freed between the same start and end of ``inside``."""
+    found: set[int] = set()
+    times = [time for time, _, _ in events]
+    for start, end in inside:
+        made: dict[int, list[int]] = {}
+        for at in range(bisect_left(times, start), bisect_right(times, end)):
+            nbytes = events[at][1]
+            if nbytes > 0:
+                made.setdefault(nbytes, []).append(at)
+            elif made.get(-nbytes):
+                found |= {at, made[-nbytes].pop()}
+    return found

@@ -14,6 +14,7 @@ import torch
 from estimators.errors import InputError, shown
 from estimators.head_names import HEADS
 from estimators.traced.bounds import checked, counted, offline
+from estimators.traced.inputs.input_shape import read
 from estimators.traced.step import Faked, fake_weights
 
 #: transformers' tables of classes by type, in the order in which one is looked for: what a type is trained with. A
@@ -65,7 +66,7 @@ def built(
 ) -> tuple[torch.nn.Module, Faked]:
     """The module in training mode on fake tensors, and its fake mode. ``prepare`` is given it before: modules cannot be
     converted once their weights are fake. Raises :class:`InputError`."""
-    module, faked = _module(config, source, head, dtype, attention)
+    module, faked = _module(config, source, head, dtype, attention, valued=True)
     if prepare is not None:
         module = prepare(module)
     fake_weights(module, faked)
@@ -78,15 +79,22 @@ def _module(
     head: str = "",
     dtype: torch.dtype = torch.bfloat16,
     attention: str | None = None,
+    valued: bool = False,
 ) -> tuple[torch.nn.Module, Faked]:
-    """The module as transformers makes it, on the meta device where that will do."""
+    """The module as transformers makes it, on the meta device where that will do. ``valued``: the values of small
+    buffers are needed."""
     made = configuration(config, source)
     cls = class_of(made, source, head)
     if "SequenceClassification" in cls.__name__ and getattr(made, "pad_token_id", None) is None:
         made.pad_token_id = 0  # the last token that is none is where a decoder's class is read
-    for one in (made, *(getattr(made, name, None) for name in getattr(made, "sub_configs", ()))):
-        if getattr(one, "use_cache", None):
+    parts = [made, *(read(made, name) for name in getattr(made, "sub_configs", ()))]
+    for one in parts:
+        if read(one, "use_cache"):
             one.use_cache = False  # as a trainer has it: nothing is generated
+        if one is not None and read(made, "is_encoder_decoder"):
+            for name in ("pad_token_id", "decoder_start_token_id"):  # labels are moved behind them
+                if read(one, name) is None:
+                    setattr(one, name, 0)
     arguments = {"attn_implementation": attention} if attention else {}
     faked = Faked()
     errors: list[Exception] = []
@@ -94,6 +102,9 @@ def _module(
         try:
             with quiet(), offline(), device, _no_init(), counted(source):
                 module = made_of(cls, made, dtype, **arguments)
+            if valued and not errors and _numbers(module):
+                errors.append(ValueError("numbers among its buffers"))
+                continue
             break
         except InputError:
             raise
@@ -104,10 +115,20 @@ def _module(
     return module, faked
 
 
+def _numbers(module: torch.nn.Module) -> bool:
+    """Whether a step may look at numbers that a module keeps in its buffers, as strides and paddings."""
+    return any(
+        b.dim() == 0 and not b.is_floating_point() and not name.endswith("num_batches_tracked")
+        for name, b in module.named_buffers()
+    )
+
+
 def made_of(cls: Any, config: Any, dtype: torch.dtype, **arguments: Any) -> torch.nn.Module:
     """The module of a class of transformers: a model, or a part of one, which is a plain module."""
     if not hasattr(cls, "_from_config"):
         part: torch.nn.Module = cls(config).to(dtype)
+        if not hasattr(part, "config"):
+            part.config = config
         return part
     module: torch.nn.Module = cls._from_config(config, dtype=dtype, **arguments)
     module.tie_weights()  # type: ignore[operator]
@@ -139,12 +160,12 @@ def configuration(config: Mapping[str, Any], source: str) -> Any:
 
 def _filled(config: Any) -> None:
     """Heads that a configuration leaves out are what most classes of transformers make of them; some do not."""
-    for one in (config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))):
-        heads, width = getattr(one, "num_attention_heads", None), getattr(one, "hidden_size", None)
+    for one in (config, *(read(config, name) for name in getattr(config, "sub_configs", ()))):
+        heads, width = read(one, "num_attention_heads"), read(one, "hidden_size")
         if not (isinstance(heads, int) and isinstance(width, int) and heads):
             continue
         for name, value in (("num_key_value_heads", heads), ("head_dim", width // heads)):
-            if getattr(one, name, 0) is None:
+            if read(one, name, 0) is None:
                 setattr(one, name, value)
 
 

@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from estimators.activations import Activations
 from estimators.activations.recorded import Recorded
 from estimators.errors import InputError
 from estimators.models.model import Model
+from estimators.traced.as_real import OnCard
 from estimators.traced.build import built, quiet, reason
-from estimators.traced.inputs import InputShape, inputs
+from estimators.traced.inputs import InputShape, Mended, inputs, told
 from estimators.traced.repeats import Stack, shallow, stacks
 from estimators.traced.segments import Unlike
 from estimators.traced.step import Faked, TracedRun, run, training, weights_faked
@@ -23,38 +23,6 @@ from estimators.traced.tape import activations
 from estimators.training import Training
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class OnCard(TorchFunctionMode):
-    """What a card computes otherwise than a CPU: a dropout's mask is of booleans, and fused attention needs none."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.dropout:
-            return _dropout(*args, **kwargs)
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention(func, *args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    if not training or not p:
-        return x
-    out = torch.native_dropout(x, p, True)[0]
-    return x.copy_(out) if inplace else out
-
-
-def _attention(
-    func: Any, q: Any, k: Any, v: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
-) -> torch.Tensor:
-    """A bias that needs a gradient is for the memory-efficient kernel, which a CPU does not have."""
-    if attn_mask is None or not attn_mask.requires_grad or args or kwargs.get("enable_gqa"):
-        out: torch.Tensor = func(q, k, v, attn_mask, 0.0, *args, **kwargs)
-        return out
-    bias = attn_mask.expand(q.shape[0], q.shape[1], q.shape[-2], k.shape[-2])
-    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-    found: torch.Tensor = kernel(q, k, v, bias, True, 0.0, False, scale=kwargs.get("scale"))[0]
-    return found
 
 
 def traced(model: Model, asked: Training, sharded: bool = False) -> tuple[Activations | None, str]:
@@ -86,8 +54,8 @@ _MOST_KNOWN = 32
 
 
 def _key(model: Model, asked: Training, sharded: bool) -> Any:
-    """What a step depends on, of a model that is built here; a caller's own module may have changed since."""
-    if model.module is not None:
+    """What a step depends on, of a model that is built here; a caller's own module or inputs may have changed since."""
+    if model.module is not None or model.inputs is not None:
         return None
     plain = Training()
     aside = {name: getattr(plain, name) for name in ("accumulate", "release_gradients", "deepspeed", "bucket")}
@@ -240,22 +208,35 @@ def _recorded(
 ) -> tuple[Recorded, tuple[str, ...]]:
     """The events of a step, of the whole depth; with fewer layers where they repeat."""
     first = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    given: Any
+    base = _base(module)
+    failed: list[tuple[Any, Exception]] = []
     if model.inputs is not None:
         ways: Any = [(model.inputs, "")]
     else:
-        if not hasattr(getattr(_base(module), "config", None), "to_dict"):
+        if not hasattr(getattr(base, "config", None), "to_dict"):
             raise InputError("pass inputs, of one micro-batch: only for transformers' models are they made here")
-        ways = list(inputs(_base(module), InputShape(asked.batch, asked.seq, first), faked))
-    error: Exception | None = None
+        ways = list(inputs(base, InputShape(asked.batch, asked.seq, first), faked))
     for given, note in ways:
         try:
             recorded, notes = _deep(module, given, faked, asked, mixed)
             return recorded, (*((f"activations are those {note}",) if note else ()), *notes)
         except Exception as one:
-            error = error or one
+            failed.append((given, one))
+    error = failed[0][1]
+    if model.inputs is None and not isinstance(error, InputError):
+        ahead = Mended(base, InputShape(asked.batch, asked.seq, first))
+        for given, why in failed:
+            ahead.failed(given, why)
+        for given in ahead:
+            try:
+                recorded, notes = _deep(module, given, faked, asked, mixed)
+                return recorded, (f"activations are those {told(given)}", *notes)
+            except Exception as one:
+                ahead.failed(given, one)
     if isinstance(error, InputError):
         raise error
-    raise InputError(f"a step of {type(module).__name__} on fake tensors fails: {reason(error or ValueError())}")
+    raise InputError(f"a step of {type(module).__name__} on fake tensors fails: {reason(error)}")
 
 
 def _base(module: Any) -> Any:

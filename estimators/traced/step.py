@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from estimators.activations.recorded import BACKWARD, END, LOSS
+from estimators.traced.as_real import as_if_real
 from estimators.traced.recorder import Recorder, leaves
 from estimators.traced.segments import Segments
 from estimators.traced.values import Untraceable, Values
@@ -36,23 +37,6 @@ class Faked:
         if isinstance(t, FakeTensor) and t.fake_mode is self.fake and t.device.type == "cpu":
             return t
         return self.values.faked(t.detach().to("meta") if isinstance(t, FakeTensor) else t.detach())
-
-
-@contextmanager
-def as_if_real() -> Iterator[None]:
-    """transformers takes other paths where it sees fake tensors; the values that it would look at are known here."""
-    import sys
-
-    module: Any = sys.modules.get("transformers.utils.import_utils")
-    before = getattr(module, "is_fake_tensor", None)
-    if before is None:
-        yield
-        return
-    module.is_fake_tensor = lambda x: False
-    try:
-        yield
-    finally:
-        module.is_fake_tensor = before
 
 
 def fake_weights(
