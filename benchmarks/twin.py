@@ -213,7 +213,7 @@ def _again(done: dict[str, Any]) -> Iterator[list[tuple[int, str]]]:
 
 def _note(done: dict[str, Any], record: dict[str, Any], part: dict[str, Any], again: bool) -> None:
     import memopt
-    from tests.twin.cases import draw_case
+    from tests.twin.sequences import case_of
 
     wrong = "died" in record or "failed" in record
     if again:
@@ -225,7 +225,7 @@ def _note(done: dict[str, Any], record: dict[str, Any], part: dict[str, Any], ag
     done["sequences"] += 1
     part["sequences"] += 1
     done["operations"] = dict(sorted((Counter(done["operations"]) + Counter(record.get("applied", []))).items()))
-    spec = memopt.parse(draw_case(record["seed"]).spec)
+    spec = memopt.parse(case_of(record["text"])[0].spec)
     for axis in AXES:
         found = Counter(done["axes"].get(axis, {}))
         found[getattr(spec, axis)] += 1

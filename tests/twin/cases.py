@@ -10,6 +10,7 @@ import torch
 
 import memopt
 from memopt.rules import RULES
+from tests.twin import mixed
 
 #: The rules that torch.optim has, and keywords that memopt's have besides.
 TORCH: dict[str, tuple[Any, tuple[str, ...]]] = {
@@ -53,7 +54,8 @@ TIES = 3
 
 
 class Case(NamedTuple):
-    """``bus``: memory of the CPU counts as a device's, so that ``@host``, ``@cpu`` and ``@disk`` stream."""
+    """``bus``: memory of the CPU counts as a device's, so that ``@host``, ``@cpu`` and ``@disk`` stream. ``rules`` are
+    the hyperparameters of rules that are not the spec's own."""
 
     spec: str
     hyper: dict[str, Any]
@@ -65,9 +67,11 @@ class Case(NamedTuple):
     nonfinite: str
     named: bool
     bus: bool
+    rules: dict[str, dict[str, Any]]
 
     def __str__(self) -> str:
-        shown = {k: v for k, v in {**self.hyper, **self.options, "overrides": self.overrides}.items() if v}
+        given = {**self.hyper, **self.options, "overrides": self.overrides, "rules": self.rules}
+        shown = {k: v for k, v in given.items() if v}
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.spec} {shown} {dtype} x{len(self.shapes)} in {self.groups} groups{' bus' * self.bus}"
 
@@ -95,17 +99,23 @@ def draw_case(seed: int, only: str | None = None) -> Case:
     wide = torch.float64 if spec.placement == "device" and r.random() < 0.03 else torch.float32
     low = r.choice([torch.bfloat16, torch.bfloat16, torch.float16])
     dtype = low if spec.master != "none" or r.random() < 0.1 else wide
+    options, overrides, rules = _options(r, spec), _overrides(r, spec), {}
+    if spec.is_mixed:
+        shapes = (*shapes, (33,), (64, 64))
+        overrides, rules = mixed.draw_overrides(r, spec)
+        spec = spec.replace(hyper={**spec.hyper, **mixed.draw_hyper(r)})
     return Case(
         str(spec),
         dict(spec.hyper),
-        _options(r, spec),
-        _overrides(r, spec),
+        options,
+        overrides,
         dtype,
         shapes,
         r.randint(1, min(3, len(shapes))),
         r.choice(["skip", "skip", "skip", "raise", "propagate"]),
         r.random() < 0.8,
         spec.placement in ("host", "cpu", "disk") and r.random() < 0.5,
+        rules,
     )
 
 
@@ -130,7 +140,7 @@ def _options(r: Random, spec: Any) -> dict[str, Any]:
     return found
 
 
-#: One rule for all parameters: rules by parameter are in tests/rules/test_by_parameter.py. A step of what is found over
-#: all parameters (prodigy) is another where one is added or frozen.
+#: One rule for all parameters: several are in tests/twin/mixed.py. A step of what is found over all parameters
+#: (prodigy) is another where one is added or frozen.
 _ALONE = {spec.rule for spec in memopt.specs() if not spec.fallback and not RULES[spec.rule].reports}
 ALL_RULES = [*sorted(_ALONE), "lookahead(adamw)", "lookahead(sgd)"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from tests.twin.hyper import LR
 from tests.twin.machine import LOW, Difference, Skip, Twin
+from tests.twin.mixed import given, rule_of
 from tests.twin.operations import operation
 from tests.twin.stepping import not_released
 
@@ -34,12 +35,15 @@ def add_group(t: Twin, r: Random) -> None:
 
     name = _new_parameter(t, r, r.choice([s for s in SHAPES if s != (0, 7)]))
     lr = r.choice(LR)
-    known = t.ours.opt.rule.hyperparameters
-    first = {k: v for k, v in t.ours.opt.param_groups[0].items() if k in known and k != "lr"}
+    first = {k: v for k, v in given(t.ours.opt.spec, t.ours.opt.param_groups[0]).items() if k != "lr"}
+    if t.ours.opt.spec.is_mixed:
+        first = {}  # of another rule, perhaps
     for side in t.sides:
         p: Any = side.of(name)
         keep = {k: v for k, v in first.items() if k in side.opt.param_groups[0]}
-        side.opt.add_param_group({"params": [(name, p)] if side.ours and t.case.named else [p], "lr": lr, **keep})
+        if t.ours.opt.spec.is_mixed and not side.ours:
+            keep = given(t.ours.opt.spec, t.ours.opt.param_groups[-1])
+        side.opt.add_param_group({"params": [(name, p)] if side.ours and t.case.named else [p], **keep, "lr": lr})
     t.ours.scheduler = t.theirs.scheduler = None  # torch's know the groups that they were made with
 
 
@@ -72,8 +76,7 @@ def refused_group(t: Twin, r: Random) -> None:
 
 @operation(1)
 def empty_group(t: Twin, r: Random) -> None:
-    known = t.ours.opt.rule.hyperparameters
-    first = {k: v for k, v in t.ours.opt.param_groups[0].items() if k in known}
+    first = given(t.ours.opt.spec, t.ours.opt.param_groups[0])
     for side in t.sides:
         keep = {k: v for k, v in first.items() if k in side.opt.param_groups[0]}
         side.opt.add_param_group({**keep, "params": [], "lr": 1e-3, "weight_decay": 0.0})
@@ -110,6 +113,12 @@ def remove_parameter(t: Twin, r: Random) -> None:
     repr(t.ours.opt)  # before the group changes again, for a name is that of the place
 
 
+def _of_its_rule(t: Twin, name: str, i: int) -> None:
+    """Skip where this group is of another rule than the parameter."""
+    if t.ours.opt.spec.rule_of(t.ours.opt.param_groups[i]) != rule_of(t, name):
+        raise Skip
+
+
 @operation()
 def come_back(t: Twin, r: Random) -> None:
     """A parameter that was taken out is put into a group again."""
@@ -118,6 +127,7 @@ def come_back(t: Twin, r: Random) -> None:
     if not out:
         raise Skip
     name, i = r.choice(out), r.randrange(len(t.ours.opt.param_groups))
+    _of_its_rule(t, name, i)
     for side in t.sides:
         side.opt.param_groups[i]["params"].append(side.of(name))
     if t.case.named:  # an optimizer that was made without it cannot know its name
@@ -141,6 +151,7 @@ def reorder(t: Twin, r: Random) -> None:
     if len(groups) < 2:
         raise Skip
     name, i = t.pick(r), r.randrange(len(groups))
+    _of_its_rule(t, name, i)
     for side in t.sides:
         group, p = side.group_of(name), side.of(name)
         group["params"] = [q for q in group["params"] if q is not p]

@@ -19,6 +19,7 @@ from tests.helpers.simulated import PageBus
 from tests.twin import closeness, reference
 from tests.twin.bits import same
 from tests.twin.cases import BOUND, LOW, ROUNDING, Case
+from tests.twin.mixed import given, overridden
 from tests.twin.sides import Bag, Side, kernels_off, twin_optimizer
 
 #: What a refusal may be: an exception whose text is for a person.
@@ -55,7 +56,8 @@ class Twin:
         self.rounded = dict.fromkeys(tensors, 0.0)
         self.decayed: set[str] = set()  # those that have been stepped with a decay
         spec = memopt.parse(case.spec)
-        self.formats, self.masters = {spec.format, *self._formats_of(case.overrides)}, {spec.master}
+        named = {**case.overrides, "the rest": spec.fallback}
+        self.formats, self.masters = {spec.format, *self._formats_of(named)}, {spec.master}
         self.checkpoints: list[tuple[str, Callable[[], tuple[Bag, Any]]]] = []
         groups = [{"params": list(tensors)[i :: case.groups]} for i in range(case.groups)]
         for i, group in enumerate(groups):
@@ -64,9 +66,8 @@ class Twin:
         self.ours = Side(model, self.create(model, groups, spec, case.hyper, case.overrides, case.options), True)
         wide = {name: x.float() if case.dtype in LOW else x.clone() for name, x in tensors.items()}
         model = Bag(wide)
-        theirs = [{**g, "params": [getattr(model, n) for n in g["params"]]} for g in groups]
-        h = self.ours.opt.rule.hyperparameters
-        filled = [{k: v for k, v in group.items() if k in h} for group in self.ours.opt.param_groups]
+        filled = [given(self.ours.opt.spec, group) for group in self.ours.opt.param_groups]
+        theirs = [{"params": [getattr(model, n) for n in names]} for names in self.ours.names()]
         self.theirs = Side(
             model, twin_optimizer(case, [{**a, **b} for a, b in zip(filled, theirs, strict=True)]), False
         )
@@ -76,7 +77,7 @@ class Twin:
 
     @staticmethod
     def _formats_of(overrides: Mapping[str, str]) -> set[str]:
-        return {text for text in overrides.values() if text in BOUND}
+        return {fmt for text in overrides.values() if (fmt := text.partition("@")[0].rpartition("-")[2]) in BOUND}
 
     def create(
         self, model: Bag, groups: list[dict[str, Any]], spec: Any, hyper: Any, overrides: Any, options: Any
@@ -89,7 +90,8 @@ class Twin:
             {**g, "params": [(n, getattr(model, n)) if self.case.named else getattr(model, n) for n in g["params"]]}
             for g in groups
         ]
-        spec = spec.replace(hyper=hyper or spec.hyper, overrides=overrides if self.case.named else {}, options=options)
+        spec = overridden(spec, overrides if self.case.named else {}, self.case.rules)
+        spec = spec.replace(hyper=hyper or spec.hyper, options=options)
         return memopt.create(given, spec, nonfinite=self.case.nonfinite, seed=3)
 
     def close(self) -> None:
@@ -103,6 +105,12 @@ class Twin:
         self.folder.cleanup()
 
     # What operations use -----------------------------------------------------------------------------------------
+
+    # What operations use -----------------------------------------------------------------------------------------
+
+    def rule_of(self, name: str) -> str:
+        """The rule that a parameter of this name and shape has."""
+        return self.ours.opt.spec.rule_for(name if self.case.named else "", tuple(self.ours.of(name).shape))
 
     @property
     def sides(self) -> tuple[Side, Side]:

@@ -11,6 +11,7 @@ from torch import Tensor
 import memopt
 from memopt.masters import MASTERS
 from tests.twin.cases import TIES
+from tests.twin.mixed import creatable, given, overridden
 from tests.twin.sides import Bag, kernels_off
 
 if TYPE_CHECKING:
@@ -23,19 +24,17 @@ TOLERANCE = 1e-5
 def step(t: Twin, gradients: Mapping[str, Tensor]) -> tuple[Bag, Any] | None:
     """Model and optimizer after a step on these gradients, of a copy without kernels, placement and partition."""
     ours = t.ours
-    if t.edited or not any(ours.of(name).requires_grad for name in gradients):
+    if t.edited or not creatable(t) or not any(ours.of(name).requires_grad for name in gradients):
         return None
     spec = ours.opt.spec
     overrides = {n: text.partition("@")[0] for n, text in spec.overrides.items() if n in t.names}
-    spec = spec.replace(
-        placement="device", partition="none", options={}, overrides={k: v for k, v in overrides.items() if v}
-    )
+    spec = overridden(spec, {k: v for k, v in overrides.items() if v}, spec.rules)
+    spec = spec.replace(placement="device", partition="none", options={})
     model = Bag({name: p.detach().clone() for name, p in ours.model.named_parameters()})
-    known = ours.opt.rule.hyperparameters
     groups: list[dict[str, Any]] = []
     for group in ours.opt.param_groups:
         named = [(name, getattr(model, name)) for name in (ours.name_of(p) for p in group["params"])]
-        groups.append({"params": named if t.case.named else [p for _, p in named], **{k: group[k] for k in known}})
+        groups.append({"params": named if t.case.named else [p for _, p in named], **given(t.ours.opt.spec, group)})
     with kernels_off():
         opt = memopt.create(groups, spec, nonfinite="propagate", seed=ours.opt.seed)
         saved = ours.opt.state_dict()

@@ -9,8 +9,9 @@ from random import Random
 import torch
 
 import memopt
-from tests.twin.cases import draw_case
+from tests.twin.cases import Case, draw_case
 from tests.twin.machine import Skip, Twin
+from tests.twin.mixed import draw_spec
 from tests.twin.operations import WEIGHTS, load_all
 
 LENGTH = (8, 24)
@@ -31,7 +32,8 @@ def draw(seed: int, without: Iterable[str] = ()) -> str:
     names = [name for name in operations if name not in set(without)]
     weights = [WEIGHTS[name] for name in names]
     chosen = r.choices(names, weights, k=r.randint(*LENGTH))
-    return f"{seed}: " + " ".join(f"{name}/{r.randrange(10_000)}" for name in chosen)
+    several = draw_spec(seed)
+    return f"{seed}{'=' * bool(several)}{several}: " + " ".join(f"{name}/{r.randrange(10_000)}" for name in chosen)
 
 
 def perform(t: Twin, name: str, seed: int) -> bool:
@@ -52,19 +54,23 @@ def load_checkpoints(t: Twin) -> None:
         opt.close()
 
 
+def case_of(text: str) -> tuple[Case, int]:
+    """The case of a sequence, and its number."""
+    number, _, spec = text.partition(":")[0].strip().partition("=")
+    return draw_case(int(number), spec or None), int(number)
+
+
 def replay(text: str, trace: bool = False) -> list[str]:
     """Go through a sequence; the operations that applied. Raises :class:`Failed`."""
-    head, _, rest = text.partition(":")
-    number, _, spec = head.strip().partition("=")
-    case = draw_case(int(number), spec or None)
+    case, number = case_of(text)
     applied: list[str] = []
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         at, one, t = 0, "", None
         try:
-            t = Twin(case, int(number))
-            for one in rest.split():
+            t = Twin(case, number)
+            for one in text.partition(":")[2].split():
                 at += 1
                 name, _, seed = one.partition("/")
                 if trace:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import memopt
 from memopt.kernels import loader
 from tests.twin.cases import TORCH, Case
+from tests.twin.mixed import Together
 
 
 class Bag(nn.Module):
@@ -97,6 +98,8 @@ def kernels_off() -> Iterator[None]:
 def twin_optimizer(case: Case, groups: list[dict[str, Any]]) -> Any:
     """torch.optim's of the same rule; for a rule or a form that torch does not have, the plain path in 32 bits."""
     spec = memopt.parse(case.spec)
+    if spec.is_mixed:
+        return Together(groups)
     cls, extra = TORCH.get(spec.rule, (None, ()))
     factored = spec.format == "factored"
     if spec.rule == "adafactor" and not factored:

@@ -16,6 +16,7 @@ from torch import Tensor
 import memopt
 from memopt.spec.placement_options import OPTIONS
 from tests.twin.machine import Difference, Skip, Twin
+from tests.twin.mixed import Together, creatable, given
 from tests.twin.operations import operation
 from tests.twin.sides import Bag
 
@@ -23,10 +24,11 @@ from tests.twin.sides import Bag
 def blueprint(t: Twin) -> Callable[[], tuple[Bag, Any]]:
     """What makes a model and an optimizer as ours are now, with other weights and without state."""
     opt = t.ours.opt
-    known = opt.rule.hyperparameters
+    if not creatable(t):
+        raise Skip
     shapes = {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in t.ours.model.named_parameters()}
     groups = [
-        {"params": names, **{k: copy.deepcopy(group[k]) for k in known}}
+        {"params": names, **given(t.ours.opt.spec, group)}
         for names, group in zip(t.ours.names(), opt.param_groups, strict=True)
     ]
     spec, overrides = opt.spec, {n: text for n, text in opt.spec.overrides.items() if n in t.names}
@@ -194,7 +196,7 @@ def load_theirs(t: Twin, r: Random) -> None:
     from tests.twin.machine import LOW
 
     spec = t.ours.opt.spec
-    if isinstance(t.theirs.opt, memopt.Optimizer) or spec.format != "32bit" or t.case.overrides:
+    if isinstance(t.theirs.opt, (memopt.Optimizer, Together)) or spec.format != "32bit" or t.case.overrides:
         raise Skip
     if t.case.dtype in LOW or not all(t.stepped(n) for n in t.names):
         raise Skip
