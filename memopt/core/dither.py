@@ -17,6 +17,13 @@ fresh draws. Along a row: neighbours round at different times, so the errors of 
 one addition for a word instead of a hash. No small integer relation ties the two angles: for |i|, |j| <= 10, i (sqrt 2
 - 1) + j / golden ratio is 0.003 away from whole numbers.
 
+A rotation comes back to nearly the same word after a Fibonacci number of steps. Where gradients have such a period the
+same error is made again and again, and weights, which nothing draws back to where they should be, walk away with it.
+The words of a master (``+stochastic``, ``+split``) therefore take the t of each eight steps in an order of their own
+(:func:`shuffled`): no period is kept, and over all eight the words are those of the rotation. An error is drawn anew
+for each period, so a weight walks no further than with fresh draws, and a steady update is followed as closely as by the
+rotation.
+
 The mixer is the 32-bit finaliser of MurmurHash3 (Appleby, public domain).
 """
 
@@ -28,6 +35,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MASK = 0xFFFFFFFF
+#: Steps that a master's words take in an order of their own, a power of two.
+SHUFFLED = 8
 C1 = 0x85EBCA6B
 C2 = 0xC2B2AE35
 #: 2^32 / golden ratio, odd.
@@ -50,6 +59,16 @@ def key(*words: int) -> int:
     for word in words:
         k = mix(k ^ ((word + GOLDEN) & MASK))
     return k
+
+
+def shuffled(step: int) -> int:
+    """The steps 8 b … 8 b + 7 in an order drawn from b: what a master's words take for t."""
+    drawn = mix(step // SHUFFLED + GOLDEN)
+    last = SHUFFLED - 1
+    i = ((step ^ drawn) * (drawn >> 8 | 1)) & last
+    i ^= i >> 1
+    i = ((i ^ drawn >> 16) * (drawn >> 24 | 1)) & last
+    return step - (step & last) + i
 
 
 def _signed(x: int) -> int:

@@ -83,6 +83,6 @@ def words(shard: Shard, x: Tensor) -> Tensor:
     from memopt.core import dither
 
     rows = shard.rows.in_units(FLAT_ROW)  # where it is cut within a row, the rows around it
-    found = dither.bits(shard.key, shard.step, rows.first, rows.count, rows.cols, x.device)
+    found = dither.bits(shard.key, dither.shuffled(shard.step), rows.first, rows.count, rows.cols, x.device)
     start = (shard.rows.bounds[0] - rows.bounds[0]) * prod(rows.shape[1:])
     return found.view(-1)[start : start + x.numel()].view(x.shape)

@@ -234,3 +234,30 @@ def test_an_engine_without_masters_refuses_them(spec):
 def test_a_dtype_that_does_not_exist_is_refused():
     with pytest.raises(SpecError, match="dtype='half' is not allowed; it is one of float64, float32, bfloat16"):
         memopt.price({"w": (4, 4)}, "adamw+fp32", dtype="half")
+
+
+@pytest.mark.parametrize("name", ["stochastic", "split"])
+def test_rounding_does_not_walk_away_at_any_period(name):
+    """Gradients that sum to zero over so many steps, among them Fibonacci and Lucas numbers, where the rotation by the
+    golden ratio comes back: weights are no further off than with fresh draws."""
+    periods, cols, steps = (8, 13, 16, 21, 48, 55, 89, 144, 233), 256, 2000
+    unit = 2.0 ** -BITS[name][0]
+    g = torch.Generator().manual_seed(3)
+    tables = [torch.randn(n, cols, generator=g) for n in periods]
+    tables = [((x - x.mean(0)) * 0.3 * unit).bfloat16() for x in tables]
+    p = nn.Parameter(torch.full((len(periods), cols), 1.5, dtype=torch.bfloat16))
+    opt = memopt.create([p], f"sgd+{name}", lr=1.0)
+    stacked, length = torch.cat(tables), torch.tensor(periods)
+    begin = length.cumsum(0) - length
+    exact = p.detach().double()
+    fresh = torch.zeros(len(periods), cols, dtype=torch.float64)  # the variance, in units
+    for step in range(steps):
+        p.grad = stacked[begin + step % length]
+        opt.step()
+        exact -= p.grad.double()
+        up = (p.grad.double() / unit) % 1
+        fresh += up * (1 - up)
+    value = MASTERS[name].read(p.detach(), opt.state[p].get("correction")).double()
+    walked = ((value - exact) / unit).square().mean(1) / fresh.mean(1)
+    assert (walked < 1).all(), dict(zip(periods, walked.sqrt().tolist(), strict=True))
+    assert (walked > 0.1).all()  # it is stochastic

@@ -10,7 +10,7 @@ constexpr int64_t LARGE = 1 << 19;
 struct Prepared {
     const Scalars* scalars;
     int64_t step;
-    uint32_t keys[SLOTS + 2];  // of each moment, what the step adds, of the master
+    uint32_t keys[SLOTS + 3];  // of each moment, what the step adds, of the master, what the step adds there
     int pass;  // of an element-wise rule, else -1
 };
 

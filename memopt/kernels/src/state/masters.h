@@ -135,7 +135,7 @@ void write_with(const memopt::Tensor& t, void* lies, const Place& at, const floa
     uint16_t* p = static_cast<uint16_t*>(lies);
     typedef typename M::Beside Beside;
     Beside* kept = t.kept ? static_cast<Beside*>(t.kept) + at.offset : nullptr;
-    Dither dither(at.keys[memopt::SLOTS + 1], at.keys[memopt::SLOTS], at.global_row, at.col);
+    Dither dither(at.keys[memopt::SLOTS + 1], at.keys[memopt::SLOTS + 2], at.global_row, at.col);
     const int whole = at.n - at.n % W;
     for (int i = 0; i < whole; i += W) M::write(loadf(buffer + i), p + i, kept + (kept ? i : 0), dither);
     if (at.n > whole) {

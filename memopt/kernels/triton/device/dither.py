@@ -9,6 +9,7 @@ _C1 = tl.constexpr(dither.C1)
 _C2 = tl.constexpr(dither.C2)
 _GOLDEN = tl.constexpr(dither.GOLDEN)
 _ALONG = tl.constexpr(dither.ALONG)
+_SHUFFLED = tl.constexpr(dither.SHUFFLED)
 
 
 @triton.jit
@@ -20,9 +21,21 @@ def mix(x):
 
 
 @triton.jit
+def shuffled(step):
+    """The steps of a master's words, uint32: eight by eight in an order of their own."""
+    step = step.to(tl.uint32)
+    last: tl.constexpr = _SHUFFLED - 1
+    drawn = mix(step // _SHUFFLED + _GOLDEN)
+    i = ((step ^ drawn) * ((drawn >> 8) | 1)) & last
+    i = i ^ (i >> 1)
+    i = ((i ^ (drawn >> 16)) * ((drawn >> 24) | 1)) & last
+    return step - (step & last) + i
+
+
+@triton.jit
 def words(
     key,  # uint32: of the parameter's moment
-    step,  # int32: the number of this step
+    step,  # int32: the number of this step; of a master ``shuffled``
     row,  # int32 [blocks]: of the whole parameter
     first,  # int32 [blocks]: column with which the block begins
     WIDTH: tl.constexpr,

@@ -11,7 +11,7 @@ import triton.language as tl
 from memopt.kernels.triton.device import fields as f
 from memopt.kernels.triton.device import row_means
 from memopt.kernels.triton.device.codes import FULL, NARROW, load_moment, store_moment
-from memopt.kernels.triton.device.dither import words
+from memopt.kernels.triton.device.dither import shuffled, words
 from memopt.kernels.triton.device.masters import SPLIT8, STOCHASTIC
 from memopt.kernels.triton.device.row_means import load_factors, load_row_means
 from memopt.kernels.triton.device.tile import (
@@ -181,7 +181,7 @@ def step_kernel(
         w = block
         row += first_row
         if MASTER == STOCHASTIC or MASTER == SPLIT8:
-            w = words(beside_key, step, row, column, WIDTH)
+            w = words(beside_key, shuffled(step), row, column, WIDTH)
         store_parameter(p_at, stored_at, at, mask, p, w, MASTER, P_TYPE)
         if V:
             keep_moment(v_data, v_aux, v_key, step, row, column, where, mask, v, V_KIND, False, WIDTH, ALIGN, WHOLE)
