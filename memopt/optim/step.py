@@ -20,6 +20,7 @@ from memopt.optim.params import Resolved
 from memopt.optim.reports import Reports
 from memopt.optim.state_store import StateStore
 from memopt.placements.gradients.checks import check_gradient, look
+from memopt.placements.gradients.host_grad import on_host
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout
@@ -236,7 +237,7 @@ class Stepper:
     def local_gradient(self, layout: ParamLayout, p: Tensor) -> Tensor:
         """What is here of the gradient; of a replicated parameter the whole, whose NaN every rank must see."""
         g = check_gradient(layout.name, p)
-        return g if type(g) is Tensor else self.setup.partition.local(p, layout.rows, g)
+        return g if type(g) is Tensor else on_host(self.setup.partition.local(p, layout.rows, g))
 
     def own(self, layout: ParamLayout, p: Tensor, g: Tensor) -> Tensor:
         """Of a gradient from :meth:`local_gradient`, the rows that are stepped here."""

@@ -47,6 +47,8 @@ def _gradients(value: Any, what: str) -> Any:
 
 #: Gradients are copied to the host as they become ready, and stay on the device.
 PREFETCH = "early"
+#: Partitions whose gradients are what the step sees when they are ready in ``backward()``.
+_OFFLOADED = ("none", "zero2", "zero3")
 #: The smallest workspace or limit that can be asked for.
 MIN_SIZE = 2**20
 #: Host or device memory that state is streamed through, unless it is said.
@@ -82,12 +84,11 @@ def checked(given: Mapping[str, Any], placements: Iterable[str], partition: str)
             wanted = " or ".join(f"@{p}" for p in option.placements)
             raise SpecError(f"{name}={value!r} is for {wanted}; this spec is @{', @'.join(sorted(in_use))}")
         checked[name] = option.check(value, name)
-    if checked.get("offload_gradients") and partition != "none":
+    if checked.get("offload_gradients") and partition not in _OFFLOADED:
         raise SpecError(
-            f"offload_gradients={checked['offload_gradients']!r} is for parameters of one process, and this "
-            f"spec is /{partition}: "
-            "gradients are averaged over the ranks before they may leave; under fully_shard torch's own "
-            "CPUOffloadPolicy takes them to the host"
+            f"offload_gradients={checked['offload_gradients']!r} is not for /{partition}: "
+            "DistributedDataParallel keeps room for all gradients in its buckets on the device, which would not "
+            "become free; shard them, '/zero2' or '/zero3', and each shard leaves when it is reduced"
         )
     return checked
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from memopt.core.hyperparameters import CLIP_EPS, SpecError
 from memopt.placements.gradients.checks import clip_factor, look, note_finite
-from memopt.placements.gradients.host_grad import HostGradient
+from memopt.placements.gradients.host_grad import HostGradient, on_host
 from memopt.placements.gradients.prefetch import scaled
 
 
@@ -222,7 +222,7 @@ def local_part(g: Tensor) -> Tensor:
         return g.on_host()
     from torch.distributed.tensor import DTensor
 
-    return g._local_tensor if isinstance(g, DTensor) else g
+    return on_host(g._local_tensor) if isinstance(g, DTensor) else g
 
 
 def _by_device(tensors: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:

@@ -185,7 +185,7 @@ def test_several_ranks_write_to_gradients_that_are_ready(device, monkeypatch):
         model(2).backward()
     opt.step()
     assert counts(opt) == (0, 0)
-    assert "in the step, not in backward(): 2 processes write to gradients that are ready" in opt.explain()
+    assert "in the step, not in backward(): 2 processes average gradients after they are ready" in opt.explain()
 
 
 def test_copies_that_are_always_in_vain_are_given_up(device):

@@ -9,6 +9,8 @@ from typing import Any, Protocol, final
 import torch
 from torch import Tensor
 
+from memopt.partitions.dtensor import is_dtensor
+
 
 class Taker(Protocol):
     def take_new(self, name: str, p: Tensor) -> None:
@@ -45,9 +47,15 @@ class Hooks:
 
 
 def ranks() -> int:
-    """How many processes train together: with several, a gradient that is ready is not yet averaged."""
+    """How many processes train together."""
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def averaged(p: Tensor) -> bool:
+    """Whether a gradient of ``p`` that is ready is that of all ranks: the hooks of fully_shard's parameters are called
+    with the reduced shard, those of DistributedDataParallel's with what this rank alone has."""
+    return ranks() == 1 or is_dtensor(p)
 
 
 def leave(g: Tensor) -> None:

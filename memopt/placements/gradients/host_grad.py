@@ -8,6 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from memopt.partitions.dtensor import is_dtensor
+
 aten = torch.ops.aten
 
 
@@ -64,6 +66,8 @@ class HostGradient(Tensor):
         kwargs = kwargs or {}
         if func is aten._amp_foreach_non_finite_check_and_unscale_.default:
             return _unscale(func, *args)
+        if func in _OF_LISTS:
+            return _each(func, *args, **kwargs)
         act = _ACTS.get(func)
         if act is None or not isinstance(args[0], HostGradient) or any(isinstance(x, HostGradient) for x in args[1:]):
             named = next(
@@ -79,6 +83,22 @@ class HostGradient(Tensor):
 def on_host(g: Tensor) -> Tensor:
     """The tensor that holds a gradient's numbers: itself, unless it is in host memory."""
     return g.on_host() if isinstance(g, HostGradient) else g
+
+
+def local_gradient(p: Tensor) -> Tensor | None:
+    """What is here of the gradient of ``p``: of a DTensor's its local tensor, as it stands there."""
+    g: Any = p.grad
+    found: Tensor | None = g._local_tensor if is_dtensor(g) else g
+    return found
+
+
+def replace_local(p: Tensor, g: Tensor) -> None:
+    """``g`` in the place of what is here of the gradient of ``p``."""
+    whole: Any = p.grad
+    if is_dtensor(whole):
+        whole._local_tensor = g
+    else:
+        p.grad = g
 
 
 def _change(func: Any, host_gradient: HostGradient, *args: Any, **kwargs: Any) -> HostGradient:
@@ -115,6 +135,18 @@ def _unscale(func: Any, gradients: list[Tensor], found: Tensor, inverse: Tensor)
     found.copy_(torch.maximum(found, bad.to(found.device)))
 
 
+def _each(func: Any, gradients: list[Tensor], *args: Any, **kwargs: Any) -> list[Tensor] | None:
+    """Each by itself, where it is: torch takes the local tensors of DTensors together."""
+    found: list[Tensor] = []
+    for g in gradients:
+        if isinstance(g, HostGradient):
+            here = func([g.on_host()], *(x.cpu() if isinstance(x, Tensor) else x for x in args), **kwargs)
+        else:
+            here = func([g], *args, **kwargs)
+        found += [x.to(g.device) for x in here or ()]
+    return found or None  # of what changes them in place
+
+
 def _listed(args: Any) -> list[Any]:
     return [x for arg in args if isinstance(arg, (list, tuple)) for x in arg]
 
@@ -135,4 +167,15 @@ _ACTS: dict[Any, Callable[..., Any]] = {
         _change,
     ),
     **dict.fromkeys((aten.linalg_vector_norm.default, aten.clone.default, aten._to_copy.default), _read),
+}
+#: What can be done to several at a time.
+_OF_LISTS = {
+    aten._foreach_norm.Scalar,
+    aten._foreach_mul_.Scalar,
+    aten._foreach_mul_.Tensor,
+    aten._foreach_div_.Scalar,
+    aten._foreach_div_.Tensor,
+    aten._foreach_zero_.default,
+    aten._foreach_clamp_min_.Scalar,
+    aten._foreach_clamp_max_.Scalar,
 }

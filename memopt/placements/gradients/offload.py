@@ -5,6 +5,9 @@ meanwhile; the gradient's memory is the device's again when the copy has been ma
 so (:mod:`memopt.placements.gradients.host_grad`). A further backward pass adds: its gradient comes down through the
 buffers that steps use, a piece at a time, and a thread adds the pieces to what is there, in the order and with the
 rounding with which autograd would have on the device.
+
+Under fully_shard the hook is called with the shard that the ranks have reduced; what stands for it is the local tensor
+of the DTensor in ``p.grad``.
 """
 
 from __future__ import annotations
@@ -18,9 +21,10 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor
 
+from memopt.partitions.dtensor import is_dtensor
 from memopt.placements.gradients.checks import check_gradient
-from memopt.placements.gradients.hooks import Hooks, leave, ranks
-from memopt.placements.gradients.host_grad import HostGradient
+from memopt.placements.gradients.hooks import Hooks, averaged, leave, ranks
+from memopt.placements.gradients.host_grad import HostGradient, local_gradient, replace_local
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Event
 
@@ -46,16 +50,17 @@ class OffloadedGradient:
         self._gradient_offload = weakref.ref(gradient_offload)
 
     def stand_in(self, p: Tensor, g: Tensor) -> None:
-        """Replace ``p.grad``, which is ``g``."""
+        """Replace ``p.grad``, of which ``g`` is what is here."""
         host_gradient = HostGradient(self, g)
         self._p, self._stands = weakref.ref(p), weakref.ref(host_gradient)
-        p.grad = host_gradient
+        replace_local(p, host_gradient)
 
     def give_back(self) -> None:
         """Put the gradient where it was, if that is still waited for."""
         p = self._p() if self._p is not None else None
-        if p is not None and isinstance(p.grad, HostGradient) and p.grad.gradient is self:
-            p.grad = self.here(p.grad).to(p.device, copy=True)
+        stands = local_gradient(p) if p is not None else None
+        if p is not None and isinstance(stands, HostGradient) and stands.gradient is self:
+            replace_local(p, self.here(stands).to(p.device, copy=True))
 
     def wait(self) -> Tensor:
         """The gradient, when it has come and been added up."""
@@ -106,7 +111,8 @@ class GradientOffload:
 
     def take_new(self, name: str, p: Tensor) -> None:
         """Send the gradient of ``p`` down unless it is there, or in host memory as ``p`` is."""
-        if transfer_of(p.device) is not None and p.grad is not None and not isinstance(p.grad, HostGradient):
+        g = local_gradient(p)
+        if transfer_of(p.device) is not None and g is not None and not isinstance(g, HostGradient):
             self.take(name, p)
 
     def allocate(self, name: str, dtype: torch.dtype, shape: torch.Size, transfer: DeviceTransfer) -> OffloadedGradient:
@@ -121,8 +127,8 @@ class GradientOffload:
 
     def take(self, name: str, p: Tensor) -> OffloadedGradient:
         """Send the gradient of ``p`` down, and put what stands for it in its place."""
-        _refuse_replica(name)
-        g, transfer = check_gradient(name, p), transfer_of(p.device)
+        _refuse_replica(name, p)
+        g, transfer = _checked(name, p), transfer_of(p.device)
         assert transfer is not None
         with self._lock:
             self._buffers()
@@ -242,9 +248,21 @@ def _sum(old: Tensor, new: Tensor) -> None:
     old.add_(new)
 
 
-def _refuse_replica(name: str) -> None:
-    if ranks() > 1:
+def _checked(name: str, p: Tensor) -> Tensor:
+    """What is here of the gradient of ``p``, cut as ``p`` is."""
+    g: Any = check_gradient(name, p)
+    if is_dtensor(g) and g.placements != p.placements:  # type: ignore[attr-defined]
+        p.grad = g.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    found = local_gradient(p)
+    assert found is not None
+    return found
+
+
+def _refuse_replica(name: str, p: Tensor) -> None:
+    if not averaged(p):
         raise RuntimeError(
-            f"{name} is trained by {ranks()} ranks, and its gradient is this rank's alone "
-            "when it is ready: offload_gradients=True is for one process"
+            f"{name} is whole on each of {ranks()} ranks, and its gradient is this rank's alone when it is ready: "
+            "DistributedDataParallel averages it later, in buckets whose room on the device would not become free. "
+            "offload_gradients is for one process, or for shards of fully_shard, which leave when they are reduced: "
+            "write '/zero2' or '/zero3'"
         )

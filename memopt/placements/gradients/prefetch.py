@@ -8,9 +8,9 @@ and fetches the rest meanwhile.
 A copy is used only if ``p.grad`` is still the same tensor in the same memory, torch has not counted a write to it but
 those of ``memopt.clip_grad_norm_``, and its bits have the number (:mod:`memopt.placements.gradients.checksum`) that
 they had when the copy was begun: torch does not count what is written through ``.data``. (What is written there while
-the copy is made, and undone before the step, would not be seen; nothing does that but several processes, for which
-there are no copies.) Anything else comes down in the step. A gradient whose copy was in vain in ``PATIENCE`` steps
-running is not copied any more.
+the copy is made, and undone before the step, would not be seen; nothing does that but DistributedDataParallel, under
+which there are no copies.) Anything else comes down in the step. A gradient whose copy was in vain in ``PATIENCE``
+steps running is not copied any more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from memopt.layout.chunks import Piece
 from memopt.placements.gradients.checksum import fingerprint
-from memopt.placements.gradients.hooks import Hooks, leave, ranks
+from memopt.placements.gradients.hooks import Hooks, averaged, leave, ranks
+from memopt.placements.gradients.host_grad import local_gradient
 from memopt.placements.stores.streaming import ChunkSlice, Placed
 from memopt.placements.transfer.device import transfer_of
 
@@ -91,7 +92,7 @@ class Copy:
 
     def candidate(self) -> Tensor | None:
         """The gradient, if nothing is known that has happened to it."""
-        g = self.p.grad
+        g = local_gradient(self.p)
         if g is None or not self.of(g) or g.data_ptr() != self._at or g._version != self._version:
             return None
         return g
@@ -102,10 +103,10 @@ def scaled(gradients: Iterable[Tensor]) -> None:
     none has changed, none was another meanwhile. So clipping that had nothing to clip leaves the copies what they are.
     """
     if _COPIES:
-        by_id = {id(g): g for g in gradients}
+        by_id = {id(g) for g in gradients}
         for copy in list(_COPIES):
-            g = by_id.get(id(copy.p.grad))
-            if g is not None:
+            g = local_gradient(copy.p)
+            if g is not None and id(copy.p.grad) in by_id:
                 copy.excuse(g)
 
 
@@ -136,13 +137,13 @@ class GradientPrefetch:
         self._hooks.on({} if self.stopped else {n: p for n, p in parameters.items() if self._hopeful(n)})
 
     def take_new(self, name: str, p: Tensor) -> None:
-        g = p.grad
+        g = local_gradient(p)
         if g is None or type(g) is not Tensor or g.layout is not torch.strided or not g.is_contiguous():
             return
         if self.stopped or p.device != self.device or not WORTH <= g.nbytes <= 4 * g.numel():
             return
-        if ranks() > 1:
-            self.stopped = f"{ranks()} processes write to gradients that are ready"
+        if not averaged(p):
+            self.stopped = f"{ranks()} processes average gradients after they are ready"
             return
         with self._lock:
             last, count = self._passes.get(name, (None, 0))
@@ -199,7 +200,7 @@ class GradientPrefetch:
             if (
                 place is not None
                 and place.piece == chunk_slice.piece
-                and chunk_slice.work.g is there[chunk_slice.work.name].p.grad
+                and chunk_slice.work.g is local_gradient(there[chunk_slice.work.name].p)
             ):
                 chunks[place.buffer].append((chunk_slice, place.at))
         self._learn(there, {chunk_slice.work.name for chunk_slice in slices})

@@ -19,6 +19,7 @@ from torch import Tensor
 from memopt.core.ledger import Line
 from memopt.layout.chunks import Buffers, ChunkedState, Part, Piece, StoreOptions, piece
 from memopt.placements.base import E, Placement, PlacementStore, StepFunction
+from memopt.placements.gradients.hooks import ranks
 from memopt.placements.gradients.offload import GradientOffload, OffloadedGradient
 from memopt.placements.gradients.prefetch import GradientPrefetch
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of
@@ -80,6 +81,9 @@ class Offloaded(Streamed):
 
     def submit_step(self, name: str, p: Tensor, entry: E, step: Callable[[list[tuple[E, Tensor]]], None]) -> bool:
         if self._gradient_offload is None or transfer_of(p.device) is None:
+            return False
+        if ranks() > 1:  # a step may talk to the other ranks, which only one thread can do in the same order on all
+            self._gradient_offload.take_new(name, p)
             return False
         self._gradient_offload.submit_step(name, p, entry, step)
         return True
