@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import warnings
+from inspect import signature
 from typing import Any
 
 import torch
@@ -147,7 +148,10 @@ def _dcp(model: Any) -> list[Folder]:
         state = get_optimizer_state_dict(net, opt, options=StateDictOptions(flatten_optimizer_state_dict=flat))
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dcp.save({"optimizer": state}, checkpoint_id=folder, no_dist=True)
+            if "no_dist" in signature(dcp.save).parameters:
+                dcp.save({"optimizer": state}, checkpoint_id=folder, no_dist=True)
+            else:  # torch 2.6
+                dcp.save_state_dict({"optimizer": state}, dcp.FileSystemWriter(folder), no_dist=True)
             found.append(_read(folder))
     return found
 

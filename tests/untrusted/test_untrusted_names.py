@@ -193,11 +193,12 @@ def test_latest(tmp_path, run, latest):
 
 def test_files_of_a_folder_that_are_links(tmp_path, run):
     folder = deepspeed_folder(tmp_path / "in", "w")
-    assert run("inspect", str(folder))[0] == 0
+    said = ("inspect", str(folder), "--from", "adamw")  # torch before 2.7 does not say it
+    assert run(*said)[0] == 0
     file = next(folder.rglob("*optim_states.pt"))
     shutil.move(file, tmp_path / "elsewhere.pt")
     os.symlink(tmp_path / "elsewhere.pt", file)
-    code, _, err = run("inspect", str(folder))
+    code, _, err = run(*said)
     assert (code, "is a link that leads out of its folder" in err) == (2, True)
 
 
@@ -220,6 +221,7 @@ def test_an_index(tmp_path, run, name):
 
 @pytest.mark.parametrize("name", ["../ds.json", "/etc/passwd", "a/b.json", "ds\n.json"])
 def test_deepspeed_config_file(tmp_path, run, name):
+    pytest.importorskip("yaml")
     (tmp_path / "ds.json").write_text("{}")
     (tmp_path / "in").mkdir()
     file = {"distributed_type": "DEEPSPEED", "deepspeed_config": {"deepspeed_config_file": name}}
