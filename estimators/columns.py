@@ -5,11 +5,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from estimators.memory.rank_memory import SHARDS_ALSO, rows_of, step_temporaries
+from estimators.memory.rank_memory import rows_of, step_temporaries
 from estimators.models.model import Model
 from estimators.parallel.degrees import check_partition, sharing
 from estimators.result import Column
 from estimators.training import Training, unknown
+from memopt.partitions import PARTITIONS
 
 if TYPE_CHECKING:
     from estimators.activations import Activations
@@ -120,4 +121,4 @@ def _column(
 
 def own_precision(spec: "OptimSpec", training: Training) -> bool:
     """Whether mixed precision is FSDP2's, which computes in it throughout."""
-    return bool(training.mixed) and SHARDS_ALSO.get(spec.partition, (False,))[0]
+    return bool(training.mixed) and PARTITIONS[spec.partition].shards_weights

@@ -12,18 +12,11 @@ from estimators.models.lora import NF4
 from estimators.models.model import Model, Shape
 from estimators.training import Training
 from estimators.units import dtype
+from memopt.partitions import PARTITIONS
 
 if TYPE_CHECKING:
     from estimators.activations import Activations
     from memopt.spec import OptimSpec
-
-#: partition -> whether it shards weights and gradients too, and gives a block's weights up after its forward pass.
-SHARDS_ALSO: dict[str, tuple[bool, bool]] = {
-    "none": (False, False),
-    "zero1": (False, False),
-    "zero2": (True, False),
-    "zero3": (True, True),
-}
 
 
 def rows_of(
@@ -41,11 +34,6 @@ def rows_of(
     where they are not known. ``card``: its name, where that was given. ``second``: the
     reference model of preference training, and its forward pass."""
     weights = None  # the model's own dtypes
-    if spec.partition not in SHARDS_ALSO:
-        raise InputError(
-            f"'{spec}': what {spec.partition} shards besides the state is not known to the calculator; "
-            f"it knows {', '.join(SHARDS_ALSO)}"
-        )
     name, known = str(spec), model.provenance
     # With activations every phase but loading is told apart, and state is there from the second step on.
     phases = PHASES[1:] if ran else ("backward", "step")
@@ -93,7 +81,7 @@ def rows_of(
     if training.deepspeed and _deepspeed_offloads(spec):
         few = []
     if ran:
-        at_once = training.release_gradients and SHARDS_ALSO[spec.partition][0] * world_size < 2 and not away
+        at_once = training.release_gradients and PARTITIONS[spec.partition].shards_weights * world_size < 2 and not away
         from estimators.memory.step_rows import rows
 
         held += rows(name, model, training, ran, by_dtype, known, few, at_once)
@@ -112,7 +100,7 @@ def rows_of(
     if second:
         from estimators.memory.reference_model import rows as reference_rows
 
-        cut = SHARDS_ALSO[spec.partition][0] or (training.deepspeed and spec.partition == "zero3")
+        cut = PARTITIONS[spec.partition].shards_weights or (training.deepspeed and spec.partition == "zero3")
         held += reference_rows(name, second, ran, world_size if cut else 1)
     if training.seq and training.device != "cpu":
         if of_the_step:
@@ -140,7 +128,7 @@ def _params_offloaded(
 ) -> list[Row]:
     """Shards of weights and gradients in pinned memory and the state on the host, where the step runs (FSDP2's
     CPUOffloadPolicy, DeepSpeed's offload_param at stage 3); what is gathered is on the card."""
-    if not SHARDS_ALSO[spec.partition][1]:
+    if not PARTITIONS[spec.partition].reshard_after_forward:
         raise InputError(f"'{spec}': offload_params is for parameters that are sharded; name a spec with /zero3")
     tiers = {"weights": PINNED, "gradients": PINNED, "state": HOST}
     stays = ("gathered", "whole, before", "bucket")
@@ -220,7 +208,7 @@ def _fullest(model: Model, spec: "OptimSpec", world_size: int) -> Model:
     """The model whose parameters are the rows of the fullest rank, which is the first."""
     from memopt.partitions import PARTITIONS
 
-    if not SHARDS_ALSO[spec.partition][0] or world_size == 1:
+    if not PARTITIONS[spec.partition].shards_weights or world_size == 1:
         return model
     rows = PARTITIONS[spec.partition].rows
     return model._replace(
@@ -239,7 +227,7 @@ def _whole_at_work(
     def sizes(given: str | None, all_: bool) -> list[tuple[str, int]]:
         return [(n, _nbytes(model, n, shape, given)[1]) for n, shape in model.shapes if all_ or n not in model.frozen]
 
-    name, reshard = str(spec), SHARDS_ALSO[spec.partition][1]
+    name, reshard = str(spec), PARTITIONS[spec.partition].reshard_after_forward
     if pipeline:
         whole, raw = sum(n for _, n in sizes(weights, True)), sum(n for _, n in sizes(gradients, False))
         most = max(raw, sum(n for _, n in sizes("float32", False)))

@@ -20,6 +20,7 @@ from memopt.optim.edits.group_checks import is_named
 from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.saving.dtensors import has_dtensors
 from memopt.optim.saving.state_dict import described
+from memopt.partitions import PARTITIONS
 from memopt.partitions.dtensor import local_of
 
 if TYPE_CHECKING:
@@ -58,10 +59,7 @@ def _source(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> Source:
         return read_state_dict(apart(store, state_dict), ORIGIN, likely=optimizer.spec.rule)
     saved = state_dict["memopt"]
     same = all(saved.get(key) == value for key, value in ours.items())
-    source = read_state_dict(apart(store, state_dict, in_place=same), ORIGIN, rows=rows)
-    if saved.get("world_size", 1) > 1 and source.spec.partition != optimizer.spec.partition:
-        raise ValueError(f"this state is one rank's of '{source.spec}', and it is loaded into '{optimizer.spec}'")
-    return source
+    return read_state_dict(apart(store, state_dict, in_place=same), ORIGIN, rows=rows)
 
 
 def _rows_here(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> list[own_dict.Described] | None:
@@ -78,11 +76,18 @@ def _rows_here(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> list
                 f"{partition.world_size}; opt.consolidate_state_dict() before state_dict(), or memopt.save and "
                 "memopt.load, go from one number of ranks to another"
             )
-        if saved.get("cut") != partition.cut():
+    if saved.get("world_size", 1) > 1:
+        spec, mine = own_dict.spec_of(saved, ORIGIN), optimizer.spec
+        if PARTITIONS[spec.partition].rows is not PARTITIONS[mine.partition].rows:
             raise ValueError(
-                "this state is of parameters that were cut elsewhere; it loads under the DeepSpeed stage and with the "
-                "param groups that saved it"
+                f"this state is one rank's of '{spec}', and it is loaded into '{mine}', of which a rank has other "
+                "rows; memopt.save and memopt.load go from one to the other"
             )
+    if saved.get("cut") != partition.cut():
+        raise ValueError(
+            "this state is of parameters that were cut elsewhere; it loads under the DeepSpeed stage and with the "
+            "param groups that saved it"
+        )
     groups, entries = state_dict["param_groups"], list(optimizer.params.entries())
     named = is_named(groups)
     numbers = [number for group in groups for number in group["params"]]

@@ -33,6 +33,10 @@ class Partition(ABC):
     is_flattened: ClassVar[bool] = False
     #: Whether what is stepped has the same memory at every step.
     plannable: ClassVar[bool] = True
+    #: Whether weights and gradients are sharded with the state, and whether a block's weights are given up after its
+    #: forward pass and gathered again for the backward pass: the calculator prices both.
+    shards_weights: ClassVar[bool] = False
+    reshard_after_forward: ClassVar[bool] = False
     rank: int
     world_size: int
 

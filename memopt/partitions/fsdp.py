@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import fsum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from memopt.core.rows import Rows, Shape, indices_of_row
 from memopt.partitions.base import Partition, sum_over
@@ -24,8 +24,7 @@ class Sharded(Partition):
     needs them. Vectors and matrices of narrow rows are cut between any two elements or rows, and stay in 32 bits.
     """
 
-    #: Whether a block's parameters are given up after its forward pass, and gathered again for the backward pass.
-    reshard_after_forward: ClassVar[bool]
+    shards_weights = True
 
     def __init__(self, process_group: Any = None) -> None:
         super().__init__(process_group)

@@ -57,6 +57,13 @@ def test_a_run_goes_on_under_another_spec(before, after):
             opt.load_state_dict(saved)
         assert not opt.state
         return
+    if (before, after) == (
+        "torch",
+        "adafactor",
+    ) and "decoupled_weight_decay" not in theirs.defaults:  # torch before 2.7
+        with pytest.raises(ValueError, match=r"which of adam, adamw it was; say it with rule= of memopt\.load"):
+            opt.load_state_dict(saved)
+        return
     same = before == after or (before, after) == ("torch", "adamw")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -46,6 +46,17 @@ def test_a_value_of_another_package_keeps_the_contracts(passed, kind):
     assert any(name in case for case in passed), passed
 
 
+def test_the_calculator_prices_a_partition_of_another_package():
+    code = """
+from estimators import estimate
+from memopt.core.registry import register
+register("partition", "toyrows", "tests.toys.partition:Rows")
+toy, own = (estimate("8B", spec, world_size=4, seq=0).peak.nbytes for spec in ("adamw/toyrows", "adamw"))
+assert toy == own, (toy, own)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize(
     ("wrong", "sentence"),
     [

@@ -1,5 +1,7 @@
 """Worlds that are not there: a thousand ranks priced at once, and a plan checked in a fake process group."""
 
+import copy
+import itertools
 import time
 
 import pytest
@@ -111,3 +113,30 @@ def test_the_plan_of_zero3_in_a_fake_world(fake_world):
     opt = memopt.create(model, "adamw-8bit/zero3")
     opt.init_state()
     assert opt.ledger().nbytes == memopt.balance(uneven_model(), "adamw-8bit/zero3", world_size=16).nbytes[rank]
+
+
+def test_a_ranks_state_loads_where_a_rank_has_the_same_rows(fake_world):
+    """Of even shapes a rank has rows of the same number everywhere: the partition has to say that they are others."""
+    fake_world(0, 2)
+
+    def stepped(partition):
+        model = nn.Linear(8, 8, bias=False)
+        if partition in ("zero2", "zero3"):
+            memopt.shard(model, f"adamw/{partition}")
+        opt = memopt.create(model, f"adamw/{partition}")
+        model(torch.ones(2, 8)).sum().backward()
+        opt.step()
+        return opt
+
+    partitions = ("zero1", "zero2", "zero3")
+    for saved, loaded in itertools.product(partitions, partitions):
+        state, opt = copy.deepcopy(stepped(saved).state_dict()), stepped(loaded)
+        if (saved == "zero1") == (loaded == "zero1"):
+            opt.load_state_dict(state)
+            assert opt.state[opt.param_groups[0]["params"][0]]["step"] == 1
+            continue
+        before = copy.deepcopy(opt.state_dict()["state"])
+        words = f"one rank's of 'adamw/{saved}', and it is loaded into 'adamw/{loaded}', of which a rank has other rows"
+        with pytest.raises(ValueError, match=words):
+            opt.load_state_dict(state)
+        assert str(opt.state_dict()["state"]) == str(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -105,6 +106,7 @@ def save_durably(content: Any, path: Path) -> None:
     """``torch.save``, durably."""
     with open(path, "wb") as file:
         torch.save(content, file)
+        gc.collect(1)  # torch.save of torch 2.6 leaves the tensors in a cycle of a class it makes
         file.flush()
         os.fsync(file.fileno())
 

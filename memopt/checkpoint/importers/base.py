@@ -51,7 +51,7 @@ def choose(tool: str, origin: str, possible: tuple[str, ...], asked: str | None,
     if asked is None and len(possible) > 1:
         raise ValueError(
             f"{origin} was written by {tool}, and does not say which of {', '.join(possible)} it was; "
-            "say it with rule= (--from on the command line)"
+            "say it with rule= of memopt.load (--from on the command line)"
         )
     if asked is not None and asked not in possible:
         raise ValueError(f"{origin} was written by {tool} and can be {', '.join(possible)}, not {asked!r}")
