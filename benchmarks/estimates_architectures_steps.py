@@ -6,6 +6,7 @@ benchmarks/estimates_architectures.py runs it.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
 from math import prod
 from typing import Any
 
@@ -70,7 +71,7 @@ def tokens(values: dict[str, Any]) -> int:
 
 
 #: Elements of a model that a real step is run of.
-MOST = 250_000_000
+MOST = 600_000_000
 
 #: Parts of the names of fields -> the most that a small model has of it.
 _SMALL = (
@@ -103,31 +104,63 @@ def fewer(values: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def shrunk(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with few layers, tokens and experts. Widths stay: they hang together."""
+def shrunk(values: dict[str, Any], depth: bool = True) -> dict[str, Any]:
+    """A configuration with few layers (``depth``), tokens and experts, that leaves out no layer by chance. Widths stay:
+    they hang together."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         if name in ("out_features", "out_indices", "stage_names"):
             continue
         if isinstance(value, dict):
-            value = shrunk(value)
+            value = shrunk(value, depth)
         elif type(value) is int:
-            for parts, most in _SMALL:
-                if any(name.endswith(part) for part in parts) and value > most:
+            for parts, most in _SMALL[0 if depth else 1 :]:
+                if any(str(name).endswith(part) for part in parts) and value > most:
                     value = most
-            if name.endswith("_token_id") and value >= 1000:
+            if str(name).endswith("_token_id") and value >= 1000:
                 value = 999 - zlib.crc32(name.encode()) % 500
         elif name == "layer_types":
-            value = value[:2] if isinstance(value, list) else value
+            value = value[:2] if isinstance(value, list) and depth else value
+        elif str(name).endswith("layerdrop"):
+            value = 0.0
         found[name] = value
     return found
 
 
+def smaller(kind: str) -> Iterator[dict[str, Any]]:
+    """Small configurations of a type, the smallest first; some are refused, as lists in them belong to their layers."""
+    from estimators.traced.build import configuration
+
+    whole = configuration(default(kind), kind).to_dict()
+    yield shrunk(whole)
+    yield shrunk(fewer(whole), depth=False)
+    sizes = {name: size for name in ("image_size", "img_size") if (size := whole.get(name))}
+    yield {**shrunk(fewer(whole), depth=False), **sizes}
+    yield shrunk(whole, depth=False)
+
+
 def stepped(kind: str) -> list[dict[str, Any]]:
+    """The first small model of a type that a step can be run of: a traced one beside a real one."""
+    from estimators.traced.build import quiet, reason
+
+    rows: list[dict[str, Any]] = []
+    with quiet():
+        try:
+            for small in smaller(kind):
+                ran = _stepped(kind, small)
+                rows = rows or ran
+                if any("saved_nbytes" in row for row in ran):
+                    return ran
+        except Exception as error:
+            rows = rows or [{"type": kind, "not_run": reason(error)}]
+    return rows
+
+
+def _stepped(kind: str, small: dict[str, Any]) -> list[dict[str, Any]]:
     """A small model's traced step beside a real one, without checkpointing and with it."""
     import torch
 
-    from estimators.traced.build import built, class_of, configuration, quiet, reason
+    from estimators.traced.build import built, class_of, configuration, made_of, reason
     from estimators.traced.from_transformers import from_transformers
     from estimators.traced.inputs import InputShape, Mended, inputs
     from estimators.traced.source import traced as estimated
@@ -135,55 +168,52 @@ def stepped(kind: str) -> list[dict[str, Any]]:
 
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
-    with quiet():
+    try:
+        cls = class_of(configuration(small, kind), kind)
+        module, faked = built(small, kind, cls.__name__)
+        parameters = sum(p.numel() for p in module.parameters())
+        if parameters > MOST:
+            return [{"type": kind, "not_run": f"{parameters:,} parameters when small"}]
+        asked = InputShape(BATCH, tokens(small), torch.bfloat16)
+        ways = list(inputs(module, asked, faked))
+    except Exception as error:
+        return [{"type": kind, "not_run": reason(error)}]
+    for how in ("none", "full"):
+        row: dict[str, Any] = {"type": kind, "class": cls.__name__, "checkpointing": how, "parameters": parameters}
         try:
-            small = shrunk(configuration(default(kind), kind).to_dict())
-            cfg = configuration(small, kind)
-            cls = class_of(cfg, kind)
-            module, faked = built(small, kind, cls.__name__)
-            parameters = sum(p.numel() for p in module.parameters())
-            if parameters > MOST:
-                return [{"type": kind, "not_run": f"{parameters:,} parameters when small"}]
-            asked = InputShape(BATCH, tokens(small), torch.bfloat16)
-            ways = list(inputs(module, asked, faked))
-        except Exception as error:
-            return [{"type": kind, "not_run": reason(error)}]
-        for how in ("none", "full"):
-            row: dict[str, Any] = {"type": kind, "class": cls.__name__, "checkpointing": how, "parameters": parameters}
-            try:
-                torch.manual_seed(0)
-                real = cls._from_config(configuration(small, kind), dtype=torch.bfloat16).train()
-                for one in (real.config, *(getattr(real.config, n, None) for n in real.config.sub_configs)):
-                    if getattr(one, "use_cache", None):
-                        one.use_cache = False
-                if how == "full":  # the random state that torch keeps aside is no tensor of a card's
-                    kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-                    real.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-                given, figures = _real(real, ways, Mended(module, asked))
-                model = from_transformers(small, kind)._replace(inputs=given)
-                step = Training(batch=BATCH, seq=asked.seq, checkpointing=how, device="cpu")
-                ran, why = estimated(model, step)
-                if ran is None:
-                    rows.append({**row, "not_run": why})
-                    continue
-                row |= figures
-            except Exception as error:
-                rows.append({**row, "not_run": reason(error)})
+            torch.manual_seed(0)
+            real = made_of(cls, configuration(small, kind), torch.bfloat16).train()
+            for one in (real.config, *(getattr(real.config, n, None) for n in real.config.sub_configs)):
+                if getattr(one, "use_cache", None):
+                    one.use_cache = False
+            if how == "full":  # the random state that torch keeps aside is no tensor of a card's
+                kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+                real.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+            given, figures = _real(real, ways, Mended(module, asked))
+            model = from_transformers(small, kind)._replace(inputs=given)
+            step = Training(batch=BATCH, seq=asked.seq, checkpointing=how, device="cpu")
+            ran, why = estimated(model, step)
+            if ran is None:
+                rows.append({**row, "not_run": why})
                 continue
-            weights = sum(t.nbytes for t in (*real.parameters(), *real.buffers()))
-            peak = max(ran.forward.activations, ran.loss.activations, sum(ran.backward))
-            row |= {
-                "saved_predicted": ran.saved,
-                "saved_error": round(ran.saved / max(1, row["saved_nbytes"]) - 1, 5),
-                "peak_predicted": weights + peak,
-                "peak_nbytes": weights + row["moving_nbytes"],
-                "peak_error": round((weights + peak) / (weights + row["moving_nbytes"]) - 1, 5),
-                "with_scratch_error": round((weights + peak) / (weights + row["whole_nbytes"]) - 1, 5),
-                "moving_error": round(peak / row["moving_nbytes"] - 1, 5),
-                "notes": list(ran.notes),
-            }
-            rows.append(row)
-            del real
+            row |= figures
+        except Exception as error:
+            rows.append({**row, "not_run": reason(error)})
+            continue
+        weights = sum(t.nbytes for t in (*real.parameters(), *real.buffers()))
+        peak = max(ran.forward.activations, ran.loss.activations, sum(ran.backward))
+        row |= {
+            "saved_predicted": ran.saved,
+            "saved_error": round(ran.saved / max(1, row["saved_nbytes"]) - 1, 5),
+            "peak_predicted": weights + peak,
+            "peak_nbytes": weights + row["moving_nbytes"],
+            "peak_error": round((weights + peak) / (weights + row["moving_nbytes"]) - 1, 5),
+            "with_scratch_error": round((weights + peak) / (weights + row["whole_nbytes"]) - 1, 5),
+            "moving_error": round(peak / row["moving_nbytes"] - 1, 5),
+            "notes": list(ran.notes),
+        }
+        rows.append(row)
+        del real
     return rows
 
 
@@ -224,7 +254,7 @@ def _real(module: Any, ways: Any, ahead: Any) -> tuple[dict[str, Any], dict[str,
             continue
         kept = saved(module, run).nbytes
         curve = traced(("forward", forward), ("backward", backward))
-        inputs = sum(t.nbytes for t in leaves((args, kwargs)))
+        inputs = sum(t.nbytes for t in leaves((args, kwargs))) + _cached(module)
         left = curve.live[dict(curve.marks)["backward"] - 1]
         return given, {
             "hooks_nbytes": kept,
@@ -233,6 +263,14 @@ def _real(module: Any, ways: Any, ahead: Any) -> tuple[dict[str, Any], dict[str,
             "whole_nbytes": curve.peak + inputs,
         }
     raise error
+
+
+def _cached(module: Any) -> int:
+    """Bytes of tensors that modules have made in their first step and keep as attributes."""
+    import torch
+
+    found = {t.untyped_storage()._cdata: t for m in module.modules() for t in vars(m).values() if torch.is_tensor(t)}
+    return sum(t.untyped_storage().nbytes() for t in found.values())
 
 
 def _each(ways: Any, ahead: Any) -> Any:

@@ -137,8 +137,9 @@ def bloom(f: Fields, step: Step) -> Network:
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab)
 
+    alibi = step.batch * n * step.seq * step.item
     mask = causal_mask(step._replace(attention="eager"))
-    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=mask)
+    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=mask + alibi)
 
 
 def gpt_neox(f: Fields, step: Step) -> Network:

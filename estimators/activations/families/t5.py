@@ -23,7 +23,7 @@ def _scores(t: Tape, step: Step, n: int) -> int:
 
 
 def _eager(
-    t: Tape, step: Step, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, n: int, p: float, masked: bool
+    t: Tape, step: Step, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, n: int, p: float, masked: bool, cross: bool
 ) -> Tensor:
     """Copies of q, k and v laid out for a batched product; the bias is added, the softmax in the scores' dtype."""
     q, k, v = (t.copy(x) for x in (q, k, v))
@@ -36,11 +36,12 @@ def _eager(
 
 
 def _fused(
-    t: Tape, step: Step, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, n: int, p: float, masked: bool
+    t: Tape, step: Step, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, n: int, p: float, masked: bool, cross: bool
 ) -> Tensor:
     """The bias, laid out for the kernel (and masked in the decoder), needs a gradient of every score: a GPU has the
-    memory-efficient kernel for that. A CPU has no fused kernel, and computes in fp32 what ``_eager`` does."""
-    laid = t.op([bias], saves=[t.tensor(step.seq**2, 1)] if masked else [])
+    memory-efficient kernel for that. A CPU has no fused kernel, and computes in fp32 what ``_eager`` does. Attention to
+    the source (``cross``) has zeros in its place, which lie as they should."""
+    laid = bias if cross else t.op([bias], saves=[t.tensor(step.seq**2, 1)] if masked else [])
     if not t.cpu:
         beside = t.tensor(step.tokens * n, FP32)
         return t.op(
@@ -72,7 +73,7 @@ def t5(f: Fields, step: Step) -> Network:
 
     def attended(t: Tape, x: Tensor, source: Tensor, bias: Tensor, masked: bool) -> Tensor:
         q, k, v = (linear(t, y, width, inner) for y in (x, source, source))
-        return t.dropout(linear(t, attend(t, step, q, k, v, bias, n, p, masked), inner, width), p)
+        return t.dropout(linear(t, attend(t, step, q, k, v, bias, n, p, masked, source is not x), inner, width), p)
 
     def feed_forward(t: Tape, x: Tensor) -> Tensor:
         y = _norm(t, x, width)
