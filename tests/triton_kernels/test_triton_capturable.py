@@ -47,6 +47,7 @@ def test_parameters_on_two_devices_cannot_be_captured() -> None:
 
 
 def test_capturable_keeps_the_step_on_the_device_and_is_priced_so(on) -> None:
+    pytest.importorskip("triton", minversion="3.3")
     on(True)
     params = parameters([(17, 300), (33,)])
     opt = memopt.create(params, "adamw-8bit", capturable=True)
