@@ -90,7 +90,7 @@ def load(
     >>> model = torch.nn.Linear(4, 4); theirs = torch.optim.AdamW(model.parameters())
     >>> model(torch.ones(1, 4)).sum().backward(); theirs.step()
     >>> opt = memopt.create(model, "adamw-8bit")
-    >>> memopt.load(theirs.state_dict(), optimizer=opt).step
+    >>> memopt.load(theirs.state_dict(), optimizer=opt, rule="adamw").step
     1
     """
     if isinstance(path, Mapping) or is_foreign(Path(path)):

@@ -5,7 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 #: Of NamedTuple, ctypes and torch, whose names they are.
-FOREIGN = {"_parameters", "_buffers", "_replace", "_fields", "_asdict", "_fields_", "_make", "_version"}
+FOREIGN = {"_parameters", "_buffers", "_replace", "_fields", "_asdict", "_fields_", "_make", "_version", "_apply"}
 ROOT = Path(__file__).parents[2]
 SOURCES = {path: ast.parse(path.read_text()) for top in ("memopt", "estimators") for path in (ROOT / top).rglob("*.py")}
 
