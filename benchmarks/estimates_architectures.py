@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from estimates_architectures_steps import NEEDED, default, fewer, stepped, tokens
-from estimates_architectures_table import BATCH, table
+from estimates_architectures_table import BATCH, DOCUMENT, documented, table
 from estimates_families import families
 from provenance import write_result
 
@@ -214,6 +214,9 @@ class Done:
             self.written = time.monotonic()
             write_result(self.path, self.found, flat=True)
             self.path.with_suffix(".md").write_text(table(self.found))
+            if self.path == OUT and self.found.get("types"):
+                whole = json.loads(self.path.read_text())
+                DOCUMENT.write_text(documented(DOCUMENT.read_text(), whole))
 
 
 def main() -> None:

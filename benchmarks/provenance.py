@@ -26,6 +26,11 @@ PACKAGES = (
     "flashoptim",
     "safetensors",
     "numpy",
+    "diffusers",
+    "timm",
+    "torchvision",
+    "scipy",
+    "pillow",
 )
 
 

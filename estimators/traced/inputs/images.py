@@ -68,6 +68,14 @@ def tower(module: Any, asked: InputShape) -> dict[str, Any] | None:
         pixels, sizes = patches(config, asked)
         merged = {"merge_sizes": torch.full((batch,), read(config, "spatial_merge_size", 2))}
         return {first: pixels, grid: sizes, **(merged if "merge_sizes" in names else {})}
+    if "feature_lens" in names:
+        length, bins = 2 * config.max_source_positions, config.num_mel_bins
+        frames = torch.empty((bins, batch * length), dtype=asked.dtype, device="meta")
+        lengths = torch.full((batch,), length)
+        after = {"aftercnn_lens": (lengths - 1) // 2 + 1} if "aftercnn_lens" in names else {}
+        return {first: frames, "feature_lens": lengths, **after}
+    if first != "pixel_values":
+        return None
     n = 16
     patch, channels = field(config, "patch_size", default=16), field(config, "num_channels", "in_channels", default=3)
     if "spatial_shapes" in names:
@@ -78,13 +86,8 @@ def tower(module: Any, asked: InputShape) -> dict[str, Any] | None:
         at = torch.cartesian_prod(torch.arange(n), torch.arange(n)).expand(batch, n * n, 2).contiguous()
         return {first: asked.floats(n * n, channels * patch * patch), "pixel_position_ids": at}
     if "target_sizes" in names:
-        return {first: asked.floats(channels, patch, n * n * patch), "target_sizes": torch.full((batch, 2), n)}
-    if "feature_lens" in names:
-        length, bins = 2 * config.max_source_positions, config.num_mel_bins
-        frames = torch.empty((bins, batch * length), dtype=asked.dtype, device="meta")
-        lengths = torch.full((batch,), length)
-        after = {"aftercnn_lens": (lengths - 1) // 2 + 1} if "aftercnn_lens" in names else {}
-        return {first: frames, "feature_lens": lengths, **after}
+        strip = torch.empty((1, channels, patch, batch * n * n * patch), dtype=asked.dtype, device="meta")
+        return {first: strip, "target_sizes": torch.full((batch, 2), n)}
     return None
 
 
