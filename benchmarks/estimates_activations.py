@@ -1,24 +1,27 @@
 """Predicted activations and peaks beside those of real training steps on the CPU.
 
-    python benchmarks/estimates_activations.py
+    python benchmarks/estimates_activations.py [--minutes 10]
 
 For every case a small model is built with transformers, one step warms up, then one forward pass runs under
 saved_tensors_hooks (storages counted once) and one whole step runs with every allocation traced: forward, backward,
-and an optimizer step of memopt's own. Writes ``benchmarks/results/estimates_activations.json`` and ``.md``.
+and an optimizer step of memopt's own. Writes ``benchmarks/results/estimates_activations.json`` and ``.md``; a run
+goes on where one of the same commit ended.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from estimates_models import ADAPTED, FAMILIES, ONLY_EAGER, SIZES, Selective, build, checkpoint, config, inputs
-from provenance import write_result
+from provenance import commit, write_result
 
 import memopt
 from estimators.calculator import estimate
@@ -119,11 +122,17 @@ def cases() -> list[tuple[Any, ...]]:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10)
+    ended = time.monotonic() + 60 * parser.parse_args().minutes
     torch.set_num_threads(1)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    results = []
-    for case in cases():
+    out = Path(__file__).parent / "results"
+    before = json.loads((out / "estimates_activations.json").read_text())
+    results = before["results"] if before["provenance"].get("commit") == commit() else []
+    for case in cases()[len(results) :]:
+        if time.monotonic() > ended:
+            break
         results.append(measure(*case))
         gc.collect()  # a model is in cycles with its hooks
         print(len(results), *case, flush=True)
@@ -132,13 +141,13 @@ def main() -> None:
     }
     import transformers
 
-    out = Path(__file__).parent / "results"
     header = {
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "spec": SPEC,
         "python": sys.version.split()[0],
         "cases": len(results),
+        "of": len(cases()),
         "worst": worst,
     }
     write_result(out / "estimates_activations.json", {**header, "results": results})
