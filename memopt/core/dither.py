@@ -21,8 +21,8 @@ A rotation comes back to nearly the same word after a Fibonacci number of steps.
 same error is made again and again, and weights, which nothing draws back to where they should be, walk away with it.
 The words of a master (``+stochastic``, ``+split``) therefore take the t of each eight steps in an order of their own
 (:func:`shuffled`): no period is kept, and over all eight the words are those of the rotation. An error is drawn anew
-for each period, so a weight walks no further than with fresh draws, and a steady update is followed as closely as by the
-rotation.
+for each period, so a weight walks no further than with fresh draws, and a steady update is followed as closely as by
+the rotation.
 
 The mixer is the 32-bit finaliser of MurmurHash3 (Appleby, public domain).
 """
