@@ -16,7 +16,7 @@ that is not zero, so that a denominator never underflows to zero where the numer
 
 In 8 bits a uniform number of as many bits as are cut off is added to them, which moves on to the next code with the
 probability f that they stand for (of [0, 1)): the expected value is x. A moment that decays then does so too fast, by
-2.2 % (fp8: 4.6 %): one that shrinks by a fraction d of itself per step goes down a code every g/d steps, g being the
+2.2 %: one that shrinks by a fraction d of itself per step goes down a code every g/d steps, g being the
 relative gap to the next code, and after n = 2^M codes, an octave, it has taken (1/(n + 1) + … + 1/(2n)) / d steps where
 the truth takes ln 2 / d. A second moment of b2 = 0.999 is as if of 0.99898, which is left as it is.
 
@@ -28,6 +28,7 @@ expected value of x^(1/4) is kept: between 2^k and 2^(k+1) the next code has the
 
 which is that of a walk in log x to 2 %: codes last as long as they should, and steps are as long as those of an exact
 moment to a few percent. It is u >= 1 - that, and so f + a(u) >= 1 with a(u) = 2 - (1 + (1 - u) (2^(1/4) - 1))^4.
+In fp8, whose codes are 7 to 12 % apart, the same is done (``fp8.py``).
 """
 
 from __future__ import annotations

@@ -124,12 +124,12 @@ def test_signed_codes_are_unbiased(name, moment):
 
 @pytest.mark.parametrize(("name", "moment"), ENCODED, ids=IDS)
 def test_the_dither_is_unbiased_over_elements(name, moment):
-    """One step, many equal elements: the average is the value written; in 4 bits that of fourth roots is."""
+    """One step, many equal elements: the average is the value written; in 4 bits and fp8 that of fourth roots is."""
     x = torch.full((64, 256), 0.3)
     x[:, 0] = 1.0
     rows = Rows.whole((64, 256))
     back = FORMATS[name].read(encode(name, moment, x, Shard(rows, 3, 9)), moment, Shard(rows))[:, 1:]
-    power = 0.25 if name == "4bit" and not moment.signed else 1.0
+    power = 0.25 if name in ("4bit", "fp8") and not moment.signed else 1.0
     back = back.abs() ** power
     step = float(back.max() - back.min())
     assert abs(float(back.mean()) - 0.3**power) <= step * 4 * 0.5 / (64 * 255) ** 0.5 + 1e-6

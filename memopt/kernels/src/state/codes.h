@@ -154,11 +154,18 @@ struct E4M3 {
   private:
     INLINE vi code(vf x, float inverse, vu w) {
         const vf y = at_most(absolute(x) * inverse, 448.0f);
+        if (!SIGNED) return larger(in_roots(y, uniform(w)), vi{} + 1) & (y > 0.0f);
         const vi normal = (vi)((bits(y) + added<20, false>(w)) >> 20) - (120 << 3);
         const vi small = truncate(fma(y, splat(512.0f), uniform(w)));
-        vi q = y >= 0x1p-6f ? normal : small;
-        if (!SIGNED) q = larger(q, vi{} + 1) & (y > 0.0f);
-        return SIGNED ? q | (vi)((bits(x) >> 24) & 0x80u) : q;
+        return (y >= 0x1p-6f ? normal : small) | (vi)((bits(x) >> 24) & 0x80u);
+    }
+    // fp8.rounded_in_roots
+    INLINE vi in_roots(vf y, vf u) {
+        const vi octave = larger((vi)(bits(y) >> 23), vi{} + 121);
+        const vf steps = y * number((vu)(257 - octave) << 23);
+        const vf whole = number((vu)larger((vi)bits(steps), (vi)bits(splat(1.0f))));
+        const vf bend = quotient((splat(1.0f) - u) * u * 0.375f, whole);
+        return truncate(fma(u + bend, splat(static_cast<float>(BELOW_ONE)), steps)) + ((octave - 121) << 3);
     }
 };
 

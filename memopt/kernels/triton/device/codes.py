@@ -120,12 +120,17 @@ def decode_fp8(q, scale):
 @triton.jit
 def encode_fp8(x, scale, w, SIGNED: tl.constexpr):
     y = tl.minimum(tl.abs(x) * reciprocal(scale, _LARGEST), _LARGEST)
+    if not SIGNED:
+        octave = tl.maximum(bits(y) >> 23, 121)
+        steps = y * number((257 - octave) << 23)
+        u = uniform32(w) * 2.0**-32
+        bend = (1.0 - u) * u * 0.375 / tl.maximum(steps, 1.0)
+        q = tl.fma(u + bend, _BELOW_ONE, steps).to(tl.int32) + ((octave - 121) << 3)
+        return tl.maximum(q, tl.minimum(bits(y), 1))
     normal = ((bits(y) + added(w, 20, False)) >> 20) - (120 << 3)
     small = tl.fma(y, 512.0, uniform32(w) * 2.0**-32).to(tl.int32)
     q = tl.where(y >= 2.0**-6, normal, small)
-    if SIGNED:
-        return q | ((bits(x) >> 24) & 0x80)
-    return tl.maximum(q, tl.minimum(bits(y), 1))
+    return q | ((bits(x) >> 24) & 0x80)
 
 
 @triton.jit
