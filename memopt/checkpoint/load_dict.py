@@ -39,12 +39,26 @@ def load_dict(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> None:
     and for what would be converted where the optimizer was made to refuse that; SpecError for a moment that was not
     saved and would have to be made up.
     """
-    source = _source(optimizer, state_dict)
+    source = _source(optimizer, _with_names_of_its_own(state_dict))
     if optimizer.setup.on_mismatch == "refuse":
         _refuse_conversion(source, optimizer)
     plan = StateLoad(optimizer, source, hyper=True, fill={})
     with optimizer.store.restoring("load_state_dict()"):
         _tell(plan.apply())
+
+
+def _with_names_of_its_own(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The dictionary without the names of groups that have others than parameters: DeepSpeed puts one vector in the
+    place of all parameters of a group, and leaves it their names."""
+    groups = state_dict.get("param_groups")
+    if not isinstance(groups, list) or not all(map(_is_of_others, groups)):
+        return state_dict
+    return {**state_dict, "param_groups": [{k: v for k, v in group.items() if k != "param_names"} for group in groups]}
+
+
+def _is_of_others(group: Any) -> bool:
+    members, names = (group.get("params"), group.get("param_names")) if isinstance(group, Mapping) else (None, None)
+    return isinstance(members, list) and len(members) == 1 and isinstance(names, list) and len(names) > 1
 
 
 def _source(optimizer: OptimizerParts, state_dict: Mapping[str, Any]) -> Source:

@@ -257,3 +257,16 @@ def test_what_torch_cannot_read_beside_an_optimizer_is_a_sentence(tmp_path, monk
     monkeypatch.setattr(torch, "load", failing)
     with pytest.raises(ValueError, match="cannot be written again, for torch"):
         surroundings(path)
+
+
+def test_a_vector_in_the_place_of_several_parameters_loads_with_their_names():
+    """As DeepSpeed's checkpoints have it: one vector in a group, and the names of what it was made of."""
+    vectors = [nn.Parameter(torch.linspace(-1, 1, 5000)) for _ in range(2)]
+    saved, loaded = (memopt.create([p], "adamw-8bit", lr=1e-2) for p in vectors)
+    vectors[0].grad = torch.ones(5000)
+    saved.step()
+    state_dict = saved.state_dict()
+    state_dict["param_groups"][0]["param_names"] = [f"layers.{i}.weight" for i in range(6)]
+    loaded.load_state_dict(through_a_file(state_dict))
+    for key, x in saved.state[vectors[0]].items():
+        assert torch.equal(torch.as_tensor(x), torch.as_tensor(loaded.state[vectors[1]][key])), key
