@@ -12,11 +12,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from memopt.core.host_memory import bytes_view
 from memopt.core.ledger import ITEMSIZE, TensorSpec
 from memopt.untrusted import Refused
 from memopt.untrusted.headers import read_header
@@ -70,12 +71,6 @@ def spec_of(tensor: Tensor) -> TensorSpec:
     if dtype not in CODES:
         raise ValueError(f"a tensor of dtype {dtype} cannot be saved; the dtypes are {', '.join(CODES)}")
     return TensorSpec(dtype, tuple(tensor.shape))
-
-
-def bytes_view(flat: Tensor) -> memoryview:
-    """The memory of a uint8 CPU tensor."""
-    array: Any = flat.numpy()
-    return memoryview(array)
 
 
 def checksums(path: Path, progress: Progress = lambda nbytes: None) -> Iterator[str]:

@@ -48,9 +48,13 @@ def within(folder: Path, name: Any, where: str) -> Path:
 
 def _resolved(path: Path) -> Path:
     try:
-        return path.resolve()
-    except (OSError, RuntimeError):  # a link to itself
-        raise Refused(f"{path} is a link that leads nowhere") from None
+        target = path.resolve()
+        circle = target.is_symlink()  # what Python 3.13 returns for a link to itself
+    except (OSError, RuntimeError):  # what Python before it raises
+        circle = True
+    if circle:
+        raise Refused(f"{path} is a link that leads nowhere")
+    return target
 
 
 def _of_the_hub(folder: Path, target: Path) -> bool:

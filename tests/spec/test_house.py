@@ -55,8 +55,8 @@ def test_a_folder_has_at_most_a_dozen_modules():
 
 
 def _one_of_a_kind(folder):
-    """Folders of which every file is the same thing: a rule, a family of models, a verb."""
-    return folder.relative_to(ROOT).as_posix() in ("memopt/rules", "memopt/cli", "estimators/families")
+    """Folders of which every file is the same thing: a rule, a verb."""
+    return folder.relative_to(ROOT).as_posix() in ("memopt/rules", "memopt/cli")
 
 
 #: Where a file is at most 300 lines: what is longer has two ideas.

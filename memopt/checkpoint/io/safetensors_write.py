@@ -22,11 +22,11 @@ from memopt.checkpoint.tensorfile import (
     ITEMSIZES,
     FileInfo,
     Progress,
-    bytes_view,
     checksums,
     nbytes_of,
     spec_of,
 )
+from memopt.core.host_memory import bytes_view
 from memopt.core.ledger import TensorSpec
 
 #: Pieces that wait for their checksum while the next are written.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
+from memopt.core.host_memory import bytes_view
 from memopt.core.ledger import Line
 from memopt.core.user_warning import warn
 from memopt.kernels import Streaming
@@ -26,7 +27,6 @@ from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, Restored, StepFunction
 from memopt.placements.entry import ChunkPart, Entry, Sum, fetched, written
 from memopt.placements.stores.durable_directory import Directory
-from memopt.placements.stores.mapped_files import bytes_view
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, placed
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Operation, Streams, run_chains_on_host

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple, final
 import torch
 from torch import Tensor
 
+from memopt.core.host_memory import bytes_view
 from memopt.core.ledger import Line
 from memopt.layout.chunks import Buffers, ChunkedState, Part, Piece, StoreOptions
 from memopt.placements.base import Placement, StepFunction
@@ -75,7 +76,7 @@ class Pinned(Streamed):
         if not end:
             return tensors_in(None, parts)
         memory, begin = self._room(transfer, end)
-        return tensors_in(memory.numpy(), [part._replace(offset=begin + part.offset) for part in parts])
+        return tensors_in(bytes_view(memory), [part._replace(offset=begin + part.offset) for part in parts])
 
     def _room(self, transfer: DeviceTransfer, nbytes: int) -> tuple[Tensor, int]:
         """Host memory for so many bytes, and where in it they begin: of large states their own, of small ones a slab's,

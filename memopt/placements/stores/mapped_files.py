@@ -52,12 +52,6 @@ def tensors_in(buffer: Any, parts: list[Part]) -> dict[str, Tensor]:
     return found
 
 
-def bytes_view(buffer: Tensor) -> memoryview:
-    """The memory of a uint8 CPU tensor."""
-    array: Any = buffer.numpy()
-    return memoryview(array)
-
-
 def punch(descriptor: int, offset: int, nbytes: int) -> bool:
     """Give the blocks of a range back to the file system; the range reads as zeros. False where that cannot be done."""
     if sys.platform != "linux" or not nbytes:
