@@ -120,3 +120,19 @@ class TestCommand:
     def test_nothing_fits(self, capsys):
         assert main(["solve", "gpt2-xl", "--gpu", "1GiB", "--largest", "batch"]) == 1
         assert "Nothing fits" in capsys.readouterr().out
+
+
+def test_few_guesses_replay_the_allocator(monkeypatch):
+    """A replay is most of an estimate's time: what is searched without it must be."""
+    from estimators.allocator import replay
+
+    replayed, count = replay.replayed, 0
+
+    def counted(*args):
+        nonlocal count
+        count += 1
+        return replayed(*args)
+
+    monkeypatch.setattr(replay, "replayed", counted)
+    solve("gpt2", "8GiB", largest="batch", seq=512, optim="adamw-8bit", checkpointing="full")
+    assert 2 <= count <= 8
