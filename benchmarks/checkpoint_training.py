@@ -21,7 +21,7 @@ from torch import nn
 import memopt
 from memopt.train.job import ModelConfig
 from memopt.train.model import LanguageModel
-from memopt.train.recipe import CLIP_NORM, LEARNING_RATE, schedule
+from memopt.train.recipe import CLIP_NORM, LEARNING_RATE, warmup_and_cosine
 from memopt.train.run import validate
 from memopt.train.text import Corpus, load_text
 
@@ -41,7 +41,7 @@ def train(specs: tuple[str, ...], corpus: Corpus, steps: int, batch: int, seed: 
     torch.manual_seed(seed)
     model = LanguageModel(ModelConfig())
     optimizer = memopt.create(model, "adamw", lr=LEARNING_RATE["adamw"], seed=seed)
-    scheduler = schedule(optimizer, steps)
+    scheduler = warmup_and_cosine(optimizer, steps)
     changes = dict(zip((steps // 2, 3 * steps // 4), specs, strict=False))
     errors = {}
     for step in range(1, steps + 1):

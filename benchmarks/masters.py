@@ -28,7 +28,7 @@ from torch import nn
 import memopt
 from memopt.train.job import ModelConfig
 from memopt.train.model import LanguageModel
-from memopt.train.recipe import CLIP_NORM, schedule
+from memopt.train.recipe import CLIP_NORM, warmup_and_cosine
 from memopt.train.text import Corpus, Text, load_text
 
 
@@ -68,7 +68,7 @@ def source_code() -> Text:
 
 def steps_of(model: nn.Module, optimizer: Any, text: Text, seed: int, steps: int, batch: int) -> None:
     """Train under autocast; every dtype of weights meets the same batches."""
-    corpus, scheduler = Corpus(text, ModelConfig().context), schedule(optimizer, steps)
+    corpus, scheduler = Corpus(text, ModelConfig().context), warmup_and_cosine(optimizer, steps)
     for step in range(1, steps + 1):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(corpus.batch(seed, step, batch))

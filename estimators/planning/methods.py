@@ -43,6 +43,10 @@ METHODS = (
         "sinkgd-8bit(adamw)",
         "no state of hidden matrices, 8-bit AdamW for the rest: another rule, without momentum; no kernel on a card",
     ),
+    Method(
+        "scale-8bit(adamw)",
+        "no state but 8-bit momentum of the output head: another rule; no kernel, its step takes memory of its own",
+    ),
     Method("adamw", "adapters of rank 16 train, the weights do not: less can be learnt", RANK),
     Method("adamw-8bit@paged", "adapters on 4-bit weights (QLoRA): the weights are rounded too", RANK, "nf4-double"),
 )

@@ -146,6 +146,19 @@ def test_a_group_says_its_rule_and_its_own_rate():
         opt.add_param_group({"params": [("norm.bias", net.norm.bias)], "rule": "sgd"})
 
 
+def test_a_vector_that_is_moved_to_muons_group_is_refused():
+    net = model()
+    opt = memopt.create(net, "muon", lr=1e-2)
+    train(net, opt, 0, 1)
+    matrices, others = opt.param_groups
+    others["params"] = [p for p in others["params"] if p is not net.up.bias]
+    matrices["params"].append(net.up.bias)
+    before = weights(net)
+    with pytest.raises(SpecError, match=r"shape \(96,\) stands in a group of muon, which steps matrices"):
+        train(net, opt, 1, 1)
+    assert torch.equal(weights(net), before)
+
+
 def of(*shapes):
     return [(f"w{i}", nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(shapes)]
 
