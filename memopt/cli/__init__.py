@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -62,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: from argparse, after ``--help`` (0) and after a command line that it refuses (2).
     """
     terminal.never_refuse()
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, where there is none: nothing here uses it
     if argv is not None:
         return _code(argv)
     code = _code(sys.argv[1:])

@@ -55,7 +55,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
     opt = memopt.create(module, "adamw")
     opt.init_state()
     memopt.save(tmp_path / "ours", model=module, optimizer=opt)
-    whole, left = deepspeed.save, [6]
+    whole, left = deepspeed.save_durably, [6]
 
     def full(content, path):
         left[0] -= 1
@@ -63,7 +63,7 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, run, monkeypatch):
             raise OSError(28, "No space left on device", str(path))
         whole(content, path)
 
-    monkeypatch.setattr(deepspeed, "save", full)
+    monkeypatch.setattr(deepspeed, "save_durably", full)
     code, _, err = run("convert", str(tmp_path / "ours"), str(tmp_path / "theirs"), "--to", "deepspeed")
     assert code == 2
     assert "theirs could not be written (No space left on device); nothing was changed" in err
