@@ -63,9 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: from argparse, after ``--help`` (0) and after a command line that it refuses (2).
     """
     terminal.never_refuse()
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's, where there is none: nothing here uses it
     if argv is not None:
         return _code(argv)
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch's; nothing here uses it
     code = _code(sys.argv[1:])
     _end_at_once(code)
     return code
