@@ -108,6 +108,8 @@ class TestPipeline:
     @pytest.mark.parametrize("micro_batches", [4, 5, 12, 100])
     def test_passes_are_those_of_torch(self, micro_batches):
         schedules = pytest.importorskip("torch.distributed.pipelining.schedules")
+        if not hasattr(schedules, "_get_warmup_ops"):
+            pytest.skip("torch 2.6 does not have it")
         for stages in (2, 4):
             for rank in range(stages):
                 most = most_in_flight("1f1b", rank, stages, 1, micro_batches)
