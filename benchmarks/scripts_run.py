@@ -44,7 +44,8 @@ def run(script: str, arguments: list[str], environment: dict[str, str], log: str
         traceback.print_exc()
         found["code"] = 1
     found["state"] = sum(_state_bytes(x) for x in optimizers)
-    Path(result).write_text(json.dumps(found))
+    for_parent = json.dumps(found)
+    Path(result).write_text(for_parent)
     sys.stdout.flush()
     os._exit(int(found["code"] != 0))  # process groups that the scripts leave open hold threads that abort the end
 
@@ -213,4 +214,5 @@ def prepare(folder: Path) -> None:
 
 def _json_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
