@@ -28,10 +28,10 @@ def setting(text: Text, job: Job) -> str:
 
 
 def table(results: Sequence[Result]) -> Table:
-    """One row for each run; 80 columns hold the specs people use."""
+    """One row for each run; 60 columns hold the specs people use."""
     view = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     view.add_column("spec", overflow="fold")
-    for heading in ("state bytes\npredicted", "state bytes\nlive", "validation\nloss", "step\nms", "peak mem.\nMiB"):
+    for heading in ("state\nbytes\npredicted", "state\nbytes\nlive", "validation\nloss", "step\nms", "peak\nmem.\nMiB"):
         view.add_column(heading, justify="right", no_wrap=True)
     for result in results:
         view.add_row(
