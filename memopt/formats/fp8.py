@@ -44,7 +44,7 @@ def rounded_in_roots(y: Tensor, u: Tensor) -> Tensor:
     octave = y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     step = octave.clamp_(min=SMALLEST_NORMAL).mul_(QUANTUM / SMALLEST_NORMAL)
     steps = y / step
-    added = u + (1 - u).mul_(u).mul_(3 / 8).div_(steps.clamp(min=1.0))
+    added = (1 - u).mul_(u).mul_(3 / 8).div_(steps.clamp(min=1.0)).add_(u)
     return steps.add_(added.mul_(BELOW_ONE)).floor_().mul_(step)
 
 
@@ -77,13 +77,13 @@ class FP8(Format):
         blocks = as_blocks(x, shard.rows, BLOCK)
         largest = blocks.abs().amax(-1)
         y = blocks.abs().mul_(reciprocal(largest, LARGEST)[..., None]).clamp_(max=LARGEST)
-        words = random_words(shard, y)
         if moment.signed:
+            words = random_words(shard, y)
             normal = truncate(y, SHIFT, words).view(torch.float32)
             subnormal = y.div(QUANTUM).add_(uniform(words)).floor_().mul_(QUANTUM)
             code = torch.where(y >= SMALLEST_NORMAL, normal, subnormal)
         else:
-            code = rounded_in_roots(y, uniform(words)).clamp_(min=QUANTUM).mul_(y > 0)
+            code = rounded_in_roots(y, uniform(random_words(shard, y))).clamp_(min=QUANTUM).mul_(y > 0)
         parts["codes"].copy_(from_blocks(code.copysign_(blocks), shard.rows))
         store_scales(largest / LARGEST, parts["scales"])
         return x
