@@ -78,13 +78,13 @@ def train_blocks(spec: str, world: int, mesh: Any = None) -> list[Tensor]:
     return [sharded.whole(p) for p in model.parameters()]
 
 
-def two_dimensions() -> dict[str, Any]:
+def two_dimensions() -> dict[Any, Any]:
     """HSDP, and FSDP over tensor parallelism: parameters after a few steps, and what is refused."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    found = {"hsdp": train_blocks("adamw-8bit/zero3", WORLD, mesh)}
+    found: dict[Any, Any] = {"hsdp": train_blocks("adamw-8bit/zero3", WORLD, mesh)}
     placements = {
         "rows": (Shard(0), Replicate()),
         "columns": (Shard(0), Shard(1)),
@@ -96,6 +96,8 @@ def two_dimensions() -> dict[str, Any]:
         ("replicas", "adafactor/zero3"),
         ("columns", "adamw/zero3"),
         ("twice", "adafactor/zero3"),
+        ("replicas", "muon/zero3"),
+        ("rows", "muon-8bit/zero3"),
     ]:
         torch.manual_seed(0)
         p = nn.Parameter(distribute_tensor(torch.randn(255, 70), mesh, placements[name]))
@@ -103,7 +105,7 @@ def two_dimensions() -> dict[str, Any]:
         for step in range(3):
             p.grad = sharded.as_sharded(torch.randn(255, 70, generator=torch.Generator().manual_seed(step)), p)
             opt.step()
-        found[name] = sharded.whole(p), opt.ledger() == memopt.price([("w", p)], spec)
+        found[name, spec] = sharded.whole(p), opt.ledger() == memopt.price([("w", p)], spec)
     for spec in ("adamw-8bit/zero3", "adafactor/zero3", "adafactor-32bit/zero3"):
         p = nn.Parameter(distribute_tensor(torch.randn(255, 70), mesh, placements["columns"]))
         p.grad = p.detach().clone()

@@ -37,6 +37,7 @@ FOUND: list[str] = [
     "391: accumulate/5759 remove_parameter/6644 copied/5083 come_back/8666 steps/7217",  # a copy has all state
     "712: freeze/3508 backward/3497 grown/6281",  # two codes in a byte: one element less takes as many bytes
     "1068: watch/7801 step/4296 freeze/6479 switch/8468",  # a moment that a frozen parameter does not have yet
+    "20409: remove_parameter/8879 convert_place/701 remove_parameter/47 reorder/9565 steps/2104",  # an empty group
 ]
 
 

@@ -225,7 +225,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("world", [*(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4)), 3])
 def test_ranks_step_as_one_process(world):
     """To the bit: each matrix is multiplied whole, on one rank."""
     check_ranks(world, RUNS)

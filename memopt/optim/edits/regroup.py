@@ -25,7 +25,7 @@ def regrouped(optimizer: OptimizerParts, new: OptimSpec) -> Iterator[Sequence[st
     chosen = _rules(optimizer, new)
     found: list[tuple[dict[str, Any], str]] = []
     for group, members in zip(list(groups), chosen, strict=True):
-        found += _split(group, members, new.rule_names) if members else [(group, new.rule)]
+        found += _split(group, members, new.rule_names) if members else [(group, _of_empty(group, optimizer.spec, new))]
     if len(found) > len(groups):
         groups[:] = [group for group, _ in found]
         optimizer.params.remember(edited=True)
@@ -40,6 +40,12 @@ def regrouped(optimizer: OptimizerParts, new: OptimSpec) -> Iterator[Sequence[st
                     group["param_names"] = names
             optimizer.params.remember(edited=True)
         raise
+
+
+def _of_empty(group: dict[str, Any], old: OptimSpec, new: OptimSpec) -> str:
+    """The rule of a group without parameters: the one that it had, where it can."""
+    rule = old.rule_of(group)
+    return rule if old.rule == new.rule and rule in new.rule_names else new.rule
 
 
 def _rules(optimizer: OptimizerParts, new: OptimSpec) -> list[list[tuple[str, str, Tensor]]]:
