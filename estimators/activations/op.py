@@ -77,6 +77,12 @@ class Op:
         self.products = products
 
     @property
+    def is_leaf(self) -> bool:
+        """No parameter, and made of nothing that autograd follows: where it is told to require a gradient, that is
+        accumulated beside it."""
+        return not self.saved and not self.gradients and bool(self.ins) and not any(t.numel for t in self.ins)
+
+    @property
     def made(self) -> Sequence[Tensor]:
         """Tensors that come into being with it, besides its result: masks, indices, statistics, converted weights."""
         read = {id(t.stored) for t in self.ins}

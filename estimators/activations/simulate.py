@@ -155,11 +155,12 @@ class _Gradient:
 class _Pass:
     """The state of a backward pass."""
 
-    __slots__ = ("gradients", "live", "log", "made", "most", "peak", "released", "saved", "savers")
+    __slots__ = ("accumulated", "gradients", "live", "log", "made", "most", "peak", "released", "saved", "savers")
 
     def __init__(self, tape: Tape, log: OperationLog | None = None) -> None:
         self.log: OperationLog = [] if log is None else log
-        tensors = {key: t.nbytes * (key not in tape.elsewhere) for key, t in _saved(tape).items()}
+        leaves = {id(op.out) for op in tape.ops if op.is_leaf and op.out.requires}  # made again with the segment
+        tensors = {key: t.nbytes * (key not in tape.elsewhere or key in leaves) for key, t in _saved(tape).items()}
         self.saved = tensors
         self.savers: dict[int, int] = {}
         for op in tape.ops:
@@ -168,6 +169,8 @@ class _Pass:
         self.live = sum(tensors.values())
         self.made = 0
         self.gradients: dict[int, _Gradient] = {}
+        #: Gradients of tensors that no operation has made.
+        self.accumulated: list[_Gradient] = []
         self.peak = self.released = (self.live, 0)
         self.most = self.live
 
@@ -220,8 +223,11 @@ class _Pass:
         self.most = max(self.most, self.live + op.backward_tmp + op.gradients)
         self.released = max(self.released, (self.live + op.backward_tmp, op.gradients), key=sum)
         self.log += [(key, n) for key, n in ((None, op.backward_tmp), (op, op.gradients)) if n]
-        for gradient in incoming:
-            gradient.holders -= 1
+        if op.is_leaf:
+            self.accumulated += incoming
+        else:
+            for gradient in incoming:
+                gradient.holders -= 1
         for tensor, gradient in outgoing:
             self.give(tensor, gradient)
             self.drop(gradient)
@@ -250,6 +256,8 @@ def backward(
         if id(tensor) not in state.gradients:  # a shared tensor may be the output
             state.start(tensor, nbytes)
     begins = {key: g for key, g in state.gradients.items() if g.nbytes}
+    # A leaf lives as long as what accumulates its gradient; where it has one already it was made in an earlier run.
+    state.live += sum(op.out.nbytes for op in tape.ops if op.is_leaf and id(op.out) in begins)
     state.note()
     waiting: int | None = None
     for op in reversed(tape.ops):
@@ -258,5 +266,8 @@ def backward(
                 waiting = state.live - everything
                 state.log.append((RERUN, 0))
             state.run(op)
+    for one in state.accumulated:
+        one.holders = 0
+        state.drop(one)
     leaves = {key: g for key, g in state.gradients.items() if g.nbytes}
     return Backward(*state.peak, state.made, waiting or 0, state.most, begins, leaves, state.released)

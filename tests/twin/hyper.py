@@ -73,7 +73,7 @@ def switch(t: Twin, r: Random) -> None:
     key = r.choice([k for k in ("momentum", "amsgrad", "centered") if k in group] or [""])
     if not key or group.get("nesterov") or group.get("dampening"):
         raise Skip
-    if "sgd" in t.ours.opt.spec.rule and t.ours.opt.spec.format != "32bit":
+    if "sgd" in t.ours.opt.spec.rule_of(group) and t.ours.opt.spec.format != "32bit":
         raise Skip  # the plain path is made anew for a comparison, and refuses what keeps no state
     value: Any = (0.9 if not group[key] else 0.0) if key == "momentum" else not group[key]
     if isinstance(t.theirs.opt, memopt.Optimizer) and t.theirs.opt.spec.format != "32bit":

@@ -36,10 +36,7 @@ def step(t: Twin, gradients: Mapping[str, Tensor]) -> tuple[Bag, Any] | None:
         named = [(name, getattr(model, name)) for name in (ours.name_of(p) for p in group["params"])]
         groups.append({"params": named if t.case.named else [p for _, p in named], **given(t.ours.opt.spec, group)})
     with kernels_off():
-        try:
-            opt = memopt.create(groups, spec, nonfinite="propagate", seed=ours.opt.seed)
-        except memopt.SpecError:  # a format of no state: momentum was switched off since
-            return None
+        opt = memopt.create(groups, spec, nonfinite="propagate", seed=ours.opt.seed)
         saved = ours.opt.state_dict()
         for group, mine in zip(saved["param_groups"], opt.param_groups, strict=True):
             group.pop("param_names", None)
