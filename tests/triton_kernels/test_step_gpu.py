@@ -33,6 +33,7 @@ def bench(monkeypatch, tmp_path):
 
     for name, value in {
         "is_available": True,
+        "is_current_stream_capturing": False,
         "mem_get_info": (2**30, 2**30),
         "get_device_name": "a made-up card",
         "memory_allocated": 0,

@@ -76,7 +76,8 @@ def creatable(t: Twin) -> bool:
     spec = t.ours.opt.spec
     if not spec.is_mixed:
         return True
-    return set(spec.overrides) <= set(t.names) and any(rule_of(t, n) == spec.rule for n in t.names)
+    groups = t.ours.opt.param_groups  # which say their rules, whatever shapes have become
+    return set(spec.overrides) <= set(t.names) and any(g["params"] and spec.rule_of(g) == spec.rule for g in groups)
 
 
 class Together(torch.optim.Optimizer):
