@@ -76,10 +76,8 @@ class Files(Streamed):
 
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
         entry = self.entries.get(name)
-        if entry is None:  # its moments were off when state was laid out anew
-            return False
-        tensors = entry.tensors()
-        if tensors.keys() != state.keys() - {"step"}:  # moments have been switched on or off
+        tensors = entry.tensors() if entry is not None else {}
+        if entry is None or tensors.keys() != state.keys() - {"step"}:  # moments have been switched on or off
             return False
         return all(state[key].data_ptr() == t.data_ptr() for key, t in tensors.items() if t.numel())
 
