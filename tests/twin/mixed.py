@@ -31,6 +31,8 @@ OTHERS: dict[str, list[dict[str, Any]]] = {
 def draw_spec(seed: int) -> str:
     """A spec of several rules for one sequence of eight, and for thousands that follow those of benchmarks/twin.py
     before there were such; "" for the others."""
+    if not hasattr(torch.optim, "Muon"):  # before torch 2.9 there is no twin
+        return ""
     r = Random(f"several rules {seed}")
     if r.random() >= 1 / 8 and seed not in range(20_000, 24_000):
         return ""
