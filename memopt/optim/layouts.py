@@ -8,7 +8,9 @@ from weakref import ref
 
 from torch import Tensor, nn
 
+from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import dtype_name
+from memopt.core.rows import Shape
 from memopt.layout import param
 from memopt.partitions.dtensor import is_dtensor
 from memopt.rules import RULES
@@ -58,10 +60,20 @@ class Layouts:
             one = cached.get(id(p))
             if one is None or not _holds(one, index, name, p, key, partition):
                 rows = partition.local_rows(p)
+                _check_matrix(name, rows.shape, key[0])
                 layout = param.resolve_layout(spec, group, name, index, rows, dtype_name(p), seed)
                 one = cached[id(p)] = _Cached(ref(p), p.shape, p.dtype, layout)
             found.append(one.layout)
         return found
+
+
+def _check_matrix(name: str, shape: Shape, rule: str) -> None:
+    """A vector that was moved into a group of matrices, or has only become one there, as of a lazy module."""
+    if RULES[rule].declines is not None and len(shape) == 1:
+        raise SpecError(
+            f"{name} of shape {shape} stands in a group of {rule}, which steps matrices; a vector goes into a group of "
+            "another rule"
+        )
 
 
 def _holds(cached: _Cached, index: int, name: str, p: Tensor, key: Any, partition: Partition) -> bool:

@@ -233,7 +233,8 @@ def test_where_files_cannot_be_locked_it_is_said(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lock.fcntl, "flock", unknown)
     with pytest.warns(UserWarning, match="locks no files"):
-        memopt.save(tmp_path, model=torch.nn.Linear(2, 2))
+        saved = memopt.save(tmp_path, model=torch.nn.Linear(2, 2))
+    assert (saved.path / "manifest.json").is_file()
 
 
 # Damage ------------------------------------------------------------------------------------------------------------

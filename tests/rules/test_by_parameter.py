@@ -159,6 +159,28 @@ def test_a_vector_that_is_moved_to_muons_group_is_refused():
     assert torch.equal(weights(net), before)
 
 
+def test_parameters_without_a_shape():
+    """A rule is chosen by shape; what says its rule is held against it when it has one."""
+    net = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(64))
+    with pytest.raises(SpecError, match=r"parameter 1\.weight is of a lazy module and has no shape yet"):
+        memopt.create(net, "muon")
+    opt = memopt.create([("first", net[0].weight)], "muon", lr=1e-2)
+    opt.param_groups[0]["params"] += [net[1].weight]
+    net[0].weight.grad = torch.ones(64, 64)
+    opt.step()
+    net(torch.ones(2, 64)).sum().backward()
+    opt.step()
+    assert "momentum_buffer" in opt.state[net[1].weight]
+    opt.param_groups[0]["params"] += [nn.UninitializedParameter()]
+    opt.step()
+    opt.param_groups[0]["params"][-1].materialize((64,))
+    opt.param_groups[0]["params"][-1].grad = torch.ones(64)
+    before = net[0].weight.clone()
+    with pytest.raises(SpecError, match=r"shape \(64,\) stands in a group of muon, which steps matrices"):
+        opt.step()
+    assert torch.equal(net[0].weight, before)
+
+
 def of(*shapes):
     return [(f"w{i}", nn.Parameter(torch.zeros(shape))) for i, shape in enumerate(shapes)]
 

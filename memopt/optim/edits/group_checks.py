@@ -69,11 +69,6 @@ def check_group(group: Any, spec: OptimSpec, seen: set[int], live: bool = False)
     if live:
         for p in params:
             _check_parameter(p, "a parameter", seen)
-            if RULES[name].declines is not None and p.dim() == 1:
-                raise SpecError(
-                    f"a parameter of shape {tuple(p.shape)} stands in a group of {name}, which steps matrices; a "
-                    "vector goes into a group of another rule"
-                )
         return group
     if "rule" in group and name not in spec.rule_names:
         raise SpecError(f"a param group is of the rule {name!r}; '{spec}' has {', '.join(spec.rule_names)}")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
 from memopt.core.hyperparameters import SpecError
 from memopt.core.param_kinds import kind_of, looks_like_vocabulary, some
 from memopt.core.user_warning import warn
@@ -13,8 +16,6 @@ from memopt.rules.matrices import blocks, matrices
 from memopt.spec.overrides import rule_and_format
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from memopt.spec import OptimSpec
 
 
@@ -24,17 +25,23 @@ def split(group: Mapping[str, Any], spec: OptimSpec, kinds: Mapping[str, str]) -
     if not spec.is_mixed or "rule" in group or "params" not in group:
         return [dict(group)]
     params = group["params"]
-    if hasattr(params, "shape"):
+    if isinstance(params, Tensor):
         params = [params]
     names, bare = group.get("param_names"), isinstance(params, set)
     found: dict[str, list[int]] = {}
     params = list(params)
     for i, p in enumerate(params):
         name, tensor = p if isinstance(p, tuple) and len(p) == 2 else (names[i] if names else str(i), p)
-        if bare or not hasattr(tensor, "shape"):
+        if bare or not isinstance(tensor, Tensor):
             return [{**group, "rule": spec.rule}]  # for the check that follows to refuse
-        rule = spec.rule_for(name, _shape(tensor), kinds.get(name, "")) if p is not tensor or names else None
-        rule = rule or spec.rule_for("", _shape(tensor))
+        if is_lazy(tensor):
+            raise SpecError(
+                f"parameter {name} is of a lazy module and has no shape yet, by which '{spec}' chooses its rule: run "
+                "the model once before, or give a param group with 'rule'"
+            )
+        shape = tuple(tensor.shape)
+        rule = spec.rule_for(name, shape, kinds.get(name, "")) if p is not tensor or names else None
+        rule = rule or spec.rule_for("", shape)
         found.setdefault(rule, []).append(i)
     if len(found) > 1 and "lr" in group:
         clash = [rule for rule in found if "lr" in spec.rules.get(rule, {})]
@@ -62,10 +69,8 @@ def _own_keys(rule: str, group: Mapping[str, Any], spec: OptimSpec, several: int
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:
-    try:
-        return tuple(tensor.shape)
-    except RuntimeError:  # of a lazy module that has not seen data
-        return ()
+    """() of a lazy module's parameter."""
+    return () if is_lazy(tensor) else tuple(tensor.shape)
 
 
 def by_rule(entries: Iterable[tuple[str, Tensor]], spec: OptimSpec, kinds: Mapping[str, str]) -> Iterator[Any]:
