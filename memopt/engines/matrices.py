@@ -56,7 +56,7 @@ def _device(work: Work) -> torch.device:
 
 def _is_cut(work: Work) -> bool:
     """Whether the matrix is on several ranks; of a stack whole matrices are."""
-    return bool(work.groups) and not matrices(work.rows.shape).stacked
+    return bool(work.shares)
 
 
 def _room(works: Sequence[Work]) -> tuple[list[Tensor], dict[tuple[int, ...], Tensor]]:

@@ -134,7 +134,8 @@ class Native(Engine):
                     if kernels.step([work], ranks, seed, total):
                         plain_step(work, total, seed, whole)
 
-                return ParamUpdate(run, work.groups, numel(work, ranks), work.p.device, work)
+                whole = Rows.whole(work.rows.shape).numel if work.shares else 0
+                return ParamUpdate(run, work.groups, numel(work, ranks), work.p.device, work, whole)
 
             together = [work for work, its in zip(works, shared, strict=True) if its]
             matrices = [work.layout.rule.whole_matrices for work in together]

@@ -24,7 +24,7 @@ class Work(NamedTuple):
     h: Mapping[str, Any]
     groups: tuple[Any, ...] = ()  # the process groups over which the parameter's rows are cut
     scale: float = 1.0  # what the gradient is multiplied by, as an fp32 number, and rounded to its dtype
-    shares: tuple[Any, ...] = ()  # what each rank of the first group has of the rows, for a rule of matrices
+    shares: tuple[Any, ...] = ()  # what each rank of the first group has of a matrix that they are to put together
     device: Any = None  # the parameter's, where p is a copy of it elsewhere
     sums: Any = None  # fp64 [rule.reports], to which the update adds what it reports
     counted: Any = ...  # of dimension 0 of p, what counts in sums over ranks: not what is stepped on another one too

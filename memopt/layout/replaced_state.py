@@ -52,10 +52,26 @@ def lost_master(layout: ParamLayout, state: Mapping[str, Any]) -> bool:
     return any(key in state and key not in layout.tensors for key in MASTER_KEYS)
 
 
-def stands(layout: ParamLayout, state: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+def of_another_rule(rule: str, rules: tuple[str, ...], state: Mapping[str, Any]) -> set[str]:
+    """The names of moments in a state that others of the spec's ``rules`` keep, and this one never: its parameter was
+    moved from a group of theirs."""
+    foreign = _foreign(rule, rules)
+    return {name for key in state if (name := key.partition(".")[0]) in foreign} if foreign else set()
+
+
+@lru_cache(maxsize=256)
+def _foreign(rule: str, rules: tuple[str, ...]) -> frozenset[str]:
+    found: frozenset[str] = frozenset()
+    return found.union(*(_state_keys(other) for other in rules)) - _state_keys(rule)
+
+
+def stands(
+    layout: ParamLayout, state: Mapping[str, Any], values: Mapping[str, Any], foreign: set[str]
+) -> dict[str, Any]:
     """What stays in a state beside the ``values`` of its layout: what is the user's own, and moments that are switched
-    off at present, which go on from there when they are switched on again, as torch.optim's do."""
-    here = here_names(layout) | {"step"} | MASTER_KEYS
+    off at present, which go on from there when they are switched on again, as torch.optim's do; not what is
+    :func:`of_another_rule`."""
+    here = here_names(layout) | {"step"} | MASTER_KEYS | foreign
     return {key: value for key, value in state.items() if key not in values and key.partition(".")[0] not in here}
 
 

@@ -13,7 +13,16 @@ from torch import Tensor
 from memopt.core.ledger import Ledger, Line, dtype_name
 from memopt.core.rows import Rows
 from memopt.layout import param
-from memopt.layout.replaced_state import Here, is_own, is_plain, lost_master, stands, taken_over
+from memopt.layout.replaced_state import (
+    Here,
+    here_names,
+    is_own,
+    is_plain,
+    lost_master,
+    of_another_rule,
+    stands,
+    taken_over,
+)
 from memopt.optim.column_shards import check_slab
 from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.params import Params, Resolved
@@ -56,7 +65,8 @@ class StateStore:
             return
         placement_store = self.setup.placement_stores.of(layout.name)
         problem = layout.misfit(local, state)
-        fits = problem is None and not is_plain(layout, state) and not lost_master(layout, state)
+        foreign = of_another_rule(layout.rule.name, self.setup.spec.rule_names, state)
+        fits = problem is None and not is_plain(layout, state) and not lost_master(layout, state) and not foreign
         if fits and placement_store.knows_states:
             fits = placement_store.holds(layout.name, {key: state[key] for key in layout.tensors})
         if fits:
@@ -71,7 +81,9 @@ class StateStore:
         values = taken_over(layout, here, state)
         if values is None:
             raise RuntimeError(problem or f"{layout.name}: its state has a moment of torch.optim's that does not fit")
-        self._put(layout, p, state, values)
+        if self.setup.spec.is_mixed and here_names(layout).isdisjoint(key.partition(".")[0] for key in state):
+            values["step"] = 0.0  # moved from another rule's group: its moments begin, and what corrects their bias
+        self._put(layout, p, state, values, foreign)
 
     def _check_shape(self, name: str, p: Tensor, state: Mapping[str, Any]) -> None:
         """Raise RuntimeError for state of a weight of another shape that takes as many bytes: two 4-bit codes are in
@@ -93,9 +105,11 @@ class StateStore:
             )
         self._shapes[name] = ref(first), p.shape
 
-    def _put(self, layout: ParamLayout, p: Tensor, state: dict[str, Any], values: dict[str, Any]) -> None:
+    def _put(
+        self, layout: ParamLayout, p: Tensor, state: dict[str, Any], values: dict[str, Any], foreign: set[str]
+    ) -> None:
         """``values`` are the state now, where the placement says, with what else stands there."""
-        beside = stands(layout, state, values)
+        beside = stands(layout, state, values, foreign)
         step, *lines = layout.lines(str(p.device), self.setup.capturable)
         count = torch.full((), values.pop("step"), dtype=torch.float32, device=step.location)
         placement_store = self.setup.placement_stores.of(layout.name)

@@ -21,6 +21,7 @@ from memopt.optim.reports import Reports
 from memopt.optim.state_store import StateStore
 from memopt.placements.gradients.checks import check_gradient, look
 from memopt.placements.gradients.host_grad import on_host
+from memopt.rules.matrices import matrices
 
 if TYPE_CHECKING:
     from memopt.layout.param import ParamLayout
@@ -214,7 +215,8 @@ class Stepper:
             setup.engine.step(some, setup.partition, setup.seed)
 
         with setup.integrity.changing("a step"):  # whatever can be refused has been refused before
-            for first, stop in setup.partition.buckets(parameters):  # one travels while the next is stepped
+            whole = [bool(work.shares) for work in works]
+            for first, stop in setup.partition.buckets(parameters, whole):  # one travels while the next is stepped
                 setup.placement_stores.step(setup.partition.gather(works[first:stop]), run)
                 count_steps(works[first:stop])
                 setup.partition.all_gather_begin(parameters[first:stop])
@@ -227,7 +229,8 @@ class Stepper:
     def _work(self, one: Ready, state: dict[str, Any], scale: float) -> Work:
         partition = self.setup.partition
         groups = partition.groups(one.p)
-        shares = partition.shares(one.p) if groups and one.layout.rule.whole_matrices else ()
+        exchanged = groups and one.layout.rule.whole_matrices and not matrices(one.layout.rows.shape).stacked
+        shares = partition.shares(one.p) if exchanged else ()
         step = int(state["step"]) + 1
         sums = self.reports.of(one.layout.rule, groups, one.local.device) if one.layout.rule.reports else None
         return Work(

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 NamedParam = tuple[str, "Tensor", dict[str, Any]]
 #: Elements on one rank whose updates are under way at once where they need sums over ranks: it bounds temporaries.
 NUMEL_TOGETHER = 4 * 2**20
+#: Of matrices that are worked on whole and are larger, so many for each rank are under way instead: all ranks have
+#: work, and one travels while another is worked on.
+MATRICES_TOGETHER = 2
 
 
 class Partition(ABC):
@@ -151,8 +154,9 @@ class Partition(ABC):
         element counted once. Every rank must take part, unless none has gradients."""
         return fsum(squares)
 
-    def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
-        """Ranges of the parameters that are stepped and published one after the other."""
+    def buckets(self, parameters: Sequence[Tensor], whole: Sequence[bool] = ()) -> list[tuple[int, int]]:
+        """Ranges of the parameters that are stepped and published one after the other. ``whole``: which of them are
+        matrices that ranks put together and share out."""
         return [(0, len(parameters))]
 
     def gather(self, works: Sequence[Any]) -> Sequence[Any]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from memopt.partitions.base import NUMEL_TOGETHER, sum_over
+from memopt.partitions.base import MATRICES_TOGETHER, NUMEL_TOGETHER, sum_over
 from memopt.partitions.world import ProcessGroups
 
 #: Updates under way at once.
@@ -31,13 +31,14 @@ Solve = Callable[[Sequence[tuple[Any, Tensor]]], Sequence[Tensor]]
 class ParamUpdate(NamedTuple):
     """One parameter's update, which calls its first argument for every sum over ``groups``, and its second one for its
     whole matrix, of which ``solve`` is told as ``who``. ``numel`` must be the same on all ranks, for it decides which
-    updates share a bucket."""
+    updates share a bucket, as must ``whole``, the elements of a matrix that one of the ranks is to work on."""
 
     run: Callable[[Total, Total], None]
     groups: ProcessGroups
     numel: int
     device: torch.device
     who: Any = None
+    whole: int = 0
 
 
 def run_together(
@@ -65,7 +66,8 @@ def run_together(
 def _buckets(updates: Sequence[ParamUpdate]) -> Iterator[list[ParamUpdate]]:
     bucket: list[ParamUpdate] = []
     for update in updates:
-        if bucket and (len(bucket) == WIDTH or sum(u.numel for u in bucket) + update.numel > NUMEL_TOGETHER):
+        room = max(NUMEL_TOGETHER, *(MATRICES_TOGETHER * u.whole for u in [*bucket, update]))
+        if bucket and (len(bucket) == WIDTH or sum(u.numel for u in bucket) + update.numel > room):
             yield bucket
             bucket = []
         bucket.append(update)

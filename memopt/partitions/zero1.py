@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 from weakref import ref
 
 from memopt.core.rows import Rows, Shape, row_count
-from memopt.partitions.base import Partition, owned
+from memopt.partitions.base import MATRICES_TOGETHER, Partition, owned
 from memopt.partitions.world import ProcessGroups, answered
 
 if TYPE_CHECKING:
@@ -47,17 +47,21 @@ class Zero1(Partition):
     def groups(self, p: Tensor) -> ProcessGroups:
         return (self.group,) if self.world_size > 1 else ()
 
-    def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    def buckets(self, parameters: Sequence[Tensor], whole: Sequence[bool] = ()) -> list[tuple[int, int]]:
+        """Of large matrices that ranks share out, as many as give each of them some."""
         if self.world_size == 1:
             return super().buckets(parameters)
         kinds = [(p.dtype, p.device) for p in parameters]
-        return buckets([p.numel() * p.element_size() for p in parameters], kinds)
+        nbytes = [p.numel() * p.element_size() for p in parameters]
+        each = MATRICES_TOGETHER * self.world_size
+        return buckets(nbytes, kinds, [each * n if its else 0 for n, its in zip(nbytes, whole, strict=False)])
 
     def all_gather_begin(self, parameters: Sequence[Tensor]) -> None:
-        if self.world_size > 1 and parameters:
-            if len(self._travelling) == IN_FLIGHT:
-                self._travelling.pop(0).arrive()
-            self._travelling.append(_Bucket(self, [self._shards_of(p) for p in parameters]))
+        if self.world_size > 1:
+            for first, stop in self.buckets(parameters):
+                if len(self._travelling) == IN_FLIGHT:
+                    self._travelling.pop(0).arrive()
+                self._travelling.append(_Bucket(self, [self._shards_of(p) for p in parameters[first:stop]]))
 
     def _shards_of(self, p: Tensor) -> _Shards:
         found = self._shards.get(id(p))
@@ -74,19 +78,25 @@ class Zero1(Partition):
         self._travelling.clear()
 
 
-def buckets(nbytes: Sequence[int], kinds: Sequence[Any]) -> list[tuple[int, int]]:
-    """Ranges of parameters of one kind (dtype, device) and of at most ``BUCKET_NBYTES``, or of one parameter.
+def buckets(nbytes: Sequence[int], kinds: Sequence[Any], least: Sequence[int] = ()) -> list[tuple[int, int]]:
+    """Ranges of parameters of one kind (dtype, device) and of at most ``BUCKET_NBYTES``, of one parameter, or of what
+    is ``least`` for one of them.
 
     >>> buckets([20 << 20, 10 << 20, 50 << 20, 1], "aaab")
     [(0, 2), (2, 3), (3, 4)]
+    >>> buckets([50 << 20, 50 << 20, 50 << 20], "aaa", [100 << 20, 100 << 20, 0])
+    [(0, 2), (2, 3)]
     """
     found: list[tuple[int, int]] = []
     first = total = 0
+    most = BUCKET_NBYTES
     for i, size in enumerate(nbytes):
-        if i > first and (kinds[i] != kinds[first] or total + size > BUCKET_NBYTES):
+        room = max(most, least[i]) if least else most
+        if i > first and (kinds[i] != kinds[first] or total + size > room):
             found.append((first, i))
-            first, total = i, 0
+            first, total, most = i, 0, BUCKET_NBYTES
         total += size
+        most = max(most, least[i]) if least else most
     return [*found, (first, len(nbytes))] if nbytes else []
 
 

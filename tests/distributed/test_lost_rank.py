@@ -16,7 +16,13 @@ from tests.helpers import sharded
 
 #: The process group's, in seconds; a test allows for starting processes on a busy machine.
 TIMEOUT, PATIENCE = 5, 60
-SPEC = {"step": "adafactor/zero1", "gather": "adamw-8bit/zero1", "save": "adamw-8bit/zero3"}
+SPEC = {
+    "step": "adafactor/zero1",
+    "gather": "adamw-8bit/zero1",
+    "save": "adamw-8bit/zero3",
+    "matrices": "muon-8bit/zero1",
+}
+SLOW = [pytest.param(where, marks=pytest.mark.slow) for where in ("gather", "matrices")]
 
 
 def one_rank(rank: int, directory: str, where: str) -> None:
@@ -44,13 +50,15 @@ def die_in(where: str) -> None:
 
     if where == "step":  # in the middle of the sums of a whole-tensor rule
         importlib.import_module("memopt.partitions.batched_allreduce").sum_over = end
+    elif where == "matrices":  # with some of them under way
+        importlib.import_module("memopt.engines.matrices")._batched = end
     elif where == "gather":
         importlib.import_module("memopt.partitions.zero1")._Bucket.__init__ = end
     else:  # with some of its rows written
         importlib.import_module("memopt.checkpoint.io.safetensors_write").spec_of = end
 
 
-@pytest.mark.parametrize("where", ["step", pytest.param("gather", marks=pytest.mark.slow), "save"])
+@pytest.mark.parametrize("where", ["step", *SLOW, "save"])
 def test_the_others_stop_and_the_last_checkpoint_loads(tmp_path, where):
     context = multiprocessing.get_context("forkserver")
     processes = [context.Process(target=one_rank, args=(rank, str(tmp_path), where)) for rank in range(2)]

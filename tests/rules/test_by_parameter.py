@@ -159,6 +159,30 @@ def test_a_vector_that_is_moved_to_muons_group_is_refused():
     assert torch.equal(weights(net), before)
 
 
+@pytest.mark.parametrize("spec", ["muon-8bit(adamw)", "muon@host", "adamw", "sinkgd-8bit(adamw)"])
+def test_a_matrix_moved_to_a_group_of_another_rule_takes_no_moments_along(spec):
+    """They go, those of the new rule begin, counting from 0, and what is the user's own stays; and so on the way back.
+    (torch.optim knows no rules by group.)"""
+    net = model()
+    overrides = {"up.weight": "muon"} if spec == "adamw" else {}
+    opt = memopt.create(net, spec, lr=1e-2, overrides=overrides)
+    train(net, opt, 0, 2)
+    name, p = "up.weight", net.up.weight
+    groups = {group["rule"]: group for group in opt.param_groups}
+    first = next(rule for rule, group in groups.items() if any(q is p for q in group["params"]))
+    other = next(rule for rule in groups if rule != first)
+    opt.state[p]["note"] = torch.ones(3)
+    for step, rule, before in ((2, other, first), (3, first, other)):
+        groups[before]["params"] = [q for q in groups[before]["params"] if q is not p]
+        groups[rule]["params"] = [*groups[rule]["params"], p]
+        train(net, opt, step, 1)
+        kept = {line.moment for line in opt.ledger() if line.parameter == name}
+        keeps = {m.name for m in RULES[rule].moments(RULES[rule].hyperparameters, tuple(p.shape))}
+        assert kept == keeps | {"step", "note"}
+        assert opt.state[p]["step"] == 1
+        assert opt.state_dict()
+
+
 def test_parameters_without_a_shape():
     """A rule is chosen by shape; what says its rule is held against it when it has one."""
     net = nn.Sequential(nn.Linear(64, 64), nn.LazyLinear(64))

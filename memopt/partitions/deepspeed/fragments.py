@@ -199,7 +199,7 @@ class Fragments(Partition):
             f"convert_ cannot go to '{spec}' while DeepSpeed has the parameters: make the optimizer with it"
         )
 
-    def buckets(self, parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    def buckets(self, parameters: Sequence[Tensor], whole: Sequence[bool] = ()) -> list[tuple[int, int]]:
         """Ends are where a shared parameter would be too many, for the others are not on all ranks."""
         ends, total = [], 0
         for i, f in enumerate(self._of[id(p)] for p in parameters):
