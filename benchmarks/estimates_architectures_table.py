@@ -125,6 +125,10 @@ def _steps(steps: list[dict[str, Any]]) -> str:
     )
 
 
+def _of(near: int, count: int) -> str:
+    return f"All {count} steps agree" if near == count else f"Of {count} steps {near} agree"
+
+
 def _families(rows: list[dict[str, Any]]) -> str:
     both = [r for r in rows if "saved" in r]
     columns = ("saved", "peak", "accumulated")
@@ -133,7 +137,7 @@ def _families(rows: list[dict[str, Any]]) -> str:
     near = len(both) - len([r for r in both if any(abs(r[f"{c}_difference"]) >= 0.005 for c in columns)])
     return (
         f"`--families` lays traced steps beside the formulas of the {len({r['family'] for r in both})} families that "
-        f"have both, with and without checkpointing. Of {len(both)} steps {near} agree within 0.5 % in saved bytes, "
+        f"have both, with and without checkpointing. {_of(near, len(both))} within 0.5 % in saved bytes, "
         "peak and peak with all gradients there"
         + (f"; {', '.join(sorted(far))} (checkpointed) differ by up to {most:.1%}." if far else ".")
     )

@@ -32,7 +32,7 @@ def families() -> list[dict[str, Any]]:
                 continue
             # Masks and tables of positions that checkpointed layers are called with are no saved tensors of the
             # formula's, but there.
-            called = formula.walked.tables + formula.walked.masks if how != "none" and formula.walked else 0
+            called = formula.walked.tables + formula.walked.called if how != "none" and formula.walked else 0
             pairs = {
                 "saved": (formula.saved + called, traced.saved),
                 "peak": (max(formula.loss[0], sum(formula.backward)), max(traced.loss[0], sum(traced.backward))),

@@ -14,7 +14,8 @@ from typing import Any
 
 from estimators.activations import OWN
 from estimators.activations.adapters import DECODED
-from estimators.activations.blocks import Network, alike, attend, layer_norm, rms_norm_fp32, rotated, tables
+from estimators.activations.blocks import attend, layer_norm, rms_norm_fp32, rotated, tables
+from estimators.activations.chain import Network, alike
 from estimators.activations.linear import linear
 from estimators.activations.op import FP32, INT64, Tensor
 from estimators.activations.op_tape import Tape

@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from estimators.activations.blocks import Network
+from estimators.activations.chain import Network
+from estimators.activations.families.windows import windowed
 from estimators.activations.phases import Activations, PhaseBytes, composed
 from estimators.activations.scope import Parameters
 from estimators.activations.scope import parameters as parameters_of
@@ -113,7 +114,9 @@ def activations(
     """Of one micro-batch. ``parameters``: their dtypes, which of them train, and their adapters; by default the
     configuration's own, all of which train, or adapters of ``step.rank`` on all linear layers in fp32. ``part``
     makes the network of a stage of a pipeline. Raises KeyError for a family or a nonlinearity without a formula."""
-    network = _forward_pass(config["model_type"])(Fields(config, source), step)
+    fields = Fields(config, source)
+    network = _forward_pass(config["model_type"])(fields, step)
+    network = windowed(network, fields, config["model_type"], step)
     network = part(network, step) if part else network
     return composed(network, step, checkpointing, parameters or _own(config, source, step))
 

@@ -1,36 +1,13 @@
 """What layers are made of, as transformers writes them: norms, positions, attention, MLPs."""
 
-# No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
+from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
+from estimators.activations.chain import Layer
 from estimators.activations.linear import linear
 from estimators.activations.op import FP32, Tensor
 from estimators.activations.op_tape import Tape
 from estimators.activations.step import Step
 from estimators.models.families.parts import Heads
-
-Layer = Callable[[Tape, Tensor], Tensor]
-
-
-class Network(NamedTuple):
-    """A model as segments: ``embed(tape)``, layers by kind in their order, ``head(tape, x)`` down to the loss.
-    ``tables`` are bytes made once that every layer reads and keeps, ``masks`` those that none keeps. An ``encoder``
-    runs first; its head's result is the shared tensor ``memory``."""
-
-    embed: Callable[[Tape], Tensor]
-    layers: tuple[tuple[str, Layer], ...]
-    head: Layer
-    tables: int = 0
-    encoder: "Network | None" = None
-    masks: int = 0
-
-
-def alike(layer: Layer, count: int, kind: str = "layer") -> tuple[tuple[str, Layer], ...]:
-    """The same layer ``count`` times."""
-    return ((kind, layer),) * count
-
 
 # Norms ---------------------------------------------------------------------------------------------------------
 
@@ -125,7 +102,7 @@ def attend(
 
     Fused kernels (``sdpa``, ``flash``) save what they read, their result and one fp32 number per query; a boolean mask
     (``mask``: its elements, 0 for none) is converted to the weights' dtype for each call, and saved. ``sdpa`` has one
-    where sequences are packed, and then repeats keys and values for every query head.
+    where sequences are packed or longer than a window, and then repeats keys and values for every query head.
     ``eager`` saves the probabilities, in fp32 and in the weights' dtype, and copies of q, k and v laid out for a
     batched product, keys and values repeated for every query head. ``drop``: the probability of dropout on the
     probabilities, of which a fused kernel keeps a seed. ``narrow``: a softmax in the scores' dtype, as ``gpt2`` has it,
@@ -134,8 +111,8 @@ def attend(
     size = step.tokens * a.n * a.dim
     if step.attention != "eager":
         q, k, v = (t.cast(x, t.mm) for x in (q, k, v))
-        mask = mask or step.mask
-        if (step.expand or step.packed) and step.attention == "sdpa" and a.n != a.kv:
+        mask = mask or t.mask
+        if (step.expand or t.masked) and step.attention == "sdpa" and a.n != a.kv:
             k, v = t.copy(k, size), t.copy(v, size)
         result, added = t.tensor(step.tokens * a.n, FP32), [t.tensor(mask, t.mm)] if mask else []
         forward_tmp, backward_tmp = _ring(step, q, k)
@@ -287,9 +264,11 @@ def mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = True) -
 # Both ends -----------------------------------------------------------------------------------------------------
 
 
-def causal_mask(step: Step) -> int:
-    """Bytes of the mask that eager attention adds to the scores, or of booleans, made once for all layers."""
-    return step.batch * step.seq**2 * step.item * (step.attention == "eager") + step.mask
+def causal_mask(step: Step, masked: bool = False) -> int:
+    """Bytes of the mask that eager attention adds to the scores, or of booleans, made once for all layers. ``masked``:
+    there are tokens before it that a token does not see, in every sequence the same."""
+    added = step.batch * step.seq**2 * step.item * (step.attention == "eager")
+    return added + step.mask(masked or step.packed) // (1 if step.packed else step.batch)
 
 
 def tables(step: Step, dim: int, item: int = 0) -> int:

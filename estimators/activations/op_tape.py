@@ -37,6 +37,7 @@ class Tape:
         "input_gradients",
         "item",
         "lora_dropout",
+        "masked",
         "mm",
         "ops",
         "out",
@@ -69,6 +70,8 @@ class Tape:
         #: The words' embedding is told to require a gradient (enable_input_require_grads), trained or not.
         self.input_gradients = False
         self.scope = scope
+        #: Whether attention is given a mask: sequences are packed, or longer than a window.
+        self.masked = step.packed
         #: Whether any parameter of the segment trains: said of operations whose parameters are not looked up.
         self.trains = scope.trains
         self.ops: list[Op] = []
@@ -93,6 +96,11 @@ class Tape:
     def given(self) -> set[int]:
         """What is there before the first operation, by ``id``."""
         return {id(self.x), *(id(t) for t in self.shared.values())}
+
+    @property
+    def mask(self) -> int:
+        """Elements of the mask that attention is given."""
+        return self.step.mask(self.masked)
 
     @property
     def boundary(self) -> set[int]:
@@ -169,6 +177,19 @@ class Tape:
     def add(self, a: Tensor, b: Tensor) -> Tensor:
         converted = self._converted(a, b)
         return self.op([a, b], item=max(a.item, b.item), alias=a.item == b.item, forward_tmp=converted)
+
+    def view(self, x: Tensor) -> Tensor:
+        """Another shape in the same memory. The gradient of what is summed next is an expanded one, which cannot be
+        seen in the former shape without a copy."""
+        out = Tensor(x.numel, x.item, x.requires, x.stored)
+        self.ops.append(Op([x], out, [], 0, 0, 0, False, False, ()))
+        return out
+
+    def add_(self, a: Tensor, b: Tensor) -> Tensor:
+        """In place: the result has the memory of ``a``."""
+        out = Tensor(a.numel, a.item, a.requires or b.requires, a.stored)
+        self.ops.append(Op([a, b], out, [], 0, 0, 0, True, False, ()))
+        return out
 
     def _converted(self, a: Tensor, b: Tensor) -> int:
         """Bytes of the copy of the operand with the narrower dtype."""

@@ -1,25 +1,16 @@
-"""A model's segments one after the other, forward and backward: how much is alive at the fullest moment of each phase.
-
-Under checkpointing a layer keeps its input, and with ``selective`` the results of its matrix products and of fused
-attention; it runs again when the first of its saved tensors is asked for.
-"""
+"""A model's segments, forward and backward: how much is alive at the fullest moment of each phase."""
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from estimators.activations.blocks import Network
+from estimators.activations.chain import Called, Chain, Network, Segment
 from estimators.activations.op import Tensor
 from estimators.activations.op_tape import Tape
 from estimators.activations.recorded import Recorded
-from estimators.activations.scope import Parameters, Scope
-from estimators.activations.simulate import Again, Backward, Forward, again, backward, forward
+from estimators.activations.scope import Parameters
 from estimators.activations.step import Step
-
-EVERY = "every-"
-#: checkpointing of one layer -> what its first forward pass keeps (:func:`~.simulate.forward`)
-KEEPING = {"none": "saved", "full": "nothing", "selective": "products", "selective-2": "alternate"}
 
 
 class PhaseBytes(NamedTuple):
@@ -58,52 +49,17 @@ class Activations(NamedTuple):
     flown: "Flown | None" = None
 
 
-class Segment(NamedTuple):
-    """A part of the model, run forward. ``checkpointing`` is the layer's own: ``none``, ``full`` or ``selective``.
-    ``reads`` are the names of the shared tensors that it is called with; ``saves_input`` says whether its input is
-    saved; ``table`` are the bytes of the gradient of an embedding which is the head's weight too, that the segment adds
-    to the head's."""
-
-    tape: Tape
-    checkpointing: str
-    forward: Forward
-    again: Again
-    kind: str  # ``layer``, ``loss``, or empty
-    #: frozenset of shared tensors that have a gradient already -> the backward pass
-    backwards: dict[frozenset[str], Backward]
-    reads: tuple[str, ...]
-    saves_input: bool
-    table: int
-
-    @property
-    def checkpointed(self) -> bool:
-        return self.checkpointing != "none"
-
-    @property
-    def keeps_input(self) -> bool:
-        return self.checkpointed or id(self.tape.x) in self.forward.keeps
-
-    @property
-    def keeps_output(self) -> bool:
-        return not self.checkpointed and self.tape.out is not self.tape.x and id(self.tape.out) in self.forward.keeps
-
-    @property
-    def out(self) -> int:
-        """Bytes of the result, unless it is a shared tensor."""
-        return 0 if id(self.tape.out) in self.tape.elsewhere else self.tape.out.nbytes
-
-    def backward(self, waited: frozenset[str]) -> Backward:
-        if waited not in self.backwards:
-            self.backwards[waited] = backward(self.tape, gradient=self.kind != "loss", waited=waited)
-        return self.backwards[waited]
-
-
 class Walked(NamedTuple):
-    """The segments in their order, and the bytes of tables and masks that they are called with."""
+    """The segments in their order, and the bytes of tables and the masks that they are called with."""
 
     segments: tuple[Segment, ...]
     tables: int
-    masks: int
+    masks: tuple[Called, ...]
+
+    @property
+    def called(self) -> int:
+        """Bytes of masks that wait for checkpointed segments."""
+        return _waiting(self.masks)
 
 
 class Flown(NamedTuple):
@@ -113,74 +69,10 @@ class Flown(NamedTuple):
     order: tuple[tuple[bool, int], ...]
 
 
-class _Chain:
-    """Segments in the order in which they run. A layer of a kind that was run already, with an input of the same kind
-    and checkpointed in the same way, is not run again: every layer after the first costs nothing."""
-
-    def __init__(self, step: Step, checkpointing: str, parameters: Parameters) -> None:
-        self.step = step
-        self.parameters = parameters
-        self.ends = 0  # how many runs of blocks lie behind
-        self.checkpointing = checkpointing
-        self.every = int(checkpointing.removeprefix(EVERY)) if checkpointing.startswith(EVERY) else 1
-        self.layers = 0
-        self.x = Tensor(0, step.item, requires=False)
-        self.shared: dict[str, Tensor] = {}
-        self.segments: list[Segment] = []
-        self.seen: dict[tuple[Any, ...], Segment] = {}
-
-    @property
-    def next_layer(self) -> str:
-        """Checkpointing of the next layer. ``every-K``: the first layer and every K-th after it."""
-        if self.every > 1:
-            return "none" if self.layers % self.every else "full"
-        return self.checkpointing
-
-    def run(self, body: Callable[[Tape], Tensor], scope: Scope, kind: str = "", checkpointing: str = "none") -> Segment:
-        tape = Tape(self.step, scope, self.x)
-        tape.input_gradients = self.checkpointing != "none"
-        tape.shared = {name: _like(t) for name, t in self.shared.items()}
-        tape.out = body(tape)
-        keeping = KEEPING[checkpointing]
-        rerun = Again(0, 0) if checkpointing == "none" else again(tape, keeping)
-        ins = {id(t) for op in tape.ops for t in op.ins}
-        reads = tuple(name for name, t in tape.shared.items() if id(t) in ins)
-        saves_input = any(t is tape.x for op in tape.ops for t in op.saved)
-        return Segment(tape, checkpointing, forward(tape, keeping), rerun, kind, {}, reads, saves_input, _table(tape))
-
-    def append(self, segment: Segment) -> None:
-        self.segments.append(segment)
-        self.shared |= segment.tape.shares
-        self.x = _like(segment.tape.out)
-
-    def network(self, network: Network) -> None:
-        self.x = Tensor(0, self.step.item, requires=False)
-        self.append(self.run(network.embed, self.parameters.root(self.ends)))
-        if self.checkpointing != "none":
-            self.x.requires = True  # enable_input_require_grads: a checkpointed layer without it would get no gradient
-        for kind, layer in network.layers:
-            block, how = self.parameters.block(self.layers), self.next_layer
-            key = (kind, self.x.requires, how, block)
-            if key not in self.seen:
-                self.seen[key] = self.run(
-                    lambda tape, layer=layer: layer(tape, tape.x),  # type: ignore[misc]
-                    Scope(block),
-                    "layer",
-                    how,
-                )
-            self.layers += 1
-            self.append(self.seen[key])
-        self.ends += 1
-
-
-def _like(t: Tensor) -> Tensor:
-    return Tensor(t.numel, t.item, t.requires)
-
-
 def composed(network: Network, step: Step, checkpointing: str, parameters: Parameters) -> Activations:
     """``checkpointing``: ``none``, ``full``, ``selective`` or ``every-K``."""
-    chain = _Chain(step, checkpointing, parameters)
-    tables, masks = network.tables, network.masks
+    chain = Chain(step, checkpointing, parameters)
+    tables = network.tables
     if network.encoder:
         chain.network(network.encoder)
         head = network.encoder.head
@@ -190,13 +82,13 @@ def composed(network: Network, step: Step, checkpointing: str, parameters: Param
             return tape.shares["memory"]
 
         chain.append(chain.run(share_output, parameters.root(chain.ends)))
-        tables, masks = tables + network.encoder.tables, masks + network.encoder.masks
+        tables += network.encoder.tables
     chain.network(network)
     ran = []
     for outputs in (step.outputs, True):
         chain.step = step._replace(outputs=outputs)
         loss = chain.run(lambda tape: network.head(tape, tape.x), parameters.root(-1), "loss")
-        ran.append(_walk([*chain.segments, loss], tables, masks, step.offload))
+        ran.append(_walk([*chain.segments, loss], tables, chain.masks, step.offload))
     return ran[0]._replace(kept=ran[1])
 
 
@@ -210,20 +102,24 @@ def _kept_shared(segments: list[Segment]) -> set[str]:
     return kept
 
 
-def _walk(segments: list[Segment], tables: int, masks: int, offload: bool = False) -> Activations:
+def _waiting(masks: Sequence[Called]) -> int:
+    return sum(mask.nbytes for mask in masks if mask.first is not None)
+
+
+def _walk(segments: list[Segment], tables: int, masks: Sequence[Called], offload: bool = False) -> Activations:
     """Forward through the segments, then backward, noting the fullest moment of each phase. ``offload``: what layers
     keep goes to the host, and comes back when the layer's backward pass begins."""
     stays = _kept_shared(segments)
-    called = masks * any(s.checkpointed for s in segments)  # what a layer is called with stays until it has run again
+    called = _waiting(masks)
     held = top = tables + called
-    passing = {"masks": masks - called}  # shared tensors that nobody keeps
+    passing = {"masks": sum(mask.nbytes for mask in masks) - called}  # shared tensors that nobody keeps
     out_kept = False
-    before: list[int] = []  # bytes kept ahead of each segment
+    before: list[int] = []  # bytes that are there in the backward pass of each segment, kept ahead of it
     away = copies = in_loss = cached = (
         0  # ``cached``: copies of weights, which checkpointing does not keep but autocast does
     )
-    for s in segments:
-        before.append(held)
+    for at, s in enumerate(segments):
+        before.append(held - sum(m.nbytes for m in masks if m.first is not None and not m.waits(at)))
         loss = s.kind == "loss"
         copies += s.tape.cached * (not loss)
         cached += s.tape.cached * s.checkpointed
@@ -251,7 +147,7 @@ def _walk(segments: list[Segment], tables: int, masks: int, offload: bool = Fals
         PhaseBytes(accumulated, made),
         copies + segments[-1].tape.cached,
         copies,
-        None if offload else Walked(tuple(segments), tables, masks),
+        None if offload else Walked(tuple(segments), tables, tuple(masks)),
         sum(t.nbytes for s in segments for t in s.tape.outlives),
         None,
         released,
@@ -290,9 +186,3 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[PhaseBytes, i
             name: s.tape.shared[name].nbytes for name in s.reads if s.tape.shared[name].requires and name not in waited
         }
     return fullest, accumulated, made, released
-
-
-def _table(tape: Tape) -> int:
-    """An operation whose source has no elements is an embedding; a tied one counts its gradient as temporary."""
-    sources = (op for op in tape.ops if op.ins and not op.ins[0].numel and not op.gradients)
-    return max((op.backward_tmp for op in sources), default=0)

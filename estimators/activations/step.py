@@ -43,7 +43,7 @@ class Step(NamedTuple):
     def tokens(self) -> int:
         return self.batch * self.seq
 
-    @property
-    def mask(self) -> int:
-        """Elements of the mask that keeps packed sequences apart, which a kernel that takes lengths does not need."""
-        return self.batch * self.seq**2 * (self.packed and self.attention == "sdpa")
+    def mask(self, masked: bool) -> int:
+        """Elements of a mask that says more than which token comes first (``masked``). A kernel that takes lengths and
+        windows (``flash``) does not need it."""
+        return self.batch * self.seq**2 * (masked and self.attention == "sdpa")

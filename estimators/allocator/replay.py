@@ -7,10 +7,11 @@ the optimizer's step. From the second step on state is there, so two steps are r
 
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from estimators.activations.chain import KEEPING
 from estimators.activations.op import Op
-from estimators.activations.phases import KEEPING
 from estimators.activations.simulate import RERUN, OperationLog, again, backward, forward, kept_by
 from estimators.allocator.alloc_conf import DEFAULT, Settings
 from estimators.allocator.caching_allocator import Block
@@ -27,7 +28,8 @@ from estimators.allocator.replayed_step import (
 )
 
 if TYPE_CHECKING:
-    from estimators.activations.phases import Activations, Flown, Segment, Walked
+    from estimators.activations.chain import Called, Segment
+    from estimators.activations.phases import Activations, Flown, Walked
 
 
 class _Backward(NamedTuple):
@@ -153,6 +155,7 @@ class _Flying(NamedTuple):
 
     runs: "list[tuple[_Programs, list[Block | None]]]"
     shared: "dict[str, Block | None]"
+    masks: "list[tuple[Called, Block | None]]"
     others: "tuple[Block | None, ...]"
 
 
@@ -168,7 +171,7 @@ class _ReplayWalked(Replay):
         """Through all segments. A block between two segments is the result of the one and the input of the other,
         whichever keeps it for the backward pass."""
         a = self.allocator
-        tables, masks = a.malloc(w.tables), a.malloc(w.masks)
+        tables, masks = a.malloc(w.tables), [(mask, a.malloc(mask.nbytes)) for mask in w.masks]
         x: Block | None = None
         shared: dict[str, Block | None] = {}
         runs: list[tuple[_Programs, list[Block | None]]] = []
@@ -176,6 +179,8 @@ class _ReplayWalked(Replay):
         kept = False  # the segment before keeps its result
         for program in _programs(w):
             s = program.segment
+            if s.kind == "loss":
+                self.drop([block for mask, block in masks if mask.first is None])
             slots: list[Block | None] = [None] * program.size
             slots[0] = x
             for name, slot in program.shared.items():
@@ -191,17 +196,16 @@ class _ReplayWalked(Replay):
             runs.append((program, slots))
         for block in copies:
             a.free(block)
-        return _Flying(runs, shared, (x if not kept else None, tables, masks))
+        if runs[-1][0].segment.kind != "loss":  # a stage of a pipeline
+            self.drop([block for mask, block in masks if mask.first is None])
+        return _Flying(runs, shared, masks, (x if not kept else None, tables))
 
-    def backward_pass(self, flying: _Flying, first: bool) -> None:
-        self.backward(flying.runs, flying.shared, first)
-        for block in flying.others:
+    def drop(self, blocks: "Sequence[Block | None]") -> None:
+        for block in blocks:
             self.allocator.free(block)
 
-    def backward(
-        self, runs: list[tuple[_Programs, list[Block | None]]], shared: dict[str, Block | None], first: bool
-    ) -> None:
-        a = self.allocator
+    def backward_pass(self, flying: _Flying, first: bool) -> None:
+        a, (runs, shared) = self.allocator, flying[:2]
         waiting: dict[str, Block | None] = {}
         for at in range(len(runs) - 1, -1, -1):
             program, slots = runs[at]
@@ -225,9 +229,9 @@ class _ReplayWalked(Replay):
                 a.free(slots[program.out])
             for name in program.shares:
                 a.free(shared.pop(name, None))
+            self.drop([block for mask, block in flying.masks if mask.first == at])
         outlive = [slots[slot] for program, slots in runs for slot in program.outlives]
-        for block in (*waiting.values(), *shared.values(), *outlive):
-            a.free(block)
+        self.drop([*waiting.values(), *shared.values(), *outlive, *flying.others])
 
     def play(self, program: Program, slots: list[Block | None], first: bool, again: Program = []) -> None:  # noqa: B006
         malloc, free, touch = self.allocator.malloc, self.allocator.free, self.allocator.touch

@@ -66,6 +66,16 @@ class Fields:
             raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be a string")
         return value
 
+    def texts(self, name: str, count: int) -> tuple[str, ...]:
+        """A list of ``count`` strings; empty where it is missing or null."""
+        value = self._get(name, None)
+        if value is None:
+            return ()
+        if not isinstance(value, list) or len(value) != count or not all(isinstance(v, str) for v in value):
+            what = f"a list of {count} strings, one per layer"
+            raise InputError(f"{self.source}: {name}={shown(value)} is not allowed; it must be {what}")
+        return tuple(value)
+
     def integers(self, name: str) -> frozenset[int]:
         """A list of integers; empty where it is missing or null."""
         value = self._get(name, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from estimators.activations.blocks import Network
+from estimators.activations.chain import Network
 from estimators.activations.op import Tensor
 from estimators.activations.op_tape import Tape
 from estimators.activations.phases import Activations, Flown, PhaseBytes
@@ -56,6 +56,7 @@ def _part(stage: Stage, chunk: int) -> Callable[[Network, Step], Network]:
         return network._replace(
             embed=network.embed if first else received,
             layers=network.layers[start:stop],
+            masks=tuple(m.between(start, stop) for m in network.masks),
             head=network.head if last else sent,
         )
 

@@ -3,7 +3,8 @@ modeling_bert.py, modeling_distilbert.py and modeling_roberta.py."""
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Network, alike, attention, layer_norm
+from estimators.activations.blocks import attention, layer_norm
+from estimators.activations.chain import Network, alike
 from estimators.activations.head import loss
 from estimators.activations.linear import linear
 from estimators.activations.op import Tensor

@@ -3,7 +3,8 @@ modeling_deepseek_v2.py and modeling_deepseek_v3.py, with ``grouped_mm`` experts
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Layer, Network, gated_mlp, rms_norm
+from estimators.activations.blocks import gated_mlp, rms_norm
+from estimators.activations.chain import Layer, Network
 from estimators.activations.families.llama import network
 from estimators.activations.families.moe import grouped
 from estimators.activations.linear import linear

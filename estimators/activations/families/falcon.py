@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Network, alike, attend, layer_norm, rotated, tables
+from estimators.activations.blocks import attend, layer_norm, rotated, tables
+from estimators.activations.chain import Network, alike, called_with
 from estimators.activations.head import loss
 from estimators.activations.linear import linear
 from estimators.activations.op import Tensor
@@ -59,4 +60,4 @@ def falcon(f: Fields, step: Step) -> Network:
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab)
 
-    return Network(embed, alike(layer, f.layers()), head, tables(step, dim), masks=step.seq**2)
+    return Network(embed, alike(layer, f.layers()), head, tables(step, dim), masks=called_with(step.seq**2))

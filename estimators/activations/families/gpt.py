@@ -4,17 +4,8 @@ modeling_starcoder2.py."""
 
 from __future__ import annotations
 
-from estimators.activations.blocks import (
-    Network,
-    alike,
-    attend,
-    attention,
-    causal_mask,
-    fused_attention,
-    layer_norm,
-    mlp,
-    tables,
-)
+from estimators.activations.blocks import attend, attention, causal_mask, fused_attention, layer_norm, mlp, tables
+from estimators.activations.chain import Network, alike, called_with
 from estimators.activations.families.llama import network
 from estimators.activations.head import loss
 from estimators.activations.linear import linear
@@ -57,7 +48,7 @@ def gpt2(f: Fields, step: Step, kv: int = 0, act: str = "gelu_new") -> Network:
     def head(t: Tape, x: Tensor) -> Tensor:
         return loss(t, step, layer_norm(t, x, width), width, vocab)
 
-    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=causal_mask(step))
+    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=called_with(causal_mask(step)))
 
 
 def gpt_bigcode(f: Fields, step: Step) -> Network:
@@ -100,7 +91,7 @@ def gptj(f: Fields, step: Step) -> Network:
         return loss(t, step, layer_norm(t, x, width), width, vocab, bias=True)
 
     mask = causal_mask(step._replace(attention="eager"))
-    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=mask)
+    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=called_with(mask))
 
 
 def bloom(f: Fields, step: Step) -> Network:
@@ -139,7 +130,7 @@ def bloom(f: Fields, step: Step) -> Network:
 
     alibi = step.batch * n * step.seq * step.item
     mask = causal_mask(step._replace(attention="eager"))
-    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=mask + alibi)
+    return Network(embed, alike(layer, f.layers("n_layer")), head, masks=called_with(mask + alibi))
 
 
 def gpt_neox(f: Fields, step: Step) -> Network:
@@ -205,7 +196,7 @@ def opt(f: Fields, step: Step) -> Network:
         x = linear(t, x, width, narrow) if narrow != width else x
         return loss(t, step, x, narrow, vocab)
 
-    return Network(embed, alike(layer, f.layers()), head, masks=causal_mask(step))
+    return Network(embed, alike(layer, f.layers()), head, masks=called_with(causal_mask(step)))
 
 
 def phi(f: Fields, step: Step) -> Network:

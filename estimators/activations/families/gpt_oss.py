@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Network, alike, attend, rms_norm_fp32
+from estimators.activations.blocks import attend, rms_norm_fp32
+from estimators.activations.chain import Network, alike
 from estimators.activations.families.llama import network
 from estimators.activations.families.moe import dispatched
 from estimators.activations.linear import linear
@@ -38,26 +39,27 @@ def gpt_oss(f: Fields, step: Step) -> Network:
         out = t.op([probabilities, v], q.numel, saves=[probabilities, v], product=True, backward_tmp=numel * t.item)
         return t.copy(out)
 
-    def gathered_bias(t: Tape, y: Tensor, each: int, expert: Tensor) -> Tensor:
-        """Rows of a table of biases, added in place."""
-        rows_ = t.op(
-            [t.tensor(0)], y.numel, t.item, saves=[expert] * t.trains, gradients=count * each * t.item * t.trains
-        )
-        return t.op([y, rows_], alias=True)
-
     def gated(t: Tape, both: Tensor) -> Tensor:
         """``(clamp(up) + 1) * clamp(gate) * sigmoid(alpha * gate)`` of every second column each."""
         gate, up = (t.op([both], both.numel // 2, saves=[both]) for _ in range(2))
         glu = t.mul(gate, t.root(t.copy(gate)))
-        return t.mul(t.op([up], alias=True), glu)
+        product = t.mul(t.op([up], alias=True), glu)
+        t.hold(up)
+        return product
 
     def experts(t: Tape, x: Tensor) -> Tensor:
         logits = linear(t, x, width, count, bias=True)
         weights = t.root(t.op([logits], rows, saves=[t.tensor(rows, INT64)]))
         expert = t.tensor(rows, INT64)
-        return dispatched(
-            t, x, weights, width, inner, count, top, gated, lambda y, each: gathered_bias(t, y, each, expert)
-        )
+
+        def biases(each: int) -> Tensor:
+            """Rows of a table."""
+            nbytes = count * each * t.item * t.trains
+            return t.op([t.tensor(0)], rows * each, t.item, saves=[expert] * t.trains, gradients=nbytes)
+
+        y = dispatched(t, x, weights, width, inner, count, top, gated, biases)
+        t.hold(logits)
+        return y
 
     def norm(t: Tape, x: Tensor) -> Tensor:
         return rms_norm_fp32(t, x, width)
@@ -70,5 +72,4 @@ def gpt_oss(f: Fields, step: Step) -> Network:
         x = t.add(x, linear(t, y, a.n * a.dim, width, bias))
         return t.add(x, experts(t, norm(t, x)))
 
-    masks = 2 * step.batch * step.seq**2 * step.item * eager  # with a window, and without
-    return network(f, step, layer, norm, rope=a.dim // 2, layers=alike(layer, f.layers()))._replace(masks=masks)
+    return network(f, step, layer, norm, rope=a.dim // 2, layers=alike(layer, f.layers()))

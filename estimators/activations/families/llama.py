@@ -4,9 +4,6 @@ each ``model_type``."""
 from __future__ import annotations
 
 from estimators.activations.blocks import (
-    Layer,
-    Network,
-    alike,
     attention,
     causal_mask,
     cohere_norm,
@@ -18,6 +15,7 @@ from estimators.activations.blocks import (
     rms_norm_fp32,
     tables,
 )
+from estimators.activations.chain import Layer, Network, alike, called_with
 from estimators.activations.head import loss
 from estimators.activations.op import FP32, Tensor
 from estimators.activations.op_tape import Tape
@@ -41,10 +39,9 @@ def network(
     capped: bool = False,
     head_bias: bool = False,
     layers: tuple[tuple[str, Layer], ...] = (),
-    windowed: bool = False,
 ) -> Network:
     """Embedding, equal layers (or ``layers``), a last norm and the loss. ``rope``: elements of a head that are
-    rotated. ``windowed``: some layers attend to a window, which has a mask of its own."""
+    rotated."""
     width = f.integer("hidden_size")
     rows = f.integer("vocab_size", vocab) if vocab else f.integer("vocab_size")
     shared = f.flag("tie_word_embeddings", tied)
@@ -57,8 +54,7 @@ def network(
         return loss(t, step, norm(t, x), width, rows, bias=head_bias, scaled=scaled, capped=capped)
 
     made = tables(step, rope, table)
-    masks = causal_mask(step) * (1 + windowed)
-    return Network(embed, layers or alike(layer, f.layers()), head, made, masks=masks)
+    return Network(embed, layers or alike(layer, f.layers()), head, made, masks=called_with(causal_mask(step)))
 
 
 def _llama(
@@ -180,7 +176,6 @@ def _four_norms(f: Fields, step: Step, a: Heads, *, head_norm: bool, capped: boo
         vocab=vocab,
         scaled_embedding=True,
         capped=capped,
-        windowed=True,
     )
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from estimators.activations.blocks import Layer, Network, attention, gated_mlp, rms_norm
+from estimators.activations.blocks import attention, gated_mlp, rms_norm
+from estimators.activations.chain import Layer, Network
 from estimators.activations.families.llama import network
 from estimators.activations.linear import linear
 from estimators.activations.op import FP32, INT64, Tensor
@@ -35,7 +36,7 @@ def grouped(t: Tape, x: Tensor, weights: Tensor, width: int, inner: int, count: 
         gate, up = t.halves(both)
         return t.mul(t.activation(gate, "silu"), up)
 
-    return dispatched(t, x, weights, width, inner, count, top, gated, lambda y, each: y)
+    return dispatched(t, x, weights, width, inner, count, top, gated)
 
 
 def dispatched(
@@ -47,11 +48,12 @@ def dispatched(
     count: int,
     top: int,
     gated: Layer,
-    biased: Callable[[Tensor, int], Tensor],
+    biases: Callable[[int], Tensor] | None = None,
 ) -> Tensor:
     """Rows sorted by expert, up and gate in one product, ``gated``, down, weighted, back in order and summed.
-    ``biased(y, each)`` adds the biases, ``each`` per expert. Where ``ep`` ranks share the experts, rows go to the rank
-    of their expert and are sorted there, and come back; as many come as go, where experts are chosen evenly."""
+    ``biases(each)`` are those of every row, ``each`` per expert, which a variable holds: the first ones until the
+    second are there, those until the end. Where ``ep`` ranks share the experts, rows go to the rank of their expert and
+    are sorted there, and come back; as many come as go, where experts are chosen evenly."""
     tokens = x.numel // width
     rows, inner, count = tokens * top, inner // t.step.tp, count // t.step.ep
     order, source, back = (t.tensor(rows, INT64) for _ in range(3))
@@ -61,6 +63,7 @@ def dispatched(
         chosen = t.op([t.copy(chosen)], saves=[t.tensor(rows, INT64)])
     weights = t.op([weights], saves=[order])
     up = 3 * count * inner * width * t.item * t.trains
+    selected = biases(2 * inner) if biases else None
     both = t.op(
         [chosen],
         rows * 2 * inner,
@@ -68,15 +71,19 @@ def dispatched(
         gradients=2 * up // 3,
         product=True,
     )
-    product = gated(t, biased(both, 2 * inner))
+    product = gated(t, t.add_(both, selected) if selected else both)
+    before, selected = selected, biases(width) if biases else None
+    t.hold(*([before] if before else []))
     result = t.op(
         [product], rows * width, saves=[*([product] if t.trains else []), offsets], gradients=up // 3, product=True
     )
-    result = biased(result, width)
+    result = t.add_(result, selected) if selected else result
     if t.step.ep > 1:
         result = t.copy(t.op([result], saves=[t.tensor(rows, INT64)]))
-    weighted = t.op([t.mul(result, weights)], saves=[back])
-    return t.cast(t.sum(weighted, tokens * width), x.item)
+    weighted = t.view(t.op([t.mul(result, weights)], saves=[back]))
+    y = t.cast(t.sum(weighted, tokens * width), x.item)
+    t.hold(*([selected] if selected else []))
+    return y
 
 
 def _router(t: Tape, x: Tensor, width: int, count: int, top: int, normalised: bool) -> Tensor:

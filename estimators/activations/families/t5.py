@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Layer, Network
+from estimators.activations.chain import Layer, Network
 from estimators.activations.head import loss
 from estimators.activations.linear import linear
 from estimators.activations.op import FP32, INT64, Tensor

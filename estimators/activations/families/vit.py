@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Network, alike, attention, layer_norm
+from estimators.activations.blocks import attention, layer_norm
+from estimators.activations.chain import Network, alike
 from estimators.activations.linear import linear
 from estimators.activations.op import Tensor
 from estimators.activations.op_tape import Tape

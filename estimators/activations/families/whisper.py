@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from estimators.activations.blocks import Layer, Network, alike, attend, layer_norm
+from estimators.activations.blocks import attend, layer_norm
+from estimators.activations.chain import Layer, Network, alike
 from estimators.activations.head import loss
 from estimators.activations.linear import linear
 from estimators.activations.op import INT64, Tensor
