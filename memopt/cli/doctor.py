@@ -74,6 +74,7 @@ def findings() -> Iterator[CheckResult]:
     yield cuda()
     yield from context()
     yield memory()
+    yield host_cores()
     yield place("pinned memory", places.pinned_memory())
     yield place("unified memory", places.unified_memory())
     yield temporary_files()
@@ -155,6 +156,20 @@ def container_limit(path: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def host_cores() -> CheckResult:
+    """What steps on the host take of the processor: under a launcher the share of this rank."""
+    from memopt.placements.host_cores import HostTopology, of_this_rank
+
+    cores = of_this_rank()
+    if cores is None or util.find_spec("torch") is None:
+        return CheckResult("host cores", NOTE, "unknown without affinity masks and torch; torch's threads step")
+    import torch
+
+    nodes, threads = len(HostTopology().nodes), torch.get_num_threads()
+    on = f"; {nodes} NUMA nodes" if nodes > 1 else ""
+    return CheckResult("host cores", NOTE if cores.starved(threads) else OK, cores.explain(threads) + on)
 
 
 def temporary_files() -> CheckResult:

@@ -54,6 +54,9 @@ def explain(optimizer: OptimizerParts) -> str:
         place = optimizer.placement_stores.of(name).explain(p.device)
         places[place, spec.for_parameter(name)[1]] = places.get((place, spec.for_parameter(name)[1]), 0) + 1
     rows += [("placement", f"{name}: {text} ({count} parameters)") for (text, name), count in places.items()]
+    cores = optimizer.placement_stores.host_cores((name, p) for name, p, _ in optimizer.params.entries())
+    if cores is not None:
+        rows.append(("threads", cores.explain(torch.get_num_threads())))
     partition = optimizer.partition
     rows.append(
         ("partition", f"{partition.name}: {partition.summary}; rank {partition.rank} of {partition.world_size}")

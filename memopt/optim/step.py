@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import MappingProxyType
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version  # kernels write where autograd does not look
 
 from memopt import kernels
+from memopt.core.user_warning import warn
 from memopt.layout.param_step import Work, count_steps
 from memopt.optim.gradient_policy import GradientPolicy, Scaler, bounds_of
 from memopt.optim.layouts import NumberedParam
@@ -21,6 +22,7 @@ from memopt.optim.reports import Reports
 from memopt.optim.state_store import StateStore
 from memopt.placements.gradients.checks import check_gradient, look
 from memopt.placements.gradients.host_grad import on_host
+from memopt.placements.host_cores import HostCores, taken
 from memopt.rules.matrices import matrices
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ class Stepper:
         self.store, self.params, self.setup = store, store.params, store.setup
         self.plan: kernels.CachedStep | None = None
         self._captured: list[kernels.CachedStep] = []  # plans whose tables a CUDA graph reads
+        self._cores: HostCores | None = None  # of the last step, where it ran on the host beside a device
+        self._told = False  # whether a rank without cores was told so
         self.gradients = GradientPolicy(self.params)
         self.reports = Reports()
 
@@ -61,7 +65,8 @@ class Stepper:
             return
         self.store.notice_replaced()
         with setup.partition.step_context(groups):
-            with self._released():
+            self._cores = self._host_cores((name, p) for name, p, _ in self.params.entries())
+            with self._released(), taken(self._cores):
                 gradients, ready = self._collect_gradients()
                 scales = self._look(scaler, gradients, ready)
                 if scales is not None:
@@ -100,6 +105,10 @@ class Stepper:
             return False
         if plan.recorded and plan not in self._captured:
             self._captured.append(plan)
+        with taken(self._cores):
+            return self._run(plan, context, scaler)
+
+    def _run(self, plan: kernels.CachedStep, context: kernels.StepContext, scaler: Scaler) -> bool:
         parameters = plan.parameters
         scales: Sequence[float] | None
         if plan.on_device:
@@ -210,11 +219,13 @@ class Stepper:
         self.store.allocate_missing([Resolved(*one[:3]) for one in ready if not state.get(one.p)])
         works = [self._work(one, state[one.p], scales.get(id(one.group), 1.0)) for one in ready]
         parameters = [one.p for one in ready]
+        cores = self._host_cores((one.layout.name, one.p) for one in ready)
 
         def run(some: Sequence[Work]) -> None:
             setup.engine.step(some, setup.partition, setup.seed)
 
-        with setup.integrity.changing("a step"):  # whatever can be refused has been refused before
+        # Whatever can be refused has been refused before.
+        with setup.integrity.changing("a step"), taken(cores):
             whole = [bool(work.shares) for work in works]
             for first, stop in setup.partition.buckets(parameters, whole):  # one travels while the next is stepped
                 setup.placement_stores.step(setup.partition.gather(works[first:stop]), run)
@@ -225,6 +236,15 @@ class Stepper:
         for work in works:
             self.params.live.note_state(work.name, work.state)
         return works
+
+    def _host_cores(self, parameters: Iterable[tuple[str, Tensor]]) -> HostCores | None:
+        cores = self.setup.placement_stores.host_cores(parameters)
+        if cores is not None and not self._told:
+            self._told = True
+            said = cores.starved(torch.get_num_threads())
+            if said:
+                warn(said)
+        return cores
 
     def _work(self, one: Ready, state: dict[str, Any], scale: float) -> Work:
         partition = self.setup.partition

@@ -10,6 +10,7 @@ from memopt.core.rows import Rows
 from memopt.layout.chunks import ChunkedState, StoreOptions
 from memopt.placements import PLACEMENTS
 from memopt.placements.base import PlacementStore, StepFunction
+from memopt.placements.host_cores import HostCores, of_this_rank
 from memopt.spec.placement_options import of_placement
 
 if TYPE_CHECKING:
@@ -101,6 +102,21 @@ class PlacementStores:
             ),
             None,
         )
+
+    def host_cores(self, parameters: Iterable[tuple[str, Tensor]]) -> HostCores | None:
+        """The cores of this rank, if some of these parameters are stepped on the host beside the work of a device."""
+        import torch
+
+        beside = torch.accelerator.is_available()
+        if not beside and not any(store.placement.steps_on_host for store in self):
+            return None
+        for name, p in parameters:
+            placement_store = self.of(name)
+            if placement_store.placement.steps_on_host and not placement_store.in_place(p.device):
+                return of_this_rank()
+            if beside and p.is_cpu:
+                return of_this_rank()
+        return None
 
     def check(self) -> None:
         for placement_store in self._placement_stores.values():

@@ -22,6 +22,7 @@ from memopt.placements.base import E, Placement, PlacementStore, StepFunction
 from memopt.placements.gradients.hooks import ranks
 from memopt.placements.gradients.offload import GradientOffload, OffloadedGradient
 from memopt.placements.gradients.prefetch import GradientPrefetch
+from memopt.placements.host_cores import of_this_rank, taken
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, bytes_of
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
 from memopt.placements.transfer.pipeline import Operation, Streams
@@ -54,6 +55,8 @@ class Offloaded(Streamed):
         self._gradient_offload = GradientOffload(self._buffers_ready, self.nbytes) if gradients is True else None
         self._prefetch = GradientPrefetch(self._cuts) if gradients == PREFETCH else None
         self.takes_params = gradients is not False
+        #: Of this rank; a variable that cannot be read is refused here.
+        self._cores = of_this_rank()
         self._begun: set[tuple[str, int]] = set()  # parameters and numbers of pieces whose gradient is in its place
         self._watched: dict[str, tuple[Tensor, ChunkedState, bool]] = {}
 
@@ -153,12 +156,14 @@ class Offloaded(Streamed):
         transfer = transfer_of(device)
         if transfer is None:
             return
-        if self._gradient_offload is not None:
-            for name, one in chunked.items():
-                self._gradient_offload.allocate(
-                    name, getattr(torch, one.dtype), torch.Size(one.rows.local_shape), transfer
-                )
-        super().prepare({n: staging(h, self._gradient_offload is not None) for n, h in chunked.items()}, device, also)
+        with taken(self._cores):  # memory is nearest to whoever asks for it
+            if self._gradient_offload is not None:
+                for name, one in chunked.items():
+                    self._gradient_offload.allocate(
+                        name, getattr(torch, one.dtype), torch.Size(one.rows.local_shape), transfer
+                    )
+            staged = {n: staging(h, self._gradient_offload is not None) for n, h in chunked.items()}
+            super().prepare(staged, device, also)
 
     def chain(self, chunk: Sequence[Placed], run: StepFunction, device: torch.device) -> list[Operation]:
         on_buffers = [(chunk_slice, chunk_slice.on({}), at) for chunk_slice, at in chunk]
