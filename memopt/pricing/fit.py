@@ -1,4 +1,4 @@
-"""The gentlest mixed assignment of formats to parameters within a budget of state bytes."""
+"""The gentlest mixed assignment of formats, or of places, to parameters within a budget of state bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import TensorSpec
+from memopt.pricing.offload_share import offload_share, quoted
 from memopt.pricing.price import named_tensors, price, spec_fields
 from memopt.spec import OptimSpec, parse
 from memopt.spec.placement_options import size
@@ -25,7 +26,12 @@ LADDER = ("32bit", "8bit", "8bit.4bit", "factored", "8bit.factored", "4bit", "4b
 
 
 def fit(
-    model_or_shapes: Any, budget: int | str, spec: str | OptimSpec = "adamw", **fields: Unpack[SpecKeywords]
+    model_or_shapes: Any,
+    budget: int | str,
+    spec: str | OptimSpec = "adamw",
+    *,
+    offload: str | None = None,
+    **fields: Unpack[SpecKeywords],
 ) -> OptimSpec:
     """The spec, with overrides, whose state is at most ``budget`` and that changes least.
 
@@ -36,25 +42,39 @@ def fit(
     most. The result is exact: its price, by the ledger the optimizer allocates from, is within the budget, and with the
     parameter that was moved last left where it was it is not.
 
+    With ``offload`` every format stays what the spec says, and the budget is the device's: the state of as many
+    parameters as it takes goes to the host, the largest first as long as all of one is needed, then the smallest that
+    is enough. By the ledger state and buffers on the device are within the budget, and with any of these parameters
+    left on the device they are not.
+
     Args:
         model_or_shapes: A model, a mapping from name to shape, or an iterable of shapes or ``(name, shape)`` pairs.
-        budget: Bytes of optimizer state (workspaces are not counted), or a size such as ``"12GiB"``.
-        spec: Rule, master, placement, partition and the rest; its format is chosen here.
+        budget: Bytes of optimizer state (workspaces are not counted), or a size such as ``"12GiB"``; with ``offload``
+            bytes of state and of workspaces on the device.
+        spec: Rule, master, placement, partition and the rest; its format is chosen here, unless there is an
+            ``offload``.
+        offload: Where state goes that does not fit the device: ``"cpu"``, ``"host"`` or ``"disk"``. Default None:
+            formats are chosen instead.
         fields: Hyperparameters, placement options and fields of :class:`OptimSpec`, as of :func:`memopt.create`.
 
     Returns:
         An :class:`OptimSpec` for :func:`memopt.create`: the commonest format, and overrides by name.
 
     Raises:
-        SpecError: if even the last rung does not fit, for a spec with overrides, and for values that are not allowed.
+        SpecError: if even the last rung (with ``offload``: no state on the device) does not fit, for a spec with
+            overrides, and for values that are not allowed.
 
     >>> shapes = {"embed.weight": (1000, 512), "a.weight": (512, 512), "b.weight": (512, 512)}
     >>> fit(shapes, "100MiB")
     OptimSpec('adamw')
     >>> fit(shapes, 6_300_000)
     OptimSpec('adamw-8bit', overrides={'embed.weight': '32bit'})
+    >>> fit(shapes, 6_300_000, offload="cpu")
+    OptimSpec('adamw', overrides={'embed.weight': '@cpu'})
     """
     limit = size(budget, "budget")
+    if offload is not None:
+        return offload_share(model_or_shapes, limit, spec, offload, fields)
     base = parse(spec, **spec_fields(fields))
     if base.overrides:
         raise SpecError("fit chooses the overrides itself; give a spec without any")
@@ -121,7 +141,5 @@ def _spec(base: OptimSpec, rung_of: Mapping[str, int], rungs: list[str]) -> Opti
     """The most common rung is the spec's format, the others are overrides by name."""
     used = list(rung_of.values())
     common = max(range(len(rungs)), key=lambda rung: (used.count(rung), -rung))
-    # A name may hold characters that mean something to a shell-style pattern.
-    quoted = {name: "".join(f"[{c}]" if c in "*?[" else c for c in name) for name in rung_of}
-    overrides = {quoted[name]: rungs[rung_of[name]] for name in rung_of if rung_of[name] != common}
+    overrides = {quoted(name): rungs[rung_of[name]] for name in rung_of if rung_of[name] != common}
     return base.replace(format=rungs[common], overrides=overrides)

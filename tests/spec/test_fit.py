@@ -7,6 +7,7 @@ import pytest
 import memopt
 from estimators import resolve
 from memopt.pricing.fit import LADDER, fit
+from memopt.pricing.offload_share import on_device
 from memopt.spec import parse
 
 SHAPES = list(resolve("smollm2-135m").shapes)
@@ -71,3 +72,93 @@ def test_the_optimizer_allocates_what_was_promised():
     optimizer.step()
     live = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
     assert live == optimizer.ledger().nbytes <= budget
+
+
+# A share of the state on the host ----------------------------------------------------------------------------------
+
+
+FEW = [one for one in SHAPES if ".layers." not in one[0] or ".layers.0." in one[0] or ".layers.1." in one[0]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "offload"),
+    [
+        *((spec, "cpu") for spec in ("adamw", "adamw-8bit", "adafactor", "muon(adamw)")),
+        *((spec, place) for spec in ("adamw", "adamw-8bit") for place in ("host", "disk")),
+    ],
+)
+def test_the_share_fits_and_no_smaller_one_does(spec, offload):
+    whole = on_device(FEW, spec)
+    moved = []
+    for part in (0.999, 0.7, 0.2):
+        budget = int(whole * part)
+        found = fit(FEW, budget, spec, offload=offload, workspace="8MiB")
+        assert on_device(FEW, found) <= budget
+        assert found.format == parse(spec).format
+        away = [name for name, _ in FEW if found.for_parameter(name)[1] == offload]
+        moved.append(sum(_bytes(name, spec) for name in away))
+        least = min(away, key=lambda name: _bytes(name, spec))
+        places = {name: f"@{offload if name in away and name != least else 'device'}" for name, _ in FEW}
+        stays = parse(spec, options={"workspace": "8MiB"} if len(away) > 1 else {}, overrides=places)
+        assert on_device(FEW, stays) > budget
+    assert moved == sorted(moved)
+    assert moved[0] < 0.02 * whole + (2**23 if offload != "cpu" else 0)  # and what buffers take
+
+
+def _bytes(name, spec):
+    return memopt.price({name: dict(SHAPES)[name]}, spec).nbytes
+
+
+def test_a_share_of_all_or_nothing():
+    assert fit(FEW, "100GiB", "adamw-8bit", offload="cpu") == parse("adamw-8bit")
+    assert fit(FEW, 0, "adamw-8bit", offload="cpu") == parse("adamw-8bit@cpu")
+    with pytest.raises(memopt.SpecError, match="with all state @host the device still has"):
+        fit(FEW, 0, "adamw-8bit", offload="host")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"offload": "card"}, {"offload": "device"}, {"spec": "adamw@host", "offload": "cpu"}]
+)
+def test_what_a_share_cannot_be(wrong):
+    with pytest.raises(memopt.SpecError, match="offload="):
+        fit(FEW, "1GiB", **wrong)
+
+
+def test_live_bytes_and_bits_of_a_share(monkeypatch):
+    """On the simulated device, whose memory is the CPU's."""
+    torch = pytest.importorskip("torch")
+    from memopt.placements.transfer import device
+    from tests.helpers.simulated import DeviceTransfer
+
+    made = DeviceTransfer(torch.device("cpu"))
+    monkeypatch.setitem(device.TRANSFERS, "cpu", lambda where: made)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(torch.nn.Sequential(torch.nn.Linear(64, 96), torch.nn.Linear(96, 96), torch.nn.Linear(96, 64)))
+    model, twin = models
+    budget = on_device(model, "adamw-8bit") // 2
+    spec = fit(model, budget, "adamw-8bit", offload="cpu", offload_gradients=True)
+    opt, other = memopt.create(model, spec, lr=1e-2), memopt.create(twin, "adamw-8bit", lr=1e-2)
+    for _ in range(3):
+        for net, one in ((model, opt), (twin, other)):
+            net(torch.ones(2, 64)).square().mean().backward()
+            one.step()
+            one.zero_grad()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+    kinds = "parameter", "moment", "part", "lifetime"
+    live = opt.ledger()
+    assert live.by(*kinds) == memopt.price(model, spec, device="cuda").by(*kinds)
+    stay = {name for name, _ in model.named_parameters() if spec.for_parameter(name)[1] == "device"}
+    assert 0 < sum(line.nbytes for line in live if line.parameter in stay and line.moment != "step") <= budget
+    assert "@cpu" in spec.overrides.values() or spec.placement == "cpu"
+
+
+def test_the_calculator_has_the_share_where_it_is():
+    from estimators import estimate
+
+    budget = on_device(SHAPES, "adamw-8bit") // 2
+    spec = fit(SHAPES, budget, "adamw-8bit", offload="cpu")
+    state = [row for row in estimate("smollm2-135m", spec=spec).rows if row.what == "state"]
+    assert sum(row.nbytes for row in state if row.tier == "GPU") == on_device(SHAPES, spec) <= budget
