@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/step_cpu.py
 	$(BIN)/python benchmarks/step_users.py
 	$(BIN)/python benchmarks/step_small.py
+	$(BIN)/python benchmarks/step_released.py
 	$(BIN)/python benchmarks/many_threads.py
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/offload.py

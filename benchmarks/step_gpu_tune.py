@@ -18,6 +18,7 @@ import step_gpu
 import torch
 
 from memopt.kernels.triton import cached_step, tables
+from memopt.kernels.triton.launchers import Launchers
 
 SPECS = ("adamw", "adamw-8bit", "adamw-4bit", "adafactor")
 WARPS, PROGRAMS = (1, 2, 4, 8), (4096, 8192, 32768)
@@ -26,7 +27,7 @@ WARPS, PROGRAMS = (1, 2, 4, 8), (4096, 8192, 32768)
 def fraction(spec: str, dtype: str, numel: int, copied: float) -> float:
     """Of the copy's bytes per second."""
     shapes = step_gpu.llama(numel)
-    cached_step._LAUNCHERS = cached_step.Launchers(2**25)
+    cached_step._LAUNCHERS = Launchers(2**25)
     found = step_gpu.measure(lambda p: step_gpu.ours(spec, "propagate", p), shapes, step_gpu.DTYPES[dtype], 20, 0.5)
     numel = sum(torch.Size(s).numel() for s in shapes)
     nbytes = step_gpu.moved(spec, shapes, step_gpu.DTYPES[dtype], "propagate") * numel

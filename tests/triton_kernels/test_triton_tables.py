@@ -6,11 +6,13 @@ import pytest
 import torch
 
 import memopt
+from memopt import kernels
 from memopt.core.rows import Rows
 from memopt.layout.param import resolve_layout
 from memopt.layout.param_step import Work
 from memopt.rules import RULES
-from tests.helpers.interpreting import DEVICE, stepped
+from tests.helpers.cases import assert_same_bits
+from tests.helpers.interpreting import DEVICE, gradients, parameters, stepped
 
 pytest.importorskip("triton", minversion="3.3")
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -39,6 +41,7 @@ def test_programs_cover_every_block_once() -> None:
 
 def test_launchers_without_a_plan_are_found_again_and_bounded(on) -> None:
     from memopt.kernels.triton import cached_step
+    from memopt.kernels.triton.launchers import Launchers
 
     on(True)
     spec, device = memopt.parse("adamw-8bit"), torch.device(DEVICE)
@@ -52,12 +55,49 @@ def test_launchers_without_a_plan_are_found_again_and_bounded(on) -> None:
         described.append(cached_step.describe_all([work], 0, opt.param_groups, False))
     rule = RULES[spec.rule]
     size = cached_step.Launcher(rule, described[0], device, 1).nbytes
-    kept = cached_step.Launchers(2 * size + size // 2)
-    first, second = (kept.find(rule, made, device, 1) for made in described[:2])
-    assert kept.find(rule, described[0], device, 1) is first
+    kept = Launchers(2 * size + size // 2)
+    first, second = (kept.find(rule, made, device, 1)[0] for made in described[:2])
+    assert kept.find(rule, described[0], device, 1) == (first, [0])
     kept.find(rule, described[2], device, 1)  # takes the place of the one met longest ago
-    assert kept.find(rule, described[0], device, 1) is first
-    assert kept.find(rule, described[1], device, 1) is not second
+    assert kept.find(rule, described[0], device, 1)[0] is first
+    assert kept.find(rule, described[1], device, 1)[0] is not second
+
+    kept = Launchers(2**20)
+    a, b, c = (made[0] for made in described)
+    pair, _ = kept.find(rule, [a, b], device, 1)
+    both, places = kept.find(rule, [b, c], device, 1)  # others than before: one launcher has all of them
+    assert both is not pair
+    assert places == [0, 1]
+    assert kept.find(rule, [a, b], device, 1) == (both, [2, 0])
+    assert kept.find(rule, [c], device, 1) == (both, [1])
+
+
+def test_without_a_plan_what_has_no_gradient_stays_as_it_is(on, monkeypatch) -> None:
+    """One launcher takes every step but the first, and the bits are those of launchers made anew for each."""
+    from memopt.kernels.triton import cached_step
+    from memopt.kernels.triton.launchers import Launchers
+
+    class Forgetful(Launchers):
+        def find(self, *arguments):
+            return Launchers(2**20).find(*arguments)
+
+    on(True)
+    monkeypatch.setattr(kernels, "make_cached_step", lambda *_: None)
+    found, launchers = [], Launchers(2**20)
+    for cache in (Forgetful(0), launchers):
+        monkeypatch.setattr(cached_step, "_LAUNCHERS", cache)
+        params = parameters([(9, 70), (33,), (5, 64)])
+        opt = memopt.create(params, "adafactor")
+        for step, there in enumerate([(0, 1), (0, 1, 2), (1, 2), (0, 2)]):
+            gradients(params, step)
+            for i, p in enumerate(params):
+                p.grad = p.grad if i in there else None
+            opt.step()
+        assert [int(opt.state[p]["step"]) for p in params] == [3, 3, 3]
+        found.append([x for p in params for x in (p.detach(), *opt.state[p].values())])
+    for x, y in zip(*found, strict=True):
+        assert_same_bits(x, y)
+    assert len(launchers) == 1
 
 
 def test_vectors_that_are_cut_anywhere_and_dithered_take_the_plain_path(on) -> None:

@@ -46,7 +46,7 @@ INLINE void store(T* to, V v) { __builtin_memcpy(to, &v, sizeof v); }
 
 // Asks the memory for a line.
 INLINE void fetch(const void* from) {
-    if (W > 4) __builtin_prefetch(from, 0, 2);  // vectors of four (SSE2) do not wait for memory
+    if (W > 4) __builtin_prefetch(from, 0, 3);  // vectors of four (SSE2) do not wait for memory
 }
 
 INLINE vf loadf(const float* from) { return load<vf>(from); }

@@ -6,7 +6,6 @@ As ``memopt/kernels/cached_step.py`` for the CPU. Nothing here waits for the dev
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import repeat
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from memopt.kernels.triton import tables
 from memopt.kernels.triton.available import capturing
 from memopt.kernels.triton.device import fields as f
 from memopt.kernels.triton.launcher import Launcher
+from memopt.kernels.triton.launchers import Launchers
 from memopt.kernels.triton.upload import write_by_value
 
 if TYPE_CHECKING:
@@ -192,27 +192,6 @@ def describe_all(works: Sequence[Work], seed: int, groups: Sequence[Any], counte
     ]
 
 
-class Launchers:
-    """Launchers of steps without a plan, where the same tensors are met again: parameters of a sharded model, or those
-    that step one by one inside ``backward()``. The key is all that a launcher is made from; those met last are kept, up
-    to so many bytes on the device."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._cached: OrderedDict[Any, Launcher] = OrderedDict()
-        self._left = nbytes
-
-    def find(self, rule: Rule, made: Sequence[tables.Tensors], device: torch.device, groups: int) -> Launcher:
-        key = rule.name, device, groups, tuple((t.bucket, *t.row) for t in made)
-        found = self._cached.pop(key, None)
-        if found is None:
-            found = Launcher(rule, made, device, groups)
-            self._left -= found.nbytes
-        self._cached[key] = found
-        while self._left < 0 and len(self._cached) > 1:
-            self._left += self._cached.popitem(last=False)[1].nbytes
-        return found
-
-
 _LAUNCHERS = Launchers(32 * 2**20)
 
 
@@ -233,12 +212,15 @@ def step(works: Sequence[Work], world_size: int, seed: int) -> list[Work]:
                 groups.append(work.h)
             scales[id(work.h)] = work.scale
         rule = chosen[0].layout.rule
-        launcher = _LAUNCHERS.find(rule, describe_all(chosen, seed, groups, False), device, len(groups))
-        launcher.gradients.set([work.g.data_ptr() for work in chosen])
+        launcher, places = _LAUNCHERS.find(rule, describe_all(chosen, seed, groups, False), device, len(groups))
+        addresses, steps = [0] * len(launcher.buckets), [1.0] * len(launcher.buckets)
+        for place, work in zip(places, chosen, strict=True):
+            addresses[place], steps[place] = work.g.data_ptr(), float(work.step)
+        launcher.gradients.set(addresses)
         on_host = [{**group, **{key: float(group[key]) for key in tables.rates_on_device(group)}} for group in groups]
         both = zip(on_host, groups, strict=True)
         numbers = [number for h, group in both for number in tables.hyper_row(rule, h, scales[id(group)])]
-        launcher.numbers.set([*numbers, *(float(work.step) for work in chosen)])
+        launcher.numbers.set([*numbers, *steps])
         launcher.run()
     return left
 

@@ -51,7 +51,8 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
                           typename Pick<true, typename Format::R, Rule::X_SIGNED, Signed>::type>::type X;
     constexpr int BLOCK = smallest(smallest(V::BLOCK, M::BLOCK), smallest(X::BLOCK, Y::BLOCK));
     constexpr bool CODES = BLOCK < CHUNK;
-    constexpr bool WRITES = Rule::W_P || (Rule::W_V && V::LIES) || (Rule::W_M && M::LIES) || (Rule::W_X && X::LIES) || Rule::Y;
+    constexpr int ARRAYS = Rule::P + Rule::G + V::LIES + M::LIES + X::LIES + Y::LIES;
+    constexpr int FURTHER = CODES || ARRAYS == 1 ? CHUNK : 0;
     Scratch v_scratch, m_scratch, x_scratch, y_scratch;
     alignas(64) float p_buffer[CHUNK];
     alignas(64) float g_buffer[CHUNK];
@@ -64,8 +65,8 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::G) gather(t.g, t, strides_of_g(t), t.g_dtype, at.offset, at.n, g_together);
         g_lies = g_together;
     }
-    const char* const p_ahead = static_cast<const char*>(element(t.p, at.offset + AHEAD, t.p_dtype));
-    const char* const g_ahead = static_cast<const char*>(element(const_cast<void*>(t.g), at.offset + AHEAD, t.g_dtype));
+    const char* const p_ahead = static_cast<const char*>(element(t.p, at.offset + AHEAD + FURTHER, t.p_dtype));
+    const char* const g_ahead = static_cast<const char*>(element(const_cast<void*>(t.g), at.offset + AHEAD + FURTHER, t.g_dtype));
     const int p_size = size_of(t.p_dtype), g_size = size_of(t.g_dtype);
     float* p = p_buffer;
     if (Rule::P) p = const_cast<float*>(load_weights(t, p_lies, at, p_buffer));
@@ -115,12 +116,11 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     const auto ask = [&](int i) __attribute__((always_inline)) {
         if (Rule::P) fetch(p_ahead + i * p_size);
         if (Rule::G) fetch(g_ahead + i * g_size);
-        v.ahead(i);
-        m.ahead(i);
-        x.ahead(i);
-        y.ahead(i);
+        v.ahead(i + FURTHER);
+        m.ahead(i + FURTHER);
+        x.ahead(i + FURTHER);
+        y.ahead(i + FURTHER);
     };
-    if (!CODES && WRITES) ask(0);
     for (int b = 0; b * BLOCK < at.n; b++) {
         v.begin(b);
         m.begin(b);
@@ -129,7 +129,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         const int stop = smallest((b + 1) * BLOCK, at.n);
         for (int i = b * BLOCK; i < stop; i += W) {
             if (CODES && Rule::P) fetch(p_ahead + i * p_size);
-            if (!CODES && !WRITES) ask(i);
+            if (!CODES) ask(i);
             step(i, stop);
         }
         if (Rule::W_V) v.end(b);
@@ -147,10 +147,10 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         const int stop = smallest((b + 1) * BLOCK, at.n);
         for (int i = b * BLOCK; i < stop; i += GROUP * W) {
             for (int k = i; Rule::G && k < i + GROUP * W; k += W) fetch(g_ahead + k * g_size);
-            v.ahead(i);
-            m.ahead(i);
-            x.ahead(i);
-            y.ahead(i);
+            v.ahead(i + FURTHER);
+            m.ahead(i + FURTHER);
+            x.ahead(i + FURTHER);
+            y.ahead(i + FURTHER);
             if (Rule::W_V) v.code(i);
             if (Rule::W_M) m.code(i);
             if (Rule::W_X) x.code(i);

@@ -25,11 +25,10 @@ struct Place {
     const uint32_t* keys;      // of each slot, behind them what the step adds, and the master's
 };
 
-// What the processor foresees by itself ends at every page, which is a chunk of fp32. So it is asked: in a pass that
-// writes nothing for every line, which nearly doubles what a core reads from pages of 4 KiB; in one that codes too, because
-// coding keeps the processor busy longer than the memory; elsewhere for the first line of a chunk, more gains nothing. One
-// chunk ahead is too late, two or eight make no difference.
-constexpr int AHEAD = 2 * CHUNK;
+// What the processor foresees by itself ends at every page, which is a chunk of fp32, so it is asked, for every line: one
+// chunk ahead, which is soon enough where several arrays are read beside each other; a pass over one array alone, and one
+// that codes, whose chunks take longer than the memory, ask two chunks ahead.
+constexpr int AHEAD = CHUNK;
 
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.
 struct alignas(64) Scratch {

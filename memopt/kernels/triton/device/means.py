@@ -48,13 +48,14 @@ def mean_kernel(table, scalars, means, map, SLOT: tl.constexpr, FLOOR: tl.conste
     single = tl.load(row_of + f.STACKED) == 0
     column = tl.load(row_of + f.AUX0 + SLOT)
     row = tl.load(row_of + f.DATA0 + SLOT)
-    count = tl.where(single, cols, height)
+    running = tl.load(scalars + tensor * f.SCALARS + f.RUN) != 0  # what does not step need not be there any more
+    count = tl.where(running, tl.where(single, cols, height), 0)
     at = tl.where(single, column, row).to(tl.pointer_type(tl.float32)) + tl.where(single, 0, matrix * height)
     total = tl.zeros((SPAN,), tl.float64)
     for start in range(0, count, SPAN):
         i = start + tl.arange(0, SPAN)
         total += tl.load(at + i, mask=i < count, other=0.0).to(tl.float64)
-    mean = (tl.sum(total) / count.to(tl.float64)).to(tl.float32)
+    mean = (tl.sum(total) / tl.maximum(count, 1).to(tl.float64)).to(tl.float32)
     floor = tl.load(scalars + tensor * f.SCALARS + f.MEAN_FLOOR) if FLOOR else _TINY
     tl.store(means + tl.load(row_of + f.MEANS_AT) + matrix * 2 + SLOT // 2, tl.where(mean < floor, floor, mean))
 
