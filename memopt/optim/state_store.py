@@ -172,8 +172,10 @@ class StateStore:
         if self._unshaped and all(has_shape(p) for p in self._unshaped):
             self.register_params()
         fresh: list[Tensor] = []
+        missing = [one for one in wanted if not self.state.get(one.p)]
         try:
-            for one in wanted:
+            self._preallocate(missing)
+            for one in missing:
                 if not self.state.get(one.p):
                     fresh.append(one.p)
                     self.allocate(one)
@@ -182,6 +184,15 @@ class StateStore:
             for p in fresh:
                 self.state.pop(p, None)
             raise
+        finally:
+            if missing:
+                self._preallocate(())
+
+    def _preallocate(self, wanted: Sequence[Resolved]) -> None:
+        stores, capturable = self.setup.placement_stores, self.setup.capturable
+        for store in stores:
+            mine = [one for one in wanted if stores.of(one.layout.name) is store] if store.preallocates else []
+            store.preallocate([(one.layout.name, one.layout.lines(str(one.p.device), capturable)[1:]) for one in mine])
 
     def allocate(self, one: Resolved, *, fresh: bool = False) -> dict[str, Tensor]:
         """State from the ledger's lines: what an earlier process left unless ``fresh``, else zeros."""

@@ -61,6 +61,8 @@ class PlacementStore:
     takes_params = False
     #: Whether :meth:`holds` looks at anything.
     knows_states = False
+    #: Whether :meth:`preallocate` does anything.
+    preallocates = False
     #: Whether :meth:`streaming` may give an answer.
     streams_alike = False
 
@@ -82,6 +84,10 @@ class PlacementStore:
         from memopt.kernels.huge_pages import zeros
 
         return {line.key: zeros(line.shape, getattr(torch, line.dtype), device) for line in lines}
+
+    def preallocate(self, wanted: Sequence[tuple[str, Sequence[Line]]]) -> None:
+        """:meth:`allocate` is called next for these names and lines, so that room may be taken for all together; what
+        was taken before and nobody needed is given back."""
 
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
         """Whether these tensors are what this store knows as the state of the parameter, if it knows parameters."""

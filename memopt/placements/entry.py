@@ -20,6 +20,36 @@ if TYPE_CHECKING:
 Sum = tuple[int, int, int]
 
 
+def pages_of(lines: Sequence[Line]) -> int:
+    """Bytes of the pages of one copy."""
+    return sum(-(-line.nbytes // PAGE) * PAGE for line in lines)
+
+
+class Room:
+    """Room in an arena for the state of several parameters, ``nbytes`` for each of ``copies``: what they write in turn
+    lies side by side, as what they read does, and goes by one request. Of one copy each, allocated one after the other,
+    that is so in any case."""
+
+    def __init__(self, arena: Arena, nbytes: int, copies: int) -> None:
+        first = arena.allocate(copies * nbytes)
+        self._arena, self._left = arena, nbytes
+        self._begins = [first + i * nbytes for i in range(copies)]
+
+    def take(self, nbytes: int) -> list[int] | None:
+        """Where the copies of the next parameter begin; None where that many bytes are not left."""
+        if nbytes > self._left:
+            return None
+        begins, self._left = self._begins, self._left - nbytes
+        self._begins = [begin + nbytes for begin in begins]
+        return begins
+
+    def close(self) -> None:
+        """Give back what nobody took."""
+        for begin in reversed(self._begins) if self._left else ():
+            self._arena.release(begin, self._left)
+        self._left = 0
+
+
 class Entry:
     """``begins`` are where its copies begin in the arena, ``copy`` which of them is the state, ``offsets`` where each
     part begins in a copy, ``sums`` the checksums by part, or None where they are not known yet, ``uncommitted``
@@ -43,11 +73,11 @@ class Entry:
         self._tensors = [tensors_in(memory, self.parts) for memory in self._maps]
 
     @classmethod
-    def allocate(cls, arena: Arena, lines: Sequence[Line], copies: int) -> Entry:
-        """Zeros in room that the arena has reserved."""
-        nbytes = sum(-(-line.nbytes // PAGE) * PAGE for line in lines)
-        first = arena.allocate(copies * nbytes)
-        return cls(lines, [first + i * nbytes for i in range(copies)], arena)
+    def allocate(cls, arena: Arena, lines: Sequence[Line], copies: int, room: Room | None = None) -> Entry:
+        """Zeros in room that the arena has reserved, or in ``room``, where that is large enough."""
+        nbytes = pages_of(lines)
+        begins = room.take(nbytes) if room else None
+        return cls(lines, begins or Room(arena, nbytes, copies).take(nbytes) or [], arena)
 
     def release(self, arena: Arena) -> None:
         """Give the room back, each copy when nobody holds a tensor of it any more."""

@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 import memopt
+from memopt.layout.chunks import PAGE
+from memopt.placements.arena import Arena
+from memopt.placements.entry import Room
 from tests.helpers.cases import assert_same_bits, odd_model
 from tests.placements.test_placements import assert_same, drive
 
@@ -127,3 +130,31 @@ def test_memory_does_not_grow_with_the_state(spec, options):
     assert total > 0
     opt.step()
     assert process.memory_info().rss - before < 32 * 2**20
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_small_parameters_are_read_and_written_together(tmp_path, named, monkeypatch):
+    requests = []
+    for what in ("read", "write"):
+        act = getattr(Arena, what)
+        monkeypatch.setattr(Arena, what, lambda *a, act=act, what=what: (requests.append(what), act(*a))[1])
+    params = [nn.Parameter(torch.ones(40)) for _ in range(20)]
+    opt = memopt.create(params, "adamw@disk", **({"directory": str(tmp_path / "run")} if named else {}))
+    for _ in range(3):
+        requests.clear()
+        for p in params:
+            p.grad = torch.ones(40)
+        opt.step()
+        assert sorted(requests) == ["read", "write"]
+    opt.close()
+
+
+def test_room_that_nobody_takes_is_given_back():
+    arena = Arena(None, "disk")
+    room = Room(arena, 3 * PAGE, copies=2)
+    assert room.take(2 * PAGE) == [0, 3 * PAGE]
+    assert room.take(2 * PAGE) is None
+    room.close()
+    assert arena.end == 5 * PAGE
+    assert arena.allocate(PAGE) == 5 * PAGE
+    arena.close()

@@ -71,14 +71,14 @@ def test_a_full_disk_is_found_before_the_first_step(tmp_path, monkeypatch, spec,
     """Nothing has changed, and when there is room it goes on."""
     model = odd_model()
     opt = memopt.create(model, spec, **({"directory": tmp_path} if named else {}))
-    real, left = os.posix_fallocate, 10
+    real, left = os.posix_fallocate, 80_000
 
-    def fallocate(*args):
+    def fallocate(descriptor, offset, nbytes):
         nonlocal left
-        left -= 1
+        left -= nbytes
         if left < 0:
             raise OSError(errno.ENOSPC, "No space left on device")
-        real(*args)
+        real(descriptor, offset, nbytes)
 
     monkeypatch.setattr(os, "posix_fallocate", fallocate)
     before = [p.detach().clone() for p in model.parameters()]

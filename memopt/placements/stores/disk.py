@@ -12,6 +12,7 @@ import mmap
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import accumulate
 from operator import is_
 from typing import TYPE_CHECKING, final
 
@@ -25,7 +26,7 @@ from memopt.kernels import Streaming
 from memopt.layout.chunks import PAGE, Buffers, ChunkedState, Part, StoreOptions, pack
 from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, Restored, StepFunction
-from memopt.placements.entry import ChunkPart, Entry, Sum, fetched, written
+from memopt.placements.entry import ChunkPart, Entry, Room, Sum, fetched, pages_of, written
 from memopt.placements.stores.durable_directory import Directory
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, placed
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
@@ -53,6 +54,7 @@ class Files(Streamed):
         self.arena = self.directory.arena if self.directory else Arena(None, placement.name)
         self.copyable = self.rewritable = self.directory is None
         self.entries: dict[str, Entry] = {}
+        self._room: Room | None = None  # for those that are allocated next
         self._host: list[Tensor] = []
         self._device: list[Tensor] = []
         self._views: list[memoryview] = []
@@ -61,23 +63,27 @@ class Files(Streamed):
         self._threads = Threads(WORKERS)
         self.resident: set[str] = set()  # parameters whose mapped state is to stay in memory
         self._written: list[tuple[Entry, Part, int]] = []
-        closing = [self._threads, self.directory or self.arena]
-        self._finalizer = weakref.finalize(self, _close, closing)
+        self._finalizer = weakref.finalize(self, _close, [self._threads, self.directory or self.arena])
 
     # Allocation ------------------------------------------------------------------------------------------------
 
     def allocate(self, name: str, lines: Sequence[Line], device: torch.device) -> dict[str, Tensor]:
-        entry = Entry.allocate(self.arena, lines, copies=2 if self.directory else 1)
+        entry = Entry.allocate(self.arena, lines, copies=2 if self.directory else 1, room=self._room)
         self._retire(name)  # not before there is room for the other
         self.entries[name] = entry
         return entry.tensors()
 
-    knows_states = streams_alike = True
+    def preallocate(self, wanted: Sequence[tuple[str, Sequence[Line]]]) -> None:
+        if self._room:
+            self._room.close()
+        new = [lines for name, lines in wanted if self.directory and name not in self.directory.pending]
+        self._room = Room(self.arena, sum(map(pages_of, new)), copies=2) if new else None
+
+    knows_states = streams_alike = preallocates = True
 
     def holds(self, name: str, state: Mapping[str, Tensor]) -> bool:
-        entry = self.entries.get(name)
-        tensors = entry.tensors() if entry is not None else {}
-        if entry is None or tensors.keys() != state.keys() - {"step"}:  # moments have been switched on or off
+        tensors = self.entries[name].tensors() if name in self.entries else None
+        if tensors is None or tensors.keys() != state.keys() - {"step"}:  # moments have been switched on or off
             return False
         return all(state[key].data_ptr() == t.data_ptr() for key, t in tensors.items() if t.numel())
 
@@ -146,13 +152,8 @@ class Files(Streamed):
 
     def first(self, nbytes: int) -> set[str]:
         """The parameters, in the order of their allocation, whose state together is at most so many bytes."""
-        found = set()
-        for name, entry in self.entries.items():
-            nbytes -= entry.nbytes
-            if nbytes < 0:
-                break
-            found.add(name)
-        return found
+        ends = accumulate(entry.nbytes for entry in self.entries.values())
+        return {name for name, end in zip(self.entries, ends, strict=True) if end <= nbytes}
 
     def chain(self, chunk: Sequence[Placed], run: StepFunction, device: torch.device) -> list[Operation]:
         nbytes = sum(part.nbytes for chunk_slice, _ in chunk for part in chunk_slice.piece.parts)
