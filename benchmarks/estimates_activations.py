@@ -57,10 +57,11 @@ def measure(
 
     forward(), backward(), optimizer.step(), optimizer.zero_grad()
     selective.stores.clear()
+    gc.collect()
     kept = saved(model, run, selective.kept).nbytes
     curve = traced(("forward", forward), ("backward", backward), ("step", optimizer.step))
     own = {id(t): t.nbytes for t in (*model.parameters(), *model.buffers())}
-    peak = curve.peak_of_tensors
+    peak = curve.peak_of_tensors + sum({id(t): t.nbytes for t in given.values()}.values())
     held = sum(own.values()) + sum(t.nbytes for s in optimizer.state.values() for t in s.values())
     e = estimate(
         cfg,
@@ -93,7 +94,7 @@ def measure(
         "peak_error": round(predicted / (held + peak) - 1, 6),
         "moving_nbytes": peak,
         "moving_error": round((predicted - held) / peak - 1, 6),
-        "scratch_nbytes": curve.peak - peak,
+        "scratch_nbytes": curve.peak - curve.peak_of_tensors,
     }
 
 
@@ -179,7 +180,8 @@ def table(results: list[dict[str, Any]], header: dict[str, Any]) -> str:
         f"torch {header['torch']}, transformers {header['transformers']}, CPU, {SPEC}; {len(results)} cases.",
         "Errors are predicted over measured, less one. *Peak* is weights, state and every allocation of forward,",
         "backward and step; *moving* is the peak without weights and state. *Scratch* is how much higher the peak is",
-        "with what oneDNN's convolutions allocate and free inside of themselves: a CPU's, and not estimated.",
+        "with what convolutions and matrix products allocate and free inside of themselves (oneDNN's packed and",
+        "reordered operands): a CPU's, and not estimated.",
         "",
         f"| {' | '.join(names)} |",
         "|---" * len(names) + "|",

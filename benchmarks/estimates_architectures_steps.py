@@ -5,6 +5,7 @@ benchmarks/estimates_architectures.py runs it.
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Iterator
 from math import prod
@@ -219,7 +220,8 @@ def _stepped(kind: str, small: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _real(module: Any, ways: Any, ahead: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first inputs that a real step takes, and its figures: bytes that the forward pass leaves (what autograd and
-    checkpointing keep, and the inputs), the peak of its tensors, and that with what convolutions use inside."""
+    checkpointing keep, and the inputs), the peak of its tensors, and that with what convolutions and matrix products
+    use inside."""
     import torch
     from torch.utils._pytree import tree_map_only
 
@@ -253,6 +255,7 @@ def _real(module: Any, ways: Any, ahead: Any) -> tuple[dict[str, Any], dict[str,
             error = one
             continue
         kept = saved(module, run).nbytes
+        gc.collect()  # what earlier steps left in cycles goes before, not while, this one is measured
         curve = traced(("forward", forward), ("backward", backward))
         inputs = sum(t.nbytes for t in leaves((args, kwargs))) + _cached(module)
         left = curve.live[dict(curve.marks)["backward"] - 1]

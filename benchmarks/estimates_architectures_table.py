@@ -49,7 +49,8 @@ def table(done: dict[str, Any]) -> str:
             f"5 %, {len(both)} both.",
             "*Saved* is what the forward pass leaves (inputs, and what autograd and checkpointing keep), *peak* that",
             "of all tensors, *moving* the peak without weights. *With scratch* is the difference where what oneDNN's",
-            "convolutions allocate and free inside of themselves is measured too: it is a CPU's, and is not estimated.",
+            "convolutions and products allocate and free inside of themselves (operands copied in another order)",
+            "is measured too: it is a CPU's, and is not estimated.",
             "",
             "| type | checkpointing | saved, bytes | error | peak, bytes | error | moving | with scratch |",
             "|---|---|---|---|---|---|---|---|",
@@ -119,7 +120,8 @@ def _steps(steps: list[dict[str, Any]]) -> str:
         f"and without checkpointing, saved bytes are within 1 % in {len(saved)} and the peak of tensors is within 5 % "
         f"in {len(peak)}"
         + (f"; the others are {', '.join(sorted(missed))}. " if missed else ". ")
-        + "oneDNN's convolutions allocate and free memory inside of themselves, for weights in another order and for "
+        + "oneDNN's convolutions and products allocate and free memory inside of themselves, for operands in another "
+        "order and for "
         "sums, up to several times a small vision model's activations. It is measured apart, and not estimated: on a "
         "card the library's workspace is in its place."
     )

@@ -51,7 +51,8 @@ class Curve(NamedTuple):
     live: tuple[int, ...]
     #: Where each named phase begins in ``live``.
     marks: tuple[tuple[str, int], ...]
-    #: Of ``live``, what a convolution has made and frees itself: oneDNN's reordered weights and scratch memory.
+    #: Of ``live``, what a convolution or a matrix product has made and frees itself: reordered and packed operands,
+    #: scratch memory.
     scratch: tuple[int, ...] = ()
 
     @property
@@ -60,7 +61,7 @@ class Curve(NamedTuple):
 
     @property
     def peak_of_tensors(self) -> int:
-        """The peak without what convolutions make and free inside of themselves."""
+        """The peak without what convolutions and matrix products make and free inside of themselves."""
         return max((a - b for a, b in zip(self.live, self.scratch, strict=True)), default=0)
 
     def peak_of(self, phase: str) -> int:
@@ -86,7 +87,7 @@ def traced(*phases: tuple[str, Callable[[], Any]]) -> Curve:
             events.append((event.start_ns(), event.nbytes(), ""))
         elif event.name().startswith("phase:"):
             events.append((event.start_ns(), 0, event.name().removeprefix("phase:")))
-        elif event.name() in _CONVOLUTIONS:
+        elif event.name() in _LIBRARY:
             inside.append((event.start_ns(), event.start_ns() + event.duration_ns()))
     events.sort(key=lambda e: e[0])
     own = _made_and_freed(events, inside)
@@ -105,8 +106,11 @@ def traced(*phases: tuple[str, Callable[[], Any]]) -> Curve:
     return Curve(tuple(live), tuple(marks), tuple(scratch))
 
 
-#: Operations that call oneDNN's convolutions.
-_CONVOLUTIONS = frozenset({"aten::mkldnn_convolution", "aten::convolution_backward"})
+#: Operations that call a library's convolutions and products (oneDNN, a BLAS).
+_LIBRARY = frozenset(
+    f"aten::{name}"
+    for name in ("mkldnn_convolution", "convolution_backward", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv")
+)
 
 
 def _made_and_freed(events: list[tuple[int, int, str]], inside: list[tuple[int, int]]) -> set[int]:

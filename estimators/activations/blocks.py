@@ -249,8 +249,8 @@ def gated_mlp(t: Tape, x: Tensor, width: int, ffn: int, act: str, bias: bool = F
         gate, up = t.halves(linear(t, x, width, 2 * ffn, bias))
         product = t.mul(t.activation(gate, act), up)
     else:
-        gate, up = linear(t, x, width, ffn, bias), linear(t, x, width, ffn, bias)
-        product = t.mul(t.activation(gate, act), up)
+        activated = t.activation(linear(t, x, width, ffn, bias), act)
+        product = t.mul(activated, linear(t, x, width, ffn, bias))
     out = t.scattered(linear(t, product, ffn, width, bias))
     t.hold(given, x)
     return out

@@ -8,9 +8,12 @@ from estimators.activations.op_tape import Tape
 from estimators.activations.scope import Parameter
 
 
-def linear(t: Tape, x: Tensor, cols: int, rows: int, bias: bool = False, name: str = "") -> Tensor:
+def linear(
+    t: Tape, x: Tensor, cols: int, rows: int, bias: bool = False, name: str = "", transposed: bool = False
+) -> Tensor:
     """torch.nn.Linear(cols, rows), or what a quantised weight makes of it, and its adapter where there is one.
-    ``name``: the module's, where modules of this shape are not defined in the order in which they run."""
+    ``name``: the module's, where modules of this shape are not defined in the order in which they run. ``transposed``:
+    the weight is turned before it is multiplied; autocast keeps no copy of a view, and casts it for each product."""
     tokens, given = x.numel // cols, x
     p = t.parameter((rows, cols), name=name)
     if p.storage:
@@ -18,6 +21,8 @@ def linear(t: Tape, x: Tensor, cols: int, rows: int, bias: bool = False, name: s
         y = adapted(t, given, y, p, cols, rows) if p.adapter else y
         t.hold(given)
         return y
+    if transposed and t.autocast and p.trains and p.item != t.mm:
+        return _cast_each_time(t, t.cast(x, t.mm), p, cols, rows)
     copies: list[Tensor] = []
     item, once = x.item, 0
     if t.autocast:  # the input is cast for every layer, a weight that trains once, until the forward pass ends
@@ -52,6 +57,12 @@ def linear(t: Tape, x: Tensor, cols: int, rows: int, bias: bool = False, name: s
     y = adapted(t, given, y, p, cols, rows)
     t.hold(given)
     return y
+
+
+def _cast_each_time(t: Tape, x: Tensor, p: Parameter, cols: int, rows: int) -> Tensor:
+    weight = t.op([Tensor(0, p.item)], cols * rows, t.mm, gradients=cols * rows * p.item)
+    y = t.op([x, weight], x.numel // cols * rows, product=True, saves=[x, weight])
+    return adapted(t, x, y, p, cols, rows) if p.adapter else y
 
 
 def _trained_bias(t: Tape, p: Parameter, bias: bool) -> int:

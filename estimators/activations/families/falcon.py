@@ -33,7 +33,7 @@ def falcon(f: Fields, step: Step) -> Network:
 
     def falcon_linear(t: Tape, x: Tensor, cols: int, rows: int) -> Tensor:
         """FalconLinear adds its bias in an operation of its own."""
-        y = linear(t, x, cols, rows)
+        y = linear(t, x, cols, rows, transposed=True)
         return t.op([y], gradients=rows * t.item * t.trains, alias=True) if bias else y
 
     def attended(t: Tape, x: Tensor) -> Tensor:

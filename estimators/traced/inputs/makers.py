@@ -173,7 +173,7 @@ MAKERS: dict[str, Maker] = {
     "position_ids": _times,
     "pixel_values_videos": video,
     "spectrogram": _spectrogram,
-    "mel_spectrogram": lambda config, asked: _spectrogram(config, asked).mT,
+    "mel_spectrogram": lambda config, asked: _spectrogram(config, asked).mT.contiguous(),
     "task_inputs": lambda config, asked: ids(config, asked, read(config, "task_seq_len")),
     "input_features_mask": _heard,
     "mask": _heard,

@@ -157,7 +157,7 @@ def _fitted(given: _Given, error: BaseException) -> Iterator[_Given]:
     got, wanted = found
     for name, t in _floats(given):
         if t.dim() == 3 and t.shape[1] == got and t.shape[2] == wanted:
-            yield {**given, name: t.mT}
+            yield {**given, name: t.mT.contiguous()}
         for dim in (t.dim() - 1, 1):
             size = t.shape[dim] * wanted
             if t.dim() > 1 and got and not size % got and size != t.shape[dim] * got:

@@ -69,7 +69,7 @@ def _otherwise(config: Any, given: dict[str, Any], asked: InputShape) -> Iterato
         channels = getattr(config, "audio_channels", 1)
         yield {"input_values": torch.empty((asked.batch, channels, SAMPLES), dtype=asked.dtype, device="meta")}
     if "input_features" in given:
-        yield {"input_features": given["input_features"].mT}
+        yield {"input_features": given["input_features"].mT.contiguous()}
     if "pixel_values" in given and given["pixel_values"].dim() == 4:
         image = given["pixel_values"]
         yield {"pixel_values": torch.empty((len(image), 2, *image.shape[1:]), dtype=asked.dtype, device="meta")}
