@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +143,7 @@ class Release:
     def _step(self, p: Tensor, name: str) -> None:
         setup, stepper = self._setup, self._stepper
         assert p.grad is not None
+        scale = 1.0
         if self.max_norm is not None:
             if self._partial.pending:
                 self.norm = float(self._partial.total())
@@ -149,17 +151,18 @@ class Release:
             if not isfinite(self.norm) and setup.nonfinite != "propagate":
                 self._stop(name, "the norm of all gradients is not finite, and nothing was changed")
                 return
-            if isfinite(self.norm):
-                p.grad.mul_(clip_factor(self.norm, self.max_norm))
+            scale = clip_factor(self.norm, self.max_norm)
         index, name, group = self._entries[id(p)]
         entry = index, name, p, group
-        if not setup.placement_stores.of(name).submit_step(name, p, entry, self._step_those):
+        step = partial(self._step_those, scale)
+        if not setup.placement_stores.of(name).submit_step(name, p, entry, step):
             [layout] = stepper.params.layouts_of([entry])
-            self._step_those([(entry, stepper.own(layout, p, stepper.local_gradient(layout, p)))])
+            step([(entry, stepper.own(layout, p, stepper.local_gradient(layout, p)))])
 
     @torch.no_grad()
-    def _step_those(self, ready: list[tuple[NumberedParam, Tensor]]) -> None:
-        """Step parameters with these gradients: one, or in another thread and later than ``_step`` perhaps several."""
+    def _step_those(self, scale: float, ready: list[tuple[NumberedParam, Tensor]]) -> None:
+        """Step parameters with these gradients times ``scale``, which is that of the whole backward pass: one, or in
+        another thread and later than ``_step`` perhaps several."""
         setup, stepper = self._setup, self._stepper
         if self.max_norm is None and setup.nonfinite != "propagate":
             found = non_finite([(entry[1], gradient) for entry, gradient in ready])
@@ -169,7 +172,8 @@ class Release:
             ready = [(entry, gradient) for entry, gradient in ready if entry[1] not in bad]
         if ready:
             entries, gradients = zip(*ready, strict=True)
-            stepper.step_some(stepper.check(entries, gradients))
+            scales = {} if scale == 1 else {id(group): scale for _, _, _, group in entries}
+            stepper.step_some(stepper.check(entries, gradients), scales)
 
     def _stop(self, name: str, what: str) -> None:
         if self._setup.nonfinite == "raise":
