@@ -59,6 +59,11 @@ def create(
     sliced: bool | Unset = RULE_DEFAULT,
     sinkhorn_steps: int | Unset = RULE_DEFAULT,
     spectral_steps: int | Unset = RULE_DEFAULT,
+    projection_rank: int | Unset = RULE_DEFAULT,
+    update_proj_gap: int | Unset = RULE_DEFAULT,
+    scale: float | Unset = RULE_DEFAULT,
+    scale_type: Literal["channel", "tensor"] | Unset = RULE_DEFAULT,
+    norm_growth: float | Unset = RULE_DEFAULT,
     lookahead_steps: int | Unset = RULE_DEFAULT,
     lookahead_rate: float | Unset = RULE_DEFAULT,
     rule: str | Unset = SPEC_DEFAULT,
@@ -96,7 +101,7 @@ def create(
             (``"paged_adamw_8bit"``), or an :class:`OptimSpec`. ``memopt list`` shows what there is.
         lr: Step size; a schedule changes it in ``param_groups``. A Tensor of one element is read at each step.
             None, for adafactor with ``convention="transformers"`` alone, lets the rule make its own.
-            Default 1e-3; rmsprop 1e-2; came 2e-4; lion 1e-4; prodigy 1.
+            Default 1e-3; rmsprop, apollo, apollomini 1e-2; came 2e-4; lion 1e-4; prodigy 1.
         betas: Decay of each running mean, per step, in [0, 1): of the gradient, of its square, and of ademamix's slow
             mean or came's residual. adafactor, sgd and rmsprop have none.
             Default (0.9, 0.999); lion, stableadamw (0.9, 0.99); came, ademamix (0.9, 0.999, 0.9999).
@@ -157,6 +162,14 @@ def create(
         sinkhorn_steps: How often rows, then columns, are brought to one size, from 1 to 99. sinkgd. Default 5.
         spectral_steps: Power iterations for the spectral norm of an update, which is then brought to
             sqrt(rows / columns); 0 leaves it as it is. sinkgd. Default 0.
+        projection_rank: Dimensions to which the shorter side of a matrix is projected. apollo, apollomini.
+            Default 256; apollomini 1.
+        update_proj_gap: Steps after which the projection is drawn anew. The same. Default 200.
+        scale: What an update is multiplied by. The same. Default 1; apollomini 128**0.5.
+        scale_type: ``"channel"``, each row or column of the longer side is scaled, or ``"tensor"``, each matrix.
+            The same. Default "channel"; apollomini "tensor".
+        norm_growth: How many times as large as the last one an update may be; 0 is without a limit. The same.
+            Default 1.01.
         lookahead_steps: Steps between two updates of the slow weights. lookahead(RULE). Default 5.
         lookahead_rate: Share of the way to the fast weights, in (0, 1]. lookahead(RULE). Default 0.5.
         rule, format, fallback, master, placement, partition: What the spec leaves to its default, or, beside an

@@ -78,6 +78,11 @@ class Hyperparameters(TypedDict, total=False):
     sliced: bool
     sinkhorn_steps: int
     spectral_steps: int
+    projection_rank: int
+    update_proj_gap: int
+    scale: float
+    scale_type: Literal["channel", "tensor"]
+    norm_growth: float
     lookahead_steps: int
     lookahead_rate: float
 

@@ -43,10 +43,13 @@ PLAIN_PATH: dict[str, dict[str, int]] = {
     "scale": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 12),
     "scale_head": {"32bit": 12, "bf16": 21, "8bit": 24, "fp8": 28, "4bit": 24},
     "scale_embedding": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 12),
+    # At a rank of a quarter of the shorter side; a smaller one takes less.
+    "apollo": {"32bit": 12, "bf16": 14, "8bit": 14, "fp8": 14, "4bit": 14},
+    "apollomini": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 8),
     "prodigy": {"32bit": 12, "bf16": 41, "8bit": 44, "fp8": 48, "4bit": 44, "factored": 16},
 }
 #: Rules without a kernel on a card: there they take the plain path.
-NO_TRITON = ("sinkgd", "prodigy", "scale", "scale_head", "scale_embedding")
+NO_TRITON = ("sinkgd", "prodigy", "scale", "scale_head", "scale_embedding", "apollo", "apollomini")
 #: What the kernels allocate: tables of each tensor, and for each program that a step launches its tensor and place
 #: (8 bytes; a program takes 8192 elements or, with many, so many more that there are at most 2^17), once for the step
 #: and once for the look at the gradients; for rules with sums 16 bytes of each program; for factored moments sums of

@@ -40,6 +40,11 @@ METHODS = (
         offload_gradients=True,
     ),
     Method(
+        "apollo-8bit(adamw)",
+        "8-bit moments of a projection of hidden matrices to 256 dimensions, 8-bit AdamW for the rest: another rule, "
+        "which wants a rate of its own; no kernel, products in fp64",
+    ),
+    Method(
         "sinkgd-8bit(adamw)",
         "no state of hidden matrices, 8-bit AdamW for the rest: another rule, without momentum; no kernel on a card",
     ),

@@ -83,6 +83,16 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_((x >> 16) & 0xFFFF)
 
 
+def words(k: int, first_row: int, rows: int, cols: int, device: object) -> Tensor:
+    """Words that are each drawn alone, mix(mix(key ^ row) ^ col * 2^32 / golden ratio); int32 [rows, cols], rows
+    counted from ``first_row``."""
+    import torch
+
+    row = bits(k, 0, first_row, rows, 1, device)
+    col = torch.arange(cols, dtype=torch.int32, device=device).mul_(_signed(GOLDEN))  # type: ignore[call-overload]
+    return _mix(row ^ col)
+
+
 def bits(k: int, step: int, first_row: int, rows: int, cols: int, device: object) -> Tensor:
     """The words, int32 [rows, cols]; rows are counted from ``first_row``."""
     import torch

@@ -113,16 +113,19 @@ _RULES = (
     "sinkgd",
     "prodigy",
     "scale",
+    "apollo",
 )
 #: Rules that a rule has beside it, in its file.
-_COMPANIONS = {"scale_head": "scale.HEAD", "scale_embedding": "scale.EMBEDDING"}
+_BESIDE = {"apollomini": "apollo.MINI", "scale_head": "scale.HEAD", "scale_embedding": "scale.EMBEDDING"}
 
 WRAPPERS: Axis[Any] = Axis("memopt.rules", {"lookahead": "lookahead.wrap"})
-RULES: Axis[Any] = Rules("memopt.rules", {**{name: f"{name}.RULE" for name in _RULES}, **_COMPANIONS}, WRAPPERS)
+RULES: Axis[Any] = Rules("memopt.rules", {**{name: f"{name}.RULE" for name in _RULES}, **_BESIDE}, WRAPPERS)
 FORMATS: Axis[Any] = Axis("memopt.formats", dict(_FORMATS), _once)
 #: Every format that may hold a moment: the axis, and those that only a rule can ask for (``Moment.fixed_format``).
 ALL_FORMATS: Axis[Any] = Axis(
-    "memopt.formats", {**_FORMATS, "rowmean": "rowmean.RowMean", "sliced": "sliced.Sliced"}, _once
+    "memopt.formats",
+    {**_FORMATS, "rowmean": "rowmean.RowMean", "sliced": "sliced.Sliced", "permatrix": "permatrix.PerMatrix"},
+    _once,
 )
 MASTERS: Axis[Any] = Axis(
     "memopt.masters",

@@ -54,6 +54,13 @@ class ShadowState:
     def column_sums(self, x: Tensor) -> Tensor:
         raise NotImplementedError("a sample of elements has no columns")
 
+    def left_product(self, columns: Callable[[int, int], Tensor], x: Tensor) -> Tensor:
+        raise NotImplementedError("a sample of elements has no columns")
+
+    @property
+    def key(self) -> int:
+        raise NotImplementedError("a sample of several parameters has no key of one")
+
     def report(self, numbers: Sequence[Tensor]) -> None:
         raise NotImplementedError("a sample has no sums over all parameters")
 

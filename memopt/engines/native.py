@@ -10,7 +10,7 @@ from memopt.core import dither
 from memopt.core.ledger import Line
 from memopt.core.rows import Rows, Shape
 from memopt.engines.base import Engine
-from memopt.engines.row_chunks import pieces
+from memopt.engines.row_chunks import PIECE, pieces
 from memopt.formats import FORMATS, Format, Shard
 from memopt.masters.base import ORDER
 from memopt.rules import Moment
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from memopt.spec import OptimSpec
 
 
+#: In the place of a moment's number, for what a rule draws itself.
+DRAWN = 0x10000
 #: A tensor here to what it is over all ranks: a sum, or what becomes of the whole matrix.
 Ask = Callable[["Tensor"], "Tensor"]
 
@@ -34,7 +36,7 @@ Ask = Callable[["Tensor"], "Tensor"]
 class ParameterState:
     """The :class:`memopt.rules.base.State` of one parameter in one step: decodes on read, encodes on write."""
 
-    __slots__ = ("_counted", "_dtype", "_moments", "_rows", "_shard", "_state", "_sums", "_total", "_whole")
+    __slots__ = ("_counted", "_dtype", "_moments", "_rows", "_shard", "_state", "_sums", "_total", "_whole", "key")
 
     def __init__(self, work: Work, total: Ask, whole: Ask, seed: int, dtype: torch.dtype) -> None:
         self._state = work.state
@@ -42,6 +44,7 @@ class ParameterState:
         self._total, self._whole = total, whole
         self._rows, self._counted, self._sums = work.rows, work.counted, work.sums
         self._moments = {m.moment.name: m for m in work.layout.moments}
+        self.key = dither.key(seed, work.index, DRAWN)
         self._shard = {
             name: Shard(work.rows, dither.key(seed, work.index, j), work.step, total, work.counted)
             for j, name in enumerate(self._moments)
@@ -70,6 +73,24 @@ class ParameterState:
         if matrices(self._rows.shape).stacked:  # of a stack, every rank has whole matrices
             return x.sum(-2, keepdim=True, dtype=torch.float64)
         return self._total(x[:, self._counted].sum(-2, keepdim=True, dtype=torch.float64))
+
+    def left_product(self, columns: Callable[[int, int], Tensor], x: Tensor) -> Tensor:
+        """The same of products, in pieces of the columns of ``x``: their temporaries do not grow with it."""
+        import torch
+
+        if matrices(self._rows.shape).stacked:
+            a = columns(0, x.shape[1])
+            found = a.new_empty(len(x), len(a), x.shape[2])
+            for one, into in zip(x, found, strict=True):
+                torch.mm(a, one.double(), out=into)
+            return found
+        first, stop = self._rows.bounds
+        a, here = columns(first, stop)[:, self._counted], x[0][self._counted]
+        found = a.new_empty(1, len(a), x.shape[2])
+        step = max(PIECE // max(len(here), 1), 1)
+        for at in range(0, x.shape[2], step):
+            torch.mm(a, here[:, at : at + step].double(), out=found[0, :, at : at + step])
+        return self._total(found)
 
     def report(self, numbers: Sequence[Tensor]) -> None:
         import torch

@@ -48,6 +48,8 @@ class Format(ABC):
     summary: ClassVar[str]
     #: Whether a part stands for all elements of a matrix together: then it is stepped at once, and summed over ranks.
     whole_tensor: ClassVar[bool] = False
+    #: Whether it is not of the parameter's shape: then all that is here is read and written at once, as it is.
+    own_shape: ClassVar[bool] = False
 
     @abstractmethod
     def declines(self, moment: Moment, shape: Shape) -> str | None:
@@ -56,6 +58,10 @@ class Format(ABC):
     @abstractmethod
     def layout(self, moment: Moment, rows: Rows) -> dict[str, TensorSpec]:
         """The tensors that hold these rows of the moment: part -> dtype and shape. A single part has no name."""
+
+    def of_shape(self, shape: Shape) -> Shape:
+        """The shape of what is read for all of a parameter of this shape."""
+        return shape
 
     def span(self, moment: Moment, part: str, outer: Rows, inner: Rows) -> tuple[int, int] | None:
         """Where the rows ``inner`` stand along dimension 0 of the part that holds ``outer``; None is all of it.

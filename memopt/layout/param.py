@@ -14,6 +14,7 @@ from memopt.core.ledger import Line, TensorSpec
 from memopt.core.registry import ENGINES, PLACEMENTS, by_sign
 from memopt.core.rows import Rows
 from memopt.formats import ALL_FORMATS, FORMATS, Format
+from memopt.formats.projected import of_projection
 from memopt.layout.check import Expected, StatePlacement
 from memopt.masters import Master, master_of
 from memopt.partitions import PARTITIONS
@@ -92,7 +93,7 @@ class ParamLayout:
         *,
         asked: str = "32bit",
         partitioned: bool = False,
-        key: tuple[bool | None, ...] = (),
+        key: tuple[Any, ...] = (),
         modifiers: tuple[str, ...] = (),
     ) -> None:
         self.name, self.index, self.rows, self.dtype = name, index, rows, dtype
@@ -199,19 +200,22 @@ class ParamLayout:
 
 @lru_cache(maxsize=4096)
 def _moments(
-    engine: str, rule: str, values: tuple[bool | None, ...], asked: str, partition: str, rows: Rows
+    engine: str, rule: str, values: tuple[Any, ...], asked: str, partition: str, rows: Rows
 ) -> tuple[MomentLayout, ...]:
     executes: Coding = ENGINES[engine]
     keeps = RULES[rule]
     uncut = PARTITIONS[partition].declines(rows.shape) if asked != "32bit" else None
     chosen = []
-    for moment in keeps.moments(dict(zip(keeps.moments_by, values, strict=True)), rows.shape):
+    for moment in keeps.moments_of(values, rows.shape):
         if moment.fixed_format:
             fmt, reason = ALL_FORMATS[moment.fixed_format], moment.fixed_because if moment.fixed_format != asked else ""
         else:
             moment, fmt = executes.code_of(moment, by_sign(asked)[not moment.signed])
-            reason = fmt.declines(moment, rows.shape) or uncut or ""
-            fmt = FORMATS["32bit"] if reason else fmt
+            if moment.rank:  # never cut within a row
+                fmt, reason = of_projection(fmt, moment, rows.shape)
+            else:
+                reason = fmt.declines(moment, rows.shape) or uncut or ""
+                fmt = FORMATS["32bit"] if reason else fmt
         keys = tuple((part, f"{moment.name}.{part}" if part else moment.name) for part in fmt.layout(moment, rows))
         chosen.append(MomentLayout(moment, fmt, reason, keys))
     return tuple(chosen)

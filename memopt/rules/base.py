@@ -18,9 +18,10 @@ Hyper = Mapping[str, Any]
 class Moment(NamedTuple):
     """One running statistic. ``signed`` chooses the code, ``factorable`` says that a rank-1 form makes sense.
 
-    ``fixed_format`` is the one that it has whatever the spec says, and ``fixed_because`` why. ``begins`` says what
-    the rule makes of it at the first step where that is not zero, ``mean_of`` what it stands for where another rule has
-    another moment of the same name.
+    ``fixed_format`` is the one that it has whatever the spec says, and ``fixed_because`` why. With ``rank`` it is not
+    of the parameter but of a projection of its matrices to so many dimensions. ``begins`` says what the rule makes of
+    it at the first step where that is not zero, ``mean_of`` what it stands for where another rule has another moment of
+    the same name.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Moment(NamedTuple):
     fixed_because: str = ""
     begins: str = ""
     mean_of: str = ""
+    rank: int = 0
 
 
 #: What every rule can be told besides its own hyperparameters, and its default.
@@ -49,9 +51,11 @@ class State(Protocol):
     its moments *before* they are re-quantised), the rank-1 reconstruction for a factored one. ``floor`` bounds from
     below the mean by which a factored reconstruction divides. ``orthogonal`` is what Newton-Schulz iteration makes of
     the whole matrix of which ``x`` are the rows here, in a dtype of its own. ``column_sums`` of ``x`` [matrices, rows
-    here, columns] are [matrices, 1, columns] in fp64, over all rows of each matrix wherever they are. ``report`` adds
-    numbers, fp64 [], to those that are summed over all parameters of the rule. ``rank_one`` says
-    whether ``write`` returns such a reconstruction: a second moment that does not know the elements.
+    here, columns] are [matrices, 1, columns] in fp64, over all rows of each matrix wherever they are, and so are
+    ``left_product``'s [matrices, k, columns], of a matrix A [k, rows] and ``x``, where ``columns(first, stop)`` makes
+    columns of A. ``key`` is what this parameter draws random numbers from. ``report`` adds numbers, fp64 [], to those
+    that are summed over all parameters of the rule. ``rank_one`` says whether ``write`` returns such a reconstruction:
+    a second moment that does not know the elements.
     """
 
     def read(self, name: str) -> Tensor: ...
@@ -61,9 +65,12 @@ class State(Protocol):
     def report(self, numbers: Sequence[Tensor]) -> None: ...
     def orthogonal(self, x: Tensor) -> Tensor: ...
     def column_sums(self, x: Tensor) -> Tensor: ...
+    def left_product(self, columns: Callable[[int, int], Tensor], x: Tensor) -> Tensor: ...
 
     @property
     def shape(self) -> Shape: ...  # of the whole parameter
+    @property
+    def key(self) -> int: ...
 
 
 #: update(p, g, state, t, h): ``p`` [rows, …] fp32 or fp64, changed in place; ``g`` like p, not changed;
@@ -76,8 +83,9 @@ class Rule(NamedTuple):
 
     ``defaults`` are the hyperparameters and their defaults; ``presets`` change them by the value of one of them.
     ``moments(h, shape)`` are what the rule keeps; of the hyperparameters it may look at those in ``moments_by``, and
-    whether they are None, 0 or False is all that counts. ``refuse(h, format)`` gives a reason why this format cannot
-    hold them, or None. ``element_wise`` is False for rules that need statistics of the whole tensor.
+    whether they are None, 0 or False is all that counts, and at those in ``sizes_by``, whose values decide how large
+    they are. ``refuse(h, format)`` gives a reason why this format cannot hold them, or None. ``element_wise`` is False
+    for rules that need statistics of the whole tensor.
 
     ``decoupled(h)``: whether weight decay multiplies the parameter instead of joining the gradient. ``example`` are
     hyperparameters with which a rule that may do without state keeps some.
@@ -111,6 +119,7 @@ class Rule(NamedTuple):
     presets: Callable[[Hyper], dict[str, Any]] = lambda given: {}
     refuse: Callable[[Hyper, str], str | None] = lambda h, fmt: None
     moments_by: tuple[str, ...] = ()
+    sizes_by: tuple[str, ...] = ()
     decoupled: Callable[[Hyper], bool] = lambda h: False
     example: Mapping[str, Any] = MappingProxyType({})
     kernel_fields: Callable[[Hyper], dict[str, float]] = lambda h: {}
@@ -186,9 +195,14 @@ class Rule(NamedTuple):
                     h = on
         return h
 
-    def moments_key(self, h: Hyper) -> tuple[bool | None, ...]:
+    def moments_key(self, h: Hyper) -> tuple[Any, ...]:
         """All of ``h`` that :attr:`moments` depends on."""
-        return tuple(None if h[name] is None else bool(h[name]) for name in self.moments_by)
+        switches = (None if h[name] is None else bool(h[name]) for name in self.moments_by)
+        return (*switches, *(h[name] for name in self.sizes_by))
+
+    def moments_of(self, key: tuple[Any, ...], shape: Shape) -> tuple[Moment, ...]:
+        """The moments for such a key."""
+        return self.moments(dict(zip((*self.moments_by, *self.sizes_by), key, strict=True)), shape)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:

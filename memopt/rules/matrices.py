@@ -43,9 +43,23 @@ def matrices(shape: Shape) -> Matrices:
     >>> matrices((8, 64, 128)), matrices((64, 32, 3, 3))
     (Matrices(stack=8, rows=64, cols=128, stacked=True), Matrices(stack=1, rows=64, cols=288, stacked=False))
     """
+    shape = shape or (1,)  # layouts are asked for of what no rule of matrices takes, too
     if len(shape) == 3 and shape[-1] >= KERNEL:
         return Matrices(*shape, stacked=True)
     return Matrices(1, shape[0], prod(shape[1:]), stacked=False)
+
+
+def projection(shape: Shape, rank: int) -> tuple[Shape, bool]:
+    """The shape of what is left when the shorter side of each matrix is projected to ``rank`` dimensions, or to its own
+    where it has fewer; and whether that side are the rows.
+
+    >>> projection((4096, 14336), 256), projection((14336, 4096), 256), projection((8, 64, 128), 16)
+    (((256, 14336), True), ((14336, 256), False), ((8, 16, 128), True))
+    """
+    one = matrices(shape)
+    k, wide = min(rank, one.rows, one.cols), one.rows <= one.cols
+    left = (k, one.cols) if wide else (one.rows, k)
+    return ((one.stack, *left) if one.stacked else left), wide
 
 
 def blocks(rows: int, split: int | Sequence[int] | None) -> tuple[int, ...]:

@@ -13,6 +13,9 @@ ALIASES: dict[str, str] = {
     "adam_mini": "adammini",
     "adam-mini": "adammini",
     "stable_adamw": "stableadamw",
+    "apollo-mini": "apollomini",
+    "apollo_mini": "apollomini",
+    "apollo_adamw": "apollo",
     # bitsandbytes classes and the names transformers gives them
     "adamw8bit": "adamw-8bit",
     "adamw_8bit": "adamw-8bit",

@@ -30,6 +30,8 @@ LEARNING_RATE = {
     "sinkgd": 5e-4,
     "scale": 5e-4,
     "prodigy": 1.0,
+    "apollo": 1e-2,
+    "apollomini": 1e-2,
 }
 
 

@@ -17,7 +17,8 @@ import memopt
 from memopt.masters import MASTERS
 
 #: Hyperparameters without which a rule keeps no state, or goes nowhere in a few steps.
-HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "prodigy": {"d0": 1.0}}
+#: A rank under that of their matrices, so that something is projected.
+HYPER: dict[str, dict[str, Any]] = {"sgd": {"momentum": 0.9}, "prodigy": {"d0": 1.0}, "apollo": {"projection_rank": 64}}
 
 #: Every spec without a master (MASTERED has those with one, each axis varied on its own), but of the partitions that
 #: shard parameters only ``/zero3`` in two places: the optimizer of ``/zero2`` is the same.

@@ -43,6 +43,7 @@ SPECS = [
     "muon-8bit/zero3",
     "sinkgd-8bit/zero3",
     "prodigy-8bit/zero3",
+    "apollo-8bit/zero3",
 ]
 
 

@@ -271,7 +271,13 @@ LLAMA = {
 
 @pytest.mark.parametrize(
     ("spec", "most"),
-    [("muon-8bit", 1.2), ("muon-4bit", 0.7), ("muon-8bit(adafactor-factored)", 0.9), ("sinkgd-8bit", 0.3)],
+    [
+        ("muon-8bit", 1.2),
+        ("muon-4bit", 0.7),
+        ("muon-8bit(adafactor-factored)", 0.9),
+        ("sinkgd-8bit", 0.3),
+        ("apollo-8bit", 0.75),
+    ],
 )
 def test_bytes_on_llama_3_1_8b(spec, most):
     numel = sum(torch.Size(shape).numel() for shape in LLAMA.values())
@@ -280,6 +286,6 @@ def test_bytes_on_llama_3_1_8b(spec, most):
 
 
 def test_rules_that_take_everything_have_no_fallback():
-    strict = {"muon", "sinkgd", "scale", "scale_head", "scale_embedding"}
+    strict = {"muon", "sinkgd", "scale", "scale_head", "scale_embedding", "apollo", "apollomini"}
     assert {name for name, rule in RULES.items() if rule.declines is not None} == strict
     assert {name for name, rule in RULES.items() if rule.fallback} == strict

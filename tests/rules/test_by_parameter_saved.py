@@ -11,6 +11,7 @@ from memopt.core.hyperparameters import SpecError
 from tests.helpers.by_parameter import model, train, weights
 
 SPECS = ["muon", "muon-8bit(lion-4bit)", "muon-8bit(adamw)@host", "muon-4bit+kahan@disk", "sinkgd-8bit@disk"]
+SPECS += ["apollo-8bit@disk"]
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -21,7 +22,7 @@ def test_price_is_the_ledger(spec):
     assert opt.ledger() == memopt.price(net, spec)
 
 
-@pytest.mark.parametrize("spec", [*SPECS[:3], "sinkgd-8bit"])
+@pytest.mark.parametrize("spec", [*SPECS[:3], "sinkgd-8bit", "apollo-8bit", "apollomini"])
 def test_a_state_dict_a_pickle_and_a_checkpoint_go_on(spec, tmp_path):
     net = model()
     opt = memopt.create(net, spec, lr=1e-2)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from memopt.core import dither
 from memopt.core.hyperparameters import SpecError
 from memopt.core.ledger import Line, TensorSpec
 from memopt.core.rows import Rows, Shape
-from memopt.formats import Shard
+from memopt.formats import Format, Shard
 from memopt.layout.param import resolve_layout
 from memopt.masters import Master, master_of
 from memopt.placements.stores.by_placement import PlacementStores
@@ -104,10 +103,6 @@ class ParamState(NamedTuple):
         assert self.local is not None
         return master_weights.cut(self.local, self.rows, rows).float()
 
-    def filled(self, value: float, rows: Rows) -> Tensor:
-        """One number in the shape of these rows, fp32 [rows.local_shape]."""
-        return torch.full(rows.local_shape, value, device=self.device)
-
     def targets(self, state: Mapping[str, Tensor], step: int) -> dict[str, Target]:
         """The parts of each moment within ``state``."""
         found = {}
@@ -146,12 +141,13 @@ class ParamState(NamedTuple):
         if record.shape != self.shape:
             raise ValueError(f"{self.name}: the saved state is of shape {record.shape}, the parameter of {self.shape}")
         plan: dict[str, str | float] = {}
-        for moment, _ in self.codes:
+        for moment, fmt in self.codes:
             if moment.begins and moment.name not in record.moments:
                 self._check_begins(moment, fill)
                 plan[moment.name] = 0.0
                 continue
             plan[moment.name] = chosen = feeds(rule, self.rule, self.name, record.moments, moment.name, fill)
+            self._check_shape(moment, fmt, record.moments[chosen].format if isinstance(chosen, str) else None)
             negative = record.moments[chosen].moment.signed if isinstance(chosen, str) else chosen < 0
             if negative and not moment.signed and (isinstance(chosen, float) or chosen != moment.name):
                 raise ValueError(f"{self.name}: {moment.name} is never negative; {chosen!r} may be")
@@ -160,6 +156,18 @@ class ParamState(NamedTuple):
             if reason:
                 raise ValueError(f"{self.name}: {reason}")
         return plan
+
+    def _check_shape(self, moment: Moment, fmt: Format, stored: Format | None) -> None:
+        """Raise ValueError for what is of a projection, or of one to other dimensions, where it is to be of another
+        shape; a number, ``stored`` None, is of any."""
+        if stored is None or not (stored.own_shape or fmt.own_shape):
+            return
+        if stored.of_shape(self.shape) != fmt.of_shape(self.shape):
+            raise ValueError(
+                f"{self.name}: {moment.name} is stored as {stored.name}, of shape {list(stored.of_shape(self.shape))}, "
+                f"and is to be {fmt.name}, of {list(fmt.of_shape(self.shape))}; "
+                f"fill={{{moment.name!r}: 0}} begins it anew"
+            )
 
     def _check_begins(self, moment: Moment, fill: Fill) -> None:
         """Raise SpecError for a moment that begins as the parameter where there is no parameter to begin as."""
@@ -201,7 +209,7 @@ def fill_state(
             scale = _scale(param, name, chosen, record.step, old)
             transfer(record.moments[chosen], target, scale, report.losses.setdefault(name, Loss()))
         elif chosen:
-            target.encode(partial(param.filled, chosen))
+            target.fill(chosen)
         if name in fill:
             report.filled[name] = fill[name]
     report.dropped += [m for m in record.moments if m not in (*plan.values(), *report.dropped)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, final
 
+import torch
 from torch import Tensor
 
 from memopt.checkpoint.conversion.report import Loss
@@ -44,13 +45,22 @@ class Target(NamedTuple):
             x = read(rows).to(next(iter(parts.values())).device)
             self.format.write(x, parts, self.moment, self.shard._replace(rows=rows, total=total))
 
+    def fill(self, value: float) -> None:
+        """One number for every element."""
+
+        def read(rows: Rows) -> Tensor:
+            own = self.stored().decode(rows).shape if self.format.own_shape else rows.local_shape
+            return torch.full(own, value)
+
+        self.encode(read)
+
     def _pieces(self) -> list[Rows]:
         """At least one: a rank without rows takes part in the totals, too. Means of a vector that is cut between any
         two elements are of the whole vector at once."""
         rows = self.shard.rows
         if self.format.name == "rowmean" and rows.may_cut and len(rows.shape) < 2:
             return [rows]
-        return list(chunks(rows)) or [rows]
+        return _chunks(self.format, rows) or [rows]
 
     def stored(self) -> Stored:
         """What is there now."""
@@ -102,8 +112,12 @@ def transfer(source: Stored, target: Target, scale: float, loss: Loss) -> None:
 
     target.encode(scaled)
     written = target.stored()
-    for piece in chunks(rows):
+    for piece in _chunks(target.format, rows):
         _measure(source.decode(piece), written.decode(piece), scale, loss)
+
+
+def _chunks(fmt: Format, rows: Rows) -> list[Rows]:
+    return [rows] if fmt.own_shape else list(chunks(rows))
 
 
 def _measure(x: Tensor, y: Tensor, scale: float, loss: Loss) -> None:

@@ -49,6 +49,11 @@ def changed(record: Record, there: ParamState, change_of: Callable[[str], RowCha
     moments = {}
     for name, stored in record.moments.items():
         change = change_of(name)
+        if stored.format.own_shape:
+            raise ValueError(
+                f"{record.name}: {name} is of a projection of the whole matrix, or one number for it, and has no rows "
+                "that could be taken along; without its state (opt.state.pop(parameter)) the weight may change its size"
+            )
         parts = _parts(stored, change, there) if stored.format is formats.get(name) else None
         fmt = stored.format
         if parts is None:

@@ -10,12 +10,13 @@ from memopt.core.rows import FLAT_ROW, Rows, Shape
 from memopt.engines.bitsandbytes import BLOCK
 from memopt.formats import ALL_FORMATS, Format
 from memopt.formats.foreign.bitsandbytes import dynamic8
+from memopt.formats.projected import Tags
 from memopt.layout.param import moments_of
 from memopt.rules import Moment
 from memopt.spec import OptimSpec
 
 #: Every encoding that a checkpoint may hold: its tag in the manifest -> format.
-CODES: dict[str, Format] = {**ALL_FORMATS, "dynamic8": dynamic8(BLOCK)}
+CODES: Mapping[str, Format] = Tags({**ALL_FORMATS, "dynamic8": dynamic8(BLOCK)})
 
 #: Elements that are decoded at a time: about 10 MiB with the temporaries of encoding.
 CHUNK_NUMEL = 1 << 18
