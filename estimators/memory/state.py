@@ -43,9 +43,9 @@ PLAIN_PATH: dict[str, dict[str, int]] = {
     "scale": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 12),
     "scale_head": {"32bit": 12, "bf16": 21, "8bit": 24, "fp8": 28, "4bit": 24},
     "scale_embedding": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 12),
-    # At a rank of a quarter of the shorter side; a smaller one takes less.
-    "apollo": {"32bit": 12, "bf16": 14, "8bit": 14, "fp8": 14, "4bit": 14},
-    "apollomini": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 8),
+    # At a rank of a sixteenth of the shorter side; of matrices over 2^20 elements half as much, about.
+    "apollo": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 16),
+    "apollomini": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 16),
     "prodigy": {"32bit": 12, "bf16": 41, "8bit": 44, "fp8": 48, "4bit": 44, "factored": 16},
 }
 #: Rules without a kernel on a card: there they take the plain path.

@@ -37,6 +37,7 @@ class TestTemporaries:
                 model = torch.nn.ModuleDict({name: layer, **beside}).to(getattr(torch, dtype))
                 weight = layer.weight
                 hyper = {"momentum": 0.9} if rule == "sgd" else {}
+                hyper |= {"projection_rank": n // 16} if rule == "apollo" else {}  # 256 of 4096
                 optimizer = memopt.create(model, f"{rule.partition('_')[0]}-{fmt}", lr=1e-3, **hyper)
                 group = next(g for g in optimizer.param_groups if any(p is weight for p in g["params"]))
                 assert optimizer.setup.rule_of(group).name == rule

@@ -62,8 +62,8 @@ def values(params, opt):
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_plan_stays_and_steps_those_that_have_gradients(spec) -> None:
     params, opt, plans = run(spec)
-    # What no kernel steps has no plan: matrices that Muon puts together and multiplies, and those of SCALE.
-    assert (plans[0] is None) == spec.startswith(("muon", "scale"))
+    # What no kernel steps has no plan: matrices that Muon puts together and multiplies, those of SCALE and APOLLO.
+    assert (plans[0] is None) == spec.startswith(("muon", "scale", "apollo"))
     assert all(plan is plans[0] for plan in plans)
     others = run(spec, cached=False)
     for mine, theirs in zip(values(params, opt), values(*others[:2]), strict=True):

@@ -50,10 +50,9 @@ def changed(record: Record, there: ParamState, change_of: Callable[[str], RowCha
     for name, stored in record.moments.items():
         change = change_of(name)
         if stored.format.own_shape:
-            raise ValueError(
-                f"{record.name}: {name} is of a projection of the whole matrix, or one number for it, and has no rows "
-                "that could be taken along; without its state (opt.state.pop(parameter)) the weight may change its size"
-            )
+            piece = LivePiece(change.after, _of_the_whole(record.name, stored, change))
+            moments[name] = Stored(stored.moment, stored.format, change.after.shape, (piece,))
+            continue
         parts = _parts(stored, change, there) if stored.format is formats.get(name) else None
         fmt = stored.format
         if parts is None:
@@ -71,6 +70,23 @@ def changed(record: Record, there: ParamState, change_of: Callable[[str], RowCha
         piece = LivePiece(change.after, {"": beside})
         master = saved_master(master.master.name, master.dtype, change.after.shape, (piece,), None)
     return Record(record.name, change.after.shape, record.step, moments, dtype=record.dtype, master=master)
+
+
+def _of_the_whole(name: str, stored: Stored, change: RowChange) -> Parts:
+    """The parts of a moment that is of no rows: zeros where all rows are new, the same where all stay as they are.
+    ValueError for anything else."""
+    fmt, moment, rows = stored.format, stored.moment, change.before
+    if bool((change.index < 0).all()):
+        layout = fmt.layout(moment, change.after)
+        device = change.weights.device
+        return {part: torch.zeros(x.shape, dtype=getattr(torch, x.dtype), device=device) for part, x in layout.items()}
+    places = torch.arange(rows.bounds[1] - rows.bounds[0], device=change.index.device)
+    if torch.equal(places, change.index):
+        return {part: stored.part(part, rows) for part in fmt.layout(moment, rows)}
+    raise ValueError(
+        f"{name}: {moment.name} is of a projection of the whole matrix, or one number for it, and has no rows that "
+        "could be taken along; without its state (opt.state.pop(parameter)) the weight may change its size"
+    )
 
 
 def _parts(stored: Stored, change: RowChange, there: ParamState) -> Parts | None:
