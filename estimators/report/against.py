@@ -13,6 +13,8 @@ from estimators.units import gib
 SCHEMA = "memopt.measure/1"
 #: phase of a measurement -> phases of an estimate
 _PHASES = {"load": ("load",), "forward": ("forward", "loss"), "backward": ("backward",), "step": ("step",)}
+#: Characters of a row; memopt measure writes some hundred.
+_MOST = 2**20
 #: Rows of a phase that are named where it differs.
 _NAMED = 3
 
@@ -20,9 +22,16 @@ _NAMED = 3
 def read(path: str) -> dict[str, Any]:
     """A row of ``memopt measure``. Raises :class:`InputError`."""
     try:
-        with open(path) as file:
-            row = json.loads(file.readline())
-    except (OSError, ValueError) as error:
+        with open(path, encoding="utf-8") as file:
+            line = file.readline(_MOST)
+        if not line.strip():
+            raise InputError(f"{shown(path)} is empty")
+        row = json.loads(line)
+    except UnicodeDecodeError:
+        raise InputError(f"{shown(path)} is not a row of memopt measure: it is a binary file") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{shown(path)} is not a row of memopt measure: {error}") from None
     if not isinstance(row, dict) or row.get("schema") != SCHEMA or not isinstance(row.get("phases"), dict):
         raise InputError(f"{shown(path)} is not a row of memopt measure ({SCHEMA})")

@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from typing import Any, NoReturn
 
 from estimators.report.lines import wrap
 from memopt.cli.output import terminal
@@ -43,6 +44,32 @@ class _Formatter(RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, width=terminal.columns())
+
+
+class _Parser(ArgumentParser):
+    """Refuses in one sentence, as verbs do, without the list of all flags; numbers by what they may be."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.register("type", int, _whole)
+        self.register("type", float, _number)
+
+    def error(self, message: str) -> NoReturn:
+        from memopt.untrusted.text import printable_lines
+
+        self.exit(2, f"{self.prog}: {printable_lines(message)} ({self.prog} --help says more)\n")
+
+
+def _whole(text: str) -> int:
+    with suppress(ValueError):
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is not allowed; it is a whole number")
+
+
+def _number(text: str) -> float:
+    with suppress(ValueError):
+        return float(text)
+    raise ArgumentTypeError(f"{text!r} is not allowed; it is a number")
 
 
 def _filled(text: str) -> str:
@@ -100,12 +127,19 @@ def _code(words: Sequence[str]) -> int:
 
         if isinstance(error, OSError):
             _discard_output()
-        text = str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+        text = _sentence(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
         print(f"memopt {verb}: {printable_lines(text)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
+
+
+def _sentence(error: BaseException) -> str:
+    """Of an error of the system without its number: the file and what is the matter with it."""
+    if isinstance(error, OSError) and error.strerror and str(error).startswith("[Errno"):
+        return f"{error.filename!r}: {error.strerror}" if error.filename is not None else error.strerror
+    return str(error)
 
 
 def _discard_output() -> None:
@@ -119,9 +153,7 @@ def _discard_output() -> None:
 def _run(verb: str, arguments: Sequence[str]) -> int:
     if verb in VERBS:
         module = import_module(f"memopt.cli.{verb.replace('-', '_')}")
-        parser = ArgumentParser(
-            prog=f"memopt {verb}", description=_filled(module.__doc__ or ""), formatter_class=_Formatter
-        )
+        parser = _Parser(prog=f"memopt {verb}", description=_filled(module.__doc__ or ""), formatter_class=_Formatter)
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(arguments)))
     if verb in ("--version", "-V"):

@@ -86,6 +86,15 @@ def run(args: Namespace) -> int:
         )
     if args.json and args.emit:
         raise InputError("--json and --emit both print; one of them")
+    if args.against and (args.json or args.emit):
+        raise InputError(
+            f"--against is laid beside the table, which --{'json' if args.json else 'emit'} prints none of"
+        )
+    measured = None
+    if args.against:
+        from estimators.report import against
+
+        measured = against.read(args.against)
     with progress.working("estimating"):
         result = estimated(args)
     if args.html or args.plot:
@@ -107,10 +116,8 @@ def run(args: Namespace) -> int:
         print(json.dumps(result.to_json(), indent=2))
     else:
         print(as_text(result, colour=wants_colour(), bars=sys.stdout.isatty(), width=terminal.columns()))
-        if args.against:
-            from estimators.report.against import compared, read
-
-            print("\n" + terminal.folded(compared(result, read(args.against))))
+        if measured is not None:
+            print("\n" + terminal.folded(against.compared(result, measured)))
     return 0 if result.gpu is None or good(result, args.accept_tight) else 1
 
 

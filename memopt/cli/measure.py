@@ -34,6 +34,8 @@ def run(args: Namespace) -> int:
         words = words[1:]
     module = words[:1] == ["-m"]
     target = words[module : module + 1]
+    if target and target[0].endswith(".py") and not module and not os.path.exists(target[0]):
+        raise ValueError(f"{target[0]!r} does not exist")
     if not target or (target[0].startswith("-")) or (not module and not os.path.isfile(target[0])):
         raise ValueError(
             "what is measured is a Python script or module, run in this process: "

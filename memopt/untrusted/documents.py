@@ -18,6 +18,7 @@ def parse_json(data: bytes, origin: str) -> Any:
     """The content of a JSON text. Raises :class:`Refused` for what is none, nested too deeply, or says a key twice (of
     which two readers may believe different ones)."""
     origin = printable(origin)
+    refuse_no_text(data, origin, "JSON")
     try:
         value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=_object)
     except RecursionError:
@@ -26,6 +27,18 @@ def parse_json(data: bytes, origin: str) -> Any:
         raise Refused(f"{origin} is not JSON: {printable(str(error), 100)}") from None
     refuse_depth(value, origin)
     return value
+
+
+def refuse_no_text(data: bytes, origin: str, language: str) -> None:
+    """Raise :class:`Refused` for what is empty and for what is no text: a parser would name a line and a column."""
+    if not data.strip():
+        raise Refused(f"{origin} is empty")
+    try:
+        binary = "\0" in data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        binary = True
+    if binary:
+        raise Refused(f"{origin} is not {language}: it is a binary file")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -59,6 +72,7 @@ def parse_yaml(data: bytes, origin: str) -> Any:
     origin = printable(origin)
     if len(data) > MAX_YAML_NBYTES:
         raise Refused(f"{origin} has {len(data):,} bytes; a YAML file that is read has at most {MAX_YAML_NBYTES:,}")
+    refuse_no_text(data, origin, "YAML")
     try:
         import yaml
     except ImportError:

@@ -92,6 +92,8 @@ def _read(file: Any, memory: Any, origin: str, classes: Mapping[str, Any]) -> An
         struct.error,
     ) as error:
         reason = printable(str(error), 200)
+        if bytes(memory[:2]) != b"PK" and memory[:1] != b"\x80":  # the first bytes of an archive, of a pickle
+            raise Refused(f"{origin} is no checkpoint: it is not what torch.save writes") from None
         raise Refused(
             f"{origin} cannot be read without executing what it says, or is damaged: it is not what torch.save "
             f"writes ({reason})"

@@ -196,3 +196,34 @@ def test_start_up_imports_nothing_heavy():
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert set(result.stderr.split()) & set(HEAVY) == set()
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"", "is empty"), (b"\0\xff", "it is a binary file")])
+@pytest.mark.parametrize("how", ["config", "--against", "--from"])
+def test_a_file_that_is_none_is_said_before_any_work(run, tmp_path, how, content, said):
+    file = tmp_path / "f.json"
+    argv = [str(file)] if how == "config" else ["350M", how, str(file)]
+    assert run("estimate", *argv)[0] == 2  # it is not there
+    file.write_bytes(content)
+    code, out, err = run("estimate", *argv)
+    assert (code, out, err.count("\n"), said in err) == (2, "", 1, True)
+
+
+def test_against_needs_the_table(run, tmp_path):
+    for flag in (["--json"], ["--emit", "python"]):
+        code, _, err = run("estimate", "350M", "--against", "measured.json", *flag)
+        assert code == 2
+        assert "--against is laid beside the table" in err
+
+
+@pytest.mark.parametrize("flag", ["--seq", "--lora", "--batch", "--world", "--accumulate"])
+def test_none_of_a_number_is_refused(run, flag):
+    code, _, err = run("estimate", "llama-3.2-1b", flag, "0")
+    assert (code, f"{flag} '0' is not allowed" in err) == (2, True)
+
+
+@pytest.mark.parametrize(("verb", "flag"), [("train", "--steps"), ("schedule", "--lr"), ("bench", "--rounds")])
+def test_what_argparse_refuses_is_one_sentence(run, verb, flag):
+    code, out, err = run(verb, *["cosine"][: verb == "schedule"], flag, "x")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{flag}: 'x' is not allowed; it is a" in err

@@ -77,7 +77,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("content", "sentence"),
         [
-            (b"", "is not JSON"),
+            (b"", "is empty"),
             (b"{", "is not JSON"),
             (b"\xff\xfe\x00", "is not JSON"),
             (b"[1, 2]", "holds a list"),

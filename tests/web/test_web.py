@@ -140,7 +140,7 @@ class TestRefused:
             ("estimate", {"model": "gpt2", "gpu": "24"}, "has no unit"),
             ("estimate", {"model": "gpt2", "optim": ["adamw-7bit"]}, "unknown format '7bit'"),
             ("plan", {"model": "gpt2", "seq": "8"}, "needs a card"),
-            ("plan", {"model": "gpt2", "gpu": "8GiB", "batch": "0", "seq": "8"}, "batch=0"),
+            ("plan", {"model": "gpt2", "gpu": "8GiB", "batch": "0", "seq": "8"}, "--batch '0' is not allowed"),
             ("emit", {"model": "gpt2"}, "kind=None is not allowed"),
             ("emit", {"model": "gpt2", "kind": "slurm"}, "'slurm' is not allowed"),
         ],

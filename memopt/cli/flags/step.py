@@ -105,7 +105,7 @@ def whole(text: str, what: str) -> int:
     """A whole number from the command line."""
     from estimators.errors import InputError, shown
 
-    if not (text.isascii() and text.isdigit()) or len(text) > 18:
+    if not (text.isascii() and text.isdigit()) or len(text) > 18 or not int(text):
         raise InputError(f"{what} {shown(text)} is not allowed; it is a whole number >= 1")
     return int(text)
 
