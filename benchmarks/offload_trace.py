@@ -97,9 +97,9 @@ def page(found: list[dict[str, tuple[list[tuple[str, float, float]], str]]]) -> 
     lines = [
         "# An offloaded step on two ranks, simulated",
         "",
-        f"`{SPEC}`, eight layers under `fully_shard`, two gloo ranks, a simulated device each: the second step. A column",
-        "is a millisecond, which every operation takes. `offload_trace.json` beside this page is the same as a trace, for",
-        "Perfetto. By `benchmarks/offload_trace.py`.",
+        f"`{SPEC}`, eight layers under `fully_shard`, two gloo ranks, a simulated device each: the second step.",
+        "A column is a millisecond, which every operation takes. `offload_trace.json` beside this page is the same as",
+        "a trace, for Perfetto. By `benchmarks/offload_trace.py`.",
     ]
     for name in WAYS:
         for rank, here in enumerate(found):

@@ -52,6 +52,8 @@ CASES = [
     Case("Trainer", 1, "adamw-8bit", under_trainer, rtol=RTOL_8BIT),  # it orders parameters otherwise: another dither
     Case("Trainer", 2, "adamw-8bit", under_trainer, rtol=RTOL_8BIT),
     Case("Trainer", 2, "adamw-8bit/zero1", under_trainer, rtol=RTOL_8BIT),
+    Case("Trainer, FSDP2", 2, "adamw-8bit/zero3", under_trainer, (True,), RTOL_8BIT),
+    Case("Trainer, FSDP2", 2, "adafactor/zero3", under_trainer, (True,)),
     Case("Lightning", 1, "adamw-8bit", under_lightning),
     Case("Lightning, DDP", 2, "adamw-8bit", under_lightning, rtol=RTOL_8BIT),
     Case("Lightning, DDP", 2, "adamw-8bit/zero1", under_lightning, rtol=RTOL_8BIT),

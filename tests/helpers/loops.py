@@ -73,7 +73,7 @@ def _accelerator(kind: str, spec: str) -> dict[str, Any]:
         }
     state = accelerate.PartialState(backend="gloo")
     if kind == "fsdp2":
-        state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        _as_on_cards(state)
         plugin = accelerate.FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", transformer_cls_names_to_wrap=["Linear"]
         )
@@ -129,6 +129,17 @@ def under_accelerate(spec: str, path: str, kind: str) -> dict[str, Any]:
     return {"losses": losses, "resumed": steps(SAVED_AT), "explain": optimizer.explain()}
 
 
+#: For accelerate, as TrainingArguments hand it on.
+FSDP2 = {"version": 2, "transformer_layer_cls_to_wrap": ["Linear"]}
+
+
+def _as_on_cards(state: Any) -> None:
+    """accelerate shards no processes that are of CPUs alone."""
+    from accelerate.utils import DistributedType
+
+    state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+
 class WithLoss(Net):
     """As Trainer calls a model."""
 
@@ -136,8 +147,9 @@ class WithLoss(Net):
         return {"loss": super().forward(x).square().mean()}
 
 
-def under_trainer(spec: str, path: str) -> dict[str, Any]:
-    """transformers' Trainer: accumulation, clipping, a checkpoint in the middle and training on from it."""
+def under_trainer(spec: str, path: str, fsdp: bool = False) -> dict[str, Any]:
+    """transformers' Trainer: accumulation, clipping, a checkpoint in the middle and training on from it; with ``fsdp``
+    sharded by accelerate's FSDP2."""
     os.environ.update(LOCAL_RANK=os.environ["RANK"], MASTER_ADDR="localhost", MASTER_PORT="29511")
     world = int(os.environ["WORLD_SIZE"])
     import transformers
@@ -154,22 +166,26 @@ def under_trainer(spec: str, path: str) -> dict[str, Any]:
 
     def train(**keywords: Any) -> transformers.Trainer:
         torch.manual_seed(0)
+        arguments = transformers.TrainingArguments(
+            path,
+            max_steps=STEPS // 2,
+            save_steps=SAVED_AT // 2,
+            per_device_train_batch_size=BATCH // world,
+            gradient_accumulation_steps=2,
+            max_grad_norm=MAX_NORM,
+            lr_scheduler_type="constant",
+            train_sampling_strategy="sequential",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            ddp_backend="gloo",
+            **({"fsdp": True, "fsdp_config": FSDP2} if fsdp else {}),
+        )
+        if fsdp:
+            _as_on_cards(arguments.distributed_state)
         trainer = Recording(
             WithLoss(),
-            transformers.TrainingArguments(
-                path,
-                max_steps=STEPS // 2,
-                save_steps=SAVED_AT // 2,
-                per_device_train_batch_size=BATCH // world,
-                gradient_accumulation_steps=2,
-                max_grad_norm=MAX_NORM,
-                lr_scheduler_type="constant",
-                train_sampling_strategy="sequential",
-                report_to=[],
-                disable_tqdm=True,
-                use_cpu=True,
-                ddp_backend="gloo",
-            ),
+            arguments,
             train_dataset=[{"x": row} for row in rows],
             optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": spec, "lr": LR}),
             callbacks=[consolidate_callback()],

@@ -108,6 +108,21 @@ def test_lightning_fabric_trains_saves_and_loads(tmp_path):
     assert losses(again, other, 2) == whole[2:]
 
 
+def test_trainer_does_not_begin_with_another_optimizer():
+    """As its DeepSpeed file's "optimizer" section makes it, without a word and without asking ours."""
+    pytest.importorskip("transformers")
+    from memopt.integrations.transformers import consolidate_callback
+
+    class Wrapped:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    model, callback = net(), consolidate_callback()
+    callback.on_train_begin(None, None, None, optimizer=Wrapped(Wrapped(memopt.create(model, "adamw"))))
+    with pytest.raises(RuntimeError, match=r'steps AdamW and no memopt.*"optimizer" section.*zero_force_ds_cpu'):
+        callback.on_train_begin(None, None, None, optimizer=Wrapped(torch.optim.AdamW(model.parameters())))
+
+
 def test_the_diffs_of_the_docs_are_the_lines_that_the_benchmark_changes(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     scripts = importlib.import_module("scripts")
