@@ -20,8 +20,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any, NamedTuple
 
-from fidelity import write_docs
-from provenance import write_result
+from provenance import write_docs, write_result
 
 from memopt.spec import parse
 from memopt.train.job import Job
@@ -215,7 +214,7 @@ def main() -> int:
         (args.out / "quality.md").write_text(page(record))
         print(page(record))
         if args.out == RESULTS:
-            write_docs("rates", rates(runs))
+            write_docs("formats.md", "fidelity.py", "rates", rates(runs))
 
     wrong = [sentence for r in runs for sentence in r["mismatches"]]
     difference = next(
