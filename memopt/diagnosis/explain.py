@@ -27,7 +27,7 @@ def explain(optimizer: OptimizerParts) -> str:
         ("format", _formats(*spec.formats)),
         ("engine", f"{spec.engine}: {optimizer.engine.explain()}"),
     ]
-    rates = (optimizer.rule.about_rate(group["lr"]) for group in optimizer.param_groups)
+    rates = (RULES[spec.rule_of(group)].about_rate(group["lr"]) for group in optimizer.param_groups)
     rows += [("rate", about) for about in dict.fromkeys(rates) if about]
     for group in optimizer.param_groups:
         estimate = RULES[spec.rule_of(group)].estimate

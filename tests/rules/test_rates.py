@@ -48,6 +48,13 @@ def test_a_rate_that_is_plainly_adamws_is_said(rule, lr, words):
     assert words is None or words in lines[0]
 
 
+def test_the_rate_of_a_group_of_another_rule_is_said():
+    opt = memopt.create(torch.nn.Linear(4, 4), "adamw", lr=1e-3, overrides={"bias": "lion"})
+    lines = [line for line in opt.explain().splitlines() if line.startswith("rate ")]
+    assert len(lines) == 1
+    assert "lr is 0.001; rates of lion are about 4 times smaller than those of adamw" in lines[0]
+
+
 def test_a_conversion_says_where_the_rate_stays_and_the_rule_wants_another():
     model = torch.nn.Linear(4, 4)
     opt = memopt.create(model, "adamw", lr=1e-4)

@@ -1,5 +1,7 @@
 """Predicted bytes are live bytes: exactly, for every spec, line by line."""
 
+from math import prod
+
 import pytest
 import torch
 
@@ -95,6 +97,32 @@ SEVEN_B = {
 def test_bytes_per_parameter_on_the_matrices_of_a_7b_model(spec, most):
     numel = sum(r * c for r, c in SEVEN_B.values())
     assert memopt.price(SEVEN_B, spec).nbytes / numel <= most
+
+
+def llama(layers, width, wide, heads_of_keys, words):
+    """The parameters of a Llama 3: grouped keys and values, three matrices of the MLP, head and embedding apart."""
+    shapes = {"embed": (words, width), "head": (words, width), "norm": (width,)}
+    for i in range(layers):
+        shapes |= {f"{i}.{name}": (width, width) for name in ("q", "o")}
+        shapes |= {f"{i}.{name}": (heads_of_keys * 128, width) for name in ("k", "v")}
+        shapes |= {f"{i}.gate": (wide, width), f"{i}.up": (wide, width), f"{i}.down": (width, wide)}
+        shapes |= {f"{i}.{name}": (width,) for name in ("norm1", "norm2")}
+    return shapes
+
+
+@pytest.mark.parametrize(("spec", "most"), [("adamw-8bit.factored", 1.03), ("adamw-4bit.factored", 0.54)])
+def test_bytes_per_parameter_of_llama_by_ledger_and_live(spec, most):
+    """Llama-3.1-8B by the ledger; a smaller one of the family by what its state takes."""
+    shapes = llama(32, 4096, 14336, 8, 128256)
+    numel = sum(prod(shape) for shape in shapes.values())
+    assert numel == 8_030_261_248
+    assert memopt.price(shapes, spec).nbytes / numel <= most
+    params = [(name, torch.nn.Parameter(torch.zeros(shape))) for name, shape in llama(1, 1024, 2048, 2, 2048).items()]
+    opt = memopt.create(params, spec)
+    for _, p in params:
+        p.grad = torch.ones_like(p)
+    opt.step()
+    assert live_nbytes(opt) == opt.ledger().nbytes <= most * sum(p.numel() for _, p in params)
 
 
 def test_ranks_share_the_state_without_overlap_or_gap():
