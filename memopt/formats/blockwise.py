@@ -5,9 +5,9 @@ Round-to-nearest would freeze a second moment at b2 = 0.999, whose relative chan
 code's step.
 
 *Signed* (``exp_avg``), q in -L … L:  x = sign(q) (q / L)² absmax.
-A square-root code: relative step 2/q, fine at the top and five decades deep in 8 bits. Encoding takes one
-square root, so codes are the same on every device but where a tie falls otherwise. With y = |x| L² / absmax and q = floor(sqrt(y)), q + 1 is
-chosen with probability (y - q²) / (2q + 1), compared without a division: the expected value is x.
+A square-root code: relative step 2/q, fine at the top and five decades deep in 8 bits. Encoding takes one square root,
+so codes are the same on every device but where a tie falls otherwise. With y = |x| L² / absmax and q = floor(sqrt(y)),
+q + 1 is chosen with probability (y - q²) / (2q + 1), compared without a division: the expected value is x.
 
 *Non-negative* (``exp_avg_sq``), q in 1 … T, and 0 for zero alone: a code of roots,
 
