@@ -133,7 +133,9 @@ def _unknown(gpu: str) -> str:
         )
     if text.upper().rstrip("GM").replace(".", "", 1).isdigit():
         number = text.upper().rstrip("GM")
-        return f"gpu={shown(gpu)} has no unit; write {number}GiB (2^30 bytes) or {number}GB (10^9 bytes)"
+        cards = [name for name in GPUS if number in name]
+        or_card = f", or {' or '.join(cards)} for the card" if cards and len(number) > 2 else ""
+        return f"gpu={shown(gpu)} has no unit; write {number}GiB (2^30 bytes) or {number}GB (10^9 bytes){or_card}"
     from difflib import get_close_matches
 
     near = get_close_matches(text.lower(), GPUS, n=3)

@@ -19,7 +19,8 @@ _RENAMED = (
     (re.compile(r"deepseek-r1-distill-qwen-(\d+(?:\.\d)?b)"), r"qwen2.5-\1"),
     (re.compile(r"deepseek-(?:r1|v3\.1|v3-0324|r1-0528)(?:-zero)?$"), "deepseek-v3"),
     (re.compile(r"vicuna-(7b|13b)-v1\.5(?:-16k)?"), r"llama-2-\1"),
-    (re.compile(r"vicuna-(7b|13b|33b)-v1\.[013]"), r"llama-\1"),
+    (re.compile(r"vicuna-(7b|13b)(?:-v1\.[0-3])?$"), r"llama-\1"),
+    (re.compile(r"vicuna-33b"), "llama-30b"),
     (re.compile(r"(?:alpaca|wizardlm|guanaco)-(7b|13b|30b|65b)"), r"llama-\1"),
     (re.compile(r"zephyr-7b-(?:alpha|beta)"), "mistral-7b-v0.1"),
     (re.compile(r"openhermes-2(?:\.5)?-mistral-7b"), "mistral-7b-v0.1"),
@@ -31,7 +32,13 @@ _RENAMED = (
     (re.compile(r"codellama-(7b|13b|34b|70b)(?:-python)?"), r"codellama-\1"),
 )  # fmt: skip
 #: Renamed models that differ from what they are named after: fields that do.
-_OTHERWISE: dict[str, dict[str, Any]] = {"deepseek-r1-distill-qwen-1.5b": {"tie_word_embeddings": False}}
+_OTHERWISE: dict[str, dict[str, Any]] = {
+    "deepseek-r1-distill-qwen-1.5b": {"tie_word_embeddings": False},
+    "mistral-7b-v0.2": {"sliding_window": None},
+    "phi-3-mini-128k": {"sliding_window": 262144},
+    "phi-3-medium-128k": {"sliding_window": 131072},
+    "phi-3.5-mini": {"sliding_window": 262144},
+}
 
 
 def plain_name(text: str) -> str:
@@ -67,7 +74,8 @@ def stored_as(text: str) -> str:
 
 def otherwise(text: str) -> dict[str, Any]:
     """Fields of the configuration in which the model differs from the one it is named after."""
-    return _OTHERWISE.get(_spelt(text), {})
+    long = "-128k" if "-128k" in text.lower() else ""
+    return _OTHERWISE.get(_spelt(text) + long, {})
 
 
 def notes(text: str, name: str) -> tuple[str, ...]:

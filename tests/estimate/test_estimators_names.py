@@ -15,6 +15,8 @@ class TestNamesAsPeopleHaveThem:
             ("Qwen/Qwen2.5-Coder-7B-Instruct", 7_615_616_512),
             ("codellama/CodeLlama-34b-Instruct-hf", 33_743_970_304),
             ("lmsys/vicuna-13b-v1.5", 13_015_864_320),
+            ("vicuna-7b", 6_738_415_616),
+            ("lmsys/vicuna-7b-v1.1", 6_738_415_616),
             ("unsloth/llama-3-8b-bnb-4bit", 8_030_261_248),
             ("TheBloke/Llama-2-7B-GPTQ", 6_738_415_616),
             ("mistralai/Mistral-7B-Instruct-v0.3", 7_248_023_552),

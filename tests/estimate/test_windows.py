@@ -8,6 +8,7 @@ import pytest
 from estimators.activations import Step, activations
 from estimators.memory.step_rows import run
 from estimators.models.from_config import from_config
+from estimators.models.resolve import resolve
 from estimators.traced.from_transformers import from_transformers
 from estimators.training import Training
 
@@ -61,6 +62,18 @@ def test_a_window_costs_nothing_that_a_sequence_does_not_fill():
     layers = _SMALL["num_hidden_layers"]
     assert saved[2] == saved[0]
     assert saved[1] - saved[0] == layers * (mask + expanded)
+
+
+def test_names_of_tuned_models_have_the_windows_of_their_own():
+    windows = {
+        "mistralai/Mistral-7B-Instruct-v0.1": 4096,
+        "mistralai/Mistral-7B-Instruct-v0.2": None,
+        "mistral-7b-v0.3": None,
+        "microsoft/Phi-3-mini-4k-instruct": 2047,
+        "microsoft/Phi-3-mini-128k-instruct": 262144,
+        "microsoft/Phi-3.5-mini-instruct": 262144,
+    }
+    assert {name: resolve(name).config["sliding_window"] for name in windows} == windows
 
 
 def test_flash_kernels_take_the_window_itself():

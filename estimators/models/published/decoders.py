@@ -21,8 +21,9 @@ def _llama(*dims: int, tied: bool = False) -> dict[str, Any]:
     return {"model_type": "llama", **dimensions(*dims), "tie_word_embeddings": tied}
 
 
-def _mistral(*dims: int, head_dim: int | None = None) -> dict[str, Any]:
-    return {"model_type": "mistral", **dimensions(*dims), "head_dim": head_dim, "tie_word_embeddings": False}
+def _mistral(*dims: int, head_dim: int | None = None, window: int | None = None) -> dict[str, Any]:
+    own = {"head_dim": head_dim, "tie_word_embeddings": False, "sliding_window": window}
+    return {"model_type": "mistral", **dimensions(*dims), **own}
 
 
 def _qwen2(*dims: int, tied: bool = False) -> dict[str, Any]:
@@ -35,6 +36,10 @@ def _qwen3(*dims: int, tied: bool = False) -> dict[str, Any]:
 
 def _gemma(model_type: str, *dims: int, head_dim: int = 256) -> dict[str, Any]:
     return {"model_type": model_type, **dimensions(*dims), "head_dim": head_dim}
+
+
+def _starcoder2(*dims: int) -> dict[str, Any]:
+    return {"model_type": "starcoder2", **dimensions(*dims), "sliding_window": 4096}
 
 
 def _gpt2(width: int, layers: int, heads: int) -> dict[str, Any]:
@@ -86,7 +91,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "yi-6b": _llama(4096, 11008, 32, 32, 4, 64000),
     "yi-34b": _llama(7168, 20480, 60, 56, 8, 64000),
     "deepseek-llm-7b": _llama(4096, 11008, 30, 32, 32, 102400),
-    "mistral-7b-v0.1": _mistral(4096, 14336, 32, 32, 8, 32000),
+    "mistral-7b-v0.1": _mistral(4096, 14336, 32, 32, 8, 32000, window=4096),
     "mistral-7b-v0.3": _mistral(4096, 14336, 32, 32, 8, 32768),
     "mistral-nemo-12b": _mistral(5120, 14336, 40, 32, 8, 131072, head_dim=128),
     "mistral-small-24b": _mistral(5120, 32768, 40, 32, 8, 131072, head_dim=128),
@@ -113,14 +118,19 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gemma-2-2b": _gemma("gemma2", 2304, 9216, 26, 8, 4, 256000),
     "gemma-2-9b": _gemma("gemma2", 3584, 14336, 42, 16, 8, 256000),
     "gemma-2-27b": _gemma("gemma2", 4608, 36864, 46, 32, 16, 256000, head_dim=128),
-    "gemma-3-270m": _gemma("gemma3_text", 640, 2048, 18, 4, 1, 262144),
-    "gemma-3-1b": _gemma("gemma3_text", 1152, 6912, 26, 4, 1, 262144),
+    "gemma-3-270m": {**_gemma("gemma3_text", 640, 2048, 18, 4, 1, 262144), "sliding_window": 512},
+    "gemma-3-1b": {**_gemma("gemma3_text", 1152, 6912, 26, 4, 1, 262144), "sliding_window": 512},
     "phi-1.5": {"model_type": "phi", **dimensions(2048, 8192, 24, 32, None, 51200)},
     "phi-2": {"model_type": "phi", **dimensions(2560, 10240, 32, 32, 32, 51200)},
-    "phi-3-mini": {"model_type": "phi3", **dimensions(3072, 8192, 32, 32, 32, 32064)},
-    "phi-3-medium": {"model_type": "phi3", **dimensions(5120, 17920, 40, 40, 10, 32064)},
+    "phi-3-mini": {"model_type": "phi3", **dimensions(3072, 8192, 32, 32, 32, 32064), "sliding_window": 2047},
+    "phi-3-medium": {"model_type": "phi3", **dimensions(5120, 17920, 40, 40, 10, 32064), "sliding_window": 2047},
     "phi-4": {"model_type": "phi3", **dimensions(5120, 17920, 40, 40, 10, 100352)},
-    "phi-4-mini": {"model_type": "phi3", **dimensions(3072, 8192, 32, 24, 8, 200064), "tie_word_embeddings": True},
+    "phi-4-mini": {
+        "model_type": "phi3",
+        **dimensions(3072, 8192, 32, 24, 8, 200064),
+        "tie_word_embeddings": True,
+        "sliding_window": 262144,
+    },
     "gpt2": _gpt2(768, 12, 12),
     "gpt2-medium": _gpt2(1024, 24, 16),
     "gpt2-large": _gpt2(1280, 36, 20),
@@ -166,13 +176,9 @@ DECODERS: dict[str, dict[str, Any]] = {
         "new_decoder_architecture": True,
         "parallel_attn": True,
     },
-    "starcoder2-3b": {"model_type": "starcoder2", **dimensions(3072, 12288, 30, 24, 2, 49152)},
-    "starcoder2-7b": {"model_type": "starcoder2", **dimensions(4608, 18432, 32, 36, 4, 49152)},
-    "starcoder2-15b": {
-        "model_type": "starcoder2",
-        **dimensions(6144, 24576, 40, 48, 4, 49152),
-        "tie_word_embeddings": False,
-    },
+    "starcoder2-3b": _starcoder2(3072, 12288, 30, 24, 2, 49152),
+    "starcoder2-7b": _starcoder2(4608, 18432, 32, 36, 4, 49152),
+    "starcoder2-15b": {**_starcoder2(6144, 24576, 40, 48, 4, 49152), "tie_word_embeddings": False},
     "command-r-35b": {"model_type": "cohere", **dimensions(8192, 22528, 40, 64, 64, 256000)},
     "opt-125m": {
         "model_type": "opt",
