@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os import listdir
 from os.path import dirname, isdir, isfile, join
 from pathlib import Path
 from typing import Any
@@ -39,12 +40,13 @@ def from_path(path: str) -> Model:
             if isfile(join(path, name)):
                 with refused():
                     return from_path(str(within(Path(path), name, shown(path))))
-        raise InputError(f"the folder {shown(path)} has none of config.json, {_INDEX}, {_SINGLE}")
+        others = [name for name in sorted(listdir(path)) if name.endswith(tuple(_NOT_READ))]
+        there = f"; {shown(others[0])} {_kind_of(others[0])}" if others else ""
+        raise InputError(f"the folder {shown(path)} has none of config.json, {_INDEX}, {_SINGLE}{there}")
     if path.endswith(".safetensors"):
         return from_headers([path], path)
-    for ending, sentence in _NOT_READ.items():
-        if path.endswith(ending):
-            raise InputError(f"{shown(path)} {sentence}")
+    if path.endswith(tuple(_NOT_READ)):
+        raise InputError(f"{shown(path)} {_kind_of(path)}")
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{shown(path)} holds {_kind(content)}, not a JSON object")
@@ -53,6 +55,11 @@ def from_path(path: str) -> Model:
     from estimators.models.from_config import from_config
 
     return from_config(content, path)
+
+
+def _kind_of(path: str) -> str:
+    """What a file is that is not read, and what helps."""
+    return next(sentence for ending, sentence in _NOT_READ.items() if path.endswith(ending))
 
 
 def read_json(path: str) -> Any:
