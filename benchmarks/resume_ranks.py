@@ -170,7 +170,8 @@ def page(done: dict[str, float]) -> str:
         "",
         "Not 0: column means and norms are sums over ranks, in another order than one process's (`adafactor`); 8-bit",
         "blocks of DeepSpeed's vectors are not those of the parameters, from the first step on (`adamw-8bit`), and are",
-        "encoded anew where vectors are cut elsewhere.",
+        "encoded anew where vectors are cut elsewhere; DistributedDataParallel divides by three before it sums",
+        "(`/zero1`).",
     ]
     return "\n".join(lines) + "\n"
 

@@ -88,7 +88,8 @@ def checked(given: Mapping[str, Any], placements: Iterable[str], partition: str)
         raise SpecError(
             f"offload_gradients={checked['offload_gradients']!r} is not for /{partition}: "
             "DistributedDataParallel keeps room for all gradients in its buckets on the device, which would not "
-            "become free; shard them, '/zero2' or '/zero3', and each shard leaves when it is reduced"
+            "become free; shard them, '/zero2' or '/zero3', and each shard leaves when it is reduced, or leave it out "
+            "and give DistributedDataParallel gradient_as_bucket_view=True: then gradients are in these buckets alone"
         )
     return checked
 

@@ -113,7 +113,20 @@ def on_two_ranks():
             said.append(str(error))
         assert opt is not None
         del device.TRANSFERS["cpu"]
-    return found, said
+    return found, said, buckets()
+
+
+def buckets():
+    """Bytes of DistributedDataParallel's buckets, of the gradients, and where these stand from pass to pass."""
+    model = nn.Linear(67, 67)
+    wrapped = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    places = []
+    for _ in range(4):
+        wrapped(torch.ones(2, 67)).sum().backward()
+        places.append([p.grad.data_ptr() for p in model.parameters()])
+        model.zero_grad()
+    sizes = wrapped._get_ddp_logging_data()["bucket_sizes"]
+    return sum(map(int, str(sizes).split(","))), sum(p.nbytes for p in model.parameters()), places[1:]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +136,7 @@ def two_ranks():
 
 @pytest.mark.parametrize("case", [*SPECS, *USES])
 def test_bits_are_those_of_gradients_that_stay(two_ranks, case):
-    for found, _ in two_ranks:
+    for found, *_ in two_ranks:
         stays, leaves = found[case]
         assert stays["norms"] == leaves["norms"]
         assert case not in ("clipped", "clipped by torch") or min(stays["norms"]) > 1e-3
@@ -144,16 +157,23 @@ def local(x):
 
 
 def test_replicas_are_refused_in_backward_with_the_reason(two_ranks):
-    for _, said in two_ranks:
+    for _, said, _ in two_ranks:
         assert len(said) == 2
         for sentence in said:
             assert "is whole on each of 2 ranks" in sentence
             assert "write '/zero2' or '/zero3'" in sentence
 
 
+def test_distributed_data_parallel_keeps_room_for_all_gradients(two_ranks):
+    """Why replicas are refused: what would leave is there, in the same place, whatever becomes of ``p.grad``."""
+    for *_, (in_buckets, of_gradients, places) in two_ranks:
+        assert in_buckets >= of_gradients
+        assert places.count(places[0]) == len(places) == 3
+
+
 def test_shards_leave_while_the_backward_pass_goes_on(two_ranks):
     """Both ranks' time lines: a shard is on its way in the second in which the next is made."""
-    for found, _ in two_ranks:
+    for found, *_ in two_ranks:
         _, leaves = found["adamw@cpu/zero3"]
         first = [(stream, begin) for stream, begin, _ in leaves["spans"] if stream in ("backward", "down")][:8]
         assert first == [(s, i + (s == "down")) for i in range(4) for s in ("backward", "down")], leaves["timeline"]

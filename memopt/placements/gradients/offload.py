@@ -264,5 +264,6 @@ def _refuse_replica(name: str, p: Tensor) -> None:
             f"{name} is whole on each of {ranks()} ranks, and its gradient is this rank's alone when it is ready: "
             "DistributedDataParallel averages it later, in buckets whose room on the device would not become free. "
             "offload_gradients is for one process, or for shards of fully_shard, which leave when they are reduced: "
-            "write '/zero2' or '/zero3'"
+            "write '/zero2' or '/zero3', or leave it out and give DistributedDataParallel "
+            "gradient_as_bucket_view=True, with which the card has these buckets and no gradients beside them"
         )
