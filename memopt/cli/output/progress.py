@@ -14,7 +14,7 @@ Advance = Callable[[int], None]
 
 def bar(what: str, nbytes: int | None) -> AbstractContextManager[Advance]:
     """Of bytes, with their speed; ``None`` where nobody knows how many."""
-    return _shown(what, nbytes, ("DownloadColumn", "TransferSpeedColumn"))
+    return _shown(what, nbytes, ("DownloadColumn" if nbytes is not None else "FileSizeColumn", "TransferSpeedColumn"))
 
 
 def progress(what: str, total: int) -> AbstractContextManager[Advance]:
