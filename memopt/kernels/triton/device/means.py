@@ -39,6 +39,12 @@ _TINY = tl.constexpr(TINY)
 
 
 @triton.jit
+def running_columns(row_of, c, ALIGN: tl.constexpr):
+    """Columns of a matrix, none of one that does not step: it need not be there any more."""
+    return tl.multiple_of(tl.where(c[f.RUN] != 0, tl.load(row_of + f.LINE), 0), ALIGN)
+
+
+@triton.jit
 def mean_kernel(table, scalars, means, map, SLOT: tl.constexpr, FLOOR: tl.constexpr, SPAN: tl.constexpr):
     """What a reconstruction divides by, one program per matrix: of a matrix the mean of its columns' means, of one of
     a stack that of its rows' means, as ``memopt/formats/factored.py`` has it; FLOOR bounds it as the rule says."""
@@ -48,7 +54,7 @@ def mean_kernel(table, scalars, means, map, SLOT: tl.constexpr, FLOOR: tl.conste
     single = tl.load(row_of + f.STACKED) == 0
     column = tl.load(row_of + f.AUX0 + SLOT)
     row = tl.load(row_of + f.DATA0 + SLOT)
-    running = tl.load(scalars + tensor * f.SCALARS + f.RUN) != 0  # what does not step need not be there any more
+    running = tl.load(scalars + tensor * f.SCALARS + f.RUN) != 0
     count = tl.where(running, tl.where(single, cols, height), 0)
     at = tl.where(single, column, row).to(tl.pointer_type(tl.float32)) + tl.where(single, 0, matrix * height)
     total = tl.zeros((SPAN,), tl.float64)
@@ -105,7 +111,8 @@ def renew_kernel(
     """The second moment (place 0) decoded, renewed and summed."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
-    matrix, top, bottom, first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    matrix, top, bottom, first, along, column, _inside = band(row_of, tile, WIDTH, ALIGN)
+    inside = column < running_columns(row_of, c, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     p_at, stored_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
@@ -149,7 +156,8 @@ def updates_kernel(
     the signed moment, and the parameter. INVERSE: SUM takes inverse roots."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
-    matrix, top, bottom, _first, _along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    matrix, top, bottom, _first, _along, column, _inside = band(row_of, tile, WIDTH, ALIGN)
+    inside = column < running_columns(row_of, c, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     if INVERSE:
         col = inverse_root(col)
@@ -190,7 +198,8 @@ def residual_kernel(
     """CAME's residual (place 2) decoded, renewed and summed."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
-    matrix, top, bottom, first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    matrix, top, bottom, first, along, column, _inside = band(row_of, tile, WIDTH, ALIGN)
+    inside = column < running_columns(row_of, c, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     x_rows, x_col, x_mean = vectors(row_of, means, matrix, column, inside, 2)
     col = inverse_root(col)
@@ -243,7 +252,8 @@ def apply_kernel(
     factored too, and the pass before has averaged it."""
     tensor, row_of, tile = find(table, map)
     c = load_scalars(scalars + tensor * f.SCALARS)
-    matrix, top, bottom, _first, along, column, inside = band(row_of, tile, WIDTH, ALIGN)
+    matrix, top, bottom, _first, along, column, _inside = band(row_of, tile, WIDTH, ALIGN)
+    inside = column < running_columns(row_of, c, ALIGN)
     rows, col, mean = vectors(row_of, means, matrix, column, inside, 0)
     x_rows, x_col, x_mean = rows, col, mean
     if RESIDUAL:
