@@ -8,7 +8,7 @@ from typing import Any
 
 from memopt.core.hyperparameters import SpecError
 from memopt.core.registry import FORMATS, by_sign
-from memopt.rules import RULES, Moment
+from memopt.rules import RULES, Moment, Rule
 
 #: Whatever a format says of a signed moment.
 SIGNED = Moment("exp_avg")
@@ -41,6 +41,12 @@ def check_pair(rule: str, fmt: str, moments: tuple[Moment, ...]) -> None:
         )
 
 
+def _all(rule: Rule) -> tuple[Moment, ...]:
+    """The moments of a rule with whatever keeps more of them."""
+    every = {**rule.hyperparameters, **rule.example, **dict.fromkeys(rule.moments_by, 0.5)}
+    return rule.moments(every, (2, 2))
+
+
 def check_format(rule: str, fmt: str, spec: str, hyper: Mapping[str, Any] = MappingProxyType({})) -> None:
     """Raise SpecError for a format, or two, that the moments of a rule do not have; ``spec`` is what is refused."""
     own = RULES[rule]
@@ -53,8 +59,8 @@ def check_format(rule: str, fmt: str, spec: str, hyper: Mapping[str, Any] = Mapp
     if signed == non_negative:
         return
     if "." in fmt:
-        every = {**own.hyperparameters, **own.example, **dict.fromkeys(own.moments_by, 0.5)}
-        check_pair(rule, fmt, own.moments(every, (2, 2)))
+        parts = (own, *(RULES[name] for name in own.companions.values()))
+        check_pair(rule, fmt, tuple(m for part in parts for m in _all(part)))
     reason = FORMATS[signed].declines(SIGNED, (4096, 4096))
     if reason:
         raise SpecError(f"'{spec}': {reason}; nearest: {rule}-{one_spelling(f'8bit.{non_negative}')}")

@@ -186,6 +186,7 @@ def test_two_formats_are_resolved_moment_by_moment():
 @pytest.mark.parametrize(
     ("spec", "hyper", "words"),
     [
+        ("scale-8bit.4bit", {}, "scale has no two kinds"),
         ("rmsprop-8bit.factored", {}, "only non-negative ones; nearest: rmsprop-factored"),
         ("adafactor-8bit.factored", {}, "only non-negative ones; nearest: adafactor"),
         ("adamw", {"overrides": {"0": "8bit.factored"}, "amsgrad": True}, "amsgrad needs the largest value"),
