@@ -55,8 +55,12 @@ def compared(e: Estimate, row: dict[str, Any]) -> list[str]:
         # taken to be those and the weights, and everything is counted from there.
         figures = {"process": figures["allocated"]}
         loaded = row["phases"].get("load", {}).get("process") or row.get("base_nbytes") or 0
-        base = loaded - _of(column, ("load",), "expected")
-        lines[0] += "; resident memory, without what is no tensor"
+        weights = _of(column, ("load",), "expected")
+        base = max(0, loaded - weights)
+        lines[0] += f"; resident memory, less {gib(base)} that is taken to be no tensor"
+        if loaded < weights:
+            few = f"{gib(loaded)} was resident when the first forward pass began, less than these weights"
+            lines.insert(1, f"{few} ({gib(weights)}): it was another model, or one that is loaded later.")
     for name, bounds in figures.items():
         measured = row["peak"].get(name)
         if measured is not None:
