@@ -33,7 +33,7 @@ def projected_rows(rows: Rows, rank: int) -> Rows:
 @final
 class Projected(Format):
     """The format ``inner`` of the projection to ``rank`` dimensions, in its shape: ``read`` and ``write`` are of that,
-    [rank, columns] of a matrix that is no higher than wide, [rows here, rank] of one that is, [matrices here, …] of a
+    [rank, columns] of a matrix that is wider than high, [rows here, rank] of one that is not, [matrices here, …] of a
     stack. The first is whole on every rank, the others are cut as the parameter is."""
 
     own_shape = True

@@ -58,7 +58,7 @@ def gaussian(key: int, rank: int, device: Any) -> Callable[[int, int], Tensor]:
 
 
 def projected(x: Tensor, state: State, key: int, rank: int) -> Tensor:
-    """P x of each matrix of x [matrices, rows here, columns] where it is no higher than wide, [matrices, rank,
+    """P x of each matrix of x [matrices, rows here, columns] where it is wider than high, [matrices, rank,
     columns]; else x Pᵀ, [matrices, rows here, rank]. fp64. Of the first the rows may be anywhere; the second are rows
     of x."""
     shape, wide = projection(state.shape, rank)
@@ -75,18 +75,18 @@ def projected(x: Tensor, state: State, key: int, rank: int) -> Tensor:
 
 def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     """One APOLLO step of a matrix of m rows and n columns, with r = ``projection_rank`` and P [r, m] of normal numbers
-    of a variance of 1 / r, drawn anew every ``update_proj_gap`` steps (m <= n; of a higher matrix columns are projected
-    and rows are scaled)::
+    of a variance of 1 / r, drawn anew every ``update_proj_gap`` steps (m < n; of a matrix that is not wider than high
+    columns are projected and rows are scaled)::
 
         R <- P g
         M <- b1 * M + (1 - b1) * R
         V <- b2 * V + (1 - b2) * R²
-        N <- M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps)
+        N <- M / (sqrt(V) + eps)
         s_j <- |column j of N| / |column j of R|       (scale_type="channel"; s <- |N| / |R| with "tensor")
         U <- scale * s * g
         U <- U * min(1, norm_growth * |U of the last step| / |U|)
         p <- p * (1 - lr * weight_decay)
-        p <- p - lr * U
+        p <- p - lr * sqrt(1 - b2^t) / (1 - b1^t) * U
 
     Nothing of P is kept: it is a function of the optimizer's seed, the parameter's place and t, the same on every rank
     and device. The moments stay where it is drawn anew. ``apollomini`` has rank 1, one scale for a matrix and
@@ -100,8 +100,9 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     SGD-like memory, AdamW-level performance", 2025 (arXiv 2412.05270), algorithm 1 and the norm-growth limiter of its
     section on loss spikes; ranks, 1.01, 200, sqrt(128) and the rate of 0.01 are its settings.
 
-    Departures: normal numbers are one of 16,384 quantiles, so that every device has the same; Adam's bias corrections
-    are those of AdamW; a channel whose projection is zero is not moved.
+    Departures: normal numbers are one of 16,384 quantiles, so that every device has the same; Adam's bias corrections,
+    which the paper leaves to AdamW, are in the step behind the limit, where the authors' package has them; a channel
+    whose projection is zero is not moved.
     """
     import torch
 
@@ -113,7 +114,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
     flat = r.to(x.dtype).reshape(r.shape if one.stacked else r.shape[1:])
     avg = state.write("projected_avg", state.read("projected_avg").lerp_(flat, 1 - beta1))
     avg_sq = state.write("projected_avg_sq", state.read("projected_avg_sq").lerp_(flat.square(), 1 - beta2))
-    normal = avg / (avg_sq.sqrt().div_(sqrt(1 - beta2**t)).add_(h["eps"]).mul_(1 - beta1**t))
+    normal = avg / avg_sq.sqrt().add_(h["eps"])
 
     along = -2 if wide else -1
     sizes = [y.double().reshape(r.shape).square().sum(along, keepdim=True) for y in (normal, r.to(x.dtype))]
@@ -129,7 +130,7 @@ def update(p: Tensor, g: Tensor, state: State, t: int, h: Hyper) -> None:
         state.write("update_norm", size.minimum(most))
     lr = float(h["lr"])
     p.mul_(1 - lr * h["weight_decay"])
-    p.sub_(u.reshape(p.shape), alpha=lr)
+    p.sub_(u.reshape(p.shape), alpha=lr * sqrt(1 - beta2**t) / (1 - beta1**t))
 
 
 def _above_zero(value: Any) -> bool:

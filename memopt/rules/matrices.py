@@ -57,7 +57,7 @@ def projection(shape: Shape, rank: int) -> tuple[Shape, bool]:
     (((256, 14336), True), ((14336, 256), False), ((8, 16, 128), True))
     """
     one = matrices(shape)
-    k, wide = min(rank, one.rows, one.cols), one.rows <= one.cols
+    k, wide = min(rank, one.rows, one.cols), one.rows < one.cols
     left = (k, one.cols) if wide else (one.rows, k)
     return ((one.stack, *left) if one.stacked else left), wide
 

@@ -37,7 +37,7 @@ class Published:
         self.t = 0
 
     def step(self, w, g):
-        if g.shape[0] > g.shape[1]:  # "without loss of generality, m <= n"
+        if g.shape[0] >= g.shape[1]:  # "m <= n"; of a square as the authors' package
             return self.step(w.T, g.T)
         self.t += 1
         g = g.double()
@@ -45,7 +45,7 @@ class Published:
         b1, b2 = self.betas
         self.m = b1 * self.m + (1 - b1) * r
         self.v = b2 * self.v + (1 - b2) * r * r
-        n = (self.m / (1 - b1**self.t)) / ((self.v / (1 - b2**self.t)).sqrt() + self.eps)
+        n = self.m / (self.v.sqrt() + self.eps)
         if self.kind == "channel":
             s = n.norm(dim=0) / r.norm(dim=0)
             u = self.scale * g @ torch.diag(s)
@@ -54,7 +54,8 @@ class Published:
         if self.growth and self.before and u.norm() / self.before > self.growth:
             u = u / u.norm() * self.growth * self.before
         self.before = u.norm()
-        w.copy_(w * (1 - self.lr * self.decay) - self.lr * u)
+        corrected = math.sqrt(1 - b2**self.t) / (1 - b1**self.t)
+        w.copy_(w * (1 - self.lr * self.decay) - self.lr * corrected * u)
 
 
 @pytest.mark.parametrize("hyper", CASES, ids=str)
