@@ -7,6 +7,7 @@ from estimators.activations.linear import linear
 from estimators.activations.op import FP32, Tensor
 from estimators.activations.op_tape import Tape
 from estimators.activations.step import Step
+from estimators.errors import InputError
 from estimators.models.families.parts import Heads
 
 # Norms ---------------------------------------------------------------------------------------------------------
@@ -77,6 +78,9 @@ def rotated(t: Tape, x: Tensor, item: int = 0) -> Tensor:
 
 def split(step: Step, a: Heads) -> Heads:
     """This rank's heads."""
+    for heads, whose in ((a.n, "heads"), (a.kv, "heads of keys and values")):
+        if heads % step.tp:
+            raise InputError(f"tp={step.tp} cuts attention by its heads, and {heads} {whose} are not a multiple of it")
     return a if step.tp == 1 else a._replace(n=a.n // step.tp, kv=a.kv // step.tp)
 
 

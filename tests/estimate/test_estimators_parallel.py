@@ -50,6 +50,7 @@ class TestTensorParallelism:
         [
             ({"tp": 3, "seq": 255}, "does not divide dimension"),
             ({"tp": 8, "seq": 100}, "multiple of tp=8"),
+            ({"tp": 64, "seq": 128}, "cuts attention by its heads"),
             ({"tp": 2, "lora": 8}, "adapters"),
             ({"tp": 2, "deepspeed": True}, "deepspeed"),
             ({"regather": True}, "tp is 1"),
