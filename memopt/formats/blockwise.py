@@ -5,26 +5,30 @@ Round-to-nearest would freeze a second moment at b2 = 0.999, whose relative chan
 code's step.
 
 *Signed* (``exp_avg``), q in -L … L:  x = sign(q) (q / L)² absmax.
-A square-root code: relative step 2/q, fine at the top and five decades deep in 8 bits. Encoding takes one square root,
-so codes are the same on every device but where a tie falls otherwise. With y = |x| L² / absmax and q = floor(sqrt(y)),
-q + 1 is chosen with probability (y - q²) / (2q + 1), compared without a division: the expected value is x.
+A square-root code: relative step 2/q, fine at the top and five decades deep in 8 bits. Encoding takes one correctly
+rounded square root, so codes are the same on every device. With y = |x| L² / absmax and q = floor(sqrt(y)), q + 1 is
+chosen with probability (y - q²) / (2q + 1), compared without a division: the expected value is x.
 
-*Non-negative* (``exp_avg_sq``), q in 1 … T, and 0 for zero alone: a code of roots,
+*Non-negative* (``exp_avg_sq``), q in 0 … T:  an unsigned float of few bits, relative to the block's maximum: the
+leading bits of the fp32 number, M of them mantissa. In 8 bits M = 4: steps of at most 6.25 % over 16 octaves (down to
+1.7e-5 of the maximum); in 4 bits M = 0: powers of two down to 6e-5. The smallest code stands for every smaller value
+that is not zero, so that a denominator never underflows to zero where the numerator does not.
 
-    x = s ((q + c) / (n + c))^p max        q <= n
+In 8 bits a uniform number of as many bits as are cut off is added to them, which moves on to the next code with the
+probability f that they stand for (of [0, 1)): the expected value is x. A moment that decays then does so too fast, by
+2.2 %: one that shrinks by a fraction d of itself per step goes down a code every g/d steps, g being the
+relative gap to the next code, and after n = 2^M codes, an octave, it has taken (1/(n + 1) + … + 1/(2n)) / d steps where
+the truth takes ln 2 / d. A second moment of b2 = 0.999 is as if of 0.99898, which is left as it is.
 
-In 8 bits p = 4, c = 0, s = 1/2 and n = 191; the 64 codes above are even steps from half of the maximum to all of it.
-Most second moments are near the largest of their block, where steps are fine: 0.8 to 1.6 % in the upper half, 4 % at a
-tenth, 12 % at a thousandth of the maximum, and so on down to 4e-10 of it. In 4 bits p = 8, c = 6, s = 1 and n = T = 15:
-the next code is 1.5 times as large at the top and 2.9 times at the bottom, 1.5e-4 of the maximum. The smallest code
-stands for every smaller value that is not zero, so that a denominator never underflows to zero where the numerator
-does not.
+In 4 bits, where codes are powers of two, the expected value of x alone is not what a step wants. It divides by sqrt(x),
+whose mean a scatter of a factor of two makes 15 % too large, and a moment that decays would be 39 % too fast. There the
+expected value of x^(1/4) is kept: between 2^k and 2^(k+1) the next code has the probability
 
-q + 1 is chosen with the probability by which the p-th root is beyond that of q: the expected value of x^(1/p) is kept,
-not that of x. A step divides by sqrt(x), whose mean is too large where the mean of x is right and x scatters, and a
-moment that decays on a schedule decays too fast, by half a code's step. A walk in a high root is nearly one in log x,
-and takes as long as the truth. Encoding is two or three square roots. In fp8, whose codes are 7 to
-12 % apart, the mean of the fourth root is kept (``fp8.py``).
+    ((1 + f)^(1/4) - 1) / (2^(1/4) - 1)
+
+which is that of a walk in log x to 2 %: codes last as long as they should, and steps are as long as those of an exact
+moment to a few percent. It is u >= 1 - that, and so f + a(u) >= 1 with a(u) = 2 - (1 + (1 - u) (2^(1/4) - 1))^4.
+In fp8, whose codes are 7 to 12 % apart, the same is done (``fp8.py``).
 """
 
 from __future__ import annotations
@@ -41,41 +45,32 @@ if TYPE_CHECKING:
 
 #: The largest fp32; reciprocals of tiny scales are clamped to it, so that zero blocks give 0 and not NaN.
 FLT_MAX = 3.4028234663852886e38
-#: What a uniform number is multiplied by, so that with a rounded sum a value that is a code stays it.
+EXPONENT_ONE = 127
+
+
+#: a(u) above is 2 - (ROOT - u SLOPE)^4. The root is a little less than it is, so that no rounding makes a(0) negative,
+#: and what is added stays under 1 by the third number: a value that is a code stays it.
+ROOT = 2.0**0.25 * (1 - 2.0**-22)
+SLOPE = ROOT - 1
 BELOW_ONE = 1 - 2.0**-20
-BELOW_ONE_OF_CODES = 1 - 2.0**-16  # sums up to 256 have steps of 2^-16
 
 
 class Code(NamedTuple):
-    """Sizes of the two codes: ``levels`` is L, ``top`` is T, ``offset`` is c, ``halvings`` is log2 p, and ``even`` the
-    number of codes that are even steps from half of the maximum to all of it."""
+    """Sizes of the two codes: ``levels`` is L, ``top`` is T, ``mantissa`` is M."""
 
     block: int
     levels: int
     top: int
-    halvings: int
-    offset: int = 0
-    even: int = 0
+    mantissa: int
 
     @property
-    def rooted(self) -> int:
-        """n, the largest code of a root."""
-        return self.top - self.even
+    def shift(self) -> int:
+        return 23 - self.mantissa
 
     @property
-    def share(self) -> float:
-        """s, what n stands for."""
-        return 0.5 if self.even else 1.0
-
-    @property
-    def unit(self) -> float:
-        """(q + c)^p times this is x, of a maximum of 1."""
-        return float(self.share / (self.rooted + self.offset) ** 2**self.halvings)
-
-    @property
-    def per_root(self) -> float:
-        """x^(1/p) times this is q + c."""
-        return float((self.rooted + self.offset) / self.share**0.5**self.halvings)
+    def offset(self) -> int:
+        """What is subtracted from the leading bits so that 1.0 has the code ``top``."""
+        return (EXPONENT_ONE << self.mantissa) - self.top
 
 
 def scales_layout(rows: Rows, block: int) -> TensorSpec:
@@ -118,11 +113,17 @@ def reciprocal(scale: Tensor, numerator: float) -> Tensor:
     return (numerator / scale).clamp_(max=FLT_MAX)
 
 
-def truncate(y: Tensor, shift: int, words: Tensor) -> Tensor:
-    """The bits of fp32 ``y`` >= 0 rounded to a multiple of 2^shift, stochastically by ``words``; int32."""
+def truncate(y: Tensor, shift: int, words: Tensor, in_roots: bool = False) -> Tensor:
+    """The bits of fp32 ``y`` >= 0 rounded to a multiple of 2^shift, stochastically by ``words``, so that the expected
+    value is y or, ``in_roots``, its fourth root's is; int32."""
     import torch
 
-    return ((y.view(torch.int32) + upper_bits(words, shift)) >> shift) << shift
+    if in_roots:
+        h = uniform(words).mul_(-SLOPE).add_(ROOT).square_().square_()
+        added = h.sub_(2).mul_(-(2.0**shift) * BELOW_ONE).int()
+    else:
+        added = upper_bits(words, shift)
+    return ((y.view(torch.int32) + added) >> shift) << shift
 
 
 def encode_signed(x: Tensor, code: Code, shard: Shard) -> tuple[Tensor, Tensor]:
@@ -143,29 +144,18 @@ def decode_signed(q: Tensor, scale: Tensor, code: Code, shard: Shard) -> Tensor:
 
 def encode_unsigned(x: Tensor, code: Code, shard: Shard) -> tuple[Tensor, Tensor]:
     """fp32 >= 0 [local_shape] -> codes int32 [rows, blocks, block], scales fp32 [rows, blocks]."""
-    import torch
 
     x = as_blocks(x, shard.rows, code.block)
     scale = x.amax(-1)
     y = x.mul(reciprocal(scale, 1.0)[..., None]).clamp_(max=1.0)
-    place = y.sqrt()
-    for _ in range(code.halvings - 1):
-        place.sqrt_()
-    place.mul_(code.per_root).sub_(code.offset)
-    if code.even:
-        place = torch.where(y < code.share, place, y.mul_(2 * code.even).add_(code.rooted - code.even))
-    q = place.add_(uniform(random_words(shard, x)).mul_(BELOW_ONE_OF_CODES)).int()
-    return q.clamp_(min=1, max=code.top).mul_(x > 0), scale
+    q = truncate(y, code.shift, random_words(shard, x), in_roots=not code.mantissa)
+    q = (q >> code.shift).sub_(code.offset).clamp_(min=1)
+    return q.mul_(x > 0), scale
 
 
 def decode_unsigned(q: Tensor, scale: Tensor, code: Code, shard: Shard) -> Tensor:
     """Codes int32 [rows, blocks, block], scales [rows, blocks] -> fp32 [local_shape]."""
     import torch
 
-    value = q.add(code.offset).float()
-    for _ in range(code.halvings):
-        value.square_()
-    value.mul_(code.unit)
-    if code.even:
-        value = torch.where(q <= code.rooted, value, (q - (code.rooted - code.even)) / (2.0 * code.even))
-    return from_blocks(value.mul_(scale[..., None]).mul_(q > 0), shard.rows)
+    value = ((q + code.offset) << code.shift).view(torch.float32)
+    return from_blocks(value.mul(scale[..., None]).mul_(q > 0), shard.rows)

@@ -22,7 +22,7 @@ from memopt.rules.base import Moment
 if TYPE_CHECKING:
     from torch import Tensor
 
-CODE = Code(block=128, levels=7, top=15, halvings=3, offset=6)
+CODE = Code(block=128, levels=7, top=15, mantissa=0)
 
 
 @final
@@ -31,7 +31,7 @@ class Int4(Format):
     ``scales`` fp32 [rows, ceil(cols / 128)]. Signed codes are two's complement.
 
     0.531 bytes per element; the codes are those of :mod:`memopt.formats.blockwise`. A single second moment is off by
-    up to a factor of two.
+    up to a factor of two, right on average.
     """
 
     name = "4bit"

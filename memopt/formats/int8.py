@@ -22,7 +22,7 @@ from memopt.rules.base import Moment
 if TYPE_CHECKING:
     from torch import Tensor
 
-CODE = Code(block=256, levels=127, top=255, halvings=2, even=64)
+CODE = Code(block=256, levels=127, top=255, mantissa=4)
 
 
 @final

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from memopt.keywords import SpecKeywords
 
 #: Formats, from 4 bytes for a moment down to half a byte a parameter. How far updates are from those of fp32 on noise,
-#: bursts, a spread of a hundred and heavy tails, in this order (``benchmarks/results/fidelity.md``): 8bit 0.03, 0.02,
-#: 0.11, 0.06; 8bit.4bit 0.22, 0.12, 0.30, 0.25; 8bit.factored 0.03, 0.26, 0.07, 1.76; 4bit 0.37, 0.26, 0.99, 0.50;
+#: bursts, a spread of a hundred and heavy tails, in this order (``benchmarks/results/fidelity.md``): 8bit 0.07, 0.02,
+#: 0.09, 0.08; 8bit.4bit 0.29, 0.18, 0.30, 0.28; 8bit.factored 0.03, 0.26, 0.07, 1.76; 4bit 0.43, 0.30, 1.09, 0.52;
 #: 4bit.factored 0.30, 0.33, 1.03, 1.98. What is factored beside 8 bits takes less than 4bit and is nearer on all of
 #: these but heavy tails, and stands before it. A rung that would not save anything for a parameter is passed over, as
 #: what is factored is for a vector, and one that the rule does not have is left out.

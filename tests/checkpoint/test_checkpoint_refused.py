@@ -32,18 +32,6 @@ def test_a_manifest_of_another_schema_says_so(saved, tmp_path):
         memopt.load(tmp_path)
 
 
-def test_second_moments_in_the_codes_of_an_earlier_version_are_refused(saved, tmp_path):
-    path, _, _ = saved
-    body = json.loads((path / "manifest.json").read_text())
-    assert body.pop("schema") == "memopt.checkpoint/3"
-    del body["sha256"]
-    for number in (1, 2):
-        text = manifest.dump({"schema": f"memopt.checkpoint/{number}", **body})
-        (tmp_path / "manifest.json").write_bytes(text)
-        with pytest.raises(ValueError, match="other codes then: convert it to 32bit"):
-            memopt.load(tmp_path)
-
-
 def test_state_of_a_version_that_kept_narrow_rows_in_32_bits_is_read():
     narrow = torch.nn.Parameter(torch.randn(515, 9))
     plain = memopt.create([narrow], "adamw-8bit", overrides={"*": "32bit"})

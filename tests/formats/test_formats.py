@@ -12,6 +12,7 @@ from memopt.core import dither
 from memopt.core.ledger import ITEMSIZE
 from memopt.core.rows import FLAT_ROW, Rows, row_count
 from memopt.formats import FORMATS, Shard
+from memopt.formats.blockwise import truncate
 from memopt.rules import Moment
 from tests.helpers.cases import assert_same_bits
 
@@ -27,11 +28,11 @@ BOUNDS = {
     ("bf16", True): (2**-7, 0.0),
     ("bf16", False): (2**-7, 0.0),
     ("8bit", True): (0.25, 2**-7),
-    ("8bit", False): (0.25, 2**-15),
+    ("8bit", False): (2**-4, 1.125 * 2**-16),
     ("fp8", True): (2**-3, 2**-14),
     ("fp8", False): (2**-3, 2**-14),
     ("4bit", True): (1.0, 0.34),
-    ("4bit", False): (2.0, 2**-12),
+    ("4bit", False): (1.0, 2**-14),
 }
 
 
@@ -123,47 +124,25 @@ def test_signed_codes_are_unbiased(name, moment):
 
 @pytest.mark.parametrize(("name", "moment"), ENCODED, ids=IDS)
 def test_the_dither_is_unbiased_over_elements(name, moment):
-    """One step, many equal elements: the average is the value written; of second moments that of roots is."""
+    """One step, many equal elements: the average is the value written; in 4 bits and fp8 that of fourth roots is."""
     x = torch.full((64, 256), 0.3)
     x[:, 0] = 1.0
     rows = Rows.whole((64, 256))
     back = FORMATS[name].read(encode(name, moment, x, Shard(rows, 3, 9)), moment, Shard(rows))[:, 1:]
-    power = 1.0 if moment.signed else {"bf16": 1.0, "4bit": 0.125}.get(name, 0.25)
+    power = 0.25 if name in ("4bit", "fp8") and not moment.signed else 1.0
     back = back.abs() ** power
     step = float(back.max() - back.min())
     assert abs(float(back.mean()) - 0.3**power) <= step * 4 * 0.5 / (64 * 255) ** 0.5 + 1e-6
 
 
-@pytest.mark.parametrize("name", ["8bit", "4bit"])
-def test_codes_of_second_moments_stay_what_they_are_and_are_in_order(name):
-    """Every code is decoded and encoded again at several steps: the same code. The next one is larger."""
-    count = {"8bit": 256, "4bit": 16}[name]
-    rows = Rows.whole((count, 256))
-    parts = empty_parts(FORMATS[name], POSITIVE, rows)
-    codes = torch.arange(count, dtype=torch.int32)[:, None].expand(count, 256).clone()
-    codes[:, ::128] = count - 1
-    parts["codes"].copy_(codes if name == "8bit" else codes[:, ::2] | codes[:, 1::2] << 4)
-    parts["scales"].fill_(0.7)
-    x = FORMATS[name].read(parts, POSITIVE, Shard(rows))
-    decoded = x[:, 1]
-    assert (decoded.diff() > 0).all()
-    assert (decoded[0], decoded[-1]) == (0, torch.tensor(0.7))
-    for step in range(4):
-        again = encode(name, POSITIVE, x, Shard(rows, 3, step))["codes"]
-        assert (again != parts["codes"]).double().mean() < 1e-4
-
-
-@pytest.mark.parametrize("name", ["8bit", "4bit"])
-def test_a_second_moment_decays_as_fast_as_it_should(name):
-    """A hundredth of what it was after ln 100 / d steps of a fraction d."""
-    rows = Rows.whole((16, 256))
-    x = torch.ones(16, 256)
-    for step in range(460):
-        shard = Shard(rows, 5, step)
-        x = FORMATS[name].read(encode(name, POSITIVE, x, shard), POSITIVE, shard)
-        x[:, 1:] *= 0.99
-        x[:, ::128] = 1.0
-    assert float(x[:, 1:128].log().mean()) == pytest.approx(460 * math.log(0.99), abs=0.1)
+def test_an_octave_of_4_bits_takes_its_time():
+    """Down from 2^k to 2^(k-1) at a fraction d per step takes ln 2 / d steps: the chance of the lower code is what is
+    gone of the octave in log x, to 2 % of it. And what is a code stays it."""
+    words = torch.linspace(-(2.0**31), 2.0**31 - 256, 100_001, dtype=torch.float64).to(torch.int32)
+    for f in (0.0, 0.1, 0.5, 0.9):
+        y = torch.full_like(words, 1 + f, dtype=torch.float32)
+        up = truncate(y, 23, words, in_roots=True).view(torch.float32) == 2
+        assert float(up.double().mean()) == pytest.approx(math.log2(1 + f), abs=0.025 if f else 0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -113,26 +113,6 @@ INLINE vf quotient(vf a, vf b) {
 #endif
 }
 
-// scale x^(1/2) + plus and scale x^(1/4) + plus of x > 0, the roots within two units in the last place; of 0 a NaN where
-// they are approximations. A root keeps the divider busy, and steps that code wait for it.
-INLINE vf nearly_root(vf x, float scale, vf plus) {
-#if LANES_512
-    const vf t = _mm512_rsqrt14_ps(x), nearly = x * t;
-    return fma(nearly, _mm512_fnmadd_ps(nearly * t, splat(0.5f * scale), splat(1.5f * scale)), plus);
-#else
-    return fma(root(x), splat(scale), plus);
-#endif
-}
-// With t nearly x^(-1/4) and e = 1 - x t^4 it is x t^3 (1 + 3/4 e), but for 2/3 e^2, which is 1e-7.
-INLINE vf fourth_root(vf x, float scale, vf plus) {
-#if LANES_512
-    const vf t = _mm512_rsqrt14_ps(x * _mm512_rsqrt14_ps(x)), square = t * t, most = x * square;
-    return fma(most * t, _mm512_fnmadd_ps(most * square, splat(0.75f * scale), splat(1.75f * scale)), plus);
-#else
-    return fma(root(root(x)), splat(scale), plus);
-#endif
-}
-
 INLINE vi larger(vi a, vi b) {
 #if LANES_512
     return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
@@ -177,14 +157,6 @@ INLINE vf not_negative(vf x) {
     return _mm256_max_ps(x, vf{});
 #else
     return x > 0.0f ? x : vf{};
-#endif
-}
-// At least something whose root is nothing, also for a NaN.
-INLINE vf with_a_root(vf x) {
-#if LANES_512
-    return _mm512_max_ps(x, _mm512_set1_ps(0x1p-80f));
-#else
-    return not_negative(x);
 #endif
 }
 INLINE vf where_positive(vi q, vf x) {

@@ -36,7 +36,17 @@ INLINE float clamped_reciprocal(float numerator, float x) {
 }
 
 // Of blockwise.py.
-constexpr double BELOW_ONE = 1 - 0x1p-20, BELOW_ONE_OF_CODES = 1 - 0x1p-16;
+constexpr double ROOT = 1.18920711500272106672 * (1 - 0x1p-22), SLOPE = ROOT - 1, BELOW_ONE = 1 - 0x1p-20;
+
+// blockwise.truncate: what is added to the bits of an fp32 number before SHIFT of them are cut off, 0 ... 2^SHIFT - 1.
+template <int SHIFT, bool IN_ROOTS>
+INLINE vu added(vu w) {
+    if (!IN_ROOTS) return w >> (32 - SHIFT);
+    constexpr float slope = static_cast<float>(-SLOPE * 0x1p-32), first = static_cast<float>(ROOT),
+                    scale = static_cast<float>((1 << SHIFT) * BELOW_ONE);
+    const vf h = fma(whole_number(w), splat(slope), splat(first)), square = h * h;
+    return (vu)truncate(fma(square * square, splat(-scale), splat(2 * scale)));
+}
 
 // q in -L ... L stands for sign(q) (q / L)^2.
 template <int L>
@@ -55,7 +65,7 @@ struct SquareCode {
     INLINE vf magnitude(vf x, float inverse, vu w) {
         const vf v = one_minus_uniform(w);
         const vf square = fma(v, v, fms(absolute(x), splat(inverse), v));
-        return nearly_root(with_a_root(square), 1.0f, v);
+        return root(not_negative(square)) + v;
     }
     INLINE void encode(uint8_t* to, const float* value, float inverse, Dither& dither) {
         vi q[GROUP];
@@ -74,16 +84,12 @@ struct SquareCode {
     }
 };
 
-// q in 0 ... T stands for SHARE ((q + C) / (N + C))^P, N being T - EVEN and P 4 or 8; the EVEN codes above N are even steps
-// from half of the block's largest to all of it.
-template <int T, int P, int C, int EVEN>
-struct RootCode {
+// q in 0 ... T: the leading bits of an fp32 number, M of them mantissa, T standing for the block's largest.
+template <int T, int M>
+struct FloatCode {
     typedef uint8_t Lane;
     static constexpr bool HAS_SIGN = false;
-    static constexpr int N = T - EVEN;
-    static constexpr double SHARE = EVEN ? 0.5 : 1.0, PER_ROOT = (N + C) * (EVEN ? 1.18920711500272106672 : 1.0);
-    static_assert(P == 4 || (P == 8 && !EVEN), "SHARE^(-1/P) is of P = 4");
-    static_assert(!(EVEN && C), "code 0 is 0 by its root");
+    static constexpr int SHIFT = 23 - M, OFFSET = (127 << M) - T;
     INLINE float unit(float stored) { return stored; }
     INLINE float stored(float largest) { return largest; }
     // Rounded down where its product with the largest would be above one, so that no product is.
@@ -92,20 +98,17 @@ struct RootCode {
         return r * largest > 1.0f ? r * 0x1.fffffep-1f : r;
     }
     INLINE vf decode(vi q, float unit) {
-        constexpr double whole = N + C, fourth = whole * whole * whole * whole;
-        const vf x = to_float(q + C), square = x * x, power = square * square;
-        const vf value = P == 8 ? power * power * static_cast<float>(SHARE / (fourth * fourth)) * unit
-                                : power * static_cast<float>(SHARE / fourth) * unit;
-        if (EVEN) return x > 1.0f * N ? (x - 1.0f * (N - EVEN)) * (unit * (0.5f / EVEN)) : value;  // 0 is 0
-        return where_positive(q, value);
+        const vu value = (vu)((q + OFFSET) << SHIFT);
+        return where_positive(q, number(value) * unit);
     }
     // 0 for 0 alone.
     INLINE void encode(uint8_t* to, const float* value, float inverse, Dither& dither) {
 #if LANES_512
-        vi q[GROUP];
-        for (int k = 0; k < GROUP; k++) q[k] = code(loadf(value + k * W), inverse, dither.next());
-        const __m512i first = _mm512_packs_epi32((__m512i)q[0], (__m512i)q[1]);
-        const __m512i second = _mm512_packs_epi32((__m512i)q[2], (__m512i)q[3]);
+        vu q[GROUP];
+        for (int k = 0; k < GROUP; k++) q[k] = moved(loadf(value + k * W), inverse, dither.next()) >> SHIFT;
+        const __m512i offset = _mm512_set1_epi16(OFFSET);
+        const __m512i first = _mm512_subs_epu16(_mm512_packus_epi32((__m512i)q[0], (__m512i)q[1]), offset);
+        const __m512i second = _mm512_subs_epu16(_mm512_packus_epi32((__m512i)q[2], (__m512i)q[3]), offset);
         store_packed(to, _mm512_packus_epi16(first, second));
 #else
         for (int k = 0; k < GROUP; k++) narrow(to + k * W, code(loadf(value + k * W), inverse, dither.next()));
@@ -113,21 +116,20 @@ struct RootCode {
     }
 
   private:
-    INLINE vi code(vf x, float inverse, vu w) {
-        constexpr float beyond = static_cast<float>(BELOW_ONE_OF_CODES * 0x1p-32);
-        const vf y = x * inverse;
-        constexpr float scale = static_cast<float>(PER_ROOT);
-        const vf offset = splat(-1.0f * C);
-        vf place = P == 4 ? fourth_root(y, scale, offset) : nearly_root(fourth_root(y, 1.0f, vf{}), scale, offset);
-        if (EVEN) place = y < 0.5f ? place : fma(y, splat(2.0f * EVEN), splat(1.0f * (N - EVEN)));
-        const vi q = truncate(fma(whole_number(w), splat(beyond), place));
 #if LANES_512
-        const __mmask16 some = _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
-        return (vi)_mm512_maskz_max_epi32(some, (__m512i)q, _mm512_set1_epi32(1));
-#else
-        return smaller(larger(q, smaller((vi)bits(x), vi{} + 1)), vi{} + T);
-#endif
+    // The bits of which the upper ones are the code, at least those of code 1; zeros for zero.
+    INLINE vu moved(vf x, float inverse, vu w) {
+        const vf least = number(splat(static_cast<uint32_t>(OFFSET + 1) << SHIFT));
+        const __m512i y = (__m512i)_mm512_max_ps(least, x * inverse);
+        return (vu)_mm512_maskz_add_epi32(_mm512_test_epi32_mask((__m512i)x, (__m512i)x), y,
+                                          (__m512i)added<SHIFT, M == 0>(w));
     }
+#else
+    INLINE vi code(vf x, float inverse, vu w) {
+        const vi q = (vi)((bits(x * inverse) + added<SHIFT, M == 0>(w)) >> SHIFT) - OFFSET;
+        return larger(q, smaller((vi)bits(x), vi{} + 1));
+    }
+#endif
 };
 
 // float8_e4m3fn; SIGNED moments may be stored as zero, others only where they are zero.
@@ -153,7 +155,7 @@ struct E4M3 {
     INLINE vi code(vf x, float inverse, vu w) {
         const vf y = at_most(absolute(x) * inverse, 448.0f);
         if (!SIGNED) return larger(in_roots(y, uniform(w)), vi{} + 1) & (y > 0.0f);
-        const vi normal = (vi)((bits(y) + (w >> 12)) >> 20) - (120 << 3);
+        const vi normal = (vi)((bits(y) + added<20, false>(w)) >> 20) - (120 << 3);
         const vi small = truncate(fma(y, splat(512.0f), uniform(w)));
         return (y >= 0x1p-6f ? normal : small) | (vi)((bits(x) >> 24) & 0x80u);
     }

@@ -11,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-from memopt.formats import blockwise, fp8, int4, int8
+from memopt.formats import blockwise, fp8, int4
 from memopt.kernels.triton.device.dither import uniform32
 
 #: What a moment is kept as.
@@ -20,14 +20,11 @@ FULL, HALF, BYTES, FP8, NIBBLES = (tl.constexpr(i) for i in range(5))
 NARROW = tl.constexpr(int4.CODE.block)
 KINDS = {"32bit": FULL, "bf16": HALF, "8bit": BYTES, "fp8": FP8, "4bit": NIBBLES}
 
-_TOP8, _EVEN, _ROOTED = (tl.constexpr(i) for i in (int8.CODE.top, int8.CODE.even, int8.CODE.rooted))
-_UNIT8, _PER_ROOT8 = tl.constexpr(int8.CODE.unit), tl.constexpr(int8.CODE.per_root)
-_TOP4, _OFFSET = tl.constexpr(int4.CODE.top), tl.constexpr(int4.CODE.offset)
-_UNIT4, _PER_ROOT4 = tl.constexpr(int4.CODE.unit), tl.constexpr(int4.CODE.per_root)
 _FLT_MAX = tl.constexpr(blockwise.FLT_MAX)
 _LARGEST = tl.constexpr(fp8.LARGEST)
+_SLOPE = tl.constexpr(blockwise.SLOPE * 2.0**-32)
+_ROOT = tl.constexpr(blockwise.ROOT)
 _BELOW_ONE = tl.constexpr(blockwise.BELOW_ONE)
-_BEYOND = tl.constexpr(blockwise.BELOW_ONE_OF_CODES * 2.0**-32)
 _SIGN = tl.constexpr(-(2**31))
 #: Triton's interpreter cuts off where it should round to bf16.
 _CUTS = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
@@ -70,6 +67,16 @@ def largest(x, SIGNED: tl.constexpr):
 
 
 @triton.jit
+def added(w, SHIFT: tl.constexpr, IN_ROOTS: tl.constexpr):
+    """What is added to the bits of an fp32 number before SHIFT of them are cut off: 0 … 2^SHIFT - 1."""
+    if not IN_ROOTS:
+        return (w >> (32 - SHIFT)).to(tl.int32)
+    scale: tl.constexpr = 2.0**SHIFT * _BELOW_ONE
+    h = tl.fma(uniform32(w), -_SLOPE, _ROOT)
+    return tl.fma(h * h * (h * h), -scale, 2 * scale).to(tl.int32)
+
+
+@triton.jit
 def decode_signed(q, scale, LEVELS: tl.constexpr):
     """q in -LEVELS … LEVELS stands for sign(q) (q / LEVELS)² scale."""
     x = q.to(tl.float32)
@@ -89,30 +96,17 @@ def encode_signed(x, scale, w, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def decode_unsigned(q, scale, KIND: tl.constexpr):
-    """The roots, and of BYTES the even steps above them, of :mod:`memopt.formats.blockwise`."""
-    if KIND == NIBBLES:
-        x = (q + _OFFSET).to(tl.float32)
-        square = x * x
-        fourth = square * square
-        value = fourth * fourth * _UNIT4
-    else:
-        x = q.to(tl.float32)
-        square = x * x
-        value = tl.where(q > _ROOTED, tl.fma(x, 0.5 / _EVEN, 0.5 - 0.5 * _ROOTED / _EVEN), square * square * _UNIT8)
+def decode_unsigned(q, scale, TOP: tl.constexpr, MANTISSA: tl.constexpr):
+    """q in 0 … TOP: the leading bits of an fp32 number, MANTISSA of them after the point; TOP stands for ``scale``."""
+    value = number((q + ((127 << MANTISSA) - TOP)) << (23 - MANTISSA))
     return tl.where(q > 0, value, 0.0) * scale
 
 
 @triton.jit
-def encode_unsigned(x, scale, w, KIND: tl.constexpr):
+def encode_unsigned(x, scale, w, TOP: tl.constexpr, MANTISSA: tl.constexpr):
     y = x * reciprocal(scale, 1.0 - 2.0**-21)  # not above 1, where the reciprocal is
-    root = tl.sqrt(tl.sqrt(y))
-    if KIND == NIBBLES:
-        place = tl.fma(tl.sqrt(root), _PER_ROOT4, -1.0 * _OFFSET)
-    else:
-        place = tl.where(y < 0.5, root * _PER_ROOT8, tl.fma(y, 2.0 * _EVEN, _ROOTED - 1.0 * _EVEN))
-    q = tl.fma(uniform32(w), _BEYOND, place).to(tl.int32)
-    return tl.minimum(tl.maximum(q, tl.minimum(bits(x), 1)), _TOP4 if KIND == NIBBLES else _TOP8)  # 0 for 0 alone
+    q = ((bits(y) + added(w, 23 - MANTISSA, MANTISSA == 0)) >> (23 - MANTISSA)) - ((127 << MANTISSA) - TOP)
+    return tl.maximum(q, tl.minimum(bits(x), 1))  # 0 for 0 alone
 
 
 @triton.jit
@@ -133,7 +127,7 @@ def encode_fp8(x, scale, w, SIGNED: tl.constexpr):
         bend = (1.0 - u) * u * 0.375 / tl.maximum(steps, 1.0)
         q = tl.fma(u + bend, _BELOW_ONE, steps).to(tl.int32) + ((octave - 121) << 3)
         return tl.maximum(q, tl.minimum(bits(y), 1))
-    normal = ((bits(y) + (w >> 12).to(tl.int32)) >> 20) - (120 << 3)
+    normal = ((bits(y) + added(w, 20, False)) >> 20) - (120 << 3)
     small = tl.fma(y, 512.0, uniform32(w) * 2.0**-32).to(tl.int32)
     q = tl.where(y >= 2.0**-6, normal, small)
     return q | ((bits(x) >> 24) & 0x80)
@@ -153,10 +147,10 @@ def decode(q, scale, KIND: tl.constexpr, SIGNED: tl.constexpr):
     if KIND == NIBBLES:
         if SIGNED:
             return decode_signed((q << 28) >> 28, scale, 7)
-        return decode_unsigned(q, scale, KIND)
+        return decode_unsigned(q, scale, 15, 0)
     if SIGNED:
         return decode_signed((q << 24) >> 24, scale, 127)
-    return decode_unsigned(q, scale, KIND)
+    return decode_unsigned(q, scale, 255, 4)
 
 
 @triton.jit
@@ -219,8 +213,8 @@ def encode(x, scale, w, KIND: tl.constexpr, SIGNED: tl.constexpr):
     if KIND == FP8:
         return encode_fp8(x, scale, w, SIGNED)
     if KIND == NIBBLES:
-        return encode_signed(x, scale, w, 7) if SIGNED else encode_unsigned(x, scale, w, KIND)
-    return encode_signed(x, scale, w, 127) if SIGNED else encode_unsigned(x, scale, w, KIND)
+        return encode_signed(x, scale, w, 7) if SIGNED else encode_unsigned(x, scale, w, 15, 0)
+    return encode_signed(x, scale, w, 127) if SIGNED else encode_unsigned(x, scale, w, 255, 4)
 
 
 @triton.jit
