@@ -95,8 +95,10 @@ def run(args: Namespace) -> int:
         from estimators.report import against
 
         measured = against.read(args.against)
+    # What was measured on a CPU is laid beside a step there, without a card's context and masks; --gpu asks for a card.
+    on_cpu = measured is not None and measured.get("device") == "cpu" and not args.gpu
     with progress.working("estimating"):
-        result = estimated(args)
+        result = estimated(args, "cpu" if on_cpu else "cuda")
     if args.html or args.plot:
         from estimators.report import pictures
 
@@ -121,8 +123,9 @@ def run(args: Namespace) -> int:
     return 0 if result.gpu is None or good(result, args.accept_tight) else 1
 
 
-def estimated(args: Namespace) -> Estimate:
-    """The estimate that the flags ask for. ``args.model`` may also be what else :func:`estimators.estimate` takes."""
+def estimated(args: Namespace, device: str = "cuda") -> Estimate:
+    """The estimate that the flags ask for, of a step on this device. ``args.model`` may also be what else
+    :func:`estimators.estimate` takes."""
     from estimators.calculator import estimate
     from estimators.errors import InputError
 
@@ -150,6 +153,7 @@ def estimated(args: Namespace) -> Estimate:
         gradients=args.gradients,
         world_size=world,
         inputs=inputs,
+        device=device,
         **step_options(args),
     )
 

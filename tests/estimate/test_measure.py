@@ -160,3 +160,19 @@ def test_an_estimate_is_laid_beside_a_row_and_names_what_differs(tmp_path, capsy
     assert "needs one spec, and 2 were asked for" in capsys.readouterr().err
     path.write_text("{}")
     assert main(command) == 2
+
+
+def test_a_row_of_a_cpu_is_laid_beside_a_step_on_a_cpu(tmp_path, capsys) -> None:
+    """Without what a card's step has: its masks and temporaries."""
+    from estimators import estimate
+    from estimators.report.against import compared
+
+    cpu, card = (estimate("gpt2", "adamw", seq=256, device=device) for device in ("cpu", "cuda"))
+    row = {**_row(0), "device": "cpu", "base_nbytes": 0}
+    row["peak"] = row["phases"]["backward"] = {"process": cpu.columns[0].allocated.expected}
+    path = tmp_path / "row.json"
+    path.write_text(json.dumps(row))
+    assert main(["estimate", "gpt2", "--seq", "256", "--optim", "adamw", "--against", str(path)]) == 0
+    printed = capsys.readouterr().out
+    lines = [next(x for x in compared(e, row) if x.startswith("· backward")) for e in (cpu, card)]
+    assert [line in printed for line in lines] == [True, False]
