@@ -71,7 +71,7 @@ def fit(
     >>> fit(shapes, 6_300_000)
     OptimSpec('adamw-8bit', overrides={'embed.weight': '32bit'})
     >>> fit(shapes, 6_300_000, offload="cpu")
-    OptimSpec('adamw', overrides={'embed.weight': '@cpu'})
+    OptimSpec('adamw', overrides={'b.weight': '@cpu'})
     """
     limit = size(budget, "budget")
     if offload is not None:

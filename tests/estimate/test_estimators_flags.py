@@ -158,7 +158,7 @@ def test_more_never_needs_less(count):
     assert compared > count // 20
 
 
-@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw", "lomo", "schedule_free_adamw"])
+@pytest.mark.parametrize("name", ["galore_adamw", "apollo_adamw_layerwise", "lomo", "schedule_free_adamw"])
 def test_optimizers_of_others_are_known_and_not_priced(name, capsys):
     with pytest.raises(InputError, match="known, not priced yet"):
         estimate("gpt2", name)
