@@ -46,7 +46,7 @@ def measure(spec: str, layers: int, width: int, rounds: int) -> dict[str, list[f
 
     def gather() -> None:
         for first, stop in opt.partition.buckets(parameters):
-            opt.partition.publish(parameters[first:stop])
+            opt.partition.all_gather_begin(parameters[first:stop])
         opt.partition.all_gather_wait()
 
     with torch.no_grad():
