@@ -3,10 +3,11 @@ each iteration.
 
     python benchmarks/step_released.py [--count 500] [--numel 1000] [--threads 2] [--processes 3] [--print]
 
-Writes benchmarks/results/step_released.json and .md, in three minutes. An iteration is ``backward()`` and what follows
-it until no gradient is left; what ``backward()`` takes by itself is subtracted. Compared are ``opt.release_gradients``
-and torch's recipe for the same, a fused AdamW for each parameter that steps in its hook; both beside ``opt.step()`` behind
-``backward()``. ``quarter / all`` is what a changing set costs: without anything planned anew it is the 0.75 that step.
+Writes benchmarks/results/step_released.json and .md, in three minutes. An iteration is ``backward()`` and what
+follows it until no gradient is left; what ``backward()`` takes by itself is subtracted. Compared are
+``opt.release_gradients`` and torch's recipe for the same, a fused AdamW for each parameter that steps in its hook;
+both beside ``opt.step()`` behind ``backward()``. ``quarter / all`` is what a changing set costs: without anything
+planned anew it is the 0.75 that step.
 """
 
 from __future__ import annotations
