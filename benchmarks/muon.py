@@ -1,6 +1,6 @@
 """A step of Muon against torch.optim.Muon in one run: seconds, and memory above the state.
 
-    python benchmarks/muon.py               writes benchmarks/results/muon.json and muon.md (about five minutes)
+    python benchmarks/muon.py               writes benchmarks/results/muon.json and muon.md (about eight minutes)
 
 Interleaved steps on the same gradients, the hidden matrices of transformers; medians of what remains when the first
 ones are left out, each tool beginning every other round. A process keeps the pages that it was given, and its ratio
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -75,7 +75,7 @@ def made(tool: str, named: list[tuple[str, torch.nn.Parameter]]) -> torch.optim.
     return memopt.create(named, tool, lr=0.02, adjust_lr_fn="original")
 
 
-def measured(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def measured(steps: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median seconds of each, one after the other in every round, forwards and backwards in turn."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for n in range(rounds + 1):
@@ -182,8 +182,8 @@ def row(processes: list[dict[str, Any]]) -> dict[str, Any]:
 
 def main() -> int:
     parser = ArgumentParser()
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--processes", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=9)
     parser.add_argument("--case", help=f"one process: {list(MODELS)}")
     parser.add_argument("--memory", nargs=2, metavar=("TOOL", "CASE"), help=str(list(LARGE)))
     args = parser.parse_args()
@@ -199,7 +199,7 @@ def main() -> int:
             one = [sys.executable, __file__, "--case", name, "--rounds", str(args.rounds)]
             found[name].append(json.loads(subprocess.check_output(one)))
             print(name, found[name][-1]["ratio"], flush=True)
-    rows = {name: row(processes) for name, processes in found.items()}
+    rows: dict[str, Any] = {name: row(processes) for name, processes in found.items()}
     for name, (shapes, layers) in MODELS.items():
         products = layers * sum(operations(shape) for shape in shapes)
         rows[name]["roof"] = products / rows[name]["rate"] / rows[name]["seconds"]["torch"]
