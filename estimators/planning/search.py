@@ -33,10 +33,12 @@ def _reached(plain: Callable[[int], int], added: list[tuple[int, int]], limit: i
     def above(n: int) -> int:
         return plain(n) + a + ((n - x) * (b - a) // (y - x) if y != x else 0) - limit
 
-    end = high - 1
-    at_low, at_end = above(low), above(end)
-    if at_end <= 0 or at_low > 0:
-        return end if at_end <= 0 else low
+    at_low = above(low)
+    if at_low > 0:
+        return low
+    end, at_end = _end(above, low, at_low, high - 1)
+    if at_end <= 0:
+        return end
     stays = 0
     while end - low > 1:
         guess = min(max(low + (end - low) * -at_low // (at_end - at_low), low + 1), end - 1)
@@ -48,6 +50,20 @@ def _reached(plain: Callable[[int], int], added: list[tuple[int, int]], limit: i
             end, at_end, stays = guess, found, min(stays, 0) - 1
             at_low = min(-1, -(-at_low // 2)) if stays < -1 else at_low
     return low
+
+
+def _end(above: Callable[[int], int], low: int, at_low: int, most: int) -> tuple[int, int]:
+    """A value that is above, or ``most``, and by how much. Not ``most`` at once: of a thousand layers an estimate takes
+    far longer than of those that fit."""
+    end, at_end = low, at_low
+    near, at_near = low, at_low
+    while at_end <= 0 and end < most:
+        slope = (at_end - at_near) // (end - near) if end > near else 0
+        reach = end + -at_end // slope if slope > 0 else 4 * end
+        near, at_near = end, at_end
+        end = min(max(reach + reach // 8, end + 1), most)
+        at_end = above(end)
+    return end, at_end
 
 
 def fewest(fits: Callable[[int], bool], most: int) -> tuple[int | None, int | None]:

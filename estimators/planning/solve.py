@@ -7,6 +7,7 @@ card fits by what is needed at most, or by what is expected where that is accept
 # No ``from __future__ import annotations`` here: typing.NamedTuple compiles every annotation that is a string.
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 from estimators.calculator import estimate
@@ -104,10 +105,17 @@ def solve(
     at, most, end, unit = _varied(what, described, spec, gpu, options)
     _known(at(1))
 
+    within: dict[int, Estimate] = {}
+
     def full(n: int) -> int:
         with searched(nbytes):
-            return needed(at(n), accept_tight)
+            e = at(n)
+        need = needed(e, accept_tight)
+        if need <= nbytes:  # nothing of it was left out
+            within[n] = e
+        return need
 
+    @cache
     def plain(n: int) -> int:
         with searched(1):  # so small a card that nothing is replayed
             return needed(at(n), accept_tight)
@@ -118,7 +126,14 @@ def solve(
         value, beyond = most_within(full, plain, nbytes, most)
     answer = value if value is not None else 1 if what != "gpus" else most
     found = Solved(
-        what, value, at(answer), beyond, None, nbytes, accept_tight, "" if beyond or (what == "gpus" and value) else end
+        what,
+        value,
+        within.get(answer) or at(answer),
+        beyond,
+        None,
+        nbytes,
+        accept_tight,
+        "" if beyond or (what == "gpus" and value) else end,
     )
     found = found._replace(
         value=value * unit if value else value,
@@ -237,18 +252,19 @@ def _trained(model: Model) -> Callable[[int], Model]:
 
 def _smallest_card(model: Model, spec: Any, accept_tight: bool, options: "dict[str, Any]") -> Solved:
     """Cards by their memory, from what is allocated at least on."""
-    _known(estimate(model, spec, **options))
-    before: tuple[str, Estimate] | None = None
-    last = None
+    least = estimate(model, spec, **options)
+    _known(least)
+    allocated = least.columns[0].peak.nbytes
+    before = last = ""
     for mib, card in sorted((mib, card) for card, mib in GPUS.items()):
+        before, last = last, card
+        if mib * 2**20 < allocated:
+            continue
         with searched(mib * 2**20):
             e = estimate(model, spec, gpu=card, **options)
-        last = card
         if _fits(e, mib * 2**20, accept_tight):
-            full = estimate(model, spec, gpu=before[0], **options) if before else None
+            full = estimate(model, spec, gpu=before, **options) if before else None
             size = full.gpu if full is not None and full.gpu else mib * 2**20
-            return Solved("gpu", card, e, before[0] if before else None, full, size, accept_tight)
-        before = card, e
-    assert last is not None
+            return Solved("gpu", card, e, before or None, full, size, accept_tight)
     full = estimate(model, spec, gpu=last, **options)
     return Solved("gpu", None, full, None, None, GPUS[last] * 2**20, accept_tight, f"{last} is the largest known card")
