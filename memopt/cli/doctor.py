@@ -51,11 +51,17 @@ class CheckResult(NamedTuple):
 
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    parser.add_argument(
+        "--deepspeed",
+        metavar="FILE",
+        help="a ds_config.json, or accelerate's YAML with one: whether an optimizer of memopt's steps by it",
+    )
 
 
 def run(args: Namespace) -> int:
     with progress.working("looking"):
         found = list(findings())
+        found += deepspeed(args.deepspeed)
     if args.json:
         import json
 
@@ -156,6 +162,17 @@ def container_limit(path: str) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def deepspeed(path: str | None) -> Iterator[CheckResult]:
+    """Who steps by this file, or by the one that ``accelerate launch`` gave this process."""
+    from memopt.cli.flags.launched import deepspeed_configuration
+    from memopt.optim.frameworks import launched_file, replacement
+
+    path = path or launched_file()
+    if path:
+        reason = replacement(deepspeed_configuration(path))
+        yield CheckResult("who steps", NOTE if reason else OK, reason or f"the optimizer that {path} is used with")
 
 
 def host_cores() -> CheckResult:

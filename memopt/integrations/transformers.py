@@ -46,7 +46,8 @@ def _refuse_other(optimizer: Any) -> None:
         if not hasattr(found, "optimizer"):
             raise RuntimeError(
                 f"Trainer steps {type(found).__name__} and no memopt.Optimizer. If its DeepSpeed file has an "
-                '"optimizer" section, take that and "scheduler" out and add "zero_force_ds_cpu_optimizer": false and '
+                '"optimizer" section (memopt doctor --deepspeed FILE says whether), take that and "scheduler" out '
+                'and add "zero_force_ds_cpu_optimizer": false and '
                 '"zero_allow_untested_optimizer": true (memopt.deepspeed_config writes both); else give Trainer '
                 'optimizer_cls_and_kwargs=(memopt.Optimizer, {"spec": …})'
             )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 from memopt.core.user_warning import warn
 
+#: A DeepSpeed file is not longer.
+MOST_BYTES = 1_000_000
 #: Our hyperparameters, and what transformers' TrainingArguments call them.
 _TRAINERS = {"lr": ("learning_rate",), "betas": ("adam_beta1", "adam_beta2"), "eps": ("adam_epsilon",)}
 
@@ -43,22 +47,77 @@ def warn_of_arguments(given: Container[str], hyper: Mapping[str, Any]) -> None:
         )
 
 
-def warn_of_replacement() -> None:
-    """Warn where accelerate (or transformers' Trainer, by accelerate) puts DeepSpeed's CPU Adam in the place of every
-    optimizer that it prepares: it does so without a word when the DeepSpeed configuration offloads the optimizer.
+#: What takes DeepSpeed's own optimizers out of its way, written as JSON.
+KEYS = {"zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True}
 
-    What was loaded is looked at; nothing is imported.
+
+def replacement(config: Mapping[str, Any]) -> str | None:
+    """What steps in the place of a memopt.Optimizer by this DeepSpeed configuration, and what to change in it, in one
+    sentence; None where ours does.
+
+    >>> replacement({"zero_optimization": {"stage": 2}})
     """
+    zero, section = config.get("zero_optimization"), config.get("optimizer")
+    offload = zero.get("offload_optimizer") if isinstance(zero, Mapping) else None
+    device = offload.get("device", "none") if isinstance(offload, Mapping) else "none"
+    forced = device not in ("none", None) and config.get("zero_force_ds_cpu_optimizer", True) is not False
+    missing = [f'"{key}": {str(value).lower()}' for key, value in KEYS.items() if config.get(key) is not value]
+    add = f"; add {' and '.join(missing)} (memopt.deepspeed_config writes both)" if missing else ""
+    if "optimizer" in config:
+        kind = f" ({section.get('type')})" if isinstance(section, Mapping) and section.get("type") else ""
+        return (
+            f'the DeepSpeed configuration has an "optimizer" section{kind}: Trainer steps that in '
+            "the place of memopt's, accelerate refuses to have both, and deepspeed.initialize steps that where it "
+            f'is given no optimizer=; take "optimizer" and "scheduler" out{add}'
+        )
+    if forced:
+        return (
+            "the DeepSpeed configuration offloads the optimizer, and accelerate will run DeepSpeed's own CPU Adam "
+            f"in the place of memopt's{add}"
+        )
+    return None
+
+
+def warn_of_replacement() -> None:
+    """Warn where what is set up would step another optimizer than the one that is made now: see :func:`replacement`.
+
+    What was loaded is looked at, and the file that ``accelerate launch`` names; nothing is imported.
+    """
+    for config in _configurations():
+        reason = replacement(config)
+        if reason:
+            warn(reason)
+            return
+
+
+def launched_file() -> str | None:
+    """The DeepSpeed file with which ``accelerate launch`` started this process."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() not in ("true", "1"):
+        return None
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    return None if path == "none" else path
+
+
+def _configurations() -> Iterator[Mapping[str, Any]]:
+    """Those of accelerate's state, of transformers' TrainingArguments, and of the launcher."""
     state = sys.modules.get("accelerate.state")
     shared = getattr(getattr(state, "AcceleratorState", None), "_shared_state", None) or {}
     plugins = shared.get("deepspeed_plugins")
-    for plugin in plugins.values() if isinstance(plugins, dict) else [plugins]:
-        config = getattr(plugin, "deepspeed_config", None) or {}
-        offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
-        if offload.get("device", "none") != "none" and config.get("zero_force_ds_cpu_optimizer", True):
-            warn(
-                "the DeepSpeed configuration offloads the optimizer, and accelerate will run DeepSpeed's own CPU Adam "
-                'in the place of this optimizer; add "zero_force_ds_cpu_optimizer": false and '
-                '"zero_allow_untested_optimizer": true to it (memopt.deepspeed_config writes both)'
-            )
-            return
+    arguments = getattr(sys.modules.get("transformers.integrations.deepspeed"), "_hf_deepspeed_config_weak_ref", None)
+    made = [getattr(plugin, "deepspeed_config", None) for plugin in _listed(plugins)]
+    made += [getattr(arguments() if arguments is not None else None, "config", None)]
+    found = [config for config in made if isinstance(config, Mapping)]
+    yield from found
+    path = launched_file()
+    if path and not found:  # made before Accelerator()
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = json.loads(file.read(MOST_BYTES))
+        except (OSError, ValueError):
+            return  # accelerate will say what is wrong with it
+        if isinstance(config, Mapping):
+            yield config
+
+
+def _listed(plugins: Any) -> list[Any]:
+    return list(plugins.values()) if isinstance(plugins, dict) else [plugins]

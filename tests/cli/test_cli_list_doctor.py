@@ -44,6 +44,30 @@ class TestDoctor:
         for what in ("Python", "torch", "CUDA", "bitsandbytes", "host memory", "TMPDIR", "C++ compiler"):
             assert what in out
 
+    def test_a_deepspeed_file_that_replaces_the_optimizer_is_said(self, run, tmp_path, monkeypatch):
+        monkeypatch.setattr(doctor, "findings", lambda: [])
+        replacing, offload = tmp_path / "ds.json", {"zero_stage": 2, "offload_optimizer_device": "cpu"}
+        replacing.write_text(json.dumps({"optimizer": {"type": "AdamW"}}))
+        cases = {
+            replacing: '"optimizer" section (AdamW)',
+            (tmp_path / "named.yaml"): '"optimizer" section (AdamW)',
+            (tmp_path / "fields.yaml"): "DeepSpeed's own CPU Adam",
+            (tmp_path / "right.json"): "",
+        }
+        sections = [{"deepspeed_config_file": "ds.json"}, offload]
+        for path, section in zip(list(cases)[1:3], sections, strict=True):  # JSON is YAML
+            path.write_text(f"distributed_type: DEEPSPEED\ndeepspeed_config: {json.dumps(section)}\n")
+        list(cases)[3].write_text(json.dumps(memopt.deepspeed_config("adamw-8bit/zero2", offload=True)))
+        for path, words in cases.items():
+            code, out, _ = run("doctor", "--deepspeed", str(path), "--json")
+            (found,) = json.loads(out)["findings"]
+            assert code == 0
+            assert found["status"] == ("note" if words else "ok")
+            assert words in found["text"]
+        code, _, err = run("doctor", "--deepspeed", str(tmp_path / "none.json"))
+        assert code == 2
+        assert "No such file" in err
+
     def test_a_missing_package_says_how_to_install_it(self, run, monkeypatch):
         def nowhere(name):
             raise doctor.metadata.PackageNotFoundError(name)

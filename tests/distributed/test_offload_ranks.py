@@ -21,6 +21,7 @@ SPECS = [
     "muon-8bit@cpu/zero3",
 ]
 USES = ["accumulated", "accumulated without reducing", "clipped", "clipped by torch", "scaled", "released", "early"]
+USES += ["replicas"]
 STEPS = 2
 
 
@@ -40,6 +41,7 @@ class Blocks(nn.Module):
 def steps(spec, use, threads, **options):
     """Whole parameters, what is here of the state, and where the last gradients are."""
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
     from memopt.placements.transfer import device
 
@@ -51,7 +53,9 @@ def steps(spec, use, threads, **options):
     device.TRANSFERS["cpu"] = lambda where: made
     torch.manual_seed(0)
     model = Blocks()
-    memopt.shard(model, spec)
+    # What is in one shard is whole on each rank, and its gradient is averaged as DistributedDataParallel does.
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "shard")) if use == "replicas" else None
+    memopt.shard(model, spec, mesh=mesh)
     if not threads:  # a second of the backward pass for each shard that is reduced; this hook comes before those
         for p in model.parameters():
             p.register_post_accumulate_grad_hook(lambda p: made.clock.submit("backward", list, [], 0) and None)
@@ -83,6 +87,7 @@ def steps(spec, use, threads, **options):
         "parameters": [p.full_tensor().detach() for p in model.parameters()],
         "state": [opt.state[p] for p in model.parameters()],
         "norms": norms,
+        "whole": all(p.to_local().shape == p.shape for p in model.parameters()),
         "left": left,
         "priced": opt.ledger() == memopt.price(model, opt.spec, device="cuda"),
         "explain": explained,
@@ -139,6 +144,7 @@ def test_bits_are_those_of_gradients_that_stay(two_ranks, case):
     for found, *_ in two_ranks:
         stays, leaves = found[case]
         assert stays["norms"] == leaves["norms"]
+        assert leaves["whole"] == (case == "replicas")
         assert case not in ("clipped", "clipped by torch") or min(stays["norms"]) > 1e-3
         for p, q in zip(stays["parameters"], leaves["parameters"], strict=True):
             assert_same_bits(p, q)
@@ -162,6 +168,7 @@ def test_replicas_are_refused_in_backward_with_the_reason(two_ranks):
         for sentence in said:
             assert "is whole on each of 2 ranks" in sentence
             assert "write '/zero2' or '/zero3'" in sentence
+            assert "a mesh of (2, 1)" in sentence
 
 
 def test_distributed_data_parallel_keeps_room_for_all_gradients(two_ranks):

@@ -1,6 +1,7 @@
 """The optimizer inside other people's loops."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -186,29 +187,57 @@ def test_sharded_parameters_are_refused_with_the_reason():
     assert states == 0
 
 
-OFFLOADED = """
-import importlib, json, sys, warnings
+REPLACED = """
+import importlib, json, os, sys, warnings
 import torch, accelerate, memopt
 importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # it would be compiled, for a minute
+from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
-zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero}
-config |= json.loads(sys.argv[1])
-accelerate.Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    memopt.create(torch.nn.Linear(8, 8), "adamw-8bit")
-print([str(w.message) for w in said if "in the place of this optimizer" in str(w.message)])
+from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+def said():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        memopt.create(torch.nn.Linear(8, 8), "adamw-8bit")
+    return [str(w.message) for w in found if "in the place of memopt's" in str(w.message)]
+
+cases, answers = json.loads(sys.argv[1]), []
+for how, config in cases:
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 2}, **config}
+    if how == "accelerate":
+        accelerate.Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    elif how == "TrainingArguments":
+        kept = HfDeepSpeedConfig(config)  # what they make
+    else:
+        with open(sys.argv[2], "w") as file:
+            json.dump(config, file)
+        os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = sys.argv[2]
+    answers.append(said())
+    AcceleratorState._reset_state(True)
+    os.environ.pop("ACCELERATE_DEEPSPEED_CONFIG_FILE", None)
+    unset_hf_deepspeed_config()
+print(json.dumps(answers))
 """
+OFFLOADS = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+REPLACING = [
+    ("accelerate", {**OFFLOADS}, "DeepSpeed's own CPU Adam"),
+    ("accelerate", {**OFFLOADS, "zero_force_ds_cpu_optimizer": False}, ""),
+    ("accelerate", {"optimizer": {"type": "AdamW"}}, '"optimizer" section (AdamW)'),
+    ("accelerate", {"zero_optimization": {"stage": 2}}, ""),
+    ("TrainingArguments", {"optimizer": {"type": "Lion"}}, '"optimizer" section (Lion)'),
+    ("accelerate launch", {"optimizer": {"type": "AdamW"}}, '"optimizer" section (AdamW)'),
+    ("accelerate launch", {"zero_optimization": {"stage": 3}}, ""),
+]
 
 
-@pytest.mark.parametrize("keys", ["{}", '{"zero_force_ds_cpu_optimizer": false}'])
-def test_accelerate_would_run_deepspeeds_optimizer_in_place_of_ours(keys):
-    pytest.importorskip("accelerate")
-    pytest.importorskip("deepspeed")
+def test_what_would_step_in_the_place_of_ours_is_said(tmp_path):
+    for name in ("accelerate", "deepspeed", "transformers"):
+        pytest.importorskip(name)
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "ACCELERATE_USE_DEEPSPEED": "true"}
-    done = subprocess.run([sys.executable, "-c", OFFLOADED, keys], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", REPLACED, json.dumps([case[:2] for case in REPLACING]), str(tmp_path / "ds.json")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    said = done.stdout.strip().splitlines()[-1]
-    assert ("zero_allow_untested_optimizer" in said) == (keys == "{}"), done.stdout
+    for (*_, words), said in zip(REPLACING, json.loads(done.stdout.splitlines()[-1]), strict=True):
+        assert len(said) == bool(words)
+        assert all(words in one and "zero_allow_untested_optimizer" in one for one in said)

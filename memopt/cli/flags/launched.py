@@ -223,7 +223,7 @@ def accelerate(config: dict[str, Any], path: str) -> dict[str, Any]:
         )
     mixed = precision if precision in ("bf16", "fp16") else None
     if kind in ("DEEPSPEED", "DISTRIBUTEDTYPE.DEEPSPEED"):
-        return options | _accelerated_deepspeed(_section(config, "deepspeed_config", path), mixed, path)
+        return options | deepspeed(*_accelerated_deepspeed(_section(config, "deepspeed_config", path), mixed, path))
     if kind not in ("NO", "FALSE", "MULTI_GPU", "FSDP"):
         raise InputError(
             f"{shown(path)}: distributed_type={shown(kind)} is not known to the calculator; it knows NO, "
@@ -246,22 +246,32 @@ def _fsdp(config: Mapping[str, Any], path: str) -> dict[str, Any]:
     return options
 
 
-def _accelerated_deepspeed(section: Mapping[str, Any], mixed: str | None, path: str) -> dict[str, Any]:
-    """DeepSpeed's own file where there is one, or accelerate's few fields."""
+def _accelerated_deepspeed(section: Mapping[str, Any], mixed: str | None, path: str) -> tuple[dict[str, Any], str]:
+    """DeepSpeed's own file where there is one, or accelerate's few fields; and which file says so."""
     file = section.get("deepspeed_config_file")
     if isinstance(file, str) and file != "none":
         with refused():
             beside = str(within(Path(path).parent, file, f"deepspeed_config_file in {shown(path)}"))
-        return deepspeed(_object(_content(beside).decode("utf-8", errors="replace"), beside), beside)
-    return deepspeed(
-        {
-            "zero_optimization": {
-                "stage": section.get("zero_stage", 2),
-                "offload_optimizer": {"device": section.get("offload_optimizer_device") or "none"},
-                "offload_param": {"device": section.get("offload_param_device") or "none"},
-            },
-            "gradient_accumulation_steps": section.get("gradient_accumulation_steps"),
-            **({mixed: {"enabled": True}} if mixed else {}),
+        return _object(_content(beside).decode("utf-8", errors="replace"), beside), beside
+    config = {
+        "zero_optimization": {
+            "stage": section.get("zero_stage", 2),
+            "offload_optimizer": {"device": section.get("offload_optimizer_device") or "none"},
+            "offload_param": {"device": section.get("offload_param_device") or "none"},
         },
-        path,
-    )
+        "gradient_accumulation_steps": section.get("gradient_accumulation_steps"),
+        **({mixed: {"enabled": True}} if mixed else {}),
+    }
+    return config, path
+
+
+def deepspeed_configuration(path: str) -> dict[str, Any]:
+    """The DeepSpeed configuration in a file, or that accelerate's YAML names or implies. Raises :class:`InputError`."""
+    data = _content(path)
+    text = data.decode("utf-8", errors="replace")
+    if text.lstrip().startswith("{"):
+        return _object(text, path)
+    content = _yaml(data, path)
+    if not isinstance(content, dict) or "deepspeed_config" not in content:
+        raise InputError(f"{shown(path)} is neither a DeepSpeed configuration nor accelerate's with one")
+    return _accelerated_deepspeed(_section(content, "deepspeed_config", path), None, path)[0]

@@ -263,7 +263,9 @@ def _refuse_replica(name: str, p: Tensor) -> None:
         raise RuntimeError(
             f"{name} is whole on each of {ranks()} ranks, and its gradient is this rank's alone when it is ready: "
             "DistributedDataParallel averages it later, in buckets whose room on the device would not become free. "
-            "offload_gradients is for one process, or for shards of fully_shard, which leave when they are reduced: "
-            "write '/zero2' or '/zero3', or leave it out and give DistributedDataParallel "
-            "gradient_as_bucket_view=True, with which the card has these buckets and no gradients beside them"
+            "offload_gradients is for one process, and for what fully_shard reduces, whose gradients leave when all "
+            "ranks have added theirs: write '/zero2' or '/zero3', which cut the state as '/zero1' does (for replicas "
+            f"give memopt.shard a mesh of ({ranks()}, 1), which cuts nothing), or leave it out and give "
+            "DistributedDataParallel gradient_as_bucket_view=True, with which the card has these buckets and no "
+            "gradients beside them"
         )
