@@ -119,7 +119,11 @@ def _steps(steps: list[dict[str, Any]]) -> str:
         f"Beside {len(ran)} real steps of small models of {len({r['type'] for r in ran})} types in bf16 on a CPU, with "
         f"and without checkpointing, saved bytes are within 1 % in {len(saved)} and the peak of tensors is within 5 % "
         f"in {len(peak)}"
-        + (f"; the others are {', '.join(sorted(missed))}. " if missed else ". ")
+        + (
+            f"; the {'other is' if len(missed) == 1 else 'others are'} {', '.join(sorted(missed))}. "
+            if missed
+            else ". "
+        )
         + "oneDNN's convolutions and products allocate and free memory inside of themselves, for operands in another "
         "order and for "
         "sums, up to several times a small vision model's activations. It is measured apart, and not estimated: on a "
