@@ -53,7 +53,7 @@ def passes(rule: str, p: Tensor, state: dict[str, Tensor]) -> list[list[tuple[Te
         return [[(g, False)], [(g, False), (p, False)], step]
     if rule == "came":
         m = [(x, True) for x in moments.values()]
-        return [[(g, False)], [(g, False)], [(g, False), *m], [(p, True), *((x, False) for x, _ in m)]]
+        return [[(g, False)], [(g, False), *m], [(p, True), *((x, False) for x, _ in m)]]
     return [[(g, False)], step]  # the look; of a factored moment the new means
 
 

@@ -254,13 +254,18 @@ def test_the_bounds_of_adabound_follow_a_schedule(plain) -> None:
     assert_close(run(), plain(run), 0.0, 0, "adabound")
 
 
-def test_row_means_of_rows_longer_than_one_thread_takes(plain) -> None:
-    shapes = [(3, 140_001), (2, 3, 70_000), (9, 60_000)]
-    ours, our_states = stepped("adammini", {}, shapes, torch.float32)
-    theirs, their_states = plain(stepped, "adammini", {}, shapes, torch.float32)
+@pytest.mark.parametrize(
+    ("spec", "shapes"),
+    [("adammini", [(3, 140_001), (2, 3, 70_000), (9, 60_000)]), ("came", [(2, 900, 600), (900, 600), (40, 13_200)])],
+)
+def test_tensors_larger_than_one_thread_takes(spec, shapes, plain) -> None:
+    """Row means of long rows; sizes of updates that are found with the means of a moment, and that are not."""
+    ours, our_states = stepped(spec, {}, shapes, torch.float32)
+    theirs, their_states = plain(stepped, spec, {}, shapes, torch.float32)
     for p, q, mine, other in zip(ours, theirs, our_states, their_states, strict=True):
         assert_close(p.detach(), q.detach(), 0.0, 0, f"{tuple(p.shape)}")
-        assert_close(mine["exp_avg_sq"], other["exp_avg_sq"], 0.0, 0, f"{tuple(p.shape)}")
+        for key in mine:
+            assert_close(mine[key], other[key], 0.0, 0, f"{tuple(p.shape)} {key}")
 
 
 @pytest.mark.parametrize("spec", ["adamw-8bit", "adamw-fp8", "adamw-4bit", "lion-8bit"])

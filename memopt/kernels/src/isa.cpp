@@ -88,6 +88,7 @@ void MEMOPT_TABLE(memopt::Table& t) {
         t.run[MEANS_ADAM][f] = run<MeansAdam, InFactors>;
         t.run[MEANS_RMSPROP][f] = run<MeansRmsprop, InFactors>;
         t.run[MEANS_ADAFACTOR][f] = run<MeansAdafactor, InFactors>;
+        t.run[COLUMNS_OF_UPDATE][f] = run<ColumnsOfUpdate, ByRows>;
         t.run[MEANS_RESIDUAL][f] = run<MeansResidual<false>, BesideFactors<Anywhere>>;
     }
     t.run[MEANS_RESIDUAL_WRITING][FMT_FACTORED] = run<MeansResidual<true>, InFactors>;

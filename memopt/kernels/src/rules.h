@@ -266,6 +266,15 @@ struct MeansAdafactor : Reads {
         return vf{};
     }
 };
+// The squares of an update but for the means of the columns, which are not known yet.
+struct ColumnsOfUpdate : Reads {
+    static constexpr bool P = false, W_P = false, V = true, W_V = true;
+    INLINE vf apply(vf&, vf g, vf& v, vf&, vf&, const Scalars&) {
+        const vf u = g * v;
+        v = u * u;
+        return vf{};
+    }
+};
 // WRITES: the first moment, in fp32, which the step then need not find again.
 template <bool WRITES>
 struct MeansResidual : Reads {

@@ -3,6 +3,10 @@
 // is cut into bands of rows if it is tall, of columns if it is wide; sums across the cut are kept per band and added in
 // order. Columns are summed over 32 rows in fp32, then in fp64, a few chunks of columns at a time: what is added to
 // stays in the caches nearby, and rows are read in long stretches.
+//
+// The square of an update g / sqrt(row * col / mean) is (g² / row) * mean / col. Where the means of rows are final before
+// those of columns, g² / row is summed over the columns while the rows are in the cache, and divided when the columns are
+// final: the size of the update costs no read of the gradient.
 #include "passes/means.h"
 
 #include <cstdlib>
@@ -55,6 +59,7 @@ struct Renewal {
     const int64_t flush;
     int64_t bands = 1;
     double* partial = nullptr;  // [bands][cols] of a tall matrix, [bands][height] of a wide one
+    double* updates = nullptr;  // [bands][cols]: sums of g² / row, of a tall matrix where they are asked for
     double of_rows, of_cols;    // a row mean, a column mean times this: what is kept, summed along the row or column
 
     Renewal(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, const Change& change,
@@ -74,11 +79,11 @@ struct Renewal {
 
 int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Rows r0 ... r1 - 1 (`flush` at most) of chunks k0 ... k1 - 1 (BLOCK at most). Row sums of x are added to `rows`, column
-// sums to `cols`.
-void strip(const Renewal& w, int64_t r0, int64_t r1, int64_t k0, int64_t k1, double* rows, double* cols) {
+// Rows r0 ... r1 - 1 (`flush` at most) of chunks k0 ... k1 - 1 (BLOCK at most). Row sums of what the pass gives are added
+// to `rows`, column sums to `cols`.
+void strip(const Renewal& w, Pass pass, int64_t r0, int64_t r1, int64_t k0, int64_t k1, double* rows, double* cols) {
     const Tensor& t = w.t;
-    const Run run = w.table.run[w.change.pass][t.format];
+    const Run run = w.table.run[pass][t.format];
     const int64_t first = k0 * CHUNK, width = smaller_of(k1 * CHUNK, t.cols) - first;
     alignas(64) float column[BLOCK * CHUNK], roots[SLOTS * BLOCK * CHUNK];
     Sums sums{};
@@ -94,14 +99,18 @@ void strip(const Renewal& w, int64_t r0, int64_t r1, int64_t k0, int64_t k1, dou
     for (int64_t c = 0; c < width; c++) cols[c] += column[c];
 }
 
-// Rows r0 ... r1 - 1, all columns: row means are final, column sums are added to `cols`.
-void tall_tile(const Renewal& w, int64_t r0, int64_t r1, double* cols) {
+// Rows r0 ... r1 - 1, all columns: row means are final, column sums are added to `cols`, and to `updates` if not null.
+void tall_tile(const Renewal& w, int64_t r0, int64_t r1, double* cols, double* updates) {
     for (int64_t r = r0; r < r1; r += w.flush) {
         const int64_t stop = smaller_of(r + w.flush, r1);
         double rows[FLUSH] = {};
-        for (int64_t k = 0; k < w.per_row; k += BLOCK)
-            strip(w, r, stop, k, smaller_of(k + BLOCK, w.per_row), rows, cols + k * CHUNK);
+        const auto columns = [&](Pass pass, double* into) {
+            for (int64_t k = 0; k < w.per_row; k += BLOCK)
+                strip(w, pass, r, stop, k, smaller_of(k + BLOCK, w.per_row), rows, into + k * CHUNK);
+        };
+        columns(w.change.pass, cols);
         for (int64_t i = r; i < stop; i++) w.put_row(i, rows[i - r]);
+        if (updates) columns(COLUMNS_OF_UPDATE, updates);
     }
 }
 
@@ -111,11 +120,17 @@ void wide_tile(const Renewal& w, int64_t k0, int64_t k1, double* rows) {
         const int64_t stop = smaller_of(k + BLOCK, k1);
         double cols[BLOCK * CHUNK] = {};
         for (int64_t r = 0; r < w.t.height; r += w.flush)
-            strip(w, r, smaller_of(r + w.flush, w.t.height), k, stop, rows + r, cols);
+            strip(w, w.change.pass, r, smaller_of(r + w.flush, w.t.height), k, stop, rows + r, cols);
         const int64_t first = k * CHUNK, end = smaller_of(stop * CHUNK, w.t.cols);
         for (int64_t c = first; c < end; c++)
             w.col[c] = static_cast<float>(w.column(c, cols[c - first]) / static_cast<double>(w.t.height));
     }
+}
+
+// Bands of n sums are added to the first.
+void add_up(double* sums, int64_t bands, int64_t n) {
+    for (int64_t b = 1; b < bands; b++)
+        for (int64_t i = 0; i < n; i++) sums[i] += sums[b * n + i];
 }
 
 // The sums across the cut become means: of the columns of a tall matrix, of the rows of a wide one. `total` adds them
@@ -124,8 +139,7 @@ bool finish(const Renewal& w, Total total) {
     const Tensor& t = w.t;
     const int64_t n = w.tall ? t.cols : t.height;
     double* sums = w.partial;
-    for (int64_t b = 1; b < w.bands; b++)
-        for (int64_t i = 0; i < n; i++) sums[i] += w.partial[b * n + i];
+    add_up(sums, w.bands, n);
     if (!w.tall) {
         for (int64_t i = 0; i < n; i++) w.put_row(i, sums[i]);
         return true;
@@ -134,6 +148,15 @@ bool finish(const Renewal& w, Total total) {
     if (total && total(sums, n)) return false;
     for (int64_t c = 0; c < n; c++) w.col[c] = static_cast<float>(sums[c] / static_cast<double>(t.whole_height));
     return true;
+}
+
+// The squares of the updates of a matrix, whose means are final.
+double squares_of_updates(const Renewal& w) {
+    const Tensor& t = w.t;
+    add_up(w.updates, w.bands, t.cols);
+    double sum = 0;
+    for (int64_t c = 0; c < t.cols; c++) sum += w.updates[c] / w.col[c];
+    return sum * mean_of(t, w.change.slot, w.matrix, w.means.floor[w.change.slot]);
 }
 
 struct Matrices {
@@ -155,7 +178,7 @@ void whole_matrices(void* context, int64_t task) {
         Renewal one(all.table, all.t, all.s, all.keys, all.change, all.means, matrix, all.tall);
         std::memset(across, 0, sizeof across);
         one.partial = across;
-        if (one.tall) tall_tile(one, 0, one.t.height, across);
+        if (one.tall) tall_tile(one, 0, one.t.height, across, nullptr);
         else wide_tile(one, 0, one.per_row, across);
         finish(one, nullptr);
     }
@@ -164,9 +187,10 @@ void whole_matrices(void* context, int64_t task) {
 void band(void* context, int64_t b) {
     const Renewal& w = *static_cast<Renewal*>(context);
     const int64_t n = w.tall ? w.t.cols : w.t.height;
-    double* partial = w.partial + b * n;
+    double *partial = w.partial + b * n, *updates = w.updates ? w.updates + b * n : nullptr;
     std::memset(partial, 0, n * sizeof(double));
-    if (w.tall) tall_tile(w, w.t.height * b / w.bands, w.t.height * (b + 1) / w.bands, partial);
+    if (updates) std::memset(updates, 0, n * sizeof(double));
+    if (w.tall) tall_tile(w, w.t.height * b / w.bands, w.t.height * (b + 1) / w.bands, partial, updates);
     else wide_tile(w, w.per_row * b / w.bands, w.per_row * (b + 1) / w.bands, partial);
 }
 
@@ -201,10 +225,18 @@ void Means::set(const Table& table, const Tensor& t, int64_t matrix, int64_t fir
     }
 }
 
+namespace {
+
+bool is_tall(const Tensor& t) { return t.height >= t.cols || t.cols <= FEW_COLS; }
+
+}  // namespace
+
+bool updates_with_means(const Tensor& t) { return !t.cut && t.height * t.cols >= LARGE && is_tall(t); }
+
 bool renew_means(const Table& table, const Tensor& t, const Scalars& s, const uint32_t* keys, const Change& change,
-                 const Means& means, int threads, Total total) {
+                 const Means& means, int threads, Total total, double* squares) {
     const bool shared = total && !t.stacked;  // of a stack, every matrix is whole on its rank
-    const bool tall = shared || t.height >= t.cols || t.cols <= FEW_COLS;
+    const bool tall = shared || is_tall(t);
     const int64_t matrices = shared ? 1 : t.height ? t.rows / t.height : 0, numel = t.height * t.cols;
     if (!shared && numel < LARGE) {
         if (!numel) return true;
@@ -215,15 +247,18 @@ bool renew_means(const Table& table, const Tensor& t, const Scalars& s, const ui
     const int64_t across = tall ? t.cols : t.height, along = tall ? t.height / FLUSH : chunks_of(t.cols);
     int64_t bands = smaller_of(smaller_of(PARTIAL_SUMS / across, MAX_BANDS), along);
     if (bands < 1) bands = 1;
-    double* partial = static_cast<double*>(std::malloc(bands * across * sizeof(double)));
+    double* partial = static_cast<double*>(std::malloc((squares ? 2 : 1) * bands * across * sizeof(double)));
     if (!partial) std::abort();
+    if (squares) *squares = 0;
     bool done = true;
     for (int64_t matrix = 0; done && matrix < matrices; matrix++) {
         Renewal one(table, t, s, keys, change, means, matrix, tall);
         one.bands = bands;
         one.partial = partial;
+        if (squares) one.updates = partial + bands * across;
         parallel(threads, bands, band, &one);
         done = finish(one, shared ? total : nullptr);
+        if (squares) *squares += squares_of_updates(one);
     }
     std::free(partial);
     return done;

@@ -34,8 +34,12 @@ struct Change {
     double keep, take;
 };
 
-// The means of what a moment becomes. Returns false where `total` failed, which was given if ranks share the rows.
+// Whether renew_means can find the squares of g / sqrt(the renewed moment) besides.
+bool updates_with_means(const Tensor&);
+
+// The means of what a moment becomes, and in `squares` the sum of those squares, unless it is null. Returns false where
+// `total` failed, which was given if ranks share the rows.
 bool renew_means(const Table&, const Tensor&, const Scalars&, const uint32_t* keys, const Change&, const Means&,
-                 int threads, Total total);
+                 int threads, Total total, double* squares);
 
 }  // namespace memopt

@@ -93,19 +93,17 @@ Change second_moment(const Group& h, const Scalars& s) {
     return {pass, 0, s.beta2, s.one_minus_beta2};
 }
 
+// Whether the squares of the updates are found with the means of the second moment.
+bool finds_updates(const Group& h, const Tensor& lines) { return h.rule == CAME && updates_with_means(lines); }
+
 // The sums that a step begins with where no moment is factored; PASSES where there are none.
 Pass first_sums(const Group& h) {
     switch (h.rule) {
-        case ADAFACTOR:
-            return h.flags & SCALE_PARAMETER ? SUM_UPDATE_PARAMETER : SUM_UPDATE;
-        case CAME:
-            return SUM_UPDATE;
-        case LAMB:
-            return SUM_LAMB;
-        case STABLEADAMW:
-            return SUM_SURPRISE;
-        default:
-            return PASSES;
+        case ADAFACTOR: return h.flags & SCALE_PARAMETER ? SUM_UPDATE_PARAMETER : SUM_UPDATE;
+        case CAME: return SUM_UPDATE;
+        case LAMB: return SUM_LAMB;
+        case STABLEADAMW: return SUM_SURPRISE;
+        default: return PASSES;
     }
 }
 
@@ -150,7 +148,8 @@ bool begin(const Table& table, const Group& h, const Tensor& t, const Prepared& 
         Means means(TINY);
         means.prepare(lines, 0);
         means.renewed = 0;
-        renew_means(table, lines, *ready.scalars, ready.keys, second_moment(h, *ready.scalars), means, threads, nullptr);
+        renew_means(table, lines, *ready.scalars, ready.keys, second_moment(h, *ready.scalars), means, threads, nullptr,
+                    finds_updates(h, lines) ? &begun.sums.rule : nullptr);
     }
     return table.all_finite(rows, count.rows, F32);  // every element is in the mean of a row
 }
@@ -185,6 +184,8 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         backward = !backward;
         return going ? sweep(table, t, s, ready.keys, which, means, spread ? each : nullptr, summed, backward, threads) : Totals{};
     };
+    const bool found_before = factored && !total && finds_updates(h, lines);
+    Totals updates = begun ? begun->sums : Totals{};
     // The new means of a factored moment; what reads them afterwards divides by a mean bounded by `floor`.
     const auto renew = [&](const Change& change, double floor = TINY) {
         const int slot = change.slot;
@@ -192,7 +193,8 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
             means.floor[slot] = static_cast<float>(TINY);
             means.prepare(lines, slot);
             means.renewed = slot;
-            going = going && renew_means(table, lines, s, ready.keys, change, means, threads, total);
+            going = going && renew_means(table, lines, s, ready.keys, change, means, threads, total,
+                                         slot == 0 && found_before ? &updates.rule : nullptr);
             means.renewed = -1;
         }
         backward = false;
@@ -212,7 +214,7 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         if (factored) renew(second_moment(h, *ready.scalars), floor);
     };
     const auto sums = [&](Pass which) {
-        return begun && !factored ? begun->sums : pass(which, true);
+        return found_before || (begun && !factored) ? updates : pass(which, true);
     };
     const auto root_mean_square = [&](double squares) {
         if (total && going) going = total(&squares, 1) == 0;
@@ -224,10 +226,7 @@ bool whole_step(const Table& table, const Group& h, const Tensor& t, const Prepa
         return rms / h.d < 1 ? 1.0 : rms / h.d;  // a NaN stays
     };
     switch (h.rule) {
-        case ADAM:
-        case RADAM:
-        case ADABOUND:
-        case ADEMAMIX:
+        case ADAM: case RADAM: case ADABOUND: case ADEMAMIX:
             renew_second();
             pass(h.rule == ADABOUND ? STEP_ADABOUND : h.rule == ADEMAMIX ? STEP_ADEMAMIX : STEP_ADAM);
             break;

@@ -49,6 +49,19 @@ class FactoredRoot : public Plain {
     INLINE_METHOD vf get(int i) const { return row * loadf(root + i); }
 };
 
+// Of the same moment 1 / sqrt(row mean) alone; `put` adds to the sums of the columns.
+class RowRoot : public Plain {
+    const vf root;
+    float* const column;
+
+  public:
+    INLINE_METHOD RowRoot(const memopt::Tensor& t, int slot, const Place& place, Scratch&, Sums& into)
+        : root(splat(1.0f / __builtin_sqrtf(static_cast<const float*>(t.data[slot])[place.row]))),
+          column(into.column + (place.col - into.first_col)) {}
+    INLINE_METHOD vf get(int) const { return root; }
+    INLINE_METHOD void put(int i, vf x) { store(column + i, loadf(column + i) + x); }
+};
+
 // One number for each run of `span` elements, which an earlier pass has written.
 class RowMean : public Plain {
     const float* const value;
@@ -230,6 +243,7 @@ struct In4 {
 };
 template <class Signed> struct BesideFactors { typedef Factored U; typedef Signed S; typedef FactoredRoot R; };
 typedef BesideFactors<Full> InFactors;
+struct ByRows { typedef RowRoot U; typedef Full S; typedef RowRoot R; };
 struct InMixture { typedef Staged<false, false> U; typedef Staged<true, false> S; typedef Staged<false, true> R; };
 template <class F> struct BesideRowMeans { typedef RowMean U, R; typedef typename F::S S; };
 
