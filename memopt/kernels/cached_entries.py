@@ -128,6 +128,12 @@ class CachedEntries:
         unmoved = list(map(Tensor.data_ptr, self.lasting)) == self._addresses
         return unmoved and self._signature.matches(self.lasting)
 
+    def follow_state(self) -> None:
+        """A step has put other tensors into the state, of the same kinds."""
+        self._entries, self.tensors_of_state = self._everything(), self._touched()
+        self.lasting[len(self.cached) :] = self.tensors_of_state
+        self._addresses = list(map(Tensor.data_ptr, self.lasting))
+
     def still_valid(self, context: StepContext) -> list[CachedParam]:
         """What the plan after this one takes over: everything, or nothing where something else has changed."""
         states = context.state

@@ -55,7 +55,7 @@ class StreamedPlan(CpuCachedStep):
         self._cut = [(k, [i for i, row in enumerate(rows) if row.owner == k]) for k in sorted(cut)]
 
     def refresh(self, context: StepContext) -> bool:
-        return self.streaming.same() and super().refresh(context)
+        return super().refresh(context) and self.streaming.same()
 
     def _take(self, addresses: list[int]) -> None:
         for tensor, (owner, offset) in zip(self.tensors, self.rows, strict=True):
@@ -86,6 +86,8 @@ class StreamedPlan(CpuCachedStep):
             if self.ranges[0][0]:
                 self._step(0, self.ranges[0][0])
             self.streaming.run(self._step_chunk, wanted)
+            if self.streaming.moves:
+                self.follow_state()
             if counted:
                 torch._foreach_add_(counted, 1)
         self.pages.after(time.perf_counter() - start)

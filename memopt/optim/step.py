@@ -123,6 +123,8 @@ class Stepper:
                 sums = self.reports.of(rule, self.setup.partition.groups(p), torch.device("cpu"))
                 sums += torch.tensor(numbers, dtype=torch.float64)
             self.reports.tell(context.groups, context.spec)
+        if self.setup.placement_stores.durable is not None:
+            self.store.commit()
         return True
 
     def _cache(self, works: Sequence[Work], scaler: Scaler) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import weakref
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from memopt.core.ledger import Line
 from memopt.core.libc import advise
@@ -66,9 +68,11 @@ class Entry:
         self.offsets = {part.key: part.offset for part in self.parts}
         self.nbytes_of = {part.key: part.nbytes for part in self.parts}
         self.begins = begins
+        self._forms = [(p.key, json.dumps([p.key, p.dtype, list(p.shape)])[:-1]) for p in self.parts]
         self.copy = copy
         self.uncommitted = False
         self.sums: dict[str, list[Sum]] | None = None
+        self._next_sums: dict[str, list[Sum]] = {part.key: [] for part in self.parts}
         self._maps = [arena.map(begin, end) if end else None for begin in begins]
         self._tensors = [tensors_in(memory, self.parts) for memory in self._maps]
 
@@ -94,9 +98,27 @@ class Entry:
         """The copy that a step writes: never the one that is committed."""
         return self.copy if self.uncommitted or len(self.begins) == 1 else 1 - self.copy
 
-    def written(self, sums: dict[str, list[Sum]]) -> None:
-        """A step has written all of the next copy."""
+    def begin_step(self) -> None:
+        """Nothing of the next copy is written."""
+        for found in self._next_sums.values():
+            found.clear()
+
+    def note_written(self, part: Part, crc: int) -> None:
+        """These bytes of the next copy are written, and this is their CRC-32. From any thread."""
+        self._next_sums[part.key].append((part.offset, part.nbytes, crc))
+
+    def end_step(self, state: dict[str, Tensor]) -> None:
+        """The next copy is the state from now on where all of it was written. One that is the only one stays it."""
+        nbytes = sum([size for found in self._next_sums.values() for _, size, _ in found])
+        if len(self.begins) < 2 or nbytes != self.state_nbytes:
+            return
+        for found in self._next_sums.values():
+            found.sort()
+        # The lists are used again: of a thousand parameters the garbage collector would look through new ones.
+        sums = self._next_sums
+        self._next_sums = self.sums if self.sums is not None else {part.key: [] for part in self.parts}
         self.copy, self.uncommitted, self.sums = self.next, True, sums
+        state.update(self._tensors[self.copy])
 
     def tensors(self) -> dict[str, Tensor]:
         """The state: tensors that are the file."""
@@ -108,9 +130,14 @@ class Entry:
             if memory is not None:
                 advise(ctypes.addressof(memory), self.nbytes, DONT_NEED)
 
-    def to_json(self, step: float) -> dict[str, Any]:
-        parts = [[p.key, p.dtype, list(p.shape), (self.sums or {}).get(p.key, [])] for p in self.parts]
-        return {"step": step, "begins": self.begins, "copy": self.copy, "parts": parts}
+    def to_json(self, step: float) -> str:
+        """What a record says of it (:mod:`memopt.placements.stores.record`). Text that is put together: a thousand
+        small parameters have thousands of lists, which the garbage collector would look through."""
+        sums = self.sums or {}
+        found = [", ".join([f"[{a}, {n}, {crc}]" for a, n, crc in sums.get(key, ())]) for key, _ in self._forms]
+        parts = [f"{form}, [{some}]]" for (_, form), some in zip(self._forms, found, strict=True)]
+        begins, joined = ", ".join(map(str, self.begins)), ", ".join(parts)
+        return f'{{"step": {step!r}, "begins": [{begins}], "copy": {self.copy}, "parts": [{joined}]}}'
 
 
 #: Of a part in a chunk: its entry, where it is in the buffer, and in the entry's copy.
@@ -150,3 +177,35 @@ def written(places: Sequence[ChunkPart]) -> list[tuple[int, int, int]]:
         if part.nbytes < entry.nbytes_of[part.key]:  # the pages at its ends are those of other rows too
             found.append((at + offset % PAGE, entry.begin(entry.next) + offset, part.nbytes))
     return found
+
+
+@contextmanager
+def rewriting(states: Sequence[tuple[Entry, dict[str, Tensor]]]) -> Iterator[None]:
+    """Around a step: of entries with two copies, those of which it writes everything are the state afterwards."""
+    for entry, _ in states:
+        entry.begin_step()
+    yield
+    for entry, state in states:
+        entry.end_step(state)
+
+
+class ChunkMoves:
+    """What is read and written of a chunk in every step, worked out once for each way in which the copies stand."""
+
+    #: Of parameters without a gradient in some steps copies stand in many ways.
+    REMEMBERED = 4
+
+    def __init__(self, places: Sequence[ChunkPart]) -> None:
+        self.places = places
+        self.nbytes = sum(part.nbytes for _, part, _, _ in places)
+        self._entries = list(dict.fromkeys(entry for entry, _, _, _ in places))
+        self._moves: dict[tuple[int, ...], tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]] = {}
+
+    def now(self) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+        """:func:`fetched` and :func:`written` of this step."""
+        key = tuple([2 * entry.copy + entry.uncommitted for entry in self._entries])
+        if key not in self._moves:
+            if len(self._moves) >= self.REMEMBERED:
+                self._moves.clear()
+            self._moves[key] = fetched(self.places), written(self.places)
+        return self._moves[key]

@@ -23,10 +23,10 @@ from memopt.core.host_memory import bytes_view
 from memopt.core.ledger import Line
 from memopt.core.user_warning import warn
 from memopt.kernels import Streaming
-from memopt.layout.chunks import PAGE, Buffers, ChunkedState, Part, StoreOptions, pack
+from memopt.layout.chunks import PAGE, Buffers, ChunkedState, StoreOptions, pack
 from memopt.placements.arena import Arena
 from memopt.placements.base import Placement, Restored, StepFunction
-from memopt.placements.entry import ChunkPart, Entry, Room, Sum, fetched, pages_of, written
+from memopt.placements.entry import ChunkMoves, ChunkPart, Entry, Room, fetched, pages_of, rewriting, written
 from memopt.placements.stores.durable_directory import Directory
 from memopt.placements.stores.streaming import ChunkSlice, Placed, Streamed, placed
 from memopt.placements.transfer.device import DeviceTransfer, transfer_of
@@ -62,7 +62,6 @@ class Files(Streamed):
         self._where = "cpu"
         self._threads = Threads(WORKERS)
         self.resident: set[str] = set()  # parameters whose mapped state is to stay in memory
-        self._written: list[tuple[Entry, Part, int]] = []
         self._finalizer = weakref.finalize(self, _close, [self._threads, self.directory or self.arena])
 
     # Allocation ------------------------------------------------------------------------------------------------
@@ -126,18 +125,10 @@ class Files(Streamed):
             self.directory.check()
 
     def step(self, works: Sequence[Work], run: StepFunction, chunked: Callable[[Work], ChunkedState]) -> None:
-        self._written = []
         if self.directory:
             self.directory.wait()
-        super().step(works, run, chunked)
-        sums: dict[Entry, dict[str, list[Sum]]] = {}
-        for entry, part, crc in self._written:
-            sums.setdefault(entry, {}).setdefault(part.key, []).append((part.offset, part.nbytes, crc))
-        for work in works:
-            entry = self.entries[work.name]
-            if entry in sums:
-                entry.written({key: sorted(found) for key, found in sums[entry].items()})
-                work.state.update(entry.tensors())
+        with rewriting([(self.entries[work.name], work.state) for work in works]):
+            super().step(works, run, chunked)
         self._unmap()
 
     def _unmap(self) -> None:
@@ -148,7 +139,6 @@ class Files(Streamed):
     def abandon(self) -> None:
         super().abandon()
         self._threads.abandon()
-        self._written = []
 
     def first(self, nbytes: int) -> set[str]:
         """The parameters, in the order of their allocation, whose state together is at most so many bytes."""
@@ -163,10 +153,7 @@ class Files(Streamed):
             self._move(self.arena.read, i, fetched(places))
 
         def write(i: int) -> None:
-            for entry, part, at, offset in places:
-                view = self._views[i][at + offset % PAGE :][: part.nbytes]
-                self._written.append((entry, part, zlib.crc32(view) if self.directory else 0))
-            self._move(self.arena.write, i, written(places))
+            self._write(i, places, written(places))
 
         def step(i: int) -> None:
             memory = self._device if self._transfer else self._host
@@ -187,40 +174,49 @@ class Files(Streamed):
     def streaming(self, works: Sequence[Work], chunked: Callable[[Work], ChunkedState]) -> Streaming | None:
         slices = self._slices(works, chunked)
         self._fit(works[0].p.device)
-        if self.directory or not self._host or any(work.groups or not work.p.is_cpu for work in works):
-            return None  # every step writes elsewhere than it reads, or waits for other ranks, or for a card
+        if not self._host or any(work.groups or not work.p.is_cpu for work in works):
+            return None  # a step waits for other ranks, or for a card
         host, names = self._host, [work.name for work in works]
         entries = [self.entries[name] for name in names]
         chunks = [placed(chunk) for chunk in pack([one for one in slices if one.nbytes], self.buffers.nbytes)]
-        moves, on_buffers = [], []
+        moves = [ChunkMoves(self._places(chunk)) for chunk in chunks]
+        states = [(entry, work.state) for entry, work in zip(entries, works, strict=True)]
+        on_buffers = []
         for i, chunk in enumerate(chunks):
-            places = self._places(chunk)
-            moves.append((fetched(places), written(places), sum(part.nbytes for _, part, _, _ in places)))
             on_buffers.append([one.on(self._state(one, host[i % len(host)], base)) for one, base in chunk])
         empty = [one.on(dict(one.work.state)) for one in slices if not one.nbytes]
         on_buffers += [empty] if empty else []
 
         def same() -> bool:  # the list of buffers is another where they were made anew
+            self.check()
             return self._host is host and all(map(is_, map(self.entries.get, names), entries))
 
         def chain(i: int, step: Callable[[int], None]) -> list[Operation]:
-            reads, writes, nbytes = moves[i]
+            (reads, writes), one = moves[i].now(), moves[i]
             return [
-                Operation("read", lambda buffer: self._move(self.arena.read, buffer, reads), nbytes),
-                Operation("step", lambda _: step(i), nbytes),
-                Operation("write", lambda buffer: self._move(self.arena.write, buffer, writes), nbytes),
+                Operation("read", lambda buffer: self._move(self.arena.read, buffer, reads), one.nbytes),
+                Operation("step", lambda _: step(i), one.nbytes),
+                Operation("write", lambda buffer: self._write(buffer, one.places, writes), one.nbytes),
             ]
 
         def run(step: Callable[[int], None], wanted: Collection[int]) -> None:
             idle = [Operation("step", lambda _: None)]  # a chunk that is left out keeps its place among the buffers
             chains = [chain(i, step) if i in wanted else idle for i in range(len(chunks))]
-            run_chains_on_host(chains, self._threads, len(host))
+            with rewriting(states):
+                run_chains_on_host(chains, self._threads, len(host))
             if empty and len(chunks) in wanted:
                 step(len(chunks))
             if not self.arena.direct:  # a direct write takes from memory what stands where it writes
                 self._unmap()
 
-        return Streaming(on_buffers, run, same)
+        return Streaming(on_buffers, run, same, moves=self.directory is not None)
+
+    def _write(self, i: int, places: Sequence[ChunkPart], runs: Sequence[tuple[int, int, int]]) -> None:
+        if self.directory:
+            for entry, part, at, offset in places:
+                view = self._views[i][at + offset % PAGE :][: part.nbytes]
+                entry.note_written(part, zlib.crc32(view))
+        self._move(self.arena.write, i, runs)
 
     def _move(self, act: Callable[[memoryview, int], None], i: int, found: Sequence[tuple[int, int, int]]) -> None:
         for at, offset, size in found:

@@ -249,10 +249,10 @@ class Directory:
         for entry in entries.values():
             if entry.sums is None:  # written as memory, not by a step
                 entry.sums = {p.key: self._sums(entry.begins[entry.copy] + p.offset, p.nbytes) for p in entry.parts}
-        parameters = {**self.pending, **{name: entry.to_json(steps[name]) for name, entry in entries.items()}}
-        record = json.dumps(
-            {"format": FORMAT, "number": self.number, "spec": self.spec, "parameters": parameters}
-        ).encode()
+        parameters = {name: json.dumps(saved) for name, saved in self.pending.items() if name not in entries}
+        parameters |= {name: entry.to_json(steps[name]) for name, entry in entries.items()}
+        head = json.dumps({"format": FORMAT, "number": self.number, "spec": self.spec, "parameters": {}})
+        record = (head[:-2] + ", ".join([f"{json.dumps(n)}: {text}" for n, text in parameters.items()]) + "}}").encode()
         try:
             self.journal.reserve(len(record))
             self.journal.write(record)
