@@ -12,20 +12,15 @@ planned anew it is the 0.75 that step.
 
 from __future__ import annotations
 
-import json
 import random
-import subprocess
-import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from provenance import write_result
+import small_tensors
 
-RESULTS = Path(__file__).parent / "results"
 SPECS = ("adamw", "adamw-8bit", "adamw@cpu", "adamw@host", "adamw@disk")
 ROUNDS = 20
 
@@ -101,14 +96,7 @@ def worker(count: int, numel: int, threads: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def measure(args: Namespace) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--worker", "--count", str(args.count), "--numel", str(args.numel)]
-    runs = []
-    for _ in range(args.processes):
-        done = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        runs.append(json.loads(done.stdout))
+def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for name in runs[0]["all"]:
         row: dict[str, Any] = {"name": name}
@@ -140,24 +128,5 @@ def table(rows: list[dict[str, Any]], args: Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--numel", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--print", action="store_true", help="print the table and write nothing")
-    parser.add_argument("--worker", action="store_true", help="used by itself")
-    args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(worker(args.count, args.numel, args.threads)))
-        return
-    rows = measure(args)
-    if not args.print:
-        write_result(RESULTS / "step_released.json", {"count": args.count, "numel": args.numel, "rows": rows})
-        (RESULTS / "step_released.md").write_text(table(rows, args))
-    print(table(rows, args))
-
-
 if __name__ == "__main__":
-    main()
+    small_tensors.main(__file__, __doc__, 3, worker, rows_of, table)

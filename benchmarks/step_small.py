@@ -7,29 +7,26 @@ Writes benchmarks/results/step_small.json and .md, in a minute. ``quarter``: in 
 tensors, drawn anew, has ``grad = None``, the same for all that are compared; the ratio is that of the medians to
 torch's fused AdamW on the same. ``all`` is with all gradients. ``@disk`` is compared with the time that its own disk
 takes for the same bytes: whole pages of its file read and written again past the page cache, in requests of 16 MiB.
+With ``directory=`` a step is done when it cannot be lost any more, and so is its disk: it is waited for once
+(``fdatasync``). The step waits a second time, for the record that says which bytes are the state.
 """
 
 from __future__ import annotations
 
-import json
 import mmap
 import random
-import subprocess
-import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from provenance import write_result
+import small_tensors
 
-RESULTS = Path(__file__).parent / "results"
 SPECS = ("adamw", "adamw-8bit", "adamw-4bit", "lion-8bit", "adafactor", "came", "lamb", "adamw@cpu", "adamw@host")
 ON_DISK = ("adamw@disk", "adamw-8bit@disk")
-#: Committed after every step, with a record that is replaced and a disk that is waited for: no bar is of these.
+#: Committed after every step.
 COMMITTED = ("adamw@disk, directory=",)
 #: The largest ratio that each is to have.
 BAR_QUARTER, BAR_DISK = 1.2, 3.0
@@ -81,7 +78,8 @@ def worker(count: int, numel: int, threads: int) -> dict[str, Any]:
 
 
 def disk(opt: Any) -> float:
-    """Seconds for reading the pages of the state from its file and writing them again."""
+    """Seconds for reading the pages of the state from its file and writing them again, and where steps are committed
+    until they are on the disk."""
     (store,) = opt.setup.placement_stores
     entries = list(store.entries.values())
     nbytes = sum(entry.nbytes for entry in entries)
@@ -93,18 +91,13 @@ def disk(opt: Any) -> float:
         for act in (store.arena.read, store.arena.write):
             for at in range(0, nbytes, REQUEST):
                 act(buffer[at : at + REQUEST], first + at)
+        if store.directory:
+            store.arena.sync()
         times.append(time.perf_counter() - start)
     return median(times)
 
 
-def measure(args: Namespace) -> list[dict[str, Any]]:
-    command = [sys.executable, __file__, "--worker", "--count", str(args.count), "--numel", str(args.numel)]
-    runs = []
-    for _ in range(args.processes):
-        done = subprocess.run([*command, "--threads", str(args.threads)], capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(done.stderr)
-        runs.append(json.loads(done.stdout))
+def rows_of(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for spec in (*SPECS, *ON_DISK, *COMMITTED):
         row: dict[str, Any] = {"spec": spec}
@@ -133,8 +126,8 @@ def table(rows: list[dict[str, Any]], args: Namespace) -> str:
         f"`python benchmarks/step_small.py`: {args.count} tensors of {args.numel} elements, {args.threads} threads, "
         f"{args.processes} fresh processes: the median, the smallest and the largest. Ratios to torch's fused AdamW on "
         f"the same, with all gradients and with another quarter of them missing in each step [{BAR_QUARTER}]; of "
-        f"`@disk` to the time of its own disk for the same bytes [{BAR_DISK}]; with `directory=` every step is "
-        "committed besides: it has no plan, waits for the disk, and replaces a record.",
+        f"`@disk` to the time of its own disk for the same bytes, with `directory=` until they are on it (one "
+        f"`fdatasync`; a step has two, the second for the record that is replaced) [{BAR_DISK}].",
         "",
         "| spec | ms | all | a quarter missing | to its disk |",
         "|---|---|---|---|---|",
@@ -145,25 +138,6 @@ def table(rows: list[dict[str, Any]], args: Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--count", type=int, default=500)
-    parser.add_argument("--numel", type=int, default=1000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--processes", type=int, default=5)
-    parser.add_argument("--print", action="store_true", help="print the table and write nothing")
-    parser.add_argument("--worker", action="store_true", help="used by itself")
-    args = parser.parse_args()
-    if args.worker:
-        print(json.dumps(worker(args.count, args.numel, args.threads)))
-        return
-    rows = measure(args)
-    if not args.print:
-        result = {"count": args.count, "numel": args.numel, "threads": args.threads, "rows": rows}
-        write_result(RESULTS / "step_small.json", {**result, "bars": {"quarter": BAR_QUARTER, "disk": BAR_DISK}})
-        (RESULTS / "step_small.md").write_text(table(rows, args))
-    print(table(rows, args))
-
-
 if __name__ == "__main__":
-    main()
+    bars = {"quarter": BAR_QUARTER, "disk": BAR_DISK}
+    small_tensors.main(__file__, __doc__, 5, worker, rows_of, table, bars=bars)
