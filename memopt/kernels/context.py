@@ -45,8 +45,8 @@ class Streaming(NamedTuple):
     """A step of state that is brought to it in chunks, as long as it is cut in the same way. ``chunks`` are the works
     of each, rows of parameters with their state in a buffer; ``run(step, wanted)`` brings those that are wanted one
     after the other, calls ``step(i)`` for chunk i and writes it back; ``same()`` says whether buffers and state are
-    still where they were, and raises OSError where the state cannot be reached any more. ``moves``: ``run`` leaves other
-    tensors in the state, of the same kinds."""
+    still where they were, and raises OSError where the state cannot be reached any more. ``moves``: ``run`` leaves
+    other tensors in the state, of the same kinds."""
 
     chunks: Sequence[Sequence[Work]]
     run: Callable[[Callable[[int], None], Collection[int]], None]
