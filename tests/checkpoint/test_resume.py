@@ -12,8 +12,12 @@ from tests.helpers.cases import HYPER, PAIRS, VARIANTS, assert_same_bits, odd_mo
 
 BEFORE, AFTER = 3, 6
 #: A quarter of the plain specs, and everything else that is there.
-CASES = [(s, HYPER.get(memopt.parse(s).rule, {})) for s in sampled(8)[::3]] + VARIANTS + PAIRS
+PLAIN = [(s, HYPER.get(memopt.parse(s).rule, {})) for s in sampled(8)[::3]]
+SLOW = [case for i, case in enumerate(PLAIN) if i % 3]
+CASES = PLAIN[::3] + VARIANTS + PAIRS + SLOW
+QUICK = len(CASES) - len(SLOW)
 CASE_IDS = [s + "".join(f" {k}={v}" for k, v in h.items()) for s, h in CASES]
+EACH = [pytest.param(i, id=CASE_IDS[i], marks=[pytest.mark.slow] * (i >= QUICK)) for i in range(len(CASES))]
 
 
 def checkpoint(directory: Path, i: int) -> Path:
@@ -30,7 +34,7 @@ def build(i: int):
 
 def resume_all(directory: Path) -> None:
     """The fresh process: load each checkpoint, continue, save what came out."""
-    for i in range(len(CASES)):
+    for i in sorted(int(path.stem) for path in directory.glob("*.pt")):
         model, opt = build(i)
         saved = torch.load(checkpoint(directory, i), weights_only=True)
         model.load_state_dict(saved["model"])
@@ -40,24 +44,29 @@ def resume_all(directory: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
-    """Checkpoints after BEFORE steps, and what a fresh process made of them."""
+def resumed(request, tmp_path_factory):
+    """Checkpoints after BEFORE steps, and what a fresh process made of them: of the cases that are to run."""
     torch.set_num_threads(1)
     directory = tmp_path_factory.mktemp("resume")
-    uninterrupted = []
-    for i in range(len(CASES)):
+    uninterrupted = {}
+    asked = [
+        item.callspec.params
+        for item in request.session.items
+        if item.path == request.path and hasattr(item, "callspec")
+    ]
+    for i in sorted(params["i"] for params in asked if "i" in params):
         model, opt = build(i)
         train(model, opt, 0, BEFORE)
         torch.save({"model": model.state_dict(), "optimizer": opt.state_dict()}, checkpoint(directory, i))
         train(model, opt, BEFORE, AFTER)
-        uninterrupted.append((model, opt))
+        uninterrupted[i] = model, opt
     code = "import sys, torch; torch.set_num_threads(1); from pathlib import Path; "
     code += "from tests.checkpoint import test_resume; test_resume.resume_all(Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-c", code, str(directory)], check=True, cwd=Path(__file__).parents[2], timeout=600)
     return directory, uninterrupted
 
 
-@pytest.mark.parametrize("i", range(len(CASES)), ids=CASE_IDS)
+@pytest.mark.parametrize("i", EACH)
 def test_a_fresh_process_continues_bit_for_bit(resumed, i):
     directory, uninterrupted = resumed
     model, opt = uninterrupted[i]

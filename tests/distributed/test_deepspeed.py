@@ -16,7 +16,7 @@ from memopt.optim.replaced_params import flattened as flattened_partition
 from memopt.partitions.deepspeed.metadata import Made, Unknown, recover
 from tests.helpers import flattened
 from tests.helpers.cases import HYPER
-from tests.helpers.flattened import CASES, STEPS, session, whole
+from tests.helpers.flattened import CASES, MORE, STEPS, session, session_of, whole
 from tests.helpers.flattened_moves import MOVED, PLACES, saved_in
 
 pytest.importorskip("deepspeed")
@@ -24,7 +24,8 @@ pytest.importorskip("deepspeed")
 RTOL = 1e-6
 #: Relative error of what was encoded in other blocks of 8 bits once or twice (one encoding: 0.018).
 MOVED_BOUND = 0.04
-ALL = [(world, case) for world, cases in CASES.items() for case in cases]
+ALL = [(world, case, ()) for world, cases in CASES.items() for case in cases]
+ALL += [(world, case, (pytest.mark.slow,)) for world, cases in MORE.items() for case in cases]
 
 
 def same_bits(a, b):
@@ -47,7 +48,10 @@ def rows_of(state, rows, spec, h, name):
     }
 
 
-each = pytest.mark.parametrize(("world", "case"), ALL, ids=[f"{w}-" + "-".join(map(str, c)) for w, c in ALL])
+each = pytest.mark.parametrize(
+    ("world", "case"),
+    [pytest.param(w, c, id=f"{w}-" + "-".join(map(str, c)), marks=marks) for w, c, marks in ALL],
+)
 
 
 @each
@@ -61,9 +65,9 @@ def test_parameters_and_state_are_those_of_one_process(world, case, monkeypatch)
     monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
     ways.append(flattened.alone(text, STEPS, dtype, groups))
     for name, p in ways[0][0].items():
-        got = whole(session(world), lambda rank: rank[case]["found"], name, p)
+        got = whole(session_of(world, case), lambda rank: rank[case]["found"], name, p)
         assert "8bit" in text or (got - p).abs().max() <= RTOL * p.abs().max(), name
-        there = [rank[case]["found"][name] for rank in session(world) if name in rank[case]["found"]]
+        there = [rank[case]["found"][name] for rank in session_of(world, case) if name in rank[case]["found"]]
         split = sum(1 for start, stop, *_ in there if stop > start) > 1
         for way in ways if split else ways[:1]:
             pairs = [(got, way[0][name])]
@@ -80,7 +84,7 @@ def test_parameters_and_state_are_those_of_one_process(world, case, monkeypatch)
 
 @each
 def test_bytes_of_each_rank_are_the_ledgers_and_the_price(world, case):
-    for r, rank in enumerate(session(world)):
+    for r, rank in enumerate(session_of(world, case)):
         assert rank[case]["same_ledger"], r
         assert rank[case]["same_bytes"], r
         assert "rows of the parameters behind DeepSpeed's flat vectors" in rank[case]["explain"]
@@ -89,7 +93,7 @@ def test_bytes_of_each_rank_are_the_ledgers_and_the_price(world, case):
 
 @each
 def test_a_checkpoint_goes_on_bit_for_bit(world, case):
-    for rank in session(world):
+    for rank in session_of(world, case):
         assert rank[case]["resumed"] == []
 
 

@@ -10,11 +10,11 @@ from memopt.checkpoint.io import manifest
 from tests.helpers import sharded
 from tests.helpers.cases import assert_same_bits
 from tests.helpers.meshes import STEPS, Meshed, alone, loaded
-from tests.helpers.sharded_runs import WORLD, session
+from tests.helpers.sharded_runs import WORLD, of_checkpoints, session
 
 
 def folder(name):
-    return Path(session()[0]["mesh"]["path"]) / name
+    return Path(session(of_checkpoints)[0]["mesh"]["path"]) / name
 
 
 @pytest.mark.parametrize("name", ["meshed", "swapped", "alone", "hsdp"])
@@ -24,7 +24,7 @@ def test_a_mesh_saves_and_loads_to_the_bit(name):
         sharded.drive(model, opt, 0, 2 * STEPS)
     else:
         model, _ = alone(2 * STEPS)
-    for rank in session():
+    for rank in session(of_checkpoints):
         for (parameter, p), a in zip(model.named_parameters(), rank["mesh"][name], strict=True):
             assert_same_bits(a, p, parameter)
 
@@ -34,7 +34,7 @@ def test_one_process_loads_what_a_mesh_saved(name):
     built = sharded.build("adamw-8bit", overrides=sharded.CUT_WITHIN) if name == "hsdp" else alone(0)
     for p, a in zip(built[0].parameters(), loaded(folder(name), built), strict=True):
         assert_same_bits(a, p)
-    for p, a in zip(built[0].parameters(), session()[0]["mesh"][name], strict=True):
+    for p, a in zip(built[0].parameters(), session(of_checkpoints)[0]["mesh"][name], strict=True):
         assert_same_bits(a, p)
 
 

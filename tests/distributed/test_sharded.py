@@ -8,7 +8,7 @@ from memopt.kernels import loader
 from memopt.rules import RULES
 from tests.helpers import sharded
 from tests.helpers.cases import assert_same_bits
-from tests.helpers.sharded_runs import SPECS, STEPS, WORLD, session
+from tests.helpers.sharded_runs import SPECS, STEPS, WORLD, of_specs, session
 
 #: What kernels round otherwise than torch, relative to the largest element.
 RTOL = 1e-6
@@ -32,16 +32,16 @@ def test_parameters_and_state_are_those_of_one_process(spec, monkeypatch):
         return not rule.element_wise or factored or means
 
     if any(sums(p) for p, _ in expected.values()):
-        for whole, (p, _) in zip(session()[0]["specs"][spec]["model"], expected.values(), strict=True):
+        for whole, (p, _) in zip(session(of_specs)[0]["specs"][spec]["model"], expected.values(), strict=True):
             assert (whole - p).abs().max() <= RTOL * p.abs().max()
         if rule.name == "adammini":  # its means of cut vectors are torch's
             monkeypatch.setattr(loader, "_loaded", loader.Missing("turned off"))
         expected.update({name: found for name, found in alone(spec, "zero1").items() if sums(found[0])})
     for i, (name, (p, state)) in enumerate(expected.items()):
-        for rank in session():
+        for rank in session(of_specs):
             assert_same_bits(rank["specs"][spec]["model"][i], p, name)
         for key, value in state.items():
-            parts = [rank["specs"][spec]["state"][i][key] for rank in session()]
+            parts = [rank["specs"][spec]["state"][i][key] for rank in session(of_specs)]
             if all(part.shape == value.shape for part in parts):  # the step, and means that every rank has
                 assert all(torch.equal(part, value) for part in parts)
             else:
@@ -50,7 +50,7 @@ def test_parameters_and_state_are_those_of_one_process(spec, monkeypatch):
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_bytes_of_each_rank_are_the_ledgers(spec):
-    for r, rank in enumerate(session()):
+    for r, rank in enumerate(session(of_specs)):
         assert rank["specs"][spec]["same_ledger"], r
         assert rank["specs"][spec]["same_price"], r
         assert rank["specs"][spec]["same_bytes"], r
@@ -58,7 +58,7 @@ def test_bytes_of_each_rank_are_the_ledgers(spec):
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all():
-    for r, rank in enumerate(session()):
+    for r, rank in enumerate(session(of_specs)):
         skipped, same, messages = rank["nan"]
         assert skipped == 1
         assert same
@@ -67,7 +67,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all():
 
 def test_statistics_of_many_parameters_share_their_collectives():
     """60 parameters: RMS of the parameter, column sums, RMS of the update, and whether a gradient is bad."""
-    assert all(rank["collectives"] <= 4 for rank in session())
+    assert all(rank["collectives"] <= 4 for rank in session(of_specs))
 
 
 def test_one_process_without_a_group_is_the_same_path():

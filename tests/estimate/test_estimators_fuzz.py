@@ -12,7 +12,7 @@ from estimators.models.from_files import parse_json
 from estimators.models.published import KNOWN
 from memopt.cli import main
 
-CONFIGS = 1_500
+CONFIGS = 800
 SEED = 20240611
 #: A single hostile configuration may not keep anybody waiting either.
 SLOWEST_SECONDS = 2.0

@@ -24,16 +24,21 @@ CASES = {
         ("adafactor", 1, False, "float32", 2),
         ("came-8bit", 2, True, "float32", 1),
         ("lamb", 3, True, "float32", 2),
-        ("adammini-8bit", 2, False, "float32", 1),
         ("stableadamw", 1, False, "bfloat16", 2),
         ("muon(adamw)", 2, True, "float32", 1),
     ],
     3: [
         ("adafactor", 3, False, "float32", 1),
         ("muon-8bit(adamw)", 1, False, "float32", 1),
-        ("muon(adamw)", 3, False, "float32", 2),
         ("came-8bit", 3, False, "float32", 1),
         ("adamw-factored", 2, False, "float32", 2),
+    ],
+}
+#: The same for tests that are marked slow.
+MORE = {
+    2: [("adammini-8bit", 2, False, "float32", 1)],
+    3: [
+        ("muon(adamw)", 3, False, "float32", 2),
         ("adafactor", 1, False, "bfloat16", 1),
         ("lamb-8bit", 2, False, "float32", 1),
     ],
@@ -268,6 +273,10 @@ def flat_groups() -> tuple[list[str], list[str], bool]:
     return [str(w.message) for w in caught if "memopt" in str(w.filename)], names, same
 
 
+def more(world: int) -> dict[Any, Any]:
+    return {case: run_case(*case) for case in MORE[world]}
+
+
 def everything(world: int, folder: str) -> dict[Any, Any]:
     from tests.helpers import flattened_moves
 
@@ -287,6 +296,17 @@ def session(world: int) -> Any:
     if before := flattened_moves.PLACES[world][0]:
         session(before)  # saves what this one loads
     return ranks.run(everything, world, world, flattened_moves.saved_in())
+
+
+@ranks.once
+def session_of(world: int, case: Any) -> Any:
+    """What every rank found in the session that has this case."""
+    return session(world) if case in CASES[world] else longer(world)
+
+
+@ranks.once
+def longer(world: int) -> Any:
+    return ranks.run(more, world, world)
 
 
 def whole(session: Any, of: Any, name: str, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-INPUTS = 300
+INPUTS = 180
 
 #: In a process of its own: its audit hook stays, and its memory is measured.
 CODE = """
