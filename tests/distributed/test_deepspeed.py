@@ -16,7 +16,8 @@ from memopt.optim.replaced_params import flattened as flattened_partition
 from memopt.partitions.deepspeed.metadata import Made, Unknown, recover
 from tests.helpers import flattened
 from tests.helpers.cases import HYPER
-from tests.helpers.flattened import CASES, MORE, STEPS, session, session_of, whole
+from tests.helpers.flattened import STEPS, session, session_of, whole
+from tests.helpers.flattened_cases import CASES, MORE
 from tests.helpers.flattened_moves import MOVED, PLACES, saved_in
 
 pytest.importorskip("deepspeed")
