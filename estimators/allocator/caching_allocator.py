@@ -8,11 +8,14 @@ Segments are never given back, unless memory runs out. Source: c10/cuda/CUDACach
 CUDA notes of its documentation; one stream.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
+from collections.abc import Sequence
 
 from estimators.allocator.alloc_conf import DEFAULT, LARGE_SEGMENT, MIB, NEVER, Settings
 
 ROUND, SMALL, SMALL_SEGMENT, SHARED, ROUND_LARGE = 512, MIB, 2 * MIB, 10 * MIB, 2 * MIB
+#: Free blocks are ordered by one integer, size << ADDRESS_BITS | address: an estimate compares a million of them.
+ADDRESS_BITS = 64
 
 
 class OutOfMemory(Exception):
@@ -45,9 +48,12 @@ class Allocator:
         self.requested = self.allocated = self.reserved = 0
         self.most_requested = self.most_allocated = self.most_reserved = 0
         self.collected = 0  # how often unused segments were given back
-        #: Free blocks of the large and the small pool by (size, address), and the block at an address.
-        self._free: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-        self._at: tuple[dict[int, Block], dict[int, Block]] = ({}, {})
+        #: Free blocks of the large and the small pool by size and address, and their keys in the same order.
+        self._free: tuple[list[Block], list[Block]] = ([], [])
+        self._keys: tuple[list[int], list[int]] = ([], [])
+        #: The least that is split off, by pool; whether every free block that is large enough serves.
+        self._splits = (ROUND if settings.expandable else SMALL + 1, ROUND)
+        self._any_serves = settings.max_split == NEVER and not settings.expandable
         self._next_address = 0  # segments lie one after the other, apart
         #: Last block of an expandable segment by pool: it can grow.
         self._last: list[Block | None] = [None, None]
@@ -66,13 +72,21 @@ class Allocator:
         """A block for so many bytes; None for none. Raises :class:`OutOfMemory` where a limit does not allow it."""
         if nbytes <= 0:
             return None
-        divisions = self.settings.divisions
-        size = self.rounded(nbytes) if divisions else -(-nbytes // ROUND) * ROUND
+        settings = self.settings
+        size = self.rounded(nbytes) if settings.divisions else (nbytes + 511) // ROUND * ROUND
         small = size <= SMALL
         self._calls[small] += 1
-        block = self._best(size, small) or self._segment(size, small)
+        keys = self._keys[small]
+        at = bisect_left(keys, size << ADDRESS_BITS)
+        block: Block | None = None
+        if at < len(keys) and (self._any_serves or (at := self._chosen(at, size, small)) >= 0):
+            del keys[at]
+            block = self._free[small].pop(at)
+            block.free = False
+        else:
+            block = self._segment(size, small)
         rest = block.size - size
-        if rest >= ROUND if small or self.settings.expandable else rest > SMALL and size < self.settings.max_split:
+        if rest >= self._splits[small] and (small or settings.expandable or size < settings.max_split):
             left = Block(block.address + size, rest, small)
             left.before, left.after = block, block.after
             if block.after is not None:
@@ -92,14 +106,16 @@ class Allocator:
 
     def touch(self, nbytes: int) -> None:
         """Allocated and freed at once: where a free block serves it, only the most that was allocated may change."""
-        s, free = self.settings, self._free[nbytes <= SMALL]
-        size = -(-nbytes // ROUND) * ROUND
-        at = bisect_left(free, (size, -1))
-        if nbytes <= 0 or s.divisions or s.expandable or s.threshold or s.max_split != NEVER or at == len(free):
+        small = nbytes <= SMALL
+        keys = self._keys[small]
+        size = (nbytes + 511) // ROUND * ROUND
+        at = bisect_left(keys, size << ADDRESS_BITS)
+        s = self.settings
+        if nbytes <= 0 or at == len(keys) or not self._any_serves or s.divisions or s.threshold:
             self.free(self.malloc(nbytes))
             return
-        found, small = free[at][0], nbytes <= SMALL
-        taken = size if found - size >= ROUND and (small or found - size > SMALL) else found
+        found = keys[at] >> ADDRESS_BITS
+        taken = size if found - size >= self._splits[small] else found
         if self.requested + nbytes > self.most_requested:
             self.most_requested = self.requested + nbytes
         if self.allocated + taken > self.most_allocated:
@@ -135,9 +151,8 @@ class Allocator:
         """Unused segments to the driver, as torch.cuda.empty_cache() does: bytes given back."""
         nbytes = 0
         for small in (False, True):
-            for size, address in list(self._free[small]):
-                block = self._at[small][address]
-                last = self._last[small]
+            for block in list(self._free[small]):
+                size, last = block.size, self._last[small]
                 if self.settings.expandable:
                     # Whole pages of any free block could be unmapped; only those at the end are modelled.
                     if block is last:
@@ -149,35 +164,60 @@ class Allocator:
         self.reserved -= nbytes
         return nbytes
 
+    def copy(self, blocks: Sequence[Block | None]) -> "tuple[Allocator, list[Block | None]]":
+        """Another allocator in the same state, and its blocks in the place of these. What no block that is free or one
+        of these has beside it is left out: nothing can reach it any more."""
+        made: dict[int, Block] = {}
+        for begin in (*self._free[0], *self._free[1], *self._last, *blocks):
+            if begin is None or id(begin) in made:
+                continue
+            first = begin
+            while first.before is not None:
+                first = first.before
+            before: Block | None = None
+            block: Block | None = first
+            while block is not None:
+                new = made[id(block)] = Block(block.address, block.size, block.small)
+                new.free, new.requested, new.unused_since = block.free, block.requested, block.unused_since
+                new.before = before
+                if before is not None:
+                    before.after = new
+                before, block = new, block.after
+        other = Allocator(self.settings)
+        for name, value in vars(self).items():
+            if isinstance(value, int):
+                setattr(other, name, value)
+        other._calls = [*self._calls]
+        other._keys = [*self._keys[0]], [*self._keys[1]]
+        other._free = [made[id(b)] for b in self._free[0]], [made[id(b)] for b in self._free[1]]
+        other._last = [b and made[id(b)] for b in self._last]
+        return other, [b and made[id(b)] for b in blocks]
+
     # Inside ----------------------------------------------------------------------------------------------------
 
     def _release(self, block: Block) -> None:
+        small = block.small
         block.free = True
-        block.unused_since = self._calls[block.small]
-        insort(self._free[block.small], (block.size, block.address))
-        self._at[block.small][block.address] = block
+        block.unused_since = self._calls[small]
+        keys = self._keys[small]
+        key = block.size << ADDRESS_BITS | block.address
+        at = bisect_left(keys, key)
+        keys.insert(at, key)
+        self._free[small].insert(at, block)
 
     def _take(self, block: Block) -> None:
         block.free = False
-        free = self._free[block.small]
-        del free[bisect_left(free, (block.size, block.address))]
-        del self._at[block.small][block.address]
+        keys = self._keys[block.small]
+        at = bisect_left(keys, block.size << ADDRESS_BITS | block.address)
+        del keys[at], self._free[block.small][at]
 
-    def _best(self, size: int, small: bool) -> Block | None:
-        """The smallest free block that is large enough."""
+    def _chosen(self, at: int, size: int, small: bool) -> int:
+        """The place of the free block that is taken, from that of the smallest that is large enough; -1 for none."""
         free, s = self._free[small], self.settings
-        at = bisect_left(free, (size, -1))
-        if at == len(free):
-            return None
-        if s.expandable and at + 1 < len(free) and self._at[small][free[at][1]] is self._last[small]:
+        if s.expandable and at + 1 < len(free) and free[at] is self._last[small]:
             at += 1  # the block that can grow counts as the largest
-        found = free[at][0]
-        if (size < s.max_split <= found) or (size >= s.max_split and found >= size + s.oversize):
-            return None
-        block = self._at[small].pop(free[at][1])
-        del free[at]
-        block.free = False
-        return block
+        found = free[at].size
+        return -1 if (size < s.max_split <= found) or (size >= s.max_split and found >= size + s.oversize) else at
 
     def _segment(self, size: int, small: bool) -> Block:
         """A new segment, or the expandable one made longer."""
@@ -238,7 +278,7 @@ class Allocator:
     def _collect(self) -> None:
         """Segments of the large pool that were unused for longer than the average go, until enough is given back."""
         target = self.reserved - int(self.settings.threshold * self.settings.limit)
-        whole = [b for b in self._at[False].values() if b.before is None and b.after is None]
+        whole = [b for b in self._free[False] if b.before is None and b.after is None]
         while target > 0 and whole and not self.settings.expandable:
             ages = [self._calls[False] - b.unused_since for b in whole]
             average = sum(ages) / len(ages)

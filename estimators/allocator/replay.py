@@ -21,6 +21,7 @@ from estimators.allocator.replayed_step import (
     GRADIENT,
     INSIDE,
     TAKE,
+    Begun,
     Held,
     Program,
     Replay,
@@ -136,17 +137,42 @@ def _programs(walked: "Walked") -> list[_Programs]:
     return found
 
 
+#: The last beginnings of a replay and the tapes that they are of: the specs of a table go on from there, and so do
+#: answers in which another spec was asked for; where only the card changed, nothing is replayed.
+_BEGUN: "list[tuple[object, Begun]]" = []
+_MOST_BEGUN, _MOST_FOUND = 8, 64
+
+
 def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps: int = 2) -> Replayed:
     """What the allocator hands out and reserves in the first steps. ``ran`` is the tape of one micro-batch."""
+    tape, replay = _replay(ran, held, settings)
+    key = replay.key()
+    begun = next((one for of, one in _BEGUN if of is tape and one.key == key), None)
+    rest = (steps, held.batches, *held.state, "step", *held.step)
+    if begun is None:
+        replay.begin()
+        begun = replay.begun()
+        _BEGUN[:] = [(tape, begun), *_BEGUN[: _MOST_BEGUN - 1]]
+    elif rest not in begun.found:
+        replay.resume(begun)
+    if rest not in begun.found:
+        if len(begun.found) == _MOST_FOUND:
+            begun.found.clear()
+        begun.found[rest] = replay.run(steps)
+    return begun.found[rest]
+
+
+def _replay(ran: "Activations", held: Held, settings: Settings) -> tuple[object, Replay]:
+    """What is replayed, and how."""
     if ran.recorded is not None:
         from estimators.allocator.replay_recorded import ReplayRecorded
 
-        return ReplayRecorded(ran.recorded, held, settings).run(steps)
+        return ran.recorded, ReplayRecorded(ran.recorded, held, settings)
     if ran.flown is not None:
-        return _ReplayPipeline(ran.flown, held, settings).run(steps)
+        return ran.flown, _ReplayPipeline(ran.flown, held, settings)
     if ran.walked is None:
         raise ValueError("these activations do not say what they follow from")
-    return _ReplayWalked(ran.walked, held, settings).run(steps)
+    return ran.walked, _ReplayWalked(ran.walked, held, settings)
 
 
 class _Flying(NamedTuple):

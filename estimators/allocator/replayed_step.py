@@ -37,6 +37,17 @@ class Replayed(NamedTuple):
     loaded: int
 
 
+class Begun(NamedTuple):
+    """After the first micro-batch: it has met no state, so that it is the same under every spec. ``key`` is all that it
+    depends on but for the tape; ``found`` are the results by what the rest depends on."""
+
+    key: tuple[object, ...]
+    allocator: Allocator
+    gradients: list[Block | None]
+    loaded: int
+    found: dict[object, Replayed]
+
+
 class Replay:
     """Weights, then steps. What a micro-batch allocates is a subclass's."""
 
@@ -44,8 +55,21 @@ class Replay:
         self.held = held
         self.allocator = Allocator(settings)
         self.gradients: list[Block | None] = []
+        self.loaded = 0
 
-    def run(self, steps: int) -> Replayed:
+    def key(self) -> tuple[object, ...]:
+        held = self.held
+        return held.load, held.whole, held.release, held.empty, self.allocator.settings
+
+    def begun(self) -> Begun:
+        return Begun(self.key(), *self.allocator.copy(self.gradients), self.loaded, {})
+
+    def resume(self, begun: Begun) -> None:
+        self.allocator, self.gradients = begun.allocator.copy(begun.gradients)
+        self.loaded = begun.loaded
+
+    def begin(self) -> None:
+        """The model is loaded, and the first micro-batch runs."""
         a, held = self.allocator, self.held
         there: dict[object, Block | None] = {}
         for key, nbytes in held.load:
@@ -53,21 +77,27 @@ class Replay:
                 there[key] = a.malloc(nbytes)
             else:
                 a.free(there.pop(key, None))
-        loaded = a.most_reserved
+        self.loaded = a.most_reserved
         if held.empty:
             a.give_back()
         for nbytes in held.whole:
             a.malloc(nbytes)
+        self.micro_batch(first=True)
+
+    def run(self, steps: int) -> Replayed:
+        """So many steps, of which :meth:`begin` has run the first micro-batch."""
+        a, held = self.allocator, self.held
         for step in range(steps):
             # The last of several micro-batches meets state and all gradients: it stands for the rest of its step.
-            self.micro_batch(first=not step or held.batches == 1)
+            if step:
+                self.micro_batch(first=held.batches == 1)
             for nbytes in held.state if not step else ():
                 a.malloc(nbytes)
             for block in [a.malloc(nbytes) for nbytes in held.step]:
                 a.free(block)
             while self.gradients and (held.batches == 1 or step == steps - 1):
                 a.free(self.gradients.pop())
-        return Replayed(a.most_requested, a.most_allocated, a.most_reserved, loaded)
+        return Replayed(a.most_requested, a.most_allocated, a.most_reserved, self.loaded)
 
     def micro_batch(self, first: bool) -> None:
         raise NotImplementedError

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from estimators import InputError
 from estimators.allocator.alloc_conf import MIB, Settings, parsed
-from estimators.allocator.caching_allocator import Allocator, Block, OutOfMemory
+from estimators.allocator.caching_allocator import ADDRESS_BITS, Allocator, Block, OutOfMemory
 
 KIB = 2**10
 
@@ -182,7 +182,7 @@ def _check(a: Allocator, live: list[Block]) -> None:
     """Nothing overlaps, blocks are multiples of 512, and the books are right."""
     assert a.allocated == sum(b.size for b in live) <= a.reserved <= a.most_reserved
     spans = sorted((b.address, b.address + b.size) for b in live)
-    spans += [(address, address + size) for pool in a._free for size, address in pool]
+    spans += [(b.address, b.address + b.size) for pool in a._free for b in pool]
     spans.sort()
     assert all(end <= start for (_, end), (start, _) in pairwise(spans))
     assert sum(end - start for start, end in spans) == a.reserved
@@ -204,7 +204,7 @@ def test_any_sequence_keeps_the_books(requests: list[tuple[int, int]], text: str
     assert a.allocated == 0
     reserved = a.reserved
     assert a.give_back() <= reserved
-    assert not any(b.before or b.after for pool in a._at for b in pool.values())
+    assert not any(b.before or b.after for pool in a._free for b in pool)
 
 
 @settings(max_examples=40, deadline=None)
@@ -237,4 +237,4 @@ def test_what_is_allocated_and_freed_at_once_changes_only_the_most(how):
             two.free(two.malloc(nbytes))
         for name in ("requested", "allocated", "reserved", "most_requested", "most_allocated", "most_reserved"):
             assert getattr(one, name) == getattr(two, name), name
-        assert one._free == two._free
+        assert one._keys == two._keys == tuple([b.size << ADDRESS_BITS | b.address for b in pool] for pool in one._free)

@@ -45,6 +45,7 @@ def test_the_peak_is_the_tapes(model: str, checkpointing: str) -> None:
         pytest.skip("no formula")
     replay = _ReplayWalked(ran.walked, Held([]), Settings())
     replay.allocator = exact = Exact()  # type: ignore[assignment]
+    replay.begin()
     replay.run(1)
     peak = max(ran.forward.activations, ran.loss.activations, sum(ran.backward), ran.accumulated.gradients)
     assert exact.most_allocated == pytest.approx(peak, rel=0.01 if model in TWO_STACKS else 1e-4)
@@ -66,6 +67,7 @@ def test_state_and_gradients_are_there_when_they_are_said_to_be() -> None:
     ):
         replay = _ReplayWalked(ran.walked, held, Settings())
         replay.allocator = exact = Exact()  # type: ignore[assignment]
+        replay.begin()
         replay.run(2)
         peaks.append(exact.most_allocated - gradients)
         assert exact.allocated == (100 * MIB if held.load else 0) + sum(held.state) + sum(held.whole)

@@ -46,6 +46,15 @@ def test_a_value_of_another_package_keeps_the_contracts(passed, kind):
     assert any(name in case for case in passed), passed
 
 
+def test_the_page_on_extending_works_as_it_stands(tmp_path):
+    (code,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "extending.md").read_text(), re.M | re.S)
+    (tmp_path / "mine.py").write_text(code)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "mine.py"], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split()[0] for line in done.stdout.splitlines()][-1] == "lion-halves@elsewhere"
+
+
 def test_the_calculator_prices_a_partition_of_another_package():
     code = """
 from estimators import estimate
