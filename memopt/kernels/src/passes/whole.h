@@ -4,8 +4,12 @@
 
 namespace memopt {
 
-// Tensors from this size on are stepped by all threads together, smaller ones by one thread each.
-constexpr int64_t LARGE = 1 << 19;
+// Tensors from this size on are stepped by all threads together, smaller ones by one thread each. The sanitizers, under
+// which everything takes ten times as long, go through the same code with smaller ones.
+#ifndef MEMOPT_LARGE
+#define MEMOPT_LARGE (1 << 19)
+#endif
+constexpr int64_t LARGE = MEMOPT_LARGE;
 
 struct Prepared {
     const Scalars* scalars;
