@@ -57,9 +57,16 @@ def passes(rule: str, p: Tensor, state: dict[str, Tensor]) -> list[list[tuple[Te
     return [[(g, False)], step]  # the look; of a factored moment the new means
 
 
-def memory(found: Sequence[Sequence[tuple[Tensor, bool]]], numel: int, path: str, rounds: int = 7) -> float:
+def memory(
+    found: Sequence[Sequence[tuple[Tensor, bool]]],
+    numel: int,
+    path: str,
+    rounds: int = 7,
+    before: Callable[[], Any] = lambda: None,
+) -> float:
     """Seconds of these passes without arithmetic, by as many threads as torch has: of each pass the median of the
-    fastest way through its arrays. ``path`` is :func:`build`'s."""
+    fastest way through its arrays. ``path`` is :func:`build`'s. ``before()`` comes before each: where it goes
+    through other memory, what a pass reads is in the cache as little as it is in a step among others."""
     roof = ctypes.CDLL(path).memopt_roof
     chunks, threads = ctypes.c_int64(numel // CHUNK), torch.get_num_threads()
     total = 0.0
@@ -68,6 +75,7 @@ def memory(found: Sequence[Sequence[tuple[Tensor, bool]]], numel: int, path: str
         times: dict[tuple[int, int], list[float]] = {way: [] for way in WAYS}
         for _ in range(rounds):
             for (places, ahead), some in times.items():
+                before()
                 start = time.perf_counter()
                 roof(arrays, len(one), chunks, threads, places, ctypes.c_int64(ahead))
                 some.append(time.perf_counter() - start)
