@@ -44,9 +44,12 @@ INLINE V load(const T* from) {
 template <class V, class T>
 INLINE void store(T* to, V v) { __builtin_memcpy(to, &v, sizeof v); }
 
-// Asks the memory for a line.
+// Asks the memory for a line; the second for the cache of the core, where what is needed much later is out of the way.
 INLINE void fetch(const void* from) {
     if (W > 4) __builtin_prefetch(from, 0, 3);  // vectors of four (SSE2) do not wait for memory
+}
+INLINE void fetch_early(const void* from) {
+    if (W > 4) __builtin_prefetch(from, 0, 2);
 }
 
 INLINE vf loadf(const float* from) { return load<vf>(from); }

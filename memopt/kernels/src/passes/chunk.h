@@ -52,7 +52,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     constexpr int BLOCK = smallest(smallest(V::BLOCK, M::BLOCK), smallest(X::BLOCK, Y::BLOCK));
     constexpr bool CODES = BLOCK < CHUNK;
     constexpr int ARRAYS = Rule::P + Rule::G + V::LIES + M::LIES + X::LIES + Y::LIES;
-    constexpr int FURTHER = CODES || ARRAYS == 1 ? CHUNK : 0;
+    constexpr int FURTHER = CODES ? 4 * CHUNK : ARRAYS == 1 ? CHUNK : 0;
     Scratch v_scratch, m_scratch, x_scratch, y_scratch;
     alignas(64) float p_buffer[CHUNK];
     alignas(64) float g_buffer[CHUNK];
@@ -128,7 +128,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         y.begin(b);
         const int stop = smallest((b + 1) * BLOCK, at.n);
         for (int i = b * BLOCK; i < stop; i += W) {
-            if (CODES && Rule::P) fetch(p_ahead + i * p_size);
+            if (CODES && Rule::P) fetch_early(p_ahead + i * p_size);
             if (!CODES) ask(i);
             step(i, stop);
         }
@@ -146,7 +146,7 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
         if (Rule::Y) y.turn(b);
         const int stop = smallest((b + 1) * BLOCK, at.n);
         for (int i = b * BLOCK; i < stop; i += GROUP * W) {
-            for (int k = i; Rule::G && k < i + GROUP * W; k += W) fetch(g_ahead + k * g_size);
+            for (int k = i; Rule::G && k < i + GROUP * W; k += W) fetch_early(g_ahead + k * g_size);
             v.ahead(i + FURTHER);
             m.ahead(i + FURTHER);
             x.ahead(i + FURTHER);

@@ -26,8 +26,8 @@ struct Place {
 };
 
 // What the processor foresees by itself ends at every page, which is a chunk of fp32, so it is asked, for every line: one
-// chunk ahead, which is soon enough where several arrays are read beside each other; a pass over one array alone, and one
-// that codes, whose chunks take longer than the memory, ask two chunks ahead.
+// chunk ahead, which is soon enough where several arrays are read beside each other; a pass over one array alone asks two
+// chunks ahead. One that codes, whose chunks fill the first cache as it is, asks five ahead, for the second.
 constexpr int AHEAD = CHUNK;
 
 // Memory of one moment's chunk; apart from the moment itself, whose other members then stay in registers.
@@ -208,7 +208,7 @@ class Coded {
     INLINE_METHOD void code(int i) {
         Code::encode(at + i, value + i, inverse, dither);
     }
-    INLINE_METHOD void ahead(int i) const { fetch(direct + (AHEAD + i) * Packing::BITS / 8); }
+    INLINE_METHOD void ahead(int i) const { fetch_early(direct + (AHEAD + i) * Packing::BITS / 8); }
     INLINE_METHOD void close() { Packing::close(direct, n, at); }
 };
 
