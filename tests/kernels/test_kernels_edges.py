@@ -240,6 +240,7 @@ def test_no_copies_of_what_is_not_contiguous() -> None:
     assert max(peaks_kib(specs, [(1024, 2048), (3, 70, 90)], "turned")) <= 2 * 1024
 
 
+@pytest.mark.slow
 def test_the_memory_test_can_fail() -> None:
     """The plain path has fp32 copies of whole tensors, and they are seen."""
     assert peaks_kib(["adamw-8bit"], [(1024, 2048)], MEMOPT_KERNELS="off")[0] >= 8 * 1024
