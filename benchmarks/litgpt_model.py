@@ -4,6 +4,12 @@ written down operation by operation, to hold the calculator against what LitGPT'
 It is not transformers' Llama: queries, keys and values are one product, of which the value stays a view; adapters pad
 their result by ``index_copy``, which saves its source; grouped keys and values are repeated; norms multiply in fp32;
 logits are made in chunks of 128 tokens, all of which live in fp32 until the backward pass is over.
+
+In 4 bits three more things live at the moment at which the head runs. Lightning's plugin quantises
+from fp16, so that a decoded weight is fp16, and in bf16 again where it is multiplied. bitsandbytes before 0.43.2 keeps
+the input of a product as an attribute of the autograd node, which goes with the graph and not with the backward pass;
+and litgpt/finetune/lora.py keeps the logits, which hold their graph, until the next micro-batch's are there. (Of 2023's scripts the first micro-batch has
+the longest sequence, ``--longest-first``, and nothing is there before it.)
 """
 
 from __future__ import annotations
@@ -33,7 +39,15 @@ CHUNK = 128
 _KEPT = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 
 
-def model(name: str, *, rank: int = 0, quantised: str = "", everywhere: bool = False, dropout: float = 0.05) -> Model:
+def model(
+    name: str,
+    *,
+    rank: int = 0,
+    quantised: str = "",
+    everywhere: bool = False,
+    dropout: float = 0.05,
+    longest_first: bool = False,
+) -> Model:
     """LitGPT's model with the sizes of a published one, adapters of ``rank`` on queries and values (``everywhere``: on
     every linear layer and the head), and all linear layers in 4 bits."""
     own = dict(resolve(name).config or {})
@@ -47,6 +61,8 @@ def model(name: str, *, rank: int = 0, quantised: str = "", everywhere: bool = F
         "plain": plain,
         "rank": rank,
         "everywhere": everywhere,
+        "quantised": bool(quantised),
+        "longest_first": longest_first,
         "dropout": dropout,
     }
     f = Fields(config, name)
@@ -79,16 +95,23 @@ def model(name: str, *, rank: int = 0, quantised: str = "", everywhere: bool = F
 
 
 def said(command: str) -> Estimate:
-    """The estimate of ``MODEL [--rank R] [--everywhere] [--quantised KIND] --seq N [--batch N] [--accumulate N]``, with
+    """The estimate of ``MODEL [--rank R] [--everywhere] [--longest-first] [--quantised KIND] --seq N [--batch N] [--accumulate N]``, with
     bitsandbytes as it was then."""
     parser = ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("--everywhere", action="store_true")
+    parser.add_argument("--longest-first", action="store_true")
     parser.add_argument("--quantised", default="")
     for flag, default in (("rank", 0), ("seq", 0), ("batch", 1), ("accumulate", 1)):
         parser.add_argument(f"--{flag}", type=int, default=default)
     args = parser.parse_args(shlex.split(command))
-    described = model(args.name, rank=args.rank, quantised=args.quantised, everywhere=args.everywhere)
+    described = model(
+        args.name,
+        rank=args.rank,
+        quantised=args.quantised,
+        everywhere=args.everywhere,
+        longest_first=args.longest_first,
+    )
     return estimate(
         described,
         "adamw-bf16",
@@ -102,7 +125,12 @@ def said(command: str) -> Estimate:
 def network(f: Fields, step: Step) -> Network:
     width, ffn, a, vocab = f.integer("hidden_size"), f.integer("intermediate_size"), heads(f), f.integer("vocab_size")
     rank, everywhere, plain = f.integer("rank", least=0), f.flag("everywhere", False), f.flag("plain", False)
-    total, dropout = (a.n + 2 * a.kv) * a.dim, f.share("dropout", 0.0)
+    total, dropout, quantised = (a.n + 2 * a.kv) * a.dim, f.share("dropout", 0.0), f.flag("quantised", False)
+    #: Inputs of the products of the micro-batch before: of queries, keys and values, of the attention's result, and of
+    #: both sides of the MLP, and the head's; and its logits in fp32.
+    after_another = not f.flag("longest_first", False)
+    before = step.tokens * DECODED * (f.layers() * (2 * width + a.n * a.dim + ffn) + width)
+    before = (before * quantised + step.tokens * vocab * FP32) * after_another
 
     def norm(t: Tape, x: Tensor) -> Tensor:
         return layer_norm(t, x, width, affine=2) if plain else rms_norm_fp32(t, x, width)
@@ -118,8 +146,15 @@ def network(f: Fields, step: Step) -> Network:
             up = t.op([up], tokens * rows, saves=[up])  # index_copy
         return t.add(y, t.copy(up))
 
+    def multiplied(t: Tape, x: Tensor, cols: int, rows: int) -> Tensor:
+        if not quantised:
+            return linear(t, x, cols, rows)
+        t.parameter((rows, cols))
+        decoded = 2 * DECODED * cols * rows
+        return t.op([x], x.numel // cols * rows, saves=[x], forward_tmp=decoded, backward_tmp=decoded)
+
     def full(t: Tape, x: Tensor, cols: int, rows: int) -> Tensor:
-        y = linear(t, x, cols, rows)
+        y = multiplied(t, x, cols, rows)
         return adapted(t, x, y, cols, rows) if rank and everywhere else y
 
     def attention(t: Tape, x: Tensor) -> Tensor:
@@ -154,8 +189,12 @@ def network(f: Fields, step: Step) -> Network:
         logits, probabilities = t.tensor(step.tokens * vocab, FP32), t.tensor(step.tokens * vocab, FP32)
         saves = [logits, probabilities, t.tensor(step.tokens, INT64), *([x] if p.trains or everywhere else [])]
         made = width * vocab * p.item * p.trains + everywhere * rank * (width + vocab) * 2
-        decoded = width * vocab * DECODED * bool(p.storage)
-        tmp = chunk * 2 + decoded, chunk * 10 + decoded
+        decoded = width * vocab * 2 * DECODED * quantised
+        # When the head runs there are the logits of the micro-batch before and this one's in 16 bits; when the loss
+        # does, this one's in fp32 and probabilities.
+        multiplying = before + logits.nbytes // 2 + decoded
+        lossy = logits.nbytes + probabilities.nbytes
+        tmp = max(chunk * 2, multiplying - lossy), chunk * 10 + decoded
         return t.op([x], 1, FP32, saves=saves, gradients=made, forward_tmp=tmp[0], backward_tmp=tmp[1])
 
     def embed(t: Tape) -> Tensor:
