@@ -80,6 +80,14 @@ def table(figures: Sequence[Figure]) -> list[str]:
     return lines
 
 
+def together(figures: Sequence[Figure]) -> str:
+    """Whatever was measured, one after the other."""
+    s = summary(figures)
+    percents = (f"{s[key]:.2f} % {what}" for key, what in (("median", "in the median"), ("p90", "at the 90th percentile"),
+                                                           ("worst", "at worst")))  # fmt: skip
+    return f"All {s['rows']} together: {', '.join(percents)}."
+
+
 def each(figures: Sequence[Figure]) -> list[str]:
     lines = [
         "| row | group | figure | measured GiB | at least | expected | at most | error |",
@@ -126,6 +134,8 @@ def report(
         "## Published figures",
         "",
         *table(found),
+        "",
+        together(found),
         "",
         f"{len(unsaid)} rows cannot be said:",
         "",

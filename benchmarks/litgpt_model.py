@@ -5,11 +5,11 @@ It is not transformers' Llama: queries, keys and values are one product, of whic
 their result by ``index_copy``, which saves its source; grouped keys and values are repeated; norms multiply in fp32;
 logits are made in chunks of 128 tokens, all of which live in fp32 until the backward pass is over.
 
-In 4 bits three more things live at the moment at which the head runs. Lightning's plugin quantises
-from fp16, so that a decoded weight is fp16, and in bf16 again where it is multiplied. bitsandbytes before 0.43.2 keeps
-the input of a product as an attribute of the autograd node, which goes with the graph and not with the backward pass;
-and litgpt/finetune/lora.py keeps the logits, which hold their graph, until the next micro-batch's are there. (Of 2023's scripts the first micro-batch has
-the longest sequence, ``--longest-first``, and nothing is there before it.)
+In 4 bits three more things live at the moment at which the head runs. Lightning's plugin quantises from fp16, so that a
+decoded weight is fp16, and bf16 again where it is multiplied. bitsandbytes before 0.43.2 keeps the input of a product
+as an attribute of the autograd node, which goes with the graph and not with the backward pass; and
+litgpt/finetune/lora.py keeps the logits, which hold their graph, until the next micro-batch's are there. (Of 2023's
+scripts the first micro-batch has the longest sequence, ``--longest-first``, and nothing is there before it.)
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def model(
 
 
 def said(command: str) -> Estimate:
-    """The estimate of ``MODEL [--rank R] [--everywhere] [--longest-first] [--quantised KIND] --seq N [--batch N] [--accumulate N]``, with
-    bitsandbytes as it was then."""
+    """The estimate of ``MODEL [--rank R] [--everywhere] [--longest-first] [--quantised KIND] --seq N [--batch N]
+    [--accumulate N]``, with bitsandbytes as it was then."""
     parser = ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("--everywhere", action="store_true")

@@ -35,9 +35,10 @@ _ITEM = {"float32": 4, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "int8
 
 
 class Overhead(NamedTuple):
-    """``rounding``: by how much blocks are larger than what was asked for, which counts as allocated. ``reserved``:
-    what is reserved beside what is allocated, each at its most. ``block``: the largest tensor that a layer makes."""
+    """``requested``: the most that was asked for at once. ``rounding``: by how much blocks are larger than that, which
+    counts as allocated. ``reserved``: all that is reserved. ``block``: the largest tensor that a layer makes."""
 
+    requested: int
     rounding: int
     reserved: int
     block: int
@@ -57,7 +58,7 @@ def overhead(
     tapes = ran.flown.chunks if ran.flown else [ran.walked] if ran.walked else []
     layers = [s.tape.ops for tape in tapes for s in tape.segments if s.kind == "layer"]
     block = max((op.out.nbytes for ops in layers for op in ops), default=ran.recorded.largest if ran.recorded else 0)
-    return Overhead(max(0, found.allocated - found.requested), found.reserved - found.allocated, block)
+    return Overhead(found.requested, max(0, found.allocated - found.requested), found.reserved, block)
 
 
 def held(rows: Sequence[Row], model: Model, training: Training) -> "Held":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from estimators.allocator.contexts import CONTEXTS, context, workspace
 from estimators.hardware import generation
-from estimators.memory.memory_row import CONTEXT, GPU, NCCL, PHASES, RESERVED, ROUNDING, WORKSPACES, Row
+from estimators.memory.memory_row import CONTEXT, GPU, NCCL, PHASES, RESERVED, ROUNDING, WORKSPACES, Row, peak
 from estimators.models.model import Model
 from estimators.parallel.degrees import communicators
 from estimators.training import Training
@@ -81,8 +81,12 @@ def runtime(
     over = overhead([*rows, workspaces], model, training, ran, parsed(training.alloc_conf))
     more = int(SPREAD * moving / 100) + over.block // 2
     blocks = Row(name, "runtime", ROUNDING, over.rounding, GPU, PHASES[1:], "formula", 0, over.rounding + 8 * _MIB)
-    reserved = Row(name, "runtime", RESERVED, over.reserved, GPU, PHASES[1:], "formula", 0, over.reserved + more)
-    return [*found, blocks, reserved]
+    expected, most = (peak(name, [*rows, workspaces], which).nbytes for which in ("expected", "high"))
+    # What the replay leaves out is reserved too. What may be there besides lies in what is reserved and free, as far as
+    # that goes.
+    reserved = over.reserved + max(0, expected - over.requested)
+    beside, at_most = (max(0, reserved - nbytes - over.rounding) for nbytes in (expected, most))
+    return [*found, blocks, Row(name, "runtime", RESERVED, beside, GPU, PHASES[1:], "formula", 0, at_most + more)]
 
 
 def of_phase(rows: Sequence[Row], phase: str, but: tuple[str, ...] = ()) -> int:

@@ -28,6 +28,11 @@ def test_every_published_row_is_estimated_or_has_a_reason(measured) -> None:
     found = list(measured.published())
     assert [f.row for f in found] == ids
     assert all(f.reason for f in found if isinstance(f, measured.Unsaid))
+    said = [f for f in found if isinstance(f, measured.Figure)]
+    together = measured.summary(said)
+    assert (together["rows"], together["median"] < 5, together["p90"] < 12) == (27, True, True)
+    allocated = measured.summary([f for f in said if f.figure == "allocated"])
+    assert (allocated["median"] < 1, allocated["worst"] < 5, allocated["above_high"]) == (True, True, 0)
 
 
 def test_every_run_of_the_t4_is_within_the_bars(measured) -> None:

@@ -8,7 +8,8 @@ import pytest
 from estimators import InputError, estimate
 from estimators.allocator.alloc_conf import LARGE_SEGMENT
 from estimators.allocator.caching_allocator import SMALL_SEGMENT
-from estimators.memory.memory_row import FIGURES
+from estimators.memory.memory_row import FIGURES, RESERVED, ROUNDING
+from estimators.memory.memory_row import figure as bounds
 from estimators.models.published import KNOWN
 from memopt.cli import main
 
@@ -126,11 +127,26 @@ def test_thousands_of_combinations(count):
     assert refused > count // 10
 
 
-#: How much less of *allocated* was seen for more: tensors that overlap in the replay of one shape need not in another.
-REPLAYED = 0.003
-#: *reserved* and *process* are counted in segments of up to 20 MiB: what is cut otherwise may need one or two fewer, as
-#: it does in torch, and one of 2 MiB.
+#: What torch's allocator adds of its own, which may be less for more, in torch too: how much of a block is not asked
+#: for, and how many segments there are, hangs on which free block a tensor happens to fit. All other rows never fall.
+ALLOCATORS = (ROUNDING, RESERVED)
+#: By how much *allocated* was seen to fall by that; *reserved* by a segment of the largest tensor and a few small ones.
+ROUNDED = 0.005
 SEGMENTS = 2 * LARGE_SEGMENT + SMALL_SEGMENT
+
+
+def rising(rng):
+    """A model, a spec, flags, and one flag of which each value needs at least as much as the one before."""
+    name, spec, given = drawn(rng, 4)
+    key = rng.choice(list(RISING))
+    given = {"seq": 32, **({"lora": 4} if key.startswith("lora") else {}), **given}
+    return rng.choice(("qwen3-0.6b", "smollm2-135m")) if key.startswith("lora") else name, spec, given, key
+
+
+def asked_for(column):
+    """The three figures, each with its bounds, without what the allocator adds."""
+    rows = [r for r in column.rows if r.detail not in ALLOCATORS]
+    return {(name, bound): n for name in FIGURES for bound, n in bounds(rows, name)._asdict().items()}
 
 
 @pytest.mark.parametrize("count", [COMBINATIONS // 4, pytest.param(10_000, marks=pytest.mark.slow)])
@@ -138,21 +154,20 @@ def test_more_never_needs_less(count):
     rng = random.Random(SEED + 1)
     compared = 0
     for _ in range(count):
-        name, spec, given = drawn(rng, 4)
-        key = rng.choice(list(RISING))
-        given = {"seq": 32, **({"lora": 4} if key.startswith("lora") else {}), **given}
-        if key.startswith("lora"):
-            name = rng.choice(("qwen3-0.6b", "smollm2-135m"))
+        name, spec, given, key = rising(rng)
         before = None
         for value in RISING[key]:
             try:
                 column = estimate(SHORT[name], spec, **{**given, key: value}).columns[0]
             except ValueError:
                 break
-            now = [column.allocated.expected, column.reserved.expected, column.process.expected]
+            now = column, asked_for(column)
             if before:
-                assert before[0] <= now[0] * (1 + REPLAYED), (name, spec, given, key, value, before, now)
-                assert max(b - n for b, n in zip(before, now, strict=True)) <= SEGMENTS, (name, spec, given, key, value)
+                case = (name, spec, given, key, value)
+                assert not {k: (n, now[1][k]) for k, n in before[1].items() if n > now[1][k]}, case
+                assert before[0].allocated.expected <= column.allocated.expected * (1 + ROUNDED), case
+                largest = SHORT[name]["vocab_size"] * 1024 * 4
+                assert before[0].reserved.expected <= column.reserved.expected + largest + SEGMENTS, case
             compared += before is not None
             before = now
     assert compared > count // 20
