@@ -83,8 +83,8 @@ def table(figures: Sequence[Figure]) -> list[str]:
 def together(figures: Sequence[Figure]) -> str:
     """Whatever was measured, one after the other."""
     s = summary(figures)
-    percents = (f"{s[key]:.2f} % {what}" for key, what in (("median", "in the median"), ("p90", "at the 90th percentile"),
-                                                           ("worst", "at worst")))  # fmt: skip
+    named = {"median": "in the median", "p90": "at the 90th percentile", "worst": "at worst"}
+    percents = (f"{s[key]:.2f} % {what}" for key, what in named.items())
     return f"All {s['rows']} together: {', '.join(percents)}."
 
 

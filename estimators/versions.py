@@ -5,6 +5,7 @@
 | torch 1.13 | all of torch's kernels are loaded with the context | torch/cuda/__init__.py, CUDA_MODULE_LOADING |
 | torch 2.0 | ``zero_grad`` leaves zeros, so gradients stay from step to step | release notes of 2.0: ``set_to_none`` |
 | transformers 4.49 | the loss copies the logits without their last token | huggingface/transformers pull 35646 |
+| transformers 5.0 | checkpointing runs the first forward pass without autograd | huggingface/transformers pull 43203 |
 | bitsandbytes 0.43.2 | the product with a 4-bit weight saves its input | bitsandbytes pull 1270 |
 """
 
@@ -37,6 +38,10 @@ class Versions(NamedTuple):
     @property
     def copies_logits(self) -> bool:
         return self.transformers < (4, 49)
+
+    @property
+    def checkpoints_reentrantly(self) -> bool:
+        return self.transformers < (5,)
 
     @property
     def saves_quantised_input(self) -> bool:

@@ -15,12 +15,14 @@ def quantised(t: Tape, x: Tensor, p: Parameter, cols: int, rows: int) -> Tensor:
     """The weight is decoded for each product, and again in the backward pass; the result has the input's dtype.
 
     bitsandbytes' Linear4bit casts its input to the compute dtype (16 bits here), and before 0.43.2 saves that. Its
-    Linear8bitLt quantises the input, saves it as it came, and decodes to its dtype. GPTQ's decoded weight is saved by
-    autograd.
+    Linear8bitLt quantises the input, keeps it as it came as an attribute of its node, and decodes to its dtype. GPTQ's
+    decoded weight is saved by autograd.
     """
     tokens, weight = x.numel // cols, cols * rows
     if p.storage == "int8":
         halved = tokens * cols * DECODED * (x.item != DECODED)
+        if x.requires and t.pins:
+            t.pinned.append(x.stored)
         return t.op(
             [x],
             tokens * rows,

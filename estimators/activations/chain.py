@@ -93,6 +93,12 @@ class Segment(NamedTuple):
         """Bytes of the result, unless it is a shared tensor."""
         return 0 if id(self.tape.out) in self.tape.elsewhere else self.tape.out.nbytes
 
+    @property
+    def pinned(self) -> int:
+        """Bytes that live as long as the graph, other segments' aside."""
+        boundary = self.tape.boundary
+        return sum(n for key, n in {id(t): t.nbytes for t in self.tape.pinned}.items() if key not in boundary)
+
     def backward(self, waited: frozenset[str]) -> Backward:
         if waited not in self.backwards:
             self.backwards[waited] = backward(self.tape, gradient=self.kind != "loss", waited=waited)

@@ -43,6 +43,8 @@ class Tape:
         "out",
         "outlives",
         "outputs",
+        "pinned",
+        "pins",
         "saves_quantised_input",
         "scope",
         "shared",
@@ -81,6 +83,10 @@ class Tape:
         self.holds: dict[int, list[Tensor]] = {}
         #: Those of them that live until the backward pass is over.
         self.outlives: list[Tensor] = []
+        #: Inputs that nodes of autograd keep as attributes, not as saved tensors: checkpointing and offload do not
+        #: see them, and they go with the graph, when the backward pass is over.
+        self.pinned: list[Tensor] = []
+        self.pins = step.pins
         self.x = x
         self.out = x
         #: Tensors of earlier segments that this one may read, and those that it makes for later ones, by name.

@@ -129,7 +129,8 @@ def _walk(segments: list[Segment], tables: int, masks: Sequence[Called], offload
         more = s.forward.kept + (s.tape.x.nbytes if s.keeps_input and not out_kept else 0)
         out_kept = s.keeps_output
         more += s.out if out_kept else 0
-        away, held = (away + more, held) if offload and s.kind == "layer" else (away, held + more)
+        goes = (more - s.pinned) * (offload and s.kind == "layer")
+        away, held = away + goes, held + more - goes
         passing = {} if "memory" in s.tape.shares else passing
         for name, tensor in s.tape.shares.items():
             if name in stays:
@@ -162,12 +163,14 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[PhaseBytes, i
     outlives = sum(t.nbytes for s in segments for t in s.tape.outlives)  # and are there in every moment
     before = [n + outlives for n in before]
     table = max((s.table for s in segments), default=0)
+    pinned = 0  # by nodes of segments whose backward pass is over
     waited: dict[str, int] = {}  # gradients of shared tensors that wait for the segment that made them
     for s, ahead in zip(reversed(segments), reversed(before), strict=True):
         run = s.backward(frozenset(waited))
         for name in s.tape.shares:
             waited.pop(name, None)
-        left = ahead + sum(waited.values())
+        left = ahead + sum(waited.values()) + pinned
+        pinned += s.pinned
         if s.checkpointed:
             # The input and what else was kept is there; gradients wait while the layer runs again.
             x = s.tape.x.nbytes
@@ -175,7 +178,7 @@ def _backward(segments: list[Segment], before: list[int]) -> tuple[PhaseBytes, i
             fullest = max(fullest, PhaseBytes(rerun, made), key=sum)
             accumulated = max(accumulated, rerun + table)
             released = max(released, PhaseBytes(rerun, table), key=sum)
-            left += s.again.left + x * (not s.saves_input)
+            left += s.again.left + x * (not s.saves_input) + s.pinned
         fullest = max(fullest, PhaseBytes(left + run.activations, made + run.gradients), key=sum)
         # Of a tied table the head's half waits for the embedding's, where both halves and their sum are there.
         waiting = table * (s.kind != "loss") + s.table

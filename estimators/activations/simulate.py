@@ -58,6 +58,7 @@ def forward(tape: Tape, keeping: str = "saved", log: OperationLog | None = None)
     (``saved``), ``nothing`` under full checkpointing, results of matrix products and fused attention (``products``)
     under selective checkpointing, those of every second product alone (``alternate``) under torchtitan's."""
     kept = _saved(tape) if keeping == "saved" else kept_by(tape, keeping)
+    kept |= {id(t): t for t in tape.pinned}
     stay = {id(t) for t in tape.held} | kept.keys() | tape.boundary
     last_read = _last_reads(tape)
     made: dict[int, int] = {}

@@ -16,7 +16,8 @@ class Step(NamedTuple):
     and whether 4-bit products save their input (older libraries). ``seq`` is this rank's part of a sequence that ``cp``
     ranks share, of which between layers ``tp`` ranks have a part each; ``regather``: what is gathered for a product is
     gathered again in the backward pass, as Megatron-LM does, and not saved. ``ep`` ranks share the experts.
-    ``packed``: a row of tokens is several sequences, which do not see each other."""
+    ``packed``: a row of tokens is several sequences, which do not see each other. ``pins``: checkpointing runs the
+    first forward pass with autograd, so that what nodes keep as attributes stays."""
 
     batch: int
     seq: int
@@ -38,6 +39,7 @@ class Step(NamedTuple):
     ep: int = 1
     regather: bool = False
     packed: bool = False
+    pins: bool = True
 
     @property
     def tokens(self) -> int:

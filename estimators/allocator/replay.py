@@ -71,8 +71,12 @@ class _Programs:
         left = set(_left(self.forward)) - self.external
         kept = {self.slot(t) for t in kept_by(tape, KEEPING[segment.checkpointing]).values()}
         stays = kept if segment.checkpointed else saved
-        self.outlives = sorted({self.slot(t) for t in tape.outlives} & left - stays)
+        self.outlives = sorted({self.slot(t) for t in (*tape.outlives, *tape.pinned)} & left - stays)
         self.forward += [(FREE, slot, 0) for slot in sorted(left - stays - set(self.outlives))]
+        if segment.checkpointed:  # what runs again makes tensors of its own
+            own = {slot: self.slot(object()) for slot in self.outlives}
+            self.forward = [(code, own.get(slot, slot), nbytes) for code, slot, nbytes in self.forward]
+            self.outlives = list(own.values())
         #: Kept, and asked for by nobody: freed when the segment's backward pass is over.
         self.left = sorted(left & kept - saved - {slot for code, slot, _ in self.again if code == FREE})
 

@@ -80,6 +80,7 @@ def run(
         training.ep,
         training.regather,
         training.packed,
+        not training.of.checkpoints_reentrantly,
     )
     try:
         parameters = _parameters(model, entries)

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -233,3 +234,38 @@ class TestFolder:
     def test_what_cannot_be_used_is_one_sentence(self, tmp_path, given, sentence):
         with pytest.raises(InputError, match=sentence):
             estimate(self.write(tmp_path, **given))
+
+
+class TestInputsOf8BitLayers:
+    """bitsandbytes' int8 product keeps its input as an attribute of its node: checkpointing does not see it."""
+
+    def test_the_node_keeps_it(self):
+        torch, bnb = pytest.importorskip("torch"), pytest.importorskip("bitsandbytes")
+        from torch.utils.checkpoint import checkpoint
+
+        linear = bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False).to("cpu")
+        x = torch.randn(4, 64, dtype=torch.bfloat16, requires_grad=True)
+        for reentrant in (False, True):
+            inputs = []
+
+            def layer(x, inputs=inputs):
+                inputs.append(weakref.ref(y := x * 1.0))
+                return linear(y)
+
+            out = checkpoint(layer, x, use_reentrant=reentrant)
+            assert (inputs[0]() is not None) == (not reentrant)
+            out.sum().backward()
+            assert (inputs[0]() is not None) == (not reentrant)  # as long as the graph
+
+    def test_they_stay_under_checkpointing(self):
+        flags = {"lora": 8, "seq": 512, "checkpointing": "full"}
+        layers, tokens = 28, 512
+        inputs = tokens * 4 * (1024 + 2048 + 1024 + 3072) * layers  # of q, k, v; of o; of gate and up; of down, in fp32
+        today, before, in4 = (
+            estimate("qwen3-0.6b", "adamw", quantised=kind, versions=versions, **flags)
+            for kind, versions in (("int8", ""), ("int8", "transformers=4.57"), ("nf4", ""))
+        )
+        assert today.activations.saved - before.activations.saved == inputs
+        assert in4.activations.saved == before.activations.saved
+        fullest = [e.columns[0].allocated.expected for e in (today, before)]
+        assert fullest[0] - fullest[1] >= 0.9 * inputs
