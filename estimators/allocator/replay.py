@@ -21,11 +21,11 @@ from estimators.allocator.replayed_step import (
     GRADIENT,
     INSIDE,
     TAKE,
-    Begun,
     Held,
     Program,
     Replay,
     Replayed,
+    resumed,
 )
 
 if TYPE_CHECKING:
@@ -141,29 +141,9 @@ def _programs(walked: "Walked") -> list[_Programs]:
     return found
 
 
-#: The last beginnings of a replay and the tapes that they are of: the specs of a table go on from there, and so do
-#: answers in which another spec was asked for; where only the card changed, nothing is replayed.
-_BEGUN: "list[tuple[object, Begun]]" = []
-_MOST_BEGUN, _MOST_FOUND = 8, 64
-
-
 def replayed(ran: "Activations", held: Held, settings: Settings = DEFAULT, steps: int = 2) -> Replayed:
     """What the allocator hands out and reserves in the first steps. ``ran`` is the tape of one micro-batch."""
-    tape, replay = _replay(ran, held, settings)
-    key = replay.key()
-    begun = next((one for of, one in _BEGUN if of is tape and one.key == key), None)
-    rest = (steps, held.batches, *held.state, "step", *held.step)
-    if begun is None:
-        replay.begin()
-        begun = replay.begun()
-        _BEGUN[:] = [(tape, begun), *_BEGUN[: _MOST_BEGUN - 1]]
-    elif rest not in begun.found:
-        replay.resume(begun)
-    if rest not in begun.found:
-        if len(begun.found) == _MOST_FOUND:
-            begun.found.clear()
-        begun.found[rest] = replay.run(steps)
-    return begun.found[rest]
+    return resumed(*_replay(ran, held, settings), steps)
 
 
 def _replay(ran: "Activations", held: Held, settings: Settings) -> tuple[object, Replay]:

@@ -6,7 +6,7 @@ from contextlib import suppress
 import pytest
 
 from estimators import estimate
-from estimators.allocator import replay
+from estimators.allocator import replay, replayed_step
 from tests.estimate.test_estimators_flags import SHORT, SPECS
 
 VALUES = {
@@ -36,18 +36,18 @@ def test_a_replay_that_goes_on_is_one_that_begins_anew(count, monkeypatch):
 
     def both(ran, held, *rest):
         nonlocal compared, shared
-        kept = [*replay._BEGUN]
+        kept = [*replayed_step._BEGUN]
         found = plain(ran, held, *rest)
-        shared += kept == replay._BEGUN
+        shared += kept == replayed_step._BEGUN
         assert plain(ran, held, *rest) == found  # which was kept whole
-        replay._BEGUN[:] = [(tape, begun._replace(found={})) for tape, begun in replay._BEGUN]
+        replayed_step._BEGUN[:] = [(tape, begun._replace(found={})) for tape, begun in replayed_step._BEGUN]
         assert plain(ran, held, *rest) == found
-        left = [*replay._BEGUN]
-        replay._BEGUN.clear()
+        left = [*replayed_step._BEGUN]
+        replayed_step._BEGUN.clear()
         _, alone = replay._replay(ran, held, *rest)
         alone.begin()
         assert alone.run(2) == found
-        replay._BEGUN[:] = left
+        replayed_step._BEGUN[:] = left
         compared += 1
         return found
 
