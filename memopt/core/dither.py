@@ -22,7 +22,9 @@ same error is made again and again, and weights, which nothing draws back to whe
 The words of a master (``+stochastic``, ``+split``) therefore take the t of each eight steps in an order of their own
 (:func:`shuffled`): no period is kept, and over all eight the words are those of the rotation. An error is drawn anew
 for each period, so a weight walks no further than with fresh draws, and a steady update is followed as closely as by
-the rotation.
+the rotation. A moment that averages hundreds of steps meets the same number as often, and its words take the t of each
+four steps so. A momentum forgets what was ten steps back, shows no period, and would lose what the evenness of the
+rotation gives it (``Moment.turn`` in ``memopt/rules/base.py``).
 
 The mixer is the 32-bit finaliser of MurmurHash3 (Appleby, public domain).
 """
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MASK = 0xFFFFFFFF
-#: Steps that a master's words take in an order of their own, a power of two.
+#: Steps that the words of a master, and of a moment but the momentum, take in an order of their own: powers of two.
 SHUFFLED = 8
+SHUFFLED_MOMENT = 4
 C1 = 0x85EBCA6B
 C2 = 0xC2B2AE35
 #: 2^32 / golden ratio, odd.
@@ -61,10 +64,10 @@ def key(*words: int) -> int:
     return k
 
 
-def shuffled(step: int) -> int:
-    """The steps 8 b … 8 b + 7 in an order drawn from b: what a master's words take for t."""
-    drawn = mix(step // SHUFFLED + GOLDEN)
-    last = SHUFFLED - 1
+def shuffled(step: int, count: int = SHUFFLED) -> int:
+    """The steps b count … (b + 1) count - 1 in an order drawn from b: what a master's words take for t."""
+    drawn = mix(step // count + GOLDEN)
+    last = count - 1
     i = ((step ^ drawn) * (drawn >> 8 | 1)) & last
     i ^= i >> 1
     i = ((i ^ drawn >> 16) * (drawn >> 24 | 1)) & last

@@ -46,8 +46,8 @@ class ParameterState:
         self._moments = {m.moment.name: m for m in work.layout.moments}
         self.key = dither.key(seed, work.index, DRAWN)
         self._shard = {
-            name: Shard(work.rows, dither.key(seed, work.index, j), work.step, total, work.counted)
-            for j, name in enumerate(self._moments)
+            name: Shard(work.rows, dither.key(seed, work.index, j), m.moment.turn(work.step), total, work.counted)
+            for j, (name, m) in enumerate(self._moments.items())
         }
 
     def read(self, name: str) -> Tensor:

@@ -14,6 +14,9 @@ from memopt.rules.base import Moment
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: Which codes formats have: second moments in ``8bit`` were another one in "1", of which nothing was released.
+CODES = "2"
+
 #: The tensors of one encoded moment: part -> tensor.
 Parts = dict[str, "Tensor"]
 

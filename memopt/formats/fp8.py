@@ -16,6 +16,7 @@ from memopt.formats.blockwise import (
     store_scales,
     truncate,
     uniform,
+    upper_bits,
 )
 from memopt.rules.base import Moment
 
@@ -79,7 +80,7 @@ class FP8(Format):
         y = blocks.abs().mul_(reciprocal(largest, LARGEST)[..., None]).clamp_(max=LARGEST)
         if moment.signed:
             words = random_words(shard, y)
-            normal = truncate(y, SHIFT, words).view(torch.float32)
+            normal = truncate(y, SHIFT, upper_bits(words, SHIFT)).view(torch.float32)
             subnormal = y.div(QUANTUM).add_(uniform(words)).floor_().mul_(QUANTUM)
             code = torch.where(y >= SMALLEST_NORMAL, normal, subnormal)
         else:

@@ -156,7 +156,7 @@ def _moment(
         if values is None or (not moment.signed and bool((values < 0).any())):
             return None
         parts = {part: _zeros(expected[key]).to(here.p.device) for part, key in one.keys}
-        shard = Shard(layout.rows, dither.key(layout.seed, layout.index, order), step, here.total)
+        shard = Shard(layout.rows, dither.key(layout.seed, layout.index, order), moment.turn(step), here.total)
         fmt.write(values.to(here.p.device, torch.float32), parts, moment, shard)
         return {key: parts[part] for part, key in one.keys}
     there = [key for key in expected if key in state]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: The two moments of the projected gradient, by rank.
-PROJECTED = Moment("projected_avg")
+PROJECTED = Moment("projected_avg", momentum=True)
 PROJECTED_SQ = Moment("projected_avg_sq", signed=False)
 #: The norm of the last update, of which the next is at most ``norm_growth`` times as large.
 NORM = Moment("update_norm", signed=False, fixed_format="permatrix")

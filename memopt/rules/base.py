@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequenc
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from memopt.core import dither
 from memopt.core.hyperparameters import Checks, SpecError, check, check_names
 from memopt.core.rows import Shape
 
@@ -21,7 +22,7 @@ class Moment(NamedTuple):
     ``fixed_format`` is the one that it has whatever the spec says, and ``fixed_because`` why. With ``rank`` it is not
     of the parameter but of a projection of its matrices to so many dimensions. ``begins`` says what the rule makes of
     it at the first step where that is not zero, ``mean_of`` what it stands for where another rule has another moment of
-    the same name.
+    the same name. A ``momentum`` averages a few steps only.
     """
 
     name: str
@@ -32,6 +33,11 @@ class Moment(NamedTuple):
     begins: str = ""
     mean_of: str = ""
     rank: int = 0
+    momentum: bool = False
+
+    def turn(self, step: int) -> int:
+        """The t of its dither (:mod:`memopt.core.dither`) at this step."""
+        return step if self.momentum else dither.shuffled(step, dither.SHUFFLED_MOMENT)
 
 
 #: What every rule can be told besides its own hyperparameters, and its default.
@@ -40,7 +46,7 @@ MODIFIERS = {"cautious": False}
 LEAST_SHARE = 1e-3
 
 #: The two moments of the Adam family.
-EXP_AVG = Moment("exp_avg")
+EXP_AVG = Moment("exp_avg", momentum=True)
 EXP_AVG_SQ = Moment("exp_avg_sq", signed=False, factorable=True)
 
 

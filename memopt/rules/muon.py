@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: A mean, unlike SGD's of the same name.
-MOMENTUM_BUFFER = Moment("momentum_buffer")
+MOMENTUM_BUFFER = Moment("momentum_buffer", momentum=True)
 #: NorMuon's: one number per row, in every format.
 ROW_SQ = Moment("row_sq", signed=False, fixed_format="rowmean")
 #: What NorMuon adds to a root before it divides.

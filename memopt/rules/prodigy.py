@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: Gradients are weighted by d, so these are no means of gradients alone.
-EXP_AVG = Moment("exp_avg", mean_of="a mean of gradients times d")
+EXP_AVG = Moment("exp_avg", mean_of="a mean of gradients times d", momentum=True)
 EXP_AVG_SQ = Moment("exp_avg_sq", signed=False, factorable=True, mean_of="a mean of squared gradients times d²")
 GRADIENTS = Moment("grad_sum", mean_of="a weighted sum of gradients")
 MOVED = Moment("moved", mean_of="the way from where the weights began")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SQUARE_AVG = Moment("square_avg", signed=False, factorable=True)
 GRAD_AVG = Moment("grad_avg")
-MOMENTUM_BUFFER = Moment("momentum_buffer")
+MOMENTUM_BUFFER = Moment("momentum_buffer", momentum=True)
 
 
 def moments(h: Hyper, shape: Shape) -> tuple[Moment, ...]:

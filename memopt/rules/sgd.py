@@ -11,7 +11,7 @@ from memopt.rules.base import Hyper, Moment, Rule, State
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOMENTUM_BUFFER = Moment("momentum_buffer")
+MOMENTUM_BUFFER = Moment("momentum_buffer", momentum=True)
 
 
 def moments(h: Hyper, shape: Shape) -> tuple[Moment, ...]:

@@ -32,6 +32,26 @@ def test_a_manifest_of_another_schema_says_so(saved, tmp_path):
         memopt.load(tmp_path)
 
 
+def test_second_moments_in_the_code_of_an_earlier_version_are_refused(saved, tmp_path):
+    path, _, _ = saved
+    body = json.loads((path / "manifest.json").read_text())
+    assert body.pop("schema") == "memopt.checkpoint/3"
+    del body["sha256"]
+    for number in (1, 2):
+        text = manifest.dump({"schema": f"memopt.checkpoint/{number}", **body})
+        (tmp_path / "manifest.json").write_bytes(text)
+        with pytest.raises(ValueError, match="another code then: convert it to 32bit"):
+            memopt.load(tmp_path)
+
+
+def test_a_state_dict_in_the_code_of_an_earlier_version_is_refused(saved):
+    _, _, opt = saved
+    before = opt.state_dict()
+    ours = {key: value for key, value in before["memopt"].items() if key != "codes"}
+    with pytest.raises(ValueError, match="another code in the version that wrote it"):
+        opt.load_state_dict({**before, "memopt": ours})
+
+
 def test_state_of_a_version_that_kept_narrow_rows_in_32_bits_is_read():
     narrow = torch.nn.Parameter(torch.randn(515, 9))
     plain = memopt.create([narrow], "adamw-8bit", overrides={"*": "32bit"})

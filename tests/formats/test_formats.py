@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from memopt.core import dither
 from memopt.core.ledger import ITEMSIZE
 from memopt.core.rows import FLAT_ROW, Rows, row_count
-from memopt.formats import FORMATS, Shard
+from memopt.formats import FORMATS, Shard, int4, int8
 from memopt.formats.blockwise import truncate
 from memopt.rules import Moment
 from tests.helpers.cases import assert_same_bits
@@ -28,7 +28,7 @@ BOUNDS = {
     ("bf16", True): (2**-7, 0.0),
     ("bf16", False): (2**-7, 0.0),
     ("8bit", True): (0.25, 2**-7),
-    ("8bit", False): (2**-4, 1.125 * 2**-16),
+    ("8bit", False): (0.25, 1.625 * 2**-17),
     ("fp8", True): (2**-3, 2**-14),
     ("fp8", False): (2**-3, 2**-14),
     ("4bit", True): (1.0, 0.34),
@@ -141,8 +141,42 @@ def test_an_octave_of_4_bits_takes_its_time():
     words = torch.linspace(-(2.0**31), 2.0**31 - 256, 100_001, dtype=torch.float64).to(torch.int32)
     for f in (0.0, 0.1, 0.5, 0.9):
         y = torch.full_like(words, 1 + f, dtype=torch.float32)
-        up = truncate(y, 23, words, in_roots=True).view(torch.float32) == 2
+        up = truncate(y, int4.SHIFT, int4.added_in_roots(words)).view(torch.float32) == 2
         assert float(up.double().mean()) == pytest.approx(math.log2(1 + f), abs=0.025 if f else 0)
+
+
+def test_codes_of_8_bits_are_close_near_the_largest_and_stay_what_they_are():
+    """Codes for each octave from the block's maximum down, their relative distance, and every code coded again."""
+    rows = Rows.whole((16, 256))
+    parts = empty_parts(FORMATS["8bit"], POSITIVE, rows)
+    parts["codes"].copy_(torch.arange(256, dtype=torch.uint8).expand(16, 256))
+    parts["scales"].fill_(3.0)
+    x = FORMATS["8bit"].read(parts, POSITIVE, Shard(rows))
+    values = x[0] / 3
+    assert (values[0], values[1], values[255]) == (0, 1.625 * 2**-17, 1)
+    octaves = [int(((values < 2.0**-k) & (values >= 2.0 ** -(k + 1))).sum()) for k in range(16)]
+    assert octaves == [60, 32, 30, 16, 16, 16, 15, 8, 8, 8, 8, 8, 8, 8, 7, 4]
+    apart = values[2:] / values[1:-1] - 1
+    assert (apart > 0).all()
+    for above, most in ((0.5625, 1 / 64), (0.5, 1 / 32), (2**-6, 1 / 16), (2**-14, 1 / 8), (2**-17, 0.25)):
+        assert apart[values[1:-1] >= above].max() <= most
+    for step in range(8):
+        again = encode("8bit", POSITIVE, x, Shard(rows, 7, step))
+        assert torch.equal(again["codes"], parts["codes"])
+
+
+@pytest.mark.parametrize("name", ["8bit", "fp8", "4bit"])
+def test_blocks_that_are_not_finite_stay_so(name):
+    """A NaN spreads over its block, beside an Inf all that is not zero is infinite."""
+    rows = Rows.whole((16, 256))
+    x = torch.rand(16, 256) + 0.1
+    x[0, 3], x[1, 3], x[1, 4] = math.nan, math.inf, 0.0
+    back = FORMATS[name].read(encode(name, POSITIVE, x, Shard(rows, 7, 3)), POSITIVE, Shard(rows))
+    assert back[0, :128].isnan().all()
+    if name != "fp8":
+        assert back[1, 3].isinf()
+        assert back[1, 4] == 0
+    assert back[2:].isfinite().all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -230,7 +264,7 @@ def test_factored_means_survive_and_rank_one_is_exact():
 
 
 def test_flat_rows_are_a_multiple_of_every_block():
-    from memopt.formats import fp8, int4, int8
+    from memopt.formats import fp8, int4
 
     assert all(FLAT_ROW % block == 0 for block in (int8.CODE.block, int4.CODE.block, fp8.BLOCK))
     assert set(ITEMSIZE) >= {"float32", "bfloat16", "int8", "uint8", "float8_e4m3fn"}

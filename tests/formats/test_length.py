@@ -7,6 +7,8 @@ import memopt
 from memopt.core.registry import FORMATS
 
 BOUND = 0.01
+#: Of powers of two, whose scatter is the largest.
+BOUND_4BIT = 0.015
 #: One format alone, and with each other for second moments.
 SPECS = ["adamw", *(f"adamw-{name}" for name in FORMATS if name != "32bit"), "adamw-8bit.fp8", "adamw-8bit.4bit"]
 
@@ -30,4 +32,4 @@ def test_updates_of_independent_gradients_are_as_long_as_those_of_fp32():
         if step >= 500:
             sums += torch.stack([(p.detach().double() * exact.detach().double()).sum() for p in [exact, *params]])
     length = dict(zip(SPECS, (sums[1:] / sums[0] - 1).tolist(), strict=True))
-    assert all(abs(x) < BOUND for x in length.values()), length
+    assert all(abs(x) < (BOUND_4BIT if "4bit" in spec else BOUND) for spec, x in length.items()), length

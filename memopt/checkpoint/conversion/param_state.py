@@ -107,7 +107,7 @@ class ParamState(NamedTuple):
         """The parts of each moment within ``state``."""
         found = {}
         for j, (moment, fmt) in enumerate(self.codes):
-            shard = Shard(self.rows, dither.key(self.seed, self.index, j), step, self.total)
+            shard = Shard(self.rows, dither.key(self.seed, self.index, j), moment.turn(step), self.total)
             keys = {part: f"{moment.name}.{part}" if part else moment.name for part in fmt.layout(moment, self.rows)}
             found[moment.name] = Target(moment, fmt, shard, {part: state[key] for part, key in keys.items()})
         return found

@@ -7,6 +7,7 @@ import json
 
 from memopt.checkpoint.conversion.converted_source import Converted
 from memopt.checkpoint.exporters.base import Exporter, ExportPlan, ToolDict
+from memopt.formats.base import CODES
 from memopt.spec import OptimSpec
 
 
@@ -40,6 +41,7 @@ def _complete(found: ToolDict, converted: Converted) -> ToolDict:
             "seed": source.seed or 0,
             "skipped_steps": source.skipped_steps or 0,
             "engine": spec.engine,
+            "codes": CODES,
             "overrides": json.dumps(dict(spec.overrides)),
             "parameters": json.dumps(described),
         },

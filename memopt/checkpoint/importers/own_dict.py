@@ -13,6 +13,7 @@ from memopt.checkpoint.conversion.param_state import ParamState
 from memopt.checkpoint.state.saved import Record, SavedGroup, Source
 from memopt.core.hyperparameters import SpecError
 from memopt.core.rows import Rows, is_narrow
+from memopt.formats.base import CODES
 from memopt.layout.replaced_state import own_entries
 from memopt.optim.edits.group_checks import TORCH_KEYS, is_named
 from memopt.optim.saving.dtensors import has_dtensors, unwrapped
@@ -95,11 +96,18 @@ def _described(saved: Mapping[str, Any], spec: OptimSpec, origin: str) -> list[D
 def spec_of(saved: Mapping[str, Any], origin: str) -> OptimSpec:
     try:
         spec = parse(str(saved["spec"])).replace(options={})
-        return spec.replace(
+        spec = spec.replace(
             engine=str(saved.get("engine", "native")), overrides=dict(json.loads(saved.get("overrides", "{}")))
         )
     except (SpecError, json.JSONDecodeError) as error:
         raise ValueError(f"{origin} is of a spec that is not known here: {printable(str(error), 200)}") from error
+    coded = spec.formats[1] == "8bit" or any("8bit" in text for text in spec.overrides.values())
+    if coded and saved.get("codes") != CODES:
+        raise ValueError(
+            f"{origin} has second moments in 8bit, which was another code in the version that wrote it: convert it to "
+            "32bit or bf16 with that version"
+        )
+    return spec
 
 
 def _members(groups: Any, described: Iterator[Any]) -> Iterator[tuple[Any, list[tuple[Any, Any]]]]:

@@ -22,9 +22,11 @@ from memopt.untrusted.names import within
 from memopt.untrusted.opening import read_file
 from memopt.untrusted.text import shown
 
-SCHEMA = "memopt.checkpoint/2"
-#: Of a checkpoint without narrow rows (``memopt/core/rows.py``), which says the same in both, and of earlier versions,
-#: which cut such rows one by one.
+SCHEMA = "memopt.checkpoint/3"
+#: Of a checkpoint without second moments in today's code of ``8bit`` (``memopt/formats/int8.py``), which says the same
+#: in both: before, it was another one.
+OTHER_CODE = "memopt.checkpoint/2"
+#: Of one without narrow rows (``memopt/core/rows.py``) either, and of earlier versions, which cut such rows one by one.
 EARLIER = "memopt.checkpoint/1"
 #: Bytes of a manifest; one of a million parameters has about a tenth.
 MAX_NBYTES = 2 * 2**30
@@ -61,9 +63,17 @@ def _indented(value: Any, line: str) -> str:
 
 
 def schema_of(body: dict[str, Any]) -> str:
-    """The number of what is written: the earlier one where an earlier version reads it."""
+    """The number of what is written: an earlier one where an earlier version reads it."""
+    if _in_tapered_codes(body):
+        return SCHEMA
     parameters = body.get("optimizer", {}).get("parameters", {}).values()
-    return SCHEMA if any(is_narrow(tuple(p["shape"])) for p in parameters) else EARLIER
+    return OTHER_CODE if any(is_narrow(tuple(p["shape"])) for p in parameters) else EARLIER
+
+
+def _in_tapered_codes(body: dict[str, Any]) -> bool:
+    parameters = body.get("optimizer", {}).get("parameters", {}).values()
+    moments = (moment for entry in parameters for moment in entry.get("moments", {}).values())
+    return any(not moment["signed"] and moment["format"] == "8bit" for moment in moments)
 
 
 def write(directory: Path, body: dict[str, Any]) -> dict[str, Any]:
@@ -93,11 +103,16 @@ def read(directory: Path) -> dict[str, Any]:
         raise DamagedFile(f"{path} is missing") from None
     except Refused as error:
         raise DamagedFile(f"{path} is damaged: {error}") from None
-    if schema not in (SCHEMA, EARLIER) and str(schema).startswith("memopt.checkpoint/"):
+    if schema not in (SCHEMA, OTHER_CODE, EARLIER) and str(schema).startswith("memopt.checkpoint/"):
         raise ValueError(f"{path} has the schema {shown(schema)}; this version of memopt reads {SCHEMA!r}")
     if not _is_as_written(text):
         raise DamagedFile(f"{path} is damaged: it is not what was written (its sha256 does not match)")
     manifest_checks.check(body, str(path))
+    if schema != SCHEMA and _in_tapered_codes(body):
+        raise ValueError(
+            f"{path} has the schema {shown(schema)} and second moments in 8bit, which was another code then: "
+            "convert it to 32bit or bf16 with the version that wrote it"
+        )
     return body
 
 

@@ -4,6 +4,7 @@
 //   SQUARES          whether the squares of p, as it is before `apply`, are
 //   X_SIGNED         whether the third moment may be negative
 //   Y                whether it has a fourth one, signed, which it writes, and whose magnitudes are summed
+//   FADES_V, FADES_M whether it reads v times beta2, m times beta1: of codes, where that costs nothing
 //   SLICED           whether the third and the fourth are kept of every eleventh element alone
 // FACTORED: the second moment read is the reconstruction from new means, so it is not updated here.
 #pragma once
@@ -36,7 +37,7 @@ struct Reads {
     static constexpr bool ROOT_V = false, ROOT_X = false, X_SIGNED = false;
     static constexpr bool G = true, SUMS = false, SQUARES = false, P = true, W_P = true;
     static constexpr bool V = false, M = false, X = false, W_V = false, W_M = false, W_X = false;
-    static constexpr bool Y = false, SLICED = false;
+    static constexpr bool Y = false, SLICED = false, FADES_V = false, FADES_M = false;
 };
 
 // AdamW, Adam and RAdam; LAMB and StableAdamW, whose decay and rate are found first; Adam-mini, whose second moment was
@@ -44,11 +45,13 @@ struct Reads {
 template <bool FACTORED, bool MAX, bool CODED = false>
 struct Adam : Reads {
     static constexpr bool V = true, M = true, X = MAX, W_V = !FACTORED, W_M = true, W_X = MAX;
+    static constexpr bool FADES_V = CODED && !FACTORED, FADES_M = CODED;
     INLINE vf apply(vf& p, vf g, vf& v, vf& m, vf& x, const Scalars& s) {
         p = p * s.decay;
         g = with_decay(g, p, s);
-        m = lerp(m, g, s.first);
-        if (!FACTORED) v = second_moment(v, g, s);
+        m = FADES_M ? fma(g, splat(s.first.weight), m) : lerp(m, g, s.first);
+        if (FADES_V) v = fma(s.one_minus_beta2 * g, g, v);
+        else if (!FACTORED) v = second_moment(v, g, s);
         vf largest = v;
         if (MAX) largest = x = (v > x) | (v != v) ? v : x;
         // Not fused into one: torch rounds the decayed parameter, and is followed to 1e-6 over a hundred steps.

@@ -10,7 +10,7 @@
 namespace memopt {
 namespace {
 
-constexpr uint32_t GOLDEN = 0x9E3779B9u, SHUFFLED = 8;
+constexpr uint32_t GOLDEN = 0x9E3779B9u;
 constexpr uint32_t MASTER_ORDER = 255;  // its place among a rule's moments, for the random bits
 
 uint32_t mix(uint32_t x) {
@@ -21,9 +21,9 @@ uint32_t mix(uint32_t x) {
 uint32_t fold(uint32_t key, uint32_t word) { return mix(key ^ (word + GOLDEN)); }
 
 // Of memopt/core/dither.py.
-uint32_t shuffled(uint32_t step) {
-    constexpr uint32_t last = SHUFFLED - 1;
-    const uint32_t drawn = mix(step / SHUFFLED + GOLDEN);
+uint32_t shuffled(uint32_t step, uint32_t count) {
+    const uint32_t last = count - 1;
+    const uint32_t drawn = mix(step / count + GOLDEN);
     uint32_t i = ((step ^ drawn) * (drawn >> 8 | 1)) & last;
     i ^= i >> 1;
     i = ((i ^ drawn >> 16) * (drawn >> 24 | 1)) & last;
@@ -182,7 +182,8 @@ int step(const Table& table, const Group* groups, Tensor* tensors, int64_t count
         for (int slot = 0; slot < SLOTS; slot++) ready.keys[slot] = fold(stem, t.order[slot]);
         ready.keys[SLOTS] = static_cast<uint32_t>(now) * GOLDEN;
         ready.keys[SLOTS + 1] = fold(stem, MASTER_ORDER);
-        ready.keys[SLOTS + 2] = shuffled(static_cast<uint32_t>(now)) * GOLDEN;
+        ready.keys[SLOTS + 2] = shuffled(static_cast<uint32_t>(now), 8) * GOLDEN;
+        ready.keys[SLOTS + 3] = shuffled(static_cast<uint32_t>(now), 4) * GOLDEN;
         ready.pass = single_pass(groups[t.group], t);
         if (ready.pass >= 0) job.chunks += t.numel ? t.rows * chunks_of(t.cols) : 0;
     }

@@ -57,7 +57,7 @@ enum Pass {
     PASSES
 };
 
-// keys: of each moment, behind them what the step adds to every word, and the master's.
+// keys: those of Place (moments.h).
 typedef void (*Run)(const Tensor&, const Scalars&, const uint32_t* keys, int64_t first, int64_t last, Sums&);
 
 // SinkGD's pass over rows r0 ... r1 - 1 of a tensor of matrices (sinkgd.h): what each row is multiplied by, and what it

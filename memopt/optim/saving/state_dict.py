@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from memopt.formats.base import CODES
 from memopt.optim.edits.param_groups import has_shape
 from memopt.optim.saving.dtensors import wrapped
 
@@ -65,6 +66,7 @@ def described(params: Params) -> dict[str, str]:
     whole = whole and params.setup.partition.cut() is None
     return {
         "engine": spec.engine,
+        "codes": CODES,
         "overrides": json.dumps(dict(spec.overrides)),
         **({"parameters": json.dumps(parameters)} if whole else {}),
     }

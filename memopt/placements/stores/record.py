@@ -15,7 +15,7 @@ from memopt.layout.chunks import PAGE
 from memopt.placements.stores.atomic_record import Journal
 
 #: The form of the record; another one is refused.
-FORMAT = 1
+FORMAT = 2
 
 
 class Commit(NamedTuple):

@@ -78,6 +78,8 @@ INLINE void chunk(const memopt::Tensor& t, const Scalars& s, const Place& at, Su
     M m(t, 1, at, m_scratch, sums);
     X x(t, 2, at, x_scratch, sums);
     Y y(t, 3, at, y_scratch, sums);
+    if constexpr (Rule::FADES_V) v.fade(s.beta2);
+    if constexpr (Rule::FADES_M) m.fade(1.0f - s.first.weight);
     // Of a chunk, at most 64 terms in each lane; what comes of chunks is added up in fp64, and terms are where ranks
     // share the tensor, so that it does not show where it is cut.
     vf total{}, squares{};

@@ -14,7 +14,7 @@ constexpr int64_t LARGE = MEMOPT_LARGE;
 struct Prepared {
     const Scalars* scalars;
     int64_t step;
-    uint32_t keys[SLOTS + 3];  // of each moment, what the step adds, of the master, what the step adds there
+    uint32_t keys[SLOTS + 4];  // Place::keys
     int pass;  // of an element-wise rule, else -1
 };
 

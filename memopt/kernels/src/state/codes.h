@@ -1,4 +1,4 @@
-// The element codes of memopt/formats/blockwise.py and fp8.py, one struct each:
+// The element codes of memopt/formats/blockwise.py, int8.py, int4.py and fp8.py, one struct each:
 //   unit(stored)      what a decoded code is multiplied by
 //   stored(largest)   what is kept of the largest magnitude of a block
 //   inverse(largest)  what a value is multiplied by before it is coded
@@ -35,18 +35,7 @@ INLINE float clamped_reciprocal(float numerator, float x) {
     return r > 3.4028234663852886e38f ? 3.4028234663852886e38f : r;  // a NaN stays
 }
 
-// Of blockwise.py.
-constexpr double ROOT = 1.18920711500272106672 * (1 - 0x1p-22), SLOPE = ROOT - 1, BELOW_ONE = 1 - 0x1p-20;
-
-// blockwise.truncate: what is added to the bits of an fp32 number before SHIFT of them are cut off, 0 ... 2^SHIFT - 1.
-template <int SHIFT, bool IN_ROOTS>
-INLINE vu added(vu w) {
-    if (!IN_ROOTS) return w >> (32 - SHIFT);
-    constexpr float slope = static_cast<float>(-SLOPE * 0x1p-32), first = static_cast<float>(ROOT),
-                    scale = static_cast<float>((1 << SHIFT) * BELOW_ONE);
-    const vf h = fma(whole_number(w), splat(slope), splat(first)), square = h * h;
-    return (vu)truncate(fma(square * square, splat(-scale), splat(2 * scale)));
-}
+constexpr double BELOW_ONE = 1 - 0x1p-20;
 
 // q in -L ... L stands for sign(q) (q / L)^2.
 template <int L>
@@ -84,19 +73,67 @@ struct SquareCode {
     }
 };
 
-// q in 0 ... T: the leading bits of an fp32 number, M of them mantissa, T standing for the block's largest.
-template <int T, int M>
-struct FloatCode {
+// Rounded down where its product with the largest would be above one, so that no product is.
+INLINE float inverse_of_at_most_one(float largest) {
+    const float r = clamped_reciprocal(1.0f, largest);
+    return r * largest > 1.0f ? r * 0x1.fffffep-1f : r;
+}
+
+// int8.py: q in 0 ... 255, the leading bits of the logarithm that the bits of an fp32 number are, as an fp32 number.
+struct TaperedCode {
     typedef uint8_t Lane;
     static constexpr bool HAS_SIGN = false;
-    static constexpr int SHIFT = 23 - M, OFFSET = (127 << M) - T;
+    static constexpr int SHIFT = 23 - 6, TOP = 255;
+    static constexpr int32_t FIRST = 9 << 20, SUM = (127 << 23) + FIRST;
+    static constexpr int32_t PLACES = (150 << 23) + (1 << 20) + (TOP << SHIFT), LEAST = 0x37500000;
     INLINE float unit(float stored) { return stored; }
     INLINE float stored(float largest) { return largest; }
-    // Rounded down where its product with the largest would be above one, so that no product is.
-    INLINE float inverse(float largest) {
-        const float r = clamped_reciprocal(1.0f, largest);
-        return r * largest > 1.0f ? r * 0x1.fffffep-1f : r;
+    INLINE float inverse(float largest) { return inverse_of_at_most_one(largest); }
+    INLINE vf decode(vi q, float unit) {
+        const vi z = truncate(number((vu)(PLACES - (q << SHIFT))));
+        return where_positive(q, number((vu)(SUM - z)) * unit);
     }
+    INLINE void encode(uint8_t* to, const float* value, float inverse, Dither& dither) {
+#if LANES_512
+        if (__builtin_expect(inverse > 0, 1)) {  // the largest is finite
+            vu q[GROUP];
+            for (int k = 0; k < GROUP; k++) {
+                const vf y = loadf(value + k * W) * inverse;
+                q[k] = ((dither.next() >> (32 - SHIFT)) - bits(to_float(SUM - (vi)bits(y)))) >> SHIFT;
+            }
+            return store_packed(to, _mm512_packus_epi16(finished(q[0], q[1]), finished(q[2], q[3])));
+        }
+#endif
+        for (int k = 0; k < GROUP; k++) narrow(to + k * W, code(loadf(value + k * W), inverse, dither.next()));
+    }
+
+  private:
+    INLINE vi code(vf x, float inverse, vu w) {
+        const vf y = x * inverse;
+        const vu z = bits(to_float(SUM - larger((vi)bits(y), vi{} + LEAST)));
+        const vi q = (vi)((splat(static_cast<uint32_t>(PLACES)) - z + (w >> (32 - SHIFT))) >> SHIFT);
+        return q & ~(y < 0x1p-125f);  // a NaN is not zero
+    }
+#if LANES_512
+    // The same of all that is finite, where what is under code 1 is found after it was packed: OFFSET is where code 0 is
+    // in 15 bits, and what is smaller than 2^-125 is 185 under it.
+    INLINE __m512i finished(vu a, vu b) {
+        constexpr int OFFSET = (1 << (32 - SHIFT)) - (PLACES >> SHIFT);
+        const __m512i q = _mm512_packus_epi32((__m512i)a, (__m512i)b);
+        const __mmask32 some = _mm512_cmpgt_epi16_mask(q, _mm512_set1_epi16(OFFSET - 185));
+        return _mm512_maskz_max_epi16(some, _mm512_sub_epi16(q, _mm512_set1_epi16(OFFSET)), _mm512_set1_epi16(1));
+    }
+#endif
+};
+
+// int4.py: q in 0 ... 15, the exponent of an fp32 number, 15 standing for the block's largest.
+struct PowersCode {
+    typedef uint8_t Lane;
+    static constexpr bool HAS_SIGN = false;
+    static constexpr int SHIFT = 23, OFFSET = 127 - 15;
+    INLINE float unit(float stored) { return stored; }
+    INLINE float stored(float largest) { return largest; }
+    INLINE float inverse(float largest) { return inverse_of_at_most_one(largest); }
     INLINE vf decode(vi q, float unit) {
         const vu value = (vu)((q + OFFSET) << SHIFT);
         return where_positive(q, number(value) * unit);
@@ -116,17 +153,24 @@ struct FloatCode {
     }
 
   private:
+    // What is added to the bits before the mantissa is cut off, so that the fourth root keeps its mean.
+    INLINE vu added(vu w) {
+        constexpr double ROOT = 1.18920711500272106672 * (1 - 0x1p-22), SLOPE = ROOT - 1;
+        constexpr float slope = static_cast<float>(-SLOPE * 0x1p-32), first = static_cast<float>(ROOT),
+                        scale = static_cast<float>((1 << SHIFT) * BELOW_ONE);
+        const vf h = fma(whole_number(w), splat(slope), splat(first)), square = h * h;
+        return (vu)truncate(fma(square * square, splat(-scale), splat(2 * scale)));
+    }
 #if LANES_512
     // The bits of which the upper ones are the code, at least those of code 1; zeros for zero.
     INLINE vu moved(vf x, float inverse, vu w) {
         const vf least = number(splat(static_cast<uint32_t>(OFFSET + 1) << SHIFT));
         const __m512i y = (__m512i)_mm512_max_ps(least, x * inverse);
-        return (vu)_mm512_maskz_add_epi32(_mm512_test_epi32_mask((__m512i)x, (__m512i)x), y,
-                                          (__m512i)added<SHIFT, M == 0>(w));
+        return (vu)_mm512_maskz_add_epi32(_mm512_test_epi32_mask((__m512i)x, (__m512i)x), y, (__m512i)added(w));
     }
 #else
     INLINE vi code(vf x, float inverse, vu w) {
-        const vi q = (vi)((bits(x * inverse) + added<SHIFT, M == 0>(w)) >> SHIFT) - OFFSET;
+        const vi q = (vi)((bits(x * inverse) + added(w)) >> SHIFT) - OFFSET;
         return larger(q, smaller((vi)bits(x), vi{} + 1));
     }
 #endif
@@ -155,7 +199,7 @@ struct E4M3 {
     INLINE vi code(vf x, float inverse, vu w) {
         const vf y = at_most(absolute(x) * inverse, 448.0f);
         if (!SIGNED) return larger(in_roots(y, uniform(w)), vi{} + 1) & (y > 0.0f);
-        const vi normal = (vi)((bits(y) + added<20, false>(w)) >> 20) - (120 << 3);
+        const vi normal = (vi)((bits(y) + (w >> 12)) >> 20) - (120 << 3);
         const vi small = truncate(fma(y, splat(512.0f), uniform(w)));
         return (y >= 0x1p-6f ? normal : small) | (vi)((bits(x) >> 24) & 0x80u);
     }

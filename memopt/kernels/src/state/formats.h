@@ -129,11 +129,11 @@ __attribute__((noinline)) void spread(const memopt::Tensor& t, int slot, const P
     for (int i = at.n; i % W; i++) to[i] = 0;
 }
 
-typedef Coded<FloatCode<255, 4>, Bytes, 256> Unsigned8;
+typedef Coded<TaperedCode, Bytes, 256> Unsigned8;
 typedef Coded<SquareCode<127>, Bytes, 256> Signed8;
 typedef Coded<E4M3<false>, Bytes, 256> UnsignedFp8;
 typedef Coded<E4M3<true>, Bytes, 256> SignedFp8;
-typedef Coded<FloatCode<15, 0>, Nibbles, 128> Unsigned4;
+typedef Coded<PowersCode, Nibbles, 128> Unsigned4;
 typedef Coded<SquareCode<7>, Nibbles, 128> Signed4;
 
 // A moment in whatever format the tensor says.

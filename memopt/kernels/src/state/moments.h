@@ -2,6 +2,7 @@
 //   open()            before anything else
 //   begin(b), end(b)  around the vectors of block b
 //   get(i)            columns i ... i + W - 1 as fp32; past the end of the row: any finite number
+//   fade(f)           from now on `get` gives f times what is kept: of codes alone, which are multiplied by something anyway
 //   put(i, x)         what they become; past the end zeros
 //   turn(b), code(i)  what has to wait: block codes need the largest magnitude of their block first; GROUP vectors at once
 //   close()           writes what has been changed apart from where it lies
@@ -22,7 +23,10 @@ struct Place {
     int n;
     bool whole;                // n is a multiple of W
     int64_t global_row;        // of the whole parameter
-    const uint32_t* keys;      // of each slot, behind them what the step adds, and the master's
+    // Of each slot; what the step adds to the momentum's, which is slot 1; the master's, what is added there; what is added
+    // to those of the other slots.
+    const uint32_t* keys;
+    uint32_t turn(int slot) const { return keys[slot == 1 ? memopt::SLOTS : memopt::SLOTS + 3]; }
 };
 
 // What the processor foresees by itself ends at every page, which is a chunk of fp32, so it is asked, for every line: one
@@ -90,7 +94,7 @@ class Half : public Plain {
     INLINE_METHOD Half(const memopt::Tensor& t, int slot, const Place& place, Scratch& scratch, Sums&)
         : direct(static_cast<uint16_t*>(t.data[slot]) + place.offset),
           n(place.n),
-          dither(place.keys[slot], place.keys[memopt::SLOTS], place.global_row, place.col) {
+          dither(place.keys[slot], place.turn(slot), place.global_row, place.col) {
         at = direct;
         if (!place.whole) {
             at = reinterpret_cast<uint16_t*>(scratch.value);
@@ -162,7 +166,7 @@ class Coded {
     float* const value;
     float* const scales;
     Dither dither;
-    float unit;
+    float unit, factor = 1;
     vu top;
     vf table;  // of nibbles: what each of the 16 codes stands for in this block
     float largest[CHUNK / SIZE], inverse;
@@ -178,11 +182,12 @@ class Coded {
           direct(Packing::direct(t, slot, place)),
           value(scratch.value),
           scales(static_cast<float*>(t.aux[slot]) + place.row * ((t.cols + BLOCK - 1) / BLOCK) + place.col / BLOCK),
-          dither(place.keys[slot], place.keys[memopt::SLOTS], place.global_row, place.col) {
+          dither(place.keys[slot], place.turn(slot), place.global_row, place.col) {
         at = Packing::open(direct, place, scratch.code);
     }
+    INLINE_METHOD void fade(float by) { factor = by; }
     INLINE_METHOD void begin(int b) {
-        unit = Code::unit(scales[b]);
+        unit = Code::unit(scales[b]) * factor;
         top = vu{};
 #if LANES_512
         if (NIBBLES) table = Code::decode(extend((vi)iota()), unit);

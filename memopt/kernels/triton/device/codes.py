@@ -11,7 +11,7 @@ import os
 import triton
 import triton.language as tl
 
-from memopt.formats import blockwise, fp8, int4
+from memopt.formats import blockwise, fp8, int4, int8
 from memopt.kernels.triton.device.dither import uniform32
 
 #: What a moment is kept as.
@@ -22,8 +22,11 @@ KINDS = {"32bit": FULL, "bf16": HALF, "8bit": BYTES, "fp8": FP8, "4bit": NIBBLES
 
 _FLT_MAX = tl.constexpr(blockwise.FLT_MAX)
 _LARGEST = tl.constexpr(fp8.LARGEST)
-_SLOPE = tl.constexpr(blockwise.SLOPE * 2.0**-32)
-_ROOT = tl.constexpr(blockwise.ROOT)
+_SLOPE = tl.constexpr(int4.SLOPE * 2.0**-32)
+_ROOT = tl.constexpr(int4.ROOT)
+_POWERS_SHIFT, _POWERS_OFFSET = (tl.constexpr(i) for i in (int4.SHIFT, int4.OFFSET))
+_SHIFT, _SUM, _PLACES, _LEAST = (tl.constexpr(i) for i in (int8.SHIFT, int8.SUM, int8.PLACES, int8.LEAST))
+_NOTHING = tl.constexpr(int8.NOTHING)
 _BELOW_ONE = tl.constexpr(blockwise.BELOW_ONE)
 _SIGN = tl.constexpr(-(2**31))
 #: Triton's interpreter cuts off where it should round to bf16.
@@ -67,16 +70,6 @@ def largest(x, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def added(w, SHIFT: tl.constexpr, IN_ROOTS: tl.constexpr):
-    """What is added to the bits of an fp32 number before SHIFT of them are cut off: 0 … 2^SHIFT - 1."""
-    if not IN_ROOTS:
-        return (w >> (32 - SHIFT)).to(tl.int32)
-    scale: tl.constexpr = 2.0**SHIFT * _BELOW_ONE
-    h = tl.fma(uniform32(w), -_SLOPE, _ROOT)
-    return tl.fma(h * h * (h * h), -scale, 2 * scale).to(tl.int32)
-
-
-@triton.jit
 def decode_signed(q, scale, LEVELS: tl.constexpr):
     """q in -LEVELS … LEVELS stands for sign(q) (q / LEVELS)² scale."""
     x = q.to(tl.float32)
@@ -96,17 +89,34 @@ def encode_signed(x, scale, w, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def decode_unsigned(q, scale, TOP: tl.constexpr, MANTISSA: tl.constexpr):
-    """q in 0 … TOP: the leading bits of an fp32 number, MANTISSA of them after the point; TOP stands for ``scale``."""
-    value = number((q + ((127 << MANTISSA) - TOP)) << (23 - MANTISSA))
-    return tl.where(q > 0, value, 0.0) * scale
+def decode_powers(q, scale):
+    """q in 0 … 15, of ``memopt/formats/int4.py``: the exponent of an fp32 number."""
+    return tl.where(q > 0, number((q + _POWERS_OFFSET) << _POWERS_SHIFT), 0.0) * scale
 
 
 @triton.jit
-def encode_unsigned(x, scale, w, TOP: tl.constexpr, MANTISSA: tl.constexpr):
+def encode_powers(x, scale, w):
     y = x * reciprocal(scale, 1.0 - 2.0**-21)  # not above 1, where the reciprocal is
-    q = ((bits(y) + added(w, 23 - MANTISSA, MANTISSA == 0)) >> (23 - MANTISSA)) - ((127 << MANTISSA) - TOP)
+    factor: tl.constexpr = 2.0**_POWERS_SHIFT * _BELOW_ONE
+    h = tl.fma(uniform32(w), -_SLOPE, _ROOT)
+    added = tl.fma(h * h * (h * h), -factor, 2 * factor).to(tl.int32)
+    q = ((bits(y) + added) >> _POWERS_SHIFT) - _POWERS_OFFSET
     return tl.maximum(q, tl.minimum(bits(x), 1))  # 0 for 0 alone
+
+
+@triton.jit
+def decode_tapered(q, scale):
+    """q in 0 … 255, of ``memopt/formats/int8.py``."""
+    z = number(_PLACES - (q << _SHIFT)).to(tl.int32)
+    return tl.where(q > 0, number(_SUM - z), 0.0) * scale
+
+
+@triton.jit
+def encode_tapered(x, scale, w):
+    y = x * reciprocal(scale, 1.0 - 2.0**-21)  # not above 1, where the reciprocal is
+    z = bits((_SUM - tl.maximum(bits(y), _LEAST)).to(tl.float32))
+    q = (_PLACES - z + (w >> (32 - _SHIFT)).to(tl.int32)) >> _SHIFT
+    return tl.where(y < _NOTHING, 0, q)  # not of a NaN
 
 
 @triton.jit
@@ -127,7 +137,7 @@ def encode_fp8(x, scale, w, SIGNED: tl.constexpr):
         bend = (1.0 - u) * u * 0.375 / tl.maximum(steps, 1.0)
         q = tl.fma(u + bend, _BELOW_ONE, steps).to(tl.int32) + ((octave - 121) << 3)
         return tl.maximum(q, tl.minimum(bits(y), 1))
-    normal = ((bits(y) + added(w, 20, False)) >> 20) - (120 << 3)
+    normal = ((bits(y) + (w >> 12).to(tl.int32)) >> 20) - (120 << 3)
     small = tl.fma(y, 512.0, uniform32(w) * 2.0**-32).to(tl.int32)
     q = tl.where(y >= 2.0**-6, normal, small)
     return q | ((bits(x) >> 24) & 0x80)
@@ -147,10 +157,10 @@ def decode(q, scale, KIND: tl.constexpr, SIGNED: tl.constexpr):
     if KIND == NIBBLES:
         if SIGNED:
             return decode_signed((q << 28) >> 28, scale, 7)
-        return decode_unsigned(q, scale, 15, 0)
+        return decode_powers(q, scale)
     if SIGNED:
         return decode_signed((q << 24) >> 24, scale, 127)
-    return decode_unsigned(q, scale, 255, 4)
+    return decode_tapered(q, scale)
 
 
 @triton.jit
@@ -213,8 +223,8 @@ def encode(x, scale, w, KIND: tl.constexpr, SIGNED: tl.constexpr):
     if KIND == FP8:
         return encode_fp8(x, scale, w, SIGNED)
     if KIND == NIBBLES:
-        return encode_signed(x, scale, w, 7) if SIGNED else encode_unsigned(x, scale, w, 15, 0)
-    return encode_signed(x, scale, w, 127) if SIGNED else encode_unsigned(x, scale, w, 255, 4)
+        return encode_signed(x, scale, w, 7) if SIGNED else encode_powers(x, scale, w)
+    return encode_signed(x, scale, w, 127) if SIGNED else encode_tapered(x, scale, w)
 
 
 @triton.jit

@@ -9,7 +9,8 @@ _C1 = tl.constexpr(dither.C1)
 _C2 = tl.constexpr(dither.C2)
 _GOLDEN = tl.constexpr(dither.GOLDEN)
 _ALONG = tl.constexpr(dither.ALONG)
-_SHUFFLED = tl.constexpr(dither.SHUFFLED)
+#: Of a master, and of a moment but the momentum.
+MASTER, MOMENT = tl.constexpr(dither.SHUFFLED), tl.constexpr(dither.SHUFFLED_MOMENT)
 
 
 @triton.jit
@@ -21,11 +22,11 @@ def mix(x):
 
 
 @triton.jit
-def shuffled(step):
-    """The steps of a master's words, uint32: eight by eight in an order of their own."""
+def shuffled(step, COUNT: tl.constexpr):
+    """The steps of words, uint32: so many at a time in an order of their own."""
     step = step.to(tl.uint32)
-    last: tl.constexpr = _SHUFFLED - 1
-    drawn = mix(step // _SHUFFLED + _GOLDEN)
+    last: tl.constexpr = COUNT - 1
+    drawn = mix(step // COUNT + _GOLDEN)
     i = ((step ^ drawn) * ((drawn >> 8) | 1)) & last
     i = i ^ (i >> 1)
     i = ((i ^ (drawn >> 16)) * ((drawn >> 24) | 1)) & last
@@ -35,7 +36,7 @@ def shuffled(step):
 @triton.jit
 def words(
     key,  # uint32: of the parameter's moment
-    step,  # int32: the number of this step; of a master ``shuffled``
+    step,  # int32: the number of this step; of all but a momentum ``shuffled``
     row,  # int32 [blocks]: of the whole parameter
     first,  # int32 [blocks]: column with which the block begins
     WIDTH: tl.constexpr,
