@@ -107,15 +107,15 @@ def encode_powers(x, scale, w):
 @triton.jit
 def decode_tapered(q, scale):
     """q in 0 … 255, of ``memopt/formats/int8.py``."""
-    z = number(_PLACES - (q << _SHIFT)).to(tl.int32)
-    return tl.where(q > 0, number(_SUM - z), 0.0) * scale
+    z = number(-(q << _SHIFT) + _PLACES).to(tl.int32)
+    return tl.where(q > 0, number(-z + _SUM), 0.0) * scale
 
 
 @triton.jit
 def encode_tapered(x, scale, w):
     y = x * reciprocal(scale, 1.0 - 2.0**-21)  # not above 1, where the reciprocal is
-    z = bits((_SUM - tl.maximum(bits(y), _LEAST)).to(tl.float32))
-    q = (_PLACES - z + (w >> (32 - _SHIFT)).to(tl.int32)) >> _SHIFT
+    z = bits((-tl.maximum(bits(y), _LEAST) + _SUM).to(tl.float32))
+    q = (-z + _PLACES + (w >> (32 - _SHIFT)).to(tl.int32)) >> _SHIFT
     return tl.where(y < _NOTHING, 0, q)  # not of a NaN
 
 
