@@ -7,35 +7,35 @@ def most_within(
     full: Callable[[int], int], plain: Callable[[int], int], limit: int, most: int
 ) -> tuple[int | None, int | None]:
     """The value below the first one that does not fit, and that one. ``plain`` is what is needed without the replay of
-    the allocator, which costs little. What the replay adds is taken to grow with the value as it did between the last
-    two guesses."""
+    the allocator, which costs little: it gives the first guess. From then on the line through the last two is
+    followed, since what the replay adds is no smooth function of the value."""
     first = full(1)
     if first > limit:
         return None, None
-    added = [(1, first - plain(1))]
     low, high = 1, most + 1
+    x, need_x = 1, first
+    guess = _reached(plain, limit - (first - plain(1)), high) if high > 2 else high
     for turn in range(64):
         if high - low <= 1:
             break
-        guess = (low + high) // 2 if turn > 7 else _reached(plain, added, limit, low, high)
         guess = min(max(guess, low + 1), high - 1)
         need = full(guess)
-        added = [*added[-1:], (guess, need - plain(guess))]
         low, high = (guess, high) if need <= limit else (low, guess)
+        rise = (need - need_x) * (guess - x)
+        x, need_x, before = guess, need, x
+        close = turn <= 7 and rise > 0
+        guess = x + (limit - need) * (x - before) ** 2 // rise if close else (low + high) // 2
     return low, high if high <= most else None
 
 
-def _reached(plain: Callable[[int], int], added: list[tuple[int, int]], limit: int, low: int, high: int) -> int:
-    """The last value from ``low`` on and below ``high`` that is within the limit with what is ``added``: false
-    position, in which an end that stays twice counts half (Illinois)."""
-    (x, a), (y, b) = added[0], added[-1]
+def _reached(plain: Callable[[int], int], limit: int, high: int) -> int:
+    """The last value below ``high`` that is within the limit, 1 being so: false position, in which an end that stays
+    twice counts half (Illinois)."""
 
     def above(n: int) -> int:
-        return plain(n) + a + ((n - x) * (b - a) // (y - x) if y != x else 0) - limit
+        return plain(n) - limit
 
-    at_low = above(low)
-    if at_low > 0:
-        return low
+    low, at_low = 1, above(1)
     end, at_end = _end(above, low, at_low, high - 1)
     if at_end <= 0:
         return end

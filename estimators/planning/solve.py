@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from estimators.calculator import estimate
 from estimators.errors import InputError, shown
 from estimators.hardware import GPUS, capacity
+from estimators.memory.memory_row import RESERVED
 from estimators.memory.runtime import searched
 from estimators.memory.sharding import block_of
 from estimators.models.from_config import from_config
@@ -103,17 +104,17 @@ def solve(
         return _smallest_card(described, spec, accept_tight, options)
     nbytes = gpu if isinstance(gpu, int) else capacity(gpu)
     at, most, end, unit = _varied(what, described, spec, gpu, options)
-    _known(at(1))
-
-    within: dict[int, Estimate] = {}
+    made: dict[int, Estimate] = {1: at(1)}
+    _known(made[1])
 
     def full(n: int) -> int:
-        with searched(nbytes):
-            e = at(n)
-        need = needed(e, accept_tight)
-        if need <= nbytes:  # nothing of it was left out
-            within[n] = e
-        return need
+        e = made.get(n)
+        if e is None:
+            with searched(nbytes):
+                e = at(n)
+            if any(row.detail == RESERVED and row.provenance == "formula" for row in e.rows):
+                made[n] = e  # nothing of it was left out
+        return needed(e, accept_tight)
 
     @cache
     def plain(n: int) -> int:
@@ -128,7 +129,7 @@ def solve(
     found = Solved(
         what,
         value,
-        within.get(answer) or at(answer),
+        made.get(answer) or at(answer),
         beyond,
         None,
         nbytes,
@@ -137,7 +138,7 @@ def solve(
     )
     found = found._replace(
         value=value * unit if value else value,
-        beyond=at(beyond) if beyond else None,
+        beyond=made.get(beyond) or at(beyond) if beyond else None,
         beyond_value=beyond * unit if beyond else beyond,
     )
     if what == "parameters":
