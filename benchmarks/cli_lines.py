@@ -81,7 +81,7 @@ VERBS = {
     "web": ("", {"--port": "-1 70000 x 1e3 ١٢", "--write": "OUT FOLDER NOWHERE", "--pyodide": "FOLDER MISSING EMPTY"}),
     "bench": ("x", {"--numel": "x 0.5", "--rounds": "x nan", "--processes": "x", "--threads": "x", "--largest": "x",
               "--out": "NOWHERE", "--brief": "", "--scaling": "", "--small": ""}),
-    "doctor": ("", {"--json": ""}),
+    "doctor": ("", {"--json": "", "--deepspeed": "NOWHERE FOLDER x.txt"}),
     "completion": ("bash zsh fish x", {}),
 }  # fmt: skip
 #: What most lines of a verb have, so that some of them get to the work.

@@ -23,20 +23,20 @@ _MAX_RANKS_PRICED = 32
 #: with torch 2.13 (the allocations of a step traced); tests measure them again. Parameters are stepped one after the
 #: other, so the largest counts. Sums over a whole parameter are in fp64, of a copy. The C++ kernels, which step
 #: parameters on the CPU, allocate nothing.
-_ADAM = {"32bit": 8, "bf16": 24, "8bit": 28, "fp8": 32, "4bit": 32, "factored": 12}
+_ADAM = {"32bit": 8, "bf16": 24, "8bit": 28, "fp8": 32, "4bit": 28, "factored": 12}
 _SIGN = {"32bit": 4, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24}
 PLAIN_PATH: dict[str, dict[str, int]] = {
     "adamw": _ADAM,
     "adam": _ADAM,
-    "adafactor": {"32bit": 20, "bf16": 24, "8bit": 28, "fp8": 32, "4bit": 32, "factored": 24},
-    "came": {"32bit": 20, "bf16": 36, "8bit": 40, "fp8": 44, "4bit": 44, "factored": 24},
+    "adafactor": {"32bit": 20, "bf16": 24, "8bit": 25, "fp8": 32, "4bit": 27, "factored": 24},
+    "came": {"32bit": 20, "bf16": 36, "8bit": 37, "fp8": 44, "4bit": 39, "factored": 24},
     "lion": _SIGN,
     "sgd": {**_SIGN, "32bit": 0},
-    "rmsprop": {"32bit": 4, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 28, "factored": 12},
-    "radam": {**_ADAM, "32bit": 0},
-    "adabound": {**_ADAM, "32bit": 4},
+    "rmsprop": {"32bit": 4, "bf16": 20, "8bit": 21, "fp8": 28, "4bit": 23, "factored": 12},
+    "radam": {**_ADAM, "32bit": 0, "8bit": 25, "4bit": 27},
+    "adabound": {**_ADAM, "32bit": 4, "8bit": 25, "4bit": 27},
     "lamb": {**_ADAM, "32bit": 20, "bf16": 28, "factored": 24},
-    "ademamix": {**_ADAM, "bf16": 28, "8bit": 32, "fp8": 36, "4bit": 36},
+    "ademamix": {**_ADAM, "bf16": 28, "8bit": 29, "fp8": 36, "4bit": 31},
     "adammini": {"32bit": 12, "bf16": 20, "8bit": 24, "fp8": 28, "4bit": 24},
     "stableadamw": {**_ADAM, "32bit": 20, "bf16": 28, "factored": 24},
     "sinkgd": dict.fromkeys(("32bit", "bf16", "8bit", "fp8", "4bit"), 16),

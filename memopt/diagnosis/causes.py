@@ -190,11 +190,15 @@ def frozen(h: History) -> Iterator[Finding]:
 
 
 def unstable(h: History) -> Iterator[Finding]:
-    """Stored moments that are no approximation any more."""
+    """Stored moments that are no approximation any more, in two readings: after a gradient much larger than the others
+    one of 4 bits is off by as much as it is large for as long as the block remembers it."""
     if not h.readings:
         return
-    encoded = [m for m in h.readings[-1].moments if m.format not in ("factored", "32bit", "float32")]
-    off = [m for m in encoded if m.error > UNSTABLE.get(m.format, UNSTABLE_DEFAULT)]
+    last, before = (
+        {(m.parameter, m.moment): m for m in r.moments if m.error > UNSTABLE.get(m.format, UNSTABLE_DEFAULT)}
+        for r in (h.readings[-1], h.readings[-2:][0])
+    )
+    off = [m for key, m in last.items() if key in before and m.format not in ("factored", "32bit", "float32")]
     if off:
         patterns = ", ".join(f"{name!r}: '32bit'" for name in dict.fromkeys(m.parameter for m in off))
         yield Finding(

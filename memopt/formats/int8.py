@@ -62,18 +62,20 @@ def encode_tapered(x: Tensor, shard: Shard) -> tuple[Tensor, Tensor]:
     x = as_blocks(x, shard.rows, CODE.block)
     scale = x.amax(-1)
     y = x.mul(reciprocal(scale, 1.0)[..., None]).clamp_(max=1.0)
-    z = (SUM - y.view(torch.int32).clamp(min=LEAST)).float()
-    q = (PLACES - z.view(torch.int32)).add_(upper_bits(random_words(shard, x), SHIFT)) >> SHIFT
-    return q.masked_fill_(y < NOTHING, 0), scale  # not of a NaN
+    nothing = y < NOTHING  # not of a NaN
+    z = y.view(torch.int32).clamp_(min=LEAST).neg_().add_(SUM).float()
+    del y
+    q = z.view(torch.int32).neg_().add_(PLACES).add_(upper_bits(random_words(shard, x), SHIFT))
+    return q.bitwise_right_shift_(SHIFT).masked_fill_(nothing, 0), scale
 
 
 def decode_tapered(q: Tensor, scale: Tensor, shard: Shard) -> Tensor:
     """Codes int32 [rows, blocks, block], scales [rows, blocks] -> fp32 [local_shape]."""
     import torch
 
-    z = (PLACES - (q << SHIFT)).view(torch.float32).int()
-    value = (SUM - z).view(torch.float32).mul(scale[..., None])
-    return from_blocks(value.where(q > 0, torch.zeros_like(value)), shard.rows)
+    z = (q << SHIFT).neg_().add_(PLACES).view(torch.float32).int()
+    value = z.neg_().add_(SUM).view(torch.float32).mul_(scale[..., None])
+    return from_blocks(value.masked_fill_(q <= 0, 0.0), shard.rows)
 
 
 @final

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from memopt.kernels.triton.device import fields as f
-from memopt.kernels.triton.device.dither import MASTER, shuffled, words
+from memopt.kernels.triton.device.dither import MASTER_TURNS, shuffled, words
 
 #: Rows of one band.
 HEIGHT = tl.constexpr(256)
@@ -64,7 +64,9 @@ def line_words(row_of, c, matrix, r, column, WIDTH: tl.constexpr):
     line = matrix * tl.load(row_of + f.HEIGHT) + r
     row = line // lines + tl.load(row_of + f.FIRST_ROW)
     first = (line % lines) * tl.load(row_of + f.LINE) + column
-    return words(tl.load(row_of + f.BESIDE_KEY).to(tl.uint32), shuffled(c[f.T].to(tl.int32), MASTER), row, first, WIDTH)
+    return words(
+        tl.load(row_of + f.BESIDE_KEY).to(tl.uint32), shuffled(c[f.T].to(tl.int32), MASTER_TURNS), row, first, WIDTH
+    )
 
 
 @triton.jit

@@ -9,8 +9,8 @@ _C1 = tl.constexpr(dither.C1)
 _C2 = tl.constexpr(dither.C2)
 _GOLDEN = tl.constexpr(dither.GOLDEN)
 _ALONG = tl.constexpr(dither.ALONG)
-#: Of a master, and of a moment but the momentum.
-MASTER, MOMENT = tl.constexpr(dither.SHUFFLED), tl.constexpr(dither.SHUFFLED_MOMENT)
+#: In how many steps the turns of a master come, and those of a moment but the momentum.
+MASTER_TURNS, MOMENT_TURNS = tl.constexpr(dither.SHUFFLED), tl.constexpr(dither.SHUFFLED_MOMENT)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton.language as tl
 from memopt.kernels.triton.device import fields as f
 from memopt.kernels.triton.device import row_means
 from memopt.kernels.triton.device.codes import FULL, NARROW, load_moment, store_moment
-from memopt.kernels.triton.device.dither import MOMENT, shuffled, words
+from memopt.kernels.triton.device.dither import MASTER_TURNS, MOMENT_TURNS, shuffled, words
 from memopt.kernels.triton.device.masters import SPLIT8, STOCHASTIC
 from memopt.kernels.triton.device.row_means import load_factors, load_row_means
 from memopt.kernels.triton.device.tile import (
@@ -139,7 +139,7 @@ def step_kernel(
     geometry = load_geometry(row_of)
     last = tl.where(c[f.RUN] != 0, tl.minimum(first + run * TILE, geometry[5]), first)
     step = c[f.T].to(tl.int32)
-    turn = shuffled(step, MOMENT)
+    turn = shuffled(step, MOMENT_TURNS)
     first_row = tl.load(row_of + f.FIRST_ROW).to(tl.int32)
     p_at, stored_at = parameter_of(row_of, P_TYPE, K_TYPE, ALIGN)
     g_at = gradient_of(gradients, tensor, G_TYPE, ALIGN)
@@ -182,7 +182,7 @@ def step_kernel(
         w = block
         row += first_row
         if MASTER == STOCHASTIC or MASTER == SPLIT8:
-            w = words(beside_key, shuffled(step, MASTER), row, column, WIDTH)
+            w = words(beside_key, shuffled(step, MASTER_TURNS), row, column, WIDTH)
         store_parameter(p_at, stored_at, at, mask, p, w, MASTER, P_TYPE)
         if V:
             keep_moment(v_data, v_aux, v_key, turn, row, column, where, mask, v, V_KIND, False, WIDTH, ALIGN, WHOLE)
